@@ -1,0 +1,35 @@
+# The two commands of the README are `make demo` and `make test`; each does all of its own set-up in .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test serve lint bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/karst-hub demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+serve: export HUB_BACKBONE ?= demo
+serve: $(INSTALLED)
+	$(BIN)/karst-hub serve
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.mixed_batch
+	$(BIN)/python -m benchmarks.latency
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,275 @@
+"""The frozen backbone: load a timm model, name its weights by a fingerprint, list the sites that KARST adapts.
+
+Nothing here knows of adapters. A backbone is never changed once loaded: whoever wants to adapt it takes a
+`Backbone.clone()`, which has modules of its own and shares every weight.
+"""
+
+import copy
+import hashlib
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+DEMO_NAME = "demo"
+DEMO_CHECKPOINT = Path(__file__).parent / "demo" / "backbone.safetensors"
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
+
+# The last two parts of a layer's module path, and what KARST does there (KARST.md, "Where it is applied").
+_ROLES = {
+    "attn.qkv": {"rescale_out": False, "rescale_in": False},
+    "attn.proj": {"rescale_out": True, "rescale_in": True},
+    "mlp.fc1": {"rescale_out": False, "rescale_in": False},
+    "mlp.fc2": {"rescale_out": True, "rescale_in": False},
+}
+
+
+class BackboneError(ValueError):
+    """The backbone cannot be loaded or cannot be adapted; the message names the model, the file or the sites."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear layer that an adapter may change.
+
+    `name` is its module path (`blocks.0.attn.qkv`); `splits` is 3 for a fused qkv and 1 elsewhere;
+    `rescale_out` and `rescale_in` say whether KARST re-scales the layer's output and its input
+    (the input of `attn.proj` is the attention context).
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    splits: int
+    rescale_out: bool
+    rescale_in: bool
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """What identifies a backbone and what its adapters must fit, without its weights.
+
+    Attributes:
+        name: the timm name, or `demo`.
+        fingerprint: sha256 (hex) over the sorted names, dtypes, shapes and bytes of its weights as loaded,
+            before any cast: a hub that serves in bfloat16 takes adapters trained in float32.
+        data_config: timm's `resolve_model_data_config`: input_size, interpolation, mean, std, crop_pct, crop_mode.
+        sites: the layers that KARST can adapt, in the order of the model's modules.
+        width: D, the number of pooled features.
+    """
+
+    name: str
+    fingerprint: str
+    data_config: dict[str, Any]
+    sites: tuple[Site, ...]
+    width: int
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image, in pixels."""
+        return tuple(self.data_config["input_size"])
+
+    def info(self) -> "BackboneInfo":
+        """The same without weights: small, and safe to send elsewhere."""
+        return BackboneInfo(self.name, self.fingerprint, self.data_config, self.sites, self.width)
+
+
+@dataclass(frozen=True)
+class Backbone(BackboneInfo):
+    """A frozen timm model in eval mode: `model` was built with `num_classes=0`; its weights must not be changed."""
+
+    model: Any  # nn.Module; timm's forward_features and forward_head are not in nn.Module's type
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def clone(self, drop_path: float = 0.0) -> Any:
+        """A module tree of its own over the same weight storage, for hooks and (in training) stochastic depth.
+
+        Args:
+            drop_path: the rate at the last block; it rises linearly from 0 at the first, as timm does.
+        """
+        shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        model = copy.deepcopy(self.model, memo=shared)
+        if drop_path:
+            _set_drop_path(model, drop_path)
+        return model
+
+
+def load_backbone(
+    name: str,
+    checkpoint: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    pretrained: bool = True,
+) -> Backbone:
+    """Load a timm model, frozen, without its classifier.
+
+    Args:
+        name: `demo`, or anything that `timm.create_model` takes (also `hf-hub:...` and `local-dir:...`).
+        checkpoint: a local `.safetensors`, `.pth` (read with weights only) or Google `.npz` file. Without it
+            the demo's own weights are used, or timm's pretrained ones (which needs a network or a cache).
+        device: where the weights go.
+        dtype: what they are cast to after the fingerprint was taken; None keeps them as loaded.
+        pretrained: False leaves a model without checkpoint at its random weights (benchmarks and tests).
+
+    Raises:
+        BackboneError: unknown name, weights that are missing or do not fit, or a model whose linear layers
+            KARST cannot reach.
+    """
+    if name == DEMO_NAME and checkpoint is None and pretrained:
+        checkpoint = DEMO_CHECKPOINT
+    model = create_model(name, pretrained=pretrained and checkpoint is None)
+    if checkpoint is not None:
+        _load_weights(model, Path(checkpoint))
+    model.eval().requires_grad_(False)
+    sites = find_sites(model)
+    if not sites:
+        raise BackboneError(
+            f"backbone {name!r} has none of the layers that KARST adapts ({', '.join(sorted(_ROLES))}); "
+            "use a vision transformer or a Swin transformer of timm"
+        )
+    data_config = timm.data.resolve_model_data_config(model)
+    found = fingerprint(model)
+    model.to(device=device, dtype=dtype)
+    _probe(name, model, sites, tuple(data_config["input_size"]))
+    return Backbone(name, found, data_config, sites, int(model.num_features), model)
+
+
+def create_model(name: str, *, num_classes: int = 0, pretrained: bool = False) -> Any:
+    """The timm module for a backbone name, `demo` included, in training mode and with timm's own initial weights.
+
+    Raises:
+        BackboneError: timm does not know the name, or cannot get its pretrained weights.
+    """
+    try:
+        if name == DEMO_NAME:
+            return _create_demo(num_classes)
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    except Exception as error:  # timm and its hub client raise many kinds
+        what = "pretrained weights of " if pretrained else ""
+        raise BackboneError(
+            f"cannot load {what}backbone {name!r}: {_first_line(error)} "
+            "(give a timm model name, or a local checkpoint file if there is no network)"
+        ) from error
+
+
+def features(model: Any, pixels: Tensor) -> Tensor:
+    """Pooled features before any classifier: (B, 3, H, W) -> (B, D)."""
+    return model.forward_head(model.forward_features(pixels), pre_logits=True)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 (hex) over the sorted names, dtypes, shapes and bytes of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}\0{str(data.dtype).removeprefix('torch.')}\0{tuple(data.shape)}\0".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def find_sites(model: nn.Module) -> tuple[Site, ...]:
+    """The linear layers of a model whose path says that KARST adapts them."""
+    sites = []
+    for name, module in model.named_modules():
+        role = ".".join(name.split(".")[-2:])
+        if isinstance(module, nn.Linear) and role in _ROLES:
+            splits = 3 if role == "attn.qkv" and module.out_features % 3 == 0 else 1
+            sites.append(Site(name, module.in_features, module.out_features, splits, **_ROLES[role]))
+    return tuple(sites)
+
+
+def _create_demo(num_classes: int) -> Any:
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=num_classes,
+        img_size=32,
+        patch_size=4,
+        embed_dim=128,
+        depth=6,
+        num_heads=4,
+        global_pool="avg",
+        pretrained_cfg_overlay={
+            "input_size": (3, 32, 32),
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "crop_pct": 1.0,
+            "interpolation": "bicubic",
+        },
+    )
+
+
+def _load_weights(model: Any, path: Path) -> None:
+    if path.suffix not in CHECKPOINT_SUFFIXES:
+        raise BackboneError(f"checkpoint {path}: the file must end in one of {', '.join(CHECKPOINT_SUFFIXES)}")
+    if not path.is_file():
+        raise BackboneError(f"checkpoint {path}: no such file")
+    try:
+        if path.suffix == ".npz":
+            model.load_pretrained(str(path))
+            return
+        state = timm.models.load_state_dict(str(path), device="cpu", weights_only=True)
+        to_timm = _checkpoint_filter(model)
+        state = to_timm(state, model) if to_timm else state
+        state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except Exception as error:  # torch, numpy, zipfile and safetensors each raise their own
+        raise BackboneError(f"checkpoint {path}: {_first_line(error)}") from error
+    stray = [k for k in unexpected if not k.startswith(("head.", "head_dist.", "fc_norm.", "classifier."))]
+    if missing or stray:
+        raise BackboneError(
+            f"checkpoint {path} does not fit the model: missing {missing[:5] or 'nothing'}, unexpected "
+            f"{stray[:5] or 'nothing'} ({len(missing)} missing and {len(stray)} unexpected in all)"
+        )
+
+
+def _checkpoint_filter(model: Any) -> Any:
+    """timm's own translation of foreign checkpoint layouts (DINOv2, CLIP, ...) for a model's family, if it has one."""
+    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+
+
+def _probe(name: str, model: Any, sites: tuple[Site, ...], input_size: tuple[int, ...]) -> None:
+    """Run one image and refuse a model that goes round its own layers (KARST.md, "Hooking timm models")."""
+    calls: Counter[str] = Counter()
+    modules = dict(model.named_modules())
+    hooks = [
+        modules[site.name].register_forward_hook(lambda _m, _x, _y, n=site.name: calls.update([n])) for site in sites
+    ]
+    try:
+        weight = next(model.parameters())
+        with torch.inference_mode():
+            features(model, torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unreached = [site.name for site in sites if calls[site.name] != 1]
+    if unreached:
+        raise BackboneError(
+            f"backbone {name!r} cannot be adapted: its forward pass does not call these layers exactly once: "
+            + ", ".join(unreached)
+        )
+
+
+def _set_drop_path(model: nn.Module, rate: float) -> None:
+    blocks = [m for m in model.modules() if hasattr(m, "drop_path1") and hasattr(m, "drop_path2")]
+    for i, block in enumerate(blocks):
+        block_rate = rate * i / max(len(blocks) - 1, 1)
+        if block_rate:
+            block.drop_path1, block.drop_path2 = DropPath(block_rate), DropPath(block_rate)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,324 @@
+"""Many adapters beside one frozen backbone: stacked slots, and a forward pass over a batch that mixes them.
+
+Axes: B images, T tokens of an image (rows of a layer's input that belong to it), N kernels, R rank, S splits,
+p x q the sides of C, a = d_out / (S p), b = d_in / q, K classes.
+
+Nothing is merged. Each adapted layer computes its frozen product once for the whole batch; KARST's part is a
+batched product over images (`kronecker.apply` with a matrix of its own for every image), added in place.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import kronecker
+from .backbone import Backbone, BackboneInfo, Site, features
+from .file import Adapter
+from .validate import AdapterError, Problem
+
+
+class BankFullError(RuntimeError):
+    """Every slot is taken: evict one first."""
+
+
+@dataclass(frozen=True)
+class _Resident:
+    """What is in a slot, beside the numbers in the stacks."""
+
+    kernels: int
+    rank: int
+    kronecker: frozenset[str]  # sites with a dW
+    rescaled: frozenset[str]  # sites with a scale and shift, on the output or on the input
+    head_weight: Tensor  # (K, D)
+    head_bias: Tensor  # (K,)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The batch that is under way: which slot each image uses, and how much of the stacks is in use."""
+
+    index: Tensor  # (B,) int64 on the device
+    kernels: int
+    rank: int
+    kronecker: frozenset[str]
+    rescaled: frozenset[str]
+
+
+@dataclass(frozen=True)
+class BankLimits:
+    """What a bank accepts; holds no weights, so that whoever receives adapters can check them far from any bank."""
+
+    backbone: BackboneInfo
+    max_rank: int
+    max_kernels: int
+    factor: int
+
+    def check(self, adapter: Adapter) -> None:
+        """Make sure that an adapter can be put into the bank.
+
+        Raises:
+            AdapterError: another backbone, more kernels or a larger rank than the bank has room for, or another
+                factor.
+        """
+        adapter.check(self.backbone)
+        sites = {site.name: site for site in self.backbone.sites}
+        problems = []
+        for name, parts in adapter.layers().items():
+            if "karst_c" not in parts:
+                continue
+            kernels, *sides = parts["karst_c"].shape
+            rank = parts["karst_a"].shape[3]
+            _, *wanted = self.shapes(sites[name])[0]
+            if kernels > self.max_kernels:
+                problems.append(
+                    Problem(f"{name}.karst_c", f"{kernels} kernels, but at most {self.max_kernels} fit here")
+                )
+            if rank > self.max_rank:
+                problems.append(Problem(f"{name}.karst_a", f"rank {rank}, but at most {self.max_rank} fits here"))
+            if sides != wanted:
+                found, right = (" x ".join(map(str, pair)) for pair in (sides, wanted))
+                problems.append(
+                    Problem(f"{name}.karst_c", f"C is {found}, but it must be {right} here (factor {self.factor})")
+                )
+        if problems:
+            raise AdapterError(problems)
+
+    def shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The shapes of the largest C, A and B that a site takes."""
+        return kronecker.shapes(
+            site.d_in, site.d_out, site.splits, kernels=self.max_kernels, rank=self.max_rank, factor=self.factor
+        )
+
+
+class Bank:
+    """Device memory for the adapters of one backbone, in a fixed number of slots.
+
+    Threads may `put`, `evict` and `forward` at once: forward passes run one at a time, a `put` writes only to a
+    slot that nobody has yet. A slot must not be evicted while a forward pass uses it.
+    """
+
+    def __init__(
+        self, backbone: Backbone, slots: int = 64, max_rank: int = 16, max_kernels: int = 8, factor: int = 8
+    ) -> None:
+        """Allocate the stacks and check that a bank without adapters computes what the frozen backbone computes.
+
+        Args:
+            backbone: its weights are shared, never changed.
+            slots: how many adapters fit at once.
+            max_rank: the largest R of an adapter; smaller ones are padded with zeros.
+            max_kernels: the largest N of an adapter; likewise.
+            factor: the p = q of its adapters (where it divides the layer's sides).
+
+        Raises:
+            ValueError: a size below 1.
+        """
+        for name, value in (("slots", slots), ("max_rank", max_rank), ("max_kernels", max_kernels)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.backbone = backbone
+        self.slots = slots
+        self.limits = BankLimits(backbone.info(), max_rank=max_rank, max_kernels=max_kernels, factor=factor)
+        self._residents: dict[int, _Resident] = {}
+        self._free = list(range(slots - 1, -1, -1))
+        self._slots_lock = threading.Lock()
+        self._forward_lock = threading.Lock()
+        self._pass: _Pass | None = None
+        self._model = backbone.clone()
+        self._stacks = {site.name: _Stack.empty(site, self) for site in backbone.sites}
+        modules = dict(self._model.named_modules())
+        for site in backbone.sites:
+            self._hook(modules[site.name], site)
+
+    @property
+    def free(self) -> int:
+        """How many slots are free."""
+        return len(self._free)
+
+    def put(self, adapter: Adapter) -> int:
+        """Write an adapter into a free slot, over everything that the slot held; returns the slot.
+
+        Raises:
+            AdapterError: as `BankLimits.check`.
+            BankFullError: no slot is free.
+        """
+        self.limits.check(adapter)
+        with self._slots_lock:
+            if not self._free:
+                raise BankFullError(f"all {self.slots} slots are taken")
+            slot = self._free.pop()
+        try:
+            resident = self._write(slot, adapter)
+        except BaseException:
+            with self._slots_lock:
+                self._free.append(slot)
+            raise
+        self._residents[slot] = resident
+        return slot
+
+    def evict(self, slot: int) -> None:
+        """Give a slot back.
+
+        Raises:
+            KeyError: the slot holds no adapter.
+        """
+        with self._slots_lock:
+            del self._residents[slot]
+            self._free.append(slot)
+
+    @torch.inference_mode()
+    def forward(self, pixels: Tensor, slots: Sequence[int]) -> list[Tensor]:
+        """One pass of the backbone, every image with its own adapter.
+
+        Args:
+            pixels: (B, 3, H, W), normalised.
+            slots: B slots; image i is classified by the adapter in `slots[i]`.
+
+        Returns:
+            B tensors of logits, image i's of shape (K_i,), in the backbone's dtype on its device.
+
+        Raises:
+            ValueError: not as many slots as images, or a slot that holds no adapter.
+        """
+        if len(slots) != len(pixels):
+            raise ValueError(f"{len(pixels)} images need as many slots, got {len(slots)}")
+        absent = sorted({slot for slot in slots if slot not in self._residents})
+        if absent:
+            raise ValueError(f"no adapter in slot {', '.join(map(str, absent))}")
+        residents = [self._residents[slot] for slot in slots]
+        if not residents:
+            return []
+        with self._forward_lock:
+            self._pass = _Pass(
+                index=torch.tensor(slots, device=self.backbone.device),
+                kernels=max(r.kernels for r in residents),
+                rank=max(r.rank for r in residents),
+                kronecker=frozenset().union(*(r.kronecker for r in residents)),
+                rescaled=frozenset().union(*(r.rescaled for r in residents)),
+            )
+            try:
+                pooled = features(self._model, pixels.to(device=self.backbone.device, dtype=self.backbone.dtype))
+            finally:
+                self._pass = None
+        return [
+            torch.addmv(resident.head_bias, resident.head_weight, row)
+            for resident, row in zip(residents, pooled.unbind(), strict=True)
+        ]
+
+    def _write(self, slot: int, adapter: Adapter) -> _Resident:
+        layers = adapter.layers()
+        kernels = rank = 0
+        with torch.inference_mode():
+            for name, stack in self._stacks.items():
+                parts = {key: t.to(stack.c.device, torch.float32) for key, t in layers.get(name, {}).items()}
+                n, r = stack.write(slot, parts, adapter.config.effective_gain)
+                kernels, rank = max(kernels, n), max(rank, r)
+        to: dict[str, Any] = {"device": self.backbone.device, "dtype": self.backbone.dtype}
+        return _Resident(
+            kernels=kernels,
+            rank=rank,
+            kronecker=frozenset(name for name, parts in layers.items() if "karst_c" in parts),
+            rescaled=frozenset(name for name, parts in layers.items() if "scale" in parts or "in_scale" in parts),
+            head_weight=adapter.tensors["head.weight"].to(**to),
+            head_bias=adapter.tensors["head.bias"].to(**to),
+        )
+
+    def _hook(self, linear: nn.Module, site: Site) -> None:
+        stack = self._stacks[site.name]
+
+        def rescale_input(_linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            current = self._pass
+            if current is None or site.name not in current.rescaled:
+                return None
+            return (_rescaled(args[0], stack.in_scale, stack.in_shift, current.index), *args[1:])
+
+        def adapt_output(_linear: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            current = self._pass
+            if current is not None and site.name in current.kronecker:
+                _add_delta(y, args[0], *stack.gather(current), site.splits)
+            if current is not None and site.rescale_out and site.name in current.rescaled:
+                y = _rescaled(y, stack.scale, stack.shift, current.index)
+            return y
+
+        if site.rescale_in:
+            linear.register_forward_pre_hook(rescale_input)
+        linear.register_forward_hook(adapt_output)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The numbers of one site in every slot; C carries the adapter's gain."""
+
+    c: Tensor  # (slots, N, p, q)
+    a: Tensor  # (slots, N, R, S a)
+    b: Tensor  # (slots, N, R, b)
+    scale: Tensor = field(repr=False)  # (slots, d_out) or (slots, 0) where KARST does not re-scale
+    shift: Tensor
+    in_scale: Tensor  # (slots, d_in) or (slots, 0)
+    in_shift: Tensor
+
+    @classmethod
+    def empty(cls, site: Site, bank: Bank) -> "_Stack":
+        c, a, b = bank.limits.shapes(site)
+        to: dict[str, Any] = {"device": bank.backbone.device, "dtype": bank.backbone.dtype}
+        n, s, rows, r = a
+        d_out, d_in = site.d_out * site.rescale_out, site.d_in * site.rescale_in
+        return cls(
+            c=torch.zeros(bank.slots, *c, **to),
+            a=torch.zeros(bank.slots, n, r, s * rows, **to),
+            b=torch.zeros(bank.slots, *b, **to),
+            scale=torch.ones(bank.slots, d_out, **to),
+            shift=torch.zeros(bank.slots, d_out, **to),
+            in_scale=torch.ones(bank.slots, d_in, **to),
+            in_shift=torch.zeros(bank.slots, d_in, **to),
+        )
+
+    def write(self, slot: int, parts: dict[str, Tensor], gain: float) -> tuple[int, int]:
+        """Overwrite a slot with a layer's tensors, zeros (or ones) where it has none; returns its N and R."""
+        for stack in (self.c, self.a, self.b, self.shift, self.in_shift):
+            stack[slot].zero_()
+        for stack in (self.scale, self.in_scale):
+            stack[slot].fill_(1)
+        for name in ("scale", "shift", "in_scale", "in_shift"):
+            if name in parts:
+                getattr(self, name)[slot].copy_(parts[name])
+        if "karst_c" not in parts:
+            return 0, 0
+        n, s, rows, r = parts["karst_a"].shape
+        self.c[slot, :n].copy_(parts["karst_c"] * gain)
+        self.a[slot, :n, :r].copy_(parts["karst_a"].permute(0, 3, 1, 2).reshape(n, r, s * rows))
+        self.b[slot, :n, :r].copy_(parts["karst_b"])
+        return n, r
+
+    def gather(self, current: _Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """C, A and B of every image of a pass, without the padding that no adapter of the pass uses."""
+        n, r = current.kernels, current.rank
+        return self.c[current.index, :n], self.a[current.index, :n, :r], self.b[current.index, :n, :r]
+
+
+def _add_delta(y: Tensor, x: Tensor, c: Tensor, a: Tensor, b: Tensor, splits: int) -> None:
+    """y += dW x, every image with its own dW; rows of x and y are image-major, whatever their axes.
+
+    x (B.., d_in), y (B.., d_out), c (B, N, p, q), a (B, N, R, S a), b (B, N, R, b).
+    """
+    images, n, p, q = c.shape
+    r = a.shape[2]
+    h = torch.bmm(x.reshape(images, -1, b.shape[3]), b.flatten(1, 2).transpose(1, 2))  # (B, T q, N R)
+    h = h.view(images, -1, q, n, r).permute(0, 3, 2, 1, 4).reshape(images * n, q, -1)  # (B N, q, T R)
+    h = torch.bmm(c.flatten(0, 1), h)  # (B N, p, T R)
+    h = h.view(images, n, p, -1, r).permute(0, 3, 2, 1, 4).reshape(images, -1, n * r)  # (B, T p, N R)
+    a = a.flatten(1, 2)  # (B, N R, S a)
+    if splits == 1:
+        y.view(images, -1, a.shape[2]).baddbmm_(h, a)
+    else:
+        out = torch.bmm(h, a).view(-1, p, splits, a.shape[2] // splits)  # (B T, p, S, a)
+        y.view(out.shape[0], splits, p, -1).add_(out.transpose(1, 2))
+
+
+def _rescaled(x: Tensor, scale: Tensor, shift: Tensor, index: Tensor) -> Tensor:
+    """x * scale + shift with each image's own vectors: x (B.., d), scale and shift (slots, d)."""
+    rows = x.reshape(len(index), -1, x.shape[-1])  # (B, T, d)
+    return torch.addcmul(shift[index, None], rows, scale[index, None]).view(x.shape)

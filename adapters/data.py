@@ -1,0 +1,189 @@
+"""Images in: open any sane image file, bring it to what a backbone takes, read folders of labelled images.
+
+This is the one place that opens images, for training and serving alike, so that a task meets the same pixels in
+both. Pixels travel as uint8 and are normalised beside the model.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .backbone import Backbone
+from .validate import PREPROCESS
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_IMAGE_PIXELS = 50_000_000
+
+
+class ImageError(ValueError):
+    """The bytes are no image that can be used; the message says why."""
+
+
+class ImageTooLargeError(ImageError):
+    """The image claims more pixels than are allowed; it was not decoded."""
+
+
+class DataError(ValueError):
+    """A data folder that cannot be used; the message names the folder or file."""
+
+
+def decode_image(source: bytes | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Open one image as upright 8-bit RGB: the first frame or page, turned as its EXIF says, 16 bits scaled to 8.
+
+    Transparency is dropped (what lies under it shows), as torchvision's and timm's loaders do it.
+
+    Args:
+        source: a JPEG, PNG, WebP, BMP, GIF or TIFF, whole in memory or in a file.
+        max_pixels: an image whose header claims more is refused before it is decoded.
+
+    Raises:
+        ImageTooLargeError: more than `max_pixels`.
+        ImageError: empty, no image, another format, truncated, or of a mode without an 8-bit meaning.
+    """
+    if isinstance(source, bytes) and not source:
+        raise ImageError("0 bytes; expected an image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own, lower, bomb warning, and oddities in EXIF
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise ImageTooLargeError(
+                        f"{width} x {height} pixels, but at most {max_pixels} are allowed; reduce the image first"
+                    )
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError(f"far more than the {max_pixels} pixels that are allowed; not decoded") from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"not an image; expected one of {', '.join(FORMATS)}") from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, IndexError, ...
+        raise ImageError(f"the image cannot be decoded: {error}") from error
+
+
+def preprocess_of(backbone: Backbone) -> dict[str, Any]:
+    """What images a backbone takes, as it stands in an adapter's metadata: timm's data config."""
+    config = backbone.data_config
+    return {name: list(config[name]) if isinstance(config[name], tuple) else config[name] for name in PREPROCESS}
+
+
+def eval_transform(preprocess: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """timm's own evaluation transform, up to normalisation: RGB image -> (3, H, W) uint8."""
+    return timm.data.create_transform(
+        input_size=tuple(preprocess["input_size"]),
+        interpolation=preprocess["interpolation"],
+        crop_pct=preprocess["crop_pct"],
+        crop_mode=preprocess["crop_mode"],
+        is_training=False,
+        normalize=False,
+    )
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 -> float32, bit-equal to torchvision's ToTensor and Normalize.
+
+    Args:
+        mean, std: (3,) for the batch, or (B, 3) for each image its own; float32.
+    """
+    mean, std = (t.reshape(-1, 3, 1, 1) for t in (mean, std))
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled image files: `targets[i]` is the index in `labels` of what `paths[i]` shows."""
+
+    paths: tuple[Path, ...]
+    targets: tuple[int, ...]
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def subset(self, indices: Sequence[int]) -> "ImageSet":
+        return ImageSet(tuple(self.paths[i] for i in indices), tuple(self.targets[i] for i in indices), self.labels)
+
+
+def read_folder(root: Path, labels: Sequence[str] | None = None) -> ImageSet:
+    """A folder with one folder of images a class; the folders' names are the labels, in natural order (9 before 10).
+
+    Args:
+        labels: the classes of an earlier folder, for a test set of the same task.
+
+    Raises:
+        DataError: no such folder, fewer than two classes, a class without images, or a class not in `labels`.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; expected one with a folder of images for each class")
+    folders = sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_natural)
+    names = tuple(labels) if labels is not None else tuple(f.name for f in folders)
+    if labels is None and len(folders) < 2:
+        raise DataError(f"{root}: {len(folders)} class folders, but a task needs at least 2")
+    unknown = [f.name for f in folders if f.name not in names]
+    if unknown:
+        raise DataError(f"{root}: classes {', '.join(unknown)} are not among the task's labels {', '.join(names)}")
+    paths: list[Path] = []
+    targets: list[int] = []
+    for folder in folders:
+        images = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not images:
+            raise DataError(f"{folder}: no images in it; expected files ending in {', '.join(SUFFIXES)}")
+        paths += images
+        targets += [names.index(folder.name)] * len(images)
+    return ImageSet(tuple(paths), tuple(targets), names)
+
+
+class Pixels(Dataset):
+    """An image set as (uint8 (3, H, W), target) pairs; each image is decoded once while they fit in `cache_bytes`."""
+
+    def __init__(self, images: ImageSet, preprocess: Mapping[str, Any], cache_bytes: int = 4 * 1024**3) -> None:
+        self.images = images
+        self._transform = eval_transform(preprocess)
+        self._cache: dict[int, Tensor] = {}
+        self._room = cache_bytes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        """
+        Raises:
+            DataError: the file is no usable image.
+        """
+        pixels = self._cache.get(i)
+        if pixels is None:
+            try:
+                pixels = self._transform(decode_image(self.images.paths[i]))
+            except ImageError as error:
+                raise DataError(f"{self.images.paths[i]}: {error}") from error
+            if self._room >= pixels.nbytes:
+                self._room -= pixels.nbytes
+                self._cache[i] = pixels
+        return pixels, self.images.targets[i]
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # convert("RGB") would clip to 255 instead of scaling
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError(f"mode {image.mode!r} (32 bits a pixel) has no 8-bit meaning; save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    parts = re.findall(r"\d+|\D+", path.name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]

@@ -1,0 +1,122 @@
+"""Seeded drawings: glyphs for pre-training, and the demo's two drawn tasks, shapes and count.
+
+Everything is drawn four times too large and reduced, so that edges are smooth. Each function takes a
+`numpy.random.Generator` and returns a PIL image: the same seed draws the same image.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIDE_PX = 32
+_OVERSAMPLE = 4
+SHAPES = ("circle", "cross", "diamond", "square", "star", "triangle")
+COUNTS = tuple(str(n) for n in range(1, 9))
+
+Point = tuple[float, float]
+
+
+def shape_image(rng: np.random.Generator, shape: str) -> Image.Image:
+    """One of `SHAPES`, filled or outlined, at a random place, size, angle and pair of colours.
+
+    Raises:
+        ValueError: `shape` is not one of `SHAPES`.
+    """
+    image, draw, ink = _canvas(rng)
+    radius = rng.uniform(0.22, 0.42)
+    centre = rng.uniform(radius, 1 - radius, size=2)
+    # A square turned by 45 degrees is a diamond: keep each within 15 degrees of its own pose.
+    angle = rng.uniform(-math.pi / 12, math.pi / 12)
+    outline = _scaled((x, y) for x, y in _outline(shape, radius, angle, centre))
+    if rng.random() < 0.5:
+        draw.polygon(outline, fill=ink)
+    else:
+        draw.line([*outline, outline[0], outline[1]], fill=ink, width=int(rng.integers(7, 12)), joint="curve")
+    return _finish(image, rng)
+
+
+def count_image(rng: np.random.Generator, count: int) -> Image.Image:
+    """`count` dots of random sizes that never touch, in one colour.
+
+    Raises:
+        ValueError: `count` is not between 1 and 8.
+    """
+    if not 1 <= count <= 8:
+        raise ValueError(f"count must be between 1 and 8, got {count}")
+    image, draw, ink = _canvas(rng)
+    dots: list[tuple[float, float, float]] = []
+    while len(dots) < count:
+        radius = rng.uniform(0.045, 0.085)
+        x, y = rng.uniform(radius + 0.02, 0.98 - radius, size=2)
+        if all(math.hypot(x - u, y - v) > radius + other + 0.05 for u, v, other in dots):
+            dots.append((x, y, radius))
+    side = SIDE_PX * _OVERSAMPLE
+    for x, y, radius in dots:
+        draw.ellipse([(x - radius) * side, (y - radius) * side, (x + radius) * side, (y + radius) * side], fill=ink)
+    return _finish(image, rng)
+
+
+def glyph_strokes(rng: np.random.Generator) -> list[np.ndarray]:
+    """An invented character: 2 to 4 quadratic Bezier strokes, each (3, 2) control points in [0, 1]."""
+    strokes = []
+    start = rng.uniform(0.15, 0.85, size=2)
+    for _ in range(int(rng.integers(2, 5))):
+        middle, end = rng.uniform(0.05, 0.95, size=(2, 2))
+        strokes.append(np.stack([start, middle, end]))
+        # Most strokes go on where the last one ended, as handwriting does.
+        start = end if rng.random() < 0.7 else rng.uniform(0.15, 0.85, size=2)
+    return strokes
+
+
+def glyph_image(rng: np.random.Generator, strokes: list[np.ndarray]) -> Image.Image:
+    """One hand's rendering of a glyph: light ink on black, with shaken control points and its own pen width."""
+    image = Image.new("L", (SIDE_PX * _OVERSAMPLE,) * 2, 0)
+    draw = ImageDraw.Draw(image)
+    width = int(rng.integers(6, 16))
+    t = np.linspace(0, 1, 16)[:, None]
+    for stroke in strokes:
+        p0, p1, p2 = stroke + rng.normal(0, 0.035, size=(3, 2))
+        curve = (1 - t) ** 2 * p0 + 2 * t * (1 - t) * p1 + t**2 * p2
+        draw.line(_scaled(map(tuple, curve)), fill=255, width=width, joint="curve")
+    return image.resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
+
+
+def _outline(shape: str, radius: float, angle: float, centre: np.ndarray) -> list[Point]:
+    if shape not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    if shape == "circle":
+        polar = [(radius, 2 * math.pi * i / 48) for i in range(48)]
+    elif shape == "star":
+        polar = [(radius if i % 2 == 0 else radius * 0.42, math.pi * i / 5 - math.pi / 2) for i in range(10)]
+    elif shape == "cross":
+        arm, spread = radius, 0.32
+        polar = [(arm, math.pi * i / 2 + side * spread) for i in range(4) for side in (-1, 1)]
+        corner = arm * math.sin(spread) * math.sqrt(2)
+        for i in range(4):
+            polar.insert(3 * i + 2, (corner, math.pi * i / 2 + math.pi / 4))
+    else:
+        corners, start = {"triangle": (3, -math.pi / 2), "square": (4, math.pi / 4), "diamond": (4, 0.0)}[shape]
+        polar = [(radius, start + 2 * math.pi * i / corners) for i in range(corners)]
+    return [(centre[0] + r * math.cos(a + angle), centre[1] + r * math.sin(a + angle)) for r, a in polar]
+
+
+def _canvas(rng: np.random.Generator) -> tuple[Image.Image, ImageDraw.ImageDraw, tuple[int, ...]]:
+    """A canvas and an ink that differ by at least 90 of 255 in brightness."""
+    while True:
+        paper, ink = rng.integers(0, 256, size=(2, 3))
+        if abs(float(paper.mean()) - float(ink.mean())) >= 90:
+            break
+    image = Image.new("RGB", (SIDE_PX * _OVERSAMPLE,) * 2, tuple(int(v) for v in paper))
+    return image, ImageDraw.Draw(image), tuple(int(v) for v in ink)
+
+
+def _scaled(points) -> list[Point]:
+    side = SIDE_PX * _OVERSAMPLE
+    return [(float(x) * side, float(y) * side) for x, y in points]
+
+
+def _finish(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    small = np.asarray(image.resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX), dtype=np.float32)
+    noisy = small + rng.normal(0, 8, size=small.shape)
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))

@@ -1,0 +1,63 @@
+"""Write the demo's three tasks as image folders: `python -m adapters.demo.tasks OUT`.
+
+`digits` are scikit-learn's handwritten digits; `shapes` and `count` are drawn by `draw.py`. None of them was in
+the backbone's pre-training. Each task becomes OUT/TASK/train and OUT/TASK/test with a folder of PNGs a class, as
+`karst-hub train` reads them. Seeded: the same command writes the same images.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+from sklearn.datasets import load_digits
+
+from . import draw
+
+TRAIN_IMAGES = 1000
+TEST_IMAGES = 800
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    out: Path = parser.parse_args().out
+    write(out / "digits", *digits())
+    write(out / "shapes", *drawn(draw.SHAPES, draw.shape_image, seed=1))
+    write(out / "count", *drawn(draw.COUNTS, lambda rng, label: draw.count_image(rng, int(label)), seed=2))
+
+
+def digits() -> tuple[list[Image.Image], list[str]]:
+    """All 1,797 digits in a seeded order, enlarged from 8 x 8 to 32 x 32 pixels."""
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.images))
+    images = [Image.fromarray((image * 255 / 16).round().astype(np.uint8)) for image in data.images[order]]
+    side = (draw.SIDE_PX, draw.SIDE_PX)
+    return [image.resize(side, Image.Resampling.BICUBIC) for image in images], [str(t) for t in data.target[order]]
+
+
+def drawn(
+    labels: Sequence[str], image: Callable[[np.random.Generator, str], Image.Image], seed: int
+) -> tuple[list[Image.Image], list[str]]:
+    """Seeded drawings, every label equally often."""
+    rng = np.random.default_rng(seed)
+    order = [labels[i % len(labels)] for i in range(TRAIN_IMAGES + TEST_IMAGES)]
+    return [image(rng, label) for label in order], order
+
+
+def write(folder: Path, images: Sequence[Image.Image], labels: Sequence[str]) -> None:
+    """The first `TRAIN_IMAGES` into folder/train, the others into folder/test."""
+    numbers: Counter[tuple[str, str]] = Counter()
+    for i, (image, label) in enumerate(track(list(zip(images, labels, strict=True)), description=folder.name)):
+        split = "train" if i < TRAIN_IMAGES else "test"
+        path = folder / split / label / f"{numbers[split, label]:04d}.png"
+        numbers[split, label] += 1
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+
+
+if __name__ == "__main__":
+    main()

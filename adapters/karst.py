@@ -1,0 +1,162 @@
+"""The trainable form: KARST around a frozen backbone, and out again as an `Adapter`.
+
+`attach` wraps, a training loop of any kind trains, `extract` takes the numbers out. The frozen weights are the
+backbone's own: they are shared, never copied and never changed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import kronecker
+from .backbone import Backbone, Site, features
+from .config import KarstConfig
+from .data import preprocess_of
+from .file import Adapter
+
+
+class KarstModel(nn.Module):
+    """A frozen backbone, KARST on its sites and a new linear head; made by `attach`.
+
+    Only what is trained is registered: `parameters()` and `state_dict()` hold no frozen weight.
+    """
+
+    frozen: Any  # the cloned timm module
+
+    def __init__(self, backbone: Backbone, config: KarstConfig, num_classes: int, drop_path: float) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = config
+        self.head = nn.Linear(backbone.width, num_classes, device=backbone.device)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.layers = nn.ModuleDict()
+        frozen = backbone.clone(drop_path=drop_path)
+        modules = dict(frozen.named_modules())
+        for site in backbone.sites:
+            layer = KarstLayer(site, config).to(backbone.device)
+            layer.hook(modules[site.name])
+            self.layers[site.name.replace(".", "/")] = layer
+        # A plain attribute: as a submodule it would put the frozen weights into parameters() and state_dict().
+        self.__dict__["frozen"] = frozen
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised pixels -> (B, K) logits."""
+        return self.head(features(self.frozen, pixels).to(self.head.weight.dtype))
+
+    def train(self, mode: bool = True) -> "KarstModel":
+        """Training mode reaches the frozen model's stochastic depth, and nothing else of it."""
+        super().train(mode)
+        for module in self.frozen.modules():
+            if type(module).__name__ == "DropPath":
+                module.train(mode)
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained numbers under their names in a `karst/1` file; a scale is 1 + s1."""
+        out = {"head.weight": self.head.weight, "head.bias": self.head.bias}
+        for key, layer in self.layers.items():
+            assert isinstance(layer, KarstLayer)  # noqa: S101 (for the type checker)
+            out |= {f"{key.replace('/', '.')}.{name}": tensor for name, tensor in layer.tensors().items()}
+        return {name: tensor.detach() for name, tensor in out.items()}
+
+
+class KarstLayer(nn.Module):
+    """The numbers of one adapted layer: y = (1 + s1) * ((W0 + dW) x + b0) + s2."""
+
+    def __init__(self, site: Site, config: KarstConfig) -> None:
+        super().__init__()
+        self.gain = config.effective_gain
+        sizes = kronecker.shapes(
+            site.d_in, site.d_out, site.splits, kernels=config.kernels, rank=config.rank, factor=config.factor
+        )
+        self.c, self.a, self.b = (nn.Parameter(torch.empty(size)) for size in sizes)
+        # Each C_i and A_i on its own: Kaiming-uniform looks at the last two axes of one matrix.
+        for matrix in (*self.c.unbind(), *self.a.flatten(0, 1).unbind()):
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        nn.init.zeros_(self.b)
+        self.rescales_out = config.rescale != "none" and site.rescale_out
+        self.rescales_in = config.rescale != "none" and site.rescale_in
+        if self.rescales_out:
+            self.s1, self.s2 = (_zeros(site.d_out if config.rescale == "channel" else 1) for _ in range(2))
+        if self.rescales_in:
+            self.in_s1, self.in_s2 = (_zeros(site.d_in if config.rescale == "channel" else 1) for _ in range(2))
+
+    def hook(self, linear: nn.Linear) -> None:
+        """Make a linear layer of a cloned backbone compute the adapted output."""
+        if self.rescales_in:
+            linear.register_forward_pre_hook(self._rescale_input)
+        linear.register_forward_hook(self._adapt_output)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Names and numbers as in a `karst/1` file."""
+        out: dict[str, Tensor] = {"karst_c": self.c, "karst_a": self.a, "karst_b": self.b}
+        if self.rescales_out:
+            out |= {"scale": 1 + self.s1, "shift": self.s2}
+        if self.rescales_in:
+            out |= {"in_scale": 1 + self.in_s1, "in_shift": self.in_s2}
+        return out
+
+    def _rescale_input(self, _linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (_rescaled(args[0], self.in_s1, self.in_s2), *args[1:])
+
+    def _adapt_output(self, _linear: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        y = y + kronecker.apply(args[0], self.c, self.a, self.b, self.gain).to(y.dtype)
+        return _rescaled(y, self.s1, self.s2) if self.rescales_out else y
+
+
+def attach(backbone: Backbone, config: KarstConfig, num_classes: int, *, drop_path: float = 0.0) -> KarstModel:
+    """A model to train: the frozen backbone with KARST on every site and a new head for `num_classes`.
+
+    At the start it computes what the frozen backbone computes: B, s1 and s2 are zero.
+
+    Args:
+        drop_path: stochastic depth while training; the paper's recipe has 0.1.
+
+    Raises:
+        ValueError: `num_classes` is below 1.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    return KarstModel(backbone, config, num_classes, drop_path)
+
+
+def extract(
+    model: KarstModel,
+    labels: Sequence[str],
+    *,
+    preprocess: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Adapter:
+    """The trained numbers of a model as an adapter: what `Adapter.write` puts in a file.
+
+    Args:
+        labels: K unique names, in the order of the head's rows.
+        preprocess: what callers' images need; None takes the backbone's own data config.
+        metrics: JSON-able figures to keep with the adapter, such as its accuracy.
+        dtype: float32, float16 or bfloat16, of the tensors in the file.
+
+    Raises:
+        AdapterError: labels or numbers that no adapter file may have (duplicate labels, a NaN, ...).
+    """
+    return Adapter.create(
+        {name: tensor.to(dtype).cpu().contiguous() for name, tensor in model.tensors().items()},
+        config=model.config,
+        backbone=model.backbone.name,
+        fingerprint=model.backbone.fingerprint,
+        labels=labels,
+        preprocess=preprocess if preprocess is not None else preprocess_of(model.backbone),
+        metrics=metrics,
+    )
+
+
+def _zeros(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(size))
+
+
+def _rescaled(x: Tensor, s1: Tensor, s2: Tensor) -> Tensor:
+    return torch.addcmul(s2.to(x.dtype), x, (1 + s1).to(x.dtype))

@@ -1,0 +1,53 @@
+"""The math against numpy's kron, written out from the paper's equation in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from adapters import kronecker
+
+
+def written_out(c: np.ndarray, a: np.ndarray, b: np.ndarray, gain: float) -> np.ndarray:
+    """dW = g * sum_i C_i (kron) (A_i B_i), the splits of the output stacked."""
+    kernels, splits = a.shape[:2]
+    return np.concatenate(
+        [gain * sum(np.kron(c[i], a[i, s] @ b[i]) for i in range(kernels)) for s in range(splits)], axis=0
+    )
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("kernels", [1, 2, 5])
+@pytest.mark.parametrize(("d_in", "d_out", "factor"), [(24, 24, 4), (32, 64, 8), (20, 30, 8), (7, 12, 8)])
+def test_delta_and_apply_are_the_paper_s_sum(splits, kernels, d_in, d_out, factor) -> None:
+    rng = np.random.default_rng(0)
+    shapes = kronecker.shapes(d_in, d_out * splits, splits, kernels=kernels, rank=3, factor=factor)
+    c, a, b = (rng.normal(size=shape) for shape in shapes)
+    expected = written_out(c, a, b, gain=0.7)
+    assert expected.shape == (d_out * splits, d_in)
+
+    tensors = [torch.from_numpy(t) for t in (c, a, b)]
+    np.testing.assert_allclose(kronecker.delta(*tensors, 0.7), expected, atol=1e-6, rtol=0)
+
+    x = rng.normal(size=(2, 5, d_in))
+    np.testing.assert_allclose(
+        kronecker.apply(torch.from_numpy(x), *tensors, 0.7), x @ expected.T, atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("dim", "factor", "expected"),
+    [(768, 8, (8, 96)), (768, 96, (8, 96)), (768, 1, (1, 768)), (20, 8, (4, 5)), (7, 8, (1, 7)), (64, 8, (8, 8))],
+)
+def test_factorise(dim, factor, expected) -> None:
+    assert kronecker.factorise(dim, factor) == expected
+
+
+def test_trainable_numbers_are_the_paper_s() -> None:
+    """ViT-B/16 without its head, scalar re-scaling: 1,204,296 for N = 8, 301,128 for N = 2 (KARST.md)."""
+    for kernels, total in [(8, 1_204_296), (2, 301_128), (1, 150_600)]:
+        count = 0
+        for d_in, d_out, splits in [(768, 2304, 3), (768, 768, 1), (768, 3072, 1), (3072, 768, 1)]:
+            sizes = kronecker.shapes(d_in, d_out, splits, kernels=kernels, rank=8, factor=8)
+            count += sum(int(np.prod(size)) for size in sizes)
+        scalars = 3 * 2  # scale and shift at three sites of a block
+        assert 12 * (count + scalars) == total

@@ -1,0 +1,57 @@
+"""`Adapter.merge` against KARST.md's formulas, written out with numpy in float64."""
+
+import numpy as np
+import pytest
+import torch
+from tests.support import random_adapter, random_pixels
+from tests.golden.test_kronecker import written_out
+
+from adapters import load_backbone
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return load_backbone("demo", pretrained=False)
+
+
+@pytest.mark.parametrize("rescale", ["none", "scalar", "channel"])
+@pytest.mark.parametrize("layer", ["blocks.1.attn.qkv", "blocks.2.attn.proj", "blocks.0.mlp.fc1", "blocks.5.mlp.fc2"])
+def test_merged_layer_is_the_formula(backbone, layer, rescale) -> None:
+    adapter = random_adapter(backbone, rescale=rescale, kernels=3, rank=4, gain=0.5)
+    parts = {name: t.double().numpy() for name, t in adapter.layers()[layer].items()}
+    frozen = backbone.model.get_submodule(layer)
+    w0, b0 = frozen.weight.double().numpy(), frozen.bias.double().numpy()
+    merged = adapter.merge(backbone).get_submodule(layer)
+
+    x = np.random.default_rng(1).normal(size=(6, w0.shape[1]))
+    adapted = x
+    if "in_scale" in parts:
+        adapted = parts["in_scale"] * x + parts["in_shift"]
+    dw = written_out(parts["karst_c"], parts["karst_a"], parts["karst_b"], gain=0.5)
+    y = adapted @ (w0 + dw).T + b0
+    if "scale" in parts:
+        y = parts["scale"] * y + parts["shift"]
+    rescaled_out = layer.endswith(("attn.proj", "mlp.fc2")) and rescale != "none"
+    assert ("scale" in parts) == rescaled_out
+    assert ("in_scale" in parts) == (rescaled_out and layer.endswith("attn.proj"))
+
+    result = x @ merged.weight.double().numpy().T + merged.bias.double().numpy()
+    np.testing.assert_allclose(result, y, rtol=1e-5, atol=1e-5)  # the merged weights are float32
+
+
+def test_training_form_equals_merged(backbone) -> None:
+    from adapters import KarstConfig, attach
+
+    adapter = random_adapter(backbone, rescale="channel", kernels=2, rank=4)
+    model = attach(backbone, KarstConfig(kernels=2, rank=4), adapter.num_classes)
+    with torch.no_grad():
+        for name, tensor in model.tensors().items():
+            tensor.copy_(adapter.tensors[name] if "scale" not in name else tensor)
+        for key, layer in model.layers.items():
+            for part, parameter in (("scale", "s1"), ("in_scale", "in_s1")):
+                if hasattr(layer, parameter):
+                    getattr(layer, parameter).copy_(adapter.tensors[f"{key.replace('/', '.')}.{part}"] - 1)
+    pixels = random_pixels(backbone, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(pixels), adapter.merge(backbone)(pixels), atol=1e-4, rtol=0)
