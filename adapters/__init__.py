@@ -6,8 +6,8 @@ A library of its own: torch, timm and safetensors, no server.
 from .backbone import Backbone, BackboneError, BackboneInfo, Site, load_backbone
 from .bank import Bank, BankFullError, BankLimits
 from .config import KarstConfig
-from .file import Adapter
 from .data import DataError, ImageError, ImageTooLargeError
+from .file import Adapter
 from .karst import KarstModel, attach, extract
 from .validate import AdapterError, Problem
 

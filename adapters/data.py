@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import timm.data
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset

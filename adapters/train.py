@@ -210,5 +210,3 @@ def _normalised(backbone: Backbone, pixels: Tensor) -> Tensor:
     preprocess = preprocess_of(backbone)
     mean, std = (torch.tensor(preprocess[name], device=backbone.device) for name in ("mean", "std"))
     return normalise(pixels.to(backbone.device), mean, std)
-
-

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--glyphs", type=int, default=300, help="classes of invented handwriting")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: half as fast again, needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="half as fast again; needs a C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)

@@ -4,14 +4,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support import random_adapter, random_pixels
 
 from adapters import AdapterError, Bank, BankFullError, load_backbone
+from tests.support import random_adapter, random_pixels
 
 
 @pytest.fixture(scope="module")
 def adapters(backbone):
-    shapes = [(1, 1, 2, "none"), (2, 8, 10, "channel"), (3, 5, 7, "scalar"), (4, 16, 3, "channel"), (2, 8, 40, "scalar")]
+    shapes = [
+        (1, 1, 2, "none"),
+        (2, 8, 10, "channel"),
+        (3, 5, 7, "scalar"),
+        (4, 16, 3, "channel"),
+        (2, 8, 40, "scalar"),
+    ]
     return [
         random_adapter(backbone, seed=i, kernels=n, rank=r, classes=k, rescale=rescale)
         for i, (n, r, k, rescale) in enumerate(shapes)

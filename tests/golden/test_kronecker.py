@@ -29,9 +29,7 @@ def test_delta_and_apply_are_the_paper_s_sum(splits, kernels, d_in, d_out, facto
     np.testing.assert_allclose(kronecker.delta(*tensors, 0.7), expected, atol=1e-6, rtol=0)
 
     x = rng.normal(size=(2, 5, d_in))
-    np.testing.assert_allclose(
-        kronecker.apply(torch.from_numpy(x), *tensors, 0.7), x @ expected.T, atol=1e-6, rtol=0
-    )
+    np.testing.assert_allclose(kronecker.apply(torch.from_numpy(x), *tensors, 0.7), x @ expected.T, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

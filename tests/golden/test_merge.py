@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from tests.support import random_adapter, random_pixels
-from tests.golden.test_kronecker import written_out
 
 from adapters import load_backbone
+from tests.golden.test_kronecker import written_out
+from tests.support import random_adapter, random_pixels
 
 
 @pytest.fixture(scope="module")

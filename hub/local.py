@@ -1,0 +1,151 @@
+"""A whole hub on this machine: its lock, its ports, its registry, its first key, then Ray.
+
+Ray reads its switches from the environment when it is imported, so this module imports it late.
+"""
+
+import asyncio
+import fcntl
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+from .access import first_key
+from .embedded import embedded_redis
+from .registry import Registry, connect
+from .settings import Settings
+
+DISTRIBUTION = "karst-hub"
+
+
+class StartError(RuntimeError):
+    """The hub cannot start here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class LocalHub:
+    """A running hub: its URL, and the first key where it was made just now."""
+
+    url: str
+    first_key: str | None
+
+
+@contextmanager
+def local_hub(settings: Settings) -> Iterator[LocalHub]:
+    """Run a hub for as long as the context lasts, and leave no process behind.
+
+    Raises:
+        StartError: another hub uses this home, the port is taken, or another distribution owns our packages.
+        EmbeddedRedisError: no registry could be started.
+        Unavailable: the registry at HUB_REDIS_URL does not answer.
+    """
+    check_import_names()
+    with ExitStack() as stack:
+        stack.enter_context(_locked(settings.home))
+        check_port(settings.host, settings.port)
+        redis_url = settings.redis_url or stack.enter_context(embedded_redis(settings.home))
+        store_url = settings.store_url or str(settings.home / "store")
+        settings = settings.model_copy(update={"redis_url": redis_url, "store_url": store_url})
+        run_folder = Path(tempfile.mkdtemp(prefix="karst-hub-"))
+        stack.callback(shutil.rmtree, run_folder, ignore_errors=True)
+        os.environ.update(ray_environment(settings, run_folder))
+
+        from . import app  # imports Ray, which reads the environment now
+
+        stack.callback(app.stop)
+        app.start(settings)
+        # Last: a key made by a start that then failed would never be shown.
+        key = asyncio.run(_first_key(redis_url))
+        yield LocalHub(f"http://{settings.host}:{settings.port}", key)
+
+
+def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
+    """Ray's switches for this hub; HAProxy's files and side ports are its own, so that two hubs can share a machine."""
+    environment = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # torch's own threads, not Ray's one thread an actor: the worker sets them itself.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
+    }
+    if not settings.haproxy:
+        return environment
+    haproxy = {
+        "CONFIG_FILE_LOC": run_folder / "haproxy.cfg",
+        "SOCKET_PATH": run_folder / "admin.sock",
+        "SERVER_STATE_BASE": run_folder,
+        "SERVER_STATE_FILE": run_folder / "server-state",
+        "METRICS_PORT": free_port(),
+        "STATS_PORT": free_port(),
+    }
+    return environment | {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Ray's 5 s are short where every core is busy
+        **{f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in haproxy.items()},
+    }
+
+
+def check_import_names() -> None:
+    """PyPI has other distributions that bring packages called `hub` and `adapters`; pip overwrites without a word.
+
+    Raises:
+        StartError: one of them is installed here too.
+    """
+    owners = packages_distributions()
+    for package in ("hub", "adapters"):
+        others = sorted(set(owners.get(package, [])) - {DISTRIBUTION})
+        if others:
+            raise StartError(
+                f"the package {package!r} is also brought by {', '.join(others)}: uninstall that, or better, "
+                f"install {DISTRIBUTION} into a virtual environment of its own"
+            )
+
+
+def check_port(host: str, port: int) -> None:
+    """
+    Raises:
+        StartError: something else listens there, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartError(f"cannot listen on {host}:{port} ({error.strerror}); choose another HUB_PORT") from error
+
+
+def free_port() -> int:
+    """A port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = (home / "lock").open("w")
+    except OSError as error:
+        raise StartError(f"cannot use HUB_HOME {home}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StartError(f"another hub runs in {home}; stop it or choose another HUB_HOME") from error
+        yield
+
+
+async def _first_key(redis_url: str) -> str | None:
+    registry = Registry(connect(redis_url))
+    try:
+        return await first_key(registry)
+    finally:
+        await registry.close()

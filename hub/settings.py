@@ -1,0 +1,57 @@
+"""Every option of a hub, read from `HUB_*` environment variables in one place; nothing else reads them."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEFAULT_BACKBONE = "vit_base_patch16_224.augreg_in21k"
+
+
+class Settings(BaseSettings):
+    """The settings of one hub; frozen. Field `slots` is set by `HUB_SLOTS`, and so on."""
+
+    model_config = SettingsConfigDict(env_prefix="HUB_", frozen=True, extra="forbid")
+
+    backbone: str = Field(DEFAULT_BACKBONE, description="timm name, `hf-hub:...`, `local-dir:...`, or `demo`")
+    checkpoint: Path | None = Field(None, description="local weights: .safetensors, .pth or Google .npz")
+    device: str = Field("auto", description="torch device of a worker; `auto` is cuda where there is one, else cpu")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of weights and activations")
+    slots: int = Field(64, ge=1, description="adapters in a worker's bank at once")
+    max_rank: int = Field(16, ge=1, description="largest rank of an adapter")
+    max_kernels: int = Field(8, ge=1, description="largest number of kernels of an adapter")
+    host_cache_bytes: int = Field(1024**3, ge=0, description="host memory for adapters that lost their slot")
+    batch_size: int = Field(32, ge=1, description="most images in one forward pass")
+    batch_wait_ms: float = Field(2.0, ge=0, description="how long a pass waits for more images")
+    min_workers: int = Field(1, ge=1, description="workers that are always there")
+    max_workers: int = Field(1, ge=1, description="workers under load")
+    redis_url: str | None = Field(None, description="registry; unset: an embedded redis-server under HUB_HOME")
+    store_url: str | None = Field(None, description="adapter files, any fsspec URL; unset: a folder under HUB_HOME")
+    home: Path = Field(Path.home() / ".karst-hub", description="what this machine keeps: registry, store, logs")
+    host: str = Field("127.0.0.1", description="address that HTTP binds")
+    port: int = Field(8000, ge=1, le=65535)
+    haproxy: bool = Field(True, description="Serve's HAProxy and throughput switches; false: its stock proxy")
+    max_image_bytes: int = Field(10 * 1024**2, ge=1, description="one encoded image")
+    max_image_pixels: int = Field(50_000_000, ge=1, description="one decoded image")
+    max_adapter_bytes: int = Field(64 * 1024**2, ge=1, description="one adapter file")
+
+    @model_validator(mode="after")
+    def _workers_in_order(self) -> "Settings":
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers ({self.min_workers}) is above max_workers ({self.max_workers})")
+        return self
+
+    @property
+    def max_request_bytes(self) -> int:
+        """A whole classification request: room for four images of the largest size."""
+        return 4 * self.max_image_bytes
+
+    @property
+    def torch_device(self) -> str:
+        """`device`, with `auto` decided on the machine that asks."""
+        if self.device != "auto":
+            return self.device
+        import torch  # only workers ask; the command line starts quicker without torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
