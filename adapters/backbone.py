@@ -6,12 +6,14 @@ Nothing here knows of adapters. A backbone is never changed once loaded: whoever
 
 import copy
 import hashlib
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.layers import DropPath
@@ -219,13 +221,13 @@ def _load_weights(model: Any, path: Path) -> None:
         raise BackboneError(f"checkpoint {path}: no such file")
     try:
         if path.suffix == ".npz":
-            model.load_pretrained(str(path))
-            return
-        state = timm.models.load_state_dict(str(path), device="cpu", weights_only=True)
-        to_timm = _checkpoint_filter(model)
-        state = to_timm(state, model) if to_timm else state
-        state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-        missing, unexpected = model.load_state_dict(state, strict=False)
+            missing, unexpected = _load_npz(model, path)
+        else:
+            state = timm.models.load_state_dict(str(path), device="cpu", weights_only=True)
+            to_timm = _checkpoint_filter(model)
+            state = to_timm(state, model) if to_timm else state
+            state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+            missing, unexpected = model.load_state_dict(state, strict=False)
     except Exception as error:  # torch, numpy, zipfile and safetensors each raise their own
         raise BackboneError(f"checkpoint {path}: {_first_line(error)}") from error
     stray = [k for k in unexpected if not k.startswith(("head.", "head_dist.", "fc_norm.", "classifier."))]
@@ -234,6 +236,21 @@ def _load_weights(model: Any, path: Path) -> None:
             f"checkpoint {path} does not fit the model: missing {missing[:5] or 'nothing'}, unexpected "
             f"{stray[:5] or 'nothing'} ({len(missing)} missing and {len(stray)} unexpected in all)"
         )
+
+
+def _load_npz(model: Any, path: Path) -> tuple[list[str], list[str]]:
+    """Google's layout, by timm's reader, which says nothing of parameters without numbers or of blocks too many.
+
+    Returns:
+        The model's parameters that the file left alone, and the file's blocks that the model does not have.
+    """
+    before = {name: parameter._version for name, parameter in model.named_parameters()}
+    model.load_pretrained(str(path))
+    missing = [name for name, parameter in model.named_parameters() if parameter._version == before[name]]
+    with np.load(path) as archive:
+        blocks = sorted({found[0] for found in map(re.compile(r".*encoderblock_\d+").match, archive.files) if found})
+    unexpected = [name for name in blocks if int(name.rpartition("_")[2]) >= len(model.blocks)]
+    return missing, unexpected
 
 
 def _checkpoint_filter(model: Any) -> Any:

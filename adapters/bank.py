@@ -1,15 +1,15 @@
-"""Many adapters beside one frozen backbone: stacked slots, and a forward pass over a batch that mixes them.
+"""Many adapters beside one frozen backbone: slots for them, and a forward pass over a batch that mixes them.
 
-Axes: B images, T tokens of an image (rows of a layer's input that belong to it), N kernels, R rank, S splits,
-p x q the sides of C, a = d_out / (S p), b = d_in / q, K classes.
+Axes: B images, T tokens of an image (rows of a layer's input that belong to it), K classes, D features.
 
 Nothing is merged. Each adapted layer computes its frozen product once for the whole batch; KARST's part is a
-batched product over images (`kronecker.apply` with a matrix of its own for every image), added in place.
+batched product over images (`kronecker.add_`, with numbers of its own for every image), added in place. The
+numbers come out of the `Stacks` once a pass.
 """
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import kronecker
 from .backbone import Backbone, BackboneInfo, Site, features
 from .file import Adapter
+from .stacks import SiteNumbers, Stacks
 from .validate import AdapterError, Problem
 
 
@@ -39,11 +40,9 @@ class _Resident:
 
 @dataclass(frozen=True)
 class _Pass:
-    """The batch that is under way: which slot each image uses, and how much of the stacks is in use."""
+    """The batch that is under way: the numbers of each site, and which sites any of its adapters changes."""
 
-    index: Tensor  # (B,) int64 on the device
-    kernels: int
-    rank: int
+    numbers: dict[str, SiteNumbers]
     kronecker: frozenset[str]
     rescaled: frozenset[str]
 
@@ -128,7 +127,7 @@ class Bank:
         self._forward_lock = threading.Lock()
         self._pass: _Pass | None = None
         self._model = backbone.clone()
-        self._stacks = {site.name: _Stack.empty(site, self) for site in backbone.sites}
+        self._stacks = Stacks(backbone, slots, max_rank=max_rank, max_kernels=max_kernels, factor=factor)
         modules = dict(self._model.named_modules())
         for site in backbone.sites:
             self._hook(modules[site.name], site)
@@ -193,9 +192,11 @@ class Bank:
             return []
         with self._forward_lock:
             self._pass = _Pass(
-                index=torch.tensor(slots, device=self.backbone.device),
-                kernels=max(r.kernels for r in residents),
-                rank=max(r.rank for r in residents),
+                numbers=self._stacks.gather(
+                    torch.tensor(slots, device=self.backbone.device),
+                    kernels=max(r.kernels for r in residents),
+                    rank=max(r.rank for r in residents),
+                ),
                 kronecker=frozenset().union(*(r.kronecker for r in residents)),
                 rescaled=frozenset().union(*(r.rescaled for r in residents)),
             )
@@ -210,12 +211,8 @@ class Bank:
 
     def _write(self, slot: int, adapter: Adapter) -> _Resident:
         layers = adapter.layers()
-        kernels = rank = 0
         with torch.inference_mode():
-            for name, stack in self._stacks.items():
-                parts = {key: t.to(stack.c.device, torch.float32) for key, t in layers.get(name, {}).items()}
-                n, r = stack.write(slot, parts, adapter.config.effective_gain)
-                kernels, rank = max(kernels, n), max(rank, r)
+            kernels, rank = self._stacks.write(slot, layers, adapter.config.effective_gain)
         to: dict[str, Any] = {"device": self.backbone.device, "dtype": self.backbone.dtype}
         return _Resident(
             kernels=kernels,
@@ -227,20 +224,22 @@ class Bank:
         )
 
     def _hook(self, linear: nn.Module, site: Site) -> None:
-        stack = self._stacks[site.name]
-
         def rescale_input(_linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             current = self._pass
             if current is None or site.name not in current.rescaled:
                 return None
-            return (_rescaled(args[0], stack.in_scale, stack.in_shift, current.index), *args[1:])
+            own = current.numbers[site.name]
+            return (_rescaled(args[0], own.in_scale, own.in_shift), *args[1:])
 
         def adapt_output(_linear: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
             current = self._pass
-            if current is not None and site.name in current.kronecker:
-                _add_delta(y, args[0], *stack.gather(current), site.splits)
-            if current is not None and site.rescale_out and site.name in current.rescaled:
-                y = _rescaled(y, stack.scale, stack.shift, current.index)
+            if current is None:
+                return y
+            own = current.numbers[site.name]
+            if site.name in current.kronecker:
+                kronecker.add_(y, args[0], own.c, own.a, own.b, site.splits)
+            if site.rescale_out and site.name in current.rescaled:
+                y = _rescaled(y, own.scale, own.shift, in_place=True)
             return y
 
         if site.rescale_in:
@@ -248,77 +247,7 @@ class Bank:
         linear.register_forward_hook(adapt_output)
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """The numbers of one site in every slot; C carries the adapter's gain."""
-
-    c: Tensor  # (slots, N, p, q)
-    a: Tensor  # (slots, N, R, S a)
-    b: Tensor  # (slots, N, R, b)
-    scale: Tensor = field(repr=False)  # (slots, d_out) or (slots, 0) where KARST does not re-scale
-    shift: Tensor
-    in_scale: Tensor  # (slots, d_in) or (slots, 0)
-    in_shift: Tensor
-
-    @classmethod
-    def empty(cls, site: Site, bank: Bank) -> "_Stack":
-        c, a, b = bank.limits.shapes(site)
-        to: dict[str, Any] = {"device": bank.backbone.device, "dtype": bank.backbone.dtype}
-        n, s, rows, r = a
-        d_out, d_in = site.d_out * site.rescale_out, site.d_in * site.rescale_in
-        return cls(
-            c=torch.zeros(bank.slots, *c, **to),
-            a=torch.zeros(bank.slots, n, r, s * rows, **to),
-            b=torch.zeros(bank.slots, *b, **to),
-            scale=torch.ones(bank.slots, d_out, **to),
-            shift=torch.zeros(bank.slots, d_out, **to),
-            in_scale=torch.ones(bank.slots, d_in, **to),
-            in_shift=torch.zeros(bank.slots, d_in, **to),
-        )
-
-    def write(self, slot: int, parts: dict[str, Tensor], gain: float) -> tuple[int, int]:
-        """Overwrite a slot with a layer's tensors, zeros (or ones) where it has none; returns its N and R."""
-        for stack in (self.c, self.a, self.b, self.shift, self.in_shift):
-            stack[slot].zero_()
-        for stack in (self.scale, self.in_scale):
-            stack[slot].fill_(1)
-        for name in ("scale", "shift", "in_scale", "in_shift"):
-            if name in parts:
-                getattr(self, name)[slot].copy_(parts[name])
-        if "karst_c" not in parts:
-            return 0, 0
-        n, s, rows, r = parts["karst_a"].shape
-        self.c[slot, :n].copy_(parts["karst_c"] * gain)
-        self.a[slot, :n, :r].copy_(parts["karst_a"].permute(0, 3, 1, 2).reshape(n, r, s * rows))
-        self.b[slot, :n, :r].copy_(parts["karst_b"])
-        return n, r
-
-    def gather(self, current: _Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """C, A and B of every image of a pass, without the padding that no adapter of the pass uses."""
-        n, r = current.kernels, current.rank
-        return self.c[current.index, :n], self.a[current.index, :n, :r], self.b[current.index, :n, :r]
-
-
-def _add_delta(y: Tensor, x: Tensor, c: Tensor, a: Tensor, b: Tensor, splits: int) -> None:
-    """y += dW x, every image with its own dW; rows of x and y are image-major, whatever their axes.
-
-    x (B.., d_in), y (B.., d_out), c (B, N, p, q), a (B, N, R, S a), b (B, N, R, b).
-    """
-    images, n, p, q = c.shape
-    r = a.shape[2]
-    h = torch.bmm(x.reshape(images, -1, b.shape[3]), b.flatten(1, 2).transpose(1, 2))  # (B, T q, N R)
-    h = h.view(images, -1, q, n, r).permute(0, 3, 2, 1, 4).reshape(images * n, q, -1)  # (B N, q, T R)
-    h = torch.bmm(c.flatten(0, 1), h)  # (B N, p, T R)
-    h = h.view(images, n, p, -1, r).permute(0, 3, 2, 1, 4).reshape(images, -1, n * r)  # (B, T p, N R)
-    a = a.flatten(1, 2)  # (B, N R, S a)
-    if splits == 1:
-        y.view(images, -1, a.shape[2]).baddbmm_(h, a)
-    else:
-        out = torch.bmm(h, a).view(-1, p, splits, a.shape[2] // splits)  # (B T, p, S, a)
-        y.view(out.shape[0], splits, p, -1).add_(out.transpose(1, 2))
-
-
-def _rescaled(x: Tensor, scale: Tensor, shift: Tensor, index: Tensor) -> Tensor:
-    """x * scale + shift with each image's own vectors: x (B.., d), scale and shift (slots, d)."""
-    rows = x.reshape(len(index), -1, x.shape[-1])  # (B, T, d)
-    return torch.addcmul(shift[index, None], rows, scale[index, None]).view(x.shape)
+def _rescaled(x: Tensor, scale: Tensor, shift: Tensor, *, in_place: bool = False) -> Tensor:
+    """x * scale + shift with each image's own vectors: x (B.., d), scale and shift (B, 1, d)."""
+    rows = x.reshape(len(scale), -1, x.shape[-1])  # (B, T, d)
+    return torch.addcmul(shift, rows, scale, out=rows if in_place else None).view(x.shape)

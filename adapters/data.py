@@ -6,7 +6,6 @@ both. Pixels travel as uint8 and are normalised beside the model.
 
 import io
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from .validate import PREPROCESS
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_IMAGE_PIXELS = 50_000_000
+MAX_ASPECT = 100  # a line of 1 x 50,000,000 pixels, its shorter side brought to 224, would need terabytes
 
 
 class ImageError(ValueError):
@@ -49,24 +49,27 @@ def decode_image(source: bytes | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) ->
 
     Raises:
         ImageTooLargeError: more than `max_pixels`.
-        ImageError: empty, no image, another format, truncated, or of a mode without an 8-bit meaning.
+        ImageError: empty, no image, another format, truncated, all but a line, or of a mode without an 8-bit meaning.
     """
     if isinstance(source, bytes) and not source:
         raise ImageError("0 bytes; expected an image file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own, lower, bomb warning, and oddities in EXIF
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise ImageTooLargeError(
-                        f"{width} x {height} pixels, but at most {max_pixels} are allowed; reduce the image first"
-                    )
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageTooLargeError(
+                    f"{width} x {height} pixels, but at most {max_pixels} are allowed; reduce the image first"
+                )
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise ImageError(
+                    f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other; crop it first"
+                )
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
+    # Pillow warns from 89 million pixels on and raises from twice as many; a warning raises where filters say so.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(f"far more than the {max_pixels} pixels that are allowed; not decoded") from error
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"not an image; expected one of {', '.join(FORMATS)}") from error
@@ -87,6 +90,7 @@ def eval_transform(preprocess: Mapping[str, Any]) -> Callable[[Image.Image], Ten
         interpolation=preprocess["interpolation"],
         crop_pct=preprocess["crop_pct"],
         crop_mode=preprocess["crop_mode"],
+        mean=tuple(preprocess["mean"]),  # crop_mode "border" fills with it
         is_training=False,
         normalize=False,
     )
@@ -135,6 +139,8 @@ def read_folder(root: Path, labels: Sequence[str] | None = None) -> ImageSet:
     unknown = [f.name for f in folders if f.name not in names]
     if unknown:
         raise DataError(f"{root}: classes {', '.join(unknown)} are not among the task's labels {', '.join(names)}")
+    if not folders:
+        raise DataError(f"{root}: no class folders in it; expected one for each of {', '.join(names)}")
     paths: list[Path] = []
     targets: list[int] = []
     for folder in folders:
@@ -180,6 +186,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(f"mode {image.mode!r} (32 bits a pixel) has no 8-bit meaning; save it with 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same pixels in the end; Pillow warns about the direct way
     return image.convert("RGB")
 
 

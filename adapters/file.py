@@ -215,6 +215,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name, too, survives a power cut
+    finally:
+        os.close(folder)
 
 
 def _fold(linear: nn.Linear, parts: dict[str, Tensor], config: KarstConfig) -> None:

@@ -39,6 +39,9 @@ _REQUIRED = ("format", "config", "backbone", "fingerprint", "labels", "preproces
 PREPROCESS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 _CROP_MODES = ("center", "squash", "border")
+MIN_STD, MAX_STD = 1e-4, 1e4  # well within every dtype
+MAX_DEPTH = 32  # of metrics: JSON readers and writers have limits of their own, the lowest about 128
+MIN_CROP_PCT = 0.5  # images are enlarged by 1 / crop_pct before they are cropped: not without end
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def check_header(data: bytes) -> dict[str, str]:
     if 8 + length > len(data):
         raise file_error(f"truncated: the header claims {length} bytes, the file has {len(data) - 8} after its length")
     try:
-        header = json.loads(data[8 : 8 + length], object_pairs_hook=_no_duplicates)
+        header = _loads(data[8 : 8 + length])
     except (ValueError, RecursionError) as error:
         raise file_error(f"not a safetensors file: its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
@@ -98,6 +101,17 @@ def check_header(data: bytes) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise AdapterError([Problem("__metadata__", "must be an object of strings")])
     return metadata
+
+
+def _loads(text: str | bytes) -> Any:
+    """JSON that can be sent on as JSON: no key twice, no NaN, no number beyond a float, no half of a surrogate pair.
+
+    Raises:
+        ValueError, RecursionError: anything else.
+    """
+    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    return value
 
 
 def _has_offsets(entry: dict[str, Any]) -> bool:
@@ -141,9 +155,7 @@ def parse_metadata(metadata: dict[str, str]) -> tuple[dict[str, Any], list[Probl
         if name not in metadata:
             continue
         try:
-            fields[name] = parse(
-                json.loads(metadata[name], object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-            )
+            fields[name] = parse(_loads(metadata[name]))
         except (ValueError, RecursionError) as error:
             problems.append(Problem(name, _first_validation_message(error)))
     return fields, problems
@@ -176,10 +188,12 @@ def _parse_preprocess(value: Any) -> dict[str, Any]:
     for name in ("mean", "std"):
         if not (isinstance(value[name], list) and len(value[name]) == 3 and all(map(_is_number, value[name]))):
             raise ValueError(f"{name} must be three numbers")
-    if not all(v > 0 for v in value["std"]):
-        raise ValueError("std must be above 0")
-    if not (_is_number(value["crop_pct"]) and 0 < value["crop_pct"] <= 2):
-        raise ValueError("crop_pct must be above 0 and at most 2")
+    if not all(0 <= v <= 1 for v in value["mean"]):
+        raise ValueError("mean must be from 0 to 1, as pixels are")
+    if not all(MIN_STD <= v <= MAX_STD for v in value["std"]):
+        raise ValueError(f"std must be at least {MIN_STD} and at most {MAX_STD}")
+    if not (_is_number(value["crop_pct"]) and MIN_CROP_PCT <= value["crop_pct"] <= 2):
+        raise ValueError(f"crop_pct must be at least {MIN_CROP_PCT} and at most 2")
     for name, allowed in (("interpolation", _INTERPOLATIONS), ("crop_mode", _CROP_MODES)):
         if value[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value[name]!r}")
@@ -189,7 +203,15 @@ def _parse_preprocess(value: Any) -> dict[str, Any]:
 def _parse_metrics(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("must be a JSON object")
+    if _depth(value) > MAX_DEPTH:
+        raise ValueError(f"must be nested at most {MAX_DEPTH} deep")
     return value
+
+
+def _depth(value: Any) -> int:
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
 def check_tensors(
@@ -205,7 +227,7 @@ def check_tensors(
         layer, _, part = name.rpartition(".")
         if layer == "head" and part in ("weight", "bias"):
             continue
-        if not layer or part not in _AXES:
+        if layer in ("", "head") or part not in _AXES:
             known = ", ".join(f"<layer>.{part}" for part in _AXES)
             problems.append(
                 Problem(name, f"is no tensor of a {FORMAT} file; it has head.weight, head.bias and {known}")

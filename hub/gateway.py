@@ -12,9 +12,9 @@ from ray.serve.handle import DeploymentHandle
 
 from adapters import BankLimits
 
+from .answers import Answer
 from .errors import HubError, Unavailable
 from .service import Workers
-from .worker import Answer
 
 READY_S = 2.0
 

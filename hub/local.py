@@ -6,6 +6,7 @@ Ray reads its switches from the environment when it is imported, so this module 
 import asyncio
 import fcntl
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -58,7 +59,10 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
         from . import app  # imports Ray, which reads the environment now
 
         stack.callback(app.stop)
-        app.start(settings)
+        try:
+            app.start(settings)
+        except (RuntimeError, TimeoutError) as error:  # Serve's own, with a worker's traceback in its text
+            raise StartError(f"Ray Serve could not start the hub: {_reason(error)}") from error
         # Last: a key made by a start that then failed would never be shown.
         key = asyncio.run(_first_key(redis_url))
         yield LocalHub(f"http://{settings.host}:{settings.port}", key)
@@ -126,6 +130,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _reason(error: Exception) -> str:
+    """The last error that a worker's traceback names, without its module; else the first line."""
+    named = re.findall(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Exception): .+)$", str(error), re.MULTILINE)
+    return named[-1] if named else str(error).partition("\n")[0]
 
 
 @contextmanager

@@ -82,15 +82,16 @@ return ''
 
 @dataclass(frozen=True)
 class Task:
-    """A task as the registry has it: version number -> version, alias -> {number: weight}."""
+    """A task as the registry has it: version number -> version, alias -> {number: weight}, both in order."""
 
     name: str
     versions: Mapping[int, VersionInfo]
     aliases: Mapping[str, Mapping[int, int]]
 
     @property
-    def newest(self) -> VersionInfo:
-        return self.versions[max(self.versions)]
+    def current(self) -> VersionInfo:
+        """The version that `latest` points at."""
+        return self.versions[max(self.aliases.get(LATEST) or self.versions)]
 
     def targets(self, reference: str) -> Mapping[int, int]:
         """What a version's number or an alias stands for: number -> weight.
@@ -102,7 +103,7 @@ class Task:
             return {int(reference): 1}
         if reference in self.aliases:
             return self.aliases[reference]
-        known = [str(n) for n in self.versions] + sorted(self.aliases)
+        known = [*map(str, self.versions), *self.aliases]
         message = f"task {self.name!r} has no version or alias {reference!r}; it has {', '.join(known)}"
         raise NotFound(message, [FieldProblem("version", message)])
 
@@ -116,9 +117,9 @@ class Task:
     def info(self) -> TaskInfo:
         return TaskInfo(
             task=self.name,
-            labels=self.newest.labels,
-            versions=[self.versions[n] for n in sorted(self.versions)],
-            aliases={alias: dict(targets) for alias, targets in sorted(self.aliases.items())},
+            labels=self.current.labels,
+            versions=list(self.versions.values()),
+            aliases={alias: dict(targets) for alias, targets in self.aliases.items()},
         )
 
     def summary(self) -> TaskSummary:
@@ -290,7 +291,7 @@ def _parse(name: str, fields: Mapping[str, str]) -> Task:
             versions[int(rest)] = VersionInfo(version=int(rest), **json.loads(value))
         elif kind == "a":
             aliases[rest] = {int(n): int(weight) for n, weight in json.loads(value).items()}
-    return Task(name, versions, aliases)
+    return Task(name, dict(sorted(versions.items())), dict(sorted(aliases.items())))
 
 
 def connect(url: str) -> Redis:

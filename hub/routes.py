@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from .access import Access, Caller
+from .answers import Pass
 from .errors import FieldProblem, HubError, InvalidRequest, TooLarge, Unauthenticated
 from .schemas import (
     LATEST,
@@ -32,7 +33,6 @@ from .schemas import (
     VersionInfo,
 )
 from .service import Service, decode_base64
-from .worker import Pass
 
 logger = logging.getLogger(__name__)
 
@@ -185,9 +185,6 @@ async def _multipart(request: Request, limit_bytes: int) -> list[tuple[str, byte
         form = await MultiPartParser(request.headers, stream, max_files=MAX_IMAGES, max_fields=MAX_IMAGES).parse()
     except MultiPartException as error:
         raise InvalidRequest(error.message, [FieldProblem("body", error.message)]) from error
-    except KeyError as error:
-        message = "multipart/form-data needs a boundary in its Content-Type"
-        raise InvalidRequest(message, [FieldProblem("content-type", message)]) from error
     try:
         images = [(name, await part.read()) for name, part in form.multi_items() if not isinstance(part, str)]
     finally:

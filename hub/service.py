@@ -15,6 +15,7 @@ import numpy as np
 
 from adapters import Adapter, AdapterError, BankLimits
 
+from .answers import Answer, Pass
 from .cache import RegistryCache
 from .errors import FieldProblem, InvalidImage
 from .images import Images
@@ -22,7 +23,6 @@ from .registry import Registry, Task
 from .schemas import LATEST, Classified, Input, Prediction, Registered, Result, TaskInfo, TaskSummary, VersionInfo
 from .store import Store
 from .tiers import invalid_adapter
-from .worker import Answer, Pass
 
 T = TypeVar("T")
 CHUNK_BYTES = 2 * 1024**2  # of pixels in one call to a worker; by-value messages to a replica stop at 4 MiB

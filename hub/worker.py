@@ -15,6 +15,7 @@ from ray import serve
 from adapters import Bank, BankLimits, load_backbone
 from adapters.data import normalise
 
+from .answers import Answer, Pass
 from .settings import Settings
 from .store import Store
 from .tiers import Resident, Tiers
@@ -29,26 +30,6 @@ class Item:
     pixels: np.ndarray
     adapter: Resident
     since: float  # time.perf_counter() when it joined the queue
-
-
-@dataclass(frozen=True)
-class Pass:
-    """How an image was computed: what shared its forward pass, and the milliseconds."""
-
-    worker: str
-    images: int
-    tasks: int
-    load_ms: float
-    queue_ms: float
-    compute_ms: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The probabilities (K,) float32 of one image, and how they were computed."""
-
-    probabilities: np.ndarray
-    computed: Pass
 
 
 class Worker:

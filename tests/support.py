@@ -1,11 +1,21 @@
 """Random adapters and images for tests."""
 
+import io
+import json
+import struct
+import zlib
+from collections.abc import Sequence
+
+import safetensors.torch
 import torch
+from PIL import Image
 
 from adapters import Adapter, Backbone, KarstConfig, attach, extract
 
 
-def random_adapter(backbone: Backbone, seed: int = 0, classes: int = 5, **config) -> Adapter:
+def random_adapter(
+    backbone: Backbone, seed: int = 0, classes: int = 5, labels: Sequence[str] | None = None, **config
+) -> Adapter:
     """An adapter whose every number is random, large enough to change every answer."""
     generator = torch.Generator().manual_seed(seed)
     model = attach(backbone, KarstConfig(**config), classes)
@@ -17,9 +27,49 @@ def random_adapter(backbone: Backbone, seed: int = 0, classes: int = 5, **config
             layer.c.copy_(torch.randn(layer.c.shape, generator=generator) * 0.3)
             layer.a.copy_(torch.randn(layer.a.shape, generator=generator) * 0.3)
             layer.b.copy_(torch.randn(layer.b.shape, generator=generator) * 0.1)
-    return extract(model, [f"class {i}" for i in range(classes)])
+    return extract(model, labels or [f"class {i}" for i in range(classes)])
 
 
 def random_pixels(backbone: Backbone, count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, *backbone.input_size, generator=generator)
+
+
+def png(value: int = 0, size: tuple[int, int] = (32, 32)) -> bytes:
+    """A real PNG: seeded noise, another picture for each value."""
+    generator = torch.Generator().manual_seed(value)
+    noise = torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
+    return encoded(Image.fromarray(noise.numpy()), "PNG")
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def bomb_png(side_px: int = 50_000) -> bytes:
+    """A PNG of a few dozen bytes that claims side_px x side_px pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side_px, side_px, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def with_metadata(adapter: Adapter, **changes: str) -> bytes:
+    """The adapter's file with other metadata strings; the tensors stay."""
+    length = struct.unpack("<Q", adapter.data[:8])[0]
+    header = json.loads(adapter.data[8 : 8 + length])
+    header["__metadata__"] |= changes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + adapter.data[8 + length :]
+
+
+def with_tensors(adapter: Adapter, tensors: dict[str, torch.Tensor]) -> bytes:
+    """A file with the adapter's metadata and these tensors."""
+    length = struct.unpack("<Q", adapter.data[:8])[0]
+    metadata = json.loads(adapter.data[8 : 8 + length])["__metadata__"]
+    return safetensors.torch.save(tensors, metadata=metadata)

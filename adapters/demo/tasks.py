@@ -6,6 +6,7 @@ the backbone's pre-training. Each task becomes OUT/TASK/train and OUT/TASK/test 
 """
 
 import argparse
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,10 +25,17 @@ TEST_IMAGES = 800
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    out: Path = parser.parse_args().out
-    write(out / "digits", *digits())
-    write(out / "shapes", *drawn(draw.SHAPES, draw.shape_image, seed=1))
-    write(out / "count", *drawn(draw.COUNTS, lambda rng, label: draw.count_image(rng, int(label)), seed=2))
+    parser.add_argument("--samples", type=Path, help="also copy the first test image of each class here")
+    options = parser.parse_args()
+    tasks = {
+        "digits": digits(),
+        "shapes": drawn(draw.SHAPES, draw.shape_image, seed=1),
+        "count": drawn(draw.COUNTS, lambda rng, label: draw.count_image(rng, int(label)), seed=2),
+    }
+    for name, (images, labels) in tasks.items():
+        write(options.out / name, images, labels)
+        if options.samples is not None:
+            copy_samples(options.out / name / "test", options.samples / name)
 
 
 def digits() -> tuple[list[Image.Image], list[str]]:
@@ -57,6 +65,13 @@ def write(folder: Path, images: Sequence[Image.Image], labels: Sequence[str]) ->
         numbers[split, label] += 1
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
+
+
+def copy_samples(test: Path, folder: Path) -> None:
+    """The first image of every class, as `<label>-0.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for label in test.iterdir():
+        shutil.copyfile(label / "0000.png", folder / f"{label.name}-0.png")
 
 
 if __name__ == "__main__":

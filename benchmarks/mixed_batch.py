@@ -1,0 +1,132 @@
+"""What it costs that every image of a batch has an adapter of its own.
+
+    python -m benchmarks.mixed_batch [--models demo ...] [--rounds 15] [--output FILE]
+
+A batch of 8 images for 8 adapters goes through `Bank.forward`; beside it, the frozen backbone alone takes the
+same batch (the floor: no adapters at all), and eight merged models take one image each, one after another (what
+serving costs without a bank). The three take turns in every round, so whatever else the machine does falls on
+all of them alike; a ratio is the median over rounds of the ratio within a round. Weights are random: speed does
+not depend on them. Results are checked against the merged models before anything is timed.
+"""
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from adapters import Backbone, Bank, KarstConfig, load_backbone
+from adapters.backbone import features
+
+from .common import machine, random_adapter, spread
+
+BATCH = 8
+MODELS = ("demo", "vit_tiny_patch16_224", "vit_base_patch16_224")
+KERNELS = (2, 8)
+TOLERANCE = 1e-4
+WARM_UP_ROUNDS = 2
+OUTPUT = Path(__file__).parent / "results" / "mixed_batch.json"
+
+Contenders = dict[str, Callable[[], object]]
+
+
+def main() -> None:
+    """Measure every model with every N, print a table, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--models", nargs="+", default=MODELS, help="timm names, or demo")
+    parser.add_argument("--kernels", nargs="+", type=int, default=KERNELS, help="numbers of kernels N")
+    parser.add_argument("--rounds", type=int, default=15, help="how often each contender runs")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes")
+    options = parser.parse_args()
+
+    rows = []
+    for name in options.models:
+        backbone = load_backbone(name, pretrained=False)
+        for kernels in options.kernels:
+            rows.append({"backbone": name} | measure(backbone, KarstConfig(kernels=kernels), options.rounds))
+            gc.collect()  # eight merged models go before the next eight come
+    Console().print(table(rows))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"machine": machine(), "batch": BATCH, "rows": rows}, indent=2) + "\n")
+    print(f"written to {options.output}")
+
+
+@torch.inference_mode()
+def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, Any]:
+    """One row of the table.
+
+    Raises:
+        RuntimeError: the mixed batch and the merged models do not agree; nothing was timed.
+    """
+    adapters = [random_adapter(backbone, config, seed=seed) for seed in range(BATCH)]
+    merged = [adapter.merge(backbone) for adapter in adapters]
+    bank = Bank(backbone, slots=BATCH)
+    slots = [bank.put(adapter) for adapter in adapters]
+    pixels = torch.randn(BATCH, *backbone.input_size, generator=torch.Generator().manual_seed(0))
+
+    def run_merged() -> list[Tensor]:
+        return [model(image)[0] for model, image in zip(merged, pixels.split(1), strict=True)]
+
+    contenders: Contenders = {
+        "frozen": lambda: features(backbone.model, pixels),
+        "mixed": lambda: bank.forward(pixels, slots),
+        "merged": run_merged,
+    }
+    pairs = zip(bank.forward(pixels, slots), run_merged(), strict=True)
+    error = max((mixed - alone).abs().max().item() for mixed, alone in pairs)
+    if error > TOLERANCE:
+        raise RuntimeError(f"mixed and merged differ by {error:.2e}, allowed are {TOLERANCE:.0e}")
+
+    label = f"{backbone.name}, N = {config.kernels}"
+    times = [time_round(contenders) for _ in track(range(WARM_UP_ROUNDS + rounds), label)][WARM_UP_ROUNDS:]
+    return {
+        "kernels": config.kernels,
+        "rank": config.rank,
+        "factor": config.factor,
+        "rescale": config.rescale,
+        "rounds": rounds,
+        "largest_difference": error,
+        "ms": {name: spread([1e3 * taken[name] for taken in times]) for name in contenders},
+        "mixed_to_frozen": spread([taken["mixed"] / taken["frozen"] for taken in times]),
+        "merged_to_frozen": spread([taken["merged"] / taken["frozen"] for taken in times]),
+    }
+
+
+def time_round(contenders: Contenders) -> dict[str, float]:
+    """Seconds that each contender took, one after the other."""
+    taken = {}
+    for name, run in contenders.items():
+        start = time.perf_counter()
+        run()
+        taken[name] = time.perf_counter() - start
+    return taken
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows for a terminal: median, and the range between the quartiles."""
+    out = Table(
+        title=f"Batch of {BATCH}, {BATCH} adapters, rank 8, factor 8, re-scaling per channel; ms", box=box.SIMPLE
+    )
+    for heading in ("backbone", "N", "frozen", "mixed", "merged", "mixed / frozen", "merged / frozen"):
+        out.add_column(heading, justify="left" if heading == "backbone" else "right", no_wrap=True)
+    for row in rows:
+        ms = [f"{row['ms'][name]['median']:.1f}" for name in ("frozen", "mixed", "merged")]
+        ratios = [
+            f"{ratio['median']:.2f} ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
+            for ratio in (row["mixed_to_frozen"], row["merged_to_frozen"])
+        ]
+        out.add_row(row["backbone"], str(row["kernels"]), *ms, *ratios)
+    return out
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""A backbone is loaded whole or refused by name, known by its fingerprint, and never changed."""
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from timm.layers import DropPath
+from torch import nn
+
+from adapters import Backbone, BackboneError, load_backbone
+from adapters.backbone import create_model, features, fingerprint
+from tests.support import random_pixels
+
+
+@pytest.fixture(scope="module")
+def small() -> Backbone:
+    """timm's smallest ViT with the layout of Google's checkpoints: one class token, one last norm."""
+    torch.manual_seed(3)
+    backbone = load_backbone("test_vit", pretrained=False)
+    with torch.no_grad():  # norms and biases start at constants, which would hide a mix-up
+        for parameter in backbone.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return backbone
+
+
+def same_outputs(one: Backbone, other: Backbone) -> bool:
+    pixels = random_pixels(one, 2)
+    with torch.inference_mode():
+        return torch.equal(features(one.model, pixels), features(other.model, pixels))
+
+
+def google_layout(model: nn.Module) -> dict[str, np.ndarray]:
+    """The weights of a timm ViT under the names and shapes of `ViT-B_16.npz`."""
+    w = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    heads = model.blocks[0].attn.num_heads
+    width = w["cls_token"].shape[-1]
+    out = {
+        "cls": w["cls_token"],
+        "embedding/kernel": w["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": w["patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": w["pos_embed"],
+        "Transformer/encoder_norm/scale": w.get("norm.weight", w.get("fc_norm.weight")),
+        "Transformer/encoder_norm/bias": w.get("norm.bias", w.get("fc_norm.bias")),
+    }
+    for i in range(len(model.blocks)):
+        timm, google = f"blocks.{i}", f"Transformer/encoderblock_{i}"
+        for ours, theirs in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
+            out[f"{google}/{theirs}/scale"] = w[f"{timm}.{ours}.weight"]
+            out[f"{google}/{theirs}/bias"] = w[f"{timm}.{ours}.bias"]
+        attention = f"{google}/MultiHeadDotProductAttention_1"
+        for k, part in enumerate(("query", "key", "value")):
+            rows = slice(k * width, (k + 1) * width)
+            out[f"{attention}/{part}/kernel"] = w[f"{timm}.attn.qkv.weight"][rows].T.reshape(width, heads, -1)
+            out[f"{attention}/{part}/bias"] = w[f"{timm}.attn.qkv.bias"][rows].reshape(heads, -1)
+        out[f"{attention}/out/kernel"] = w[f"{timm}.attn.proj.weight"].T.reshape(heads, -1, width)
+        out[f"{attention}/out/bias"] = w[f"{timm}.attn.proj.bias"]
+        for ours, theirs in (("fc1", "Dense_0"), ("fc2", "Dense_1")):
+            out[f"{google}/MlpBlock_3/{theirs}/kernel"] = w[f"{timm}.mlp.{ours}.weight"].T
+            out[f"{google}/MlpBlock_3/{theirs}/bias"] = w[f"{timm}.mlp.{ours}.bias"]
+    return out
+
+
+def test_the_fingerprint_is_written_out() -> None:
+    layer = nn.Linear(2, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -2.0]]))
+        layer.bias.copy_(torch.tensor([0.5]))
+    bias = b"bias\0float32\0(1,)\0" + np.array([0.5], "<f4").tobytes()
+    weight = b"weight\0float32\0(1, 2)\0" + np.array([1.0, -2.0], "<f4").tobytes()
+    assert fingerprint(layer) == hashlib.sha256(bias + weight).hexdigest()
+
+
+def test_the_fingerprint_is_stable(backbone) -> None:
+    torch.manual_seed(0)
+    assert load_backbone("demo", pretrained=False).fingerprint == backbone.fingerprint
+    assert fingerprint(backbone.model) == backbone.fingerprint
+
+
+def test_the_fingerprint_changes_with_every_weight(small) -> None:
+    model = create_model("test_vit")
+    model.load_state_dict(small.model.state_dict())
+    seen = {fingerprint(model)}
+    tensors = model.state_dict()
+    for tensor in tensors.values():
+        tensor.view(-1)[-1].neg_()
+        seen.add(fingerprint(model))
+    assert len(seen) == 1 + len(tensors)
+
+
+def test_the_fingerprint_knows_dtype_shape_and_name() -> None:
+    models = [nn.Linear(4, 4, bias=False), nn.Linear(2, 8, bias=False), nn.Linear(4, 4, bias=False).half()]
+    models.append(nn.Sequential(nn.Linear(4, 4, bias=False)))
+    for model in models:
+        nn.init.zeros_(next(model.parameters()))
+    assert len({fingerprint(model) for model in models}) == 4
+
+
+def test_a_cast_keeps_the_fingerprint() -> None:
+    torch.manual_seed(0)
+    half = load_backbone("demo", pretrained=False, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    assert half.fingerprint == load_backbone("demo", pretrained=False).fingerprint
+    assert half.dtype == torch.bfloat16
+
+
+def test_a_backbone_is_frozen_and_says_what_fits_it(backbone) -> None:
+    assert not backbone.model.training
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+    assert (backbone.name, backbone.input_size, backbone.width) == ("demo", (3, 32, 32), 128)
+    assert [site.name for site in backbone.sites[:4]] == [
+        *("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"),
+    ]
+    assert [(s.d_in, s.d_out, s.splits) for s in backbone.sites[:4]] == [
+        *((128, 384, 3), (128, 128, 1), (128, 512, 1), (512, 128, 1)),
+    ]
+    assert [(s.rescale_out, s.rescale_in) for s in backbone.sites[:4]] == [
+        *((False, False), (True, True), (False, False), (True, False)),
+    ]
+    assert len(backbone.sites) == 6 * 4
+
+
+def test_info_has_no_weights(backbone) -> None:
+    info = backbone.info()
+    assert len(pickle.dumps(info)) < 10_000
+    assert (info.fingerprint, info.sites) == (backbone.fingerprint, backbone.sites)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin"])
+def test_a_checkpoint_gives_the_same_backbone(small, tmp_path, suffix) -> None:
+    path = tmp_path / f"weights{suffix}"
+    save = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
+    save(small.model.state_dict(), path)
+    loaded = load_backbone("test_vit", path)
+    assert loaded.fingerprint == fingerprint(small.model)
+    assert same_outputs(loaded, small)
+
+
+def test_a_google_npz_gives_the_same_backbone(small, tmp_path) -> None:
+    path = tmp_path / "ViT.npz"
+    np.savez(path, **google_layout(small.model))
+    loaded = load_backbone("test_vit", path)
+    assert loaded.fingerprint == fingerprint(small.model)
+    assert same_outputs(loaded, small)
+
+
+def test_a_half_precision_checkpoint_is_read_as_float32(small, tmp_path) -> None:
+    path = tmp_path / "half.safetensors"
+    safetensors.torch.save_file({name: t.half() for name, t in small.model.state_dict().items()}, path)
+    loaded = load_backbone("test_vit", str(path))
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded.model.cls_token, small.model.cls_token.half().float())
+
+
+def test_the_head_of_a_checkpoint_is_left_out(small, tmp_path) -> None:
+    path = tmp_path / "classifier.pth"
+    torch.save(small.model.state_dict() | {"head.weight": torch.ones(10, 64), "head.bias": torch.ones(10)}, path)
+    assert load_backbone("test_vit", path).fingerprint == fingerprint(small.model)
+
+
+class Code:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.write_text, (self.path, "executed")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+def test_a_pickle_with_code_is_refused_unexecuted(tmp_path, suffix) -> None:
+    path, trace = tmp_path / f"evil{suffix}", tmp_path / "trace"
+    torch.save({"cls_token": Code(trace)}, path)
+    with pytest.raises(BackboneError, match=rf"^checkpoint .*evil{suffix}: [Ww]eights.only"):
+        load_backbone("test_vit", path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()  # it was no harmless file
+
+
+def test_an_npz_with_code_is_refused_unexecuted(tmp_path) -> None:
+    path, trace = tmp_path / "evil.npz", tmp_path / "trace"
+    np.savez(path, **{"embedding/kernel": np.array([Code(trace)], dtype=object)})
+    with pytest.raises(BackboneError, match=r"^checkpoint .*evil.npz: Object arrays cannot be loaded"):
+        load_backbone("test_vit", path)
+    assert not trace.exists()
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(BackboneError, match=r"^cannot load backbone 'vit_tny': Unknown model .*give a timm model name"):
+        load_backbone("vit_tny", pretrained=False)
+    with pytest.raises(BackboneError, match=r"^cannot load pretrained weights of backbone 'vit_tny'"):
+        load_backbone("vit_tny")
+
+
+def test_a_missing_file_is_named(tmp_path) -> None:
+    with pytest.raises(BackboneError, match=r"^checkpoint .*none.safetensors: no such file$"):
+        load_backbone("test_vit", tmp_path / "none.safetensors")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path) -> None:
+    path = tmp_path / "weights.h5"
+    path.write_bytes(b"anything")
+    with pytest.raises(BackboneError, match=r"weights.h5: the file must end in one of .safetensors, .pth, .*, .npz$"):
+        load_backbone("test_vit", path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".npz"])
+def test_a_damaged_checkpoint_is_named(tmp_path, suffix) -> None:
+    path = tmp_path / f"damaged{suffix}"
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(BackboneError, match=rf"^checkpoint .*damaged{suffix}: .+"):
+        load_backbone("test_vit", path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cls_token": None}, r"does not fit the model: missing \['cls_token'\], unexpected nothing \(1 missing and 0"),
+        (
+            {"extra": torch.ones(1)},
+            r"does not fit the model: missing nothing, unexpected \['extra'\] \(0 missing and 1",
+        ),
+        ({"norm.bias": torch.ones(3)}, r": Error\(s\) in loading state_dict for VisionTransformer"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_named(small, tmp_path, change, message) -> None:
+    path = tmp_path / "odd.safetensors"
+    state = small.model.state_dict() | change
+    safetensors.torch.save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
+    with pytest.raises(BackboneError, match=rf"^checkpoint .*odd.safetensors.*{message}"):
+        load_backbone("test_vit", path)
+
+
+@pytest.mark.parametrize(
+    "gone", ["cls", "Transformer/encoderblock_5/LayerNorm_0/scale", "Transformer/encoder_norm/bias"]
+)
+def test_an_npz_with_a_part_missing_is_named(small, tmp_path, gone) -> None:
+    path = tmp_path / "part.npz"
+    np.savez(path, **{name: array for name, array in google_layout(small.model).items() if name != gone})
+    with pytest.raises(BackboneError, match=rf"^checkpoint .*part.npz: .*{gone}"):
+        load_backbone("test_vit", path)
+
+
+def test_an_npz_that_leaves_weights_at_their_start_is_refused(backbone, tmp_path) -> None:
+    """timm's reader fills what it knows, and the demo's last norm stands where it does not look."""
+    path = tmp_path / "pooled.npz"
+    np.savez(path, **google_layout(backbone.model))
+    with pytest.raises(BackboneError, match=r"pooled.npz does not fit .* missing \['fc_norm.weight', 'fc_norm.bias'\]"):
+        load_backbone("demo", path)
+
+
+def test_an_npz_of_a_deeper_model_is_refused(small, tmp_path) -> None:
+    weights = google_layout(small.model)
+    deeper = {name.replace("block_5", "block_6"): a for name, a in weights.items() if "block_5" in name}
+    path = tmp_path / "deeper.npz"
+    np.savez(path, **weights, **deeper)
+    with pytest.raises(BackboneError, match=r"^checkpoint .*deeper.npz does not fit the model: .*encoderblock_6"):
+        load_backbone("test_vit", path)
+
+
+def test_a_model_without_karst_s_layers_is_refused() -> None:
+    with pytest.raises(BackboneError, match=r"^backbone 'test_resnet' has none of the layers that KARST adapts .attn"):
+        load_backbone("test_resnet", pretrained=False)
+
+
+def test_a_model_that_goes_round_its_qkv_is_refused_with_the_sites() -> None:
+    with pytest.raises(BackboneError) as refusal:
+        load_backbone("eva02_tiny_patch14_224", pretrained=False)
+    assert str(refusal.value) == (
+        "backbone 'eva02_tiny_patch14_224' cannot be adapted: its forward pass does not call these layers "
+        "exactly once: " + ", ".join(f"blocks.{i}.attn.qkv" for i in range(12))
+    )
+
+
+def test_a_clone_shares_every_weight_and_no_module(backbone) -> None:
+    clone = backbone.clone()
+    ours, theirs = backbone.model.state_dict(), clone.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in ours)
+    assert not set(map(id, backbone.model.modules())) & set(map(id, clone.modules()))
+
+
+def test_a_hook_on_a_clone_does_not_reach_the_backbone(backbone) -> None:
+    pixels = random_pixels(backbone, 1)
+    with torch.inference_mode():
+        before = features(backbone.model, pixels)
+        clone = backbone.clone()
+        clone.blocks[0].register_forward_hook(lambda _module, _args, y: y * 2)
+        assert not torch.equal(features(clone, pixels), before)
+        assert torch.equal(features(backbone.model, pixels), before)
+
+
+def test_drop_path_rises_over_the_blocks_of_a_clone_only(backbone) -> None:
+    blocks = backbone.clone(drop_path=0.5).blocks
+    assert isinstance(blocks[0].drop_path1, nn.Identity)
+    for part in ("drop_path1", "drop_path2"):
+        assert [getattr(block, part).drop_prob for block in blocks[1:]] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert not any(isinstance(module, DropPath) for module in backbone.model.modules())

@@ -1,0 +1,61 @@
+"""Settings: from the environment, refused by name, and never read at import."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from hub.settings import Settings
+
+
+def test_settings_come_from_hub_variables(monkeypatch) -> None:
+    monkeypatch.setenv("HUB_BACKBONE", "demo")
+    monkeypatch.setenv("HUB_SLOTS", "3")
+    settings = Settings()
+    assert (settings.backbone, settings.slots, settings.host, settings.port) == ("demo", 3, "127.0.0.1", 8000)
+
+
+def test_settings_are_frozen_and_checked() -> None:
+    with pytest.raises(ValidationError, match=r"min_workers \(3\) is above max_workers \(2\)"):
+        Settings(min_workers=3, max_workers=2)
+    with pytest.raises(ValidationError):
+        Settings().slots = 1
+
+
+def test_a_bad_setting_is_a_usage_error_that_names_it() -> None:
+    done = karst_hub("serve", HUB_SLOTS="many")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: HUB_SLOTS='many': Input should be a valid integer")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["inspect", "/absent.safetensors"], 1, "error: file: /absent.safetensors: No such file or directory"),
+        (["train", "/absent", "-o", "/tmp/x.safetensors"], 1, "error: /absent: no such folder"),
+        (["train", "/absent", "-o", "/no/x.safetensors"], 1, "error: /no/x.safetensors: the folder /no does not exist"),
+        (["train", "/absent", "-o", "x", "--probe"], 2, "error: --probe needs --test"),
+        (["train", "/absent", "-o", "x", "--rescale", "some"], 2, "error: --rescale some: Input should be"),
+        (["tasks", "--url", "http://127.0.0.1:9", "--key", "k"], 1, "error: no hub answers at http://127.0.0.1:9"),
+        (["register", "a", "/absent", "--key", "k"], 1, "error: /absent: No such file or directory"),
+    ],
+)
+def test_errors_are_one_line(arguments, code, message) -> None:
+    done = karst_hub(*arguments)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(message), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["", "serve", "demo", "train", "inspect", "register", "tasks", "classify"])
+def test_help_everywhere(command) -> None:
+    done = karst_hub(*command.split(), "--help")
+    assert done.returncode == 0
+    assert "Usage: karst-hub" in done.stdout
+
+
+def karst_hub(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [os.path.join(os.path.dirname(sys.executable), "karst-hub"), *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)

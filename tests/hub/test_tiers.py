@@ -1,0 +1,141 @@
+"""Slots under leases: least recently used out, one load however many wait, a failure alone with its callers."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from adapters import Bank
+from hub.errors import Unavailable
+from hub.store import Store
+from hub.tiers import Tiers
+
+
+class CountingStore(Store):
+    """A real store that notes what was read."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.reads: list[str] = []
+
+    def get(self, digest: str) -> bytes:
+        self.reads.append(digest)
+        return super().get(digest)
+
+
+@pytest.fixture
+def store(tmp_path, adapters) -> CountingStore:
+    store = CountingStore(str(tmp_path))
+    for adapter in adapters:
+        store.put(adapter.digest, adapter.data)
+    return store
+
+
+def run(backbone, store, use, slots=2, host_cache_bytes=0, wait_s=0.2):
+    bank = Bank(backbone, slots=slots, max_rank=8, max_kernels=2)
+    with ThreadPoolExecutor(2) as executor:
+        tiers = Tiers(bank, store, executor, host_cache_bytes=host_cache_bytes, wait_s=wait_s)
+        return asyncio.run(use(tiers, bank))
+
+
+async def touch(tiers: Tiers, digest: str) -> int:
+    async with tiers.lease(digest) as resident:
+        await asyncio.sleep(0)
+        return resident.slot
+
+
+def test_the_least_recently_used_gives_up_its_slot(backbone, store, adapters) -> None:
+    a, b, c, _ = (adapter.digest for adapter in adapters)
+
+    async def use(tiers, bank):
+        for digest in (a, b, a, c, a):
+            await touch(tiers, digest)
+        assert store.reads == [a, b, c]
+        await touch(tiers, b)
+        assert store.reads == [a, b, c, b]
+        assert bank.free == 0
+
+    run(backbone, store, use)
+
+
+def test_many_waiters_one_load(backbone, store, adapters) -> None:
+    digest = adapters[0].digest
+
+    async def use(tiers, bank):
+        assert len(set(await asyncio.gather(*(touch(tiers, digest) for _ in range(20))))) == 1
+        assert store.reads == [digest]
+        assert bank.free == 1
+
+    run(backbone, store, use)
+
+
+def test_a_leased_slot_is_never_taken(backbone, store, adapters) -> None:
+    a, b, c, _ = (adapter.digest for adapter in adapters)
+
+    async def use(tiers, _bank):
+        async with tiers.lease(a) as first:
+            async with tiers.lease(b):
+                with pytest.raises(Unavailable, match="all 2 adapter slots of this worker are in use"):
+                    await touch(tiers, c)
+            assert await touch(tiers, c) != first.slot
+            assert await touch(tiers, a) == first.slot
+
+    run(backbone, store, use)
+
+
+def test_a_waiting_load_takes_the_slot_that_comes_free(backbone, store, adapters) -> None:
+    a, b, c, _ = (adapter.digest for adapter in adapters)
+
+    async def use(tiers, _bank):
+        async with tiers.lease(a):
+            async with tiers.lease(b) as second:
+                waiting = asyncio.create_task(touch(tiers, c))
+                while c not in store.reads:
+                    await asyncio.sleep(0.005)
+            assert await waiting == second.slot
+
+    run(backbone, store, use, wait_s=30)
+
+
+def test_host_memory_saves_the_store_a_read(backbone, store, adapters) -> None:
+    a, b, c, _ = (adapter.digest for adapter in adapters)
+
+    async def use(tiers, _bank):
+        for digest in (a, b, c, a, b, c):
+            await touch(tiers, digest)
+
+    run(backbone, store, use, slots=1, host_cache_bytes=10**8)
+    assert store.reads == [a, b, c]
+    store.reads.clear()
+    run(backbone, store, use, slots=1, host_cache_bytes=len(adapters[0].data) * 3 // 2)
+    assert store.reads == [a, b, c, a, b, c]
+
+
+def test_a_failed_load_is_its_callers_alone_and_is_tried_again(backbone, store, adapters, tmp_path) -> None:
+    bad, good = adapters[0], adapters[1]
+    (path,) = tmp_path.rglob(f"{bad.digest}.safetensors")
+    path.write_bytes(b"damaged")
+
+    async def use(tiers, bank):
+        results = await asyncio.gather(
+            touch(tiers, bad.digest), touch(tiers, good.digest), touch(tiers, bad.digest), return_exceptions=True
+        )
+        assert [type(r).__name__ for r in results] == ["Unavailable", "int", "Unavailable"]
+        path.write_bytes(bad.data)
+        await touch(tiers, bad.digest)
+        assert bank.free == 0
+
+    run(backbone, store, use)
+
+
+def test_a_caller_that_goes_away_does_not_take_the_load_with_it(backbone, store, adapters) -> None:
+    digest = adapters[0].digest
+
+    async def use(tiers, _bank):
+        gone, stays = (asyncio.create_task(touch(tiers, digest)) for _ in range(2))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await stays
+        assert store.reads == [digest]
+
+    run(backbone, store, use)
