@@ -112,12 +112,11 @@ def time_round(contenders: Contenders) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for a terminal: median, and the range between the quartiles."""
-    out = Table(
-        title=f"Batch of {BATCH}, {BATCH} adapters, rank 8, factor 8, re-scaling per channel; ms", box=box.SIMPLE
-    )
-    for heading in ("backbone", "N", "frozen", "mixed", "merged", "mixed / frozen", "merged / frozen"):
-        out.add_column(heading, justify="left" if heading == "backbone" else "right", no_wrap=True)
+    """The rows for a terminal: medians, and the range between the quartiles."""
+    title = f"Batch of {BATCH}, {BATCH} adapters, rank 8, factor 8, re-scaling per channel"
+    out = Table("backbone", title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("N", "frozen", "mixed", "merged ms", "mixed / frozen", "merged / frozen"):
+        out.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         ms = [f"{row['ms'][name]['median']:.1f}" for name in ("frozen", "mixed", "merged")]
         ratios = [

@@ -57,6 +57,7 @@ def serve() -> None:
     def stop(_number: int, _frame: FrameType | None) -> None:
         stopping.set()
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while starting: unwind, as Ctrl-C does
     err.print(f"starting: backbone {settings.backbone}, data in {settings.home}")
     with local_hub(settings) as hub:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -72,6 +72,8 @@ def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
     """Ray's switches for this hub; HAProxy's files and side ports are its own, so that two hubs can share a machine."""
     environment = {
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray says this at every stop of Serve, and means nothing by it.
+        "RAY_DEDUP_LOGS_SKIP_REGEX": "ServeController.graceful_shutdown failed",
         # torch's own threads, not Ray's one thread an actor: the worker sets them itself.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
     }

@@ -18,8 +18,9 @@ from sklearn.datasets import load_digits
 
 from . import draw
 
-TRAIN_IMAGES = 1000
-TEST_IMAGES = 800
+DIGITS_TRAIN = 1000  # of 1,797; the others are the test images
+DRAWN_TRAIN = 4000
+DRAWN_TEST = 800
 
 
 def main() -> None:
@@ -28,12 +29,12 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, help="also copy the first test image of each class here")
     options = parser.parse_args()
     tasks = {
-        "digits": digits(),
-        "shapes": drawn(draw.SHAPES, draw.shape_image, seed=1),
-        "count": drawn(draw.COUNTS, lambda rng, label: draw.count_image(rng, int(label)), seed=2),
+        "digits": (*digits(), DIGITS_TRAIN),
+        "shapes": (*drawn(draw.SHAPES, draw.shape_image, seed=1), DRAWN_TRAIN),
+        "count": (*drawn(draw.COUNTS, lambda rng, label: draw.count_image(rng, int(label)), seed=2), DRAWN_TRAIN),
     }
-    for name, (images, labels) in tasks.items():
-        write(options.out / name, images, labels)
+    for name, (images, labels, train) in tasks.items():
+        write(options.out / name, images, labels, train)
         if options.samples is not None:
             copy_samples(options.out / name / "test", options.samples / name)
 
@@ -52,15 +53,15 @@ def drawn(
 ) -> tuple[list[Image.Image], list[str]]:
     """Seeded drawings, every label equally often."""
     rng = np.random.default_rng(seed)
-    order = [labels[i % len(labels)] for i in range(TRAIN_IMAGES + TEST_IMAGES)]
+    order = [labels[i % len(labels)] for i in range(DRAWN_TRAIN + DRAWN_TEST)]
     return [image(rng, label) for label in order], order
 
 
-def write(folder: Path, images: Sequence[Image.Image], labels: Sequence[str]) -> None:
-    """The first `TRAIN_IMAGES` into folder/train, the others into folder/test."""
+def write(folder: Path, images: Sequence[Image.Image], labels: Sequence[str], train: int) -> None:
+    """The first `train` images into folder/train, the others into folder/test."""
     numbers: Counter[tuple[str, str]] = Counter()
     for i, (image, label) in enumerate(track(list(zip(images, labels, strict=True)), description=folder.name)):
-        split = "train" if i < TRAIN_IMAGES else "test"
+        split = "train" if i < train else "test"
         path = folder / split / label / f"{numbers[split, label]:04d}.png"
         numbers[split, label] += 1
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,68 @@
+"""The demo's committed files: sizes, accuracies as claimed, and the claims of the docs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from adapters import Adapter, load_backbone
+from adapters.data import decode_image, eval_transform, normalise
+from adapters.demo import draw
+from adapters.demo.tasks import DIGITS_TRAIN, digits
+
+DEMO = Path(__file__).parents[2] / "adapters" / "demo"
+DOC = Path(__file__).parents[2] / "docs" / "demo.md"
+TASKS = ("digits", "shapes", "count")
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("demo")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_adapter_is_small_fits_and_beats_the_linear_probe(backbone, task) -> None:
+    adapter = Adapter.read(DEMO / f"{task}.safetensors")
+    adapter.check(backbone)
+    assert len(adapter.data) < 400_000
+    accuracy, probe = (adapter.metrics[name] for name in ("test_accuracy", "linear_probe_test_accuracy"))
+    assert accuracy > probe + 0.02
+    assert f"{accuracy:.1%} | {probe:.1%} |" in DOC.read_text()
+    samples = {path.stem.rpartition("-")[0] for path in (DEMO / "samples" / task).glob("*.png")}
+    assert samples == set(adapter.labels)
+
+
+def test_the_backbone_is_small() -> None:
+    assert (DEMO / "backbone.safetensors").stat().st_size < 5_000_000
+
+
+def test_digits_accuracy_is_what_its_metadata_claim(backbone) -> None:
+    adapter = Adapter.read(DEMO / "digits.safetensors")
+    images, labels = (part[DIGITS_TRAIN:] for part in digits())
+    transform = eval_transform(adapter.preprocess)
+    pixels = torch.stack([transform(image.convert("RGB")) for image in images])
+    mean, std = (torch.tensor(adapter.preprocess[name]) for name in ("mean", "std"))
+    with torch.inference_mode():
+        chosen = adapter.merge(backbone)(normalise(pixels, mean, std)).argmax(1)
+    right = sum(adapter.labels[i] == label for i, label in zip(chosen, labels, strict=True))
+    assert right / len(labels) == pytest.approx(adapter.metrics["test_accuracy"], abs=2e-3)
+    assert right / len(labels) >= 0.96
+
+
+def test_drawings_are_seeded() -> None:
+    for image in (lambda rng: draw.shape_image(rng, "star"), lambda rng: draw.count_image(rng, 5)):
+        one, same, other = (np.asarray(image(np.random.default_rng(seed))) for seed in (3, 3, 4))
+        assert np.array_equal(one, same)
+        assert not np.array_equal(one, other)
+        assert one.shape == (32, 32, 3)
+    with pytest.raises(ValueError, match="shape must be one of circle, cross"):
+        draw.shape_image(np.random.default_rng(0), "heart")
+    with pytest.raises(ValueError, match="count must be between 1 and 8, got 9"):
+        draw.count_image(np.random.default_rng(0), 9)
+
+
+def test_the_samples_are_images_of_the_backbone_s_size() -> None:
+    paths = sorted((DEMO / "samples").rglob("*.png"))
+    assert len(paths) == 24
+    assert {decode_image(path).size for path in paths} == {(32, 32)}
