@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kronecker
-from .backbone import Backbone, BackboneInfo, Site, features
+from .backbone import Backbone, BackboneError, BackboneInfo, Site, features
 from .file import Adapter
 from .stacks import SiteNumbers, Stacks
 from .validate import AdapterError, Problem
@@ -103,7 +103,7 @@ class Bank:
     def __init__(
         self, backbone: Backbone, slots: int = 64, max_rank: int = 16, max_kernels: int = 8, factor: int = 8
     ) -> None:
-        """Allocate the stacks and check that a bank without adapters computes what the frozen backbone computes.
+        """Allocate the stacks and check that an adapter of zeros changes no bit of what the backbone computes.
 
         Args:
             backbone: its weights are shared, never changed.
@@ -114,6 +114,7 @@ class Bank:
 
         Raises:
             ValueError: a size below 1.
+            BackboneError: this model computes something else beside a bank, so it cannot be served by one.
         """
         for name, value in (("slots", slots), ("max_rank", max_rank), ("max_kernels", max_kernels)):
             if value < 1:
@@ -131,6 +132,7 @@ class Bank:
         modules = dict(self._model.named_modules())
         for site in backbone.sites:
             self._hook(modules[site.name], site)
+        self._check_identity()
 
     @property
     def free(self) -> int:
@@ -208,6 +210,24 @@ class Bank:
             torch.addmv(resident.head_bias, resident.head_weight, row)
             for resident, row in zip(residents, pooled.unbind(), strict=True)
         ]
+
+    @torch.inference_mode()
+    def _check_identity(self) -> None:
+        """One probe image (KARST.md, "Hooking timm models")."""
+        device, dtype = self.backbone.device, self.backbone.dtype
+        height, width = self.backbone.input_size[1:]
+        pixels = torch.linspace(-1, 1, 3 * height * width, device=device, dtype=dtype).view(1, 3, height, width)
+        self._stacks.write(0, {}, 1.0)
+        every = frozenset(site.name for site in self.backbone.sites)
+        zero = self._stacks.gather(torch.zeros(1, dtype=torch.int64, device=device), kernels=1, rank=1)
+        self._pass = _Pass(zero, every, every)
+        try:
+            beside = features(self._model, pixels)
+        finally:
+            self._pass = None
+        if not torch.equal(beside, features(self.backbone.model, pixels)):
+            name = self.backbone.name
+            raise BackboneError(f"backbone {name!r} cannot be served from a bank: zeros change its features")
 
     def _write(self, slot: int, adapter: Adapter) -> _Resident:
         layers = adapter.layers()

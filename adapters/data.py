@@ -136,6 +136,10 @@ def read_folder(root: Path, labels: Sequence[str] | None = None) -> ImageSet:
     names = tuple(labels) if labels is not None else tuple(f.name for f in folders)
     if labels is None and len(folders) < 2:
         raise DataError(f"{root}: {len(folders)} class folders, but a task needs at least 2")
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{root}: a class folder's name is not UTF-8; a label must be") from error
     unknown = [f.name for f in folders if f.name not in names]
     if unknown:
         raise DataError(f"{root}: classes {', '.join(unknown)} are not among the task's labels {', '.join(names)}")

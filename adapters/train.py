@@ -5,6 +5,7 @@ One thing differs from the official scripts on purpose: the best epoch is chosen
 the test split. Without validation images the last epoch is taken.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -136,9 +137,15 @@ def accuracy(model: KarstModel, data: Pixels) -> float:
 def linear_probe(backbone: Backbone, train: Pixels, test: Pixels) -> float:
     """Accuracy in [0, 1] of the best logistic regression on the frozen backbone's pooled features.
 
-    The strength of its penalty is chosen by three-fold cross-validation on the training images: a probe as good
-    as it gets is the fair one to compare with.
+    The strength of its penalty is chosen by three-fold cross-validation on the training images (two-fold where a
+    class has two): a probe as good as it gets is the fair one to compare with.
+
+    Raises:
+        DataError: a class with one training image, or an image that cannot be read.
     """
+    folds = min(3, *Counter(train.images.targets).values())
+    if folds < 2:
+        raise DataError("a linear probe needs at least two training images of each class")
 
     def probed(pixels: Tensor) -> Tensor:
         return features(backbone.model, pixels.to(backbone.dtype)).float()
@@ -147,7 +154,7 @@ def linear_probe(backbone: Backbone, train: Pixels, test: Pixels) -> float:
     search = GridSearchCV(
         make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)),
         {"logisticregression__C": [1e-3, 1e-2, 1e-1, 1, 10]},
-        cv=3,
+        cv=folds,
     )
     search.fit(x.numpy(), y.numpy())
     return float(search.score(test_x.numpy(), test_y.numpy()))

@@ -28,6 +28,7 @@ from .worker import Worker
 NAME = "karst-hub"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 GATEWAY_REQUESTS = 1000  # at once in one gateway; they wait for images and workers, and cost memory only
+QUEUED_REQUESTS = 512  # waiting for workers in one gateway; more are told to come back
 OBJECT_STORE_BYTES = 256 * 1024**2  # pixels go to workers by value; Ray's object store is hardly used
 
 
@@ -55,8 +56,10 @@ def build(settings: Settings) -> serve.Application:
         }
     worker = serve.deployment(
         name="worker",
-        # Two batches of single images at a worker, one that runs and one that waits; the rest wait in the gateways.
+        # Two batches of single images at a worker, one that runs and one that waits; the rest wait in the gateways,
+        # and are refused when too many do.
         max_ongoing_requests=max(2 * settings.batch_size, 16),
+        max_queued_requests=QUEUED_REQUESTS,
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if on_gpu else 0},
         **scale,
@@ -121,5 +124,6 @@ def start(settings: Settings) -> None:
 
 def stop() -> None:
     """Drain and stop what `start` started."""
-    serve.shutdown()
-    ray.shutdown()
+    if ray.is_initialized():  # else Serve would start a cluster to stop it
+        serve.shutdown()
+        ray.shutdown()

@@ -60,13 +60,12 @@ class RegistryCache:
 
     async def follow(self) -> None:
         """Read change events for ever; runs as a task of the gateway's own. Remembers nothing before its start."""
-        last = ""
+        last: str | None = None
         while True:
             try:
-                newest = await self._registry.last_event()
-                if not last or _order(newest) < _order(last):  # first start, or a registry that lost its stream
-                    self._changes += 1
-                    self._tasks.clear()
+                oldest, newest = await self._registry.event_span()
+                if last is None or not _order(oldest) <= _order(last) <= _order(newest):
+                    self._forget_all()  # the first start, or events were missed: a lost stream, a long absence
                     last = newest
                 self._following = True
                 while True:
@@ -75,7 +74,15 @@ class RegistryCache:
                         last = event.id
             except Unavailable as error:
                 logger.warning("change events: %s; known tasks are served from memory", error.detail)
-                await asyncio.sleep(RETRY_S)
+            except Exception:  # whatever it is, a gateway that no longer follows must not remember
+                logger.exception("change events")
+                self._following, last = False, None
+                self._forget_all()
+            await asyncio.sleep(RETRY_S)
+
+    def _forget_all(self) -> None:
+        self._changes += 1
+        self._tasks.clear()
 
 
 def _order(event_id: str) -> tuple[int, int]:

@@ -23,8 +23,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# No markup: labels, paths and messages may hold brackets.
+out = Console(highlight=False, markup=False)
+err = Console(stderr=True, highlight=False, markup=False)
 
 Url = Annotated[str, typer.Option(envvar="HUB_URL", help="the hub's address")]
 Key = Annotated[str, typer.Option(envvar="HUB_KEY", help="an API key; better in HUB_KEY than on the command line")]
@@ -75,9 +76,9 @@ def serve() -> None:
 @app.command()
 def demo() -> None:
     """Start a hub on free ports, register three tasks, classify real images of all three, and stop it all."""
-    from .demo import run
+    from . import demo as demonstration
 
-    run(out)
+    demonstration.run(out, _settings(**demonstration.SETTINGS))
 
 
 @app.command()
@@ -214,13 +215,15 @@ def classify(
     out.print(table)
 
 
-def _settings() -> Settings:
+def _settings(**fixed: Any) -> Settings:
+    """The environment's settings, but for what is fixed."""
     try:
-        return Settings()
+        return Settings(**fixed)
     except ValidationError as error:
         first = error.errors()[0]
-        name = "HUB_" + "_".join(str(part) for part in first["loc"]).upper()
-        _usage(f"{name.rstrip('_')}={first['input']!r}: {first['msg']}")
+        if first["loc"]:
+            _usage(f"HUB_{str(first['loc'][0]).upper()}={first['input']!r}: {first['msg']}")
+        _usage(f"settings: {first['msg']}")
 
 
 def _checked(kind: Any, **values: Any) -> Any:
@@ -247,10 +250,10 @@ def _show(value: BaseModel | dict[str, Any], as_json: bool) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    err.print(f"error: {message}", soft_wrap=True, markup=False)
+    err.print(f"error: {message}", soft_wrap=True)
     raise SystemExit(1)
 
 
 def _usage(message: str) -> NoReturn:
-    err.print(f"error: {message}", soft_wrap=True, markup=False)
+    err.print(f"error: {message}", soft_wrap=True)
     raise SystemExit(2)

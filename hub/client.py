@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel
@@ -51,15 +52,22 @@ class Client:
     ) -> None:
         """
         Args:
+            url: where the hub is.
+            key: an API key.
             timeout_s: for connecting, and for each wait for bytes.
             on_response: sees every response, such as its `Server-Timing` header, before it is read.
         """
-        self._http = httpx.Client(
-            base_url=url,
-            timeout=timeout_s,
-            headers={"authorization": f"Bearer {key}"},
-            event_hooks={"response": [on_response]} if on_response is not None else None,
-        )
+        try:
+            self._http = httpx.Client(
+                base_url=url,
+                timeout=timeout_s,
+                headers={"authorization": f"Bearer {key}"},
+                event_hooks={"response": [on_response]} if on_response is not None else None,
+            )
+        except httpx.InvalidURL as error:
+            raise errors.InvalidRequest(f"{url!r} is no URL: {error}") from error
+        except UnicodeEncodeError as error:
+            raise errors.Unauthenticated("the key has characters that no key of a hub has") from error
 
     def __enter__(self) -> "Client":
         return self
@@ -76,7 +84,7 @@ class Client:
 
     def task(self, name: str) -> TaskInfo:
         """One task with its versions and aliases."""
-        return self._call(TaskInfo, "GET", f"/v1/tasks/{name}")
+        return self._call(TaskInfo, "GET", f"/v1/tasks/{_quoted(name)}")
 
     def register(self, name: str, adapter: str | Path | bytes, *, alias: str | None = None) -> Registered:
         """Register an adapter file as a version of a task; the same bytes again are the same version.
@@ -88,21 +96,20 @@ class Client:
         params = {"alias": alias} if alias is not None else {}
         headers = {"content-type": "application/octet-stream"}
         return self._call(
-            Registered, "POST", f"/v1/tasks/{name}/versions", content=data, params=params, headers=headers
+            Registered, "POST", f"/v1/tasks/{_quoted(name)}/versions", content=data, params=params, headers=headers
         )
 
     def set_alias(self, name: str, alias: str, targets: int | Mapping[int, int]) -> TaskInfo:
         """Point an alias at a version, or at several: version -> weight."""
         change = AliasChange(version=targets) if isinstance(targets, int) else AliasChange(weights=dict(targets))
-        return self._call(
-            TaskInfo, "PUT", f"/v1/tasks/{name}/aliases/{alias}", json=change.model_dump(exclude_none=True)
-        )
+        path = f"/v1/tasks/{_quoted(name)}/aliases/{_quoted(alias)}"
+        return self._call(TaskInfo, "PUT", path, json=change.model_dump(exclude_none=True))
 
     def delete_task(self, name: str) -> None:
-        self._send("DELETE", f"/v1/tasks/{name}")
+        self._send("DELETE", f"/v1/tasks/{_quoted(name)}")
 
     def delete_version(self, name: str, version: int) -> None:
-        self._send("DELETE", f"/v1/tasks/{name}/versions/{version}")
+        self._send("DELETE", f"/v1/tasks/{_quoted(name)}/versions/{version}")
 
     def classify(
         self, name: str, images: Sequence[str | Path | bytes], *, top_k: int = 5, version: str = "latest"
@@ -110,7 +117,7 @@ class Client:
         """Classify images (paths or encoded bytes) with one task."""
         files = [("image", (f"{i}", _bytes(image), "application/octet-stream")) for i, image in enumerate(images)]
         params = {"top_k": top_k, "version": version}
-        return self._call(Classified, "POST", f"/v1/tasks/{name}/classify", files=files, params=params)
+        return self._call(Classified, "POST", f"/v1/tasks/{_quoted(name)}/classify", files=files, params=params)
 
     def classify_inputs(self, inputs: Sequence[tuple[str, str | Path | bytes]], *, top_k: int = 5) -> Results:
         """Classify (task, image) pairs in one call."""
@@ -120,7 +127,11 @@ class Client:
         return self._call(Results, "POST", "/v1/classify", json=body.model_dump(), params={"top_k": top_k})
 
     def _call(self, reply: type[Reply], method: str, path: str, **options: Any) -> Reply:
-        return reply.model_validate_json(self._send(method, path, **options).content)
+        response = self._send(method, path, **options)
+        try:
+            return reply.model_validate_json(response.content)
+        except ValueError as error:
+            raise HubError(f"what answers at {self._http.base_url} is no hub: {response.text[:80]!r}") from error
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
@@ -144,6 +155,10 @@ def _error_of(response: httpx.Response) -> HubError:
         [FieldProblem(e.field, e.message) for e in problem.errors],
         int(retry_after) if retry_after.isdecimal() else None,
     )
+
+
+def _quoted(name: str) -> str:
+    return quote(name, safe="")
 
 
 def _bytes(image: str | Path | bytes) -> bytes:

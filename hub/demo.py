@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -18,6 +19,15 @@ from .settings import Settings
 
 TASKS = ("digits", "shapes", "count")
 CALLERS = 12  # requests at once
+# The demo is its own hub, whatever the user's environment says of another.
+SETTINGS: dict[str, Any] = {
+    "backbone": "demo",
+    "checkpoint": None,
+    "redis_url": None,
+    "store_url": None,
+    "host": "127.0.0.1",
+    "batch_wait_ms": 20,
+}
 
 
 @dataclass(frozen=True)
@@ -42,15 +52,14 @@ class Passes:
         self.most_tasks = max(self.most_tasks, int(response.headers.get("x-batch-tasks", 0)))
 
 
-def run(console: Console) -> None:
-    """Start, register, classify, print, stop."""
+def run(console: Console, settings: Settings) -> None:
+    """Start, register, classify, print, stop; `settings` are the environment's with `SETTINGS` over them."""
     with (
         as_file(files("adapters.demo")) as folder,
         tempfile.TemporaryDirectory(prefix="karst-hub-demo-") as home,
     ):
         console.print("starting a hub on this machine (Ray, Redis, one worker) ...")
-        settings = Settings(backbone="demo", home=Path(home), port=free_port(), batch_wait_ms=20)
-        with local_hub(settings) as hub:
+        with local_hub(settings.model_copy(update={"home": Path(home), "port": free_port()})) as hub:
             assert hub.first_key is not None  # noqa: S101 (its home is new)
             passes = Passes()
             with Client(hub.url, hub.first_key, on_response=passes.note) as client:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 import redis
 
@@ -48,7 +49,7 @@ def embedded_redis(home: Path) -> Iterator[str]:
     server = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)  # noqa: S603
     try:
         _wait_until_ready(server, socket, log)
-        yield f"unix://{socket}"
+        yield f"unix://{quote(str(socket))}"
     finally:
         server.terminate()
         try:
@@ -79,6 +80,9 @@ def _socket_path(folder: Path) -> Path:
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     private = Path(tempfile.gettempdir()) / f"karst-hub-{os.getuid()}"
     private.mkdir(mode=0o700, exist_ok=True)
+    found = private.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise EmbeddedRedisError(f"{private} is not this user's alone; remove it, or choose a shorter HUB_HOME")
     return private / f"{name}.sock"
 
 

@@ -18,8 +18,10 @@ from pathlib import Path
 
 from .access import first_key
 from .embedded import embedded_redis
+from .errors import Unavailable
 from .registry import Registry, connect
 from .settings import Settings
+from .store import Store
 
 DISTRIBUTION = "karst-hub"
 
@@ -41,9 +43,9 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
     """Run a hub for as long as the context lasts, and leave no process behind.
 
     Raises:
-        StartError: another hub uses this home, the port is taken, or another distribution owns our packages.
+        StartError: another hub uses this home, the port is taken, another distribution owns our packages, registry
+            or store cannot be used, or the worker cannot load its backbone.
         EmbeddedRedisError: no registry could be started.
-        Unavailable: the registry at HUB_REDIS_URL does not answer.
     """
     check_import_names()
     with ExitStack() as stack:
@@ -52,6 +54,8 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
         redis_url = settings.redis_url or stack.enter_context(embedded_redis(settings.home))
         store_url = settings.store_url or str(settings.home / "store")
         settings = settings.model_copy(update={"redis_url": redis_url, "store_url": store_url})
+        _check_store(store_url)
+        _check_registry(redis_url)
         run_folder = Path(tempfile.mkdtemp(prefix="karst-hub-"))
         stack.callback(shutil.rmtree, run_folder, ignore_errors=True)
         os.environ.update(ray_environment(settings, run_folder))
@@ -153,6 +157,29 @@ def _locked(home: Path) -> Iterator[None]:
         except OSError as error:
             raise StartError(f"another hub runs in {home}; stop it or choose another HUB_HOME") from error
         yield
+
+
+def _check_store(url: str) -> None:
+    try:
+        Store(url)
+    except (ValueError, ImportError) as error:  # fsspec: an unknown scheme, or one whose package is not installed
+        raise StartError(f"HUB_STORE_URL={url}: {error}") from error
+
+
+def _check_registry(url: str) -> None:
+    async def ping() -> None:
+        registry = Registry(connect(url))
+        try:
+            await registry.ping()
+        finally:
+            await registry.close()
+
+    try:
+        asyncio.run(ping())
+    except ValueError as error:
+        raise StartError(f"HUB_REDIS_URL={url}: {error}") from error
+    except Unavailable as error:
+        raise StartError(f"HUB_REDIS_URL={url}: {error.detail}") from error
 
 
 async def _first_key(redis_url: str) -> str | None:

@@ -51,7 +51,7 @@ for i = 5, #ARGV do
 end
 redis.call('HSET', KEYS[1], 'a:' .. ARGV[3], ARGV[4])
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', KEPT, '*', 'tenant', ARGV[1], 'task', ARGV[2])
-return 0
+return redis.call('HGETALL', KEYS[1])
 """.replace("KEPT", str(KEPT_EVENTS))
 
 # KEYS: tasks, task, events. ARGV: tenant, task
@@ -99,8 +99,9 @@ class Task:
         Raises:
             NotFound: neither a version nor an alias of this task.
         """
-        if reference.isdecimal() and int(reference) in self.versions:
-            return {int(reference): 1}
+        number = {str(n): n for n in self.versions}.get(reference)
+        if number is not None:
+            return {number: 1}
         if reference in self.aliases:
             return self.aliases[reference]
         known = [*map(str, self.versions), *self.aliases]
@@ -158,19 +159,21 @@ class Registry:
         """
         self._redis = redis
 
-    async def register(self, tenant: str, task: str, version: VersionInfo, aliases: Sequence[str]) -> tuple[int, bool]:
+    async def register(
+        self, tenant: str, task: str, version: VersionInfo, aliases: Sequence[str]
+    ) -> tuple[VersionInfo, bool]:
         """Add a version, or find the one with this digest, and move the aliases to it, in one step.
 
         Args:
             version: its number is ignored; the registry gives it.
 
         Returns:
-            The version's number, and whether it is new.
+            The version as it is kept, and whether it is new.
         """
         body = version.model_dump_json(exclude={"version"})
         keys = [_tasks(tenant), _numbers(tenant), _task(tenant, task), EVENTS]
-        number, created, _ = await self._script(_REGISTER, keys, [tenant, task, version.digest, body, *aliases])
-        return int(number), bool(created)
+        number, created, kept = await self._script(_REGISTER, keys, [tenant, task, version.digest, body, *aliases])
+        return VersionInfo(version=number, **json.loads(kept)), bool(created)
 
     async def task(self, tenant: str, task: str) -> Task:
         """
@@ -191,8 +194,9 @@ class Registry:
         found = await self._do(pipeline.execute())
         return [_parse(name, fields) for name, fields in zip(names, found, strict=True) if fields]
 
-    async def set_alias(self, tenant: str, task: str, alias: str, targets: Mapping[int, int]) -> None:
-        """
+    async def set_alias(self, tenant: str, task: str, alias: str, targets: Mapping[int, int]) -> Task:
+        """Point an alias at versions; returns the task as it is then.
+
         Raises:
             NotFound: no such task.
             InvalidRequest: a version that the task does not have.
@@ -200,12 +204,13 @@ class Registry:
         numbers = [str(n) for n in targets]
         body = json.dumps({str(n): weight for n, weight in targets.items()})
         keys = [_task(tenant, task), EVENTS]
-        absent = await self._script(_SET_ALIAS, keys, [tenant, task, alias, body, *numbers])
-        if absent == -1:
+        done = await self._script(_SET_ALIAS, keys, [tenant, task, alias, body, *numbers])
+        if done == -1:
             raise task_not_found(task)
-        if absent:
-            message = f"task {task!r} has no version {absent}"
+        if isinstance(done, int):
+            message = f"task {task!r} has no version {done}"
             raise InvalidRequest(message, [FieldProblem("version", message)])
+        return _parse(task, dict(zip(done[::2], done[1::2], strict=True)))
 
     async def delete_task(self, tenant: str, task: str) -> None:
         """
@@ -242,10 +247,18 @@ class Registry:
     async def has_keys(self) -> bool:
         return bool(await self._do(self._redis.exists(KEYS)))
 
-    async def last_event(self) -> str:
-        """The id of the newest event; `0-0` where there was none."""
+    async def ping(self) -> None:
+        """
+        Raises:
+            Unavailable: Redis does not answer.
+        """
+        await self._do(self._redis.ping())
+
+    async def event_span(self) -> tuple[str, str]:
+        """The ids of the oldest and the newest event that are kept; `0-0` where there are none."""
+        oldest = await self._do(self._redis.xrange(EVENTS, count=1))
         newest = await self._do(self._redis.xrevrange(EVENTS, count=1))
-        return newest[0][0] if newest else "0-0"
+        return (oldest[0][0], newest[0][0]) if oldest and newest else ("0-0", "0-0")
 
     async def events(self, after: str, wait_ms: int) -> list[Event]:
         """Events after an id, oldest first; waits up to `wait_ms` for the first."""

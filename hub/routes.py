@@ -1,13 +1,14 @@
 """HTTP: every route of the hub as a FastAPI application; each says who, what, do, reply."""
 
+import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, FastAPI, Path, Query, Request, Response
+from fastapi import Depends, FastAPI, Path, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -24,6 +25,7 @@ from .schemas import (
     Classified,
     Health,
     ImagesBody,
+    Input,
     InputsBody,
     Problem,
     Registered,
@@ -36,17 +38,35 @@ from .service import Service, decode_base64
 
 logger = logging.getLogger(__name__)
 
+MAX_CHANGE_BYTES = 64 * 1024
+BEARER = HTTPBearer(auto_error=False)  # for the documentation; `Access` reads the header and answers as the hub does
 PROBLEM_JSON = "application/problem+json"
 ADAPTER_FILE = "application/octet-stream"
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "content": {PROBLEM_JSON: {}}} for status in (401, 403, 404, 409, 413, 422, 503)
 }
 
+JSON = "application/json"
+BINARY = {"type": "string", "format": "binary"}
+IMAGES_BODY: dict[str, Any] = {
+    "image/*": BINARY,
+    "multipart/form-data": {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}},
+    JSON: ImagesBody.model_json_schema(),
+}
+
+# Written out, since a `$ref` of pydantic's would point beside OpenAPI's own schemas.
+INPUTS_BODY = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {"inputs": {"type": "array", "maxItems": MAX_IMAGES, "items": Input.model_json_schema()}},
+}
+
 Body = TypeVar("Body", bound=BaseModel)
 TaskName = Annotated[str, Path(pattern=NAME_PATTERN, description="a task of the caller's tenant")]
 AliasName = Annotated[str, Path(pattern=NAME_PATTERN)]
-Number = Annotated[int, Path(ge=1)]
-Reference = Annotated[str, Path(description="a version's number or an alias")]
+Number = Annotated[int, Path(ge=1, le=2**53)]
+Reference = Annotated[str, Path(max_length=63, description="a version's number or an alias")]
+Version = Annotated[str, Query(max_length=63, description="a version's number or an alias")]
 TopK = Annotated[int, Query(ge=1, le=1000, description="labels an image")]
 
 
@@ -66,7 +86,7 @@ def create_api(
     api = FastAPI(title="karst-hub", lifespan=lifespan, responses=PROBLEMS)
     _translate_errors(api)
 
-    async def caller(request: Request) -> Caller:
+    async def caller(request: Request, _documented: Annotated[object, Security(BEARER)]) -> Caller:
         return await access.caller(request.headers.get("authorization"))
 
     async def owner(who: Annotated[Caller, Depends(caller)]) -> Caller:
@@ -76,7 +96,7 @@ def create_api(
     Who = Annotated[Caller, Depends(caller)]
     Owner = Annotated[Caller, Depends(owner)]
 
-    @api.get("/healthz", responses={401: {}, 403: {}})
+    @api.get("/healthz")
     async def healthz() -> Health:
         return Health()
 
@@ -97,7 +117,12 @@ def create_api(
     async def delete_task(who: Owner, task: TaskName) -> None:
         await service.delete_task(who.tenant, task)
 
-    @api.post("/v1/tasks/{task}/versions", status_code=201, responses={200: {"model": Registered}})
+    @api.post(
+        "/v1/tasks/{task}/versions",
+        status_code=201,
+        responses={200: {"model": Registered}},
+        openapi_extra=_documented({ADAPTER_FILE: BINARY}),
+    )
     async def register(
         who: Owner,
         task: TaskName,
@@ -126,21 +151,22 @@ def create_api(
     async def delete_version(who: Owner, task: TaskName, version: Number) -> None:
         await service.delete_version(who.tenant, task, version)
 
-    @api.put("/v1/tasks/{task}/aliases/{alias}")
-    async def set_alias(who: Owner, task: TaskName, alias: AliasName, change: AliasChange) -> TaskInfo:
+    @api.put("/v1/tasks/{task}/aliases/{alias}", openapi_extra=_documented({JSON: AliasChange.model_json_schema()}))
+    async def set_alias(who: Owner, task: TaskName, alias: AliasName, request: Request) -> TaskInfo:
         _require_name(alias)
+        change = _parse(AliasChange, await _body(request, MAX_CHANGE_BYTES, "body"))
         return await service.set_alias(who.tenant, task, alias, change.targets())
 
-    @api.post("/v1/tasks/{task}/classify")
+    @api.post("/v1/tasks/{task}/classify", openapi_extra=_documented(IMAGES_BODY))
     async def classify(
-        who: Who, task: TaskName, request: Request, response: Response, top_k: TopK = 5, version: str = LATEST
+        who: Who, task: TaskName, request: Request, response: Response, top_k: TopK = 5, version: Version = LATEST
     ) -> Classified:
         images = await _images(request, max_request_bytes)
         classified, passes = await service.classify(who.tenant, task, version, images, top_k)
         _tell(response, passes)
         return classified
 
-    @api.post("/v1/classify")
+    @api.post("/v1/classify", openapi_extra=_documented({JSON: INPUTS_BODY}))
     async def classify_inputs(who: Who, request: Request, response: Response, top_k: TopK = 5) -> Results:
         body = await run_in_threadpool(_parse, InputsBody, await _body(request, max_request_bytes, "body"))
         results, passes = await service.classify_inputs(who.tenant, body.inputs, top_k)
@@ -148,6 +174,11 @@ def create_api(
         return Results(results=results)
 
     return api
+
+
+def _documented(content: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """OpenAPI's `requestBody` of a route that reads its body itself, within limits and after the key was checked."""
+    return {"requestBody": {"required": True, "content": {kind: {"schema": s} for kind, s in content.items()}}}
 
 
 async def _body(request: Request, limit_bytes: int, what: str) -> bytes:
@@ -172,7 +203,7 @@ async def _limited(request: Request, limit_bytes: int, what: str) -> AsyncGenera
 async def _images(request: Request, limit_bytes: int) -> list[tuple[str, bytes]]:
     """The images of a classification request, each with its field's name: one raw, several as multipart or JSON."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type == "application/json":
+    if content_type == JSON:
         return await run_in_threadpool(_images_of_json, await _body(request, limit_bytes, "body"))
     if content_type == "multipart/form-data":
         return await _multipart(request, limit_bytes)
@@ -228,27 +259,32 @@ def _translate_errors(api: FastAPI) -> None:
     """Every error leaves as a problem: the hub's own, FastAPI's, and whatever nobody foresaw."""
 
     @api.exception_handler(HubError)
-    async def hub_error(_request: Request, error: HubError) -> JSONResponse:
+    async def hub_error(_request: Request, error: HubError) -> Response:
         headers = {}
         if error.retry_after_s is not None:
             headers["retry-after"] = str(error.retry_after_s)
         if isinstance(error, Unauthenticated):
             headers["www-authenticate"] = "Bearer"
-        return JSONResponse(error.problem(), error.status, headers, PROBLEM_JSON)
+        return _problem(error.problem(), error.status, headers)
 
     @api.exception_handler(RequestValidationError)
-    async def not_valid(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def not_valid(request: Request, error: RequestValidationError) -> Response:
         return await hub_error(request, _invalid(error.errors()))
 
     @api.exception_handler(HTTPException)
-    async def no_route(_request: Request, error: HTTPException) -> JSONResponse:
+    async def no_route(_request: Request, error: HTTPException) -> Response:
         body = {"type": "about:blank", "title": error.detail, "status": error.status_code, "detail": error.detail}
-        return JSONResponse(body, error.status_code, error.headers, PROBLEM_JSON)
+        return _problem(body, error.status_code, error.headers)
 
     @api.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+    async def unforeseen(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return await hub_error(request, HubError("an unforeseen error; the hub's log has it"))
+
+
+def _problem(body: Mapping[str, Any], status: int, headers: Mapping[str, str] | None) -> Response:
+    """ASCII only: what a client sent and is told of may hold half a surrogate, which UTF-8 cannot."""
+    return Response(json.dumps(body), status, headers, PROBLEM_JSON)
 
 
 def _invalid(errors: Sequence[Any], where: str = "") -> InvalidRequest:

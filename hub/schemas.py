@@ -9,7 +9,8 @@ LATEST = "latest"
 MAX_IMAGES = 64
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-VersionNumber = Annotated[int, Field(ge=1)]
+VersionNumber = Annotated[int, Field(ge=1, le=2**53)]  # as far as every JSON reader counts exactly
+Reference = Annotated[str, Field(max_length=63)]  # a version's number or an alias
 Weight = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
@@ -104,7 +105,7 @@ class Input(_Wire):
 
     task: Name
     image: str
-    version: str = LATEST
+    version: Reference = LATEST
 
 
 class InputsBody(_Wire):

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import binascii
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from adapters import Adapter, AdapterError, BankLimits
 
 from .answers import Answer, Pass
 from .cache import RegistryCache
-from .errors import FieldProblem, InvalidImage
+from .errors import FieldProblem, InvalidAdapter, InvalidImage
 from .images import Images
 from .registry import Registry, Task
 from .schemas import LATEST, Classified, Input, Prediction, Registered, Result, TaskInfo, TaskSummary, VersionInfo
@@ -126,6 +125,7 @@ class Service:
             Unavailable: store, registry or workers are away; nothing was registered.
         """
         adapter = await self._off_loop(self._check, await self.limits(), data)
+        await self._registry.ping()  # a registry that is away now would leave an orphan in the store
         await self._off_loop(self._store.put, adapter.digest, data)
         version = VersionInfo(
             version=0,  # the registry gives the number
@@ -140,9 +140,8 @@ class Service:
             registered=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
         aliases = [LATEST] if alias in (None, LATEST) else [LATEST, alias]
-        number, created = await self._registry.register(tenant, name, version, aliases)
+        kept, created = await self._registry.register(tenant, name, version, aliases)
         self._cache.forget(tenant, name)
-        kept = (await self._registry.task(tenant, name)).version(number)
         return Registered(task=name, **kept.model_dump()), created
 
     async def tasks(self, tenant: str) -> list[TaskSummary]:
@@ -161,9 +160,9 @@ class Service:
         return version, await self._off_loop(self._store.get, version.digest)
 
     async def set_alias(self, tenant: str, name: str, alias: str, targets: dict[int, int]) -> TaskInfo:
-        await self._registry.set_alias(tenant, name, alias, targets)
+        task = await self._registry.set_alias(tenant, name, alias, targets)
         self._cache.forget(tenant, name)
-        return await self.task(tenant, name)
+        return task.info()
 
     async def delete_task(self, tenant: str, name: str) -> None:
         await self._registry.delete_task(tenant, name)
@@ -209,7 +208,13 @@ class Service:
 
 
 def best(labels: Sequence[str], probabilities: np.ndarray, top_k: int) -> list[Prediction]:
-    """The `top_k` likeliest labels, best first; equal scores in the order of the labels."""
+    """The `top_k` likeliest labels, best first; equal scores in the order of the labels.
+
+    Raises:
+        InvalidAdapter: the adapter's numbers overflow, so that there are no probabilities.
+    """
+    if not np.isfinite(probabilities).all():
+        raise InvalidAdapter("the adapter's numbers overflow on this image; train it anew and register that")
     order = np.argsort(-probabilities, kind="stable")[:top_k]
     return [Prediction(label=labels[i], score=float(probabilities[i])) for i in order]
 
@@ -225,7 +230,7 @@ def decode_base64(images: Sequence[tuple[str, str]]) -> list[tuple[str, bytes]]:
         encoded = text.partition(",")[2] if text.startswith("data:") else text
         try:
             out.append((field, base64.b64decode(encoded, validate=True)))
-        except binascii.Error as error:
+        except ValueError as error:  # binascii.Error, or a character that is not ASCII
             message = f"not base64 (RFC 4648, section 4): {error}"
             raise InvalidImage(f"{field}: {message}", [FieldProblem(field, message)]) from error
     return out

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_BACKBONE = "vit_base_patch16_224.augreg_in21k"
@@ -35,6 +35,11 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(10 * 1024**2, ge=1, description="one encoded image")
     max_image_pixels: int = Field(50_000_000, ge=1, description="one decoded image")
     max_adapter_bytes: int = Field(64 * 1024**2, ge=1, description="one adapter file")
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().resolve()
 
     @model_validator(mode="after")
     def _workers_in_order(self) -> "Settings":

@@ -19,7 +19,7 @@ class Store:
     """The adapter files of a hub."""
 
     def __init__(self, url: str) -> None:
-        """Open a store; a local folder is made if it is not there.
+        """Open a store; a local folder is made by the first `put`.
 
         Args:
             url: a folder, or any fsspec URL (`s3://bucket/prefix`).
@@ -28,14 +28,14 @@ class Store:
         self._root = root.rstrip("/")
 
     def put(self, digest: str, data: bytes) -> None:
-        """Keep a file under its digest; does nothing if it is there.
+        """Keep a file under its digest; does nothing if it is there and whole.
 
         Raises:
             Unavailable: the store cannot be written (away, full, not allowed).
         """
         path = self._path(digest)
         try:
-            if self._fs.exists(path) and self._fs.size(path) == len(data):
+            if self._fs.exists(path) and self._fs.cat_file(path) == data:
                 return
             self._fs.makedirs(self._fs._parent(path), exist_ok=True)
             if isinstance(self._fs, LocalFileSystem):

@@ -29,7 +29,16 @@ class Resident:
     slot: int
     mean: Tensor  # (3,) float32
     std: Tensor  # (3,)
-    leases: int = 0
+    leases: int
+
+
+@dataclass
+class _Load:
+    """A load under way, how many callers wait for it, and what came of it."""
+
+    waiters: int = 0
+    task: "asyncio.Task[Resident] | None" = None
+    resident: Resident | None = None
 
 
 class Tiers:
@@ -45,7 +54,7 @@ class Tiers:
         self._executor = executor
         self._wait_s = wait_s
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
-        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._loads: dict[str, _Load] = {}
         self._host = _HostCache(host_cache_bytes)
         self._released = asyncio.Condition()
         self._writing = 0  # slots promised to loads that have not finished
@@ -59,40 +68,62 @@ class Tiers:
             InvalidAdapter: the file does not fit this worker's backbone.
         """
         resident = self._residents.get(digest)
-        while resident is None:  # evicted again before we could take it: load it once more
-            await self._load_once(digest)
-            resident = self._residents.get(digest)
-        resident.leases += 1
-        self._residents.move_to_end(digest)
+        if resident is not None:
+            resident.leases += 1
+        else:
+            resident = await self._loaded(digest)
         try:
+            self._residents.move_to_end(digest)
             yield resident
         finally:
-            resident.leases -= 1
-            if not resident.leases and self._loading:
-                async with self._released:
-                    self._released.notify_all()
+            await self._release(resident)
 
-    async def _load_once(self, digest: str) -> None:
-        task = self._loading.get(digest)
-        if task is None:
-            task = self._loading[digest] = asyncio.create_task(self._load(digest))
-            task.add_done_callback(lambda _: self._loading.pop(digest))
-        # Shielded: one caller that goes away must not take the load from the others.
-        await asyncio.shield(task)
-
-    async def _load(self, digest: str) -> None:
-        loop = asyncio.get_running_loop()
-        adapter = self._host.get(digest)
-        if adapter is None:
-            adapter = await loop.run_in_executor(self._executor, self._read, digest)
-            self._host.put(adapter)
-        await self._reserve()
+    async def _loaded(self, digest: str) -> Resident:
+        """Wait for the one load of an adapter; the resident comes with this caller's lease already counted."""
+        load = self._loads.get(digest)
+        if load is None:
+            load = self._loads[digest] = _Load()
+            load.task = asyncio.create_task(self._load(digest, load))
+        assert load.task is not None  # noqa: S101 (for the type checker)
+        load.waiters += 1
         try:
-            slot = await loop.run_in_executor(self._executor, self._put, adapter)
+            # Shielded: a caller that goes away must not take the load from the others.
+            return await asyncio.shield(load.task)
+        except asyncio.CancelledError:
+            load.waiters -= 1
+            if load.resident is not None:
+                await self._release(load.resident)
+            raise
+
+    async def _release(self, resident: Resident) -> None:
+        resident.leases -= 1
+        if not resident.leases:
+            await self._notify()
+
+    async def _notify(self) -> None:
+        """Wake the loads that wait for a slot: one may be had now."""
+        async with self._released:
+            self._released.notify_all()
+
+    async def _load(self, digest: str, load: "_Load") -> Resident:
+        loop = asyncio.get_running_loop()
+        try:
+            adapter = self._host.get(digest)
+            if adapter is None:
+                adapter = await loop.run_in_executor(self._executor, self._read, digest)
+                self._host.put(adapter)
+            await self._reserve()
+            try:
+                slot = await loop.run_in_executor(self._executor, self._put, adapter)
+            finally:
+                self._writing -= 1
             mean, std = (torch.tensor(adapter.preprocess[name], dtype=torch.float32) for name in ("mean", "std"))
-            self._residents[digest] = Resident(digest, slot, mean, std)
+            # In one step with the leases of all who wait: nobody can take the slot before they use it.
+            load.resident = self._residents[digest] = Resident(digest, slot, mean, std, load.waiters)
+            return load.resident
         finally:
-            self._writing -= 1
+            del self._loads[digest]
+            await self._notify()  # it failed, or nobody waits for it any more: either way a slot may be free
 
     async def _reserve(self) -> None:
         """Promise a slot to a load, taking it from the least recently used adapter where none is free."""

@@ -35,6 +35,8 @@ def run(
     """
     if not output.absolute().parent.is_dir():
         raise DataError(f"{output}: the folder {output.absolute().parent} does not exist")
+    if output.is_dir():
+        raise DataError(f"{output}: is a folder; --out names the file to write")
     images = read_folder(data)
     tests = read_folder(test, images.labels) if test is not None else None
     kept, held = split(images, val_fraction, recipe.seed) if val_fraction else (images, None)
@@ -45,9 +47,16 @@ def run(
     frozen = load_backbone(backbone, checkpoint, device=device)
     preprocess = preprocess_of(frozen)
     pixels = Pixels(kept, preprocess)
+    validation, held_out = (Pixels(part, preprocess) if part is not None else None for part in (held, tests))
+    metrics: dict[str, Any] = {"train_images": len(kept)}
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     ) as progress:
+        for part in filter(None, (pixels, validation, held_out)):  # a bad image ends it now, not after training
+            for i in progress.track(range(len(part)), description="reading images"):
+                part[i]
+        if probe and held_out is not None:
+            metrics["linear_probe_test_accuracy"] = round(linear_probe(frozen, pixels, held_out), 4)
         bar = progress.add_task("training", total=steps_per_epoch(len(kept), recipe) * recipe.epochs)
 
         def show(epoch: Epoch) -> None:
@@ -62,24 +71,20 @@ def run(
             pixels,
             config,
             recipe,
-            validation=Pixels(held, preprocess) if held is not None else None,
+            validation=validation,
             on_step=lambda: progress.advance(bar),
             on_epoch=show,
         )
-    metrics: dict[str, Any] = {
-        "train_images": len(kept),
+    metrics |= {
         "epoch": fitted.chosen.number,
         "train_accuracy": round(fitted.chosen.train_accuracy, 4),
         "recipe": recipe.model_dump(),
     }
     if fitted.chosen.val_accuracy is not None:
         metrics["val_accuracy"] = round(fitted.chosen.val_accuracy, 4)
-    if tests is not None:
-        held_out = Pixels(tests, preprocess)
-        metrics["test_images"] = len(tests)
+    if held_out is not None:
+        metrics["test_images"] = len(held_out)
         metrics["test_accuracy"] = round(accuracy(fitted.model, held_out), 4)
-        if probe:
-            metrics["linear_probe_test_accuracy"] = round(linear_probe(frozen, pixels, held_out), 4)
     adapter: Adapter = extract(fitted.model, images.labels, preprocess=preprocess, metrics=metrics)
     adapter.write(output)
     return {"file": str(output), "bytes": len(adapter.data), "digest": adapter.digest, "labels": len(images.labels)} | {

@@ -77,12 +77,24 @@ class Worker:
             Unavailable: the adapter's file cannot be had, or every slot is in use.
             InvalidAdapter: it does not fit this worker.
         """
+        # Shielded: the lease must outlast the batch even where the caller goes away, or its slot could be taken
+        # from under a pass that others share.
+        return await asyncio.shield(asyncio.create_task(self._leased(digest, images)))
+
+    async def _leased(self, digest: str, images: Sequence[np.ndarray]) -> list[Answer]:
         began = time.perf_counter()
         async with self._tiers.lease(digest) as adapter:
             since = time.perf_counter()
             load_ms = (since - began) * 1000
-            answers = await asyncio.gather(*(self._batch(Item(pixels, adapter, since)) for pixels in images))
-        return [Answer(p, Pass(self._name, *shape, load_ms, *times)) for p, shape, times in answers]
+            jobs = (self._batch(Item(pixels, adapter, since)) for pixels in images)
+            done = await asyncio.gather(*jobs, return_exceptions=True)  # all of them, whatever becomes of one
+        answers = []
+        for result in done:
+            if isinstance(result, BaseException):
+                raise result
+            probabilities, shape, times = result
+            answers.append(Answer(probabilities, Pass(self._name, *shape, load_ms, *times)))
+        return answers
 
     @serve.batch
     async def _batch(self, items: list[Item]) -> list[tuple[np.ndarray, tuple[int, int], tuple[float, float]]]:

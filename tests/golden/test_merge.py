@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from adapters import load_backbone
+from adapters import KarstConfig, attach, load_backbone
 from tests.golden.test_kronecker import written_out
 from tests.support import random_adapter, random_pixels
 
@@ -12,7 +12,7 @@ from tests.support import random_adapter, random_pixels
 @pytest.fixture(scope="module")
 def backbone():
     torch.manual_seed(0)
-    return load_backbone("demo", pretrained=False)
+    return load_backbone("demo", pretrained=False, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("rescale", ["none", "scalar", "channel"])
@@ -37,12 +37,12 @@ def test_merged_layer_is_the_formula(backbone, layer, rescale) -> None:
     assert ("in_scale" in parts) == (rescaled_out and layer.endswith("attn.proj"))
 
     result = x @ merged.weight.double().numpy().T + merged.bias.double().numpy()
-    np.testing.assert_allclose(result, y, rtol=1e-5, atol=1e-5)  # the merged weights are float32
+    np.testing.assert_allclose(result, y, rtol=0, atol=1e-6)
 
 
-def test_training_form_equals_merged(backbone) -> None:
-    from adapters import KarstConfig, attach
-
+def test_training_form_equals_merged() -> None:
+    torch.manual_seed(0)
+    backbone = load_backbone("demo", pretrained=False)
     adapter = random_adapter(backbone, rescale="channel", kernels=2, rank=4)
     model = attach(backbone, KarstConfig(kernels=2, rank=4), adapter.num_classes)
     with torch.no_grad():

@@ -22,11 +22,12 @@ def test_what_was_put_comes_back(tmp_path, url) -> None:
     assert store.get(DIGEST) == DATA
 
 
-def test_a_damaged_file_is_never_served_and_is_mended_by_the_next_put(tmp_path) -> None:
+@pytest.mark.parametrize("damaged", [DATA[:-1], b"B" + DATA[1:]])
+def test_a_damaged_file_is_never_served_and_is_mended_by_the_next_put(tmp_path, damaged) -> None:
     store = Store(str(tmp_path))
     store.put(DIGEST, DATA)
     (path,) = tmp_path.rglob("*.safetensors")
-    path.write_bytes(DATA[:-1])
+    path.write_bytes(damaged)
     with pytest.raises(Unavailable, match="is damaged: its sha256 is another"):
         store.get(DIGEST)
     store.put(DIGEST, DATA)
