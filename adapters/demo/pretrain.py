@@ -1,12 +1,12 @@
 """Pre-train the demo backbone: `python -m adapters.demo.pretrain`.
 
 The lesson has two halves: Fashion-MNIST's 60,000 training images (10 classes of clothes) and invented
-handwriting (300 classes of random strokes, `draw.glyph_image`), both under random poses, blurs and colours.
+handwriting (400 classes of random strokes, `draw.glyph_image`), both under random poses, blurs and colours.
 No digits, no geometric shapes, no dots: those are the demo's downstream tasks. A small transformer learns
 little of use from clothes alone; the strokes are what makes its features transfer.
 
 Needs Fashion-MNIST's four idx files (`apt-get install dataset-fashion-mnist`). Seeded; about half an hour on
-two cores. Not part of the library: nothing imports it.
+two idle cores with --compile. Not part of the library: nothing imports it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5500, help="batches of --batch images")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--glyphs", type=int, default=300, help="classes of invented handwriting")
+    parser.add_argument("--glyphs", type=int, default=400, help="classes of invented handwriting")
     parser.add_argument("--compile", action="store_true", help="half as fast again; needs a C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -28,6 +28,7 @@ def test_redis_gone_and_back(backbone, adapters, tmp_path) -> None:
         assert register(0).status_code == 201
         wait_until(lambda: classify().json()["version"] == 1 and hub.remembers("flowers"))
         server.__exit__(None, None, None)
+        stored = hub.stored()
 
         assert classify().json()["version"] == 1
         for answer in (
@@ -39,6 +40,7 @@ def test_redis_gone_and_back(backbone, adapters, tmp_path) -> None:
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
             assert answer.json()["detail"].startswith("the registry does not answer")
         assert hub.http.get("/v1/tasks", headers={"authorization": "Bearer kh_new"}).status_code == 503
+        assert hub.stored() == stored
 
         with embedded_redis(tmp_path):  # the same data, from its append-only file
             wait_until(lambda: register(1).status_code in (200, 201))

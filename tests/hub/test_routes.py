@@ -251,3 +251,59 @@ def test_an_unforeseen_error_shows_no_traceback(hub, adapters) -> None:
     hub.engine.slots[adapters[0].digest] = None  # what no worker would do
     body = problem_of(hub.http.post("/v1/tasks/flowers/classify", content=png()), 500)
     assert body["detail"] == "an unforeseen error; the hub's log has it"
+
+
+def test_no_body_is_read_before_the_key_is_checked(hub) -> None:
+    for method, path in (
+        ("PUT", "/v1/tasks/flowers/aliases/stable"),
+        ("POST", "/v1/tasks/flowers/versions"),
+        ("POST", "/v1/tasks/flowers/classify"),
+        ("POST", "/v1/classify"),
+    ):
+        taken = []
+
+        def chunks(taken=taken):
+            for _ in range(100):
+                taken.append(1)
+                yield b"{" * 1000
+
+        problem_of(hub.http.request(method, path, content=chunks(), headers={"authorization": "Bearer kh_wrong"}), 401)
+    body = b"{" * 100_000
+    assert (
+        "more than the 65536 bytes"
+        in problem_of(hub.http.put("/v1/tasks/flowers/aliases/stable", content=body), 413)["detail"]
+    )
+
+
+def test_odd_texts_are_answered_as_what_they_are(hub, adapters) -> None:
+    register(hub, "flowers", adapters[0])
+    url = "/v1/tasks/flowers/classify"
+    problem_of(hub.http.post(url, json={"images": ["ä"]}), 422)
+    for reference in ("9" * 5000, "x" * 64):
+        problem_of(hub.http.post(url, content=png(), params={"version": reference}), 422)
+    for reference in ("9" * 63, "٣", "01"):
+        problem_of(hub.http.post(url, content=png(), params={"version": reference}), 404)
+    problem_of(hub.http.put("/v1/tasks/flowers/aliases/stable", json={"version": 10**30}), 422)
+    surrogate = b'--x\r\nContent-Disposition: form-data; name="\\ud800"; filename="a"\r\n\r\nno image\r\n--x--\r\n'
+    kind = {"content-type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+    problem_of(hub.http.post(url, content=surrogate, headers=kind), 422)
+
+
+def test_an_adapter_that_overflows_is_named(hub, adapters) -> None:
+    import torch
+
+    huge = adapters[0].tensors | {"head.weight": torch.full_like(adapters[0].tensors["head.weight"], 3e38)}
+    data = with_tensors(adapters[0], huge)
+    assert hub.http.post("/v1/tasks/huge/versions", content=data, headers=OCTETS).status_code == 201
+    body = problem_of(hub.http.post("/v1/tasks/huge/classify", content=png()), 422)
+    assert body["detail"].startswith("the adapter's numbers overflow")
+
+
+def test_openapi_tells_of_keys_bodies_and_problems(hub) -> None:
+    spec = hub.http.get("/openapi.json").json()
+    assert spec["openapi"].startswith("3.1")
+    for path, methods in spec["paths"].items():
+        for method, operation in methods.items():
+            assert bool(operation.get("security")) == (path not in ("/healthz", "/readyz")), path
+            assert ("requestBody" in operation) == (method in ("post", "put")), path
+            assert "application/problem+json" in operation["responses"]["422"]["content"]

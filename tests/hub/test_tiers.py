@@ -9,6 +9,7 @@ from adapters import Bank
 from hub.errors import Unavailable
 from hub.store import Store
 from hub.tiers import Tiers
+from tests.support import random_adapter
 
 
 class CountingStore(Store):
@@ -139,3 +140,36 @@ def test_a_caller_that_goes_away_does_not_take_the_load_with_it(backbone, store,
         assert store.reads == [digest]
 
     run(backbone, store, use)
+
+
+def test_a_slot_that_a_failed_load_gives_back_goes_to_the_next(backbone, store, adapters, tmp_path) -> None:
+    bad = random_adapter(backbone, seed=9, rank=9)  # does not fit the bank: found when it has its slot
+    store.put(bad.digest, bad.data)
+
+    async def use(tiers, _bank):
+        done = await asyncio.gather(
+            *(touch(tiers, d) for d in (bad.digest, adapters[0].digest)), return_exceptions=True
+        )
+        assert [type(r).__name__ for r in done] == ["InvalidAdapter", "int"]
+
+    run(backbone, store, use, slots=1, wait_s=30)
+
+
+def test_a_load_that_nobody_waits_for_any_more_holds_no_slot(backbone, store, adapters) -> None:
+    async def use(tiers, _bank):
+        gone = asyncio.create_task(touch(tiers, adapters[0].digest))
+        await asyncio.sleep(0)
+        waiting = asyncio.create_task(touch(tiers, adapters[1].digest))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await waiting
+
+    run(backbone, store, use, slots=1, wait_s=30)
+
+
+def test_a_few_slots_and_many_adapters_at_once_all_get_their_turn(backbone, store, adapters) -> None:
+    async def use(tiers, _bank):
+        digests = [adapter.digest for adapter in adapters] * 10
+        assert len(await asyncio.gather(*(touch(tiers, digest) for digest in digests))) == 40
+
+    run(backbone, store, use, slots=1, host_cache_bytes=10**8, wait_s=30)
