@@ -13,6 +13,7 @@ import torch
 from ray import serve
 
 from adapters import Bank, BankLimits, load_backbone
+from adapters.backbone import features
 from adapters.data import normalise
 
 from .answers import Answer, Pass
@@ -21,6 +22,7 @@ from .store import Store
 from .tiers import Resident, Tiers
 
 SLOT_WAIT_S = 10.0
+SMALL_PASS_MS = 20.0
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,13 @@ class Worker:
         Args:
             threads: torch's threads for one forward pass.
         """
-        torch.set_num_threads(threads)
-        self._backbone = load_backbone(
-            settings.backbone, settings.checkpoint, device=settings.torch_device, dtype=getattr(torch, settings.dtype)
-        )
-        self._bank = Bank(
-            self._backbone, slots=settings.slots, max_rank=settings.max_rank, max_kernels=settings.max_kernels
-        )
-        self._name = f"{os.uname().nodename}/{os.getpid()}"
-        # One thread for passes, so that they run one after another; others for loads beside them.
+        self._threads = threads
+        # One thread for passes, so that they run one after another; it loads the backbone too, since every thread
+        # that runs torch keeps a pool of helpers of its own, and two pools on the same cores slow each other down.
         self._passes = ThreadPoolExecutor(1, "pass")
+        self._bank = self._passes.submit(self._load, settings).result()
+        self._image_ms = self._passes.submit(self._time_one_image).result()
+        self._name = f"{os.uname().nodename}/{os.getpid()}"
         self._tiers = Tiers(
             self._bank,
             store,
@@ -61,6 +60,26 @@ class Worker:
         batch: Any = self._batch  # what `serve.batch` adds is not in its type
         batch.set_max_batch_size(settings.batch_size)
         batch.set_batch_wait_timeout_s(settings.batch_wait_ms / 1000)
+
+    def _load(self, settings: Settings) -> Bank:
+        torch.set_num_threads(self._threads)
+        backbone = load_backbone(
+            settings.backbone, settings.checkpoint, device=settings.torch_device, dtype=getattr(torch, settings.dtype)
+        )
+        return Bank(backbone, slots=settings.slots, max_rank=settings.max_rank, max_kernels=settings.max_kernels)
+
+    def _time_one_image(self) -> float:
+        """Milliseconds of the frozen backbone for one image on one thread."""
+        backbone = self._bank.backbone
+        pixels = torch.zeros(1, *backbone.input_size, device=backbone.device, dtype=backbone.dtype)
+        torch.set_num_threads(1)
+        taken = []
+        with torch.inference_mode():
+            for _ in range(3):
+                began = time.perf_counter()
+                features(backbone.model, pixels)
+                taken.append((time.perf_counter() - began) * 1000)
+        return min(taken)
 
     async def limits(self) -> BankLimits:
         """What adapters must fit here; the answer also says that the backbone is loaded."""
@@ -109,7 +128,9 @@ class Worker:
         ]
 
     def _compute(self, items: list[Item]) -> list[np.ndarray]:
-        device = self._backbone.device
+        device = self._bank.backbone.device
+        # A small pass is over before a second thread is awake.
+        torch.set_num_threads(1 if len(items) * self._image_ms < SMALL_PASS_MS else self._threads)
         pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(device)  # (B, 3, H, W)
         mean, std = (
             torch.stack([getattr(item.adapter, name) for item in items]).to(device) for name in ("mean", "std")
