@@ -107,6 +107,10 @@ def start(settings: Settings) -> None:
     """Start Ray on this machine alone, and the hub on it; returns when a worker has its backbone.
 
     `local.ray_environment` must be in the environment before this module is imported: Ray reads it at import.
+
+    Raises:
+        RuntimeError: a deployment does not start; the text has its messages, tracebacks included.
+        TimeoutError: Serve's proxies do not start in time.
     """
     ray.init(
         address="local",
@@ -119,7 +123,11 @@ def start(settings: Settings) -> None:
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": settings.host, "port": settings.port})
-    serve.run(build(settings), name=NAME, route_prefix="/")
+    try:
+        serve.run(build(settings), name=NAME, route_prefix="/")
+    except RuntimeError as error:  # says that it failed; why stands in the deployments' messages
+        deployments = serve.status().applications[NAME].deployments.values()
+        raise RuntimeError("\n".join([str(error), *(d.message for d in deployments)])) from error
 
 
 def stop() -> None:

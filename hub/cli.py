@@ -244,6 +244,8 @@ def _show(value: BaseModel | dict[str, Any], as_json: bool) -> None:
         sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
         return
     table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")  # a digest is of use only whole
     for name, item in data.items():
         table.add_row(name, item if isinstance(item, str) else json.dumps(item, ensure_ascii=False))
     out.print(table)

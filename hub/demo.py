@@ -18,7 +18,7 @@ from .schemas import Classified
 from .settings import Settings
 
 TASKS = ("digits", "shapes", "count")
-CALLERS = 12  # requests at once
+CALLERS = 24  # requests at once: all of them
 # The demo is its own hub, whatever the user's environment says of another.
 SETTINGS: dict[str, Any] = {
     "backbone": "demo",

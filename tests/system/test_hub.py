@@ -207,6 +207,15 @@ def test_a_second_hub_is_refused_where_the_first_runs(served, home, tmp_path) ->
         assert "Traceback" not in done.stderr
 
 
+def test_a_backbone_that_cannot_be_loaded_is_one_line(tmp_path) -> None:
+    environment = os.environ | {"HUB_BACKBONE": "nonsense", "HUB_HOME": str(tmp_path), "HUB_PORT": str(free_port())}
+    done = subprocess.run([str(KARST_HUB), "serve"], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "error: Ray Serve could not start the hub: BackboneError: cannot load" in done.stderr
+    assert "'nonsense'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_restart_keeps_everything_and_shows_no_key_again(served, key, home, adapters) -> None:
     with Client(served.url, key) as client:
         client.register("kept", adapters[3].data, alias="stable")
