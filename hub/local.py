@@ -10,11 +10,12 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import TypeVar
 
 from .access import first_key
 from .embedded import embedded_redis
@@ -23,6 +24,7 @@ from .registry import Registry, connect
 from .settings import Settings
 from .store import Store
 
+T = TypeVar("T")
 DISTRIBUTION = "karst-hub"
 
 
@@ -68,7 +70,7 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
         except (RuntimeError, TimeoutError) as error:  # Serve's own, with a worker's traceback in its text
             raise StartError(f"Ray Serve could not start the hub: {_reason(error)}") from error
         # Last: a key made by a start that then failed would never be shown.
-        key = asyncio.run(_first_key(redis_url))
+        key = asyncio.run(_with_registry(redis_url, first_key))
         yield LocalHub(f"http://{settings.host}:{settings.port}", key)
 
 
@@ -167,24 +169,17 @@ def _check_store(url: str) -> None:
 
 
 def _check_registry(url: str) -> None:
-    async def ping() -> None:
-        registry = Registry(connect(url))
-        try:
-            await registry.ping()
-        finally:
-            await registry.close()
-
     try:
-        asyncio.run(ping())
+        asyncio.run(_with_registry(url, Registry.ping))
     except ValueError as error:
         raise StartError(f"HUB_REDIS_URL={url}: {error}") from error
     except Unavailable as error:
         raise StartError(f"HUB_REDIS_URL={url}: {error.detail}") from error
 
 
-async def _first_key(redis_url: str) -> str | None:
-    registry = Registry(connect(redis_url))
+async def _with_registry(url: str, use: Callable[[Registry], Awaitable[T]]) -> T:
+    registry = Registry(connect(url))
     try:
-        return await first_key(registry)
+        return await use(registry)
     finally:
         await registry.close()

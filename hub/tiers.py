@@ -114,13 +114,15 @@ class Tiers:
                 self._host.put(adapter)
             await self._reserve()
             try:
-                slot = await loop.run_in_executor(self._executor, self._put, adapter)
+                slot = await loop.run_in_executor(self._executor, self._bank.put, adapter)
             finally:
                 self._writing -= 1
             mean, std = (torch.tensor(adapter.preprocess[name], dtype=torch.float32) for name in ("mean", "std"))
             # In one step with the leases of all who wait: nobody can take the slot before they use it.
             load.resident = self._residents[digest] = Resident(digest, slot, mean, std, load.waiters)
             return load.resident
+        except AdapterError as error:
+            raise invalid_adapter(error) from error
         finally:
             del self._loads[digest]
             await self._notify()  # it failed, or nobody waits for it any more: either way a slot may be free
@@ -141,16 +143,7 @@ class Tiers:
             raise Unavailable(f"all {self._bank.slots} adapter slots of this worker are in use; try again") from error
 
     def _read(self, digest: str) -> Adapter:
-        try:
-            return Adapter.read(self._store.get(digest))
-        except AdapterError as error:
-            raise invalid_adapter(error) from error
-
-    def _put(self, adapter: Adapter) -> int:
-        try:
-            return self._bank.put(adapter)
-        except AdapterError as error:
-            raise invalid_adapter(error) from error
+        return Adapter.read(self._store.get(digest))
 
 
 class _HostCache:
