@@ -1,8 +1,9 @@
-"""What shape an adapter has: kernels, rank, factor, gain and re-scaling."""
+"""What shape an adapter has: kernels, rank, factor, gain, re-scaling, norms; and the paper's presets."""
 
-from typing import Literal
+from types import MappingProxyType
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Rescale = Literal["channel", "scalar", "none"]
 
@@ -17,8 +18,28 @@ class KarstConfig(BaseModel):
     factor: int = Field(8, ge=1, le=1024, description="p = q, the side of C_i where it divides the layer's sides")
     gain: float | None = Field(None, gt=0, allow_inf_nan=False, description="g, fixed; None means 1 / rank")
     rescale: Rescale = Field("channel", description="one scale and shift per channel, per layer, or none")
+    norms: bool = Field(False, description="tune the weights and biases of the norm layers, too")
+    stage_ranks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="the rank of each stage of a backbone with stages (Swin), none above `rank`; None: `rank`"
+    )
+
+    @model_validator(mode="after")
+    def _stages_within_rank(self) -> "KarstConfig":
+        if self.stage_ranks is not None and max(self.stage_ranks, default=0) != self.rank:
+            raise ValueError(f"stage_ranks must have rank = {self.rank} as their largest, not {self.stage_ranks}")
+        return self
 
     @property
     def effective_gain(self) -> float:
         """g as a number: the official code's default multiplier 1 and alpha 1 give 1 / rank."""
         return self.gain if self.gain is not None else 1.0 / self.rank
+
+
+# The official scripts' sizes (KARST.md, "The paper's recipe"), with the paper's re-scaling, a vector per channel.
+PRESETS = MappingProxyType(
+    {
+        "karst-vtab": KarstConfig(kernels=8),
+        "karst-fewshot": KarstConfig(kernels=2, norms=True),
+        "karst-swin": KarstConfig(kernels=2, stage_ranks=(2, 2, 4, 8)),
+    }
+)

@@ -1,0 +1,62 @@
+"""What every command of the line shares: where it prints, how it shows a result, how it says no."""
+
+import json
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from .settings import Settings
+
+# No markup: labels, paths and messages may hold brackets.
+out = Console(highlight=False, markup=False)
+err = Console(stderr=True, highlight=False, markup=False)
+
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
+
+
+def settings(**fixed: Any) -> Settings:
+    """The environment's settings, but for what is fixed."""
+    try:
+        return Settings(**fixed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["loc"]:
+            usage(f"HUB_{str(first['loc'][0]).upper()}={first['input']!r}: {first['msg']}")
+        usage(f"settings: {first['msg']}")
+
+
+def checked(kind: Any, **values: Any) -> Any:
+    """A config of the library (a pydantic class) from options; a value that it refuses is a usage error."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        usage(f"--{option} {first['input']}: {first['msg']}")
+
+
+def show(value: BaseModel | dict[str, Any], as_json: bool) -> None:
+    data = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        return
+    table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")  # a digest is of use only whole
+    for name, item in data.items():
+        table.add_row(name, item if isinstance(item, str) else json.dumps(item, ensure_ascii=False))
+    out.print(table)
+
+
+def fail(message: str) -> NoReturn:
+    err.print(f"error: {message}", soft_wrap=True)
+    raise SystemExit(1)
+
+
+def usage(message: str) -> NoReturn:
+    err.print(f"error: {message}", soft_wrap=True)
+    raise SystemExit(2)
