@@ -8,7 +8,6 @@ import copy
 import hashlib
 import re
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,14 @@ _ROLES = {
     "attn.proj": {"rescale_out": True, "rescale_in": True},
     "mlp.fc1": {"rescale_out": False, "rescale_in": False},
     "mlp.fc2": {"rescale_out": True, "rescale_in": False},
+    # Where a model keeps apart what others fuse (EVA-02): the same, one product each.
+    "attn.q_proj": {"rescale_out": False, "rescale_in": False},
+    "attn.k_proj": {"rescale_out": False, "rescale_in": False},
+    "attn.v_proj": {"rescale_out": False, "rescale_in": False},
+    "mlp.fc1_g": {"rescale_out": False, "rescale_in": False},
+    "mlp.fc1_x": {"rescale_out": False, "rescale_in": False},
 }
+_STAGE = re.compile(r"(?:^|\.)(?:layers|stages)\.(\d+)\.")
 
 
 class BackboneError(ValueError):
@@ -42,7 +48,8 @@ class Site:
 
     `name` is its module path (`blocks.0.attn.qkv`); `splits` is 3 for a fused qkv and 1 elsewhere;
     `rescale_out` and `rescale_in` say whether KARST re-scales the layer's output and its input
-    (the input of `attn.proj` is the attention context).
+    (the input of `attn.proj` is the attention context); `stage` counts from 0 in a backbone with stages (Swin),
+    and is None in others.
     """
 
     name: str
@@ -51,6 +58,15 @@ class Site:
     splits: int
     rescale_out: bool
     rescale_in: bool
+    stage: int | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One LayerNorm that an adapter may tune: its module path (`blocks.0.norm1`) and its number of channels."""
+
+    name: str
+    width: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,7 @@ class BackboneInfo:
             before any cast: a hub that serves in bfloat16 takes adapters trained in float32.
         data_config: timm's `resolve_model_data_config`: input_size, interpolation, mean, std, crop_pct, crop_mode.
         sites: the layers that KARST can adapt, in the order of the model's modules.
+        norms: the norm layers that an adapter can tune, likewise.
         width: D, the number of pooled features.
     """
 
@@ -70,6 +87,7 @@ class BackboneInfo:
     fingerprint: str
     data_config: dict[str, Any]
     sites: tuple[Site, ...]
+    norms: tuple[Norm, ...]
     width: int
 
     @property
@@ -79,7 +97,7 @@ class BackboneInfo:
 
     def info(self) -> "BackboneInfo":
         """The same without weights: small, and safe to send elsewhere."""
-        return BackboneInfo(self.name, self.fingerprint, self.data_config, self.sites, self.width)
+        return BackboneInfo(self.name, self.fingerprint, self.data_config, self.sites, self.norms, self.width)
 
 
 @dataclass(frozen=True)
@@ -137,6 +155,7 @@ def load_backbone(
     if checkpoint is not None:
         _load_weights(model, Path(checkpoint))
     model.eval().requires_grad_(False)
+    _call_every_qkv(model)
     sites = find_sites(model)
     if not sites:
         raise BackboneError(
@@ -146,8 +165,8 @@ def load_backbone(
     data_config = timm.data.resolve_model_data_config(model)
     found = fingerprint(model)
     model.to(device=device, dtype=dtype)
-    _probe(name, model, sites, tuple(data_config["input_size"]))
-    return Backbone(name, found, data_config, sites, int(model.num_features), model)
+    norms = _probe(name, model, sites, tuple(data_config["input_size"]))
+    return Backbone(name, found, data_config, sites, norms, int(model.num_features), model)
 
 
 def create_model(name: str, *, num_classes: int = 0, pretrained: bool = False) -> Any:
@@ -190,8 +209,25 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
         role = ".".join(name.split(".")[-2:])
         if isinstance(module, nn.Linear) and role in _ROLES:
             splits = 3 if role == "attn.qkv" and module.out_features % 3 == 0 else 1
-            sites.append(Site(name, module.in_features, module.out_features, splits, **_ROLES[role]))
+            stage = _STAGE.search(name)
+            sites.append(
+                Site(
+                    name,
+                    module.in_features,
+                    module.out_features,
+                    splits,
+                    **_ROLES[role],
+                    stage=int(stage[1]) if stage else None,
+                )
+            )
     return tuple(sites)
+
+
+def _call_every_qkv(model: nn.Module) -> None:
+    """BEiT, EVA and Swin v2 with q and v biases of their own go round `qkv.forward`, unless told to add them after."""
+    for module in model.modules():
+        if getattr(module, "qkv_bias_separate", None) is False:
+            setattr(module, "qkv_bias_separate", True)  # noqa: B010 (not in nn.Module's type)
 
 
 def _create_demo(num_classes: int) -> Any:
@@ -258,26 +294,67 @@ def _checkpoint_filter(model: Any) -> Any:
     return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
 
 
-def _probe(name: str, model: Any, sites: tuple[Site, ...], input_size: tuple[int, ...]) -> None:
-    """Run one image and refuse a model that goes round its own layers (KARST.md, "Hooking timm models")."""
-    calls: Counter[str] = Counter()
+def _probe(name: str, model: Any, sites: tuple[Site, ...], input_size: tuple[int, ...]) -> tuple[Norm, ...]:
+    """Run an image alone and beside another, and refuse a model that goes round its own layers or mixes up the rows
+    of different images (KARST.md, "Hooking timm models").
+
+    Returns:
+        The norm layers that an adapter can tune.
+    """
     modules = dict(model.named_modules())
-    hooks = [
-        modules[site.name].register_forward_hook(lambda _m, _x, _y, n=site.name: calls.update([n])) for site in sites
+    norms = [
+        Norm(path, module.normalized_shape[0])
+        for path, module in modules.items()
+        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and module.bias is not None
     ]
-    try:
-        weight = next(model.parameters())
-        with torch.inference_mode():
-            features(model, torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    unreached = [site.name for site in sites if calls[site.name] != 1]
+    weight = next(model.parameters())
+    noise = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    watched = [modules[part.name] for part in (*sites, *norms)]
+    alone, beside = (_inputs(model, watched, pixels) for pixels in (noise[:1], noise))
+
+    unreached = [site.name for site in sites if len(alone[modules[site.name]]) != 1]
     if unreached:
         raise BackboneError(
             f"backbone {name!r} cannot be adapted: its forward pass does not call these layers exactly once: "
             + ", ".join(unreached)
         )
+    mixed_up = [site.name for site in sites if not _first_of_two(alone[modules[site.name]], beside[modules[site.name]])]
+    if mixed_up:
+        raise BackboneError(
+            f"backbone {name!r} cannot be adapted: these layers do not get the rows of one image after those of "
+            "another: " + ", ".join(mixed_up)
+        )
+    return tuple(
+        norm
+        for norm in norms
+        if alone[modules[norm.name]]
+        and alone[modules[norm.name]][0].shape[-1] == norm.width  # else the channels are on another axis
+        and _first_of_two(alone[modules[norm.name]], beside[modules[norm.name]])
+    )
+
+
+def _inputs(model: Any, watched: list[nn.Module], pixels: Tensor) -> dict[nn.Module, list[Tensor]]:
+    """What each of these modules is given, call by call, in a pass over (B, 3, H, W) pixels."""
+    given: dict[nn.Module, list[Tensor]] = {module: [] for module in watched}
+    hooks = [module.register_forward_pre_hook(lambda m, args: given[m].append(args[0])) for module in watched]
+    try:
+        with torch.inference_mode():
+            features(model, pixels)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return given
+
+
+def _first_of_two(alone: list[Tensor], beside: list[Tensor]) -> bool:
+    """Is the first half of the rows what the image has alone, but for rounding?"""
+    for own, both in zip(alone, beside, strict=True):
+        if both.numel() != 2 * own.numel():
+            return False
+        first, whole = both.reshape(2, -1)[0].float(), own.reshape(-1).float()
+        if not torch.allclose(first, whole, rtol=0, atol=0.02 * float(whole.abs().max())):
+            return False
+    return True
 
 
 def _set_drop_path(model: nn.Module, rate: float) -> None:

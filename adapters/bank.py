@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kronecker
@@ -34,6 +35,7 @@ class _Resident:
     rank: int
     kronecker: frozenset[str]  # sites with a dW
     rescaled: frozenset[str]  # sites with a scale and shift, on the output or on the input
+    norms: frozenset[str]  # norm layers with numbers of its own
     head_weight: Tensor  # (K, D)
     head_bias: Tensor  # (K,)
 
@@ -45,6 +47,7 @@ class _Pass:
     numbers: dict[str, SiteNumbers]
     kronecker: frozenset[str]
     rescaled: frozenset[str]
+    norms: dict[str, tuple[Tensor, Tensor]]  # weight and bias, (B, 1, d), where any adapter has its own
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,8 @@ class Bank:
         modules = dict(self._model.named_modules())
         for site in backbone.sites:
             self._hook(modules[site.name], site)
+        for norm in backbone.norms:
+            self._hook_norm(modules[norm.name], norm.name)
         self._check_identity()
 
     @property
@@ -192,15 +197,18 @@ class Bank:
         residents = [self._residents[slot] for slot in slots]
         if not residents:
             return []
+        index = torch.tensor(slots, device=self.backbone.device)
+        norms = frozenset().union(*(r.norms for r in residents))
         with self._forward_lock:
             self._pass = _Pass(
                 numbers=self._stacks.gather(
-                    torch.tensor(slots, device=self.backbone.device),
+                    index,
                     kernels=max(r.kernels for r in residents),
                     rank=max(r.rank for r in residents),
                 ),
                 kronecker=frozenset().union(*(r.kronecker for r in residents)),
                 rescaled=frozenset().union(*(r.rescaled for r in residents)),
+                norms={n: own for n, own in self._stacks.gather_norms(index).items() if n in norms} if norms else {},
             )
             try:
                 pooled = features(self._model, pixels.to(device=self.backbone.device, dtype=self.backbone.dtype))
@@ -220,7 +228,7 @@ class Bank:
         self._stacks.write(0, {}, 1.0)
         every = frozenset(site.name for site in self.backbone.sites)
         zero = self._stacks.gather(torch.zeros(1, dtype=torch.int64, device=device), kernels=1, rank=1)
-        self._pass = _Pass(zero, every, every)
+        self._pass = _Pass(zero, every, every, norms={})
         try:
             beside = features(self._model, pixels)
         finally:
@@ -239,6 +247,7 @@ class Bank:
             rank=rank,
             kronecker=frozenset(name for name, parts in layers.items() if "karst_c" in parts),
             rescaled=frozenset(name for name, parts in layers.items() if "scale" in parts or "in_scale" in parts),
+            norms=frozenset(name for name, parts in layers.items() if "norm_weight" in parts),
             head_weight=adapter.tensors["head.weight"].to(**to),
             head_bias=adapter.tensors["head.bias"].to(**to),
         )
@@ -265,6 +274,16 @@ class Bank:
         if site.rescale_in:
             linear.register_forward_pre_hook(rescale_input)
         linear.register_forward_hook(adapt_output)
+
+    def _hook_norm(self, norm: nn.Module, name: str) -> None:
+        def tune(layer: Any, args: tuple[Tensor, ...], _y: Tensor) -> Tensor | None:
+            current = self._pass
+            if current is None or name not in current.norms:
+                return None
+            weight, bias = current.norms[name]
+            return _rescaled(F.layer_norm(args[0], layer.normalized_shape, eps=layer.eps), weight, bias, in_place=True)
+
+        norm.register_forward_hook(tune)
 
 
 def _rescaled(x: Tensor, scale: Tensor, shift: Tensor, *, in_place: bool = False) -> Tensor:

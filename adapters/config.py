@@ -29,9 +29,28 @@ class KarstConfig(BaseModel):
             raise ValueError(f"stage_ranks must have rank = {self.rank} as their largest, not {self.stage_ranks}")
         return self
 
+    def rank_at(self, stage: int | None) -> int:
+        """r of a layer in this stage of the backbone; None is a layer outside of stages.
+
+        Raises:
+            ValueError: `stage_ranks` has no rank for it.
+        """
+        if self.stage_ranks is None:
+            return self.rank
+        if stage is None or stage >= len(self.stage_ranks):
+            raise ValueError(
+                f"stage_ranks has {len(self.stage_ranks)} ranks, but the backbone has a layer "
+                + ("outside of any stage" if stage is None else f"in stage {stage}, counted from 0")
+            )
+        return self.stage_ranks[stage]
+
+    def gain_at(self, stage: int | None) -> float:
+        """g of a layer in this stage: 1 / its own rank where no gain is given."""
+        return self.gain if self.gain is not None else 1.0 / self.rank_at(stage)
+
     @property
     def effective_gain(self) -> float:
-        """g as a number: the official code's default multiplier 1 and alpha 1 give 1 / rank."""
+        """g as a number, the file's: the official code's default multiplier 1 and alpha 1 give 1 / rank."""
         return self.gain if self.gain is not None else 1.0 / self.rank
 
 

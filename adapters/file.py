@@ -32,6 +32,7 @@ from .validate import (
     Problem,
     check_header,
     check_layer_fits,
+    check_norm_fits,
     check_tensors,
     file_error,
     parse_metadata,
@@ -110,7 +111,10 @@ class Adapter:
         Raises:
             AdapterError: the result would not be a valid file.
         """
-        shape = config.model_dump(exclude={"gain"}) | {"gain": config.effective_gain}
+        shape = config.model_dump(mode="json", exclude={"gain"}) | {"gain": config.effective_gain}
+        for name in ("norms", "stage_ranks"):  # in the file only where they say something
+            if not shape[name]:
+                del shape[name]
         metadata = {
             "format": FORMAT,
             "config": _json(shape),
@@ -156,12 +160,15 @@ class Adapter:
                 ]
             )
         sites = {site.name: site for site in backbone.sites}
+        norms = {norm.name: norm for norm in backbone.norms}
         problems = []
         for layer, parts in self.layers().items():
-            if layer not in sites:
-                problems.append(Problem(layer, f"backbone {backbone.name!r} has no such adaptable layer"))
-            else:
+            if layer in sites:
                 problems += check_layer_fits(sites[layer], parts)
+            elif layer in norms:
+                problems += check_norm_fits(norms[layer], parts)
+            else:
+                problems.append(Problem(layer, f"backbone {backbone.name!r} has no such adaptable layer"))
         width = self.tensors["head.weight"].shape[1]
         if width != backbone.width:
             problems.append(
@@ -190,7 +197,12 @@ class Adapter:
         modules = dict(model.named_modules())
         with torch.no_grad():
             for layer, parts in self.layers().items():
-                _fold(modules[layer], {name: t.to(backbone.device).double() for name, t in parts.items()}, self.config)
+                parts = {name: t.to(backbone.device).double() for name, t in parts.items()}
+                if "norm_weight" in parts:
+                    modules[layer].weight.copy_(parts["norm_weight"])
+                    modules[layer].bias.copy_(parts["norm_bias"])
+                else:
+                    _fold(modules[layer], parts, self.config)
             model.reset_classifier(self.num_classes)
             head = model.get_classifier().to(device=backbone.device, dtype=backbone.dtype)
             head.weight.copy_(self.tensors["head.weight"])

@@ -39,7 +39,12 @@ class KarstModel(nn.Module):
         for site in backbone.sites:
             layer = KarstLayer(site, config).to(backbone.device)
             layer.hook(modules[site.name])
-            self.layers[site.name.replace(".", "/")] = layer
+            self.layers[_key(site.name)] = layer
+        self.norms = nn.ModuleDict()
+        for norm in backbone.norms if config.norms else ():
+            tuned = KarstNorm(modules[norm.name])
+            tuned.replace(modules[norm.name])
+            self.norms[_key(norm.name)] = tuned
         # A plain attribute: as a submodule it would put the frozen weights into parameters() and state_dict().
         self.__dict__["frozen"] = frozen
 
@@ -58,8 +63,8 @@ class KarstModel(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """The trained numbers under their names in a `karst/1` file; a scale is 1 + s1."""
         out = {"head.weight": self.head.weight, "head.bias": self.head.bias}
-        for key, layer in self.layers.items():
-            assert isinstance(layer, KarstLayer)  # noqa: S101 (for the type checker)
+        for key, layer in (*self.layers.items(), *self.norms.items()):
+            assert isinstance(layer, KarstLayer | KarstNorm)  # noqa: S101 (for the type checker)
             out |= {f"{key.replace('/', '.')}.{name}": tensor for name, tensor in layer.tensors().items()}
         return {name: tensor.detach() for name, tensor in out.items()}
 
@@ -69,9 +74,15 @@ class KarstLayer(nn.Module):
 
     def __init__(self, site: Site, config: KarstConfig) -> None:
         super().__init__()
-        self.gain = config.effective_gain
+        self.gain = config.gain_at(site.stage)
+        self.file_gain = config.effective_gain
         sizes = kronecker.shapes(
-            site.d_in, site.d_out, site.splits, kernels=config.kernels, rank=config.rank, factor=config.factor
+            site.d_in,
+            site.d_out,
+            site.splits,
+            kernels=config.kernels,
+            rank=config.rank_at(site.stage),
+            factor=config.factor,
         )
         self.c, self.a, self.b = (nn.Parameter(torch.empty(size)) for size in sizes)
         # Each C_i and A_i on its own: Kaiming-uniform looks at the last two axes of one matrix.
@@ -92,8 +103,12 @@ class KarstLayer(nn.Module):
         linear.register_forward_hook(self._adapt_output)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Names and numbers as in a `karst/1` file."""
-        out: dict[str, Tensor] = {"karst_c": self.c, "karst_a": self.a, "karst_b": self.b}
+        """Names and numbers as in a `karst/1` file, whose one gain is that of the largest rank."""
+        out: dict[str, Tensor] = {
+            "karst_c": self.c * (self.gain / self.file_gain),
+            "karst_a": self.a,
+            "karst_b": self.b,
+        }
         if self.rescales_out:
             out |= {"scale": 1 + self.s1, "shift": self.s2}
         if self.rescales_in:
@@ -108,6 +123,22 @@ class KarstLayer(nn.Module):
         return _rescaled(y, self.s1, self.s2) if self.rescales_out else y
 
 
+class KarstNorm(nn.Module):
+    """The weight and bias of one norm layer, starting at the frozen ones."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(t.detach().float().clone()) for t in (norm.weight, norm.bias))
+
+    def replace(self, norm: nn.LayerNorm) -> None:
+        """Put these numbers in the place of a cloned backbone's own."""
+        norm.weight, norm.bias = self.weight, self.bias
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Names and numbers as in a `karst/1` file."""
+        return {"norm_weight": self.weight, "norm_bias": self.bias}
+
+
 def attach(backbone: Backbone, config: KarstConfig, num_classes: int, *, drop_path: float = 0.0) -> KarstModel:
     """A model to train: the frozen backbone with KARST on every site and a new head for `num_classes`.
 
@@ -117,7 +148,7 @@ def attach(backbone: Backbone, config: KarstConfig, num_classes: int, *, drop_pa
         drop_path: stochastic depth while training; the paper's recipe has 0.1.
 
     Raises:
-        ValueError: `num_classes` is below 1.
+        ValueError: `num_classes` is below 1, or `config.stage_ranks` has no rank for a stage of the backbone.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -152,6 +183,11 @@ def extract(
         preprocess=preprocess if preprocess is not None else preprocess_of(model.backbone),
         metrics=metrics,
     )
+
+
+def _key(path: str) -> str:
+    """A module path as torch takes it for a submodule's name."""
+    return path.replace(".", "/")
 
 
 def _zeros(size: int) -> nn.Parameter:

@@ -52,9 +52,15 @@ class Stacks:
         self._c = torch.zeros(slots, max_kernels, sum(self._c_sizes), **to)
         self._factors = torch.zeros(slots, max_kernels, max_rank, sum(self._factor_sizes), **to)  # A and B
         self._scales = torch.zeros(slots, 1, sum(self._scale_sizes), **to)
+        modules = dict(backbone.model.named_modules())
+        self._norms = tuple(norm.name for norm in backbone.norms)
+        self._norm_sizes = [size for norm in backbone.norms for size in (norm.width, norm.width)]
+        frozen = [t for name in self._norms for t in (modules[name].weight, modules[name].bias)]
+        self._frozen_norms = torch.cat(frozen) if frozen else torch.zeros(0, **to)
+        self._tuned_norms = torch.zeros(slots, 1, sum(self._norm_sizes), **to)
 
     def write(self, slot: int, layers: dict[str, dict[str, Tensor]], gain: float) -> tuple[int, int]:
-        """Overwrite a slot with the layers of an adapter, zeros (or ones) where it has none.
+        """Overwrite a slot with the layers of an adapter: zeros, ones or the backbone's own numbers where it has none.
 
         Returns:
             The largest N and the largest R of its layers.
@@ -72,6 +78,12 @@ class Stacks:
                 a[:n, :r].copy_(parts["karst_a"].permute(0, 3, 1, 2).reshape(n, r, s * rows))
                 b[:n, :r].copy_(parts["karst_b"])
                 kernels, rank = max(kernels, n), max(rank, r)
+        self._tuned_norms[slot].copy_(self._frozen_norms)
+        for name, (weight, bias) in self._split_norms(self._tuned_norms[slot]).items():
+            parts = layers.get(name, {})
+            if "norm_weight" in parts:
+                weight.copy_(parts["norm_weight"])
+                bias.copy_(parts["norm_bias"])
         return kernels, rank
 
     def gather(self, index: Tensor, kernels: int, rank: int) -> dict[str, SiteNumbers]:
@@ -84,6 +96,15 @@ class Stacks:
             site.name: SiteNumbers(own.view(-1, *shape), *rest)
             for shape, (site, own, *rest) in zip(self._c_shapes, self._split(c, factors, scales), strict=True)
         }
+
+    def gather_norms(self, index: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Weight and bias, (B, 1, d) each, of every norm layer for the slots in `index` (B,)."""
+        return self._split_norms(self._tuned_norms.index_select(0, index))
+
+    def _split_norms(self, numbers: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Norm layer -> weight and bias: views of the last axis."""
+        parts = numbers.split(self._norm_sizes, -1) if self._norm_sizes else ()
+        return dict(zip(self._norms, zip(parts[::2], parts[1::2], strict=True), strict=True))
 
     def _split(self, c: Tensor, factors: Tensor, scales: Tensor) -> Iterator[tuple[Any, ...]]:
         """(site, C, A, B, scale, shift, in_scale, in_shift) of each site: views of the last axes."""

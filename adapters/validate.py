@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from .backbone import Site
+from .backbone import Norm, Site
 from .config import KarstConfig
 
 FORMAT = "karst/1"
@@ -32,9 +32,12 @@ _AXES = {
     "shift": "(d_out,) or (1,)",
     "in_scale": "(d_in,) or (1,)",
     "in_shift": "(d_in,) or (1,)",
+    "norm_weight": "(d,)",
+    "norm_bias": "(d,)",
 }
 _NDIM = {name: axes.count(",") + 1 if name in KRONECKER else 1 for name, axes in _AXES.items()}
 _PAIRS = (("scale", "shift"), ("in_scale", "in_shift"))
+NORM = ("norm_weight", "norm_bias")
 _REQUIRED = ("format", "config", "backbone", "fingerprint", "labels", "preprocess")
 PREPROCESS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
@@ -162,9 +165,15 @@ def parse_metadata(metadata: dict[str, str]) -> tuple[dict[str, Any], list[Probl
 
 
 def _parse_config(value: Any) -> KarstConfig:
-    wanted = set(KarstConfig.model_fields)
-    if not isinstance(value, dict) or set(value) != wanted or value["gain"] is None:
-        raise ValueError(f"must be a JSON object with exactly {', '.join(sorted(wanted))}, gain a number")
+    optional = {"norms", "stage_ranks"}
+    wanted = set(KarstConfig.model_fields) - optional
+    if not isinstance(value, dict) or set(value) - optional != wanted or value["gain"] is None:
+        raise ValueError(
+            f"must be a JSON object with exactly {', '.join(sorted(wanted))}, gain a number, "
+            f"and perhaps {', '.join(sorted(optional))}"
+        )
+    if isinstance(value.get("stage_ranks"), list):
+        value = value | {"stage_ranks": tuple(value["stage_ranks"])}  # strict, and JSON has no tuples
     return KarstConfig.model_validate(value, strict=True)
 
 
@@ -260,7 +269,7 @@ def _check_head(weight: Tensor | None, bias: Tensor | None, labels: tuple[str, .
 def _check_layer(layer: str, parts: dict[str, Tensor], config: KarstConfig) -> list[Problem]:
     """What the tensors of a layer and the config must have in common."""
     problems = []
-    groups = (KRONECKER, *_PAIRS)
+    groups = (KRONECKER, *_PAIRS, NORM)
     for group in groups:
         present = [name for name in group if name in parts]
         if present and len(present) < len(group):
@@ -270,6 +279,8 @@ def _check_layer(layer: str, parts: dict[str, Tensor], config: KarstConfig) -> l
         return problems
     if config.rescale == "none" and ("scale" in parts or "in_scale" in parts):
         problems.append(Problem(layer, "has re-scaling tensors, but config says rescale = none"))
+    if "norm_weight" in parts and not config.norms:
+        problems.append(Problem(layer, "has the numbers of a norm layer, but config does not say norms = true"))
     if "karst_c" in parts:
         kernels, _, _ = parts["karst_c"].shape
         a_kernels, _, _, rank = parts["karst_a"].shape
@@ -284,8 +295,17 @@ def _check_layer(layer: str, parts: dict[str, Tensor], config: KarstConfig) -> l
     return problems
 
 
+def check_norm_fits(norm: Norm, parts: dict[str, Tensor]) -> list[Problem]:
+    problems = [Problem(f"{norm.name}.{name}", "this is a norm layer") for name in parts if name not in NORM]
+    for name in NORM:
+        if name in parts and parts[name].shape[0] != norm.width:
+            found = parts[name].shape[0]
+            problems.append(Problem(f"{norm.name}.{name}", f"has {found} numbers, the norm layer has {norm.width}"))
+    return problems
+
+
 def check_layer_fits(site: Site, parts: dict[str, Tensor]) -> list[Problem]:
-    problems = []
+    problems = [Problem(f"{site.name}.{name}", "this is no norm layer") for name in parts if name in NORM]
     if "karst_c" in parts:
         _, p, q = parts["karst_c"].shape
         _, splits, rows, _ = parts["karst_a"].shape

@@ -5,29 +5,55 @@ import json
 import struct
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import safetensors.torch
+import timm
 import torch
 from PIL import Image
+from timm.models import save_for_hf
 
-from adapters import Adapter, Backbone, KarstConfig, attach, extract
+from adapters import Adapter, Backbone, KarstConfig, KarstModel, attach, extract, load_backbone
 
 
-def random_adapter(
-    backbone: Backbone, seed: int = 0, classes: int = 5, labels: Sequence[str] | None = None, **config
-) -> Adapter:
-    """An adapter whose every number is random, large enough to change every answer."""
+def random_model(backbone: Backbone, seed: int = 0, classes: int = 5, **config) -> KarstModel:
+    """A model whose every trained number is random, large enough to change every answer."""
     generator = torch.Generator().manual_seed(seed)
     model = attach(backbone, KarstConfig(**config), classes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 0.02 if "head" in name else 0.1
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+        for norm in model.norms.values():  # a norm's weights are near 1
+            norm.weight.add_(1)
         for layer in model.layers.values():
             layer.c.copy_(torch.randn(layer.c.shape, generator=generator) * 0.3)
             layer.a.copy_(torch.randn(layer.a.shape, generator=generator) * 0.3)
             layer.b.copy_(torch.randn(layer.b.shape, generator=generator) * 0.1)
-    return extract(model, labels or [f"class {i}" for i in range(classes)])
+    return model.eval()
+
+
+def random_adapter(
+    backbone: Backbone, seed: int = 0, classes: int = 5, labels: Sequence[str] | None = None, **config
+) -> Adapter:
+    """The adapter of a `random_model`."""
+    return extract(random_model(backbone, seed, classes, **config), labels or [f"class {i}" for i in range(classes)])
+
+
+def local_backbone(folder: Path, architecture: str, **model_args) -> Backbone:
+    """A timm model of any size at seeded random weights, by way of a folder that timm opens (`local-dir:`)."""
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, num_classes=0, **model_args)
+    side = model_args["img_size"]
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, side, side)}
+    save_for_hf(model, folder, model_args=model_args, safe_serialization=True)
+    return load_backbone(f"local-dir:{folder}")
+
+
+def small_swin(folder: Path) -> Backbone:
+    """Swin with windows of 4 x 4 and all four stages, 32 x 32 pixels."""
+    sizes = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 32}
+    return local_backbone(folder, "swin_tiny_patch4_window7_224", depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), **sizes)
 
 
 def random_pixels(backbone: Backbone, count: int, seed: int = 0) -> torch.Tensor:

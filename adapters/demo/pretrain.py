@@ -92,6 +92,11 @@ def train(model, images: Tensor, labels: Tensor, args: argparse.Namespace) -> No
 
 def augment(gray: Tensor) -> Tensor:
     """(B, 32, 32) uint8 -> (B, 3, 32, 32) in [-1, 1]: random pose, blur, inversion, ink and paper colours, noise."""
+    return colour(pose(gray))
+
+
+def pose(gray: Tensor) -> Tensor:
+    """(B, 32, 32) uint8 -> (B, 1, 32, 32) in [0, 1]: turned, scaled, sheared, shifted; the first half blurred."""
     count = len(gray)
     x = gray[:, None].float() / 255  # (B, 1, 32, 32)
     angle = torch.empty(count).uniform_(-0.3, 0.3)
@@ -104,7 +109,12 @@ def augment(gray: Tensor) -> Tensor:
     half = count // 2
     coarse_px = int(torch.randint(8, 25, ()))
     coarse = F.interpolate(x[:half], size=coarse_px, mode="area")
-    x = torch.cat([F.interpolate(coarse, size=32, mode="bicubic", align_corners=False).clamp(0, 1), x[half:]])
+    return torch.cat([F.interpolate(coarse, size=32, mode="bicubic", align_corners=False).clamp(0, 1), x[half:]])
+
+
+def colour(x: Tensor) -> Tensor:
+    """(B, 1, 32, 32) in [0, 1] -> (B, 3, 32, 32) in [-1, 1]: ink and paper of any colours, some swapped, and noise."""
+    count = len(x)
     ink, paper = torch.rand(2, count, 3, 1, 1)
     plain = torch.rand(count, 1, 1, 1) < 0.4
     ink = torch.where(plain, torch.ones_like(ink), ink)

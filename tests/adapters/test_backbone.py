@@ -268,13 +268,36 @@ def test_a_model_without_karst_s_layers_is_refused() -> None:
         load_backbone("test_resnet", pretrained=False)
 
 
-def test_a_model_that_goes_round_its_qkv_is_refused_with_the_sites() -> None:
+def test_a_model_that_goes_round_its_qkv_is_refused_with_the_sites(monkeypatch) -> None:
+    monkeypatch.setattr("adapters.backbone._call_every_qkv", lambda model: None)
     with pytest.raises(BackboneError) as refusal:
         load_backbone("eva02_tiny_patch14_224", pretrained=False)
     assert str(refusal.value) == (
         "backbone 'eva02_tiny_patch14_224' cannot be adapted: its forward pass does not call these layers "
         "exactly once: " + ", ".join(f"blocks.{i}.attn.qkv" for i in range(12))
     )
+
+
+def test_a_model_that_mixes_up_the_rows_of_images_is_refused(monkeypatch) -> None:
+    def rows_of_all_images_by_turns(self, x):
+        return self.fc2(self.act(self.fc1(x.transpose(0, 1)))).transpose(0, 1)
+
+    monkeypatch.setattr("timm.layers.Mlp.forward", rows_of_all_images_by_turns)
+    with pytest.raises(BackboneError, match=r"do not get the rows of one image after those of another: blocks.0.mlp"):
+        load_backbone("test_vit", pretrained=False)
+
+
+@pytest.mark.parametrize(("name", "splits"), [("eva02_tiny_patch14_224", 3), ("vit_tiny_patch16_224", 3)])
+def test_sites_of_a_family(name, splits) -> None:
+    backbone = load_backbone(name, pretrained=False)
+    qkv = next(site for site in backbone.sites if site.name == "blocks.0.attn.qkv")
+    assert (qkv.splits, qkv.stage) == (splits, None)
+    assert [norm.name for norm in backbone.norms][-2:] == ["blocks.11.norm2", "norm" if "vit_t" in name else "fc_norm"]
+
+
+def test_swin_s_sites_know_their_stage() -> None:
+    backbone = load_backbone("swin_tiny_patch4_window7_224", pretrained=False)
+    assert [site.stage for site in backbone.sites] == [0] * 8 + [1] * 8 + [2] * 24 + [3] * 8
 
 
 def test_a_clone_shares_every_weight_and_no_module(backbone) -> None:

@@ -6,21 +6,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters import AdapterError, Bank, BankFullError, load_backbone
-from tests.support import random_adapter, random_pixels
+from tests.support import random_adapter, random_pixels, small_swin
 
 
 @pytest.fixture(scope="module")
 def adapters(backbone):
     shapes = [
-        (1, 1, 2, "none"),
-        (2, 8, 10, "channel"),
-        (3, 5, 7, "scalar"),
-        (4, 16, 3, "channel"),
-        (2, 8, 40, "scalar"),
+        (1, 1, 2, "none", False),
+        (2, 8, 10, "channel", False),
+        (3, 5, 7, "scalar", True),
+        (4, 16, 3, "channel", False),
+        (2, 8, 40, "scalar", True),
+        (1, 2, 3, "none", True),
     ]
     return [
-        random_adapter(backbone, seed=i, kernels=n, rank=r, classes=k, rescale=rescale)
-        for i, (n, r, k, rescale) in enumerate(shapes)
+        random_adapter(backbone, seed=i, kernels=n, rank=r, classes=k, rescale=rescale, norms=norms)
+        for i, (n, r, k, rescale, norms) in enumerate(shapes)
     ]
 
 
@@ -115,3 +116,23 @@ def test_the_backbone_itself_is_never_touched(backbone, adapters) -> None:
         bank = Bank(backbone, slots=1, max_kernels=4)
         bank.forward(pixels, [bank.put(adapters[1])])
         assert torch.equal(backbone.model(pixels), before)
+
+
+@pytest.mark.parametrize("ranks", [None, (1, 2, 3, 8)])
+def test_windows_of_swin_find_their_image_s_adapter(tmp_path, ranks) -> None:
+    """A Swin layer gets window after window; and each stage may have a rank, and so a gain, of its own."""
+    swin = small_swin(tmp_path)
+    made = [
+        random_adapter(swin, seed=0, kernels=2, rank=8, stage_ranks=ranks),
+        random_adapter(swin, seed=1, kernels=1, rank=4, rescale="scalar"),
+        random_adapter(swin, seed=2, kernels=2, rank=8, stage_ranks=ranks, norms=True),
+    ]
+    bank = Bank(swin, slots=3, max_rank=8, max_kernels=2)
+    slots = [bank.put(adapter) for adapter in made]
+    order = [2, 0, 1, 2, 1]
+    pixels = random_pixels(swin, len(order))
+    with torch.inference_mode():
+        expected = [made[which].merge(swin)(image[None])[0] for which, image in zip(order, pixels, strict=True)]
+    logits = bank.forward(pixels, [slots[which] for which in order])
+    for row, alone in zip(logits, expected, strict=True):
+        torch.testing.assert_close(row, alone, atol=1e-4, rtol=0)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from adapters import KarstConfig, attach, load_backbone
+from adapters import extract, load_backbone
 from tests.golden.test_kronecker import written_out
-from tests.support import random_adapter, random_pixels
+from tests.support import random_adapter, random_model, random_pixels, small_swin
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +40,12 @@ def test_merged_layer_is_the_formula(backbone, layer, rescale) -> None:
     np.testing.assert_allclose(result, y, rtol=0, atol=1e-6)
 
 
-def test_training_form_equals_merged() -> None:
+@pytest.mark.parametrize("config", [{}, {"rescale": "scalar", "norms": True}, {"stage_ranks": (1, 2, 3, 8)}])
+def test_training_form_equals_merged(tmp_path, config) -> None:
     torch.manual_seed(0)
-    backbone = load_backbone("demo", pretrained=False)
-    adapter = random_adapter(backbone, rescale="channel", kernels=2, rank=4)
-    model = attach(backbone, KarstConfig(kernels=2, rank=4), adapter.num_classes)
-    with torch.no_grad():
-        for name, tensor in model.tensors().items():
-            tensor.copy_(adapter.tensors[name] if "scale" not in name else tensor)
-        for key, layer in model.layers.items():
-            for part, parameter in (("scale", "s1"), ("in_scale", "in_s1")):
-                if hasattr(layer, parameter):
-                    getattr(layer, parameter).copy_(adapter.tensors[f"{key.replace('/', '.')}.{part}"] - 1)
+    backbone = small_swin(tmp_path) if "stage_ranks" in config else load_backbone("demo", pretrained=False)
+    model = random_model(backbone, kernels=2, **config)
+    merged = extract(model, ["a", "b", "c", "d", "e"]).merge(backbone)
     pixels = random_pixels(backbone, 3)
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(pixels), adapter.merge(backbone)(pixels), atol=1e-4, rtol=0)
+        torch.testing.assert_close(model(pixels), merged(pixels), atol=1e-4, rtol=0)
