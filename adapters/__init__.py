@@ -1,15 +1,22 @@
 """KARST adapters for frozen timm backbones: train, read and write, and serve many at once.
 
-A library of its own: torch, timm and safetensors, no server.
+A library of its own: torch, timm and safetensors, no server. Training (`fit`, `Recipe`, `Watch`) needs more
+packages: `pip install 'karst-hub[train]'`.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from .backbone import Backbone, BackboneError, BackboneInfo, Site, load_backbone
 from .bank import Bank, BankFullError, BankLimits
-from .config import KarstConfig
+from .config import ConfigError, KarstConfig
 from .data import DataError, ImageError, ImageTooLargeError
 from .file import Adapter
 from .karst import KarstModel, attach, extract
 from .validate import AdapterError, Problem
+
+if TYPE_CHECKING:
+    from .fitting import Trained, Watch, fit
+    from .train import Recipe
 
 __all__ = [
     "Adapter",
@@ -20,14 +27,28 @@ __all__ = [
     "Bank",
     "BankFullError",
     "BankLimits",
+    "ConfigError",
     "DataError",
     "ImageError",
     "ImageTooLargeError",
     "KarstConfig",
     "KarstModel",
     "Problem",
+    "Recipe",
     "Site",
+    "Trained",
+    "Watch",
     "attach",
     "extract",
+    "fit",
     "load_backbone",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Training's names, on first use: whoever only serves needs none of its packages."""
+    if name not in ("Recipe", "Trained", "Watch", "fit"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import fitting
+
+    return getattr(fitting, name)

@@ -309,7 +309,7 @@ def _probe(name: str, model: Any, sites: tuple[Site, ...], input_size: tuple[int
     ]
     weight = next(model.parameters())
     noise = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    watched = [modules[part.name] for part in (*sites, *norms)]
+    watched = [modules[path] for path in [site.name for site in sites] + [norm.name for norm in norms]]
     alone, beside = (_inputs(model, watched, pixels) for pixels in (noise[:1], noise))
 
     unreached = [site.name for site in sites if len(alone[modules[site.name]]) != 1]

@@ -1,10 +1,23 @@
 """What shape an adapter has: kernels, rank, factor, gain, re-scaling, norms; and the paper's presets."""
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+
+class ConfigError(ValueError):
+    """A config or recipe that makes sense by itself and not with this backbone or these devices."""
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Place = TypeVar("Place", bound=_Named)
 Rescale = Literal["channel", "scalar", "none"]
 
 
@@ -23,22 +36,41 @@ class KarstConfig(BaseModel):
         None, description="the rank of each stage of a backbone with stages (Swin), none above `rank`; None: `rank`"
     )
 
+    sites: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        None, description="patterns of the layers to adapt, such as `blocks.1[01].*`; None: every layer"
+    )
+
     @model_validator(mode="after")
     def _stages_within_rank(self) -> "KarstConfig":
         if self.stage_ranks is not None and max(self.stage_ranks, default=0) != self.rank:
             raise ValueError(f"stage_ranks must have rank = {self.rank} as their largest, not {self.stage_ranks}")
         return self
 
+    def chosen(self, places: Sequence[Place]) -> list[Place]:
+        """Those of a backbone's sites (or norms) that `sites` names; the patterns are `fnmatch`'s.
+
+        Raises:
+            ConfigError: `sites` names none of them.
+        """
+        if self.sites is None:
+            return list(places)
+        patterns = self.sites
+        found = [place for place in places if any(fnmatchcase(place.name, pattern) for pattern in patterns)]
+        if not found:
+            example = f", such as {places[0].name}" if places else ""
+            raise ConfigError(f"sites {', '.join(patterns)} name none of the backbone's layers{example}")
+        return found
+
     def rank_at(self, stage: int | None) -> int:
         """r of a layer in this stage of the backbone; None is a layer outside of stages.
 
         Raises:
-            ValueError: `stage_ranks` has no rank for it.
+            ConfigError: `stage_ranks` has no rank for it.
         """
         if self.stage_ranks is None:
             return self.rank
         if stage is None or stage >= len(self.stage_ranks):
-            raise ValueError(
+            raise ConfigError(
                 f"stage_ranks has {len(self.stage_ranks)} ranks, but the backbone has a layer "
                 + ("outside of any stage" if stage is None else f"in stage {stage}, counted from 0")
             )

@@ -4,6 +4,7 @@ This is the one place that opens images, for training and serving alike, so that
 both. Pixels travel as uint8 and are normalised beside the model.
 """
 
+import copy
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -107,15 +108,38 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ImageSet:
-    """Labelled image files: `targets[i]` is the index in `labels` of what `paths[i]` shows."""
+class Encoded:
+    """An image that is not a file of its own, such as a row of a table; its bytes are read when they are asked for."""
 
-    paths: tuple[Path, ...]
+    name: str
+    read: Callable[[], bytes]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images: `targets[i]` is the index in `labels` of what `paths[i]` shows."""
+
+    paths: tuple[Path | Encoded, ...]
     targets: tuple[int, ...]
     labels: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def read(self, i: int) -> bytes:
+        """The encoded image.
+
+        Raises:
+            ImageError: it is not there or cannot be read.
+        """
+        source = self.paths[i]
+        try:
+            return source.read_bytes() if isinstance(source, Path) else source.read()
+        except OSError as error:
+            raise ImageError(f"the image cannot be decoded: {error.strerror or error}") from error
 
     def subset(self, indices: Sequence[int]) -> "ImageSet":
         return ImageSet(tuple(self.paths[i] for i in indices), tuple(self.targets[i] for i in indices), self.labels)
@@ -132,7 +156,9 @@ def read_folder(root: Path, labels: Sequence[str] | None = None) -> ImageSet:
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; expected one with a folder of images for each class")
-    folders = sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_natural)
+    folders = sorted(
+        (p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: natural(p.name)
+    )
     names = tuple(labels) if labels is not None else tuple(f.name for f in folders)
     if labels is None and len(folders) < 2:
         raise DataError(f"{root}: {len(folders)} class folders, but a task needs at least 2")
@@ -145,7 +171,7 @@ def read_folder(root: Path, labels: Sequence[str] | None = None) -> ImageSet:
         raise DataError(f"{root}: classes {', '.join(unknown)} are not among the task's labels {', '.join(names)}")
     if not folders:
         raise DataError(f"{root}: no class folders in it; expected one for each of {', '.join(names)}")
-    paths: list[Path] = []
+    paths: list[Path | Encoded] = []
     targets: list[int] = []
     for folder in folders:
         images = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
@@ -176,13 +202,35 @@ class Pixels(Dataset):
         pixels = self._cache.get(i)
         if pixels is None:
             try:
-                pixels = self._transform(decode_image(self.images.paths[i]))
+                pixels = self.decode(i, self.images.read(i))
             except ImageError as error:
                 raise DataError(f"{self.images.paths[i]}: {error}") from error
-            if self._room >= pixels.nbytes:
-                self._room -= pixels.nbytes
-                self._cache[i] = pixels
         return pixels, self.images.targets[i]
+
+    def decode(self, i: int, data: bytes) -> Tensor:
+        """Image `i` from its bytes, for who has read them already: uint8 (3, H, W), kept if there is room.
+
+        Raises:
+            ImageError: the bytes are no usable image.
+        """
+        pixels = self._transform(decode_image(data))
+        if i not in self._cache and self._room >= pixels.nbytes:
+            self._room -= pixels.nbytes
+            self._cache[i] = pixels
+        return pixels
+
+    def subset(self, indices: Sequence[int]) -> "Pixels":
+        """Some of the images, with what is decoded already."""
+        part = copy.copy(self)
+        part.images = self.images.subset(indices)
+        part._cache = {new: self._cache[old] for new, old in enumerate(indices) if old in self._cache}
+        return part
+
+
+def natural(text: str) -> list[tuple[int, int, str]]:
+    """A sort key for names in natural order: 9 before 10."""
+    parts = re.findall(r"\d+|\D+", text)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -193,8 +241,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same pixels in the end; Pillow warns about the direct way
     return image.convert("RGB")
-
-
-def _natural(path: Path) -> list[tuple[int, int, str]]:
-    parts = re.findall(r"\d+|\D+", path.name)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]

@@ -28,6 +28,7 @@ from .config import KarstConfig
 from .validate import (
     FORMAT,
     KRONECKER,
+    OPTIONAL_CONFIG,
     AdapterError,
     Problem,
     check_header,
@@ -112,7 +113,7 @@ class Adapter:
             AdapterError: the result would not be a valid file.
         """
         shape = config.model_dump(mode="json", exclude={"gain"}) | {"gain": config.effective_gain}
-        for name in ("norms", "stage_ranks"):  # in the file only where they say something
+        for name in OPTIONAL_CONFIG:  # in the file only where they say something
             if not shape[name]:
                 del shape[name]
         metadata = {

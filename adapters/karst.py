@@ -36,12 +36,12 @@ class KarstModel(nn.Module):
         self.layers = nn.ModuleDict()
         frozen = backbone.clone(drop_path=drop_path)
         modules = dict(frozen.named_modules())
-        for site in backbone.sites:
+        for site in config.chosen(backbone.sites):
             layer = KarstLayer(site, config).to(backbone.device)
             layer.hook(modules[site.name])
             self.layers[_key(site.name)] = layer
         self.norms = nn.ModuleDict()
-        for norm in backbone.norms if config.norms else ():
+        for norm in config.chosen(backbone.norms) if config.norms else ():
             tuned = KarstNorm(modules[norm.name])
             tuned.replace(modules[norm.name])
             self.norms[_key(norm.name)] = tuned
@@ -52,12 +52,18 @@ class KarstModel(nn.Module):
         """(B, 3, H, W) normalised pixels -> (B, K) logits."""
         return self.head(features(self.frozen, pixels).to(self.head.weight.dtype))
 
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Module paths of the layers and norms that are trained."""
+        return tuple(key.replace("/", ".") for key in (*self.layers, *self.norms))
+
     def train(self, mode: bool = True) -> "KarstModel":
-        """Training mode reaches the frozen model's stochastic depth, and nothing else of it."""
+        """Training mode reaches the stochastic depth of the frozen model's adapted blocks, and nothing else of it."""
         super().train(mode)
-        for module in self.frozen.modules():
+        for path, module in self.frozen.named_modules():
             if type(module).__name__ == "DropPath":
-                module.train(mode)
+                block = path.rpartition(".")[0] + "."
+                module.train(mode and any(name.startswith(block) for name in self.adapted))
         return self
 
     def tensors(self) -> dict[str, Tensor]:
@@ -148,7 +154,8 @@ def attach(backbone: Backbone, config: KarstConfig, num_classes: int, *, drop_pa
         drop_path: stochastic depth while training; the paper's recipe has 0.1.
 
     Raises:
-        ValueError: `num_classes` is below 1, or `config.stage_ranks` has no rank for a stage of the backbone.
+        ValueError: `num_classes` is below 1.
+        ConfigError: `config.stage_ranks` has no rank for a stage of the backbone, or `config.sites` names no layer.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")

@@ -5,13 +5,20 @@ One thing differs from the official scripts on purpose: the best epoch is chosen
 the test split. Without validation images the last epoch is taken.
 """
 
+import copy
+import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, train_test_split
@@ -19,14 +26,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from .backbone import Backbone, features
-from .config import KarstConfig
+from .checkpoint import identity, load, save
+from .config import ConfigError, KarstConfig
 from .data import DataError, ImageSet, Pixels, normalise, preprocess_of
 from .karst import KarstModel, attach
+from .prefix import Prefix, find_prefix
 
 EVAL_BATCH = 64
+MAX_PREFIX_BYTES = 4 * 1024**3  # of activations that are kept in memory (`prefix.py`)
 
 
 class Recipe(BaseModel):
@@ -35,11 +45,14 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(100, ge=1, description="passes over the training images, warm-up included")
-    warmup_epochs: int = Field(10, ge=0, description="of them with a rising learning rate, from lr / 100")
+    warmup_epochs: int = Field(10, ge=0, description="of them with a rising learning rate")
     batch_size: int = Field(32, ge=1, description="images a step; a last partial batch is dropped")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate; falls to lr / 10")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
     weight_decay: float | None = Field(None, ge=0, description="AdamW's; None means lr / 10")
+    lr_start: float = Field(0.01, gt=0, le=1, description="where the warm-up starts, in parts of lr")
+    lr_end: float = Field(0.1, ge=0, le=1, description="where the cosine ends, in parts of lr")
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the frozen blocks while training")
+    grad_checkpointing: bool = Field(False, description="recompute activations: less memory, more time, same numbers")
     seed: int = Field(0, ge=0, description="start, order of images and stochastic depth")
 
 
@@ -62,50 +75,168 @@ class Fitted:
     history: tuple[Epoch, ...]
 
 
-def fit(
+def train_model(
     backbone: Backbone,
-    train: Pixels,
+    images: Pixels,
     config: KarstConfig,
     recipe: Recipe,
     *,
     validation: Pixels | None = None,
-    on_step: Callable[[], None] | None = None,
+    devices: int = 1,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    on_step: Callable[[float, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> Fitted:
-    """Train an adapter; the same arguments on the same machine give the same numbers.
+    """Train an adapter; the same arguments on the same machine give the same numbers, bit by bit on the CPU.
+
+    On CUDA the frozen model computes in bfloat16 (mixed precision), or in float16 where a GPU has no bfloat16.
 
     Args:
-        on_step, on_epoch: called after every optimiser step and every epoch, for progress.
+        devices: how many GPUs (or, on the CPU, processes) share each batch. With more than one, Lightning Fabric
+            starts the calling script again in the others, and all of them come back from here.
+        checkpoint: file that is written at the end of every epoch, for `resume`.
+        resume: go on from that file; the result is the one of a training that was never interrupted.
+        on_step: called after every optimiser step with the batch's mean loss and its accuracy in [0, 1].
+        on_epoch: called after every epoch.
 
     Raises:
-        DataError: an image that cannot be read.
+        DataError: an image that cannot be read, or a checkpoint that is not there or is of another training.
+        ConfigError: `recipe.batch_size` cannot be shared evenly by the devices, or a config that does not suit the
+            backbone (as `attach`).
         FloatingPointError: the loss is no longer finite.
     """
+    batch_size = min(recipe.batch_size, len(images))
+    if batch_size % devices:
+        raise ConfigError(f"a batch of {batch_size} images cannot be shared evenly by {devices} devices")
+    fabric = _fabric(backbone.device, devices)
+    backbone = _on(backbone, fabric.device)
     with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        model = attach(backbone, config, len(train.images.labels), drop_path=recipe.drop_path)
-        batch_size = min(recipe.batch_size, len(train))
-        loader = DataLoader(train, batch_size, shuffle=True, drop_last=True)
-        steps = steps_per_epoch(len(train), recipe)
+        _seed(recipe, 0, fabric.global_rank)
+        model = attach(backbone, config, len(images.images.labels), drop_path=recipe.drop_path)
+        model.frozen.set_grad_checkpointing(recipe.grad_checkpointing)
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=recipe.lr,
             weight_decay=recipe.lr / 10 if recipe.weight_decay is None else recipe.weight_decay,
         )
-        schedule = _schedule(optimizer, recipe, steps)
-        history: list[Epoch] = []
-        best: tuple[Epoch, dict[str, Tensor]] | None = None
-        for number in range(1, recipe.epochs + 1):
-            loss, train_accuracy = _train_epoch(model, loader, optimizer, schedule, on_step)
+        schedule = _schedule(optimizer, recipe, steps_per_epoch(len(images), recipe))
+        run = _Run(fabric, model, optimizer, schedule)
+        own = identity(model, recipe.model_dump(), images, validation)
+        if resume:
+            if checkpoint is None:
+                raise ValueError("resume needs the checkpoint file to go on from")
+            run.load(load(checkpoint, own))
+        source: Dataset = run.keep_prefix(images) or images
+        sampler: DistributedSampler = DistributedSampler(
+            source, fabric.world_size, fabric.global_rank, seed=recipe.seed, drop_last=devices > 1
+        )
+        loader = DataLoader(source, batch_size // devices, sampler=sampler, drop_last=True)
+        for number in range(len(run.history) + 1, recipe.epochs + 1):
+            _seed(recipe, number, fabric.global_rank)
+            sampler.set_epoch(number)
+            loss, train_accuracy = run.epoch(loader, on_step)
             epoch = Epoch(number, loss, train_accuracy, accuracy(model, validation) if validation else None)
-            history.append(epoch)
-            if best is None or _is_better(epoch, best[0]):
-                best = epoch, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            run.finish(epoch)
+            if checkpoint is not None and fabric.is_global_zero:
+                save(checkpoint, own, run.state())
             if on_epoch is not None:
                 on_epoch(epoch)
-    assert best is not None  # noqa: S101 (there is at least one epoch)
-    model.load_state_dict(best[1])
-    return Fitted(model.eval(), best[0], tuple(history))
+        model.load_state_dict(run.best_numbers)
+    return Fitted(model.eval(), run.best, tuple(run.history))
+
+
+class _Run:
+    """A training under way: everything that changes, and so everything that a checkpoint holds."""
+
+    def __init__(self, fabric: Fabric, model: KarstModel, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+        self.model, self.schedule = model, schedule
+        self.history: list[Epoch] = []
+        self.best: Epoch
+        self.best_numbers: dict[str, Tensor]
+        self._fabric = fabric
+        self._raw_optimizer = optimizer
+        self._wrapped, self._optimizer = fabric.setup(model, optimizer, move_to_device=False)
+        self._prefix: Prefix | None = None
+
+    def keep_prefix(self, train: Pixels) -> Dataset | None:
+        """Run the blocks that come before anything adapted once and for all, if there are any and the results fit.
+
+        Returns:
+            (tokens, target) pairs in the place of (pixels, target), or None.
+        """
+        prefix = find_prefix(self.model)
+        if prefix is None:
+            return None
+        first = prefix.run(_normalised(self.model.backbone, train[0][0][None]))
+        if first.nbytes * len(train) > MAX_PREFIX_BYTES:
+            return None
+        self._prefix = prefix
+        return TensorDataset(*_run(self.model.backbone, train, prefix.run))
+
+    def epoch(self, loader: DataLoader, on_step: Callable[[float, float], None] | None) -> tuple[float, float]:
+        """One pass over the training images; mean loss and accuracy over all devices."""
+        self.model.train()
+        backbone = self.model.backbone
+        total = torch.zeros(3, device=backbone.device, dtype=torch.float64)  # loss, right answers, images
+        with self._prefix.skipped() if self._prefix else nullcontext():
+            for inputs, targets in loader:
+                inputs, targets = inputs.to(backbone.device), targets.to(backbone.device)
+                pixels = self._prefix.blank(inputs) if self._prefix else _normalised(backbone, inputs)
+                logits = self._wrapped(pixels)
+                loss = F.cross_entropy(logits.float(), targets)
+                if not loss.isfinite():
+                    raise FloatingPointError(
+                        f"the loss is {loss.item()}; try a lower learning rate than the present one"
+                    )
+                self._optimizer.zero_grad(set_to_none=True)
+                self._fabric.backward(loss)
+                self._optimizer.step()
+                self.schedule.step()
+                right = (logits.detach().argmax(1) == targets).sum()
+                total += torch.stack([loss.detach() * len(targets), right, right.new_tensor(len(targets))])
+                if on_step is not None:
+                    on_step(loss.item(), right.item() / len(targets))
+        loss_sum, right_sum, seen = cast(Tensor, self._fabric.all_reduce(total, reduce_op="sum")).tolist()
+        return loss_sum / seen, right_sum / seen
+
+    def finish(self, epoch: Epoch) -> None:
+        """Note an epoch, and its numbers if it is the best so far."""
+        self.history.append(epoch)
+        if len(self.history) == 1 or _is_better(epoch, self.best):
+            self.best = epoch
+            self.best_numbers = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers and tensors, for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self._raw_optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "history": [asdict(epoch) for epoch in self.history],
+            "best": self.best.number,
+            "best_numbers": self.best_numbers,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.model.load_state_dict(state["model"])
+        self._raw_optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        self.best = self.history[state["best"] - 1]
+        self.best_numbers = state["best_numbers"]
+
+
+def predict(model: KarstModel, data: Pixels) -> tuple[Tensor, Tensor]:
+    """Logits over a whole set, (n, K) float32 on the CPU, and its targets (n,)."""
+    logits, targets = _run(model.backbone, data, model.eval())
+    return logits.float(), targets
+
+
+def is_first_process() -> bool:
+    """False in the further processes that a training on several devices has started: they should say nothing."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def steps_per_epoch(images: int, recipe: Recipe) -> int:
@@ -130,7 +261,7 @@ def split(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, Image
 
 def accuracy(model: KarstModel, data: Pixels) -> float:
     """Top-1 accuracy in [0, 1]."""
-    logits, targets = _run(model.backbone, data, model.eval())
+    logits, targets = predict(model, data)
     return float((logits.argmax(1) == targets).float().mean())
 
 
@@ -170,42 +301,42 @@ def _run(backbone: Backbone, data: Pixels, function: Callable[[Tensor], Tensor])
     return torch.cat(outputs), torch.cat(targets)
 
 
-def _train_epoch(
-    model: KarstModel,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    on_step: Callable[[], None] | None,
-) -> tuple[float, float]:
-    model.train()
-    total = torch.zeros(2)  # loss and right answers, summed
-    seen = 0
-    for pixels, targets in loader:
-        targets = targets.to(model.backbone.device)
-        logits = model(_normalised(model.backbone, pixels))
-        loss = F.cross_entropy(logits.float(), targets)
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()}; try a lower learning rate than the present one")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        right = (logits.detach().argmax(1) == targets).sum()
-        total += torch.stack([loss.detach() * len(targets), right]).cpu()
-        seen += len(targets)
-        if on_step is not None:
-            on_step()
-    loss_sum, right_sum = total.tolist()
-    return loss_sum / seen, right_sum / seen
+def _fabric(device: torch.device, devices: int) -> Fabric:
+    """Lightning Fabric on this kind of device, started; it says nothing of its own."""
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+    precision: Any = "32-true"
+    if device.type == "cuda":
+        precision = "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    which: Any = devices if devices > 1 or device.index is None else [device.index]
+    fabric = Fabric(
+        accelerator=device.type, devices=which, strategy="ddp" if devices > 1 else "auto", precision=precision
+    )
+    fabric.launch()
+    return fabric
+
+
+def _on(backbone: Backbone, device: torch.device) -> Backbone:
+    """The same backbone on the device of this process."""
+    if backbone.device == device or device.type == "cpu":
+        return backbone
+    return replace(backbone, model=copy.deepcopy(backbone.model).to(device))
+
+
+def _seed(recipe: Recipe, epoch: int, rank: int) -> None:
+    """Random numbers that depend on nothing but the recipe, the epoch (0: the start) and the process."""
+    entropy = np.random.SeedSequence([recipe.seed, epoch, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(entropy[0] >> np.uint64(1)))
 
 
 def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:
-    """lr / 100 up to lr over the warm-up, then down to lr / 10 along a cosine; counted in steps."""
+    """From lr_start up to lr over the warm-up, then down to lr_end along a cosine; counted in steps."""
     warmup = min(recipe.warmup_epochs, recipe.epochs - 1) * steps
-    cosine = CosineAnnealingLR(optimizer, max(recipe.epochs * steps - warmup, 1), eta_min=recipe.lr / 10)
+    cosine = CosineAnnealingLR(optimizer, max(recipe.epochs * steps - warmup, 1), eta_min=recipe.lr * recipe.lr_end)
     if not warmup:
         return cosine
-    return SequentialLR(optimizer, [LinearLR(optimizer, 0.01, total_iters=warmup), cosine], milestones=[warmup])
+    return SequentialLR(
+        optimizer, [LinearLR(optimizer, recipe.lr_start, total_iters=warmup), cosine], milestones=[warmup]
+    )
 
 
 def _is_better(epoch: Epoch, than: Epoch) -> bool:

@@ -37,6 +37,7 @@ _AXES = {
 }
 _NDIM = {name: axes.count(",") + 1 if name in KRONECKER else 1 for name, axes in _AXES.items()}
 _PAIRS = (("scale", "shift"), ("in_scale", "in_shift"))
+OPTIONAL_CONFIG = ("norms", "sites", "stage_ranks")  # in a file only where they are not the default
 NORM = ("norm_weight", "norm_bias")
 _REQUIRED = ("format", "config", "backbone", "fingerprint", "labels", "preprocess")
 PREPROCESS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
@@ -165,15 +166,15 @@ def parse_metadata(metadata: dict[str, str]) -> tuple[dict[str, Any], list[Probl
 
 
 def _parse_config(value: Any) -> KarstConfig:
-    optional = {"norms", "stage_ranks"}
-    wanted = set(KarstConfig.model_fields) - optional
-    if not isinstance(value, dict) or set(value) - optional != wanted or value["gain"] is None:
+    wanted = set(KarstConfig.model_fields) - set(OPTIONAL_CONFIG)
+    if not isinstance(value, dict) or set(value) - set(OPTIONAL_CONFIG) != wanted or value["gain"] is None:
         raise ValueError(
             f"must be a JSON object with exactly {', '.join(sorted(wanted))}, gain a number, "
-            f"and perhaps {', '.join(sorted(optional))}"
+            f"and perhaps {', '.join(OPTIONAL_CONFIG)}"
         )
-    if isinstance(value.get("stage_ranks"), list):
-        value = value | {"stage_ranks": tuple(value["stage_ranks"])}  # strict, and JSON has no tuples
+    value = {
+        name: tuple(item) if isinstance(item, list) else item for name, item in value.items()
+    }  # JSON has no tuples
     return KarstConfig.model_validate(value, strict=True)
 
 

@@ -26,7 +26,15 @@ app.add_typer(cli_library.app)
 Url = Annotated[str, typer.Option(envvar="HUB_URL", help="the hub's address")]
 Key = Annotated[str, typer.Option(envvar="HUB_KEY", help="an API key; better in HUB_KEY than on the command line")]
 # By name: importing these kinds here would load torch for every command.
-_EXPECTED = ("AdapterError", "BackboneError", "DataError", "EmbeddedRedisError", "StartError", "FloatingPointError")
+_EXPECTED = (
+    "AdapterError",
+    "BackboneError",
+    "ConfigError",
+    "DataError",
+    "EmbeddedRedisError",
+    "StartError",
+    "FloatingPointError",
+)
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 

@@ -1,92 +1,103 @@
-"""`karst-hub train`: a folder of class folders -> one adapter file, with a progress bar."""
+"""`karst-hub train`: `adapters.fit` with a progress bar."""
 
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
-from adapters import Adapter, KarstConfig, extract, load_backbone
-from adapters.data import DataError, Pixels, preprocess_of, read_folder
-from adapters.train import Epoch, Recipe, accuracy, fit, linear_probe, split, steps_per_epoch
+from adapters import KarstConfig, Recipe, Watch, fit
+from adapters.checks import Checked
+from adapters.fitting import checkpoint_file
+from adapters.train import Epoch, is_first_process, steps_per_epoch
 
 __all__ = ["KarstConfig", "Recipe", "run"]
 
 
-def run(
-    console: Console,
-    *,
-    data: Path,
-    output: Path,
-    backbone: str,
-    checkpoint: Path | None,
-    device: str,
-    test: Path | None,
-    probe: bool,
-    val_fraction: float,
-    config: KarstConfig,
-    recipe: Recipe,
-) -> dict[str, Any]:
-    """Train, measure and write; returns the figures that are also in the file's metadata.
+def run(console: Console, data: Path, output: Path, *, recipe: Recipe, **options: Any) -> dict[str, Any]:
+    """`adapters.fit` with the same arguments, watched; returns the figures that are also in the file's metadata.
 
     Raises:
-        DataError: a folder or image that cannot be used, or an output folder that is not there.
-        BackboneError, AdapterError, FloatingPointError: as `load_backbone`, `extract` and `fit`.
+        DataError, BackboneError, AdapterError, ConfigError, FloatingPointError: as `adapters.fit`.
     """
-    if not output.absolute().parent.is_dir():
-        raise DataError(f"{output}: the folder {output.absolute().parent} does not exist")
-    if output.is_dir():
-        raise DataError(f"{output}: is a folder; --out names the file to write")
-    images = read_folder(data)
-    tests = read_folder(test, images.labels) if test is not None else None
-    kept, held = split(images, val_fraction, recipe.seed) if val_fraction else (images, None)
-    console.print(
-        f"{len(kept)} training images, {len(held) if held else 0} for validation, {len(tests) if tests else 0} "
-        f"held out; {len(images.labels)} classes"
-    )
-    frozen = load_backbone(backbone, checkpoint, device=device)
-    preprocess = preprocess_of(frozen)
-    pixels = Pixels(kept, preprocess)
-    validation, held_out = (Pixels(part, preprocess) if part is not None else None for part in (held, tests))
-    metrics: dict[str, Any] = {"train_images": len(kept)}
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as progress:
-        for part in filter(None, (pixels, validation, held_out)):  # a bad image ends it now, not after training
-            for i in progress.track(range(len(part)), description="reading images"):
-                part[i]
-        if probe and held_out is not None:
-            metrics["linear_probe_test_accuracy"] = round(linear_probe(frozen, pixels, held_out), 4)
-        bar = progress.add_task("training", total=steps_per_epoch(len(kept), recipe) * recipe.epochs)
+    console.quiet = console.quiet or not is_first_process()
+    try:
+        with _progress(console) as progress:
+            done = fit(data, output, recipe=recipe, watch=_Bar(console, progress, recipe), **options)
+    except KeyboardInterrupt:
+        kept = checkpoint_file(output)
+        how = f"go on with --resume ({kept} has the last epoch)" if kept.exists() else "nothing was kept so early"
+        console.print(f"interrupted; {how}", soft_wrap=True)
+        raise
+    return {
+        "file": str(done.file),
+        "bytes": len(done.adapter.data),
+        "digest": done.adapter.digest,
+        "labels": len(done.adapter.labels),
+        **{name: value for name, value in done.metrics.items() if name != "recipe"},
+        "report": str(done.report),
+    }
 
-        def show(epoch: Epoch) -> None:
-            val = f", validation {epoch.val_accuracy:.1%}" if epoch.val_accuracy is not None else ""
-            progress.update(
-                bar,
-                description=f"epoch {epoch.number}: loss {epoch.loss:.3f}, training {epoch.train_accuracy:.1%}{val}",
-            )
 
-        fitted = fit(
-            frozen,
-            pixels,
-            config,
-            recipe,
-            validation=validation,
-            on_step=lambda: progress.advance(bar),
-            on_epoch=show,
+class _Bar(Watch):
+    """One line for reading, one for training."""
+
+    def __init__(self, console: Console, progress: Progress, recipe: Recipe) -> None:
+        self._console, self._progress, self._recipe = console, progress, recipe
+        self._bar: TaskID
+        self._step_images = self._epoch_images = 0
+        self._number = 1
+        self._validated = ""
+
+    def reading(self, images: int) -> None:
+        self._bar = self._progress.add_task("reading images", total=images)
+
+    def image(self) -> None:
+        self._progress.advance(self._bar)
+
+    def checked(self, images: Checked) -> None:
+        for warning in images.warnings:
+            self._console.print(f"warning: {warning}", soft_wrap=True)
+        count, validation, test = (len(part) if part else 0 for part in (images.train, images.validation, images.test))
+        self._console.print(
+            f"{count} training images, {validation} for validation, {test} held out; "
+            f"{len(images.train.images.labels)} classes"
         )
-    metrics |= {
-        "epoch": fitted.chosen.number,
-        "train_accuracy": round(fitted.chosen.train_accuracy, 4),
-        "recipe": recipe.model_dump(),
-    }
-    if fitted.chosen.val_accuracy is not None:
-        metrics["val_accuracy"] = round(fitted.chosen.val_accuracy, 4)
-    if held_out is not None:
-        metrics["test_images"] = len(held_out)
-        metrics["test_accuracy"] = round(accuracy(fitted.model, held_out), 4)
-    adapter: Adapter = extract(fitted.model, images.labels, preprocess=preprocess, metrics=metrics)
-    adapter.write(output)
-    return {"file": str(output), "bytes": len(adapter.data), "digest": adapter.digest, "labels": len(images.labels)} | {
-        name: value for name, value in metrics.items() if name != "recipe"
-    }
+        self._step_images = min(self._recipe.batch_size, count)
+        self._epoch_images = steps_per_epoch(count, self._recipe) * self._step_images
+        self._bar = self._progress.add_task("training", total=self._epoch_images * self._recipe.epochs)
+
+    def step(self, loss: float, accuracy: float) -> None:
+        text = f"epoch {self._number}: loss {loss:.3f}, training {accuracy:.1%}{self._validated}"
+        self._progress.update(self._bar, advance=self._step_images, description=text)
+
+    def epoch(self, epoch: Epoch) -> None:
+        self._number = epoch.number + 1
+        if epoch.val_accuracy is not None:
+            self._validated = f", validation {epoch.val_accuracy:.1%}"
+        self._progress.update(
+            self._bar,
+            completed=epoch.number * self._epoch_images,  # a resumed training starts behind what was done before
+            description=f"epoch {epoch.number}: loss {epoch.loss:.3f}, training {epoch.train_accuracy:.1%}"
+            + self._validated,
+        )
+
+
+class _Speed(ProgressColumn):
+    """Images a second, of the last seconds."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.0f} images/s")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        _Speed(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -10,7 +10,7 @@ from PIL import Image
 from adapters import Adapter, DataError, KarstConfig, extract
 from adapters.backbone import fingerprint
 from adapters.data import ImageSet, Pixels, preprocess_of, read_folder
-from adapters.train import Recipe, _schedule, accuracy, fit, linear_probe, split, steps_per_epoch
+from adapters.train import Recipe, _schedule, accuracy, linear_probe, split, steps_per_epoch, train_model
 from tests.support import random_pixels
 
 COLOURS = {"blue": (40, 40, 220), "green": (40, 220, 40), "red": (220, 40, 40)}
@@ -46,7 +46,7 @@ def held_out(backbone, tmp_path_factory) -> Pixels:
 
 @pytest.fixture(scope="module")
 def fitted(backbone, train):
-    return fit(backbone, train, CONFIG, RECIPE)
+    return train_model(backbone, train, CONFIG, RECIPE)
 
 
 def numbers(fitted) -> dict[str, torch.Tensor]:
@@ -61,20 +61,20 @@ def test_an_easy_task_is_learnt(fitted, held_out) -> None:
 
 def test_the_same_seed_gives_the_same_bits(backbone, train, fitted) -> None:
     torch.manual_seed(99)  # whatever the caller's random state
-    again = fit(backbone, train, CONFIG, RECIPE)
+    again = train_model(backbone, train, CONFIG, RECIPE)
     assert again.history == fitted.history
     assert all(torch.equal(numbers(again)[name], tensor) for name, tensor in numbers(fitted).items())
 
 
 def test_another_seed_gives_another_adapter(backbone, train, fitted) -> None:
-    other = fit(backbone, train, CONFIG, RECIPE.model_copy(update={"seed": 1, "epochs": 1}))
+    other = train_model(backbone, train, CONFIG, RECIPE.model_copy(update={"seed": 1, "epochs": 1}))
     assert not any(torch.equal(numbers(other)[n], t) for n, t in numbers(fitted).items() if n.endswith("karst_a"))
 
 
 def test_the_caller_s_random_numbers_go_on_as_if_nothing_was(backbone, train) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    fit(backbone, train, CONFIG, RECIPE.model_copy(update={"epochs": 1}))
+    train_model(backbone, train, CONFIG, RECIPE.model_copy(update={"epochs": 1}))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -102,8 +102,8 @@ def test_the_best_validation_epoch_is_taken(backbone, images, train) -> None:
     """Validated on wrong answers, a model that starts by guessing gets worse: an early epoch is best."""
     wrong = ImageSet(images.paths, tuple((t + 1) % 3 for t in images.targets), images.labels)
     validation = Pixels(wrong, preprocess_of(backbone))
-    recipe = RECIPE.model_copy(update={"lr": 1e-3, "seed": 2})
-    fitted = fit(backbone, train, CONFIG, recipe, validation=validation)
+    recipe = RECIPE.model_copy(update={"lr": 1e-3, "seed": 4})
+    fitted = train_model(backbone, train, CONFIG, recipe, validation=validation)
     scores = [epoch.val_accuracy for epoch in fitted.history]
     assert scores[-1] < max(scores)
     assert fitted.chosen == max(fitted.history, key=lambda epoch: (epoch.val_accuracy, epoch.number))
@@ -112,7 +112,7 @@ def test_the_best_validation_epoch_is_taken(backbone, images, train) -> None:
 
 def test_of_equal_epochs_the_later_is_taken(backbone, train, held_out) -> None:
     recipe = RECIPE.model_copy(update={"lr": 1e-12, "epochs": 2})  # nothing moves
-    fitted = fit(backbone, train, CONFIG, recipe, validation=held_out)
+    fitted = train_model(backbone, train, CONFIG, recipe, validation=held_out)
     assert fitted.history[0].val_accuracy == fitted.history[1].val_accuracy
     assert fitted.chosen.number == 2
 
@@ -120,9 +120,14 @@ def test_of_equal_epochs_the_later_is_taken(backbone, train, held_out) -> None:
 def test_progress_is_told_step_by_step(backbone, train) -> None:
     steps, epochs = [], []
     recipe = RECIPE.model_copy(update={"epochs": 2})
-    fitted = fit(backbone, train, CONFIG, recipe, on_step=lambda: steps.append(1), on_epoch=epochs.append)
+    fitted = train_model(
+        backbone, train, CONFIG, recipe, on_step=lambda loss, right: steps.append((loss, right)), on_epoch=epochs.append
+    )
     assert len(steps) == 2 * steps_per_epoch(len(train), recipe) == 2 * 4  # 36 images: 4 batches of 8, 4 left over
     assert tuple(epochs) == fitted.history
+    last = steps[4:]
+    assert np.mean([loss for loss, _ in last]) == pytest.approx(epochs[-1].loss)
+    assert np.mean([accuracy for _, accuracy in last]) == pytest.approx(epochs[-1].train_accuracy)
 
 
 def test_fewer_images_than_a_batch_are_one_step() -> None:
@@ -161,14 +166,14 @@ def test_the_learning_rate_is_never_over_its_peak_nor_zero(epochs, warmup) -> No
 
 def test_a_loss_that_is_not_finite_ends_the_training(backbone, train) -> None:
     with pytest.raises(FloatingPointError, match=r"^the loss is (nan|inf); try a lower learning rate"):
-        fit(backbone, train, CONFIG, Recipe(epochs=2, warmup_epochs=0, batch_size=8, lr=1e30))
+        train_model(backbone, train, CONFIG, Recipe(epochs=2, warmup_epochs=0, batch_size=8, lr=1e30))
 
 
 def test_an_unusable_image_ends_the_training_by_name(backbone, tmp_path) -> None:
     broken = make_task(tmp_path, count=2, seed=0)
     broken.paths[3].write_bytes(b"text")
     with pytest.raises(DataError, match=r"green/1.png: not an image"):
-        fit(backbone, Pixels(broken, preprocess_of(backbone)), CONFIG, RECIPE)
+        train_model(backbone, Pixels(broken, preprocess_of(backbone)), CONFIG, RECIPE)
 
 
 def test_the_extracted_adapter_is_the_trained_model(backbone, fitted, held_out, tmp_path) -> None:

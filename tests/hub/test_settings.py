@@ -36,7 +36,6 @@ def test_a_bad_setting_is_a_usage_error_that_names_it() -> None:
         (["inspect", "/absent.safetensors"], 1, "error: file: /absent.safetensors: No such file or directory"),
         (["train", "/absent", "-o", "/tmp/x.safetensors"], 1, "error: /absent: no such folder"),
         (["train", "/absent", "-o", "/no/x.safetensors"], 1, "error: /no/x.safetensors: the folder /no does not exist"),
-        (["train", "/absent", "-o", "x", "--probe"], 2, "error: --probe needs --test"),
         (["train", "/absent", "-o", "x", "--rescale", "some"], 2, "error: --rescale some: Input should be"),
         (["tasks", "--url", "http://127.0.0.1:9", "--key", "k"], 1, "error: no hub answers at http://127.0.0.1:9"),
         (["register", "a", "/absent", "--key", "k"], 1, "error: /absent: No such file or directory"),

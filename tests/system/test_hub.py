@@ -176,8 +176,10 @@ def test_train_inspect_register_classify_on_the_command_line(served, key, tmp_pa
     for label, colour in (("blue", (30, 40, 200)), ("red", (200, 40, 30))):
         folder = tmp_path / "data" / label
         folder.mkdir(parents=True)
-        for i in range(8):
-            Image.new("RGB", (16, 16), tuple(c + i for c in colour)).save(folder / f"{i}.png")
+        (tmp_path / "test" / label).mkdir(parents=True)
+        for i in range(12):
+            path = folder / f"{i}.png" if i < 8 else tmp_path / "test" / label / f"{i}.png"
+            Image.new("RGB", (16, 16), tuple(c + i for c in colour)).save(path)
     adapter = tmp_path / "colours.safetensors"
     environment = os.environ | {"HUB_BACKBONE": "demo", "HUB_URL": served.url, "HUB_KEY": key}
 
@@ -188,13 +190,13 @@ def test_train_inspect_register_classify_on_the_command_line(served, key, tmp_pa
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    data = str(tmp_path / "data")
-    trained = karst_hub("train", data, "-o", str(adapter), "--test", data, "--epochs", "12", "--batch-size", "4")
+    data, test = str(tmp_path / "data"), str(tmp_path / "test")
+    trained = karst_hub("train", data, "-o", str(adapter), "--test", test, "--epochs", "12", "--batch-size", "4")
     assert trained["test_accuracy"] == 1.0
     assert karst_hub("inspect", str(adapter))["labels"] == ["blue", "red"]
     assert karst_hub("register", "colours", str(adapter))["digest"] == trained["digest"]
     assert "colours" in [task["task"] for task in karst_hub("tasks")["tasks"]]
-    answer = karst_hub("classify", "colours", f"{data}/red/0.png", f"{data}/blue/0.png")
+    answer = karst_hub("classify", "colours", f"{test}/red/8.png", f"{test}/blue/9.png")
     assert [p[0]["label"] for p in answer["predictions"]] == ["red", "blue"]
 
 

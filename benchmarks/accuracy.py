@@ -1,0 +1,359 @@
+"""How good KARST's adapters are: beside a linear probe, LoRA, LoKr, bias tuning and full fine-tuning.
+
+    python -m benchmarks.accuracy [--workers 2] [--search] [--tasks T ...] [--methods M ...] [--seeds S ...]
+
+Every method starts from the same frozen backbone and, for a seed, sees the same images in the same batches under
+the same schedule. Only the learning rate is each method's own: searched once, on validation images of two tasks.
+The model of the last step is measured, once, on the test images. Training runs under bfloat16 autocast, tests in
+float32, for all alike.
+
+Finished runs are lines of a log and are not run again: stop and start as you like. The order is the search, the
+main methods over all tasks and seeds, then KARST's variants task by task. The results file is written after every
+run; `python -m benchmarks.accuracy_report` makes the report of it.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from adapters import Backbone, BackboneError, load_backbone
+from adapters.backbone import features
+from adapters.data import normalise, preprocess_of
+
+from .accuracy_methods import (
+    ABLATION,
+    CONFIGS,
+    LEARNING_RATES,
+    LINEAR,
+    MAIN,
+    METHODS,
+    build,
+    search_name,
+    trainable,
+)
+from .accuracy_tasks import IMAGE_SIZE, TASKS, TEST, TRAIN, VALIDATION, Labelled, Task, TaskError, load_task
+from .common import machine
+
+BACKBONE = "local-dir:runs/vit-ti"
+DEFAULT_TASKS = ("digits", "fashion", "elpv", "count", "orientation", "location")
+SEARCH_TASKS = ("digits", "count")
+SEEDS = (0, 1, 2)
+BATCH = 32
+WARM_UP = 0.1  # of the steps, from lr / 100; then a cosine to lr / 10
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # the linear probe's C
+LOG = Path("runs/accuracy.jsonl")
+OUTPUT = Path(__file__).parent / "results" / "accuracy.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and one measurement; equal runs give equal numbers.
+
+    `lr` is None for the linear probe. `part` is what is measured: "test", or "validation" in the search.
+    """
+
+    backbone: str
+    method: str
+    task: str
+    seed: int
+    steps: int
+    lr: float | None
+    part: str
+
+
+def main() -> None:
+    """Run what is missing, keep the results file up to date."""
+    options = _options()
+    try:
+        measure(options)
+    except (BackboneError, TaskError, FloatingPointError) as error:
+        raise SystemExit(f"stopped: {error}") from None
+
+
+def measure(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        BackboneError: the backbone cannot be loaded.
+        TaskError: a task's images are not on this machine, or not of the backbone's size.
+        FloatingPointError: a training whose loss is no longer finite.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the workers: two threads of one run are slower than two runs
+    torch.set_num_threads(1)
+    options.log.parent.mkdir(parents=True, exist_ok=True)
+    backbone = _backbone(options.backbone)
+    if backbone.input_size != IMAGE_SIZE:
+        raise TaskError(f"the tasks' images are {IMAGE_SIZE}, but {backbone.name} takes {backbone.input_size}")
+    log = Log(options.log, backbone.fingerprint)
+
+    log.fill(list(search_runs(options.backbone, options.search_steps)), options.workers, "search")
+    rates = chosen_rates(log.rows, options.search_steps)
+    print("learning rates:", ", ".join(f"{method} {rate:g}" for method, rate in rates.items()))
+    if options.search:
+        return
+    runs = list(planned(options.backbone, options.steps, rates, options.methods, options.tasks, options.seeds))
+    for _ in log.finish(runs, options.workers, "runs"):
+        write_results(options.output, options, log.rows, rates)
+    write_results(options.output, options, log.rows, rates)
+    print(f"written to {options.output}; python -m benchmarks.accuracy_report makes the report")
+
+
+class Log:
+    """Finished runs of one backbone, a JSON line each; lines of other backbones are left alone."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._path = path
+        self._fingerprint = fingerprint
+        self.rows = [row for row in map(json.loads, lines) if row["fingerprint"] == fingerprint]
+
+    def fill(self, runs: list[Run], workers: int, title: str) -> None:
+        """Run what is missing of `runs`."""
+        for _ in self.finish(runs, workers, title):
+            pass
+
+    def finish(self, runs: list[Run], workers: int, title: str) -> Iterator[dict[str, Any]]:
+        """Run what is missing of `runs`, `workers` at a time, and yield each row once it is in the file."""
+        done = {_key(row) for row in self.rows}
+        missing = [run for run in runs if _key(asdict(run)) not in done]
+        print(f"{title}: {len(runs) - len(missing)} of {len(runs)} were there")
+        for row in track(_results(missing, workers), title, total=len(missing)):
+            row["fingerprint"] = self._fingerprint
+            # One write of one line to a file opened for appending: two benchmarks never mix their lines.
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.rows.append(row)
+            print(f"{row['method']}, {row['task']}, seed {row['seed']}: {row['accuracy']:.1%}, {row['seconds']:.0f} s")
+            yield row
+
+
+def search_runs(backbone: str, steps: int) -> Iterator[Run]:
+    """Every learning rate of every method on two tasks' validation images, seed 0."""
+    for task in SEARCH_TASKS:
+        for method, rates in LEARNING_RATES.items():
+            for lr in rates:
+                yield Run(backbone, method, task, 0, steps, lr, "validation")
+
+
+def chosen_rates(rows: list[dict[str, Any]], steps: int) -> dict[str, float]:
+    """Each method's learning rate of the best mean validation accuracy; of equals, the lowest."""
+    chosen = {}
+    for method, rates in LEARNING_RATES.items():
+        means = {
+            lr: statistics.fmean(
+                row["accuracy"]
+                for row in rows
+                if row["part"] == "validation" and (row["method"], row["lr"], row["steps"]) == (method, lr, steps)
+            )
+            for lr in rates
+        }
+        chosen[method] = max(means, key=lambda lr: (means[lr], -lr))
+    return chosen
+
+
+def planned(
+    backbone: str, steps: int, rates: dict[str, float], methods: list[str], tasks: list[str], seeds: list[int]
+) -> Iterator[Run]:
+    """Runs in their order: what the bar needs first, and a whole task of the ablation before the next."""
+
+    def run(method: str, task: str, seed: int) -> Run:
+        # The linear probe takes no steps: the same run whatever they are.
+        linear = method == LINEAR
+        lr = None if linear else rates[search_name(method)]
+        return Run(backbone, method, task, seed, 0 if linear else steps, lr, "test")
+
+    yield from (run(m, task, seed) for seed in seeds for task in tasks for m in MAIN if m in methods)
+    yield from (run(m, task, seed) for task in tasks for seed in seeds for m in ABLATION if m in methods)
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """Train and measure; a learning rate of the search that makes the loss infinite counts as no right answer.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite at the learning rate that the search chose.
+    """
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    backbone, task = _backbone(run.backbone), load_task(run.task)
+    if run.method == LINEAR:
+        result: dict[str, Any] = {"accuracy": linear_probe(backbone, task, run.seed), "parameters": 0, "loss": None}
+    else:
+        train, validation = task.split(run.seed)
+        assert run.lr is not None
+        measured = task.test if run.part == "test" else validation
+        try:
+            model, loss = fit(run.method, backbone, task.classes, train, seed=run.seed, steps=run.steps, lr=run.lr)
+        except FloatingPointError:
+            if run.part == "test":
+                raise
+            result = {"accuracy": 0.0, "parameters": None, "loss": None}
+        else:
+            result = {"accuracy": accuracy(model, backbone, measured), "parameters": trainable(model), "loss": loss}
+    result["head_parameters"] = (backbone.width + 1) * task.classes
+    return asdict(run) | result | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def fit(
+    method: str, backbone: Backbone, classes: int, train: Labelled, *, seed: int, steps: int, lr: float
+) -> tuple[nn.Module, float]:
+    """The model of the last step and its last loss. AdamW with weight decay lr / 10, batches of 32, no augmentation.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    torch.manual_seed(seed)
+    model = build(method, backbone, classes).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=lr / 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
+    for index in batches(len(train), steps, seed):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(_normalised(backbone, train.images[index]))
+        loss = F.cross_entropy(logits.float(), train.targets[index])
+        if not loss.isfinite():
+            raise FloatingPointError(f"{method}, seed {seed}: the loss is {loss.item()} at learning rate {lr:g}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval(), round(loss.item(), 4)
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """What multiplies the learning rate: a linear rise from 0.01 to 1, then a cosine down to 0.1."""
+    warm_up = max(round(WARM_UP * steps), 1)
+    if step < warm_up:
+        return 0.01 + 0.99 * step / warm_up
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
+
+
+def batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """Indices of each step's images: pass after pass in a new order, a last partial batch dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    left = steps
+    while left:
+        for index in torch.randperm(count, generator=generator).split(BATCH)[: min(count // BATCH, left)]:
+            left -= 1
+            yield index
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, backbone: Backbone, data: Labelled) -> float:
+    """Top-1 accuracy in [0, 1], in float32."""
+    right = sum(
+        int((model(_normalised(backbone, images)).argmax(1) == targets).sum())
+        for images, targets in zip(data.images.split(100), data.targets.split(100), strict=True)
+    )
+    return right / len(data)
+
+
+def linear_probe(backbone: Backbone, task: Task, seed: int) -> float:
+    """Test accuracy of logistic regression on the frozen features; its penalty is chosen on validation images."""
+    (x, y), (val_x, val_y), (test_x, test_y) = (
+        (pooled(backbone, data), data.targets.numpy()) for data in (*task.split(seed), task.test)
+    )
+    probes = []
+    for penalty in PENALTIES:
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=5000)).fit(x, y)
+        probes.append((probe.score(val_x, val_y), -penalty, probe))
+    best = max(probes, key=lambda scored: scored[:2])[2]
+    return float(best.score(test_x, test_y))
+
+
+@torch.inference_mode()
+def pooled(backbone: Backbone, data: Labelled) -> Any:
+    """Frozen features, (n, D) float32 numpy."""
+    return torch.cat([features(backbone.model, _normalised(backbone, x)) for x in data.images.split(100)]).numpy()
+
+
+def write_results(path: Path, options: argparse.Namespace, rows: list[dict[str, Any]], rates: dict[str, float]) -> None:
+    """The committed file: this backbone's runs of these steps, and everything they depend on."""
+    backbone = _backbone(options.backbone)
+    tests = [row for row in rows if row["part"] == "test" and row["steps"] in (0, options.steps)]
+    tests = [row for row in tests if row["lr"] is None or row["lr"] == rates[search_name(row["method"])]]
+    result = {
+        "machine": machine(),
+        "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint, "width": backbone.width},
+        "images": {"train": TRAIN, "validation": VALIDATION, "test": TEST},
+        "steps": options.steps,
+        "batch": BATCH,
+        "search": {"tasks": SEARCH_TASKS, "seed": 0, "steps": options.search_steps, "grid": dict(LEARNING_RATES)},
+        "learning_rates": rates,
+        "karst": {name: config.model_dump(include={"kernels", "rank", "rescale"}) for name, config in CONFIGS.items()},
+        "tasks": {
+            name: {"classes": load_task(name).classes, "test": len(load_task(name).test)}
+            | {"largest_class": load_task(name).largest_class()}
+            for name in TASKS
+            if any(row["task"] == name for row in tests)
+        },
+        "runs": tests,
+        "search_runs": [r for r in rows if r["part"] == "validation" and r["steps"] == options.search_steps],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".part")
+    whole.write_text(json.dumps(result, indent=1) + "\n")
+    whole.replace(path)
+
+
+def _results(runs: list[Run], workers: int) -> Iterator[dict[str, Any]]:
+    """Rows in the order in which they finish."""
+    if workers == 1:
+        yield from map(execute, runs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures: list[Future[dict[str, Any]]] = [pool.submit(execute, run) for run in runs]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        except BaseException:  # one failed, or somebody pressed Ctrl-C: do not begin the others
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@cache
+def _backbone(name: str) -> Backbone:
+    return load_backbone(name)
+
+
+def _normalised(backbone: Backbone, pixels: Tensor) -> Tensor:
+    config = preprocess_of(backbone)
+    return normalise(pixels, torch.tensor(config["mean"]), torch.tensor(config["std"]))
+
+
+def _key(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two runs the same; the backbone is the log's, by fingerprint, and not by the name it was given."""
+    return tuple(run[name] for name in ("method", "task", "seed", "steps", "lr", "part"))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default=BACKBONE, help="for images of 32 x 32 pixels")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=DEFAULT_TASKS, metavar="TASK")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--steps", type=int, default=150, help=f"of {BATCH} images")
+    parser.add_argument("--search", action="store_true", help="stop once the learning rates are chosen")
+    parser.add_argument("--search-steps", type=int, default=75, help="steps of a run of the search")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--log", type=Path, default=LOG, help="finished runs, a JSON line each")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The methods of the accuracy benchmark: each a model to train on the same frozen backbone, with the same new head.
+
+KARST is `adapters.attach`; LoRA and LoKr are Hugging Face's peft on the same sites, with as many numbers as KARST's
+default (N = 2, r = 8, re-scaling per channel) as their ranks allow; bias tuning trains every bias; full fine-tuning
+trains everything. The linear probe has no model of its own (`benchmarks.accuracy`). Nothing here trains.
+"""
+
+import copy
+from collections.abc import Callable
+from itertools import product
+from types import MappingProxyType
+from typing import Any
+
+from peft import LoKrConfig, LoraConfig, get_peft_model
+from peft.tuners.lokr.layer import factorization
+from torch import Tensor, nn
+
+from adapters import Backbone, KarstConfig, Site, attach
+from adapters.backbone import features
+
+LINEAR = "linear probe"
+KARST = "KARST"
+# What every KARST variant changes in the default; also the ablation.
+CONFIGS = MappingProxyType(
+    {
+        KARST: KarstConfig(kernels=2, rank=8, rescale="channel"),
+        "KARST N=1": KarstConfig(kernels=1),
+        "KARST N=4": KarstConfig(kernels=4),
+        "KARST N=8": KarstConfig(kernels=8),
+        "KARST r=2": KarstConfig(rank=2),
+        "KARST r=4": KarstConfig(rank=4),
+        "KARST scalar": KarstConfig(rescale="scalar"),
+        "KARST none": KarstConfig(rescale="none"),
+    }
+)
+MAIN = (LINEAR, KARST, "LoRA", "LoKr", "bias", "full")
+ABLATION = tuple(name for name in CONFIGS if name != KARST)
+METHODS = MAIN + ABLATION
+# Searched on validation images; all KARST variants share KARST's.
+LEARNING_RATES = MappingProxyType(
+    dict.fromkeys((KARST, "LoRA", "LoKr", "bias"), (1e-3, 3e-3, 1e-2)) | {"full": (1e-4, 3e-4, 1e-3)}
+)
+
+
+class Adapted(nn.Module):
+    """A body whose trained parameters require gradients, and a new linear head."""
+
+    def __init__(self, backbone: Backbone, classes: int, body: Callable[[Backbone], Any]) -> None:
+        super().__init__()
+        # The head first, and as KarstModel makes it: one seed gives every method the same head.
+        self.head = nn.Linear(backbone.width, classes, device=backbone.device)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.body = body(backbone)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised pixels -> (B, K) logits."""
+        return self.head(features(self.body, pixels))
+
+
+def build(method: str, backbone: Backbone, classes: int) -> nn.Module:
+    """The model of a method, at its start: logits of a new head on what the frozen backbone computes.
+
+    Raises:
+        ValueError: `method` is not one of `METHODS`, or is the linear probe.
+    """
+    if method in CONFIGS:
+        return attach(backbone, CONFIGS[method], classes)
+    bodies = {"LoRA": lora, "LoKr": lokr, "bias": bias_tuned, "full": unfrozen}
+    if method not in bodies:
+        raise ValueError(f"method {method!r} has no model to build; one of {', '.join((*CONFIGS, *bodies))} has")
+    return Adapted(backbone, classes, bodies[method])
+
+
+def trainable(model: nn.Module) -> int:
+    """Trained numbers without the head, which is the same for every method."""
+    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head."))
+
+
+def search_name(method: str) -> str:
+    """The method whose learning rate a method uses."""
+    return KARST if method in CONFIGS else method
+
+
+def lora(backbone: Backbone, budget: int | None = None) -> Any:
+    """peft's LoRA on KARST's sites, alpha = rank (peft's own default ratio); the timm model inside.
+
+    Args:
+        budget: trained numbers to come nearest to; None takes KARST's default.
+    """
+    ranks = lora_ranks(backbone.sites, budget or karst_count(backbone))
+    config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
+    return get_peft_model(backbone.clone(), config).base_model.model
+
+
+def lokr(backbone: Backbone, budget: int | None = None) -> Any:
+    """peft's LoKr on KARST's sites, factor 8, alpha = rank, started as LyCORIS does (and KARST); the timm model inside.
+
+    Args:
+        budget: trained numbers to come nearest to; None takes KARST's default.
+    """
+    rank = lokr_rank(backbone.sites, budget or karst_count(backbone))
+    config = LoKrConfig(
+        r=rank,
+        alpha=rank,
+        decompose_factor=CONFIGS[KARST].factor,
+        init_weights="lycoris",
+        target_modules=[site.name for site in backbone.sites],
+    )
+    return get_peft_model(backbone.clone(), config).base_model.model
+
+
+def bias_tuned(backbone: Backbone) -> Any:
+    """Every bias trained, those of the norm layers too (BitFit, Ben Zaken et al., ACL 2022)."""
+    model = backbone.clone()
+    for module in model.modules():
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            module.bias = nn.Parameter(bias.detach().clone())  # a copy: the clone shares the backbone's own
+    return model
+
+
+def unfrozen(backbone: Backbone) -> Any:
+    """A copy of the whole backbone, trained."""
+    return copy.deepcopy(backbone.model).requires_grad_(True)
+
+
+def karst_count(backbone: Backbone, config: KarstConfig = CONFIGS[KARST]) -> int:
+    """Trained numbers of KARST without the head."""
+    return trainable(attach(backbone, config, 1))
+
+
+def lora_ranks(sites: tuple[Site, ...], budget: int) -> dict[str, int]:
+    """A rank for every site, whose numbers in all come nearest to `budget`.
+
+    One rank for all is a coarse step, so each kind of site (qkv, proj, fc1, fc2) may have one more than the lowest.
+    """
+    kinds = sorted({_kind(site) for site in sites})
+    rank_one = {kind: sum(site.d_in + site.d_out for site in sites if _kind(site) == kind) for kind in kinds}
+    low = max(budget // sum(rank_one.values()), 1)
+    choices = [dict(zip(kinds, ranks, strict=True)) for ranks in product((low, low + 1), repeat=len(kinds))]
+    best = min(choices, key=lambda ranks: abs(sum(rank_one[k] * r for k, r in ranks.items()) - budget))
+    return {site.name: best[_kind(site)] for site in sites}
+
+
+def lokr_rank(sites: tuple[Site, ...], budget: int) -> int:
+    """The rank whose numbers come nearest to `budget`.
+
+    The lowest of several: from half of a factor's side on, peft keeps that factor whole, and more rank adds nothing.
+    """
+    return min(range(1, 129), key=lambda rank: abs(sum(_lokr_numbers(site, rank) for site in sites) - budget))
+
+
+def _lokr_numbers(site: Site, rank: int) -> int:
+    """What peft makes of one linear layer (`LoKrLayer.update_layer`)."""
+    factor = CONFIGS[KARST].factor
+    (p, a), (q, b) = factorization(site.d_out, factor), factorization(site.d_in, factor)
+    return p * q + (a * b if rank >= max(a, b) / 2 else rank * (a + b))
+
+
+def _kind(site: Site) -> str:
+    return site.name.rpartition(".")[2]

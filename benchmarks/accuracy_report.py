@@ -1,0 +1,283 @@
+"""The accuracy benchmark's report: its JSON file -> docs/accuracy.md and docs/img/accuracy.png.
+
+    python -m benchmarks.accuracy_report [--results FILE] [--docs FOLDER]
+
+Every number and every verdict in the text is computed from the file; nothing here measures.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .accuracy import OUTPUT
+from .accuracy_methods import ABLATION, KARST, LINEAR, MAIN
+
+DOCS = Path(__file__).parent.parent / "docs"
+# The paper's three ablations: what varies, and the runs from least to most.
+ABLATIONS = {
+    "N, the number of kernels (r = 8, re-scaling per channel)": ("KARST N=1", KARST, "KARST N=4", "KARST N=8"),
+    "r, the rank (N = 2, re-scaling per channel)": ("KARST r=2", "KARST r=4", KARST),
+    "Re-scaling (N = 2, r = 8)": ("KARST none", "KARST scalar", KARST),
+}
+ORIGIN = {
+    "digits": "scikit-learn's handwritten digits",
+    "fashion": "Fashion-MNIST",
+    "elpv": "electroluminescence images of solar cells, the four grades of defect probability (`elpv-dataset`)",
+    "count": "drawn: one to eight dots",
+    "orientation": "drawn: a sprite at one of eight angles",
+    "location": "drawn: a sprite's horizontal place in eight bins",
+    "shapes": "drawn: geometric shapes",
+}
+
+
+class ReportError(ValueError):
+    """The results file has too few runs for a report; the message says which are missing."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The runs of a results file: accuracy in percent by (method, task, seed), and the file itself."""
+
+    file: dict[str, Any]
+    accuracy: dict[tuple[str, str, int], float]
+    seeds: tuple[int, ...]
+
+    def complete_tasks(self, methods: Iterable[str]) -> tuple[str, ...]:
+        """Tasks that every one of `methods` was run on with every seed."""
+        methods = tuple(methods)
+        return tuple(
+            task
+            for task in self.file["tasks"]
+            if all((method, task, seed) in self.accuracy for method in methods for seed in self.seeds)
+        )
+
+    def by_seed(self, method: str, tasks: Sequence[str]) -> list[float]:
+        """The mean over tasks, for each seed."""
+        return [statistics.fmean(self.accuracy[method, task, seed] for task in tasks) for seed in self.seeds]
+
+    def parameters(self, method: str) -> int:
+        """Trained numbers without the head."""
+        return next(run["parameters"] for run in self.file["runs"] if run["method"] == method)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=OUTPUT, help="what benchmarks.accuracy wrote")
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    options = parser.parse_args()
+    try:
+        results = read(options.results)
+    except (OSError, ReportError) as error:
+        raise SystemExit(f"no report: {error}") from None
+    (options.docs / "img").mkdir(parents=True, exist_ok=True)
+    (options.docs / "accuracy.md").write_text(report(results))
+    plot(results, options.docs / "img" / "accuracy.png")
+    print("\n".join(bars(results)))
+    print(f"written to {options.docs / 'accuracy.md'} and {options.docs / 'img' / 'accuracy.png'}")
+
+
+def read(path: Path) -> Results:
+    """
+    Raises:
+        ReportError: fewer than two seeds, or no task with all the main methods.
+    """
+    file = json.loads(path.read_text())
+    accuracy = {(run["method"], run["task"], run["seed"]): 100 * run["accuracy"] for run in file["runs"]}
+    results = Results(file, accuracy, tuple(sorted({seed for _, _, seed in accuracy})))
+    if len(results.seeds) < 2:
+        raise ReportError(f"{path} has the seeds {results.seeds}; without two there is no noise to compare with")
+    if not results.complete_tasks(MAIN):
+        raise ReportError(f"{path}: no task has runs of {', '.join(MAIN)} with each of the seeds {results.seeds}")
+    return results
+
+
+def bars(results: Results) -> list[str]:
+    """One line of Markdown for each thing that KARST was to reach, and whether it did."""
+    tasks = results.complete_tasks(MAIN)
+    lines = []
+    for rival in ("LoRA", "LoKr"):
+        ours, theirs = results.by_seed(KARST, tasks), results.by_seed(rival, tasks)
+        gap = statistics.fmean(ours) - statistics.fmean(theirs)
+        error = math.sqrt((statistics.variance(ours) + statistics.variance(theirs)) / len(results.seeds))
+        shortfall = "holds within the noise" if gap >= -error else "does not hold"
+        verdict = "holds" if gap >= 0 else shortfall
+        lines.append(
+            f"- KARST at least {rival} in the mean over tasks: **{verdict}**. "
+            f"KARST minus {rival} is {gap:+.2f} points, pooled standard error over seeds {error:.2f}."
+        )
+    for task in tasks:
+        gap = statistics.fmean(results.by_seed(KARST, [task])) - statistics.fmean(results.by_seed(LINEAR, [task]))
+        verdict = "**holds**" if gap > 0 else "**does not hold**"
+        lines.append(f"- KARST above the linear probe on {task}: {verdict} ({gap:+.1f} points).")
+    return lines
+
+
+def report(results: Results) -> str:
+    """docs/accuracy.md."""
+    file, tasks = results.file, results.complete_tasks(MAIN)
+    images, search, seeds = file["images"], file["search"], len(results.seeds)
+    parts = [
+        "# Accuracy",
+        "Made by `python -m benchmarks.accuracy_report`; do not edit by hand.",
+        f"KARST beside its peers on one frozen backbone (`{file['backbone']['name']}`, width "
+        f"{file['backbone']['width']}, fingerprint `{file['backbone']['fingerprint'][:12]}`). It is small, takes 32 x "
+        "32 pixels, and was pre-trained on drawings only (`benchmarks/pretrain.py`). So these figures compare methods "
+        "with each other here; they are not the paper's, and no figure of the paper is quoted.",
+        f"Every task has {images['train']} training and {images['validation']} validation images and at most "
+        f"{images['test']} test images. A seed draws the training and validation images from a fixed 1,000, the "
+        "head's and the adapter's start, and the order of the batches; the test images are always the same. All "
+        f"methods take {file['steps']} steps of {file['batch']} images: AdamW, weight decay lr / 10, linear warm-up "
+        "over the first tenth, cosine to lr / 10, no augmentation, no drop path, bfloat16 autocast. The model of the "
+        "last step is tested, once, in float32. The linear probe is a logistic regression whose penalty is chosen on "
+        "the validation images.",
+        "## Tasks",
+        _table(
+            ["task", "images", "classes", "largest class in the test images"],
+            [[t, ORIGIN[t], str(v["classes"]), f"{v['largest_class']:.1%}"] for t, v in file["tasks"].items()],
+        ),
+        "`elpv` does not name the modules that its cells come from: one module may have cells in training and test.",
+        "## Methods",
+        f"Top-1 test accuracy in percent: mean and standard deviation over {seeds} seeds; the last column is that of "
+        "each seed's mean over tasks. Numbers are the trained ones without the head, which is the same for all.",
+        _accuracy_table(results, MAIN, tasks),
+        *_incomplete(results, MAIN),
+        f"LoRA and LoKr are Hugging Face's peft on KARST's sites (attn.qkv, attn.proj, mlp.fc1, mlp.fc2), with the "
+        f"ranks that come nearest to KARST's {results.parameters(KARST):,} numbers: LoRA "
+        f"{_relative(results, 'LoRA')} (one rank for each kind of layer), LoKr {_relative(results, 'LoKr')}. Both "
+        "have alpha = rank. Bias tuning trains every bias of the backbone.",
+        "![Accuracy against trained numbers](img/accuracy.png)",
+        "## The bars",
+        "Noise is one pooled standard error: the root of (variance over seeds of KARST's mean over tasks + the "
+        "rival's) / seeds. With three seeds that is itself a rough figure.",
+        "\n".join(bars(results)),
+        *_ablation(results),
+        "## Learning rates",
+        f"One fixed rate a method, the best mean accuracy on the **validation** images of {_words(search['tasks'])} "
+        f"(seed {search['seed']}, {search['steps']} steps a run; of equals the lowest). All KARST variants share "
+        "KARST's. Mean validation accuracy in percent:",
+        _search_table(file),
+        *_edges(file),
+        "## Again",
+        "```\npython -m benchmarks.pretrain\npython -m benchmarks.accuracy --workers 2\n"
+        "python -m benchmarks.accuracy_report\n```",
+        f"{len(file['runs'])} runs, {sum(r['seconds'] for r in file['runs']) / 3600:.1f} hours of one core "
+        f"({file['machine']['cpu']}, torch {file['machine']['torch']}, {file['machine']['date'][:10]}). All runs are "
+        "in `benchmarks/results/accuracy.json`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(results: Results, path: Path) -> None:
+    """Accuracy against trained numbers: all methods, and KARST's variants where a task has all of them."""
+    ablation_tasks = results.complete_tasks((KARST, *ABLATION))
+    figure = Figure(figsize=(11 if ablation_tasks else 6, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2 if ablation_tasks else 1, squeeze=False)[0]
+    tasks = results.complete_tasks(MAIN)
+    linear = statistics.fmean(results.by_seed(LINEAR, tasks))
+    panels[0].axhline(linear, color="gray", linestyle="--", label=LINEAR)
+    for method in MAIN[1:]:
+        _points(panels[0], results, [method], tasks, method)
+    _finish(panels[0], f"All methods, mean over {len(tasks)} tasks")
+    if ablation_tasks:
+        for title, methods in ABLATIONS.items():
+            _points(panels[1], results, methods, ablation_tasks, title.partition(" (")[0])
+        _finish(panels[1], f"KARST's variants, mean over {len(ablation_tasks)} tasks")
+    figure.savefig(path, dpi=120)
+
+
+def _points(axes: Axes, results: Results, methods: Sequence[str], tasks: Sequence[str], label: str) -> None:
+    values = [results.by_seed(method, tasks) for method in methods]
+    axes.errorbar(
+        [results.parameters(method) for method in methods],
+        [statistics.fmean(v) for v in values],
+        [statistics.stdev(v) for v in values],
+        marker="o",
+        capsize=3,
+        label=label,
+    )
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_xscale("log")
+    axes.set_xlabel("trained numbers without the head")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _ablation(results: Results) -> list[str]:
+    tasks = results.complete_tasks((KARST, *ABLATION))
+    if not tasks:
+        return ["## KARST's parts", "No task has runs of all variants with all seeds yet."]
+    parts = ["## KARST's parts", "As in the paper: one thing varies, the others stay at the default (N = 2, r = 8)."]
+    for title, methods in ABLATIONS.items():
+        parts += [f"### {title}", _accuracy_table(results, methods, tasks)]
+    return parts + _incomplete(results, (KARST, *ABLATION))
+
+
+def _incomplete(results: Results, methods: Sequence[str]) -> list[str]:
+    """A sentence on tasks that are left out."""
+    left = [task for task in results.file["tasks"] if task not in results.complete_tasks(methods)]
+    return [f"Left out, because runs are missing: {_words(left)}."] if left else []
+
+
+def _accuracy_table(results: Results, methods: Sequence[str], tasks: Sequence[str]) -> str:
+    rows = []
+    for method in methods:
+        cells = [_spread(results.by_seed(method, [task])) for task in tasks]
+        rows.append([method, f"{results.parameters(method):,}", *cells, _spread(results.by_seed(method, tasks))])
+    return _table(["method", "numbers", *tasks, "mean"], rows)
+
+
+def _search_table(file: dict[str, Any]) -> str:
+    rows = []
+    for method, rates in file["search"]["grid"].items():
+        cells = []
+        for lr in rates:
+            found = [r["accuracy"] for r in file["search_runs"] if (r["method"], r["lr"]) == (method, lr)]
+            text = f"{lr:g}: {100 * statistics.fmean(found):.1f}"
+            cells.append(f"**{text}**" if lr == file["learning_rates"][method] else text)
+        rows.append([method, *cells])
+    return _table(["method", "low", "middle", "high"], rows)
+
+
+def _edges(file: dict[str, Any]) -> list[str]:
+    """A sentence on rates at the end of their grid, beyond which a better one may lie."""
+    rates = file["learning_rates"]
+    edges = [method for method, grid in file["search"]["grid"].items() if rates[method] in (grid[0], grid[-1])]
+    if not edges:
+        return []
+    return [f"At an end of the grid, so that a better rate may lie beyond it: {_words(edges)}."]
+
+
+def _relative(results: Results, method: str) -> str:
+    count = results.parameters(method)
+    return f"{count:,} ({count / results.parameters(KARST) - 1:+.1%})"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def _words(names: Sequence[str]) -> str:
+    return " and ".join(names) if len(names) < 3 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

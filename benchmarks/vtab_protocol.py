@@ -1,0 +1,238 @@
+"""The protocols of KARST's paper, without the machinery: data sets, one trial, and the averages.
+
+VTAB-1K: 19 tasks of 1,000 images. Learning rate and number of epochs are chosen on train800 / val200; the model is
+then trained on train800val200 with what was chosen, for the full schedule, and tested once. Few-shot: 5 sets with 1,
+2, 4, 8 and 16 images a class, three lists of each, chosen on the set's own validation list. Every run takes the
+model of its last step, so that nothing but the choice looks at validation images, and nothing looks at test images.
+With one rate and one number of epochs there is no choice, and nothing is validated.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from adapters import Backbone, DataError, KarstConfig, load_backbone
+from adapters.data import ImageSet, Pixels, preprocess_of
+from adapters.sources import read
+from adapters.train import Recipe, accuracy, train_model
+
+from .common import machine
+
+GROUPS = {
+    "natural": ("caltech101", "cifar", "dtd", "oxford_flowers102", "oxford_iiit_pet", "sun397", "svhn"),
+    "specialized": ("patch_camelyon", "eurosat", "resisc45", "diabetic_retinopathy"),
+    "structured": (
+        "clevr_count",
+        "clevr_dist",
+        "dmlab",
+        "kitti",
+        "dsprites_loc",
+        "dsprites_ori",
+        "smallnorb_azi",
+        "smallnorb_ele",
+    ),
+}
+VTAB_TASKS = tuple(task for tasks in GROUPS.values() for task in tasks)
+# Few-shot sets, and the folders that NOAH's data and scripts call them by.
+FEW_SHOT_SETS = {
+    "fgvc-aircraft": ("fgvc-aircraft", "fgvc_aircraft"),
+    "food-101": ("food-101", "food101"),
+    "oxford-flowers102": ("oxford-flowers102", "oxford_flowers", "oxford_flowers102"),
+    "oxford-pets": ("oxford-pets", "oxford_pets"),
+    "stanford-cars": ("stanford-cars", "stanford_cars"),
+}
+SHOTS = (1, 2, 4, 8, 16)
+SEEDS = (0, 1, 2)
+# The paper's images: resized to a square, not cropped, mean and standard deviation 0.5 (KARST.md).
+IMAGES = {
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "squash",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is the same for every trial; two results may stand in one table only if this is equal.
+
+    Attributes:
+        backbone, checkpoint: as `load_backbone` takes them; `fingerprint` says what came of it.
+        recipe: its `lr` and `epochs` are replaced by the candidates.
+        lrs, epochs: the candidates.
+    """
+
+    protocol: str
+    backbone: str
+    checkpoint: Path | None
+    fingerprint: str
+    config: KarstConfig
+    recipe: Recipe
+    lrs: tuple[float, ...]
+    epochs: tuple[int, ...]
+
+    def described(self) -> dict[str, Any]:
+        """As it stands in a result; the checkpoint's path is left out, its fingerprint says more."""
+        return {
+            "protocol": self.protocol,
+            "backbone": self.backbone,
+            "fingerprint": self.fingerprint,
+            "config": self.config.model_dump(mode="json") | {"gain": self.config.effective_gain},
+            "recipe": self.recipe.model_dump(mode="json", exclude={"lr", "epochs", "seed"}),
+            "lrs": list(self.lrs),
+            "epochs": list(self.epochs),
+        }
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One number of the table: a VTAB task, or a few-shot set with a number of shots and a list's seed."""
+
+    data_set: str
+    source: Path
+    shots: int | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its result file, without the suffix."""
+        return self.data_set if self.shots is None else f"{self.data_set}.shots_{self.shots}.seed_{self.seed}"
+
+
+def vtab_trials(root: Path, tasks: Sequence[str] = ()) -> list[Trial]:
+    """All 19, or those named."""
+    return [Trial(task, root / task) for task in VTAB_TASKS if not tasks or task in tasks]
+
+
+def few_shot_trials(root: Path, sets: Sequence[str] = ()) -> list[Trial]:
+    """5 sets x 5 shots x 3 seeds, or the sets named."""
+    return [
+        Trial(name, next((root / folder for folder in folders if (root / folder).is_dir()), root / name), shots, seed)
+        for name, folders in FEW_SHOT_SETS.items()
+        if not sets or name in sets
+        for shots in SHOTS
+        for seed in SEEDS
+    ]
+
+
+def run_trial(plan: Plan, trial: Trial, device: str) -> dict[str, Any]:
+    """Choose, train and test; everything that the result depends on is in the result.
+
+    Raises:
+        DataError: a list or an image that is not there or cannot be used.
+        BackboneError: as `load_backbone`, or weights that are not the plan's.
+        FloatingPointError: every candidate's loss, or the last run's, is no longer finite.
+    """
+    backbone = _backbone(plan.backbone, plan.checkpoint, device)
+    if backbone.fingerprint != plan.fingerprint:
+        raise DataError(f"the weights on this machine ({backbone.fingerprint[:12]}) are not the ones that were planned")
+    is_vtab = trial.shots is None
+    lists = read(trial.source) if is_vtab else read(trial.source, shots=trial.shots, seed=trial.seed)
+    last = read(trial.source, final=True) if is_vtab else lists
+    if last.test is None:
+        raise DataError(f"{trial.source}: no test list")
+    recipes = [
+        plan.recipe.model_copy(update={"lr": lr, "epochs": epochs, "seed": trial.seed})
+        for lr in plan.lrs
+        for epochs in plan.epochs
+    ]
+    validated = _validated(plan, backbone, trial, lists.train, lists.validation, recipes) if len(recipes) > 1 else []
+    chosen = recipes[_best(validated)] if validated else recipes[0]
+    model = train_model(backbone, _pixels(backbone, last.train), plan.config, chosen).model
+    return {
+        "trial": {"data_set": trial.data_set, "shots": trial.shots, "seed": trial.seed},
+        "accuracy": accuracy(model, _pixels(backbone, last.test, cache_bytes=0)),
+        "chosen": {"lr": chosen.lr, "epochs": chosen.epochs},
+        "validation": [
+            {"lr": recipe.lr, "epochs": recipe.epochs, "accuracy": found}
+            for found, recipe in zip(validated, recipes, strict=True)
+        ]
+        if validated
+        else None,
+        "images": {"train": len(last.train), "test": len(last.test)},
+        "classes": len(last.train.labels),
+        "trained_numbers_without_head": sum(t.numel() for name, t in model.tensors().items() if "head." not in name),
+        "preprocess": preprocess_of(backbone),
+        "plan": plan.described(),
+        "timm": timm.__version__,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "machine": machine(),
+    }
+
+
+def vtab_summary(accuracies: Mapping[str, float]) -> dict[str, Any]:
+    """Means of the groups, and both averages of VTAB-1K; None where a task of them is missing.
+
+    Args:
+        accuracies: task -> accuracy.
+    """
+    groups = {name: _mean([accuracies.get(task) for task in tasks]) for name, tasks in GROUPS.items()}
+    return {
+        "groups": groups,
+        "mean_of_groups": _mean(list(groups.values())),
+        "mean_of_tasks": _mean([accuracies.get(task) for task in VTAB_TASKS]),
+    }
+
+
+def few_shot_summary(accuracies: Mapping[tuple[str, int, int], float]) -> dict[str, Any]:
+    """For each set and number of shots the mean over seeds, and for each number of shots the mean over the sets.
+
+    Args:
+        accuracies: (set, shots, seed) -> accuracy.
+    """
+    sets = {
+        name: {shots: _mean([accuracies.get((name, shots, seed)) for seed in SEEDS]) for shots in SHOTS}
+        for name in FEW_SHOT_SETS
+    }
+    return {"sets": sets, "mean_of_sets": {shots: _mean([means[shots] for means in sets.values()]) for shots in SHOTS}}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one is missing: a mean over fewer is another figure."""
+    there = [value for value in values if value is not None]
+    return statistics.fmean(there) if len(there) == len(values) else None
+
+
+def _best(validated: Sequence[float | None]) -> int:
+    """The index of the best candidate, the first of equals."""
+    return max(range(len(validated)), key=lambda i: -1.0 if (value := validated[i]) is None else value)
+
+
+def _validated(
+    plan: Plan,
+    backbone: Backbone,
+    trial: Trial,
+    train: ImageSet,
+    validation: ImageSet | None,
+    recipes: Sequence[Recipe],
+) -> list[float | None]:
+    """Validation accuracy of each candidate at its last step; None for one whose loss ran away."""
+    if validation is None:
+        raise DataError(f"{trial.source}: no validation list to choose among {len(recipes)} candidates with")
+    pixels, held = _pixels(backbone, train), _pixels(backbone, validation)
+    found: list[float | None] = []
+    for recipe in recipes:
+        try:
+            found.append(accuracy(train_model(backbone, pixels, plan.config, recipe).model, held))
+        except FloatingPointError:
+            found.append(None)
+    return found
+
+
+def _pixels(backbone: Backbone, images: ImageSet, cache_bytes: int = 4 * 1024**3) -> Pixels:
+    return Pixels(images, preprocess_of(backbone), cache_bytes)
+
+
+@cache
+def _backbone(name: str, checkpoint: Path | None, device: str) -> Backbone:
+    """Once a process: Ray gives the next trial to a process that is there."""
+    backbone = load_backbone(name, checkpoint, device=device)
+    return dataclasses.replace(backbone, data_config=backbone.data_config | IMAGES)

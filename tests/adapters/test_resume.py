@@ -1,0 +1,153 @@
+"""A training that was interrupted ends in the same bits; frozen blocks are run once; memory may be traded for time."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from adapters import DataError, KarstConfig, attach
+from adapters.checkpoint import load
+from adapters.data import Pixels, preprocess_of
+from adapters.prefix import find_prefix
+from adapters.train import Recipe, train_model
+from tests.adapters.test_train import make_task
+
+CONFIG = KarstConfig(kernels=1, rank=4, norms=True)
+LAST_BLOCKS = KarstConfig(kernels=1, rank=4, sites=("blocks.[45].*",))
+RECIPE = Recipe(epochs=4, warmup_epochs=1, batch_size=8, lr=5e-3, drop_path=0.2)
+
+
+@pytest.fixture(scope="module")
+def train(backbone, tmp_path_factory) -> Pixels:
+    return Pixels(make_task(tmp_path_factory.mktemp("train"), count=8, seed=0), preprocess_of(backbone))
+
+
+@pytest.fixture(scope="module")
+def held_out(backbone, tmp_path_factory) -> Pixels:
+    return Pixels(make_task(tmp_path_factory.mktemp("test"), count=4, seed=1), preprocess_of(backbone))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def same(one, other) -> bool:
+    theirs = other.model.tensors()
+    return one.history == other.history and all(torch.equal(t, theirs[n]) for n, t in one.model.tensors().items())
+
+
+@pytest.mark.parametrize("config", [CONFIG, LAST_BLOCKS], ids=["every block", "last blocks"])
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_resumed_training_ends_in_the_same_bits(backbone, train, held_out, tmp_path, config, stop_after) -> None:
+    whole = train_model(backbone, train, config, RECIPE, validation=held_out)
+    path = tmp_path / "checkpoint"
+
+    def interrupt(epoch) -> None:
+        if epoch.number == stop_after:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_model(backbone, train, config, RECIPE, validation=held_out, checkpoint=path, on_epoch=interrupt)
+    numbers = []
+    resumed = train_model(
+        backbone,
+        train,
+        config,
+        RECIPE,
+        validation=held_out,
+        checkpoint=path,
+        resume=True,
+        on_epoch=lambda epoch: numbers.append(epoch.number),
+    )
+    assert numbers == list(range(stop_after + 1, 5))
+    assert same(resumed, whole)
+    assert resumed.chosen == whole.chosen
+
+
+def test_a_checkpoint_of_another_training_is_refused_by_what_differs(backbone, train, held_out, tmp_path) -> None:
+    path = tmp_path / "checkpoint"
+    recipe = RECIPE.model_copy(update={"epochs": 1})
+    train_model(backbone, train, CONFIG, recipe, checkpoint=path)
+    for arguments, differs in (
+        ((train, CONFIG, recipe.model_copy(update={"lr": 1e-4})), "another recipe;"),
+        ((train, CONFIG.model_copy(update={"rank": 2}), recipe), "another config;"),
+        ((held_out, CONFIG, recipe), "another training images;"),
+    ):
+        with pytest.raises(DataError, match=f"belongs to another training, with {differs}"):
+            train_model(backbone, *arguments, checkpoint=path, resume=True)
+    with pytest.raises(DataError, match="another validation images;"):
+        train_model(backbone, train, CONFIG, recipe, validation=held_out, checkpoint=path, resume=True)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(backbone, train, tmp_path) -> None:
+    with pytest.raises(DataError, match=r"gone: no checkpoint to go on from; start without --resume"):
+        train_model(backbone, train, CONFIG, RECIPE, checkpoint=tmp_path / "gone", resume=True)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code ran')",))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps(Harmful()), pickle.dumps({"identity": 1})])
+def test_anything_else_is_no_checkpoint_and_runs_no_code(tmp_path, content) -> None:
+    path = tmp_path / "checkpoint"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="not a checkpoint of a training"):
+        load(path, {})
+
+
+def test_blocks_before_the_first_adapted_one_are_run_once(backbone, train, monkeypatch) -> None:
+    """The demo ViT has six blocks; four are kept, and training gives the same but for rounding."""
+    calls = {"block": 0}
+    block_type = type(backbone.model.blocks[0])
+    forward = block_type.forward
+
+    def counted(self, *args, **kwargs):
+        calls["block"] += 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(block_type, "forward", counted)
+    kept = train_model(backbone, train, LAST_BLOCKS, RECIPE)
+    steps = 4 * 3  # four epochs of 24 images in batches of 8
+    assert calls["block"] == 2 * steps + 2 * 6  # the first image to see its size, then all 24 images in one batch
+    monkeypatch.setattr("adapters.train.MAX_PREFIX_BYTES", 0)
+    calls["block"] = 0
+    plain = train_model(backbone, train, LAST_BLOCKS, RECIPE)
+    assert calls["block"] == 6 * steps + 6
+    for one, other in zip(kept.history, plain.history, strict=True):
+        assert one.loss == pytest.approx(other.loss, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sites", "count"),
+    [(("blocks.2.*", "blocks.4.mlp.fc1"), 2), (("blocks.0.*", "blocks.3.*"), None), (("*.attn.proj",), None)],
+)
+def test_the_prefix_ends_at_the_first_adapted_block(backbone, sites, count) -> None:
+    prefix = find_prefix(attach(backbone, KarstConfig(sites=sites), 3))
+    assert (prefix.count if prefix else None) == count
+
+
+def test_stochastic_depth_is_for_adapted_blocks_only(backbone) -> None:
+    model = attach(backbone, LAST_BLOCKS, 3, drop_path=0.5).train()
+    training = [
+        block.drop_path1.training for block in model.frozen.blocks if not isinstance(block.drop_path1, nn.Identity)
+    ]
+    assert training == [False] * 3 + [True] * 2  # the first block's rate is zero
+
+
+def test_patterns_that_name_no_layer_are_refused(backbone) -> None:
+    with pytest.raises(ValueError, match=r"sites blocks.9.* name none of the backbone's layers, such as blocks.0.attn"):
+        attach(backbone, KarstConfig(sites=("blocks.9.*",)), 3)
+
+
+def test_gradient_checkpointing_changes_no_bit(backbone, train) -> None:
+    recipe = RECIPE.model_copy(update={"epochs": 2})
+    saving = recipe.model_copy(update={"grad_checkpointing": True})
+    assert same(train_model(backbone, train, CONFIG, recipe), train_model(backbone, train, CONFIG, saving))
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(backbone, train) -> None:
+    with pytest.raises(ValueError, match="a batch of 8 images cannot be shared evenly by 3 devices"):
+        train_model(backbone, train, CONFIG, RECIPE, devices=3)
