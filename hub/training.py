@@ -23,14 +23,18 @@ def run(console: Console, data: Path, output: Path, *, recipe: Recipe, **options
         DataError, BackboneError, AdapterError, ConfigError, FloatingPointError: as `adapters.fit`.
     """
     console.quiet = console.quiet or not is_first_process()
+    progress = _progress(console)
     try:
-        with _progress(console) as progress:
-            done = fit(data, output, recipe=recipe, watch=_Bar(console, progress, recipe), **options)
+        done = fit(data, output, recipe=recipe, watch=_Bar(console, progress, recipe), **options)
     except KeyboardInterrupt:
         kept = checkpoint_file(output)
         how = f"go on with --resume ({kept} has the last epoch)" if kept.exists() else "nothing was kept so early"
+        progress.stop()
         console.print(f"interrupted; {how}", soft_wrap=True)
         raise
+    finally:
+        if progress.live.is_started:
+            progress.stop()
     return {
         "file": str(done.file),
         "bytes": len(done.adapter.data),
@@ -52,6 +56,7 @@ class _Bar(Watch):
         self._validated = ""
 
     def reading(self, images: int) -> None:
+        self._progress.start()
         self._bar = self._progress.add_task("reading images", total=images)
 
     def image(self) -> None:
