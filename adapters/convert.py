@@ -23,14 +23,14 @@ from .backbone import DEMO_NAME, Backbone
 from .bank import BankLimits
 from .export import to_onnx, to_timm
 from .file import Adapter, write_atomically
-from .foreign import assemble, read_head, read_labels
+from .foreign import assemble, read_head, read_labels, read_preprocess
 from .official import read_official
 from .peft_files import CONFIG, WEIGHTS, lokr_files, lora_files, read_lokr
 from .validate import FORMAT, AdapterError, Problem, file_error
 
 TARGETS = ("karst", "lokr", "lora", "timm", "onnx")
 Kind = Literal["karst/1 file", "peft LoKr folder", "official checkpoint"]
-LABELS = "labels.json"
+LABELS, PREPROCESS = "labels.json", "preprocess.json"
 # The factor of every bank of the hub.
 _HUB_FACTOR = 8
 
@@ -43,6 +43,7 @@ def convert(
     *,
     labels: Path | None = None,
     head: Path | None = None,
+    preprocess: Path | None = None,
     multiplier: float | None = None,
     rank: int | None = None,
 ) -> dict[str, Any]:
@@ -55,6 +56,8 @@ def convert(
         backbone: the one that the source was trained on, in float32 on the CPU.
         labels: class names, as `read_labels` takes them; needed where the source has none.
         head: a classifier, as `read_head` takes it, instead of the source's.
+        preprocess: JSON file of what the source's images went through; without it what our own export wrote beside
+            it, or the backbone's own. The answer says what was taken.
         multiplier: of an official checkpoint; 1 if it is not given.
         rank: of a LoRA that is cut; without it the LoRA is exact.
 
@@ -67,11 +70,12 @@ def convert(
         OSError: the output cannot be written.
     """
     kind = kind_of(source)
-    _check_options(kind, to, output, labels=labels, head=head, multiplier=multiplier, rank=rank)
-    adapter, ignored = _read(kind, source, backbone, labels, head, 1.0 if multiplier is None else multiplier)
+    files = {"labels": labels, "head": head, "preprocess": preprocess}
+    _check_options(kind, to, source, output, files, multiplier=multiplier, rank=rank)
+    adapter, ignored = _read(kind, source, backbone, files, 1.0 if multiplier is None else multiplier)
     report: dict[str, Any] = {"source": kind, "to": to, "output": str(output), "labels": adapter.num_classes}
     if kind != "karst/1 file":
-        report["ignored"] = ignored
+        report |= {"ignored": ignored, "preprocess": adapter.preprocess}
     if to == "karst":
         adapter.write(output)
         return report | {
@@ -130,7 +134,16 @@ def kind_of(source: Path) -> Kind:
     return "karst/1 file" if metadata.get("format") == FORMAT else "official checkpoint"
 
 
-def _check_options(kind: Kind, to: str, output: Path, **options: Any) -> None:
+def _check_options(
+    kind: Kind,
+    to: str,
+    source: Path,
+    output: Path,
+    files: Mapping[str, Path | None],
+    *,
+    multiplier: float | None,
+    rank: int | None,
+) -> None:
     """
     Raises:
         AdapterError: an option that would change nothing, or a target that makes no sense.
@@ -141,12 +154,9 @@ def _check_options(kind: Kind, to: str, output: Path, **options: Any) -> None:
     if kind == "karst/1 file":
         if to == "karst":
             problems.append(Problem("--to", f"the source is a {FORMAT} file already; choose another target"))
-        problems += [
-            Problem(f"--{name}", f"a {FORMAT} file has its own")
-            for name in ("labels", "head")
-            if options[name] is not None
-        ]
-    multiplier, rank = options["multiplier"], options["rank"]
+        problems += [Problem(f"--{name}", f"a {FORMAT} file has its own") for name, file in files.items() if file]
+    if any(path is not None and output.resolve() == path.resolve() for path in (source, *files.values())):
+        problems.append(Problem("--out", f"{output} is what is read; write to another place"))
     if multiplier is not None and kind != "official checkpoint":
         problems.append(Problem("--multiplier", f"is for official checkpoints, and the source is a {kind}"))
     elif multiplier is not None and not 0 < multiplier < math.inf:
@@ -157,6 +167,8 @@ def _check_options(kind: Kind, to: str, output: Path, **options: Any) -> None:
         problems.append(Problem("--rank", f"is {rank}; expected at least 1"))
     if to in ("karst", "timm") and output.suffix != ".safetensors":  # timm goes by the suffix
         problems.append(Problem("--out", f"{output} must end in .safetensors"))
+    if to == "onnx" and output.suffix != ".onnx":
+        problems.append(Problem("--out", f"{output} must end in .onnx"))
     if to in ("lokr", "lora") and output.exists():
         problems.append(Problem("--out", f"{output} exists; a peft folder is written to a new one"))
     if problems:
@@ -164,22 +176,34 @@ def _check_options(kind: Kind, to: str, output: Path, **options: Any) -> None:
 
 
 def _read(
-    kind: Kind, source: Path, backbone: Backbone, labels: Path | None, head: Path | None, multiplier: float
+    kind: Kind, source: Path, backbone: Backbone, files: Mapping[str, Path | None], multiplier: float
 ) -> tuple[Adapter, int]:
     """The source as an adapter, and how many of its tensors said nothing of it."""
     if kind == "karst/1 file":
         adapter = Adapter.read(source)
         adapter.check(backbone)
         return adapter, 0
+    labels, preprocess, head = files["labels"], files["preprocess"], files["head"]
     if kind == "peft LoKr folder":
         numbers = read_lokr(source, backbone)
-        if labels is None and (source / LABELS).is_file():
-            labels = source / LABELS  # our own export's
+        labels = labels or _if_there(source / LABELS)
+        preprocess = preprocess or _if_there(source / PREPROCESS)
     else:
         numbers = read_official(source, backbone, multiplier)
     if head is not None:
         numbers.others |= read_head(head)
-    return assemble(backbone, numbers, read_labels(labels) if labels is not None else None), numbers.ignored
+    adapter = assemble(
+        backbone,
+        numbers,
+        read_labels(labels) if labels is not None else None,
+        read_preprocess(preprocess) if preprocess is not None else None,
+    )
+    return adapter, numbers.ignored
+
+
+def _if_there(path: Path) -> Path | None:
+    """What our own export wrote beside the numbers."""
+    return path if path.is_file() else None
 
 
 def _serving(adapter: Adapter, backbone: Backbone) -> str:
@@ -200,6 +224,7 @@ def _write_folder(
         CONFIG: json.dumps(config, indent=2).encode(),
         WEIGHTS: safetensors.torch.save(dict(tensors), metadata={"format": "pt"}),
         LABELS: json.dumps(list(adapter.labels), ensure_ascii=False, indent=2).encode(),
+        PREPROCESS: json.dumps(adapter.preprocess, indent=2).encode(),
         "README.md": _readme(config, adapter, how).encode(),
     }
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -234,5 +259,5 @@ model = PeftModel.from_pretrained(base, "this folder").eval()
 ```
 
 The base must have exactly the weights that the adapter was trained on (fingerprint {adapter.fingerprint}).
-`{LABELS}` has the class names in the order of the logits. Images: {json.dumps(adapter.preprocess)}.
+`{LABELS}` has the class names in the order of the logits, `{PREPROCESS}` what images must go through.
 """

@@ -89,7 +89,11 @@ def to_onnx(adapter: Adapter, backbone: Backbone) -> tuple[bytes, float]:
     except Exception as error:  # torch's exporter, onnx and protobuf each have their own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise file_error(f"the merged {backbone.name!r} cannot be exported to one ONNX file: {reason}") from error
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise file_error(f"onnxruntime does not take the exported {backbone.name!r}: {reason}") from error
 
     def run(pixels: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"pixels": pixels.numpy()})[0])

@@ -205,9 +205,12 @@ class Adapter:
                 else:
                     _fold(modules[layer], parts, self.config)
             model.reset_classifier(self.num_classes)
-            head = model.get_classifier().to(device=backbone.device, dtype=backbone.dtype)
-            head.weight.copy_(self.tensors["head.weight"])
-            head.bias.copy_(self.tensors["head.bias"])
+            heads = model.get_classifier()
+            # A distilled DeiT averages the answers of two heads; twice the same head is this adapter's.
+            for head in heads if isinstance(heads, tuple) else (heads,):
+                head.to(device=backbone.device, dtype=backbone.dtype)
+                head.weight.copy_(self.tensors["head.weight"])
+                head.bias.copy_(self.tensors["head.bias"])
         return model.eval().requires_grad_(False)
 
 

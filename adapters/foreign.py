@@ -5,7 +5,6 @@ tensor's name means is `peft_files.py`'s and `official.py`'s to say.
 """
 
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,13 +51,19 @@ class Numbers:
     ignored: int = 0
 
 
-def assemble(backbone: Backbone, numbers: Numbers, labels: Sequence[str] | None) -> Adapter:
+def assemble(
+    backbone: Backbone,
+    numbers: Numbers,
+    labels: Sequence[str] | None,
+    preprocess: Mapping[str, Any] | None = None,
+) -> Adapter:
     """One `karst/1` adapter of layers that may differ in rank, gain and number of kernels; nothing is approximated.
 
     Kernels that a layer lacks are zeros. The file has one gain: where layers differ in it, C carries it.
 
     Args:
         labels: K names, in the order of the head's rows.
+        preprocess: what the source's images went through; None takes the backbone's own data config.
 
     Raises:
         AdapterError: no layers, no head, no labels, or numbers that do not fit the backbone.
@@ -106,7 +111,7 @@ def assemble(backbone: Backbone, numbers: Numbers, labels: Sequence[str] | None)
         backbone=backbone.name,
         fingerprint=backbone.fingerprint,
         labels=labels,
-        preprocess=preprocess_of(backbone),
+        preprocess=preprocess if preprocess is not None else preprocess_of(backbone),
     )
     adapter.check(backbone)
     return adapter
@@ -126,7 +131,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged pickles raise whatever comes first
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise file_error(f"{path}: cannot be read as tensors only: {reason}") from error
     if not isinstance(found, dict):
@@ -144,7 +149,7 @@ def read_labels(path: Path) -> list[str]:
         AdapterError: not there, not UTF-8, or JSON of another kind.
     """
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except OSError as error:
         raise file_error(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -153,10 +158,27 @@ def read_labels(path: Path) -> list[str]:
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise file_error(f"{path}: starts with [ but is not valid JSON ({error})") from error
     if not all(isinstance(label, str) for label in found):
         raise file_error(f"{path}: must be a JSON list of strings")
+    return found
+
+
+def read_preprocess(path: Path) -> dict[str, Any]:
+    """A JSON object as adapter files have it under `preprocess`; `Adapter.create` checks what is in it.
+
+    Raises:
+        AdapterError: not there, or not a JSON object.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise file_error(f"{path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise file_error(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise file_error(f"{path}: must be a JSON object, as `karst-hub inspect` shows it under preprocess")
     return found
 
 
@@ -173,10 +195,16 @@ def read_head(path: Path) -> dict[str, Tensor]:
 
 
 def classifier_name(backbone: Backbone) -> str:
-    """Where a model of this kind has its classifier when it has one: `head`, or `head.fc` (Swin)."""
+    """Where a model of this kind has its classifier when it has one: `head`, or `head.fc` (Swin).
+
+    Raises:
+        AdapterError: it has two (a distilled DeiT).
+    """
     model = backbone.clone()
     model.reset_classifier(1)
     classifier = model.get_classifier()
+    if isinstance(classifier, tuple):
+        raise file_error(f"backbone {backbone.name!r} has {len(classifier)} classifiers; an adapter has one head")
     return next(name for name, module in model.named_modules() if module is classifier)
 
 

@@ -19,7 +19,7 @@ from .foreign import Layer, Numbers, read_tensors, take_own_weights
 from .validate import AdapterError, Problem
 
 _MODULE = re.compile(r"(?P<path>.+)\.(?P<name>attention|proj|fc1|fc2)_(?:ka|kar|karst|lokr)\.(?P<part>.+)")
-_PART = re.compile(r"w1_group_1|alpha|w1_group\.\d+|w2_group_a\.\d+(\.\d+)?|w2_group_b\.\d+")
+_PART = re.compile(r"w1_group_1|alpha|w1_group\.\d{1,9}|w2_group_a\.\d{1,9}(\.\d)?|w2_group_b\.\d{1,9}")
 _RESCALE = re.compile(r"(?P<path>.+)\.(?P<name>st_x|st_proj|st_h)_(?P<part>[sb])")
 # Anything else with these in its name is an adapter's number of an unknown repair: never dropped in silence.
 _LIKE_AN_ADAPTER = re.compile(

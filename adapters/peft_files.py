@@ -60,7 +60,7 @@ def read_lokr(folder: Path, backbone: Backbone) -> Numbers:
     problems += take_own_weights(backbone, rest, numbers)
     for layer, parts in found.items():
         rank, alpha = (_of_layer(config, key, layer) for key in ("r", "alpha"))
-        wrong = _problems(sites[layer], parts)
+        wrong = _problems(sites[layer], parts, rank)
         problems += wrong
         if not wrong:
             numbers.layers[layer] = _layer(sites[layer], parts, alpha / rank)
@@ -194,7 +194,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise file_error(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise file_error(f"{path}: is not valid JSON ({error})") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LOKR":
@@ -204,9 +204,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     ]
     for name in ("r", "alpha"):
         values = [config.get(name), *_pattern(config, name, problems).values()]
-        bad = [v for v in values if type(v) not in (int, float) or (name == "r" and v < 1)]
+        kinds = (int,) if name == "r" else (int, float)
+        bad = [v for v in values if type(v) not in kinds or not math.isfinite(v) or (name == "r" and v < 1)]
         if bad:
-            wanted = "a number of at least 1" if name == "r" else "a number"
+            wanted = "a whole number of at least 1" if name == "r" else "a number"
             problems.append(Problem(f"{CONFIG}: {name}", f"is {bad[0]!r}; expected {wanted}"))
     if problems:
         raise AdapterError(problems)
@@ -235,7 +236,7 @@ def _of_layer(config: Mapping[str, Any], name: str, layer: str) -> float:
     return config[name]
 
 
-def _problems(site: Site, parts: Mapping[str, Tensor]) -> list[Problem]:
+def _problems(site: Site, parts: Mapping[str, Tensor], rank: float) -> list[Problem]:
     """What keeps the parts of one LoKr from being a dW of the site."""
     for side in ("w1", "w2"):
         if set(parts) & {side, f"{side}_a", f"{side}_b"} not in ({side}, {f"{side}_a", f"{side}_b"}):
@@ -253,6 +254,8 @@ def _problems(site: Site, parts: Mapping[str, Tensor]) -> list[Problem]:
         a, b = parts[f"{side}_a"], parts[f"{side}_b"]
         if a.shape[1] != b.shape[0]:
             return [Problem(f"{site.name}.lokr_{side}_b", f"has {b.shape[0]} rows, lokr_{side}_a {a.shape[1]} columns")]
+        if b.shape[0] != rank:  # the gain is alpha / r
+            return [Problem(f"{site.name}.lokr_{side}_b", f"has {b.shape[0]} rows, but {CONFIG} says r = {rank}")]
         shapes.append((a.shape[0], b.shape[1]))
     (p, q), (rows, columns) = shapes
     if (p * rows, q * columns) != (site.d_out, site.d_in):

@@ -167,7 +167,8 @@ def report(results: Results) -> str:
         _search_table(file),
         *_edges(file),
         "## Again",
-        "```\npython -m benchmarks.pretrain\npython -m benchmarks.accuracy --workers 2\n"
+        f"```\npython -m benchmarks.pretrain\npython -m benchmarks.accuracy --workers 2 --steps {file['steps']} "
+        f"--search-steps {file['search']['steps']}\n"
         "python -m benchmarks.accuracy_report\n```",
         f"{len(file['runs'])} runs, {sum(r['seconds'] for r in file['runs']) / 3600:.1f} hours of one core "
         f"({file['machine']['cpu']}, torch {file['machine']['torch']}, {file['machine']['date'][:10]}). All runs are "

@@ -16,6 +16,7 @@ loaded backbone: resident memory as Linux counts it or, on a GPU, allocated memo
 import argparse
 import copy
 import json
+import math
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def main() -> None:
         memory = {n: {c: memory_mb(options.backbone, c, n, options.batch) for c in CONTENDERS} for n in options.kernels}
         backbone = _load(options.backbone)
         rows = [measure(backbone, n, options.batch, options.rounds) | {"memory_mb": memory[n]} for n in options.kernels]
-    except (BackboneError, MismatchError, OSError) as error:
+    except (BackboneError, MismatchError, OSError, RuntimeError) as error:  # memory that runs out is a RuntimeError
         raise SystemExit(f"stopped: {error}") from None
     result = {
         "machine": machine() | {"device": _device_name()},
@@ -181,10 +182,11 @@ def check(ours: KarstModel, other: Bodied, backbone: Backbone, pixels: Tensor, t
         found.append({"logits": logits.detach()} | gradients)
         model.zero_grad(set_to_none=True)
     differences = {
-        name: float((tensor - found[1][name]).abs().max() / tensor.abs().max()) for name, tensor in found[0].items()
+        name: float((tensor - found[1][name]).abs().max() / tensor.abs().max().clamp(min=1e-30))
+        for name, tensor in found[0].items()
     }
-    worst = max(differences, key=differences.__getitem__)
-    if not differences[worst] <= TOLERANCE:  # a NaN, too, is a mismatch
+    worst = next((n for n, d in differences.items() if not math.isfinite(d)), max(differences, key=differences.get))
+    if not differences[worst] <= TOLERANCE:
         raise MismatchError(
             f"the official form and ours differ by {differences[worst]:.1e} of the largest number in {worst}, "
             f"allowed are {TOLERANCE:.0e}"

@@ -70,6 +70,8 @@ def run(options: argparse.Namespace) -> dict[str, str]:
     make = vtab_trials if options.protocol == "vtab" else few_shot_trials
     trials = make(options.data.resolve(), options.tasks)
     options.out.mkdir(parents=True, exist_ok=True)
+    for trial in make(options.data.resolve()):  # others' results in the folder, too, before anything is trained
+        _result(options.out, plan, trial)
     left = [trial for trial in trials if _result(options.out, plan, trial) is None]
     print(f"{len(trials)} trials, {len(trials) - len(left)} of them done before")
     done = 0
@@ -81,7 +83,7 @@ def run(options: argparse.Namespace) -> dict[str, str]:
         print(f"{done}/{len(left)} {trial.name}: {result['accuracy']:.2%}, chosen {result['chosen']}", flush=True)
 
     failed = _on_ray(plan, left, options.ray_address, keep) if left else {}
-    _summarise(options.out, plan)
+    _summarise(options.out, plan, make(options.data.resolve()))
     return failed
 
 
@@ -150,11 +152,13 @@ def _result(out: Path, plan: Plan, trial: Trial) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text())
-        there = found["plan"]
+        there, _ = found["plan"], found["lists"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: no result of this benchmark; remove it, or choose another --out") from error
     wanted = plan.described()
     other = [name for name, value in wanted.items() if there.get(name) != value]
+    if trial.source.is_dir() and found["lists"] != trial.digest():
+        raise DataError(f"{path} was made with other lists than {trial.source} has now; choose another --out")
     if other:
         raise DataError(
             f"{path} was made with another {other[0]}: {there.get(other[0])}, now {wanted[other[0]]}; "
@@ -163,9 +167,8 @@ def _result(out: Path, plan: Plan, trial: Trial) -> dict[str, Any] | None:
     return found
 
 
-def _summarise(out: Path, plan: Plan) -> None:
+def _summarise(out: Path, plan: Plan, trials: Sequence[Trial]) -> None:
     """Print the table of all results in the folder, those of other calls too, and write the averages."""
-    trials = vtab_trials(out) if plan.protocol == "vtab" else few_shot_trials(out)
     results = {t: found for t in trials if (found := _result(out, plan, t)) is not None}
     if not results:
         return
@@ -181,7 +184,8 @@ def _summarise(out: Path, plan: Plan) -> None:
     table.caption = (
         f"KARST N = {shape.kernels}, r = {shape.rank}, re-scaling {shape.rescale}, norms {shape.norms}: "
         f"{first['trained_numbers_without_head']} numbers without the head; {plan.backbone} "
-        f"{plan.fingerprint[:12]}; mean {images['mean']}, std {images['std']}; timm {first['timm']}"
+        f"{plan.fingerprint[:12]}; mean {images['mean']}, std {images['std']}; "
+        f"timm {', '.join(sorted({found['timm'] for found in results.values()}))}"
     )
     Console().print(table)
     about = {name: first[name] for name in ("plan", "preprocess", "trained_numbers_without_head")}

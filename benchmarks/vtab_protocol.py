@@ -8,6 +8,7 @@ With one rate and one number of epochs there is no choice, and nothing is valida
 """
 
 import dataclasses
+import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,14 @@ class Trial:
         """Of its result file, without the suffix."""
         return self.data_set if self.shots is None else f"{self.data_set}.shots_{self.shots}.seed_{self.seed}"
 
+    def digest(self) -> str:
+        """sha256 (hex) over the lists of the data set: results of other lists belong to another table."""
+        lists = sorted([*self.source.glob("*.txt"), *(self.source / "annotations").glob("*.list*")])
+        digest = hashlib.sha256()
+        for path in lists:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        return digest.hexdigest()
+
 
 def vtab_trials(root: Path, tasks: Sequence[str] = ()) -> list[Trial]:
     """All 19, or those named."""
@@ -140,7 +149,7 @@ def run_trial(plan: Plan, trial: Trial, device: str) -> dict[str, Any]:
     if last.test is None:
         raise DataError(f"{trial.source}: no test list")
     recipes = [
-        plan.recipe.model_copy(update={"lr": lr, "epochs": epochs, "seed": trial.seed})
+        Recipe(**plan.recipe.model_dump() | {"lr": lr, "epochs": epochs, "seed": trial.seed})
         for lr in plan.lrs
         for epochs in plan.epochs
     ]
@@ -162,6 +171,7 @@ def run_trial(plan: Plan, trial: Trial, device: str) -> dict[str, Any]:
         "trained_numbers_without_head": sum(t.numel() for name, t in model.tensors().items() if "head." not in name),
         "preprocess": preprocess_of(backbone),
         "plan": plan.described(),
+        "lists": trial.digest(),
         "timm": timm.__version__,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "machine": machine(),
@@ -202,7 +212,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _best(validated: Sequence[float | None]) -> int:
-    """The index of the best candidate, the first of equals."""
+    """The index of the best candidate, the first of equals.
+
+    Raises:
+        FloatingPointError: no candidate's loss stayed finite.
+    """
+    if all(value is None for value in validated):
+        raise FloatingPointError("no candidate's loss stayed finite; try lower learning rates")
     return max(range(len(validated)), key=lambda i: -1.0 if (value := validated[i]) is None else value)
 
 
@@ -233,6 +249,6 @@ def _pixels(backbone: Backbone, images: ImageSet, cache_bytes: int = 4 * 1024**3
 
 @cache
 def _backbone(name: str, checkpoint: Path | None, device: str) -> Backbone:
-    """Once a process: Ray gives the next trial to a process that is there."""
+    """Once a process: on CPUs Ray gives the next trial to a process that is there (on GPUs it starts a new one)."""
     backbone = load_backbone(name, checkpoint, device=device)
     return dataclasses.replace(backbone, data_config=backbone.data_config | IMAGES)

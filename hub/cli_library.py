@@ -203,6 +203,9 @@ def convert(
     checkpoint: Annotated[Path | None, typer.Option(help="local weights; else HUB_CHECKPOINT")] = None,
     labels: Annotated[Path | None, typer.Option(help="class names: one a line, or a JSON list")] = None,
     head: Annotated[Path | None, typer.Option(help="safetensors with weight and bias, if the source has none")] = None,
+    preprocess: Annotated[
+        Path | None, typer.Option(help="JSON: what the source's images went through; else the backbone's own")
+    ] = None,
     multiplier: Annotated[float | None, typer.Option(help="of an official checkpoint's run; else 1")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="cut a LoRA to this rank; else it is exact")] = None,
     as_json: AsJson = False,
@@ -217,7 +220,17 @@ def convert(
     chosen = settings()
     frozen = load_backbone(backbone or chosen.backbone, checkpoint or chosen.checkpoint)
     try:
-        report = run(source, output, to, frozen, labels=labels, head=head, multiplier=multiplier, rank=rank)
+        report = run(
+            source,
+            output,
+            to,
+            frozen,
+            labels=labels,
+            head=head,
+            preprocess=preprocess,
+            multiplier=multiplier,
+            rank=rank,
+        )
     except ModuleNotFoundError as error:
         fail(str(error))
     show(report, as_json)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from adapters import Adapter, AdapterError, Backbone, Bank, DataError, KarstConfig, Problem, load_backbone
+from adapters import Adapter, AdapterError, Backbone, Bank, BankLimits, DataError, KarstConfig, Problem, load_backbone
 from adapters.evaluate import BATCH, compare_merged, evaluate, scores
 from adapters.sources import read_part
 
@@ -54,7 +54,7 @@ def run(
     merged: bool,
     seed: int,
 ) -> dict[str, Any]:
-    """Evaluate every pair over one backbone; files and lists are checked before the first image is classified.
+    """Evaluate every pair over one backbone; adapters and lists are checked before the first image is classified.
 
     Returns:
         What belongs to all rows (`backbone`, `fingerprint`, `device`, `dtype`, `batch_size`, `seed`) and `rows`, in
@@ -62,7 +62,7 @@ def run(
 
     Raises:
         DataError: as `adapters.sources.read_part`.
-        BackboneError, AdapterError: as `load_backbone` and `Bank.put`; the message names the adapter's file.
+        BackboneError, AdapterError: as `load_backbone` and `BankLimits.check`; the message names the adapter's file.
     """
     frozen = load_backbone(backbone, checkpoint, device=device, dtype=getattr(torch, dtype))
     configs, sets = [], []
@@ -71,6 +71,8 @@ def run(
         configs.append(adapter.config)
         sets.append(read_part(data, "test", adapter.labels))
     banks = _banks(frozen, configs)
+    for path, config in zip((path for path, _ in pairs), configs, strict=True):
+        _read(path, frozen, banks[config.factor].limits)
     rows = []
     with Progress(console=console, transient=True) as progress:
         for (path, data), images in progress.track(list(zip(pairs, sets, strict=True)), description="evaluating"):
@@ -137,11 +139,13 @@ def tables(report: dict[str, Any]) -> list[Table]:
     return found
 
 
-def _read(path: Path, backbone: Backbone) -> Adapter:
-    """An adapter that fits the backbone; its problems, which do not name a file, are given this one's name."""
+def _read(path: Path, backbone: Backbone, limits: BankLimits | None = None) -> Adapter:
+    """An adapter that fits the backbone, and a bank's limits if given; problems get the file's name."""
     try:
         adapter = Adapter.read(path)
         adapter.check(backbone)
+        if limits is not None:
+            limits.check(adapter)
     except AdapterError as error:
         raise AdapterError([Problem(f"{path}: {p.where}", p.message) for p in error.problems]) from error
     return adapter

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters import AdapterError, Bank, BankFullError, load_backbone
-from tests.support import random_adapter, random_pixels, small_swin
+from adapters.foreign import classifier_name
+from tests.support import local_backbone, random_adapter, random_pixels, small_swin
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +137,17 @@ def test_windows_of_swin_find_their_image_s_adapter(tmp_path, ranks) -> None:
     logits = bank.forward(pixels, [slots[which] for which in order])
     for row, alone in zip(logits, expected, strict=True):
         torch.testing.assert_close(row, alone, atol=1e-4, rtol=0)
+
+
+def test_a_distilled_deit_has_two_classifiers_and_one_head(tmp_path) -> None:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    deit = local_backbone(tmp_path, "deit_tiny_distilled_patch16_224", **sizes)
+    adapter = random_adapter(deit, kernels=2, rank=4)
+    bank = Bank(deit, slots=1, max_rank=4, max_kernels=2)
+    pixels = random_pixels(deit, 2)
+    with torch.inference_mode():
+        expected = adapter.merge(deit)(pixels)
+    for row, alone in zip(bank.forward(pixels, [bank.put(adapter)] * 2), expected, strict=True):
+        torch.testing.assert_close(row, alone, atol=1e-4, rtol=0)
+    with pytest.raises(AdapterError, match="has 2 classifiers; an adapter has one head"):
+        classifier_name(deit)

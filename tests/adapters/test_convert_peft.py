@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import peft
 import pytest
@@ -12,8 +13,9 @@ from peft.tuners.lokr.layer import factorization
 from adapters import Adapter, AdapterError, Bank, kronecker
 from adapters.backbone import create_model
 from adapters.convert import convert
+from adapters.foreign import read_labels
 from adapters.peft_files import _peft_side
-from tests.support import random_adapter, random_pixels
+from tests.support import random_adapter, random_pixels, with_metadata
 
 UNFUSED = ["attn.proj", "mlp.fc1", "mlp.fc2"]
 CLASSES = 3
@@ -163,7 +165,7 @@ def edited(folder, **changes):
         ({"peft_type": "LORA"}, "peft_type is 'LORA'"),
         ({"use_rslora": True}, "use_rslora: is set"),
         ({"alpha": "8"}, "alpha: is '8'; expected a number"),
-        ({"r": 0}, "r: is 0; expected a number of at least 1"),
+        ({"r": 0}, "r: is 0; expected a whole number of at least 1"),
         ({"rank_pattern": {"fc(": 3}}, r"rank_pattern: 'fc\(' is no regular expression"),
     ],
 )
@@ -314,7 +316,7 @@ def test_a_rescaled_adapter_is_no_lora(backbone, tmp_path) -> None:
         ("karst", {}, "is a karst/1 file already"),
         ("timm", {"rank": 3}, "--rank: is for --to lora"),
         ("lora", {"multiplier": 2.0}, "--multiplier: is for official checkpoints"),
-        ("timm", {"labels": "in.safetensors"}, "--labels: a karst/1 file has its own"),
+        ("timm", {"labels": Path("labels.txt")}, "--labels: a karst/1 file has its own"),
         ("lora", {"rank": 0}, "--rank: is 0; expected at least 1"),
         ("timm", {}, "out must end in .safetensors"),
         ("zip", {}, "--to: is 'zip'"),
@@ -339,3 +341,40 @@ def test_our_factorisation_is_pefts() -> None:
     for _ in range(500):
         dim, factor = chosen.randint(1, 400), chosen.choice([-1, chosen.randint(1, 60)])
         assert _peft_side(dim, factor) == factorization(dim, factor)[0], (dim, factor)
+
+
+def test_a_rank_that_is_not_the_config_s_is_refused(backbone, tmp_path, labels) -> None:
+    """dW is scaled by alpha / r: with another r it would be another dW."""
+    lokr(backbone, tmp_path / "lokr")
+    path = tmp_path / "lokr" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
+    with pytest.raises(AdapterError, match=r"lokr_w2_b: has 4 rows, but adapter_config.json says r = 8"):
+        convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
+
+
+def test_preprocessing_goes_out_and_comes_back(backbone, tmp_path) -> None:
+    adapter = random_adapter(backbone, kernels=1, rank=4, rescale="none", sites=("*.attn.proj", "*.mlp.*"))
+    squashed = adapter.preprocess | {"crop_mode": "squash", "mean": [0.4, 0.5, 0.6]}
+    (tmp_path / "own.safetensors").write_bytes(with_metadata(adapter, preprocess=json.dumps(squashed)))
+    convert(tmp_path / "own.safetensors", tmp_path / "lokr", "lokr", backbone)
+    report = convert(tmp_path / "lokr", tmp_path / "back.safetensors", "karst", backbone)
+    assert report["preprocess"] == Adapter.read(tmp_path / "back.safetensors").preprocess == squashed
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(adapter.preprocess))
+    convert(tmp_path / "lokr", tmp_path / "again.safetensors", "karst", backbone, preprocess=other)
+    assert Adapter.read(tmp_path / "again.safetensors").preprocess == adapter.preprocess
+    other.write_text("[]")
+    with pytest.raises(AdapterError, match=r"other.json: must be a JSON object"):
+        convert(tmp_path / "lokr", tmp_path / "again.safetensors", "karst", backbone, preprocess=other)
+
+
+def test_labels_with_a_byte_order_mark(tmp_path) -> None:
+    (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")
+    assert read_labels(tmp_path / "labels.txt") == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(("to", "name"), [("timm", "own.safetensors"), ("onnx", "own.safetensors")])
+def test_the_source_is_never_written_over(backbone, tmp_path, to, name) -> None:
+    random_adapter(backbone, kernels=1, rank=2).write(tmp_path / "own.safetensors")
+    with pytest.raises(AdapterError, match=r"--out: .*own.safetensors is what is read"):
+        convert(tmp_path / "own.safetensors", tmp_path / name, to, backbone)

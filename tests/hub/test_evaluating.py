@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapters import Adapter, load_backbone
 from adapters.evaluate import Agreement
@@ -113,6 +114,7 @@ def test_a_disagreement_is_an_error(call, root, monkeypatch) -> None:
         (["one.safetensors", "--data", "nothing"], 1, "no such folder"),
         (["nothing.safetensors", "--data", "all"], 1, "nothing.safetensors: No such file"),
         (["foreign.safetensors", "--data", "all"], 1, "foreign.safetensors: fingerprint"),
+        (["sides.safetensors", "--data", "all"], 1, "sides.safetensors: blocks.0.attn.qkv.karst_c: C is 4 x 8"),
         (["--table", "nothing.csv"], 1, "nothing.csv: cannot be read"),
         (["--table", "columns.csv"], 1, "no column adapter and no data"),
         (["--table", "empty.csv"], 1, "no rows"),
@@ -127,6 +129,10 @@ def test_what_is_wrong_is_named(call, root, monkeypatch, arguments, code, messag
     one = Adapter.read(root / "one.safetensors")
     foreign = with_tensors(one, one.tensors).replace(one.fingerprint.encode(), b"0" * 64)
     (root / "foreign.safetensors").write_bytes(foreign)
+    sides = random_adapter(load_backbone("demo"), labels=LABELS, classes=6, kernels=1, rank=2, rescale="none")
+    qkv = {"c": (1, 4, 8), "a": (1, 3, 32, 2)}  # valid by itself, and of no bank's factor
+    changed = {f"blocks.0.attn.qkv.karst_{part}": torch.ones(size) for part, size in qkv.items()}
+    (root / "sides.safetensors").write_bytes(with_tensors(sides, sides.tensors | changed))
     found, _, said = call(*arguments)
     assert found == code
     assert message in said

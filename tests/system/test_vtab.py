@@ -137,7 +137,8 @@ def test_the_command_skips_what_is_done_and_survives_a_failure(root, tmp_path) -
 def test_results_of_another_plan_are_not_mixed_in(root, tmp_path) -> None:
     (trial,) = vtab_trials(root / "vtab", ["dtd"])
     one = plan("vtab")
-    (tmp_path / "dtd.json").write_text(json.dumps({"plan": one.described(), "accuracy": 0.5}))
+    result = {"plan": one.described(), "accuracy": 0.5, "lists": trial.digest()}
+    (tmp_path / "dtd.json").write_text(json.dumps(result))
     assert vtab._result(tmp_path, one, trial)["accuracy"] == 0.5
     for other, what in (
         (plan("vtab", *LRS), "lrs"),
@@ -146,6 +147,9 @@ def test_results_of_another_plan_are_not_mixed_in(root, tmp_path) -> None:
     ):
         with pytest.raises(DataError, match=f"made with another {what}"):
             vtab._result(tmp_path, other, trial)
+    (tmp_path / "dtd.json").write_text(json.dumps(result | {"lists": "0" * 64}))
+    with pytest.raises(DataError, match=r"made with other lists than .*dtd has now"):
+        vtab._result(tmp_path, one, trial)
     (tmp_path / "dtd.json").write_text("{}")
     with pytest.raises(DataError, match="no result"):
         vtab._result(tmp_path, one, trial)
