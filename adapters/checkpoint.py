@@ -13,20 +13,24 @@ from typing import Any
 
 import torch
 
-from .data import DataError, Pixels
+from .data import DataError, Pixels, preprocess_of
 from .file import write_atomically
 from .karst import KarstModel
 
 FORMAT = "karst-checkpoint/1"
 
 
-def identity(model: KarstModel, recipe: dict[str, Any], train: Pixels, validation: Pixels | None) -> dict[str, Any]:
+def identity(
+    model: KarstModel, recipe: dict[str, Any], devices: int, train: Pixels, validation: Pixels | None
+) -> dict[str, Any]:
     """What a checkpoint belongs to: going on with anything else would be another training."""
     return {
         "format": FORMAT,
         "fingerprint": model.backbone.fingerprint,
         "config": model.config.model_dump(mode="json"),
         "recipe": json.loads(json.dumps(recipe)),
+        "number of devices": devices,
+        "preprocessing": json.loads(json.dumps(preprocess_of(model.backbone))),
         "training images": _digest(train),
         "validation images": _digest(validation) if validation is not None else None,
     }
@@ -67,9 +71,9 @@ def load(path: Path, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(pixels: Pixels) -> str:
-    """sha256 (hex) over names, targets and labels; the files' own bytes may move elsewhere and stay the same."""
+    """sha256 (hex) over the files' bytes, targets and labels; the files may lie elsewhere and stay the same."""
     images = pixels.images
     digest = hashlib.sha256(json.dumps([list(images.targets), list(images.labels)]).encode())
-    for source in images.paths:
-        digest.update(source.name.encode() + b"\0" if isinstance(source, Path) else b"\0")
+    for i in range(len(images)):
+        digest.update(hashlib.sha256(images.read(i)).digest())
     return digest.hexdigest()

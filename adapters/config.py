@@ -33,7 +33,7 @@ class KarstConfig(BaseModel):
     rescale: Rescale = Field("channel", description="one scale and shift per channel, per layer, or none")
     norms: bool = Field(False, description="tune the weights and biases of the norm layers, too")
     stage_ranks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
-        None, description="the rank of each stage of a backbone with stages (Swin), none above `rank`; None: `rank`"
+        None, description="rank of each stage of a backbone with stages (Swin), the largest `rank`; None: `rank` in all"
     )
 
     sites: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
@@ -47,19 +47,11 @@ class KarstConfig(BaseModel):
         return self
 
     def chosen(self, places: Sequence[Place]) -> list[Place]:
-        """Those of a backbone's sites (or norms) that `sites` names; the patterns are `fnmatch`'s.
-
-        Raises:
-            ConfigError: `sites` names none of them.
-        """
+        """Those of a backbone's sites (or norms) that `sites` names; the patterns are `fnmatch`'s."""
         if self.sites is None:
             return list(places)
         patterns = self.sites
-        found = [place for place in places if any(fnmatchcase(place.name, pattern) for pattern in patterns)]
-        if not found:
-            example = f", such as {places[0].name}" if places else ""
-            raise ConfigError(f"sites {', '.join(patterns)} name none of the backbone's layers{example}")
-        return found
+        return [place for place in places if any(fnmatchcase(place.name, pattern) for pattern in patterns)]
 
     def rank_at(self, stage: int | None) -> int:
         """r of a layer in this stage of the backbone; None is a layer outside of stages.

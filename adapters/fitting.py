@@ -35,8 +35,8 @@ class Watch:
     def checked(self, images: Checked) -> None:
         """All were, and they can be trained on; `images.warnings` are for a person to read."""
 
-    def step(self, loss: float, accuracy: float) -> None:
-        """One batch was trained on: its mean loss, and its accuracy in [0, 1]."""
+    def step(self, epoch: int, loss: float, accuracy: float) -> None:
+        """One batch was trained on, in the epoch of this number: its mean loss, and its accuracy in [0, 1]."""
 
     def epoch(self, epoch: Epoch) -> None:
         """One pass over the training images has ended."""
@@ -100,7 +100,11 @@ def fit(
     if interrupted.exists() and not resume:
         raise DataError(f"{interrupted}: a training was interrupted; go on with --resume, or delete this file")
     splits = _read(Path(data), validation, test, shots=shots, split_seed=split_seed, final=final, probe=probe)
-    frozen = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, checkpoint, device=device)
+    # Several processes come by here: each moves its copy to its own device later.
+    place = device if devices == 1 else "cpu"
+    frozen = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, checkpoint, device=place)
+    if isinstance(backbone, Backbone):
+        device = str(backbone.device)
     watch.reading(sum(map(len, splits.parts().values())))
     images = check(
         splits,
@@ -112,7 +116,7 @@ def fit(
     )
     watch.checked(images)
     metrics: dict[str, Any] = {"train_images": len(images.train)}
-    if probe and images.test is not None:
+    if probe and images.test is not None and is_first_process(devices):
         metrics["linear_probe_test_accuracy"] = round(linear_probe(frozen, images.train, images.test), 4)
     fitted = train_model(
         frozen,
@@ -120,6 +124,7 @@ def fit(
         config,
         recipe,
         validation=images.validation,
+        device=device,
         devices=devices,
         checkpoint=interrupted,
         resume=resume,
@@ -129,9 +134,9 @@ def fit(
     measured = _measure(fitted, images)
     metrics |= _figures(fitted, images, measured) | {"recipe": recipe.model_dump()}
     adapter = extract(fitted.model, measured.labels, preprocess=preprocess_of(frozen), metrics=metrics)
-    if is_first_process():
+    if is_first_process(devices):
         adapter.write(output)
-        facts = {"adapter": output.name, "data": str(data), "device": str(frozen.device), "seed": recipe.seed}
+        facts = {"adapter": output.name, "data": str(data), "device": device, "seed": recipe.seed}
         facts |= {"warnings": list(images.warnings), "versions": _versions()} | _facts(adapter) | metrics
         write_report(report, measured, fitted, images.train.images.targets, facts)
         interrupted.unlink(missing_ok=True)

@@ -150,11 +150,13 @@ def _has_images(path: Path) -> bool:
 
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """No progress bars of `datasets` among ours."""
-    were_off = datasets.are_progress_bars_disabled()
+    """No progress bars of `datasets` among ours, and no word to a hub of what is loaded."""
+    were_off, counts = datasets.are_progress_bars_disabled(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         if not were_off:
             datasets.enable_progress_bars()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import kronecker
 from .backbone import Backbone, Site, features
-from .config import KarstConfig
+from .config import ConfigError, KarstConfig
 from .data import preprocess_of
 from .file import Adapter
 
@@ -45,6 +45,9 @@ class KarstModel(nn.Module):
             tuned = KarstNorm(modules[norm.name])
             tuned.replace(modules[norm.name])
             self.norms[_key(norm.name)] = tuned
+        if not self.adapted:
+            patterns = ", ".join(config.sites or ())
+            raise ConfigError(f"sites {patterns} name none of the layers, such as {backbone.sites[0].name}")
         # A plain attribute: as a submodule it would put the frozen weights into parameters() and state_dict().
         self.__dict__["frozen"] = frozen
 

@@ -94,7 +94,7 @@ def write_report(
     write_atomically(folder / "errors.png", _png(_errors(measured)))
     numbers = dict(facts) | _numbers(measured, fitted, train_targets)
     text = json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(folder / "report.json", text.encode())
+    write_atomically(folder / "report.json", text.encode(errors="backslashreplace"))  # names of files may be no UTF-8
 
 
 def _numbers(measured: Answers, fitted: train.Fitted, train_targets: Sequence[int]) -> dict[str, Any]:

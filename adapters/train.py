@@ -7,10 +7,12 @@ the test split. Without validation images the last epoch is taken.
 
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.linear_model import LogisticRegression
@@ -82,39 +85,43 @@ def train_model(
     recipe: Recipe,
     *,
     validation: Pixels | None = None,
+    device: str | None = None,
     devices: int = 1,
     checkpoint: Path | None = None,
     resume: bool = False,
-    on_step: Callable[[float, float], None] | None = None,
+    on_step: Callable[[int, float, float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> Fitted:
     """Train an adapter; the same arguments on the same machine give the same numbers, bit by bit on the CPU.
 
-    On CUDA the frozen model computes in bfloat16 (mixed precision), or in float16 where a GPU has no bfloat16.
+    On CUDA the frozen model computes in bfloat16 (mixed precision) if the GPU has it.
 
     Args:
+        device: where to train, if not where the backbone is.
         devices: how many GPUs (or, on the CPU, processes) share each batch. With more than one, Lightning Fabric
             starts the calling script again in the others, and all of them come back from here.
         checkpoint: file that is written at the end of every epoch, for `resume`.
         resume: go on from that file; the result is the one of a training that was never interrupted.
-        on_step: called after every optimiser step with the batch's mean loss and its accuracy in [0, 1].
+        on_step: called after every optimiser step with the epoch's number, and the mean loss and the accuracy in
+            [0, 1] of the batch (of this process's share of it).
         on_epoch: called after every epoch.
 
     Raises:
         DataError: an image that cannot be read, or a checkpoint that is not there or is of another training.
-        ConfigError: `recipe.batch_size` cannot be shared evenly by the devices, or a config that does not suit the
-            backbone (as `attach`).
+        ConfigError: devices that are not there or cannot share `recipe.batch_size` evenly, or a config or recipe
+            that does not suit the backbone (as `attach`).
         FloatingPointError: the loss is no longer finite.
     """
     batch_size = min(recipe.batch_size, len(images))
     if batch_size % devices:
         raise ConfigError(f"a batch of {batch_size} images cannot be shared evenly by {devices} devices")
-    fabric = _fabric(backbone.device, devices)
+    fabric = _fabric(torch.device(device) if device is not None else backbone.device, devices)
     backbone = _on(backbone, fabric.device)
     with torch.random.fork_rng():
         _seed(recipe, 0, fabric.global_rank)
         model = attach(backbone, config, len(images.images.labels), drop_path=recipe.drop_path)
-        model.frozen.set_grad_checkpointing(recipe.grad_checkpointing)
+        if recipe.grad_checkpointing:
+            _recompute(model)
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=recipe.lr,
@@ -122,7 +129,7 @@ def train_model(
         )
         schedule = _schedule(optimizer, recipe, steps_per_epoch(len(images), recipe))
         run = _Run(fabric, model, optimizer, schedule)
-        own = identity(model, recipe.model_dump(), images, validation)
+        own = identity(model, recipe.model_dump(), devices, images, validation) if checkpoint is not None else {}
         if resume:
             if checkpoint is None:
                 raise ValueError("resume needs the checkpoint file to go on from")
@@ -135,7 +142,7 @@ def train_model(
         for number in range(len(run.history) + 1, recipe.epochs + 1):
             _seed(recipe, number, fabric.global_rank)
             sampler.set_epoch(number)
-            loss, train_accuracy = run.epoch(loader, on_step)
+            loss, train_accuracy = run.epoch(loader, None if on_step is None else partial(on_step, number))
             epoch = Epoch(number, loss, train_accuracy, accuracy(model, validation) if validation else None)
             run.finish(epoch)
             if checkpoint is not None and fabric.is_global_zero:
@@ -165,11 +172,9 @@ class _Run:
         Returns:
             (tokens, target) pairs in the place of (pixels, target), or None.
         """
-        prefix = find_prefix(self.model)
-        if prefix is None:
-            return None
-        first = prefix.run(_normalised(self.model.backbone, train[0][0][None]))
-        if first.nbytes * len(train) > MAX_PREFIX_BYTES:
+        first = _normalised(self.model.backbone, train[0][0][None])
+        prefix = find_prefix(self.model, first)
+        if prefix is None or prefix.run(first).nbytes * len(train) > MAX_PREFIX_BYTES:
             return None
         self._prefix = prefix
         return TensorDataset(*_run(self.model.backbone, train, prefix.run))
@@ -178,27 +183,32 @@ class _Run:
         """One pass over the training images; mean loss and accuracy over all devices."""
         self.model.train()
         backbone = self.model.backbone
-        total = torch.zeros(3, device=backbone.device, dtype=torch.float64)  # loss, right answers, images
+        loss_sum, right_sum, seen = 0.0, 0, 0
         with self._prefix.skipped() if self._prefix else nullcontext():
             for inputs, targets in loader:
                 inputs, targets = inputs.to(backbone.device), targets.to(backbone.device)
                 pixels = self._prefix.blank(inputs) if self._prefix else _normalised(backbone, inputs)
                 logits = self._wrapped(pixels)
                 loss = F.cross_entropy(logits.float(), targets)
-                if not loss.isfinite():
-                    raise FloatingPointError(
-                        f"the loss is {loss.item()}; try a lower learning rate than the present one"
-                    )
+                # Of all devices: if one must stop, all do.
+                finite = cast(Tensor, self._fabric.all_reduce(loss.detach(), reduce_op="mean")).item()
+                if not math.isfinite(finite):
+                    raise FloatingPointError(f"the loss is {finite}; try a lower learning rate than the present one")
                 self._optimizer.zero_grad(set_to_none=True)
                 self._fabric.backward(loss)
                 self._optimizer.step()
                 self.schedule.step()
-                right = (logits.detach().argmax(1) == targets).sum()
-                total += torch.stack([loss.detach() * len(targets), right, right.new_tensor(len(targets))])
+                right = int((logits.detach().argmax(1) == targets).sum())
+                loss_sum += loss.item() * len(targets)
+                right_sum += right
+                seen += len(targets)
                 if on_step is not None:
-                    on_step(loss.item(), right.item() / len(targets))
-        loss_sum, right_sum, seen = cast(Tensor, self._fabric.all_reduce(total, reduce_op="sum")).tolist()
-        return loss_sum / seen, right_sum / seen
+                    on_step(loss.item(), right / len(targets))
+        means = torch.tensor([loss_sum / seen, right_sum / seen], device=backbone.device)  # equal shares
+        if self._fabric.world_size == 1:
+            return loss_sum / seen, right_sum / seen
+        loss_mean, accuracy_mean = cast(Tensor, self._fabric.all_reduce(means, reduce_op="mean")).tolist()
+        return loss_mean, accuracy_mean
 
     def finish(self, epoch: Epoch) -> None:
         """Note an epoch, and its numbers if it is the best so far."""
@@ -234,9 +244,9 @@ def predict(model: KarstModel, data: Pixels) -> tuple[Tensor, Tensor]:
     return logits.float(), targets
 
 
-def is_first_process() -> bool:
-    """False in the further processes that a training on several devices has started: they should say nothing."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+def is_first_process(devices: int) -> bool:
+    """False in the further processes that a training on several devices has started: they say and write nothing."""
+    return devices == 1 or getattr(rank_zero_only, "rank", 0) == 0
 
 
 def steps_per_epoch(images: int, recipe: Recipe) -> int:
@@ -302,17 +312,34 @@ def _run(backbone: Backbone, data: Pixels, function: Callable[[Tensor], Tensor])
 
 
 def _fabric(device: torch.device, devices: int) -> Fabric:
-    """Lightning Fabric on this kind of device, started; it says nothing of its own."""
+    """Lightning Fabric on this kind of device, started; it says nothing of its own.
+
+    Raises:
+        ConfigError: devices that are not there.
+    """
+    if devices > 1 and device.index is not None:
+        raise ConfigError(f"device {device} is one device; give its kind, {device.type}, to train on {devices}")
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     precision: Any = "32-true"
-    if device.type == "cuda":
-        precision = "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        precision = "bf16-mixed"
     which: Any = devices if devices > 1 or device.index is None else [device.index]
-    fabric = Fabric(
-        accelerator=device.type, devices=which, strategy="ddp" if devices > 1 else "auto", precision=precision
-    )
+    strategy = "ddp" if devices > 1 else "auto"
+    try:
+        fabric = Fabric(accelerator=device.type, devices=which, strategy=strategy, precision=precision)
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cannot train on {devices} devices of kind {device.type}: {reason}") from error
     fabric.launch()
     return fabric
+
+
+def _recompute(model: KarstModel) -> None:
+    try:
+        model.frozen.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:  # timm's way to say so
+        name = model.backbone.name
+        raise ConfigError(f"backbone {name!r} cannot recompute activations: leave out grad_checkpointing") from error
 
 
 def _on(backbone: Backbone, device: torch.device) -> Backbone:

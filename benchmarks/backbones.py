@@ -3,7 +3,7 @@
 Every model gets random weights (no network is needed) and four adapters with random numbers: two of N = 2, r = 8 with
 channel re-scaling, one of N = 1, r = 4 with scalar re-scaling, and one with tuned norm layers (and, where the model
 has stages, a rank for each). A batch of four images, each with an adapter of its own, goes through the bank, and each
-image alone through its merged model. Layer scales, which start near zero and would hide everything, are set to one.
+image alone through its merged model. Layer scales and norms that start at (or near) zero and would hide everything are set to one.
 Writes docs/backbones.md.
 """
 
@@ -98,7 +98,8 @@ def measure(name: str, device: str = "cpu") -> dict[str, Any]:
     except BackboneError as error:
         return {"name": name, "refused": str(error)}
     for path, parameter in backbone.model.named_parameters():
-        if path.rpartition(".")[2] in LAYER_SCALES:
+        at_zero = "norm" in path and path.endswith(".weight") and not parameter.any()  # Swin v2's
+        if at_zero or path.rpartition(".")[2] in LAYER_SCALES:
             parameter.fill_(1)
     adapters = [
         random_adapter(backbone, config, seed=seed, classes=CLASSES) for seed, config in enumerate(configs(backbone))

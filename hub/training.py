@@ -22,7 +22,7 @@ def run(console: Console, data: Path, output: Path, *, recipe: Recipe, **options
     Raises:
         DataError, BackboneError, AdapterError, ConfigError, FloatingPointError: as `adapters.fit`.
     """
-    console.quiet = console.quiet or not is_first_process()
+    console.quiet = console.quiet or not is_first_process(options.get("devices", 1))
     progress = _progress(console)
     try:
         done = fit(data, output, recipe=recipe, watch=_Bar(console, progress, recipe), **options)
@@ -74,17 +74,18 @@ class _Bar(Watch):
         self._epoch_images = steps_per_epoch(count, self._recipe) * self._step_images
         self._bar = self._progress.add_task("training", total=self._epoch_images * self._recipe.epochs)
 
-    def step(self, loss: float, accuracy: float) -> None:
-        text = f"epoch {self._number}: loss {loss:.3f}, training {accuracy:.1%}{self._validated}"
+    def step(self, epoch: int, loss: float, accuracy: float) -> None:
+        if epoch != self._number:  # a resumed training does not start at the first
+            self._number = epoch
+            self._progress.update(self._bar, completed=(epoch - 1) * self._epoch_images)
+        text = f"epoch {epoch}: loss {loss:.3f}, training {accuracy:.1%}{self._validated}"
         self._progress.update(self._bar, advance=self._step_images, description=text)
 
     def epoch(self, epoch: Epoch) -> None:
-        self._number = epoch.number + 1
         if epoch.val_accuracy is not None:
             self._validated = f", validation {epoch.val_accuracy:.1%}"
         self._progress.update(
             self._bar,
-            completed=epoch.number * self._epoch_images,  # a resumed training starts behind what was done before
             description=f"epoch {epoch.number}: loss {epoch.loss:.3f}, training {epoch.train_accuracy:.1%}"
             + self._validated,
         )

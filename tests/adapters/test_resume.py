@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from adapters import DataError, KarstConfig, attach
-from adapters.checkpoint import load
+from adapters import ConfigError, DataError, KarstConfig, attach, load_backbone
+from adapters.checkpoint import identity, load
 from adapters.data import Pixels, preprocess_of
 from adapters.prefix import find_prefix
-from adapters.train import Recipe, train_model
+from adapters.train import Recipe, _recompute, train_model
 from tests.adapters.test_train import make_task
+from tests.support import local_backbone, random_pixels
 
 CONFIG = KarstConfig(kernels=1, rank=4, norms=True)
 LAST_BLOCKS = KarstConfig(kernels=1, rank=4, sites=("blocks.[45].*",))
@@ -76,6 +77,12 @@ def test_a_checkpoint_of_another_training_is_refused_by_what_differs(backbone, t
     ):
         with pytest.raises(DataError, match=f"belongs to another training, with {differs}"):
             train_model(backbone, *arguments, checkpoint=path, resume=True)
+    on_two = identity(attach(backbone, CONFIG, 3), recipe.model_dump(), 2, train, None)
+    with pytest.raises(DataError, match="another number of devices;"):
+        load(path, on_two)
+    other = Pixels(make_task(tmp_path / "other", count=8, seed=5), preprocess_of(backbone))  # the same names
+    with pytest.raises(DataError, match="another training images;"):
+        train_model(backbone, other, CONFIG, recipe, checkpoint=path, resume=True)
     with pytest.raises(DataError, match="another validation images;"):
         train_model(backbone, train, CONFIG, recipe, validation=held_out, checkpoint=path, resume=True)
 
@@ -111,11 +118,12 @@ def test_blocks_before_the_first_adapted_one_are_run_once(backbone, train, monke
     monkeypatch.setattr(block_type, "forward", counted)
     kept = train_model(backbone, train, LAST_BLOCKS, RECIPE)
     steps = 4 * 3  # four epochs of 24 images in batches of 8
-    assert calls["block"] == 2 * steps + 2 * 6  # the first image to see its size, then all 24 images in one batch
+    tried = 6 + 2 + 6 + 6  # the first image, with and without its first blocks, and once for its size
+    assert calls["block"] == 2 * steps + tried + 6  # and all 24 images in one batch
     monkeypatch.setattr("adapters.train.MAX_PREFIX_BYTES", 0)
     calls["block"] = 0
     plain = train_model(backbone, train, LAST_BLOCKS, RECIPE)
-    assert calls["block"] == 6 * steps + 6
+    assert calls["block"] == 6 * steps + tried
     for one, other in zip(kept.history, plain.history, strict=True):
         assert one.loss == pytest.approx(other.loss, abs=1e-4)
 
@@ -125,7 +133,7 @@ def test_blocks_before_the_first_adapted_one_are_run_once(backbone, train, monke
     [(("blocks.2.*", "blocks.4.mlp.fc1"), 2), (("blocks.0.*", "blocks.3.*"), None), (("*.attn.proj",), None)],
 )
 def test_the_prefix_ends_at_the_first_adapted_block(backbone, sites, count) -> None:
-    prefix = find_prefix(attach(backbone, KarstConfig(sites=sites), 3))
+    prefix = find_prefix(attach(backbone, KarstConfig(sites=sites), 3), random_pixels(backbone, 1))
     assert (prefix.count if prefix else None) == count
 
 
@@ -138,7 +146,7 @@ def test_stochastic_depth_is_for_adapted_blocks_only(backbone) -> None:
 
 
 def test_patterns_that_name_no_layer_are_refused(backbone) -> None:
-    with pytest.raises(ValueError, match=r"sites blocks.9.* name none of the backbone's layers, such as blocks.0.attn"):
+    with pytest.raises(ValueError, match=r"sites blocks.9.* name none of the layers, such as blocks.0.attn"):
         attach(backbone, KarstConfig(sites=("blocks.9.*",)), 3)
 
 
@@ -151,3 +159,27 @@ def test_gradient_checkpointing_changes_no_bit(backbone, train) -> None:
 def test_a_batch_that_devices_cannot_share_is_refused(backbone, train) -> None:
     with pytest.raises(ValueError, match="a batch of 8 images cannot be shared evenly by 3 devices"):
         train_model(backbone, train, CONFIG, RECIPE, devices=3)
+
+
+def test_blocks_that_differ_by_their_number_keep_it(tmp_path) -> None:
+    """Here each block has rotary embeddings of its own: the tenth must not get the second's."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2}
+    backbone = local_backbone(tmp_path, "vit_small_patch16_rope_mixed_224", **sizes)
+    prefix = find_prefix(attach(backbone, KarstConfig(sites=("blocks.3.*",)), 3), random_pixels(backbone, 1))
+    assert prefix is not None
+    assert prefix.count == 3
+
+
+def test_a_model_whose_blocks_are_no_plain_sequence_is_run_as_a_whole() -> None:
+    """ConViT adds its class token at a certain block."""
+    backbone = load_backbone("convit_tiny", pretrained=False)
+    assert find_prefix(attach(backbone, KarstConfig(sites=("blocks.11.*",)), 3), random_pixels(backbone, 1)) is None
+    with pytest.raises(ConfigError, match="'convit_tiny' cannot recompute activations"):
+        _recompute(attach(backbone, KarstConfig(), 3))
+
+
+def test_devices_that_are_not_there_are_said_in_one_line(backbone, train) -> None:
+    with pytest.raises(ConfigError, match="cannot train on 1 devices of kind cuda: "):
+        train_model(backbone, train, CONFIG, RECIPE, device="cuda")
+    with pytest.raises(ConfigError, match="device cuda:3 is one device; give its kind, cuda, to train on 2"):
+        train_model(backbone, train, CONFIG, RECIPE, device="cuda:3", devices=2)

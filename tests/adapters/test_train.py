@@ -126,8 +126,9 @@ def test_progress_is_told_step_by_step(backbone, train) -> None:
     assert len(steps) == 2 * steps_per_epoch(len(train), recipe) == 2 * 4  # 36 images: 4 batches of 8, 4 left over
     assert tuple(epochs) == fitted.history
     last = steps[4:]
-    assert np.mean([loss for loss, _ in last]) == pytest.approx(epochs[-1].loss)
-    assert np.mean([accuracy for _, accuracy in last]) == pytest.approx(epochs[-1].train_accuracy)
+    assert [number for number, _, _ in steps] == [1] * 4 + [2] * 4
+    assert np.mean([loss for _, loss, _ in last]) == pytest.approx(epochs[-1].loss)
+    assert np.mean([accuracy for _, _, accuracy in last]) == pytest.approx(epochs[-1].train_accuracy)
 
 
 def test_fewer_images_than_a_batch_are_one_step() -> None:

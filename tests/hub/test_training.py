@@ -272,6 +272,20 @@ def test_a_config_that_does_not_suit_the_backbone_ends_in_one_line(job, tmp_path
     process = command(job, tmp_path / "x.safetensors", "--sites", "layers.*")
     _, errors = process.communicate()
     assert process.returncode == 1
-    assert errors.splitlines()[-1] == (
-        "error: sites layers.* name none of the backbone's layers, such as blocks.0.attn.qkv"
-    )
+    assert errors.splitlines()[-1] == ("error: sites layers.* name none of the layers, such as blocks.0.attn.qkv")
+
+
+def test_one_device_writes_whatever_the_environment_says(job, tmp_path, monkeypatch) -> None:
+    """A cluster's own RANK is no matter of a training on one device."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    process = command(job, tmp_path / "own.safetensors", "--epochs", "1", "--warmup-epochs", "0", "--json")
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert json.loads(printed)["digest"] == Adapter.read(tmp_path / "own.safetensors").digest
+
+
+def test_a_file_name_that_is_not_utf_8(job) -> None:
+    for path in list((job["data"] / "red").iterdir()):
+        os.rename(os.fsencode(path), os.fsencode(path.parent) + b"/\xe9" + os.fsencode(path.name))
+    run(dict(job, recipe=RECIPE.model_copy(update={"lr": 1e-12})))  # it learns nothing, so that there are errors
