@@ -3,7 +3,8 @@
 Every model gets random weights (no network is needed) and four adapters with random numbers: two of N = 2, r = 8 with
 channel re-scaling, one of N = 1, r = 4 with scalar re-scaling, and one with tuned norm layers (and, where the model
 has stages, a rank for each). A batch of four images, each with an adapter of its own, goes through the bank, and each
-image alone through its merged model. Layer scales and norms that start at (or near) zero and would hide everything are set to one.
+image alone through its merged model. Layer scales and norms that start at (or near) zero and would hide everything
+are set to one.
 Writes docs/backbones.md.
 """
 
@@ -134,7 +135,7 @@ def measure(name: str, device: str = "cpu") -> dict[str, Any]:
 def configs(backbone: Backbone) -> list[KarstConfig]:
     """Adapters of four kinds."""
     stages = {site.stage for site in backbone.sites}
-    ranks = None if None in stages else (2, 2, 4, 8)[-len(stages) :]
+    ranks = (2, 2, 4, 8) if stages == {0, 1, 2, 3} else None
     return [
         KarstConfig(),
         KarstConfig(),

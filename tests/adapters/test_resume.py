@@ -171,11 +171,14 @@ def test_blocks_that_differ_by_their_number_keep_it(tmp_path) -> None:
 
 
 def test_a_model_whose_blocks_are_no_plain_sequence_is_run_as_a_whole() -> None:
-    """ConViT adds its class token at a certain block."""
-    backbone = load_backbone("convit_tiny", pretrained=False)
+    """TNT's blocks take pairs."""
+    backbone = load_backbone("tnt_s_legacy_patch16_224", pretrained=False)
     assert find_prefix(attach(backbone, KarstConfig(sites=("blocks.11.*",)), 3), random_pixels(backbone, 1)) is None
+
+
+def test_a_model_that_cannot_recompute_activations_says_so() -> None:
     with pytest.raises(ConfigError, match="'convit_tiny' cannot recompute activations"):
-        _recompute(attach(backbone, KarstConfig(), 3))
+        _recompute(attach(load_backbone("convit_tiny", pretrained=False), KarstConfig(), 3))
 
 
 def test_devices_that_are_not_there_are_said_in_one_line(backbone, train) -> None:

@@ -121,7 +121,7 @@ def test_progress_is_told_step_by_step(backbone, train) -> None:
     steps, epochs = [], []
     recipe = RECIPE.model_copy(update={"epochs": 2})
     fitted = train_model(
-        backbone, train, CONFIG, recipe, on_step=lambda loss, right: steps.append((loss, right)), on_epoch=epochs.append
+        backbone, train, CONFIG, recipe, on_step=lambda *step: steps.append(step), on_epoch=epochs.append
     )
     assert len(steps) == 2 * steps_per_epoch(len(train), recipe) == 2 * 4  # 36 images: 4 batches of 8, 4 left over
     assert tuple(epochs) == fitted.history
