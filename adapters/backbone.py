@@ -207,7 +207,7 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     sites = []
     for name, module in model.named_modules():
         role = ".".join(name.split(".")[-2:])
-        if isinstance(module, nn.Linear) and role in _ROLES:
+        if isinstance(module, nn.Linear) and role in _ROLES and "rel_pos" not in name:  # an MLP of positions, not rows
             splits = 3 if role == "attn.qkv" and module.out_features % 3 == 0 else 1
             stage = _STAGE.search(name)
             sites.append(
