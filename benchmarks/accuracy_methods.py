@@ -38,7 +38,7 @@ ABLATION = tuple(name for name in CONFIGS if name != KARST)
 METHODS = MAIN + ABLATION
 # Searched on validation images; all KARST variants share KARST's.
 LEARNING_RATES = MappingProxyType(
-    dict.fromkeys((KARST, "LoRA", "LoKr", "bias"), (1e-3, 3e-3, 1e-2)) | {"full": (1e-4, 3e-4, 1e-3)}
+    dict.fromkeys((KARST, "LoRA", "LoKr", "bias"), (1e-3, 3e-3, 1e-2, 3e-2)) | {"full": (1e-4, 3e-4, 1e-3, 3e-3)}
 )
 
 

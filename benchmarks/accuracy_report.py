@@ -250,7 +250,7 @@ def _search_table(file: dict[str, Any]) -> str:
             text = f"{lr:g}: {100 * statistics.fmean(found):.1f}"
             cells.append(f"**{text}**" if lr == file["learning_rates"][method] else text)
         rows.append([method, *cells])
-    return _table(["method", "low", "middle", "high"], rows)
+    return _table(["method", "lowest", "second", "third", "highest"], rows)
 
 
 def _edges(file: dict[str, Any]) -> list[str]:
