@@ -165,18 +165,26 @@ def read_labels(path: Path) -> list[str]:
     return found
 
 
+def read_json(path: Path) -> Any:
+    """
+    Raises:
+        AdapterError: not there, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise file_error(f"{path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise file_error(f"{path}: is not valid JSON ({error})") from error
+
+
 def read_preprocess(path: Path) -> dict[str, Any]:
     """A JSON object as adapter files have it under `preprocess`; `Adapter.create` checks what is in it.
 
     Raises:
         AdapterError: not there, or not a JSON object.
     """
-    try:
-        found = json.loads(path.read_text("utf-8-sig"))
-    except OSError as error:
-        raise file_error(f"{path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise file_error(f"{path}: is not valid JSON ({error})") from error
+    found = read_json(path)
     if not isinstance(found, dict):
         raise file_error(f"{path}: must be a JSON object, as `karst-hub inspect` shows it under preprocess")
     return found

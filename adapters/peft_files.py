@@ -5,7 +5,6 @@ release 0.21 (`tuners/lokr/layer.py`): dW = alpha / r * kron(w1, w2), and r, alp
 layers' names.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from torch import Tensor
 from . import kronecker
 from .backbone import Backbone, Site
 from .file import Adapter
-from .foreign import Layer, Numbers, classifier_name, read_tensors, take_own_weights
+from .foreign import Layer, Numbers, classifier_name, read_json, read_tensors, take_own_weights
 from .validate import KRONECKER, NORM, AdapterError, Problem, file_error
 
 CONFIG = "adapter_config.json"
@@ -190,12 +189,7 @@ def lora_files(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise file_error(f"{path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise file_error(f"{path}: is not valid JSON ({error})") from error
+    config = read_json(path)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LOKR":
         raise file_error(f"{path}: peft_type is {kind!r}; only a LoKr ('LOKR') is exactly a KARST adapter")
