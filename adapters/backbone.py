@@ -182,7 +182,7 @@ def create_model(name: str, *, num_classes: int = 0, pretrained: bool = False) -
     except Exception as error:  # timm and its hub client raise many kinds
         what = "pretrained weights of " if pretrained else ""
         raise BackboneError(
-            f"cannot load {what}backbone {name!r}: {_first_line(error)} "
+            f"cannot load {what}backbone {name!r}: {first_line(error)} "
             "(give a timm model name, or a local checkpoint file if there is no network)"
         ) from error
 
@@ -265,7 +265,7 @@ def _load_weights(model: Any, path: Path) -> None:
             state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
             missing, unexpected = model.load_state_dict(state, strict=False)
     except Exception as error:  # torch, numpy, zipfile and safetensors each raise their own
-        raise BackboneError(f"checkpoint {path}: {_first_line(error)}") from error
+        raise BackboneError(f"checkpoint {path}: {first_line(error)}") from error
     stray = [k for k in unexpected if not k.startswith(("head.", "head_dist.", "fc_norm.", "classifier."))]
     if missing or stray:
         raise BackboneError(
@@ -365,5 +365,6 @@ def _set_drop_path(model: nn.Module, rate: float) -> None:
             block.drop_path1, block.drop_path2 = DropPath(block_rate), DropPath(block_rate)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

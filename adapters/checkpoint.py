@@ -75,5 +75,5 @@ def _digest(pixels: Pixels) -> str:
     images = pixels.images
     digest = hashlib.sha256(json.dumps([list(images.targets), list(images.labels)]).encode())
     for i in range(len(images)):
-        digest.update(hashlib.sha256(images.read(i)).digest())
+        digest.update(pixels.digest(i))
     return digest.hexdigest()

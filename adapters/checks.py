@@ -5,7 +5,6 @@ lists are not to be changed, so that copies in them (Oxford Pets lists images tw
 under two angles) are warnings, too.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,9 +110,8 @@ def _open_all(
     for part, pixels in parts.items():
         for i in range(len(pixels)):
             try:
-                data = pixels.images.read(i)
-                pixels.decode(i, data)
-                digests[part, i] = hashlib.sha256(data).digest()
+                pixels.decode(i, pixels.images.read(i))
+                digests[part, i] = pixels.digest(i)
             except ImageError as error:
                 unreadable[part, i] = str(error)
             if on_image is not None:

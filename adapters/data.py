@@ -5,6 +5,7 @@ both. Pixels travel as uint8 and are normalised beside the model.
 """
 
 import copy
+import hashlib
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import timm.data
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -107,6 +109,13 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return pixels.float().div_(255).sub_(mean).div_(std)
 
 
+def normalised(backbone: Backbone, pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 -> float32 as the backbone takes it, on its device."""
+    config = backbone.data_config
+    mean, std = (torch.tensor(config[name], device=backbone.device) for name in ("mean", "std"))
+    return normalise(pixels.to(backbone.device), mean, std)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """An image that is not a file of its own, such as a row of a table; its bytes are read when they are asked for."""
@@ -189,6 +198,7 @@ class Pixels(Dataset):
         self.images = images
         self._transform = eval_transform(preprocess)
         self._cache: dict[int, Tensor] = {}
+        self._digests: dict[int, bytes] = {}
         self._room = cache_bytes
 
     def __len__(self) -> int:
@@ -214,16 +224,29 @@ class Pixels(Dataset):
             ImageError: the bytes are no usable image.
         """
         pixels = self._transform(decode_image(data))
+        if i not in self._digests:
+            self._digests[i] = hashlib.sha256(data).digest()
         if i not in self._cache and self._room >= pixels.nbytes:
             self._room -= pixels.nbytes
             self._cache[i] = pixels
         return pixels
+
+    def digest(self, i: int) -> bytes:
+        """sha256 of the bytes of image `i`; they are read only if that was never done.
+
+        Raises:
+            ImageError: it is not there or cannot be read.
+        """
+        if i not in self._digests:
+            self._digests[i] = hashlib.sha256(self.images.read(i)).digest()
+        return self._digests[i]
 
     def subset(self, indices: Sequence[int]) -> "Pixels":
         """Some of the images, with what is decoded already."""
         part = copy.copy(self)
         part.images = self.images.subset(indices)
         part._cache = {new: self._cache[old] for new, old in enumerate(indices) if old in self._cache}
+        part._digests = {new: self._digests[old] for new, old in enumerate(indices) if old in self._digests}
         return part
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kronecker
-from .backbone import Backbone, create_model, features
+from .backbone import Backbone, create_model, features, first_line
 from .file import Adapter
 from .validate import KRONECKER, file_error
 
@@ -87,13 +87,13 @@ def to_onnx(adapter: Adapter, backbone: Backbone) -> tuple[bytes, float]:
         onnx.checker.check_model(proto)
         data = proto.SerializeToString()
     except Exception as error:  # torch's exporter, onnx and protobuf each have their own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise file_error(f"the merged {backbone.name!r} cannot be exported to one ONNX file: {reason}") from error
+        raise file_error(
+            f"the merged {backbone.name!r} cannot be exported to one ONNX file: {first_line(error)}"
+        ) from error
     try:
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise file_error(f"onnxruntime does not take the exported {backbone.name!r}: {reason}") from error
+        raise file_error(f"onnxruntime does not take the exported {backbone.name!r}: {first_line(error)}") from error
 
     def run(pixels: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"pixels": pixels.numpy()})[0])

@@ -100,11 +100,10 @@ def fit(
     if interrupted.exists() and not resume:
         raise DataError(f"{interrupted}: a training was interrupted; go on with --resume, or delete this file")
     splits = _read(Path(data), validation, test, shots=shots, split_seed=split_seed, final=final, probe=probe)
-    # Several processes come by here: each moves its copy to its own device later.
-    place = device if devices == 1 else "cpu"
-    frozen = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, checkpoint, device=place)
     if isinstance(backbone, Backbone):
-        device = str(backbone.device)
+        frozen, device = backbone, str(backbone.device)
+    else:  # several processes come by here: each moves its copy to its own device later
+        frozen = load_backbone(backbone, checkpoint, device=device if devices == 1 else "cpu")
     watch.reading(sum(map(len, splits.parts().values())))
     images = check(
         splits,

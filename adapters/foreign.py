@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from . import kronecker
-from .backbone import Backbone
+from .backbone import Backbone, first_line
 from .config import KarstConfig
 from .data import preprocess_of
 from .file import Adapter
@@ -132,8 +132,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
             return dict(safetensors.torch.load_file(path))
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise whatever comes first
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise file_error(f"{path}: cannot be read as tensors only: {reason}") from error
+        raise file_error(f"{path}: cannot be read as tensors only: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise file_error(f"{path}: holds a {type(found).__name__}, expected a dictionary of tensors (a state dict)")
     for key in ("state_dict", "model"):  # what training loops wrap a state dict in

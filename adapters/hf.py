@@ -14,7 +14,7 @@ from .data import DataError, Encoded, ImageError
 PARQUET_FOLDERS = (".", "data")  # where a set's shards lie: `train.parquet`, `data/train-00000-of-00002.parquet`
 METADATA = ("metadata.jsonl", "metadata.csv")  # of an image folder; they have a column `file_name`
 
-Rows = list[tuple[Path | Encoded, str]]
+Rows = list[tuple[Path | Encoded, str]]  # an image and its label
 
 
 def is_local_set(source: Path) -> bool:

@@ -30,9 +30,7 @@ class KarstModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.config = config
-        self.head = nn.Linear(backbone.width, num_classes, device=backbone.device)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = new_head(backbone, num_classes)
         self.layers = nn.ModuleDict()
         frozen = backbone.clone(drop_path=drop_path)
         modules = dict(frozen.named_modules())
@@ -146,6 +144,14 @@ class KarstNorm(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Names and numbers as in a `karst/1` file."""
         return {"norm_weight": self.weight, "norm_bias": self.bias}
+
+
+def new_head(backbone: Backbone, num_classes: int) -> nn.Linear:
+    """A linear head at its start: small random weights, no bias."""
+    head = nn.Linear(backbone.width, num_classes, device=backbone.device)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def attach(backbone: Backbone, config: KarstConfig, num_classes: int, *, drop_path: float = 0.0) -> KarstModel:

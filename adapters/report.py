@@ -71,7 +71,7 @@ class Answers:
 def answers(model: KarstModel, part: str, data: Pixels) -> Answers:
     """Run a trained model over a set of images; `part` says which: test, validation or train."""
     logits, targets = train.predict(model, data)
-    return Answers(part, data, logits.float(), targets)
+    return Answers(part, data, logits, targets)
 
 
 def write_report(

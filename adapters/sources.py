@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from . import hf
 from .data import DataError, Encoded, ImageSet, natural, read_folder
+from .hf import Rows
 
 KINDS = """a folder with a folder of images for each class, or such folders inside train/ and optionally val/ and test/
 a .csv or .parquet file with the columns path and label, and optionally split
@@ -20,7 +21,6 @@ a local set of Hugging Face's datasets: saved with save_to_disk, Parquet files, 
 
 Kind = Literal["folder", "split folders", "table", "vtab", "few-shot", "datasets"]
 Part = Literal["train", "validation", "test"]
-Rows = list[tuple[Path | Encoded, str]]  # an image and its label
 
 PARTS: Mapping[str, Part] = {
     "train": "train",

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 from .backbone import Backbone, features
 from .checkpoint import identity, load, save
 from .config import ConfigError, KarstConfig
-from .data import DataError, ImageSet, Pixels, normalise, preprocess_of
+from .data import DataError, ImageSet, Pixels, normalised
 from .karst import KarstModel, attach
 from .prefix import Prefix, find_prefix
 
@@ -172,7 +172,7 @@ class _Run:
         Returns:
             (tokens, target) pairs in the place of (pixels, target), or None.
         """
-        first = _normalised(self.model.backbone, train[0][0][None])
+        first = normalised(self.model.backbone, train[0][0][None])
         prefix = find_prefix(self.model, first)
         if prefix is None or prefix.run(first).nbytes * len(train) > MAX_PREFIX_BYTES:
             return None
@@ -187,7 +187,7 @@ class _Run:
         with self._prefix.skipped() if self._prefix else nullcontext():
             for inputs, targets in loader:
                 inputs, targets = inputs.to(backbone.device), targets.to(backbone.device)
-                pixels = self._prefix.blank(inputs) if self._prefix else _normalised(backbone, inputs)
+                pixels = self._prefix.blank(inputs) if self._prefix else normalised(backbone, inputs)
                 logits = self._wrapped(pixels)
                 loss = F.cross_entropy(logits.float(), targets)
                 # Of all devices: if one must stop, all do.
@@ -306,7 +306,7 @@ def _run(backbone: Backbone, data: Pixels, function: Callable[[Tensor], Tensor])
     """Outputs of a function of normalised pixels over a whole set, on the CPU: (n, ...), and targets (n,)."""
     outputs, targets = [], []
     for pixels, target in DataLoader(data, EVAL_BATCH):
-        outputs.append(function(_normalised(backbone, pixels)).cpu())
+        outputs.append(function(normalised(backbone, pixels)).cpu())
         targets.append(target)
     return torch.cat(outputs), torch.cat(targets)
 
@@ -369,9 +369,3 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> A
 def _is_better(epoch: Epoch, than: Epoch) -> bool:
     """Later epochs win ties, and always win where nothing was validated."""
     return epoch.val_accuracy is None or epoch.val_accuracy >= cast(float, than.val_accuracy)
-
-
-def _normalised(backbone: Backbone, pixels: Tensor) -> Tensor:
-    preprocess = preprocess_of(backbone)
-    mean, std = (torch.tensor(preprocess[name], device=backbone.device) for name in ("mean", "std"))
-    return normalise(pixels.to(backbone.device), mean, std)

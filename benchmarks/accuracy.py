@@ -36,7 +36,8 @@ from torch import Tensor, nn
 
 from adapters import Backbone, BackboneError, load_backbone
 from adapters.backbone import features
-from adapters.data import normalise, preprocess_of
+from adapters.data import normalised
+from adapters.file import write_atomically
 
 from .accuracy_methods import (
     ABLATION,
@@ -224,7 +225,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
     for index in batches(len(train), steps, seed):
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(_normalised(backbone, train.images[index]))
+            logits = model(normalised(backbone, train.images[index]))
         loss = F.cross_entropy(logits.float(), train.targets[index])
         if not loss.isfinite():
             raise FloatingPointError(f"{method}, seed {seed}: the loss is {loss.item()} at learning rate {lr:g}")
@@ -257,7 +258,7 @@ def batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
 def accuracy(model: nn.Module, backbone: Backbone, data: Labelled) -> float:
     """Top-1 accuracy in [0, 1], in float32."""
     right = sum(
-        int((model(_normalised(backbone, images)).argmax(1) == targets).sum())
+        int((model(normalised(backbone, images)).argmax(1) == targets).sum())
         for images, targets in zip(data.images.split(100), data.targets.split(100), strict=True)
     )
     return right / len(data)
@@ -279,7 +280,7 @@ def linear_probe(backbone: Backbone, task: Task, seed: int) -> float:
 @torch.inference_mode()
 def pooled(backbone: Backbone, data: Labelled) -> Any:
     """Frozen features, (n, D) float32 numpy."""
-    return torch.cat([features(backbone.model, _normalised(backbone, x)) for x in data.images.split(100)]).numpy()
+    return torch.cat([features(backbone.model, normalised(backbone, x)) for x in data.images.split(100)]).numpy()
 
 
 def write_results(path: Path, options: argparse.Namespace, rows: list[dict[str, Any]], rates: dict[str, float]) -> None:
@@ -306,9 +307,7 @@ def write_results(path: Path, options: argparse.Namespace, rows: list[dict[str, 
         "search_runs": [r for r in rows if r["part"] == "validation" and r["steps"] == options.search_steps],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(".part")
-    whole.write_text(json.dumps(result, indent=1) + "\n")
-    whole.replace(path)
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def _results(runs: list[Run], workers: int) -> Iterator[dict[str, Any]]:
@@ -328,11 +327,6 @@ def _results(runs: list[Run], workers: int) -> Iterator[dict[str, Any]]:
 @cache
 def _backbone(name: str) -> Backbone:
     return load_backbone(name)
-
-
-def _normalised(backbone: Backbone, pixels: Tensor) -> Tensor:
-    config = preprocess_of(backbone)
-    return normalise(pixels, torch.tensor(config["mean"]), torch.tensor(config["std"]))
 
 
 def _key(run: dict[str, Any]) -> tuple[Any, ...]:

@@ -6,7 +6,6 @@ trains everything. The linear probe has no model of its own (`benchmarks.accurac
 """
 
 import copy
-from collections.abc import Callable
 from itertools import product
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from adapters import Backbone, KarstConfig, Site, attach
 from adapters.backbone import features
+from adapters.karst import new_head
 
 LINEAR = "linear probe"
 KARST = "KARST"
@@ -43,15 +43,11 @@ LEARNING_RATES = MappingProxyType(
 
 
 class Adapted(nn.Module):
-    """A body whose trained parameters require gradients, and a new linear head."""
+    """A timm model with something trained in it, and a linear head."""
 
-    def __init__(self, backbone: Backbone, classes: int, body: Callable[[Backbone], Any]) -> None:
+    def __init__(self, body: Any, head: nn.Linear) -> None:
         super().__init__()
-        # The head first, and as KarstModel makes it: one seed gives every method the same head.
-        self.head = nn.Linear(backbone.width, classes, device=backbone.device)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-        self.body = body(backbone)
+        self.head, self.body = head, body
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) normalised pixels -> (B, K) logits."""
@@ -69,7 +65,8 @@ def build(method: str, backbone: Backbone, classes: int) -> nn.Module:
     bodies = {"LoRA": lora, "LoKr": lokr, "bias": bias_tuned, "full": unfrozen}
     if method not in bodies:
         raise ValueError(f"method {method!r} has no model to build; one of {', '.join((*CONFIGS, *bodies))} has")
-    return Adapted(backbone, classes, bodies[method])
+    head = new_head(backbone, classes)  # first, as in a KarstModel: one seed gives every method the same head
+    return Adapted(bodies[method](backbone), head)
 
 
 def trainable(model: nn.Module) -> int:

@@ -33,10 +33,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from adapters import Backbone, BackboneError, KarstConfig, attach, load_backbone
-from adapters.backbone import features
 from adapters.karst import KarstLayer, KarstModel
 
-from .accuracy_methods import karst_count, lokr, lora, trainable
+from .accuracy_methods import Adapted, karst_count, lokr, lora, trainable
 from .common import machine, spread
 
 BACKBONE = "vit_base_patch16_224"
@@ -106,18 +105,6 @@ class OfficialLinear(nn.Module):
         return y * (1 + n.s1) + n.s2 if n.rescales_out else y
 
 
-class Bodied(nn.Module):
-    """A timm model with something trained in it, and a linear head."""
-
-    def __init__(self, body: Any, head: nn.Linear) -> None:
-        super().__init__()
-        self.body, self.head = body, head
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pixels -> (B, K) logits."""
-        return self.head(features(self.body, pixels))
-
-
 def measure(backbone: Backbone, kernels: int, batch: int, rounds: int) -> dict[str, Any]:
     """One row: milliseconds a step of every contender, and ratios to ours.
 
@@ -151,19 +138,19 @@ def contender(name: str, backbone: Backbone, kernels: int) -> nn.Module:
         _randomise(ours)
         return (ours if name == "ours" else official(ours)).train()
     body = {"LoKr": lokr, "LoRA": lora}[name](backbone, karst_count(backbone, config))
-    return Bodied(body, nn.Linear(backbone.width, CLASSES, device=backbone.device)).train()
+    return Adapted(body, nn.Linear(backbone.width, CLASSES, device=backbone.device)).train()
 
 
-def official(ours: KarstModel) -> Bodied:
+def official(ours: KarstModel) -> Adapted:
     """The official form with the same numbers, in tensors of its own."""
     body = ours.backbone.clone()
     for site in ours.backbone.sites:
         numbers: Any = ours.layers[site.name.replace(".", "/")]
         body.set_submodule(site.name, OfficialLinear(body.get_submodule(site.name), copy.deepcopy(numbers)))
-    return Bodied(body, copy.deepcopy(ours.head))
+    return Adapted(body, copy.deepcopy(ours.head))
 
 
-def check(ours: KarstModel, other: Bodied, backbone: Backbone, pixels: Tensor, targets: Tensor) -> float:
+def check(ours: KarstModel, other: Adapted, backbone: Backbone, pixels: Tensor, targets: Tensor) -> float:
     """The largest difference of the two KARST forms in logits and gradients, relative to each tensor's largest number.
 
     Raises:

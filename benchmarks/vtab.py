@@ -68,11 +68,12 @@ def run(options: argparse.Namespace) -> dict[str, str]:
         raise DataError(f"{options.data}: no such folder; --data names the one with a folder for each data set")
     plan = _plan(options)
     make = vtab_trials if options.protocol == "vtab" else few_shot_trials
+    every = make(options.data.resolve())
     trials = make(options.data.resolve(), options.tasks)
     options.out.mkdir(parents=True, exist_ok=True)
-    for trial in make(options.data.resolve()):  # others' results in the folder, too, before anything is trained
-        _result(options.out, plan, trial)
-    left = [trial for trial in trials if _result(options.out, plan, trial) is None]
+    # The results of other calls in the folder are looked at, too, before anything is trained.
+    done_before = {trial for trial in every if _result(options.out, plan, trial) is not None}
+    left = [trial for trial in trials if trial not in done_before]
     print(f"{len(trials)} trials, {len(trials) - len(left)} of them done before")
     done = 0
 
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> dict[str, str]:
         print(f"{done}/{len(left)} {trial.name}: {result['accuracy']:.2%}, chosen {result['chosen']}", flush=True)
 
     failed = _on_ray(plan, left, options.ray_address, keep) if left else {}
-    _summarise(options.out, plan, make(options.data.resolve()))
+    _summarise(options.out, plan, every)
     return failed
 
 

@@ -71,8 +71,6 @@ def run(
         configs.append(adapter.config)
         sets.append(read_part(data, "test", adapter.labels))
     banks = _banks(frozen, configs)
-    for path, config in zip((path for path, _ in pairs), configs, strict=True):
-        _read(path, frozen, banks[config.factor].limits)
     rows = []
     with Progress(console=console, transient=True) as progress:
         for (path, data), images in progress.track(list(zip(pairs, sets, strict=True)), description="evaluating"):
@@ -139,13 +137,12 @@ def tables(report: dict[str, Any]) -> list[Table]:
     return found
 
 
-def _read(path: Path, backbone: Backbone, limits: BankLimits | None = None) -> Adapter:
-    """An adapter that fits the backbone, and a bank's limits if given; problems get the file's name."""
+def _read(path: Path, backbone: Backbone) -> Adapter:
+    """An adapter that a bank of its sizes takes; its problems, which do not name a file, are given this one's name."""
     try:
         adapter = Adapter.read(path)
-        adapter.check(backbone)
-        if limits is not None:
-            limits.check(adapter)
+        own = adapter.config
+        BankLimits(backbone.info(), max_rank=own.rank, max_kernels=own.kernels, factor=own.factor).check(adapter)
     except AdapterError as error:
         raise AdapterError([Problem(f"{path}: {p.where}", p.message) for p in error.problems]) from error
     return adapter

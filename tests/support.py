@@ -4,9 +4,10 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import timm
 import torch
@@ -14,6 +15,27 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from adapters import Adapter, Backbone, KarstConfig, KarstModel, attach, extract, load_backbone
+
+# Of images with 8 x 8 pixels.
+PREPROCESS = {
+    "input_size": [3, 8, 8],
+    "interpolation": "bicubic",
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+
+
+def coloured_noise(root: Path, colours: Mapping[str, tuple[int, int, int]], count: int, seed: int) -> Path:
+    """A folder of class folders: 8 x 8 pixels, each class noise around a colour of its own."""
+    rng = np.random.default_rng(seed)
+    for label, colour in colours.items():
+        (root / label).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.clip(colour + rng.normal(0, 30, (8, 8, 3)), 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / label / f"{i}.png")
+    return root
 
 
 def random_model(backbone: Backbone, seed: int = 0, classes: int = 5, **config) -> KarstModel:

@@ -9,16 +9,8 @@ from adapters import DataError
 from adapters.checks import Checked, check
 from adapters.data import ImageSet, Pixels, decode_image, eval_transform
 from adapters.sources import Splits
-from tests.support import png
+from tests.support import PREPROCESS, png
 
-PREPROCESS = {
-    "input_size": [3, 8, 8],
-    "interpolation": "bicubic",
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.5, 0.5, 0.5],
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
 LABELS = ("cat", "dog")
 
 

@@ -16,16 +16,9 @@ from timm.data.transforms import str_to_pil_interp
 
 from adapters import DataError, ImageError, ImageTooLargeError
 from adapters.data import Pixels, decode_image, eval_transform, normalise, preprocess_of, read_folder
+from tests.support import PREPROCESS
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
-PREPROCESS = {
-    "input_size": [3, 8, 8],
-    "interpolation": "bicubic",
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.5, 0.5, 0.5],
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

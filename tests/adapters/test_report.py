@@ -11,16 +11,7 @@ from adapters import KarstConfig, attach
 from adapters.data import Encoded, ImageSet, Pixels, decode_image
 from adapters.report import FILES, Answers, answers, write_report
 from adapters.train import Epoch, Fitted, accuracy
-from tests.support import png
-
-PREPROCESS = {
-    "input_size": [3, 8, 8],
-    "interpolation": "bicubic",
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.5, 0.5, 0.5],
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
+from tests.support import PREPROCESS, png
 
 
 def pixels(targets: list[int], labels: tuple[str, ...], preprocess: dict = PREPROCESS) -> Pixels:

@@ -5,13 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from adapters import Adapter, DataError, KarstConfig, extract
 from adapters.backbone import fingerprint
 from adapters.data import ImageSet, Pixels, preprocess_of, read_folder
 from adapters.train import Recipe, _schedule, accuracy, linear_probe, split, steps_per_epoch, train_model
-from tests.support import random_pixels
+from tests.support import coloured_noise, random_pixels
 
 COLOURS = {"blue": (40, 40, 220), "green": (40, 220, 40), "red": (220, 40, 40)}
 CONFIG = KarstConfig(kernels=2, rank=4)
@@ -19,14 +18,7 @@ RECIPE = Recipe(epochs=3, warmup_epochs=1, batch_size=8, lr=5e-3)
 
 
 def make_task(root: Path, count: int, seed: int) -> ImageSet:
-    """8 x 8 pixels, each class noise around a colour of its own."""
-    rng = np.random.default_rng(seed)
-    for label, colour in COLOURS.items():
-        (root / label).mkdir(parents=True)
-        for i in range(count):
-            pixels = np.clip(colour + rng.normal(0, 30, (8, 8, 3)), 0, 255)
-            Image.fromarray(pixels.astype(np.uint8)).save(root / label / f"{i}.png")
-    return read_folder(root)
+    return read_folder(coloured_noise(root, COLOURS, count, seed))
 
 
 @pytest.fixture(scope="module")

@@ -11,17 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters import Adapter, AdapterError
+from tests.support import PREPROCESS as SMALL
 
 DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int32": "I32"}
 CONFIG = {"kernels": 1, "rank": 2, "factor": 2, "gain": 0.5, "rescale": "channel"}
-PREPROCESS = {
-    "input_size": [3, 32, 32],
-    "interpolation": "bicubic",
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.5, 0.5, 0.5],
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
+PREPROCESS = SMALL | {"input_size": [3, 32, 32]}
 SHAPES = {
     "blocks.0.mlp.fc2.karst_c": (1, 2, 2),
     "blocks.0.mlp.fc2.karst_a": (1, 1, 4, 2),

@@ -10,10 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -24,20 +22,14 @@ from adapters.report import FILES
 from hub import training
 from hub.cli import app
 from hub.cli_library import _config
+from tests.support import coloured_noise
 
 COLOURS = {"blue": (40, 40, 220), "red": (220, 40, 40)}
 RECIPE = Recipe(epochs=2, warmup_epochs=1, batch_size=4, lr=1e-3)
 
 
 def write(root: Path, count: int, seed: int) -> Path:
-    """8 x 8 pixels, each class noise around a colour of its own."""
-    rng = np.random.default_rng(seed)
-    for label, colour in COLOURS.items():
-        (root / label).mkdir(parents=True)
-        for i in range(count):
-            pixels = np.clip(colour + rng.normal(0, 30, (8, 8, 3)), 0, 255)
-            Image.fromarray(pixels.astype(np.uint8)).save(root / label / f"{i}.png")
-    return root
+    return coloured_noise(root, COLOURS, count, seed)
 
 
 @pytest.fixture
