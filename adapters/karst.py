@@ -36,7 +36,7 @@ class KarstModel(nn.Module):
         modules = dict(frozen.named_modules())
         for site in config.chosen(backbone.sites):
             layer = KarstLayer(site, config).to(backbone.device)
-            layer.hook(modules[site.name])
+            layer.replace(modules[site.name])
             self.layers[_key(site.name)] = layer
         self.norms = nn.ModuleDict()
         for norm in config.chosen(backbone.norms) if config.norms else ():
@@ -103,11 +103,16 @@ class KarstLayer(nn.Module):
         if self.rescales_in:
             self.in_s1, self.in_s2 = (_zeros(site.d_in if config.rescale == "channel" else 1) for _ in range(2))
 
-    def hook(self, linear: nn.Linear) -> None:
+    def replace(self, linear: nn.Linear) -> None:
         """Make a linear layer of a cloned backbone compute the adapted output."""
-        if self.rescales_in:
-            linear.register_forward_pre_hook(self._rescale_input)
-        linear.register_forward_hook(self._adapt_output)
+
+        def adapted(x: Tensor) -> Tensor:
+            if self.rescales_in:
+                x = _rescaled(x, self.in_s1, self.in_s2)
+            y = kronecker.linear(x, linear.weight, linear.bias, self.c, self.a, self.b, self.gain)
+            return _rescaled(y, self.s1, self.s2) if self.rescales_out else y
+
+        linear.forward = adapted  # type: ignore[method-assign, assignment]
 
     def tensors(self) -> dict[str, Tensor]:
         """Names and numbers as in a `karst/1` file, whose one gain is that of the largest rank."""
@@ -121,13 +126,6 @@ class KarstLayer(nn.Module):
         if self.rescales_in:
             out |= {"in_scale": 1 + self.in_s1, "in_shift": self.in_s2}
         return out
-
-    def _rescale_input(self, _linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (_rescaled(args[0], self.in_s1, self.in_s2), *args[1:])
-
-    def _adapt_output(self, _linear: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        y = y + kronecker.apply(args[0], self.c, self.a, self.b, self.gain).to(y.dtype)
-        return _rescaled(y, self.s1, self.s2) if self.rescales_out else y
 
 
 class KarstNorm(nn.Module):

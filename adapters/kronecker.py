@@ -7,8 +7,10 @@ a = d_out / (S p), b = d_in / q, T rows. Shapes: C (N, p, q), A (N, S, a, R), B 
 """
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -44,26 +46,97 @@ def delta(c: Tensor, a: Tensor, b: Tensor, gain: float = 1.0) -> Tensor:
 
 
 def apply(x: Tensor, c: Tensor, a: Tensor, b: Tensor, gain: float = 1.0) -> Tensor:
-    """dW x without writing dW out, the vec trick: (C kron M) x = vec(C X M^T).
+    """dW x without writing dW out, the vec trick: (C kron M) x = vec(C X M^T). Plain; `add_` is the fast one.
 
     Args:
-        x: (..., d_in); with more than two axes, the first is a batch of B.
+        x: (..., d_in)
 
     Returns:
         (..., d_out)
     """
+    rows = x.reshape(-1, c.shape[2], b.shape[2])  # (T, q, b)
+    h = torch.einsum("npq,tqb,nrb->tpnr", c * gain, rows, b)
+    y = torch.einsum("tpnr,nsar->tspa", h, a)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, c: Tensor, a: Tensor, b: Tensor, gain: float = 1.0
+) -> Tensor:
+    """(W0 + dW) x + b0 for training: W0 and b0 are frozen; x, C, A and B have gradients.
+
+    The forward pass and the gradient of x write W0 + dW out: next to a batch's rows it is small. The gradients of C,
+    A and B use the vec trick: through dW they would need the product of all rows with all rows, as much work as the
+    forward pass, and that only to be summed up into a few numbers.
+
+    Args:
+        x: (..., d_in); with more than two axes, the first is a batch.
+        weight: (d_out, d_in)
+        bias: (d_out,)
+
+    Returns:
+        (..., d_out), in the weight's dtype or autocast's.
+    """
+    return _Linear.apply(x, weight, bias, c, a, b, gain)
+
+
+class _Linear(torch.autograd.Function):
+    """See `linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, c: Tensor, a: Tensor, b: Tensor, gain: float
+    ) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        x = x.to(dtype)
+        ctx.save_for_backward(x, weight, c, a, b)  # not W0 + dW, which takes more memory than time
+        ctx.gain = gain
+        return F.linear(x, _written(weight, c, a, b, gain, dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, c, a, b = ctx.saved_tensors
+        dx = dy @ _written(weight, c, a, b, ctx.gain, dy.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None, *_gradients(x, dy, c, a, b, ctx.gain), None
+
+
+def _written(weight: Tensor, c: Tensor, a: Tensor, b: Tensor, gain: float, dtype: torch.dtype) -> Tensor:
+    return (weight + delta(c, a, b, gain)).to(dtype)
+
+
+def _gradients(x: Tensor, dy: Tensor, c: Tensor, a: Tensor, b: Tensor, gain: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of C, A and B by the vec trick. An image at a time, so that long sums over rows become short ones.
+
+    x (B.., d_in), dy (B.., d_out) of one dtype; the sums over images are in the parameters' own.
+    """
     kernels, p, q = c.shape
     _, splits, a_size, rank = a.shape
-    # The same numbers for each of B images: the gradients' long sums over rows, too, become one short one an image.
     images = x.shape[0] if x.ndim > 2 else 1
     x_rows = x.reshape(images, -1, b.shape[2])  # (B, T q, b)
-    even = rank * x_rows.shape[1] // q % 2 == 0
-    c = doubled(c * gain) if even else (c * gain).transpose(1, 2)
-    c = c.expand(images, *c.shape).flatten(0, 1)  # (B N, 2 q, 2 p)
-    a = a.permute(0, 3, 1, 2).reshape(kernels * rank, splits * a_size)  # (N R, S a)
-    h = _mix(x_rows, c, b.flatten(0, 1).expand(images, -1, -1))  # (B, T p, N R)
-    y = torch.bmm(h, a.expand(images, -1, -1)).view(-1, p, splits, a_size)  # (B T, p, S, a)
-    return y.transpose(1, 2).reshape(*x.shape[:-1], splits * p * a_size)
+    dy_rows = dy.reshape(images, -1, splits, p * a_size)
+    dy_splits = [dy_rows[:, :, s].reshape(images, -1, a_size) for s in range(splits)]  # (B, T p, a) each
+    c_own, a_own, b_own = ((t * g).to(x.dtype) for t, g in ((c, gain), (a, 1), (b, 1)))
+    a_splits = a_own.permute(1, 0, 3, 2).reshape(splits, kernels * rank, a_size)
+
+    bx = torch.bmm(_each(b_own.flatten(0, 1), images), x_rows.transpose(1, 2))  # (B, N R, T q)
+    adys = [torch.bmm(_each(own, images), rows.mT) for own, rows in zip(a_splits, dy_splits, strict=True)]
+    ady = torch.stack(adys).sum(0) if splits > 1 else adys[0]  # (B, N R, T p)
+    bx, ady = (t.view(images * kernels, -1, side) for t, side in ((bx, q), (ady, p)))  # (B N, R T, q), (B N, R T, p)
+    c_all = _each(c_own, images).flatten(0, 1)  # (B N, p, q)
+    cbx = torch.bmm(bx, c_all.transpose(1, 2)).view(images, kernels * rank, -1)  # (B, N R, T p)
+    cady = torch.bmm(ady, c_all).view(images, kernels * rank, -1)  # (B, N R, T q)
+
+    dc = torch.bmm(ady.transpose(1, 2), bx).view(images, kernels, p, q).sum(0, dtype=c.dtype) * gain
+    das = [torch.bmm(cbx, rows).sum(0, dtype=a.dtype).view(kernels, rank, a_size) for rows in dy_splits]
+    da = torch.stack(das, 1).transpose(2, 3)  # (N, S, a, R)
+    db = torch.bmm(cady, x_rows).sum(0, dtype=b.dtype).view(b.shape)
+    return dc, da, db
+
+
+def _each(matrix: Tensor, images: int) -> Tensor:
+    """The same matrix for every image, without a copy."""
+    return matrix.expand(images, *matrix.shape)
 
 
 def add_(y: Tensor, x: Tensor, c: Tensor, a: Tensor, b: Tensor, splits: int) -> None:

@@ -3,7 +3,8 @@
     python -m benchmarks.accuracy [--workers 2] [--search] [--tasks T ...] [--methods M ...] [--seeds S ...]
 
 Every method starts from the same frozen backbone and, for a seed, sees the same images in the same batches under
-the same schedule. Only the learning rate is each method's own: searched once, on validation images of two tasks.
+the same schedule. Only the learning rate and the gain (what multiplies dW; peft's alpha / r) are each method's own:
+searched once, on validation images of four tasks.
 The model of the last step is measured, once, on the test images. Training runs under bfloat16 autocast, tests in
 float32, for all alike.
 
@@ -24,7 +25,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ from adapters.file import write_atomically
 from .accuracy_methods import (
     ABLATION,
     CONFIGS,
+    GAINS,
     LEARNING_RATES,
     LINEAR,
     MAIN,
@@ -55,7 +57,7 @@ from .common import machine
 
 BACKBONE = "local-dir:runs/vit-ti"
 DEFAULT_TASKS = ("digits", "fashion", "elpv", "count", "orientation", "location")
-SEARCH_TASKS = ("digits", "count")
+SEARCH_TASKS = ("digits", "fashion", "count", "orientation")
 SEEDS = (0, 1, 2)
 BATCH = 32
 WARM_UP = 0.1  # of the steps, from lr / 100; then a cosine to lr / 10
@@ -64,11 +66,19 @@ LOG = Path("runs/accuracy.jsonl")
 OUTPUT = Path(__file__).parent / "results" / "accuracy.json"
 
 
+class Setting(NamedTuple):
+    """What the search chooses for a method; `gain` is None for one without a dW."""
+
+    lr: float
+    gain: float | None
+
+
 @dataclass(frozen=True)
 class Run:
     """One training and one measurement; equal runs give equal numbers.
 
-    `lr` is None for the linear probe. `part` is what is measured: "test", or "validation" in the search.
+    `lr` is None for the linear probe, `gain` for every method without a dW. `part` is what is measured: "test", or
+    "validation" in the search.
     """
 
     backbone: str
@@ -77,6 +87,7 @@ class Run:
     seed: int
     steps: int
     lr: float | None
+    gain: float | None
     part: str
 
 
@@ -105,14 +116,14 @@ def measure(options: argparse.Namespace) -> None:
     log = Log(options.log, backbone.fingerprint)
 
     log.fill(list(search_runs(options.backbone, options.search_steps)), options.workers, "search")
-    rates = chosen_rates(log.rows, options.search_steps)
-    print("learning rates:", ", ".join(f"{method} {rate:g}" for method, rate in rates.items()))
+    chosen = chosen_settings(log.rows, options.search_steps)
+    print("learning rates and gains:", ", ".join(f"{m} {s.lr:g} {s.gain or ''}".strip() for m, s in chosen.items()))
     if options.search:
         return
-    runs = list(planned(options.backbone, options.steps, rates, options.methods, options.tasks, options.seeds))
+    runs = list(planned(options.backbone, options.steps, chosen, options.methods, options.tasks, options.seeds))
     for _ in log.finish(runs, options.workers, "runs"):
-        write_results(options.output, options, log.rows, rates)
-    write_results(options.output, options, log.rows, rates)
+        write_results(options.output, options, log.rows, chosen)
+    write_results(options.output, options, log.rows, chosen)
     print(f"written to {options.output}; python -m benchmarks.accuracy_report makes the report")
 
 
@@ -146,39 +157,48 @@ class Log:
 
 
 def search_runs(backbone: str, steps: int) -> Iterator[Run]:
-    """Every learning rate of every method on two tasks' validation images, seed 0."""
+    """Every learning rate and gain of every method on four tasks' validation images, seed 0."""
     for task in SEARCH_TASKS:
-        for method, rates in LEARNING_RATES.items():
-            for lr in rates:
-                yield Run(backbone, method, task, 0, steps, lr, "validation")
+        for method, settings in grid().items():
+            for lr, gain in settings:
+                yield Run(backbone, method, task, 0, steps, lr, gain, "validation")
 
 
-def chosen_rates(rows: list[dict[str, Any]], steps: int) -> dict[str, float]:
-    """Each method's learning rate of the best mean validation accuracy; of equals, the lowest."""
+def grid() -> dict[str, list[Setting]]:
+    """What the search tries of each method."""
+    return {
+        method: [Setting(lr, gain) for gain in GAINS.get(method, (None,)) for lr in rates]
+        for method, rates in LEARNING_RATES.items()
+    }
+
+
+def chosen_settings(rows: list[dict[str, Any]], steps: int) -> dict[str, Setting]:
+    """Each method's setting of the best mean validation accuracy; of equals, the one of the lowest rate."""
     chosen = {}
-    for method, rates in LEARNING_RATES.items():
+    for method, settings in grid().items():
         means = {
-            lr: statistics.fmean(
+            setting: statistics.fmean(
                 row["accuracy"]
                 for row in rows
-                if row["part"] == "validation" and (row["method"], row["lr"], row["steps"]) == (method, lr, steps)
+                if (row["part"], row["method"], row["steps"]) == ("validation", method, steps)
+                and Setting(row["lr"], row["gain"]) == setting
             )
-            for lr in rates
+            for setting in settings
         }
-        chosen[method] = max(means, key=lambda lr: (means[lr], -lr))
+        chosen[method] = max(means, key=lambda setting: (means[setting], -setting.lr))
     return chosen
 
 
 def planned(
-    backbone: str, steps: int, rates: dict[str, float], methods: list[str], tasks: list[str], seeds: list[int]
+    backbone: str, steps: int, chosen: dict[str, Setting], methods: list[str], tasks: list[str], seeds: list[int]
 ) -> Iterator[Run]:
     """Runs in their order: what the bar needs first, and a whole task of the ablation before the next."""
 
     def run(method: str, task: str, seed: int) -> Run:
         # The linear probe takes no steps: the same run whatever they are.
-        linear = method == LINEAR
-        lr = None if linear else rates[search_name(method)]
-        return Run(backbone, method, task, seed, 0 if linear else steps, lr, "test")
+        if method == LINEAR:
+            return Run(backbone, method, task, seed, 0, None, None, "test")
+        return Run(backbone, method, task, seed, steps, *chosen[search_name(method)], "test")
 
     yield from (run(m, task, seed) for seed in seeds for task in tasks for m in MAIN if m in methods)
     yield from (run(m, task, seed) for task in tasks for seed in seeds for m in ABLATION if m in methods)
@@ -198,9 +218,10 @@ def execute(run: Run) -> dict[str, Any]:
     else:
         train, validation = task.split(run.seed)
         assert run.lr is not None
+        setting = Setting(run.lr, run.gain)
         measured = task.test if run.part == "test" else validation
         try:
-            model, loss = fit(run.method, backbone, task.classes, train, seed=run.seed, steps=run.steps, lr=run.lr)
+            model, loss = fit(run.method, backbone, task.classes, train, setting, seed=run.seed, steps=run.steps)
         except FloatingPointError:
             if run.part == "test":
                 raise
@@ -212,7 +233,7 @@ def execute(run: Run) -> dict[str, Any]:
 
 
 def fit(
-    method: str, backbone: Backbone, classes: int, train: Labelled, *, seed: int, steps: int, lr: float
+    method: str, backbone: Backbone, classes: int, train: Labelled, setting: Setting, *, seed: int, steps: int
 ) -> tuple[nn.Module, float]:
     """The model of the last step and its last loss. AdamW with weight decay lr / 10, batches of 32, no augmentation.
 
@@ -220,7 +241,8 @@ def fit(
         FloatingPointError: the loss is no longer finite.
     """
     torch.manual_seed(seed)
-    model = build(method, backbone, classes).train()
+    model = build(method, backbone, classes, setting.gain).train()
+    lr = setting.lr
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=lr / 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
     for index in batches(len(train), steps, seed):
@@ -283,19 +305,21 @@ def pooled(backbone: Backbone, data: Labelled) -> Any:
     return torch.cat([features(backbone.model, normalised(backbone, x)) for x in data.images.split(100)]).numpy()
 
 
-def write_results(path: Path, options: argparse.Namespace, rows: list[dict[str, Any]], rates: dict[str, float]) -> None:
+def write_results(
+    path: Path, options: argparse.Namespace, rows: list[dict[str, Any]], chosen: dict[str, Setting]
+) -> None:
     """The committed file: this backbone's runs of these steps, and everything they depend on."""
     backbone = _backbone(options.backbone)
     tests = [row for row in rows if row["part"] == "test" and row["steps"] in (0, options.steps)]
-    tests = [row for row in tests if row["lr"] is None or row["lr"] == rates[search_name(row["method"])]]
+    tests = [r for r in tests if r["lr"] is None or (r["lr"], r["gain"]) == chosen[search_name(r["method"])]]
     result = {
         "machine": machine(),
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint, "width": backbone.width},
         "images": {"train": TRAIN, "validation": VALIDATION, "test": TEST},
         "steps": options.steps,
         "batch": BATCH,
-        "search": {"tasks": SEARCH_TASKS, "seed": 0, "steps": options.search_steps, "grid": dict(LEARNING_RATES)},
-        "learning_rates": rates,
+        "search": {"tasks": SEARCH_TASKS, "seed": 0, "steps": options.search_steps, "grid": grid()},
+        "chosen": {method: setting._asdict() for method, setting in chosen.items()},
         "karst": {name: config.model_dump(include={"kernels", "rank", "rescale"}) for name, config in CONFIGS.items()},
         "tasks": {
             name: {"classes": load_task(name).classes, "test": len(load_task(name).test)}
@@ -331,7 +355,7 @@ def _backbone(name: str) -> Backbone:
 
 def _key(run: dict[str, Any]) -> tuple[Any, ...]:
     """What makes two runs the same; the backbone is the log's, by fingerprint, and not by the name it was given."""
-    return tuple(run[name] for name in ("method", "task", "seed", "steps", "lr", "part"))
+    return tuple(run[name] for name in ("method", "task", "seed", "steps", "lr", "gain", "part"))
 
 
 def _options() -> argparse.Namespace:

@@ -36,7 +36,10 @@ CONFIGS = MappingProxyType(
 MAIN = (LINEAR, KARST, "LoRA", "LoKr", "bias", "full")
 ABLATION = tuple(name for name in CONFIGS if name != KARST)
 METHODS = MAIN + ABLATION
-# Searched on validation images; all KARST variants share KARST's.
+# Searched on validation images; all KARST variants share KARST's. The gain multiplies dW: the official KARST code's
+# is 1 / r = 1/8 by default, peft's alpha / r is 1. With AdamW a gain is a learning rate of dW apart from the head's, so
+# each of the three is tried with both.
+GAINS = MappingProxyType({KARST: (0.125, 1.0), "LoRA": (0.125, 1.0), "LoKr": (0.125, 1.0)})
 LEARNING_RATES = MappingProxyType(
     dict.fromkeys((KARST, "LoRA", "LoKr", "bias"), (1e-3, 3e-3, 1e-2, 3e-2)) | {"full": (1e-4, 3e-4, 1e-3, 3e-3)}
 )
@@ -54,19 +57,27 @@ class Adapted(nn.Module):
         return self.head(features(self.body, pixels))
 
 
-def build(method: str, backbone: Backbone, classes: int) -> nn.Module:
+def build(method: str, backbone: Backbone, classes: int, gain: float | None = None) -> nn.Module:
     """The model of a method, at its start: logits of a new head on what the frozen backbone computes.
+
+    Args:
+        gain: what multiplies dW; None takes the method's own default, and is all that methods without a dW take.
 
     Raises:
         ValueError: `method` is not one of `METHODS`, or is the linear probe.
     """
     if method in CONFIGS:
-        return attach(backbone, CONFIGS[method], classes)
-    bodies = {"LoRA": lora, "LoKr": lokr, "bias": bias_tuned, "full": unfrozen}
+        return attach(backbone, CONFIGS[method].model_copy(update={"gain": gain}), classes)
+    bodies = {
+        "LoRA": lambda: lora(backbone, gain=gain or 1.0),
+        "LoKr": lambda: lokr(backbone, gain=gain or 1.0),
+        "bias": lambda: bias_tuned(backbone),
+        "full": lambda: unfrozen(backbone),
+    }
     if method not in bodies:
         raise ValueError(f"method {method!r} has no model to build; one of {', '.join((*CONFIGS, *bodies))} has")
     head = new_head(backbone, classes)  # first, as in a KarstModel: one seed gives every method the same head
-    return Adapted(bodies[method](backbone), head)
+    return Adapted(bodies[method](), head)
 
 
 def trainable(model: nn.Module) -> int:
@@ -79,27 +90,30 @@ def search_name(method: str) -> str:
     return KARST if method in CONFIGS else method
 
 
-def lora(backbone: Backbone, budget: int | None = None) -> Any:
-    """peft's LoRA on KARST's sites, alpha = rank (peft's own default ratio); the timm model inside.
+def lora(backbone: Backbone, budget: int | None = None, gain: float = 1.0) -> Any:
+    """peft's LoRA on KARST's sites; the timm model inside.
 
     Args:
         budget: trained numbers to come nearest to; None takes KARST's default.
+        gain: alpha / rank; peft's own default ratio is 1.
     """
     ranks = lora_ranks(backbone.sites, budget or karst_count(backbone))
-    config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
+    alphas = {name: gain * rank for name, rank in ranks.items()}
+    config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=alphas)
     return get_peft_model(backbone.clone(), config).base_model.model
 
 
-def lokr(backbone: Backbone, budget: int | None = None) -> Any:
-    """peft's LoKr on KARST's sites, factor 8, alpha = rank, started as LyCORIS does (and KARST); the timm model inside.
+def lokr(backbone: Backbone, budget: int | None = None, gain: float = 1.0) -> Any:
+    """peft's LoKr on KARST's sites, factor 8, started as LyCORIS does (and KARST); the timm model inside.
 
     Args:
         budget: trained numbers to come nearest to; None takes KARST's default.
+        gain: alpha / rank.
     """
     rank = lokr_rank(backbone.sites, budget or karst_count(backbone))
     config = LoKrConfig(
         r=rank,
-        alpha=rank,
+        alpha=gain * rank,
         decompose_factor=CONFIGS[KARST].factor,
         init_weights="lycoris",
         target_modules=[site.name for site in backbone.sites],

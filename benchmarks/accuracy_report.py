@@ -153,15 +153,17 @@ def report(results: Results) -> str:
         f"LoRA and LoKr are Hugging Face's peft on KARST's sites (attn.qkv, attn.proj, mlp.fc1, mlp.fc2), with the "
         f"ranks that come nearest to KARST's {results.parameters(KARST):,} numbers: LoRA "
         f"{_relative(results, 'LoRA')} (one rank for each kind of layer), LoKr {_relative(results, 'LoKr')}. Both "
-        "have alpha = rank. Bias tuning trains every bias of the backbone.",
+        "have a searched gain, as KARST has. Bias tuning trains every bias of the backbone.",
         "![Accuracy against trained numbers](img/accuracy.png)",
         "## The bars",
         "Noise is one pooled standard error: the root of (variance over seeds of KARST's mean over tasks + the "
         "rival's) / seeds. With three seeds that is itself a rough figure.",
         "\n".join(bars(results)),
         *_ablation(results),
-        "## Learning rates",
-        f"One fixed rate a method, the best mean accuracy on the **validation** images of {_words(search['tasks'])} "
+        "## Learning rates and gains",
+        "The gain multiplies dW: the published KARST code has 1 / r (here 1/8), peft's alpha / r is usually 1. With "
+        "AdamW it is a learning rate of dW apart from the head's, so each of the three is tried with both.",
+        f"One fixed setting a method, the best mean accuracy on the **validation** images of {_words(search['tasks'])} "
         f"(seed {search['seed']}, {search['steps']} steps a run; of equals the lowest). All KARST variants share "
         "KARST's. Mean validation accuracy in percent:",
         _search_table(file),
@@ -243,20 +245,24 @@ def _accuracy_table(results: Results, methods: Sequence[str], tasks: Sequence[st
 
 def _search_table(file: dict[str, Any]) -> str:
     rows = []
-    for method, rates in file["search"]["grid"].items():
-        cells = []
-        for lr in rates:
-            found = [r["accuracy"] for r in file["search_runs"] if (r["method"], r["lr"]) == (method, lr)]
-            text = f"{lr:g}: {100 * statistics.fmean(found):.1f}"
-            cells.append(f"**{text}**" if lr == file["learning_rates"][method] else text)
-        rows.append([method, *cells])
-    return _table(["method", "lowest", "second", "third", "highest"], rows)
+    for method, settings in file["search"]["grid"].items():
+        for gain in dict.fromkeys(gain for _, gain in settings):
+            cells = []
+            for lr in (lr for lr, g in settings if g == gain):
+                runs = [r for r in file["search_runs"] if (r["method"], r["lr"], r["gain"]) == (method, lr, gain)]
+                text = f"{lr:g}: {100 * statistics.fmean(r['accuracy'] for r in runs):.1f}"
+                cells.append(f"**{text}**" if {"lr": lr, "gain": gain} == file["chosen"][method] else text)
+            rows.append([method, "" if gain is None else f"{gain:g}", *cells])
+    return _table(["method", "gain", "lowest", "second", "third", "highest"], rows)
 
 
 def _edges(file: dict[str, Any]) -> list[str]:
     """A sentence on rates at the end of their grid, beyond which a better one may lie."""
-    rates = file["learning_rates"]
-    edges = [method for method, grid in file["search"]["grid"].items() if rates[method] in (grid[0], grid[-1])]
+    edges = [
+        method
+        for method, settings in file["search"]["grid"].items()
+        if file["chosen"][method]["lr"] in (min(settings)[0], max(settings)[0])
+    ]
     if not edges:
         return []
     return [f"At an end of the grid, so that a better rate may lie beyond it: {_words(edges)}."]

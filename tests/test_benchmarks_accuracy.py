@@ -141,26 +141,30 @@ def test_batches_pass_over_all_images_in_a_new_order_each_time() -> None:
 
 def test_equal_runs_give_equal_numbers(backbone) -> None:
     train, _ = load_task("digits").split(0)
-    one, two = (accuracy.fit(KARST, backbone, CLASSES, train, seed=0, steps=2, lr=3e-3)[0] for _ in range(2))
+    one, two = (
+        accuracy.fit(KARST, backbone, CLASSES, train, accuracy.Setting(3e-3, 1.0), seed=0, steps=2)[0] for _ in range(2)
+    )
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, two.state_dict()[name]), name
 
 
 def test_the_search_takes_the_best_mean_and_of_equals_the_lowest() -> None:
     rows = [
-        {"method": run.method, "lr": run.lr, "steps": 5, "part": "validation", "accuracy": 0.5}
+        {"method": run.method, "lr": run.lr, "gain": run.gain, "steps": 5, "part": "validation", "accuracy": 0.5}
         for run in accuracy.search_runs("demo", 5)
     ]
     for row in rows:
-        if (row["method"], row["lr"]) == ("LoRA", 3e-3):
+        if (row["method"], row["lr"], row["gain"]) == ("LoRA", 3e-3, 1.0):
             row["accuracy"] = 0.6
-    chosen = accuracy.chosen_rates([*rows, {"method": KARST, "lr": 1e-2, "steps": 5, "part": "test", "accuracy": 1}], 5)
-    assert chosen == {KARST: 1e-3, "LoRA": 3e-3, "LoKr": 1e-3, "bias": 1e-3, "full": 1e-4}
+    test = {"method": KARST, "lr": 1e-2, "gain": 1.0, "steps": 5, "part": "test", "accuracy": 1}
+    chosen = accuracy.chosen_settings([*rows, test], 5)
+    expected = {KARST: (1e-3, 0.125), "LoRA": (3e-3, 1.0), "LoKr": (1e-3, 0.125), "bias": (1e-3, None)}
+    assert chosen == expected | {"full": (1e-4, None)}
 
 
 def test_the_main_methods_come_before_the_ablation_and_variants_share_karsts_rate() -> None:
-    rates = {KARST: 1.0, "LoRA": 2.0, "LoKr": 3.0, "bias": 4.0, "full": 5.0}
-    runs = list(accuracy.planned("demo", 5, rates, METHODS, ["digits", "count"], [0, 1]))
+    chosen = {m: accuracy.Setting(lr, 1.0) for lr, m in enumerate((KARST, "LoRA", "LoKr", "bias", "full"), 1)}
+    runs = list(accuracy.planned("demo", 5, chosen, METHODS, ["digits", "count"], [0, 1]))
     assert len(runs) == len(set(runs)) == len(METHODS) * 4
     assert {run.method for run in runs[: len(MAIN) * 4]} == set(MAIN)
     assert {run.lr for run in runs if run.method in CONFIGS} == {1.0}
@@ -179,7 +183,7 @@ def test_a_run_is_measured_once_and_a_report_says_what_came_out(backbone, tmp_pa
     monkeypatch.setattr(sys, "argv", [*command, "--methods", *MAIN, "--log", str(log), "--output", str(output)])
     accuracy.main()
     lines = log.read_text().splitlines()
-    assert len(lines) == 5 + 2 * len(MAIN)
+    assert len(lines) == 5 + 3 + 2 * len(MAIN)  # three methods have two gains
     accuracy.main()
     assert log.read_text().splitlines() == lines
 

@@ -32,6 +32,40 @@ def test_delta_and_apply_are_the_paper_s_sum(splits, kernels, d_in, d_out, facto
     np.testing.assert_allclose(kronecker.apply(torch.from_numpy(x), *tensors, 0.7), x @ expected.T, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(5,), (2, 5), (2, 3, 4)])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_linear_has_the_gradients_of_dw_written_out(splits, rows, bias) -> None:
+    torch.manual_seed(0)
+    shapes = kronecker.shapes(24, 16 * splits, splits, kernels=3, rank=3, factor=8)
+    numbers = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    x = torch.randn(*rows, 24, dtype=torch.float64, requires_grad=True)
+    weight, b0 = torch.randn(16 * splits, 24, dtype=torch.float64), torch.randn(16 * splits, dtype=torch.float64)
+    b0 = b0 if bias else None
+    upstream = torch.randn(*rows, 16 * splits, dtype=torch.float64)
+
+    y = kronecker.linear(x, weight, b0, *numbers, 0.7)
+    found = torch.autograd.grad(y, [x, *numbers], upstream)
+    expected = torch.nn.functional.linear(x, weight + kronecker.delta(*numbers, 0.7), b0)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, [x, *numbers], upstream))
+
+
+def test_linear_under_autocast_computes_in_its_dtype_and_keeps_the_gradients_dtype() -> None:
+    torch.manual_seed(0)
+    shapes = kronecker.shapes(64, 64, 1, kernels=2, rank=4, factor=8)
+    numbers = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    x, weight = torch.randn(2, 9, 64), torch.randn(64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = kronecker.linear(x, weight, None, *numbers)
+    assert y.dtype == torch.bfloat16
+    rough = torch.autograd.grad(y.float().square().sum(), numbers)
+    exact = torch.autograd.grad(kronecker.linear(x, weight, None, *numbers).square().sum(), numbers)
+    for one, other in zip(rough, exact, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
 @pytest.mark.parametrize(
     ("dim", "factor", "expected"),
     [(768, 8, (8, 96)), (768, 96, (8, 96)), (768, 1, (1, 768)), (20, 8, (4, 5)), (7, 8, (1, 7)), (64, 8, (8, 8))],
