@@ -7,11 +7,12 @@ packages: `pip install 'karst-hub[train]'`.
 from typing import TYPE_CHECKING, Any
 
 from .backbone import Backbone, BackboneError, BackboneInfo, Site, load_backbone
-from .bank import Bank, BankFullError, BankLimits
+from .bank import Bank, BankFullError, BankLimits, Slot
 from .config import ConfigError, KarstConfig
 from .data import DataError, ImageError, ImageTooLargeError
 from .file import Adapter
 from .karst import KarstModel, attach, extract
+from .stacks import Packed
 from .validate import AdapterError, Problem
 
 if TYPE_CHECKING:
@@ -33,9 +34,11 @@ __all__ = [
     "ImageTooLargeError",
     "KarstConfig",
     "KarstModel",
+    "Packed",
     "Problem",
     "Recipe",
     "Site",
+    "Slot",
     "Trained",
     "Watch",
     "attach",

@@ -10,7 +10,7 @@ numbers come out of the `Stacks` once a pass.
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import kronecker
 from .backbone import Backbone, BackboneError, BackboneInfo, Site, features
 from .file import Adapter
-from .stacks import SiteNumbers, Stacks
+from .stacks import Packed, SiteNumbers, Stacks
 from .validate import AdapterError, Problem
 
 
@@ -27,22 +27,33 @@ class BankFullError(RuntimeError):
     """Every slot is taken: evict one first."""
 
 
+class Slot(NamedTuple):
+    """Where an adapter is in a bank; every `put` is a new generation, so that an old `Slot` is never taken for it."""
+
+    number: int
+    generation: int
+
+
 @dataclass(frozen=True)
 class _Resident:
     """What is in a slot, beside the numbers in the stacks."""
 
+    generation: int
     kernels: int
     rank: int
-    kronecker: frozenset[str]  # sites with a dW
-    rescaled: frozenset[str]  # sites with a scale and shift, on the output or on the input
-    norms: frozenset[str]  # norm layers with numbers of its own
+    kronecker: frozenset[str]
+    rescaled: frozenset[str]
+    norms: frozenset[str]
     head_weight: Tensor  # (K, D)
     head_bias: Tensor  # (K,)
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """The batch that is under way: the numbers of each site, and which sites any of its adapters changes."""
+    """The batch that is under way: the numbers of each site, and which sites any of its adapters changes.
+
+    Where all images have one adapter, B is 1: a plain product over the rows of all of them.
+    """
 
     numbers: dict[str, SiteNumbers]
     kronecker: frozenset[str]
@@ -126,6 +137,7 @@ class Bank:
         self.slots = slots
         self.limits = BankLimits(backbone.info(), max_rank=max_rank, max_kernels=max_kernels, factor=factor)
         self._residents: dict[int, _Resident] = {}
+        self._generation = 0
         self._free = list(range(slots - 1, -1, -1))
         self._slots_lock = threading.Lock()
         self._forward_lock = threading.Lock()
@@ -144,60 +156,75 @@ class Bank:
         """How many slots are free."""
         return len(self._free)
 
-    def put(self, adapter: Adapter) -> int:
-        """Write an adapter into a free slot, over everything that the slot held; returns the slot.
+    @torch.inference_mode()
+    def pack(self, adapter: Adapter) -> Packed:
+        """An adapter as `put` takes it without further work: checked, in the bank's order and dtype.
+
+        Raises:
+            AdapterError: as `BankLimits.check`.
+        """
+        self.limits.check(adapter)
+        return self._stacks.pack(adapter)
+
+    def put(self, adapter: Adapter | Packed) -> Slot:
+        """Write an adapter into a free slot, over everything that the slot held.
 
         Raises:
             AdapterError: as `BankLimits.check`.
             BankFullError: no slot is free.
         """
-        self.limits.check(adapter)
+        packed = adapter if isinstance(adapter, Packed) else self.pack(adapter)
         with self._slots_lock:
             if not self._free:
                 raise BankFullError(f"all {self.slots} slots are taken")
-            slot = self._free.pop()
+            number = self._free.pop()
+            self._generation += 1
+            slot = Slot(number, self._generation)
         try:
-            resident = self._write(slot, adapter)
+            resident = self._write(slot, packed)
         except BaseException:
             with self._slots_lock:
-                self._free.append(slot)
+                self._free.append(number)
             raise
-        self._residents[slot] = resident
+        self._residents[number] = resident  # from here on it can be seen
         return slot
 
-    def evict(self, slot: int) -> None:
+    def evict(self, slot: Slot) -> None:
         """Give a slot back.
 
         Raises:
-            KeyError: the slot holds no adapter.
+            KeyError: what it held is gone already.
         """
         with self._slots_lock:
-            del self._residents[slot]
-            self._free.append(slot)
+            if self._resident(slot) is None:
+                raise KeyError(slot)
+            del self._residents[slot.number]
+            self._free.append(slot.number)
 
     @torch.inference_mode()
-    def forward(self, pixels: Tensor, slots: Sequence[int]) -> list[Tensor]:
+    def forward(self, pixels: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
         """One pass of the backbone, every image with its own adapter.
 
         Args:
             pixels: (B, 3, H, W), normalised.
-            slots: B slots; image i is classified by the adapter in `slots[i]`.
+            slots: B slots, as `put` gave them; image i is classified by the adapter in `slots[i]`.
 
         Returns:
             B tensors of logits, image i's of shape (K_i,), in the backbone's dtype on its device.
 
         Raises:
-            ValueError: not as many slots as images, or a slot that holds no adapter.
+            ValueError: not as many slots as images, or a slot whose adapter is gone.
         """
         if len(slots) != len(pixels):
             raise ValueError(f"{len(pixels)} images need as many slots, got {len(slots)}")
-        absent = sorted({slot for slot in slots if slot not in self._residents})
-        if absent:
-            raise ValueError(f"no adapter in slot {', '.join(map(str, absent))}")
-        residents = [self._residents[slot] for slot in slots]
+        residents = [r for r in map(self._resident, slots) if r is not None]
+        if len(residents) < len(slots):
+            gone = sorted({slot.number for slot in slots if self._resident(slot) is None})
+            raise ValueError(f"no adapter, or another one, in slot {', '.join(map(str, gone))}")
         if not residents:
             return []
-        index = torch.tensor(slots, device=self.backbone.device)
+        one = len(set(slots)) == 1
+        index = torch.tensor([slot.number for slot in (slots[:1] if one else slots)], device=self.backbone.device)
         norms = frozenset().union(*(r.norms for r in residents))
         with self._forward_lock:
             self._pass = _Pass(
@@ -225,9 +252,9 @@ class Bank:
         device, dtype = self.backbone.device, self.backbone.dtype
         height, width = self.backbone.input_size[1:]
         pixels = torch.linspace(-1, 1, 3 * height * width, device=device, dtype=dtype).view(1, 3, height, width)
-        self._stacks.write(0, {}, 1.0)
+        self._stacks.write(0, self._stacks.pack(None))
         every = frozenset(site.name for site in self.backbone.sites)
-        zero = self._stacks.gather(torch.zeros(1, dtype=torch.int64, device=device), kernels=1, rank=1)
+        zero = self._stacks.gather(torch.zeros(1, dtype=torch.int64, device=device), kernels=1, rank=2)
         self._pass = _Pass(zero, every, every, norms={})
         try:
             beside = features(self._model, pixels)
@@ -237,19 +264,23 @@ class Bank:
             name = self.backbone.name
             raise BackboneError(f"backbone {name!r} cannot be served from a bank: zeros change its features")
 
-    def _write(self, slot: int, adapter: Adapter) -> _Resident:
-        layers = adapter.layers()
-        with torch.inference_mode():
-            kernels, rank = self._stacks.write(slot, layers, adapter.config.effective_gain)
-        to: dict[str, Any] = {"device": self.backbone.device, "dtype": self.backbone.dtype}
+    def _resident(self, slot: Slot) -> _Resident | None:
+        """What `put` left in this slot, unless it is gone."""
+        found = self._residents.get(slot.number)
+        return found if found is not None and found.generation == slot.generation else None
+
+    @torch.inference_mode()
+    def _write(self, slot: Slot, packed: Packed) -> _Resident:
+        weight, bias = self._stacks.write(slot.number, packed)
         return _Resident(
-            kernels=kernels,
-            rank=rank,
-            kronecker=frozenset(name for name, parts in layers.items() if "karst_c" in parts),
-            rescaled=frozenset(name for name, parts in layers.items() if "scale" in parts or "in_scale" in parts),
-            norms=frozenset(name for name, parts in layers.items() if "norm_weight" in parts),
-            head_weight=adapter.tensors["head.weight"].to(**to),
-            head_bias=adapter.tensors["head.bias"].to(**to),
+            generation=slot.generation,
+            kernels=packed.kernels,
+            rank=packed.rank,
+            kronecker=packed.kronecker,
+            rescaled=packed.rescaled,
+            norms=packed.norms,
+            head_weight=weight,
+            head_bias=bias,
         )
 
     def _hook(self, linear: nn.Module, site: Site) -> None:

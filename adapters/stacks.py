@@ -1,9 +1,11 @@
-"""Where a bank keeps the numbers of its adapters: every slot of every site, and what one batch needs of them.
+"""Where a bank keeps the numbers of its adapters: one contiguous row a slot, and what one batch needs of them.
 
 Axes: B adapters of a batch, N kernels, R rank, S splits, p x q the sides of C, a = d_out / (S p), b = d_in / q.
 
-The numbers of all sites lie side by side in three tensors, so that a batch gathers what it needs with three
-copies, not with three for each site. Kernels and ranks are outer axes: those that no adapter uses stay behind.
+`pack` brings an adapter's numbers into the order of a row, without padding, in host memory: one copy takes them to the
+device. A row has four parts, and in each the sites lie side by side: C (N, ..), A and B (N, R, ..), re-scaling, norms.
+So a batch gathers what it needs with one copy a part, not one a site, and what no adapter of it uses (kernels and
+ranks are outer axes) stays behind.
 """
 
 from collections.abc import Iterator
@@ -15,13 +17,14 @@ from torch import Tensor
 
 from . import kronecker
 from .backbone import Backbone
+from .file import Adapter
 
 _SCALES = ("scale", "shift", "in_scale", "in_shift")
 
 
 @dataclass(frozen=True)
 class SiteNumbers:
-    """The numbers of one site for every adapter of a batch: views into the three gathered tensors."""
+    """The numbers of one site for every adapter of a batch: views into the gathered tensors."""
 
     c: Tensor  # (B N, 2 q, 2 p), as `kronecker.add_` takes it; carries the adapter's gain
     a: Tensor  # (B, N R, S a)
@@ -32,11 +35,29 @@ class SiteNumbers:
     in_shift: Tensor
 
 
+@dataclass(frozen=True)
+class Packed:
+    """An adapter ready for a slot, in host memory: its numbers in one piece, and what a batch must know of it."""
+
+    flat: Tensor  # 1-D, in the backbone's dtype: C, A and B, re-scaling, norms, head; pinned if the bank is on CUDA
+    kernels: int  # the largest N of its layers
+    rank: int  # their largest R, made even
+    classes: int
+    kronecker: frozenset[str]  # sites with a dW
+    rescaled: frozenset[str]  # sites with a scale and shift, on the output or on the input
+    norms: frozenset[str]  # norm layers with numbers of its own
+
+    @property
+    def size_bytes(self) -> int:
+        return self.flat.numel() * self.flat.element_size()
+
+
 class Stacks:
     """The numbers of all sites in a fixed number of slots."""
 
     def __init__(self, backbone: Backbone, slots: int, *, max_rank: int, max_kernels: int, factor: int) -> None:
         self._sites = backbone.sites
+        self._width = backbone.width
         self._c_shapes, self._c_sizes, self._factor_sizes, self._scale_sizes = [], [], [], []
         for site in self._sites:
             (_, p, q), (_, s, a, _), (_, _, b) = kronecker.shapes(
@@ -47,51 +68,99 @@ class Stacks:
             self._factor_sizes += [s * a, b]
             d_out, d_in = site.d_out * site.rescale_out, site.d_in * site.rescale_in
             self._scale_sizes += [d_out, d_out, d_in, d_in]
-        max_rank += max_rank % 2  # `kronecker.add_` wants an even R
-        to: dict[str, Any] = {"device": backbone.device, "dtype": backbone.dtype}
-        self._c = torch.zeros(slots, max_kernels, sum(self._c_sizes), **to)
-        self._factors = torch.zeros(slots, max_kernels, max_rank, sum(self._factor_sizes), **to)  # A and B
-        self._scales = torch.zeros(slots, 1, sum(self._scale_sizes), **to)
         modules = dict(backbone.model.named_modules())
         self._norms = tuple(norm.name for norm in backbone.norms)
         self._norm_sizes = [size for norm in backbone.norms for size in (norm.width, norm.width)]
         frozen = [t for name in self._norms for t in (modules[name].weight, modules[name].bias)]
-        self._frozen_norms = torch.cat(frozen) if frozen else torch.zeros(0, **to)
-        self._tuned_norms = torch.zeros(slots, 1, sum(self._norm_sizes), **to)
+        self._frozen_norms = torch.cat(frozen) if frozen else torch.zeros(0)
 
-    def write(self, slot: int, layers: dict[str, dict[str, Tensor]], gain: float) -> tuple[int, int]:
-        """Overwrite a slot with the layers of an adapter: zeros, ones or the backbone's own numbers where it has none.
+        max_rank += max_rank % 2  # `kronecker.add_` wants an even R
+        sizes = self._sizes(max_kernels, max_rank)
+        self._device, self._dtype = backbone.device, backbone.dtype
+        self._rows = torch.zeros(slots, sum(sizes), device=self._device, dtype=self._dtype)
+        c, factors, self._scales, self._tuned_norms = self._rows.split(sizes, 1)
+        self._c = c.unflatten(1, (max_kernels, -1))
+        self._factors = factors.unflatten(1, (max_kernels, max_rank, -1))
+        # Copies to a GPU run beside the passes.
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
-        Returns:
-            The largest N and the largest R of its layers.
+    def pack(self, adapter: Adapter | None) -> Packed:
+        """An adapter's numbers in the order of a row; None is one that changes nothing and has no head.
+
+        A layer that an adapter does not have gets zeros, ones or the backbone's own numbers.
         """
-        for stack in (self._c, self._factors, self._scales):
-            stack[slot].zero_()
-        kernels = rank = 0
-        for site, c, a, b, *scales in self._split(self._c[slot], self._factors[slot], self._scales[slot]):
-            parts = {name: t.to(c.device, torch.float32) for name, t in layers.get(site.name, {}).items()}
-            for name, out in zip(_SCALES, scales, strict=True):
+        layers = {} if adapter is None else adapter.layers()
+        gain = 1.0 if adapter is None else adapter.config.effective_gain
+        with_dw = {name: parts["karst_a"].shape for name, parts in layers.items() if "karst_c" in parts}
+        kernels = max((shape[0] for shape in with_dw.values()), default=0)
+        rank = max((shape[3] for shape in with_dw.values()), default=0)
+        rank += rank % 2
+        classes = 0 if adapter is None else adapter.num_classes
+        sizes = [*self._sizes(kernels, rank), classes * self._width, classes]
+        flat = torch.zeros(sum(sizes), dtype=self._dtype, pin_memory=self._stream is not None)
+        c, factors, scales, norms, weight, bias = flat.split(sizes)
+        own = self._split(
+            c.view(kernels, sum(self._c_sizes)), factors.view(kernels, rank, sum(self._factor_sizes)), scales
+        )
+        for site, c_out, a_out, b_out, *scale_outs in own:
+            parts = {name: t.float() for name, t in layers.get(site.name, {}).items()}
+            for name, out in zip(_SCALES, scale_outs, strict=True):
                 out.copy_(parts[name]) if name in parts else out.fill_(name.endswith("scale"))
             if "karst_c" in parts:
                 n, s, rows, r = parts["karst_a"].shape
-                c[:n].copy_(kronecker.doubled(parts["karst_c"] * gain).flatten(1))
-                a[:n, :r].copy_(parts["karst_a"].permute(0, 3, 1, 2).reshape(n, r, s * rows))
-                b[:n, :r].copy_(parts["karst_b"])
-                kernels, rank = max(kernels, n), max(rank, r)
-        self._tuned_norms[slot].copy_(self._frozen_norms)
-        for name, (weight, bias) in self._split_norms(self._tuned_norms[slot]).items():
+                c_out[:n].copy_(kronecker.doubled(parts["karst_c"] * gain).flatten(1))
+                a_out[:n, :r].copy_(parts["karst_a"].permute(0, 3, 1, 2).reshape(n, r, s * rows))
+                b_out[:n, :r].copy_(parts["karst_b"])
+        norms.copy_(self._frozen_norms)
+        for name, (norm_weight, norm_bias) in self._split_norms(norms).items():
             parts = layers.get(name, {})
             if "norm_weight" in parts:
-                weight.copy_(parts["norm_weight"])
-                bias.copy_(parts["norm_bias"])
-        return kernels, rank
+                norm_weight.copy_(parts["norm_weight"])
+                norm_bias.copy_(parts["norm_bias"])
+        if adapter is not None:
+            weight.copy_(adapter.tensors["head.weight"].flatten())
+            bias.copy_(adapter.tensors["head.bias"])
+        return Packed(
+            flat,
+            kernels,
+            rank,
+            classes,
+            kronecker=frozenset(with_dw),
+            rescaled=frozenset(name for name, parts in layers.items() if "scale" in parts or "in_scale" in parts),
+            norms=frozenset(name for name, parts in layers.items() if "norm_weight" in parts),
+        )
+
+    def write(self, slot: int, packed: Packed) -> tuple[Tensor, Tensor]:
+        """Overwrite a whole slot; it holds all of the adapter when this returns.
+
+        Returns:
+            The head's weight (K, D) and bias (K,), on the device. They lie outside of the row: K has no bound.
+        """
+        with torch.cuda.stream(self._stream):  # None: does nothing
+            flat = packed.flat.to(self._device, non_blocking=True)
+            head = packed.classes * self._width
+            c, factors, scales, norms, weight, bias = flat.split(
+                [*self._sizes(packed.kernels, packed.rank), head, packed.classes]
+            )
+            self._rows[slot].zero_()
+            if packed.kernels:
+                self._c[slot, : packed.kernels].copy_(c.view(packed.kernels, -1))
+                self._factors[slot, : packed.kernels, : packed.rank].copy_(
+                    factors.view(packed.kernels, packed.rank, -1)
+                )
+            self._scales[slot].copy_(scales)
+            self._tuned_norms[slot].copy_(norms)
+            # Clones: a view would keep all of the flat copy.
+            result = weight.view(packed.classes, self._width).clone(), bias.clone()
+        if self._stream is not None:
+            self._stream.synchronize()
+        return result
 
     def gather(self, index: Tensor, kernels: int, rank: int) -> dict[str, SiteNumbers]:
-        """The first N kernels and R ranks of the slots in `index` (B,), for each site by its name."""
-        rank += rank % 2
+        """The first N kernels and R ranks (an even number) of the slots in `index` (B,), for each site by its name."""
         c = self._c[:, :kernels].index_select(0, index).flatten(0, 1)  # (B N, sum of 4 q p)
         factors = self._factors[:, :kernels, :rank].index_select(0, index).flatten(1, 2)  # (B, N R, sum of S a + b)
-        scales = self._scales.index_select(0, index)
+        scales = self._scales.index_select(0, index)[:, None]
         return {
             site.name: SiteNumbers(own.view(-1, *shape), *rest)
             for shape, (site, own, *rest) in zip(self._c_shapes, self._split(c, factors, scales), strict=True)
@@ -99,7 +168,16 @@ class Stacks:
 
     def gather_norms(self, index: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Weight and bias, (B, 1, d) each, of every norm layer for the slots in `index` (B,)."""
-        return self._split_norms(self._tuned_norms.index_select(0, index))
+        return self._split_norms(self._tuned_norms.index_select(0, index)[:, None])
+
+    def _sizes(self, kernels: int, rank: int) -> list[int]:
+        """How many numbers the parts of a row have."""
+        return [
+            kernels * sum(self._c_sizes),
+            kernels * rank * sum(self._factor_sizes),
+            sum(self._scale_sizes),
+            sum(self._norm_sizes),
+        ]
 
     def _split_norms(self, numbers: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Norm layer -> weight and bias: views of the last axis."""

@@ -23,11 +23,13 @@ from .routes import create_api
 from .service import Service, Workers
 from .settings import Settings
 from .store import Store
+from .warmth import Warmth
 from .worker import Worker
 
 NAME = "karst-hub"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 GATEWAY_REQUESTS = 1000  # at once in one gateway; they wait for images and workers, and cost memory only
+WORKER_REQUESTS = 4096  # at once at one worker; they wait there, see `worker.TENANT_QUEUE`
 QUEUED_REQUESTS = 512  # waiting for workers in one gateway; more are told to come back
 OBJECT_STORE_BYTES = 256 * 1024**2  # pixels go to workers by value; Ray's object store is hardly used
 
@@ -56,9 +58,8 @@ def build(settings: Settings) -> serve.Application:
         }
     worker = serve.deployment(
         name="worker",
-        # Two batches of single images at a worker, one that runs and one that waits; the rest wait in the gateways,
-        # and are refused when too many do.
-        max_ongoing_requests=max(2 * settings.batch_size, 16),
+        # What waits, waits at the worker: only its batcher knows whose turn it is. More is refused by the gateways.
+        max_ongoing_requests=WORKER_REQUESTS,
         max_queued_requests=QUEUED_REQUESTS,
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if on_gpu else 0},
@@ -67,8 +68,9 @@ def build(settings: Settings) -> serve.Application:
     gateway = serve.deployment(
         name="gateway", max_ongoing_requests=GATEWAY_REQUESTS, ray_actor_options={"num_cpus": 0}
     )(Gateway)
+    warmth = Warmth(settings.redis_url, settings.pinned)
     threads = max(1, cores // settings.max_workers)
-    return gateway.bind(partial(make_api, settings), worker.bind(settings, Store(settings.store_url), threads))
+    return gateway.bind(partial(make_api, settings), worker.bind(settings, Store(settings.store_url), warmth, threads))
 
 
 def make_api(settings: Settings, workers: Workers) -> FastAPI:

@@ -9,6 +9,7 @@ HubError
  |- NotFound             404  no such task, version or alias among the tenant's own
  |- Conflict             409  the change contradicts what is there
  |- TooLarge             413  a body, an image or a file over its limit
+ |- LimitReached         429  a limit of the tenant is reached; try again later
  `- Unavailable          503  something the hub needs is away for now; try again
 """
 
@@ -102,6 +103,15 @@ class TooLarge(HubError):
     """A body, an image or an adapter file over its limit; the detail names the limit."""
 
     status, code, title = 413, "too-large", "Too large"
+
+
+class LimitReached(HubError):
+    """The tenant has reached one of its limits, which the detail names; nothing was done; try again later."""
+
+    status, code, title = 429, "limit-reached", "A limit of the tenant is reached"
+
+    def __init__(self, detail: str, errors: Sequence[FieldProblem] = (), retry_after_s: int | None = 1) -> None:
+        super().__init__(detail, errors, retry_after_s)
 
 
 class Unavailable(HubError):

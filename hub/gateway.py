@@ -1,6 +1,7 @@
 """The Ray Serve ingress: the HTTP application in front, the workers behind. Deployed by `app.build`."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ from .answers import Answer
 from .errors import HubError, Unavailable
 from .service import Workers
 
+logger = logging.getLogger(__name__)
+
 READY_S = 2.0
 
 
@@ -25,17 +28,30 @@ class ServeWorkers:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def classify(self, digest: str, images: Sequence[np.ndarray]) -> list[Answer]:
-        # Not multiplexed_model_id: Serve would split batches by it, and no batch would ever mix tasks.
-        return await self._call(self._handle.options(session_id=digest).classify, digest, images)
+    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray]) -> list[Answer]:
+        return await self._call(self._near(digest).classify, tenant, digest, images)
+
+    async def prefetch(self, digest: str) -> None:
+        try:
+            await self._call(self._near(digest).prefetch, digest)
+        except HubError as error:
+            logger.info("adapter %s was not prefetched: %s", digest[:12], error)
 
     async def limits(self) -> BankLimits:
         return await self._call(self._handle.limits, timeout_s=READY_S)
+
+    def _near(self, digest: str) -> DeploymentHandle:
+        """A handle to the worker that has the adapter, if one has."""
+        # Not multiplexed_model_id: Serve would split batches by it, and no batch would ever mix tasks.
+        return self._handle.options(session_id=digest)
 
     async def _call(self, method, *args, timeout_s: float | None = None):
         response = method.remote(*args)
         try:
             return await (asyncio.wait_for(response, timeout_s) if timeout_s else response)
+        except asyncio.CancelledError:  # the client went away: what waits at the worker need not be computed
+            response.cancel()
+            raise
         except HubError:
             raise
         except ray.exceptions.RayTaskError as error:

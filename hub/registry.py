@@ -5,13 +5,14 @@ Redis keys (all under `karst:`; `{tenant}` is the tenant's name):
 
     keys                        hash    sha256 of an API key -> JSON {tenant, role, ...}: the way from key to tenant
     events                      stream  tenant, task of each change
+    busy                        zset    digests that a worker used of late -> when, in seconds since 1970
     t:{tenant}:tasks            set     names of the tasks
     t:{tenant}:numbers          hash    task -> its last version number; outlives the task, so none is given twice
     t:{tenant}:task:{task}      hash    v:N -> JSON of version N, d:DIGEST -> N, a:ALIAS -> JSON {N: weight}
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ from .schemas import LATEST, TaskInfo, TaskSummary, VersionInfo
 PREFIX = "karst:"
 EVENTS = PREFIX + "events"
 KEYS = PREFIX + "keys"
+BUSY = PREFIX + "busy"
+KEPT_BUSY = 10_000
 KEPT_EVENTS = 100_000
 
 # KEYS: tasks, numbers, task, events. ARGV: tenant, task, digest, version JSON without its number, aliases...
@@ -246,6 +249,17 @@ class Registry:
 
     async def has_keys(self) -> bool:
         return bool(await self._do(self._redis.exists(KEYS)))
+
+    async def busy(self, limit: int) -> list[str]:
+        """Digests that workers used, latest first."""
+        found: list[str] = await self._do(self._redis.zrange(BUSY, 0, limit - 1, desc=True))
+        return found
+
+    async def note_busy(self, digests: Iterable[str], now_s: float) -> None:
+        """Workers used these at this time, in seconds since 1970."""
+        if scores := dict.fromkeys(digests, now_s):
+            await self._do(self._redis.zadd(BUSY, scores, gt=True))
+            await self._do(self._redis.zremrangebyrank(BUSY, 0, -KEPT_BUSY - 1))
 
     async def ping(self) -> None:
         """

@@ -43,7 +43,7 @@ BEARER = HTTPBearer(auto_error=False)  # for the documentation; `Access` reads t
 PROBLEM_JSON = "application/problem+json"
 ADAPTER_FILE = "application/octet-stream"
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "content": {PROBLEM_JSON: {}}} for status in (401, 403, 404, 409, 413, 422, 503)
+    status: {"model": Problem, "content": {PROBLEM_JSON: {}}} for status in (401, 403, 404, 409, 413, 422, 429, 503)
 }
 
 JSON = "application/json"

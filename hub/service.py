@@ -30,8 +30,11 @@ CHUNK_BYTES = 2 * 1024**2  # of pixels in one call to a worker; by-value message
 class Workers(Protocol):
     """The workers as the service sees them; the gateway puts Ray Serve behind it."""
 
-    async def classify(self, digest: str, images: Sequence[np.ndarray]) -> list[Answer]:
-        """Probabilities for images of one adapter, from a worker that is likely to hold it."""
+    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray]) -> list[Answer]:
+        """Probabilities for images of one adapter, from a worker that is likely to hold it, in the tenant's turn."""
+
+    async def prefetch(self, digest: str) -> None:
+        """Tell that worker that the adapter will be asked for; never fails."""
 
     async def limits(self) -> BankLimits:
         """What the workers' banks accept."""
@@ -59,6 +62,7 @@ class Service:
         self._executor = executor
         self._max_adapter_bytes = max_adapter_bytes
         self._limits: BankLimits | None = None
+        self._background: set[asyncio.Task[None]] = set()
 
     async def classify(
         self, tenant: str, name: str, version: str, images: Sequence[tuple[str, bytes]], top_k: int
@@ -79,7 +83,7 @@ class Service:
         """
         chosen = _choose(await self._cache.task(tenant, name), version)
         pixels = await self._images.pixels([(field, data, chosen.preprocess) for field, data in images])
-        answers = await self._ask(chosen.digest, pixels)
+        answers = await self._ask(tenant, chosen.digest, pixels)
         body = Classified(
             task=name,
             version=chosen.version,
@@ -101,7 +105,7 @@ class Service:
         members = defaultdict(list)
         for i, c in enumerate(chosen):
             members[c.digest].append(i)
-        groups = await asyncio.gather(*(self._ask(d, [pixels[i] for i in at]) for d, at in members.items()))
+        groups = await asyncio.gather(*(self._ask(tenant, d, [pixels[i] for i in at]) for d, at in members.items()))
         answers = dict(zip(chain(*members.values()), chain(*groups), strict=True))
         results = [
             Result(
@@ -142,6 +146,9 @@ class Service:
         aliases = [LATEST] if alias in (None, LATEST) else [LATEST, alias]
         kept, created = await self._registry.register(tenant, name, version, aliases)
         self._cache.forget(tenant, name)
+        prefetch = asyncio.create_task(self._workers.prefetch(adapter.digest))
+        self._background.add(prefetch)  # the loop itself keeps no task alive
+        prefetch.add_done_callback(self._background.discard)
         return Registered(task=name, **kept.model_dump()), created
 
     async def tasks(self, tenant: str) -> list[TaskSummary]:
@@ -189,10 +196,10 @@ class Service:
         """
         await self._workers.limits()
 
-    async def _ask(self, digest: str, pixels: Sequence[np.ndarray]) -> list[Answer]:
+    async def _ask(self, tenant: str, digest: str, pixels: Sequence[np.ndarray]) -> list[Answer]:
         size = max(1, CHUNK_BYTES // max(p.nbytes for p in pixels))
         chunks = [pixels[i : i + size] for i in range(0, len(pixels), size)]
-        answers = await asyncio.gather(*(self._workers.classify(digest, chunk) for chunk in chunks))
+        answers = await asyncio.gather(*(self._workers.classify(tenant, digest, chunk) for chunk in chunks))
         return [answer for chunk in answers for answer in chunk]
 
     def _check(self, limits: BankLimits, data: bytes) -> Adapter:

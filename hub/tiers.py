@@ -1,13 +1,18 @@
 """Where an adapter's numbers are on a worker: store -> host memory -> bank slot.
 
 Whoever classifies takes a lease on an adapter: it is in a slot for as long as the lease lasts. A cold adapter is
-loaded in a thread, once however many wait for it, and nobody else waits. The least recently used adapter without
-a lease gives up its slot; it stays in host memory while there is room.
+loaded in a thread, once however many wait for it; they are parked, for a bounded time, and nobody else waits. The
+least recently used adapter without a lease gives up its slot; it stays in host memory while there is room.
+
+An adapter is absent, loading (`_loads`), resident (`_residents`), or its last load failed and it is left alone for a
+while (`_failures`).
 """
 
 import asyncio
+import copy
+import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,10 +20,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters import Adapter, AdapterError, Bank
+from adapters import Adapter, AdapterError, Bank, Packed, Slot
 
-from .errors import FieldProblem, InvalidAdapter, Unavailable
+from .errors import FieldProblem, HubError, InvalidAdapter, Unavailable
 from .store import Store
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+
+
+@dataclass(frozen=True)
+class _Host:
+    """An adapter in host memory, ready for a slot."""
+
+    packed: Packed
+    mean: Tensor  # (3,) float32
+    std: Tensor  # (3,)
 
 
 @dataclass
@@ -26,146 +42,249 @@ class Resident:
     """An adapter in a slot, with what its images need."""
 
     digest: str
-    slot: int
-    mean: Tensor  # (3,) float32
-    std: Tensor  # (3,)
+    slot: Slot
+    mean: Tensor
+    std: Tensor
     leases: int
 
 
 @dataclass
 class _Load:
-    """A load under way, how many callers wait for it, and what came of it."""
+    """A load under way: how many callers wait for it, for what it waits itself, and what came of it."""
 
     waiters: int = 0
+    waits_for: str = "its file"
     task: "asyncio.Task[Resident] | None" = None
     resident: Resident | None = None
+
+
+@dataclass
+class _Failure:
+    """Why a load failed, and until when nobody tries again."""
+
+    error: HubError
+    pause_s: float
+    until: float
+
+
+@dataclass
+class Counts:
+    """What has happened since the worker started."""
+
+    hits: int = 0
+    loads: int = 0
+    load_s: float = 0.0
+    store_reads: int = 0
+    evictions: int = 0
+    failures: int = 0
 
 
 class Tiers:
     """The adapters of one worker. Its methods run on one event loop; loads run in `executor`."""
 
-    def __init__(self, bank: Bank, store: Store, executor: Executor, *, host_cache_bytes: int, wait_s: float) -> None:
+    def __init__(
+        self,
+        bank: Bank,
+        store: Store,
+        executor: Executor,
+        *,
+        host_cache_bytes: int,
+        wait_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """
         Args:
-            wait_s: how long a lease waits for a slot, where every slot is in use, before it is refused.
+            wait_s: how long a caller is parked, while its adapter loads, before it is told to come back.
         """
         self._bank = bank
         self._store = store
         self._executor = executor
         self._wait_s = wait_s
+        self._clock = clock
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._loads: dict[str, _Load] = {}
+        self._failures: dict[str, _Failure] = {}
+        self._pinned: dict[str, str] = {}  # name -> digest
         self._host = _HostCache(host_cache_bytes)
-        self._released = asyncio.Condition()
+        self._released = asyncio.Event()
         self._writing = 0  # slots promised to loads that have not finished
+        self.counts = Counts()
+
+    @property
+    def resident(self) -> int:
+        """How many slots hold an adapter."""
+        return len(self._residents)
+
+    @property
+    def host_bytes(self) -> int:
+        return self._host.size_bytes
 
     @asynccontextmanager
     async def lease(self, digest: str) -> AsyncIterator[Resident]:
         """Hold an adapter in its slot.
 
         Raises:
-            Unavailable: the store does not give the file, or no slot came free in time.
+            Unavailable: the store does not give the file, or the adapter was not in a slot in time.
             InvalidAdapter: the file does not fit this worker's backbone.
         """
         resident = self._residents.get(digest)
         if resident is not None:
+            self.counts.hits += 1
             resident.leases += 1
         else:
-            resident = await self._loaded(digest)
+            resident = await self._parked(digest)
         try:
             self._residents.move_to_end(digest)
             yield resident
         finally:
-            await self._release(resident)
+            self.release([resident])
 
-    async def _loaded(self, digest: str) -> Resident:
+    def keep(self, residents: Iterable[Resident]) -> None:
+        """One more lease on each, for whoever already has one."""
+        for resident in residents:
+            resident.leases += 1
+
+    def release(self, residents: Iterable[Resident]) -> None:
+        """Give back a lease on each."""
+        for resident in residents:
+            resident.leases -= 1
+        self._released.set()
+
+    def pin(self, name: str, digest: str) -> None:
+        """Never take this adapter's slot, once it has one; `name` says what for, and is pinned to nothing else."""
+        self._pinned[name] = digest
+
+    def preload(self, digest: str) -> None:
+        """Load an adapter before anything else happens here; blocks.
+
+        Raises:
+            Unavailable, InvalidAdapter: as `lease`.
+        """
+        host = self._read(digest)
+        self._host.put(digest, host)
+        self._residents[digest] = Resident(digest, self._bank.put(host.packed), host.mean, host.std, leases=0)
+
+    async def prefetch(self, digest: str) -> None:
+        """Load an adapter that will be asked for soon; a failure is left for whoever asks."""
+        try:
+            async with self.lease(digest):
+                pass
+        except HubError:
+            pass
+
+    async def _parked(self, digest: str) -> Resident:
         """Wait for the one load of an adapter; the resident comes with this caller's lease already counted."""
+        failure = self._failures.get(digest)
+        if failure is not None and self._clock() < failure.until:
+            raise copy.copy(failure.error)
         load = self._loads.get(digest)
         if load is None:
             load = self._loads[digest] = _Load()
             load.task = asyncio.create_task(self._load(digest, load))
+            # Whoever waits gets its error; where nobody waits any more, it is no news.
+            load.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         assert load.task is not None  # noqa: S101 (for the type checker)
         load.waiters += 1
         try:
-            # Shielded: a caller that goes away must not take the load from the others.
-            return await asyncio.shield(load.task)
-        except asyncio.CancelledError:
+            async with asyncio.timeout(self._wait_s):
+                # Shielded: a caller that goes away must not take the load from the others.
+                return await asyncio.shield(load.task)
+        except (asyncio.CancelledError, TimeoutError) as error:
             load.waiters -= 1
             if load.resident is not None:
-                await self._release(load.resident)
-            raise
+                self.release([load.resident])
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            raise Unavailable(f"the adapter is not loaded yet, it waits for {load.waits_for}; try again") from error
 
-    async def _release(self, resident: Resident) -> None:
-        resident.leases -= 1
-        if not resident.leases:
-            await self._notify()
-
-    async def _notify(self) -> None:
-        """Wake the loads that wait for a slot: one may be had now."""
-        async with self._released:
-            self._released.notify_all()
-
-    async def _load(self, digest: str, load: "_Load") -> Resident:
+    async def _load(self, digest: str, load: _Load) -> Resident:
         loop = asyncio.get_running_loop()
+        began = self._clock()
         try:
-            adapter = self._host.get(digest)
-            if adapter is None:
-                adapter = await loop.run_in_executor(self._executor, self._read, digest)
-                self._host.put(adapter)
+            host = self._host.get(digest)
+            if host is None:
+                self.counts.store_reads += 1
+                host = await loop.run_in_executor(self._executor, self._read, digest)
+                self._host.put(digest, host)
+            load.waits_for = f"a slot: all {self._bank.slots} of this worker are in use"
             await self._reserve()
             try:
-                slot = await loop.run_in_executor(self._executor, self._bank.put, adapter)
+                slot = await loop.run_in_executor(self._executor, self._bank.put, host.packed)
             finally:
                 self._writing -= 1
-            mean, std = (torch.tensor(adapter.preprocess[name], dtype=torch.float32) for name in ("mean", "std"))
             # In one step with the leases of all who wait: nobody can take the slot before they use it.
-            load.resident = self._residents[digest] = Resident(digest, slot, mean, std, load.waiters)
+            load.resident = self._residents[digest] = Resident(digest, slot, host.mean, host.std, load.waiters)
+            self._failures.pop(digest, None)
+            self.counts.loads += 1
+            self.counts.load_s += self._clock() - began
             return load.resident
-        except AdapterError as error:
-            raise invalid_adapter(error) from error
+        except HubError as error:
+            self._note_failure(digest, error)
+            raise
         finally:
             del self._loads[digest]
-            await self._notify()  # it failed, or nobody waits for it any more: either way a slot may be free
+            self._released.set()  # it failed, or nobody waits for it any more: either way a slot may be free
 
     async def _reserve(self) -> None:
         """Promise a slot to a load, taking it from the least recently used adapter where none is free."""
-        try:
-            async with asyncio.timeout(self._wait_s), self._released:
-                while len(self._residents) + self._writing >= self._bank.slots:
-                    idle = next((r for r in self._residents.values() if not r.leases), None)
-                    if idle is None:
-                        await self._released.wait()
-                    else:
-                        del self._residents[idle.digest]
-                        self._bank.evict(idle.slot)
-                self._writing += 1
-        except TimeoutError as error:
-            raise Unavailable(f"all {self._bank.slots} adapter slots of this worker are in use; try again") from error
+        while len(self._residents) + self._writing >= self._bank.slots:
+            pinned = set(self._pinned.values())
+            idle = next((r for r in self._residents.values() if not r.leases and r.digest not in pinned), None)
+            if idle is None:
+                self._released.clear()
+                await self._released.wait()
+            else:
+                del self._residents[idle.digest]
+                self._bank.evict(idle.slot)
+                self.counts.evictions += 1
+                self._host.get(idle.digest)  # it was of use until now
+        self._writing += 1
 
-    def _read(self, digest: str) -> Adapter:
-        return Adapter.read(self._store.get(digest))
+    def _note_failure(self, digest: str, error: HubError) -> None:
+        """Longer and longer pauses, so that a file that is gone or damaged costs the store little."""
+        self.counts.failures += 1
+        now = self._clock()
+        for stale in [d for d, failure in self._failures.items() if now > failure.until + LONGEST_PAUSE_S]:
+            del self._failures[stale]
+        before = self._failures.get(digest)
+        pause_s = FIRST_PAUSE_S if before is None else min(2 * before.pause_s, LONGEST_PAUSE_S)
+        self._failures[digest] = _Failure(error, pause_s, now + pause_s)
+
+    def _read(self, digest: str) -> _Host:
+        """Store -> host memory, in a thread.
+
+        Raises:
+            Unavailable, InvalidAdapter: as `lease`.
+        """
+        try:
+            adapter = Adapter.read(self._store.get(digest))
+            packed = self._bank.pack(adapter)
+        except AdapterError as error:
+            raise invalid_adapter(error) from error
+        mean, std = (torch.tensor(adapter.preprocess[name], dtype=torch.float32) for name in ("mean", "std"))
+        return _Host(packed, mean, std)
 
 
 class _HostCache:
-    """Adapters in host memory, at most so many bytes of files; least recently used out."""
+    """Adapters in host memory, at most so many bytes; least recently used out."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._bytes = 0
-        self._adapters: OrderedDict[str, Adapter] = OrderedDict()
+        self.size_bytes = 0
+        self._adapters: OrderedDict[str, _Host] = OrderedDict()
 
-    def get(self, digest: str) -> Adapter | None:
+    def get(self, digest: str) -> _Host | None:
         adapter = self._adapters.get(digest)
         if adapter is not None:
             self._adapters.move_to_end(digest)
         return adapter
 
-    def put(self, adapter: Adapter) -> None:
-        self._adapters[adapter.digest] = adapter
-        self._bytes += len(adapter.data)
-        while self._bytes > self._limit_bytes:
+    def put(self, digest: str, adapter: _Host) -> None:
+        self._adapters[digest] = adapter
+        self.size_bytes += adapter.packed.size_bytes
+        while self.size_bytes > self._limit_bytes:
             _, oldest = self._adapters.popitem(last=False)
-            self._bytes -= len(oldest.data)
+            self.size_bytes -= oldest.packed.size_bytes
 
 
 def invalid_adapter(error: AdapterError) -> InvalidAdapter:

@@ -1,31 +1,38 @@
 """One Ray Serve replica: the frozen backbone, its bank, and batches that mix tasks and tenants."""
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from ray import serve
 
 from adapters import Bank, BankLimits, load_backbone
 from adapters.backbone import features
 from adapters.data import normalise
 
 from .answers import Answer, Pass
+from .batcher import Batcher
+from .errors import HubError
 from .settings import Settings
 from .store import Store
+from .telemetry import WorkerMetrics
 from .tiers import Resident, Tiers
+from .warmth import Warmth
 
-SLOT_WAIT_S = 10.0
+logger = logging.getLogger(__name__)
+
+PARKED_S = 15.0
+TENANT_QUEUE = 512  # images of one tenant that wait at one worker; more are refused
+WARMTH_S = 30.0
 SMALL_PASS_MS = 20.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Item:
     """One image of a batch: uint8 (3, H, W), and whose it is."""
 
@@ -34,11 +41,22 @@ class Item:
     since: float  # time.perf_counter() when it joined the queue
 
 
+@dataclass(frozen=True)
+class Done:
+    """What a pass gives for one image: probabilities (K,) float32, and the pass."""
+
+    probabilities: np.ndarray
+    images: int
+    tasks: int
+    queue_ms: float
+    compute_ms: float
+
+
 class Worker:
     """Classifies preprocessed images with any adapter in the store. Deployed by `app.build`."""
 
-    def __init__(self, settings: Settings, store: Store, threads: int) -> None:
-        """Load the backbone and make the bank.
+    def __init__(self, settings: Settings, store: Store, warmth: Warmth, threads: int) -> None:
+        """Load the backbone, make the bank, and fill it with what will be asked for.
 
         Args:
             threads: torch's threads for one forward pass.
@@ -50,16 +68,22 @@ class Worker:
         self._bank = self._passes.submit(self._load, settings).result()
         self._image_ms = self._passes.submit(self._time_one_image).result()
         self._name = f"{os.uname().nodename}/{os.getpid()}"
-        self._tiers = Tiers(
-            self._bank,
-            store,
-            ThreadPoolExecutor(2, "load"),
-            host_cache_bytes=settings.host_cache_bytes,
-            wait_s=SLOT_WAIT_S,
+        self._loads = ThreadPoolExecutor(2, "load", initializer=torch.set_num_threads, initargs=(1,))
+        self._tiers = Tiers(self._bank, store, self._loads, host_cache_bytes=settings.host_cache_bytes, wait_s=PARKED_S)
+        # On a GPU the next batch is on its way to the device while one computes.
+        self._ahead = ThreadPoolExecutor(1, "ahead") if self._bank.backbone.device.type == "cuda" else None
+        self._batcher: Batcher[Item, Done] = Batcher(
+            self._run,
+            batch_size=settings.batch_size,
+            wait_s=settings.batch_wait_ms / 1000,
+            tenant_queue=TENANT_QUEUE,
+            in_flight=2 if self._ahead else 1,
         )
-        batch: Any = self._batch  # what `serve.batch` adds is not in its type
-        batch.set_max_batch_size(settings.batch_size)
-        batch.set_batch_wait_timeout_s(settings.batch_wait_ms / 1000)
+        self._metrics = WorkerMetrics(self._tiers)
+        self._warmth = warmth
+        self._used: set[str] = set()
+        self._keeping_warm: asyncio.Task[None] | None = None
+        self._loads.submit(self._preload).result()
 
     def _load(self, settings: Settings) -> Bank:
         torch.set_num_threads(self._threads)
@@ -81,59 +105,113 @@ class Worker:
                 taken.append((time.perf_counter() - began) * 1000)
         return min(taken)
 
+    def _preload(self) -> None:
+        """Pinned and recently busy adapters, before this worker says that it is ready."""
+        try:
+            pinned = asyncio.run(self._warmth.pinned())
+            busy = asyncio.run(self._warmth.busy(self._bank.slots))
+        except HubError as error:
+            logger.warning("nothing was preloaded: %s", error)
+            return
+        for name, digest in pinned.items():
+            self._tiers.pin(name, digest)
+        for digest in list(dict.fromkeys([*pinned.values(), *busy]))[: self._bank.slots]:
+            try:
+                self._tiers.preload(digest)
+            except HubError as error:  # a version that is gone, or of another backbone
+                logger.info("adapter %s was not preloaded: %s", digest[:12], error)
+
     async def limits(self) -> BankLimits:
         """What adapters must fit here; the answer also says that the backbone is loaded."""
         return self._bank.limits
 
-    async def classify(self, digest: str, images: Sequence[np.ndarray]) -> list[Answer]:
+    async def prefetch(self, digest: str) -> None:
+        """Bring an adapter here that will be asked for soon. Errors are left for whoever asks."""
+        await self._tiers.prefetch(digest)
+
+    async def classify(
+        self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float = 1.0
+    ) -> list[Answer]:
         """Probabilities of preprocessed images, all for one adapter.
 
         Args:
+            tenant: in whose turn they are computed.
             digest: which adapter.
             images: uint8 arrays (3, H, W).
+            weight: the tenant's share beside other tenants.
 
         Raises:
-            Unavailable: the adapter's file cannot be had, or every slot is in use.
+            Unavailable: the adapter's file cannot be had, or it is not in a slot in time.
             InvalidAdapter: it does not fit this worker.
+            LimitReached: too many of the tenant's images are waiting here.
         """
-        # Shielded: the lease must outlast the batch even where the caller goes away, or its slot could be taken
-        # from under a pass that others share.
-        return await asyncio.shield(asyncio.create_task(self._leased(digest, images)))
-
-    async def _leased(self, digest: str, images: Sequence[np.ndarray]) -> list[Answer]:
+        if self._keeping_warm is None:
+            self._keeping_warm = asyncio.create_task(self._keep_warm())
         began = time.perf_counter()
         async with self._tiers.lease(digest) as adapter:
+            self._used.add(digest)
             since = time.perf_counter()
             load_ms = (since - began) * 1000
-            jobs = (self._batch(Item(pixels, adapter, since)) for pixels in images)
-            done = await asyncio.gather(*jobs, return_exceptions=True)  # all of them, whatever becomes of one
-        answers = []
-        for result in done:
-            if isinstance(result, BaseException):
-                raise result
-            probabilities, shape, times = result
-            answers.append(Answer(probabilities, Pass(self._name, *shape, load_ms, *times)))
-        return answers
-
-    @serve.batch
-    async def _batch(self, items: list[Item]) -> list[tuple[np.ndarray, tuple[int, int], tuple[float, float]]]:
-        """One forward pass; for each item its probabilities, (images, tasks) and (queue, compute) milliseconds."""
-        began = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        probabilities = await loop.run_in_executor(self._passes, self._compute, items)
-        compute_ms = (time.perf_counter() - began) * 1000
-        shape = len(items), len({item.adapter.digest for item in items})
+            done = await self._batcher.submit(tenant, [Item(pixels, adapter, since) for pixels in images], weight)
         return [
-            (p, shape, ((began - item.since) * 1000, compute_ms)) for p, item in zip(probabilities, items, strict=True)
+            Answer(
+                image.probabilities,
+                Pass(self._name, image.images, image.tasks, load_ms, image.queue_ms, image.compute_ms),
+            )
+            for image in done
         ]
 
-    def _compute(self, items: list[Item]) -> list[np.ndarray]:
+    async def _run(self, items: list[Item]) -> list[Done]:
+        """One forward pass."""
+        began = time.perf_counter()
+        adapters = [item.adapter for item in items]
+        # The pass has leases of its own: a caller that goes away must not let its slot be taken from under it.
+        self._tiers.keep(adapters)
+        try:
+            probabilities = await self._forward(items)
+        finally:
+            self._tiers.release(adapters)
+        compute_ms = (time.perf_counter() - began) * 1000
+        tasks = len({adapter.digest for adapter in adapters})
+        queue_ms = [(began - item.since) * 1000 for item in items]
+        self._metrics.note(len(items), tasks, max(queue_ms), compute_ms)
+        return [
+            Done(row, len(items), tasks, waited_ms, compute_ms)
+            for row, waited_ms in zip(probabilities, queue_ms, strict=True)
+        ]
+
+    async def _forward(self, items: list[Item]) -> list[np.ndarray]:
+        loop = asyncio.get_running_loop()
+        if self._ahead is None:
+            return await loop.run_in_executor(self._passes, lambda: self._compute(items, self._gather(items)))
+        pixels = await loop.run_in_executor(self._ahead, self._gather, items)
+        return await loop.run_in_executor(self._passes, self._compute, items, pixels)
+
+    def _gather(self, items: list[Item]) -> torch.Tensor:
+        """Normalised pixels (B, 3, H, W) on the device."""
         device = self._bank.backbone.device
-        # A small pass is over before a second thread is awake.
-        torch.set_num_threads(1 if len(items) * self._image_ms < SMALL_PASS_MS else self._threads)
-        pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(device)  # (B, 3, H, W)
+        pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(device)
         mean, std = (
             torch.stack([getattr(item.adapter, name) for item in items]).to(device) for name in ("mean", "std")
         )
-        logits = self._bank.forward(normalise(pixels, mean, std), [item.adapter.slot for item in items])
+        return normalise(pixels, mean, std)
+
+    def _compute(self, items: list[Item], pixels: torch.Tensor) -> list[np.ndarray]:
+        # A small pass is over before a second thread is awake.
+        torch.set_num_threads(1 if len(items) * self._image_ms < SMALL_PASS_MS else self._threads)
+        logits = self._bank.forward(pixels, [item.adapter.slot for item in items])
         return [row.float().softmax(0).cpu().numpy() for row in logits]
+
+    async def _keep_warm(self) -> None:
+        """Tell what is busy here, and follow the pinned tasks; for ever, beside everything else."""
+        while True:
+            used, self._used = self._used, set()
+            try:
+                await self._warmth.note(used)
+                for name, digest in (await self._warmth.pinned()).items():
+                    self._tiers.pin(name, digest)
+                    await self._tiers.prefetch(digest)
+            except HubError as error:
+                self._used |= used
+                logger.warning("what is busy was not noted: %s", error)
+            await asyncio.sleep(WARMTH_S)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters import AdapterError, Bank, BankFullError, load_backbone
+from adapters import AdapterError, Bank, BankFullError, Slot, load_backbone
 from adapters.foreign import classifier_name
 from tests.support import local_backbone, random_adapter, random_pixels, small_swin
 
@@ -54,7 +54,7 @@ def test_a_bank_without_adapters_is_the_frozen_backbone(backbone) -> None:
 @given(data=st.data())
 def test_any_history_of_put_evict_forward_equals_merged(backbone, adapters, references, data) -> None:
     bank = Bank(backbone, slots=3, max_rank=16, max_kernels=4)
-    resident: dict[int, int] = {}  # slot -> which adapter
+    resident: dict[Slot, int] = {}  # -> which adapter
     for _ in range(data.draw(st.integers(1, 5))):
         if bank.free == 0 or (resident and data.draw(st.booleans())):
             slot = data.draw(st.sampled_from(sorted(resident)))
@@ -105,8 +105,12 @@ def test_forward_refuses_what_it_cannot_answer(backbone, adapters) -> None:
     slot = bank.put(adapters[0])
     with pytest.raises(ValueError, match="2 images need as many slots, got 1"):
         bank.forward(random_pixels(backbone, 2), [slot])
-    with pytest.raises(ValueError, match="no adapter in slot 1"):
-        bank.forward(random_pixels(backbone, 1), [1 - slot])
+    bank.evict(slot)
+    assert bank.put(adapters[1]).number == slot.number
+    with pytest.raises(ValueError, match=f"no adapter, or another one, in slot {slot.number}"):
+        bank.forward(random_pixels(backbone, 1), [slot])
+    with pytest.raises(KeyError):
+        bank.evict(slot)
     assert bank.forward(random_pixels(backbone, 0), []) == []
 
 

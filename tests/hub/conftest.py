@@ -14,7 +14,7 @@ import torch
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from adapters import Adapter, Backbone, Bank, BankLimits, load_backbone
+from adapters import Adapter, Backbone, Bank, BankLimits, Slot, load_backbone
 from adapters.data import normalise
 from hub.access import Access, first_key
 from hub.answers import Answer, Pass
@@ -39,12 +39,16 @@ class Engine:
     def __init__(self, bank: Bank, store: Store) -> None:
         self._bank = bank
         self._store = store
-        self.slots: dict[str, tuple[int, Adapter]] = {}
+        self.slots: dict[str, tuple[Slot, Adapter]] = {}
+        self.prefetched: list[str] = []
 
     async def limits(self) -> BankLimits:
         return self._bank.limits
 
-    async def classify(self, digest: str, images: Sequence[np.ndarray]) -> list[Answer]:
+    async def prefetch(self, digest: str) -> None:
+        self.prefetched.append(digest)
+
+    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray]) -> list[Answer]:
         if digest not in self.slots:
             adapter = Adapter.read(self._store.get(digest))
             self.slots[digest] = self._bank.put(adapter), adapter

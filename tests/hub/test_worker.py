@@ -1,67 +1,117 @@
 """The worker without a cluster: its batches mix tasks, and a caller that goes away takes nothing from the others."""
 
 import asyncio
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from hub.errors import Unavailable
 from hub.settings import Settings
 from hub.store import Store
+from hub.warmth import Warmth
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, at import
 
 
 @pytest.fixture
-def worker(tmp_path, adapters, monkeypatch):
-    from ray import serve
-
-    from hub.worker import Worker
-
-    # `serve.batch` asks its replica for this one number, to warn where it is too small; the rest of it is real.
-    config = SimpleNamespace(max_ongoing_requests=1000)
-    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(_deployment_config=config))
+def store(tmp_path, adapters) -> Store:
     store = Store(str(tmp_path))
     for adapter in adapters:
         store.put(adapter.digest, adapter.data)
-    return Worker(Settings(backbone="demo", slots=2, batch_wait_ms=50, home=tmp_path), store, threads=1)
+    return store
+
+
+@pytest.fixture
+def make_worker(empty_redis, tmp_path, store):
+    from hub.worker import Worker
+
+    def make():
+        settings = Settings(backbone="demo", slots=2, batch_wait_ms=50, home=tmp_path)
+        return Worker(settings, store, Warmth(empty_redis, []), threads=1)
+
+    return make
+
+
+@pytest.fixture
+def worker(make_worker):
+    return make_worker()
 
 
 def images(count: int, seed: int = 0) -> list[np.ndarray]:
     return list(np.random.default_rng(seed).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8))
 
 
-def test_passes_are_shared_and_survive_callers_that_go_away(worker, adapters) -> None:
-    """One test, since `serve.batch` keeps its queue on the class and with it the event loop."""
-
+def test_adapters_share_a_pass_and_get_their_own_answers(worker, adapters) -> None:
     async def use():
-        await shared_pass(worker, adapters)
-        await caller_goes_away(worker, adapters)
+        alone = [await worker.classify("t", a.digest, images(2, i)) for i, a in enumerate(adapters[:2])]
+        calls = (worker.classify("t", a.digest, images(2, i)) for i, a in enumerate(adapters[:2]))
+        together = await asyncio.gather(*calls)
+        for one, other in zip([*alone[0], *alone[1]], [*together[0], *together[1]], strict=True):
+            np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
+        assert {(a.computed.images, a.computed.tasks) for group in together for a in group} == {(4, 2)}
 
     asyncio.run(use())
 
 
-async def shared_pass(worker, adapters) -> None:
-    """Two adapters share a pass and get their own answers."""
-    alone = [await worker.classify(a.digest, images(2, i)) for i, a in enumerate(adapters[:2])]
-    together = await asyncio.gather(*(worker.classify(a.digest, images(2, i)) for i, a in enumerate(adapters[:2])))
-    for one, other in zip([*alone[0], *alone[1]], [*together[0], *together[1]], strict=True):
-        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
-    assert {(a.computed.images, a.computed.tasks) for group in together for a in group} == {(4, 2)}
-
-
-async def caller_goes_away(worker, adapters) -> None:
-    """Its image may be in a pass already: the slot stays its adapter's until the pass is over."""
+def test_the_slot_of_a_caller_that_goes_away_stays_until_its_pass_is_over(worker, adapters) -> None:
+    """A third adapter wants the slot while the pass runs: it must wait, and all answers are right."""
     a, b, c = (adapter.digest for adapter in adapters[:3])
-    for digest in (a, b):
-        await worker.classify(digest, images(1))
-    gone, stays = (asyncio.create_task(worker.classify(digest, images(1))) for digest in (a, b))
-    await asyncio.sleep(0.01)  # both wait for their batch
-    third = asyncio.create_task(worker.classify(c, images(1)))
-    await asyncio.sleep(0.01)  # waits for a slot
-    gone.cancel()
-    (answer,) = await stays
-    assert answer.computed.images == 2
-    assert len((await third)[0].probabilities) == adapters[2].num_classes
-    with pytest.raises(asyncio.CancelledError):
-        await gone
+
+    async def use():
+        right = {d: (await worker.classify("t", d, images(32)))[0].probabilities for d in (a, b, c, a, b)}
+        for _ in range(10):
+            gone, stays = (asyncio.create_task(worker.classify("t", d, images(32))) for d in (a, b))
+            while worker._batcher.waiting or not worker._batcher._running:
+                await asyncio.sleep(0)
+            third = asyncio.create_task(worker.classify("t", c, images(1)))
+            gone.cancel()
+            np.testing.assert_allclose((await stays)[0].probabilities, right[b], atol=1e-5)
+            np.testing.assert_allclose((await third)[0].probabilities, right[c], atol=1e-5)
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+
+    asyncio.run(use())
+
+
+def test_images_of_a_caller_that_goes_away_are_not_computed(worker, adapters) -> None:
+    async def use():
+        digest = adapters[0].digest
+        running = asyncio.create_task(worker.classify("t", digest, images(1)))
+        while not worker._batcher._running:
+            await asyncio.sleep(0)
+        gone, stays = (asyncio.create_task(worker.classify("t", digest, images(3))) for _ in range(2))
+        while worker._batcher.waiting < 6:
+            await asyncio.sleep(0)
+        gone.cancel()
+        await running
+        assert {answer.computed.images for answer in await stays} == {3}
+
+    asyncio.run(use())
+
+
+def test_a_worker_starts_with_what_was_busy(make_worker, adapters, store) -> None:
+    a, b = (adapter.digest for adapter in adapters[:2])
+
+    async def use(worker):
+        for digest in (a, b):
+            await worker.classify("t", digest, images(1))
+        await worker._warmth.note(worker._used | {"0" * 64})  # the last one is in no store
+
+    asyncio.run(use(make_worker()))
+    worker = make_worker()
+    store.get = None  # nobody reads it any more
+    assert worker._tiers.resident == 2
+    asyncio.run(worker.classify("t", a, images(1)))
+
+
+def test_an_adapter_that_cannot_be_had_fails_only_its_own_callers(worker, adapters) -> None:
+    async def use():
+        bad, good = await asyncio.gather(
+            worker.classify("t", "0" * 64, images(1)),
+            worker.classify("t", adapters[0].digest, images(1)),
+            return_exceptions=True,
+        )
+        assert isinstance(bad, Unavailable)
+        assert len(good[0].probabilities) == adapters[0].num_classes
+
+    asyncio.run(use())

@@ -1,0 +1,201 @@
+"""Requests of many tenants -> fair mixed batches.
+
+Knows neither adapters nor torch: an item is whatever `run` takes. Runs on one event loop.
+
+Fairness is deficit round robin (Shreedhar and Varghese, SIGCOMM 1995) with an image as the unit: tenants take turns,
+and a turn is worth as many images as the tenant's weight. Within a tenant, first come, first served.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from .errors import LimitReached
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(eq=False)
+class _Entry:
+    item: Any
+    future: "asyncio.Future[Any]"
+    waiting: bool = True
+
+
+@dataclass
+class _Tenant:
+    weight: float = 1.0
+    deficit: float = 0.0  # images that it may still take in this turn
+    waiting: deque[_Entry] = field(default_factory=deque)
+
+
+class Batcher(Generic[Item, Result]):
+    """Collects items while a batch runs, and runs them as the next."""
+
+    def __init__(
+        self,
+        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+        *,
+        batch_size: int,
+        wait_s: float,
+        tenant_queue: int,
+        in_flight: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            run: computes a batch: one result for each item, in their order.
+            batch_size: most items in a batch.
+            wait_s: how long a batch waits, at most, to become as large as the last one. One that comes to an idle
+                batcher waits for nothing.
+            tenant_queue: most items of a tenant that wait.
+            in_flight: batches at once. One beside another starts only when it is full: until then it is better to
+                collect.
+        """
+        self._run = run
+        self._batch_size = batch_size
+        self._wait_s = wait_s
+        self._tenant_queue = tenant_queue
+        self._in_flight = in_flight
+        self._clock = clock
+        self._ring: deque[str] = deque()  # tenants with something waiting, in the order of their turns
+        self._tenants: dict[str, _Tenant] = {}  # the same tenants
+        self._waiting = 0
+        self._running: set[asyncio.Task[None]] = set()
+        self._since = clock()  # when the next batch began to wait for more: its first item, or the end of the last
+        self._last_size = 1
+        self._changed = asyncio.Event()
+        self._loop: asyncio.Task[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Items that are in no batch yet."""
+        return self._waiting
+
+    async def submit(self, tenant: str, items: Sequence[Item], weight: float = 1.0) -> list[Result]:
+        """Results of items, which may come from several batches. If the caller is cancelled, what waits is dropped.
+
+        Args:
+            weight: the tenant's share beside other tenants; more than 0.
+
+        Raises:
+            LimitReached: the tenant would have more than `tenant_queue` items waiting; none of these is run.
+            Exception: whatever `run` raised for the batch of one of them.
+        """
+        if self._loop is None:
+            self._loop = asyncio.create_task(self._serve())
+        entries = self._enqueue(tenant, items, weight)
+        try:
+            return await asyncio.gather(*(entry.future for entry in entries))
+        finally:
+            self._drop(tenant, entries)  # cancelled, or one of them failed: nobody wants the rest
+
+    def _enqueue(self, tenant: str, items: Sequence[Item], weight: float) -> list[_Entry]:
+        now = self._clock()
+        if not self._waiting and not self._running and now - self._since > self._wait_s:
+            self._last_size = 1  # idle
+        queue = self._tenants.get(tenant)
+        waiting = len(queue.waiting) if queue else 0
+        if waiting + len(items) > self._tenant_queue:
+            raise LimitReached(
+                f"{waiting} images of this tenant are waiting for a worker, and at most {self._tenant_queue} may"
+            )
+        if queue is None:
+            queue = self._tenants[tenant] = _Tenant()
+            self._ring.append(tenant)
+        queue.weight = weight
+        if not self._waiting:
+            self._since = max(self._since, now)
+        loop = asyncio.get_running_loop()
+        entries = [_Entry(item, loop.create_future()) for item in items]
+        queue.waiting.extend(entries)
+        self._waiting += len(entries)
+        self._changed.set()
+        return entries
+
+    def _drop(self, tenant: str, entries: list[_Entry]) -> None:
+        """Take what is still waiting of `entries` out of the queue."""
+        queue = self._tenants.get(tenant)
+        for entry in entries:
+            if not entry.future.done():
+                entry.future.cancel()
+            elif not entry.future.cancelled():
+                entry.future.exception()  # it has been told of one failure; the others are not news
+            if entry.waiting and queue is not None:
+                queue.waiting.remove(entry)
+                entry.waiting = False
+                self._waiting -= 1
+        if queue is not None and not queue.waiting:
+            self._forget(tenant)
+
+    def _forget(self, tenant: str) -> None:
+        if self._tenants.pop(tenant, None) is not None:
+            self._ring.remove(tenant)
+
+    async def _serve(self) -> None:
+        while True:
+            while (patience := self._patience()) > 0:
+                self._changed.clear()
+                try:
+                    async with asyncio.timeout(None if patience == float("inf") else patience):
+                        await self._changed.wait()
+                except TimeoutError:
+                    pass
+            batch = self._take()
+            task = asyncio.create_task(self._compute(batch))
+            self._running.add(task)
+
+    def _patience(self) -> float:
+        """Seconds until the next batch should start if nothing changes: 0 is now, infinity not before a change."""
+        if not self._waiting or len(self._running) >= self._in_flight:
+            return float("inf")
+        if self._waiting >= self._batch_size:
+            return 0
+        if self._running:
+            return float("inf")
+        if self._waiting >= self._last_size:
+            return 0
+        return max(0.0, self._since + self._wait_s - self._clock())
+
+    def _take(self) -> list[_Entry]:
+        """The next batch, out of the queues."""
+        batch: list[_Entry] = []
+        while self._ring and len(batch) < self._batch_size:
+            name = self._ring[0]
+            tenant = self._tenants[name]
+            if tenant.deficit < 1:
+                tenant.deficit += tenant.weight
+            while tenant.waiting and tenant.deficit >= 1 and len(batch) < self._batch_size:
+                entry = tenant.waiting.popleft()
+                entry.waiting = False
+                batch.append(entry)
+                tenant.deficit -= 1
+            if not tenant.waiting:
+                self._forget(name)  # and its deficit: an absent tenant saves nothing up
+            elif tenant.deficit < 1:
+                self._ring.rotate(-1)
+        self._waiting -= len(batch)
+        self._last_size = len(batch)
+        return batch
+
+    async def _compute(self, batch: list[_Entry]) -> None:
+        try:
+            results = await self._run([entry.item for entry in batch])
+        except Exception as error:
+            for entry in batch:
+                if not entry.future.done():
+                    entry.future.set_exception(error)
+        else:
+            for entry, result in zip(batch, results, strict=True):
+                if not entry.future.done():  # cancelled meanwhile
+                    entry.future.set_result(result)
+        finally:
+            current = asyncio.current_task()
+            assert current is not None  # noqa: S101 (for the type checker)
+            self._running.discard(current)
+            self._since = self._clock()
+            self._changed.set()
