@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test serve lint bench clean
+.PHONY: demo test soak serve lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/karst-hub demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak
 
 serve: export HUB_BACKBONE ?= demo
 serve: $(INSTALLED)

@@ -7,6 +7,7 @@ both. Pixels travel as uint8 and are normalised beside the model.
 import copy
 import hashlib
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ class DataError(ValueError):
     """A data folder that cannot be used; the message names the folder or file."""
 
 
-def decode_image(source: bytes | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def decode_image(
+    source: bytes | Path, *, max_pixels: int = MAX_IMAGE_PIXELS, needed_px: int | None = None
+) -> Image.Image:
     """Open one image as upright 8-bit RGB: the first frame or page, turned as its EXIF says, 16 bits scaled to 8.
 
     Transparency is dropped (what lies under it shows), as torchvision's and timm's loaders do it.
@@ -49,6 +52,9 @@ def decode_image(source: bytes | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) ->
     Args:
         source: a JPEG, PNG, WebP, BMP, GIF or TIFF, whole in memory or in a file.
         max_pixels: an image whose header claims more is refused before it is decoded.
+        needed_px: the shorter side that the image will be brought to (`needed_px`). A JPEG of at least six times as
+            much is decoded to a half, a quarter or an eighth of its size, but at least three times what is needed:
+            several times as fast, and nearly the same pixels in the end (docs/performance.md has how nearly).
 
     Raises:
         ImageTooLargeError: more than `max_pixels`.
@@ -67,6 +73,8 @@ def decode_image(source: bytes | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) ->
                 raise ImageError(
                     f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other; crop it first"
                 )
+            if needed_px is not None and image.format == "JPEG":
+                image.draft(None, (3 * needed_px, 3 * needed_px))
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
@@ -97,6 +105,16 @@ def eval_transform(preprocess: Mapping[str, Any]) -> Callable[[Image.Image], Ten
         is_training=False,
         normalize=False,
     )
+
+
+def needed_px(preprocess: Mapping[str, Any]) -> int | None:
+    """The shorter side, in pixels, that `eval_transform` brings an image to before it crops.
+
+    None where it takes single pixels instead of means: of a smaller image those would be others.
+    """
+    if preprocess["interpolation"] == "nearest":
+        return None
+    return math.ceil(max(preprocess["input_size"][1:]) / preprocess["crop_pct"])
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -197,6 +215,7 @@ class Pixels(Dataset):
     def __init__(self, images: ImageSet, preprocess: Mapping[str, Any], cache_bytes: int = 4 * 1024**3) -> None:
         self.images = images
         self._transform = eval_transform(preprocess)
+        self._needed_px = needed_px(preprocess)
         self._cache: dict[int, Tensor] = {}
         self._digests: dict[int, bytes] = {}
         self._room = cache_bytes
@@ -223,7 +242,7 @@ class Pixels(Dataset):
         Raises:
             ImageError: the bytes are no usable image.
         """
-        pixels = self._transform(decode_image(data))
+        pixels = self._transform(decode_image(data, needed_px=self._needed_px))
         if i not in self._digests:
             self._digests[i] = hashlib.sha256(data).digest()
         if i not in self._cache and self._room >= pixels.nbytes:

@@ -26,6 +26,7 @@ _KINDS: dict[str, type[HubError]] = {
         errors.NotFound,
         errors.Conflict,
         errors.TooLarge,
+        errors.LimitReached,
         errors.Unavailable,
     )
 }

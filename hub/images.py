@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adapters import ImageError, ImageTooLargeError
-from adapters.data import decode_image, eval_transform
+from adapters.data import decode_image, eval_transform, needed_px
 
 from .errors import FieldProblem, InvalidImage, TooLarge
 
@@ -49,7 +49,7 @@ class Images:
             message = f"{len(data)} bytes, but at most {self._max_bytes} are allowed for an image"
             raise TooLarge(f"{field}: {message}", [FieldProblem(field, message)])
         try:
-            image = decode_image(data, max_pixels=self._max_pixels)
+            image = decode_image(data, max_pixels=self._max_pixels, needed_px=needed_px(preprocess))
         except ImageTooLargeError as error:
             raise TooLarge(f"{field}: {error}", [FieldProblem(field, str(error))]) from error
         except ImageError as error:

@@ -23,7 +23,7 @@ class Settings(BaseSettings):
     max_kernels: int = Field(8, ge=1, description="largest number of kernels of an adapter")
     host_cache_bytes: int = Field(1024**3, ge=0, description="host memory for adapters that lost their slot")
     pinned: tuple[str, ...] = Field((), description="`tenant/task` or `tenant/task@alias` that always keep a slot")
-    batch_size: int = Field(32, ge=1, description="most images in one forward pass")
+    batch_size: int = Field(32, ge=1, description="most images in a pass; a worker takes fewer if that is as fast")
     batch_wait_ms: float = Field(2.0, ge=0, description="longest wait of a pass for more images")
     min_workers: int = Field(1, ge=1, description="workers that are always there")
     max_workers: int = Field(1, ge=1, description="workers under load")

@@ -30,6 +30,7 @@ PARKED_S = 15.0
 TENANT_QUEUE = 512  # images of one tenant that wait at one worker; more are refused
 WARMTH_S = 30.0
 SMALL_PASS_MS = 20.0
+GAIN = 1.05  # how much faster, an image, a batch must be to be worth its size
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,8 @@ class Worker:
         # that runs torch keeps a pool of helpers of its own, and two pools on the same cores slow each other down.
         self._passes = ThreadPoolExecutor(1, "pass")
         self._bank = self._passes.submit(self._load, settings).result()
-        self._image_ms = self._passes.submit(self._time_one_image).result()
+        self._image_ms = self._passes.submit(self._time_pass, 1, 1).result()
+        batch_size = self._passes.submit(self._quick_batch, settings.batch_size).result()
         self._name = f"{os.uname().nodename}/{os.getpid()}"
         self._loads = ThreadPoolExecutor(2, "load", initializer=torch.set_num_threads, initargs=(1,))
         self._tiers = Tiers(self._bank, store, self._loads, host_cache_bytes=settings.host_cache_bytes, wait_s=PARKED_S)
@@ -74,7 +76,7 @@ class Worker:
         self._ahead = ThreadPoolExecutor(1, "ahead") if self._bank.backbone.device.type == "cuda" else None
         self._batcher: Batcher[Item, Done] = Batcher(
             self._run,
-            batch_size=settings.batch_size,
+            batch_size=batch_size,
             wait_s=settings.batch_wait_ms / 1000,
             tenant_queue=TENANT_QUEUE,
             in_flight=2 if self._ahead else 1,
@@ -92,18 +94,37 @@ class Worker:
         )
         return Bank(backbone, slots=settings.slots, max_rank=settings.max_rank, max_kernels=settings.max_kernels)
 
-    def _time_one_image(self) -> float:
-        """Milliseconds of the frozen backbone for one image on one thread."""
+    def _time_pass(self, images: int, threads: int) -> float:
+        """Milliseconds of the frozen backbone."""
         backbone = self._bank.backbone
-        pixels = torch.zeros(1, *backbone.input_size, device=backbone.device, dtype=backbone.dtype)
-        torch.set_num_threads(1)
+        pixels = torch.zeros(images, *backbone.input_size, device=backbone.device, dtype=backbone.dtype)
+        torch.set_num_threads(threads)
         taken = []
         with torch.inference_mode():
             for _ in range(3):
                 began = time.perf_counter()
-                features(backbone.model, pixels)
+                features(backbone.model, pixels).cpu()  # waits for a GPU
                 taken.append((time.perf_counter() - began) * 1000)
         return min(taken)
+
+    def _quick_batch(self, most: int) -> int:
+        """The smallest batch that is nearly as fast, an image, as any; a larger one would only make all wait longer.
+
+        A GPU wants many images. On a CPU one or a few large ones fill the cores.
+        """
+        rates: dict[int, float] = {}
+        for size in [*(2**k for k in range(most.bit_length()) if 2**k < most), most]:
+            rates[size] = size / self._time_pass(size, self._threads_for(size))
+            if sum(rate * GAIN > rates[size] for n, rate in rates.items() if n < size) >= 2:
+                break  # two smaller ones are nearly as fast
+        best = max(rates.values())
+        chosen = next(size for size, rate in rates.items() if rate * GAIN >= best)
+        logger.info("at most %d images a pass: %s", chosen, rates)
+        return chosen
+
+    def _threads_for(self, images: int) -> int:
+        """A small pass is over before a second thread is awake."""
+        return 1 if images * self._image_ms < SMALL_PASS_MS else self._threads
 
     def _preload(self) -> None:
         """Pinned and recently busy adapters, before this worker says that it is ready."""
@@ -197,8 +218,7 @@ class Worker:
         return normalise(pixels, mean, std)
 
     def _compute(self, items: list[Item], pixels: torch.Tensor) -> list[np.ndarray]:
-        # A small pass is over before a second thread is awake.
-        torch.set_num_threads(1 if len(items) * self._image_ms < SMALL_PASS_MS else self._threads)
+        torch.set_num_threads(self._threads_for(len(items)))
         logits = self._bank.forward(pixels, [item.adapter.slot for item in items])
         return [row.float().softmax(0).cpu().numpy() for row in logits]
 

@@ -41,6 +41,7 @@ def test_register_then_classify_gives_the_merged_model_s_answer(hub, backbone, a
     assert made.status_code == 201
     assert made.json() | {"task": "flowers", "version": 1, "digest": adapters[0].digest} == made.json()
     assert made.json()["labels"] == list(adapters[0].labels)
+    assert hub.engine.prefetched == [adapters[0].digest]
 
     answer = hub.http.post("/v1/tasks/flowers/classify", content=png(), headers={"content-type": "image/png"})
     assert answer.status_code == 200

@@ -1,0 +1,148 @@
+"""A load generator that leaves the cores to what it measures: HTTP/1.1 on plain sockets, one thread, one selector.
+
+Requests are bytes that were made before; of a reply only the status and the length are read while others wait. That
+costs a tenth of what httpx does, which would take a third of two cores at the rates of the demo backbone.
+"""
+
+import re
+import selectors
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from itertools import cycle
+from typing import NamedTuple
+
+Address = tuple[str, int]
+CONNECT_S = 10.0
+REPLY_S = 120.0
+LOST = 0  # the status of a request whose connection ended before its reply
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+
+
+class Reply(NamedTuple):
+    """A whole reply; `at` is time.perf_counter()."""
+
+    status: int
+    ms: float
+    at: float
+    head: bytes
+    body: bytes
+
+    def header(self, name: str) -> str:
+        """The value of a header that is there."""
+        found = re.search(rf"\r\n{name}: *([^\r]*)", self.head.decode("latin-1"), re.IGNORECASE)
+        if found is None:
+            raise RuntimeError(f"no header {name} in {self.head!r} {self.body[:200]!r}")
+        return found[1]
+
+
+class Connection:
+    """One keep-alive connection with at most one request under way."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._open()
+
+    def _open(self) -> None:
+        self.socket = socket.create_connection(self._address, CONNECT_S)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.settimeout(REPLY_S)
+        self._received = b""
+
+    def send(self, request: bytes) -> None:
+        if self.socket.fileno() < 0:
+            self._open()
+        self._sent = time.perf_counter()
+        self.socket.sendall(request)
+
+    def receive(self) -> Reply | None:
+        """The reply when it is whole; None where more is to come. Closes where the server closed."""
+        try:
+            received = self.socket.recv(1 << 16)
+        except ConnectionError:
+            received = b""
+        self._received += received
+        head, found, body = self._received.partition(b"\r\n\r\n")
+        length = _LENGTH.search(head) if found else None
+        if received and (length is None or len(body) < int(length[1])):
+            return None
+        if not received:
+            self.close()
+        self._received = b""
+        now = time.perf_counter()
+        return Reply(int(head[9:12]) if found else LOST, 1e3 * (now - self._sent), now, head, body)
+
+    def call(self, request: bytes) -> Reply:
+        """Send, and wait for the reply."""
+        self.send(request)
+        while (reply := self.receive()) is None:
+            pass
+        return reply
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
+    """A whole request; `content_type` is the header content-type, and so on."""
+    lines = [f"{method} {path} HTTP/1.1", "host: hub", f"content-length: {len(body)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def closed_loop(address: Address, requests: Sequence[bytes], callers: int, seconds: float) -> list[Reply]:
+    """`callers` at once for some seconds, each sending when it has its last reply; `requests` in turn, over again.
+
+    Returns:
+        The replies in the order of their coming. The last `callers` of them came after the time was over.
+    """
+    turns = cycle(requests)
+    replies: list[Reply] = []
+    end = time.perf_counter() + seconds
+    with ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for _ in range(callers):
+            connection = stack.enter_context(closing(Connection(address)))
+            connection.send(next(turns))
+            selector.register(connection.socket, selectors.EVENT_READ, connection)
+        while selector.get_map():
+            for reply, connection in _receive(selector, REPLY_S):
+                replies.append(reply)
+                if reply.at < end:
+                    connection.send(next(turns))
+                    selector.register(connection.socket, selectors.EVENT_READ, connection)
+    return replies
+
+
+def open_loop(address: Address, message: bytes, rate: float, seconds: float, most_open: int) -> Mapping[str, int]:
+    """Send `rate` requests a second whatever comes back, over as many connections as that needs.
+
+    Returns:
+        How often each status came; `unsent` counts the turns at which all `most_open` connections still waited.
+    """
+    counts: Counter[str] = Counter()
+    idle: list[Connection] = []
+    start, turns = time.perf_counter(), 0
+    with ExitStack() as stack, selectors.DefaultSelector() as selector:
+        while (now := time.perf_counter()) < start + seconds:
+            for _ in range(int((now - start) * rate) - turns):
+                turns += 1
+                if not idle and len(selector.get_map()) >= most_open:
+                    counts["unsent"] += 1
+                    continue
+                connection = idle.pop() if idle else stack.enter_context(closing(Connection(address)))
+                connection.send(message)
+                selector.register(connection.socket, selectors.EVENT_READ, connection)
+            for reply, connection in _receive(selector, 1 / rate):
+                counts[str(reply.status)] += 1
+                idle.append(connection)
+    return dict(counts)
+
+
+def _receive(selector: selectors.BaseSelector, timeout_s: float) -> Iterator[tuple[Reply, Connection]]:
+    """What is whole by now, out of the selector."""
+    for key, _ in selector.select(timeout_s):
+        if (reply := key.data.receive()) is not None:
+            selector.unregister(key.fileobj)
+            yield reply, key.data

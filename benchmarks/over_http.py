@@ -1,0 +1,378 @@
+"""The hub over HTTP, beside the bare backbone and beside an empty Ray Serve application, all in one run.
+
+    python -m benchmarks.over_http [--parts idle throughput ...] [--calls 200] [--rounds 5] [--output FILE]
+
+* idle: one call at a time, a bare forward pass of one image, an empty two-hop application in the same Ray cluster, and
+  the hub's own `GET /healthz`, by turns: what a call adds, and where its milliseconds go.
+* throughput: requests a second of 16 callers at once, the hub and the empty application by turns.
+* first-answer: from `register` returning to the first correct answer of an adapter that no worker has seen.
+* tenants: the p95 of a tenant that sends one image at a time, alone, and while another offers ten times what the hub
+  can take, with one image a call and with 16.
+* saturation: images a second of a large backbone (random weights, JPEG), one adapter and eight, and the bare
+  backbone's batches with a thread a core in one process, by turns; the hub is idle while that runs.
+
+What takes turns meets the same noise; a ratio is the median over rounds of the ratio within a round. The hub has its
+default settings, one worker and an embedded Redis. Load comes from plain sockets (`benchmarks.load`) and shares the
+cores with everything else; `client_cpu_ms` says how much of them it takes.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import httpx
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from adapters import Adapter
+from hub.client import Client
+
+from . import bare
+from .beside import EMPTY, TENANTS, Hub, hub_beside_empty
+from .common import machine, spread
+from .load import Connection, Reply, closed_loop, open_loop, request
+
+OUTPUT = Path(__file__).parent / "results" / "over_http.json"
+PARTS = ("idle", "throughput", "first-answer", "tenants", "saturation")
+WARM_UP = 30
+NEW_ADAPTERS = 20
+GREED = 10
+GREEDY_IMAGES = (1, 16)
+MOST_OPEN = 2000
+SETTLE_S = 1.0
+# name: (where in the result, the bar, whether the value must be at most that)
+BARS = {
+    "an idle call adds, ms (p50)": (("idle", "added_ms", "median"), 8.0, True),
+    "requests a second, hub / empty": (("throughput", "ratio", "median"), 0.85, False),
+    "p95 beside a greedy tenant / alone": (("tenants", "1 images", "ratio", "median"), 1.5, True),
+    "p95 beside greedy calls of 16 images / alone": (("tenants", "16 images", "ratio", "median"), 1.5, True),
+    "images a second, one adapter / bare": (("saturation", "1 adapters", "to_bare", "median"), 0.95, False),
+    "images a second, eight adapters / bare": (("saturation", "8 adapters", "to_bare", "median"), 0.95, False),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A running hub with its empty neighbour, and what the parts need of both."""
+
+    hub: Hub
+    bare: bare.Process
+    backbone: str
+    adapters: Sequence[bytes]
+    pictures: Sequence[bytes]
+
+    def classify(self, task: int = 0, picture: int = 0, tenant: str = TENANTS[0]) -> bytes:
+        """A request; task i has adapter i, for every tenant."""
+        return self.post(f"/v1/tasks/task{task}/classify?top_k=1", self.pictures[picture % len(self.pictures)], tenant)
+
+    def post(self, path: str, body: bytes, tenant: str = TENANTS[0], kind: str = "application/octet-stream") -> bytes:
+        key = f"Bearer {self.hub.keys[tenant]}"
+        return request("POST", path, body, authorization=key, content_type=kind)
+
+    def client(self, tenant: str = TENANTS[0]) -> Client:
+        return Client(self.hub.url, self.hub.keys[tenant])
+
+
+def main() -> None:
+    """Measure, print tables, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--backbone", default="demo", help="of all parts but saturation: demo, or a timm name")
+    parser.add_argument("--saturation-backbone", default="vit_base_patch16_224")
+    parser.add_argument("--calls", type=int, default=200, help="of the part idle")
+    parser.add_argument("--rounds", type=int, default=5, help="of the other parts")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a turn in a round")
+    parser.add_argument("--saturation-seconds", type=float, default=40.0, help="the same in the part saturation")
+    parser.add_argument("--callers", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=16, help="in the part saturation; callers are twice as many")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+
+    small: dict[str, Callable[[Stage], dict[str, Any]]] = {
+        "idle": lambda stage: idle(stage, options.calls),
+        "throughput": lambda stage: throughput(stage, options.callers, options.rounds, options.seconds),
+        "first-answer": first_answer,
+        "tenants": lambda stage: tenants(stage, options.callers, options.rounds, options.seconds),
+    }
+    large: dict[str, Callable[[Stage], dict[str, Any]]] = {
+        "saturation": lambda stage: saturation(stage, options.batch_size, options.rounds, options.saturation_seconds)
+    }
+    chosen = {name: str(value) for name, value in vars(options).items() if name != "output"}
+    result: dict[str, Any] = {"machine": machine(), "options": chosen}
+    result |= run(options.backbone, {p: f for p, f in small.items() if p in options.parts})
+    wanted = {p: f for p, f in large.items() if p in options.parts}
+    result |= run(options.saturation_backbone, wanted, batch_size=str(options.batch_size))
+    result["bars"] = bars(result)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    show(result)
+    print(f"written to {options.output}")
+
+
+def run(name: str, parts: dict[str, Callable[[Stage], dict[str, Any]]], **settings: str) -> dict[str, Any]:
+    """These parts, one after another, on a hub of their own."""
+    if not parts:
+        return {}
+    process = bare.Process()
+    with tempfile.TemporaryDirectory() as folder:
+        backbone = process.ask(bare.prepare, name, Path(folder))
+        side = process.ask(bare.side, backbone)
+        adapters = process.ask(bare.random_adapters, backbone, 8)
+        with hub_beside_empty(side, backbone=backbone, **settings) as hub:
+            stage = Stage(hub, process, backbone, adapters, bare.pictures(side, 16))
+            for tenant in TENANTS:
+                with stage.client(tenant) as client:
+                    for i, adapter in enumerate(adapters):
+                        client.register(f"task{i}", adapter)
+            return {part: {"backbone": name} | measure(stage) for part, measure in parts.items()}
+
+
+def idle(stage: Stage, calls: int) -> dict[str, Any]:
+    """Milliseconds of a call, of what it is compared with, and of its parts, by turns."""
+    taken: list[dict[str, float]] = []
+    messages = {
+        "call": stage.classify(),
+        "empty": stage.post(EMPTY + "/", stage.pictures[0]),
+        "healthz": request("GET", "/healthz"),
+    }
+    connection = Connection(stage.hub.address)
+    with stage.client() as client:
+        for _ in track(range(WARM_UP + calls), "idle"):
+            replies = {}
+            for name, message in messages.items():
+                replies[name] = ok(connection.call(message))
+                if name == "call":
+                    bare_ms = stage.bare.ask(bare.forward_ms, stage.backbone)
+            decode_ms = stage.bare.ask(bare.decode_ms, stage.backbone, stage.pictures[0])
+            began = time.perf_counter()
+            client.classify("task0", [stage.pictures[0]], top_k=1)
+            client_ms = 1e3 * (time.perf_counter() - began)
+            timing = dict(item.split(";dur=") for item in replies["call"].header("server-timing").split(", "))
+            row = {name: reply.ms for name, reply in replies.items()}
+            row |= {name: float(ms) for name, ms in timing.items()}
+            row |= {"bare": bare_ms, "decode": decode_ms, "client": client_ms}
+            row["added"] = row["call"] - row["bare"]
+            row["over_empty"] = row["call"] - row["empty"]
+            row["rest"] = row["over_empty"] - decode_ms - sum(float(ms) for ms in timing.values())
+            taken.append(row)
+    connection.close()
+    return {"calls": calls} | {f"{name}_ms": spread([row[name] for row in taken[WARM_UP:]]) for name in taken[0]}
+
+
+def throughput(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Requests a second of the hub and of the empty application, by turns."""
+    contenders = {
+        "hub": [stage.classify(picture=i) for i in range(len(stage.pictures))],
+        "empty": [stage.post(EMPTY + "/", picture) for picture in stage.pictures],
+    }
+    rates: list[dict[str, float]] = []
+    cpu_ms: dict[str, list[float]] = {name: [] for name in contenders}
+    for messages in contenders.values():
+        closed_loop(stage.hub.address, messages, callers, SETTLE_S)
+    for _ in track(range(rounds), "throughput"):
+        rates.append({})
+        for name, messages in contenders.items():
+            began = time.process_time()
+            replies = closed_loop(stage.hub.address, messages, callers, seconds)
+            cpu_ms[name].append(1e3 * (time.process_time() - began) / len(replies))
+            rates[-1][name] = rate(replies, callers)
+    return {
+        "callers": callers,
+        "per_second": {name: spread_of([r[name] for r in rates]) for name in contenders},
+        "ratio": spread_of([r["hub"] / r["empty"] for r in rates]),
+        "client_cpu_ms": {name: round(median(ms), 3) for name, ms in cpu_ms.items()},
+    }
+
+
+def first_answer(stage: Stage) -> dict[str, Any]:
+    """Milliseconds from `register` returning to the first correct answer, for adapters that no worker has seen: the
+    same numbers under a new digest, so that the right answer is known.
+
+    Raises:
+        RuntimeError: an answer that is not the new adapter's.
+    """
+    adapter = Adapter.read(stage.adapters[0])
+    taken_ms = []
+    with stage.client() as client:
+        expected = client.classify("task0", [stage.pictures[0]], top_k=1).predictions[0][0].label
+        for i in track(range(NEW_ADAPTERS), "first answer"):
+            fresh = Adapter.create(
+                adapter.tensors,
+                config=adapter.config,
+                backbone=adapter.backbone,
+                fingerprint=adapter.fingerprint,
+                labels=adapter.labels,
+                preprocess=adapter.preprocess,
+                created=f"2026-01-01T00:00:{i:02d}+00:00",
+            )
+            client.register(f"new-{i}", fresh.data)
+            began = time.perf_counter()
+            answer = client.classify(f"new-{i}", [stage.pictures[0]], top_k=1)
+            taken_ms.append(1e3 * (time.perf_counter() - began))
+            if (answer.digest, answer.predictions[0][0].label) != (fresh.digest, expected):
+                raise RuntimeError(f"wrong answer of new-{i}: {answer}")
+    return {"first_answer_ms": spread(taken_ms), "adapter_bytes": len(adapter.data)}
+
+
+def tenants(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """The p95 of the second tenant alone and while the first is greedy, by turns, for small and large greedy calls."""
+    modest = [stage.classify(1, tenant=TENANTS[1])]
+    out: dict[str, Any] = {}
+    for images in GREEDY_IMAGES:
+        files = [("image", (f"{i}", stage.pictures[i % len(stage.pictures)])) for i in range(images)]
+        form = httpx.Request("POST", "http://hub", files=files)
+        path = "/v1/tasks/task0/classify?top_k=1"
+        greedy = stage.classify() if images == 1 else stage.post(path, form.read(), kind=form.headers["content-type"])
+        takes = rate(closed_loop(stage.hub.address, [greedy], callers, seconds), callers)
+        turns: list[dict[str, float]] = []
+        modest_statuses: Counter[int] = Counter()
+        greedy_statuses: Counter[str] = Counter()
+        for _ in track(range(rounds), f"tenants, {images} images a call"):
+            time.sleep(SETTLE_S)
+            alone = closed_loop(stage.hub.address, modest, 1, seconds)
+            lasts = seconds + 2 * SETTLE_S
+            stage.bare.send(open_loop, stage.hub.address, greedy, GREED * takes, lasts, MOST_OPEN)
+            time.sleep(SETTLE_S)
+            beside = closed_loop(stage.hub.address, modest, 1, seconds)
+            greedy_statuses.update(stage.bare.receive())
+            modest_statuses.update(reply.status for reply in beside)
+            turns.append({"alone": p95(alone), "beside": p95(beside)})
+        out[f"{images} images"] = {
+            "hub_takes_calls_per_second": round(takes, 1),
+            "offered_calls_per_second": round(GREED * takes, 1),
+            "p95_ms": {name: spread_of([turn[name] for turn in turns]) for name in turns[0]},
+            "ratio": spread_of([turn["beside"] / turn["alone"] for turn in turns]),
+            "modest_statuses": {str(status): n for status, n in modest_statuses.items()},
+            "greedy_statuses": dict(greedy_statuses),
+        }
+    return out
+
+
+def saturation(stage: Stage, batch_size: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Images a second of the bare backbone and of the hub, by turns."""
+    callers = 2 * batch_size
+    turns: list[dict[str, float]] = []
+    batches: list[int] = []
+    for _ in track(range(rounds), "saturation"):
+        turns.append({"bare": stage.bare.ask(bare.images_per_second, stage.backbone, batch_size, seconds)})
+        for adapters in (1, len(stage.adapters)):
+            messages = [stage.classify(i % adapters, i) for i in range(8 * len(stage.pictures))]
+            replies = closed_loop(stage.hub.address, messages, callers, seconds)
+            turns[-1][f"{adapters} adapters"] = rate_of_passes(replies[:-callers])
+            batches += [int(reply.header("x-batch-images")) for reply in replies[callers:-callers]]
+    names = list(turns[0])
+    return {
+        "batch_size": batch_size,
+        "median_batch": median(batches),
+        "bare": {"images_per_second": spread_of([turn["bare"] for turn in turns])},
+    } | {
+        name: {
+            "images_per_second": spread_of([turn[name] for turn in turns]),
+            "to_bare": spread_of([turn[name] / turn["bare"] for turn in turns]),
+        }
+        for name in names[1:]
+    }
+
+
+def ok(reply: Reply) -> Reply:
+    """
+    Raises:
+        RuntimeError: it is no answer.
+    """
+    if reply.status != 200:
+        raise RuntimeError(f"HTTP {reply.status}: {reply.body[:500]!r}")
+    return reply
+
+
+def rate(replies: Sequence[Reply], callers: int) -> float:
+    """Replies a second while all callers were there."""
+    counted = [ok(reply) for reply in replies[callers - 1 : -callers]]
+    if len(counted) < 2:
+        raise RuntimeError(f"{len(replies)} replies are too few for a rate: give it more seconds")
+    return (len(counted) - 1) / (counted[-1].at - counted[0].at)
+
+
+def rate_of_passes(replies: Sequence[Reply]) -> float:
+    """Images a second from the end of a forward pass to the end of another: their replies come all at once."""
+    passes: dict[tuple[str, str], list[float]] = {}
+    for reply in map(ok, replies):
+        compute = reply.header("server-timing").rpartition("compute;dur=")[2]
+        passes.setdefault((compute, reply.header("x-batch-images")), []).append(reply.at)
+    ends = sorted((max(at), len(at)) for (_, images), at in passes.items() if len(at) == int(images))[2:]
+    if len(ends) < 2:
+        raise RuntimeError(f"{len(passes)} passes are too few for a rate: give it more seconds")
+    return sum(images for _, images in ends[1:]) / (ends[-1][0] - ends[0][0])
+
+
+def p95(replies: Sequence[Reply]) -> float:
+    """Milliseconds; a call that was refused or lost had no answer within any time."""
+    ms = [reply.ms if reply.status == 200 else float("inf") for reply in replies]
+    return quantiles(ms, n=20, method="inclusive")[-1] if len(ms) > 1 else ms[0]
+
+
+def spread_of(values: list[float]) -> dict[str, float]:
+    """`spread`, for one round, too."""
+    return spread(values if len(values) > 1 else 2 * values)
+
+
+def bars(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The bars of the parts that were run."""
+    out = {}
+    for name, (path, bar, at_most) in BARS.items():
+        value: Any = result
+        for key in path:
+            value = value.get(key, {})
+        if value != {}:
+            out[name] = {"value": value, "bar": bar, "holds": value <= bar if at_most else value >= bar}
+    return out
+
+
+def show(result: dict[str, Any]) -> None:
+    """Where an idle call's time goes, every other number with its quartiles, and the bars."""
+    console = Console()
+    if "idle" in result:
+        ms = {name: found["median"] for name, found in result["idle"].items() if name.endswith("_ms")}
+        out = Table("an idle call", "ms (median)", box=box.SIMPLE_HEAD)
+        for what, value in (
+            ("the whole call", ms["call_ms"]),
+            ("proxy and gateway (GET /healthz)", ms["healthz_ms"]),
+            ("handle and worker (the empty application, less that)", ms["empty_ms"] - ms["healthz_ms"]),
+            ("decoding the image (the same code, alone)", ms["decode_ms"]),
+            ("load", ms["load_ms"]),
+            ("queue", ms["queue_ms"]),
+            ("compute", ms["compute_ms"]),
+            ("  of that a bare forward pass", ms["bare_ms"]),
+            ("the rest: key, task, routing, answer", ms["rest_ms"]),
+            ("hub.Client instead of a plain socket", ms["client_ms"] - ms["call_ms"]),
+        ):
+            out.add_row(what, f"{value:.2f}")
+        console.print(out)
+    out = Table("", "median", "quartiles", box=box.SIMPLE_HEAD)
+    for part in PARTS:
+        for name, found in spreads(result.get(part, {})):
+            out.add_row(f"{part}: {name}", f"{found['median']:.2f}", f"{found['q1']:.2f} to {found['q3']:.2f}")
+    console.print(out)
+    for name, bar in result["bars"].items():
+        console.print(f"{name}: {bar['value']:.2f}, bar {bar['bar']}: {'holds' if bar['holds'] else 'does not hold'}")
+
+
+def spreads(found: Any, name: str = "") -> list[tuple[str, dict[str, float]]]:
+    """Every median with quartiles, and its path."""
+    if not isinstance(found, dict):
+        return []
+    if "median" in found:
+        return [(name, found)]
+    return [row for key, value in found.items() for row in spreads(value, f"{name} {key}".strip())]
+
+
+if __name__ == "__main__":
+    main()

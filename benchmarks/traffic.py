@@ -1,0 +1,208 @@
+"""Traffic for the engine benchmark: a worker in this process over a store that grows, and callers of every kind."""
+
+import asyncio
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from safetensors.torch import save_model
+
+from adapters import Adapter, Backbone, KarstConfig
+from adapters.data import normalise
+from hub.errors import LimitReached
+from hub.settings import Settings
+from hub.store import Store
+from hub.warmth import Warmth
+from hub.worker import Worker
+
+from .common import random_adapter
+
+CONFIG = KarstConfig(kernels=2, rank=8)
+BATCH = 32
+CALLERS = 2 * BATCH
+DISTINCT = 8  # adapters with numbers of their own; the others differ in their metadata, and so in their digest
+TOLERANCE = 1e-4
+
+
+class Site:
+    """What the scenarios share: a backbone, a store that grows, sizes."""
+
+    def __init__(self, backbone: Backbone, folder: Path, rounds: int, images: int, scale: float) -> None:
+        self.backbone, self.rounds, self.images = backbone, rounds, images
+        self.store = Store(str(folder / "store"))
+        self._scale = scale
+        self._checkpoint = folder / "backbone.safetensors"
+        save_model(backbone.model, str(self._checkpoint))
+        self._originals = [random_adapter(backbone, CONFIG, seed=seed) for seed in range(DISTINCT)]
+        self._digests: list[str] = []
+        pixels = np.random.default_rng(0).integers(0, 256, (4, *backbone.input_size), dtype=np.uint8)
+        self.pixels = list(pixels)
+
+    def count(self, full: int) -> int:
+        return max(4, round(full * self._scale))
+
+    def digests(self, count: int) -> list[str]:
+        """So many adapters, in the store."""
+        for i in track(range(len(self._digests), count), "adapters", disable=len(self._digests) >= count):
+            like = self._originals[i % DISTINCT]
+            adapter = Adapter.create(
+                {name: tensor.half() for name, tensor in like.tensors.items()},
+                config=like.config,
+                backbone=like.backbone,
+                fingerprint=like.fingerprint,
+                labels=like.labels,
+                preprocess=like.preprocess,
+                created=f"2026-01-01T00:00:00.{i:06d}+00:00",
+            )
+            self.store.put(adapter.digest, adapter.data)
+            self._digests.append(adapter.digest)
+        return self._digests[:count]
+
+    async def worker(self, slots: int, **settings: Any) -> Worker:
+        """A worker as the hub's, over this store.
+
+        Raises:
+            RuntimeError: its answers are not those of merged models.
+        """
+        made = Settings(
+            backbone=self.backbone.name,
+            checkpoint=self._checkpoint,
+            slots=slots,
+            max_rank=CONFIG.rank,
+            max_kernels=CONFIG.kernels,
+            batch_size=BATCH,
+            **settings,
+        )
+        worker = Worker(made, self.store, _Cold(), threads=torch.get_num_threads())
+        answers = await asyncio.gather(
+            *(worker.classify("check", digest, [self.pixels[0]]) for digest in self.digests(min(4, slots)))
+        )
+        for digest, (answer,) in zip(self._digests, answers, strict=False):
+            adapter = Adapter.read(self.store.get(digest))
+            mean, std = (torch.tensor(adapter.preprocess[name]) for name in ("mean", "std"))
+            with torch.inference_mode():
+                pixels = normalise(torch.from_numpy(self.pixels[0])[None], mean, std)
+                expected = adapter.merge(self.backbone)(pixels)[0].softmax(0)
+            difference = float(np.abs(expected.numpy() - answer.probabilities).max())
+            if not difference <= TOLERANCE:
+                raise RuntimeError(f"mixed and merged differ by {difference:.1e}, allowed are {TOLERANCE:.0e}")
+        return worker
+
+
+class _Cold(Warmth):
+    """Nothing was busy before, and nobody is told."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def pinned(self) -> dict[str, str]:
+        return {}
+
+    async def busy(self, limit: int) -> list[str]:
+        return []
+
+    async def note(self, digests: Iterable[str]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Driven:
+    """What a stretch of traffic took: images a second, and each call's milliseconds."""
+
+    rate: float
+    ms: list[float]
+
+    @property
+    def p50(self) -> float:
+        return statistics.median(self.ms)
+
+    @property
+    def p95(self) -> float:
+        return float(np.quantile(self.ms, 0.95))
+
+    @property
+    def p99(self) -> float:
+        return float(np.quantile(self.ms, 0.99))
+
+
+async def drive(
+    worker: Worker, site: Site, digests: Iterable[str], callers: int = CALLERS, tenant: str = "tenant"
+) -> Driven:
+    """One image for each of `digests`, by so many callers in a closed loop."""
+    left = iter(digests)
+    ms: list[float] = []
+
+    async def call(pixels: np.ndarray) -> None:
+        for digest in left:
+            began = time.perf_counter()
+            await worker.classify(tenant, digest, [pixels])
+            ms.append(1e3 * (time.perf_counter() - began))
+
+    began = time.perf_counter()
+    await asyncio.gather(*(call(site.pixels[i % len(site.pixels)]) for i in range(callers)))
+    return Driven(len(ms) / (time.perf_counter() - began), ms)
+
+
+async def probed(worker: Worker, site: Site, warm: Sequence[str], asked: Iterator[str]) -> tuple[list[float], Driven]:
+    """Milliseconds of calls for `asked`, five a second, and of four callers of `warm` meanwhile."""
+    others = asyncio.create_task(drive(worker, site, itertools.islice(itertools.cycle(warm), site.images), 4))
+    ms = []
+    while not others.done():
+        began = time.perf_counter()
+        await worker.classify("probe", next(asked), [site.pixels[0]])
+        ms.append(1e3 * (time.perf_counter() - began))
+        await asyncio.sleep(0.2)
+    return ms, await others
+
+
+async def arriving(worker: Worker, site: Site, digests: Sequence[str], tenant: str, rate: float) -> Driven:
+    """An open loop of single images at exponential intervals, `rate` a second on average."""
+    rng = random.Random(0)
+    ms: list[float] = []
+
+    async def call() -> None:
+        began = time.perf_counter()
+        await worker.classify(tenant, rng.choice(digests), [site.pixels[0]])
+        ms.append(1e3 * (time.perf_counter() - began))
+
+    began = time.perf_counter()
+    at, calls = began, []
+    for _ in range(site.images // 4):
+        at += rng.expovariate(rate)
+        await asyncio.sleep(max(0.0, at - time.perf_counter()))
+        calls.append(asyncio.create_task(call()))
+    await asyncio.gather(*calls)
+    return Driven(len(ms) / (time.perf_counter() - began), ms)
+
+
+async def flooding(worker: Worker, site: Site, digests: Sequence[str], rate: float) -> float:
+    """Offer `rate` images a second until cancelled; the share that was refused."""
+    offered, refused, calls = 0, 0, set()
+
+    async def call(digest: str) -> None:
+        nonlocal refused
+        try:
+            await worker.classify("greedy", digest, [site.pixels[1]])
+        except LimitReached:
+            refused += 1
+
+    began = time.perf_counter()
+    try:
+        for digest in itertools.cycle(digests):
+            await asyncio.sleep(max(0.0, began + offered / rate - time.perf_counter()))
+            task = asyncio.create_task(call(digest))
+            calls.add(task)
+            task.add_done_callback(calls.discard)
+            offered += 1
+    except asyncio.CancelledError:
+        for task in list(calls):
+            task.cancel()
+    return refused / max(offered, 1)
