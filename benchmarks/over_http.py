@@ -4,12 +4,15 @@
 
 * idle: one call at a time, a bare forward pass of one image, an empty two-hop application in the same Ray cluster, and
   the hub's own `GET /healthz`, by turns: what a call adds, and where its milliseconds go.
-* throughput: requests a second of 16 callers at once, the hub and the empty application by turns.
+* throughput: requests a second of 16 callers at once, the hub and the empty application by turns, and the bare
+  backbone's images a second, without which no hub does: `ceiling` is the ratio of a hub that adds only the forward
+  pass to the empty application, on the same cores.
 * first-answer: from `register` returning to the first correct answer of an adapter that no worker has seen.
 * tenants: the p95 of a tenant that sends one image at a time, alone, and while another offers ten times what the hub
-  can take, with one image a call and with 16.
+  can take, with one image a call and with 16. A call that is refused counts as endless.
 * saturation: images a second of a large backbone (random weights, JPEG), one adapter and eight, and the bare
-  backbone's batches with a thread a core in one process, by turns; the hub is idle while that runs.
+  backbone's batches (of the size that suits it best) with a thread a core in one process, by turns; the hub is idle
+  while that runs.
 
 What takes turns meets the same noise; a ratio is the median over rounds of the ratio within a round. The hub has its
 default settings, one worker and an embedded Redis. Load comes from plain sockets (`benchmarks.load`) and shares the
@@ -47,7 +50,6 @@ WARM_UP = 30
 NEW_ADAPTERS = 20
 GREED = 10
 GREEDY_IMAGES = (1, 16)
-MOST_OPEN = 2000
 SETTLE_S = 1.0
 # name: (where in the result, the bar, whether the value must be at most that)
 BARS = {
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of a turn in a round")
     parser.add_argument("--saturation-seconds", type=float, default=40.0, help="the same in the part saturation")
     parser.add_argument("--callers", type=int, default=16)
+    parser.add_argument("--greedy-open", type=int, default=1000, help="most calls of the greedy tenant under way")
     parser.add_argument("--batch-size", type=int, default=16, help="in the part saturation; callers are twice as many")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
@@ -101,7 +104,7 @@ def main() -> None:
         "idle": lambda stage: idle(stage, options.calls),
         "throughput": lambda stage: throughput(stage, options.callers, options.rounds, options.seconds),
         "first-answer": first_answer,
-        "tenants": lambda stage: tenants(stage, options.callers, options.rounds, options.seconds),
+        "tenants": lambda stage: tenants(stage, options.callers, options.greedy_open, options.rounds, options.seconds),
     }
     large: dict[str, Callable[[Stage], dict[str, Any]]] = {
         "saturation": lambda stage: saturation(stage, options.batch_size, options.rounds, options.saturation_seconds)
@@ -185,10 +188,12 @@ def throughput(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[
             replies = closed_loop(stage.hub.address, messages, callers, seconds)
             cpu_ms[name].append(1e3 * (time.process_time() - began) / len(replies))
             rates[-1][name] = rate(replies, callers)
+        rates[-1]["bare"] = stage.bare.ask(bare.images_per_second, stage.backbone, callers, seconds / 2)
     return {
         "callers": callers,
-        "per_second": {name: spread_of([r[name] for r in rates]) for name in contenders},
+        "per_second": {name: spread_of([r[name] for r in rates]) for name in rates[0]},
         "ratio": spread_of([r["hub"] / r["empty"] for r in rates]),
+        "ceiling": spread_of([r["bare"] / (r["bare"] + r["empty"]) for r in rates]),
         "client_cpu_ms": {name: round(median(ms), 3) for name, ms in cpu_ms.items()},
     }
 
@@ -223,7 +228,7 @@ def first_answer(stage: Stage) -> dict[str, Any]:
     return {"first_answer_ms": spread(taken_ms), "adapter_bytes": len(adapter.data)}
 
 
-def tenants(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[str, Any]:
+def tenants(stage: Stage, callers: int, most_open: int, rounds: int, seconds: float) -> dict[str, Any]:
     """The p95 of the second tenant alone and while the first is greedy, by turns, for small and large greedy calls."""
     modest = [stage.classify(1, tenant=TENANTS[1])]
     out: dict[str, Any] = {}
@@ -240,7 +245,7 @@ def tenants(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[str
             time.sleep(SETTLE_S)
             alone = closed_loop(stage.hub.address, modest, 1, seconds)
             lasts = seconds + 2 * SETTLE_S
-            stage.bare.send(open_loop, stage.hub.address, greedy, GREED * takes, lasts, MOST_OPEN)
+            stage.bare.send(open_loop, stage.hub.address, greedy, GREED * takes, lasts, most_open)
             time.sleep(SETTLE_S)
             beside = closed_loop(stage.hub.address, modest, 1, seconds)
             greedy_statuses.update(stage.bare.receive())
@@ -262,8 +267,9 @@ def saturation(stage: Stage, batch_size: int, rounds: int, seconds: float) -> di
     callers = 2 * batch_size
     turns: list[dict[str, float]] = []
     batches: list[int] = []
+    quickest = stage.bare.ask(bare.quickest_batch, stage.backbone, batch_size, seconds)
     for _ in track(range(rounds), "saturation"):
-        turns.append({"bare": stage.bare.ask(bare.images_per_second, stage.backbone, batch_size, seconds)})
+        turns.append({"bare": stage.bare.ask(bare.images_per_second, stage.backbone, quickest, seconds)})
         for adapters in (1, len(stage.adapters)):
             messages = [stage.classify(i % adapters, i) for i in range(8 * len(stage.pictures))]
             replies = closed_loop(stage.hub.address, messages, callers, seconds)
@@ -273,6 +279,7 @@ def saturation(stage: Stage, batch_size: int, rounds: int, seconds: float) -> di
     return {
         "batch_size": batch_size,
         "median_batch": median(batches),
+        "bare_batch": quickest,
         "bare": {"images_per_second": spread_of([turn["bare"] for turn in turns])},
     } | {
         name: {

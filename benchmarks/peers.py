@@ -1,27 +1,26 @@
-"""Many adapters on one machine: ours beside peft, Ray Serve's multiplexing and a process a task.
+"""Many adapters on one machine: ours beside peft, Ray Serve's multiplexing, and a process a task.
 
     python -m benchmarks.peers [--sizes 1 8 64 512] [--backbone NAME] [--rounds 5] [--contenders ours LoRA ...]
 
-Every contender has `size` tasks, each with an adapter and a head of its own, and classifies the same images in every
-round; the images' tasks go round robin, on from where the last round ended. What each of them is:
+Each contender has as many tasks as the size says, each with an adapter and a head of its own, and classifies the same
+images in every round; their tasks go round robin, on from where the last round ended.
 
 * ours: `Bank.forward` of mixed batches; KARST with N = 2 and rank 8, a slot for every adapter.
-* LoRA: Hugging Face's peft, mixed batches by `adapter_names=`; same layers, rank nearest to as many numbers.
-* LoKr: peft's, likewise; it has no mixed batches, so each task of a batch is one `set_adapter` and one pass.
-* Serve: one merged model a task in one replica of Ray Serve, `@serve.multiplexed` and `@serve.batch`, with
-  `IN_FLIGHT` calls under way. It keeps as many models as fit `--memory-gb`; loading one is a copy within memory.
-* processes: one merged model in a process of its own a task, asked through pipes one after another.
+* LoRA: peft's mixed batches (`adapter_names=`), on the same layers with the ranks nearest to as many numbers.
+* LoKr: peft's, likewise; it has no mixed batches: for each task of a batch one `set_adapter` and one pass.
+* Serve: merged models in one replica, `@serve.multiplexed` and `@serve.batch`, `IN_FLIGHT` calls under way. It keeps
+  as many models as fit `--memory-gb`; it loads one by a copy within memory. Calls name an image instead of sending it.
+* processes: a process with a merged model a task, asked one after another through pipes, all images of a task in a
+  batch at once.
 
-What has no mixed batch gets all images of a task in a batch at once. Serve's replica holds the images and is told
-which, so no call carries pixels. peft's adapters are copied layer by layer, since `add_adapter` takes longer the more
-there are; only the last one goes through it, and its time is reported. A few answers of each contender are compared
-with those of merged models before anything is timed.
+peft's adapters are made by copying the first within every layer, as `add_adapter` takes longer the more there are;
+the last one comes by `add_adapter`, and `last_added_s` is its time. Some answers of every contender are compared with
+merged models' before anything is timed.
 
-Every contender runs in a process of its own with as many torch threads as the others; they take turns in every round,
-so whatever else the machine does falls on all of them alike. A ratio is the median over rounds of the ratio within a
-round. Memory is what the adapters add to a process that has the backbone: `private` is what no other process shares,
-`resident` is RSS. A process a task counts whole; Ray's own processes do not count. A contender that does not fit
-into memory or the time for setting up has null and a reason.
+Every contender is set up in a process of its own, with the same number of torch threads; they take turns in every
+round, so whatever else the machine does falls on all of them alike. A ratio is the median over rounds of the ratio
+within a round. Memory is what the adapters add beside a backbone in use: `private` is what no other process shares,
+`resident` is RSS. Task processes count whole, Ray's own not at all. What cannot be set up has nulls and a reason.
 """
 
 import argparse
@@ -35,16 +34,15 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -59,178 +57,118 @@ from adapters.backbone import features
 
 from .common import machine, random_adapter, spread
 
-BACKBONE = "vit_tiny_patch16_224"
 CONFIG = KarstConfig(kernels=2, rank=8)
-SIZES = (1, 8, 64, 512)
 CLASSES = 10
 DISTINCT = 8  # different KARST adapters; task t has number t % DISTINCT
-IN_FLIGHT = 64  # calls to Serve
+IN_FLIGHT = 64
 TOLERANCE = 1e-3
-WARM_UP_ROUNDS = 1
 ROUND_LIMIT_S = 900
-RESERVE = 1.5e9  # bytes of memory that must stay free
+RESERVE = 1.5e9  # bytes of memory that stay free
 OUTPUT = Path(__file__).parent / "results" / "peers.json"
 
 Work = list[tuple[int, int]]  # (task, image)
-
-
-class MismatchError(RuntimeError):
-    """A contender's answers are not the merged models'."""
 
 
 class TooLargeError(RuntimeError):
     """A contender of this size cannot be had here; the message says why."""
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """What every contender of one size is given."""
 
-    backbone: str
-    adapters: tuple[bytes, ...]  # KARST files
+    options: argparse.Namespace
+    files: list[bytes]  # KARST adapters
     size: int
-    batch: int
-    images: int
     threads: int
-    memory_gb: float
 
-    def load(self) -> tuple[Backbone, Tensor]:
-        """The backbone, the same in every process, and pixels (images, 3, H, W); both have been used once."""
+    def load(self) -> tuple[Backbone, Tensor, list[Adapter]]:
+        """The same in every process: backbone, pixels (images, 3, H, W), both used once, and KARST adapters."""
         torch.set_num_threads(self.threads)
         torch.manual_seed(0)
-        backbone = load_backbone(self.backbone, pretrained=False)
-        pixels = torch.randn(self.images, *backbone.input_size, generator=torch.Generator().manual_seed(0))
+        backbone = load_backbone(self.options.backbone, pretrained=False)
+        pixels = torch.randn(self.options.images, *backbone.input_size)
         with torch.inference_mode():
-            features(backbone.model, pixels[: self.batch])
-        return backbone, pixels
-
-    def karst(self) -> list[Adapter]:
-        return [Adapter.read(data) for data in self.adapters]
-
-    def work(self, number: int) -> Work:
-        """Round `number`."""
-        return [((number * self.images + i) % self.size, i) for i in range(self.images)]
+            features(backbone.model, pixels[: self.options.batch])
+        return backbone, pixels, [Adapter.read(data) for data in self.files]
 
     def batches(self, work: Work) -> list[Work]:
-        return [work[i : i + self.batch] for i in range(0, len(work), self.batch)]
+        return [work[i : i + self.options.batch] for i in range(0, len(work), self.options.batch)]
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a process, or of several together."""
+class Contender(NamedTuple):
+    """A contender that is ready."""
 
-    private: int = 0
-    resident: int = 0
-
-    @classmethod
-    def now(cls) -> "Memory":
-        """Of this process, after everything that is free has gone back to the system."""
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        sizes = {"Rss": 0, "Private_Clean": 0, "Private_Dirty": 0}
-        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-            name, _, rest = line.partition(":")
-            if name in sizes:
-                sizes[name] = 1024 * int(rest.split()[0])
-        return cls(sizes["Private_Clean"] + sizes["Private_Dirty"], sizes["Rss"])
-
-    def __add__(self, other: "Memory") -> "Memory":
-        return Memory(self.private + other.private, self.resident + other.resident)
-
-    def __sub__(self, other: "Memory") -> "Memory":
-        return Memory(self.private - other.private, self.resident - other.resident)
-
-    def mb(self) -> dict[str, float]:
-        return {"private": round(self.private / 1e6, 1), "resident": round(self.resident / 1e6, 1)}
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A contender that is ready: its answers in the order of the work, and how one merged model answers a task."""
-
-    run: Callable[[Work], list[Tensor]]
-    merged: Callable[[int, Tensor], Tensor]
-    memory: Memory
-    notes: dict[str, Any] = field(default_factory=dict)
+    run: Callable[[Work], list[Tensor]]  # answers in the order of the work
+    merged: Callable[[int, Tensor], Tensor]  # a task's answers by a merged model
+    memory: Tensor  # as `memory_mb`
+    notes: dict[str, Any]
 
 
 @contextmanager
 def ours(spec: Spec) -> Iterator[Contender]:
-    backbone, pixels = spec.load()
-    adapters = spec.karst()
-    before = Memory.now()
+    backbone, pixels, adapters = spec.load()
+    before = memory_mb()
     bank = Bank(backbone, slots=spec.size, max_rank=CONFIG.rank, max_kernels=CONFIG.kernels)
-    packed = [bank.pack(adapter) for adapter in adapters]
-    slots = [bank.put(packed[task % len(packed)]) for task in range(spec.size)]
+    slots = [bank.put(adapters[task % DISTINCT]) for task in range(spec.size - 1)]
     began = time.perf_counter()
-    bank.evict(slots[-1])
-    slots[-1] = bank.put(adapters[(spec.size - 1) % len(adapters)])
-    add_s = time.perf_counter() - began
-    del packed
-    memory = Memory.now() - before
+    slots.append(bank.put(adapters[(spec.size - 1) % DISTINCT]))
+    notes = {"last_added_s": round(time.perf_counter() - began, 4)}
+
+    def one_batch(batch: Work) -> list[Tensor]:
+        return bank.forward(pixels[[image for _, image in batch]], [slots[task] for task, _ in batch])
 
     def run(work: Work) -> list[Tensor]:
-        batches = spec.batches(work)
-        return [row for b in batches for row in bank.forward(pixels[[i for _, i in b]], [slots[task] for task, _ in b])]
+        return [row for batch in spec.batches(work) for row in one_batch(batch)]
 
-    yield Contender(run, partial(_merged, adapters, backbone), memory, {"last_added_s": round(add_s, 4)})
+    yield Contender(run, partial(_merged, backbone, adapters), memory_mb() - before, notes)
 
 
 @contextmanager
 def peft(method: str, spec: Spec) -> Iterator[Contender]:
     """LoRA in mixed batches, LoKr task by task."""
-    from peft import LoKrConfig, LoraConfig, get_peft_model  # slow, and only these two need it
+    from peft import LoKrConfig, LoraConfig, get_peft_model  # slow to import, and the others do not need it
 
     from .accuracy_methods import karst_count, lokr_rank, lora_ranks
 
-    backbone, pixels = spec.load()
+    backbone, pixels, _ = spec.load()
     budget = karst_count(backbone, CONFIG)
     ranks, rank = lora_ranks(backbone.sites, budget), lokr_rank(backbone.sites, budget)
 
-    def config() -> Any:
+    def config() -> Any:  # random numbers everywhere, so that every part of an adapter changes the answers
         if method == "LoRA":
-            return LoraConfig(
-                target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks, init_lora_weights=False
-            )
-        return LoKrConfig(
-            r=rank, alpha=rank, decompose_factor=CONFIG.factor, init_weights=False, target_modules=list(ranks)
-        )
+            same: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": ranks}
+            return LoraConfig(target_modules=list(ranks), init_lora_weights=False, **same)
+        same = {"r": rank, "alpha": rank, "decompose_factor": CONFIG.factor}
+        return LoKrConfig(target_modules=list(ranks), init_weights=False, **same)
 
-    get_peft_model(backbone.clone(), config())  # what peft loads when it is first used is not the adapters'
-    before = Memory.now()
-    torch.manual_seed(1)
-    model = get_peft_model(backbone.clone(), config(), adapter_name="t0").eval().requires_grad_(False)
-    layers: dict[str, Any] = {site.name: model.base_model.model.get_submodule(site.name) for site in backbone.sites}
+    get_peft_model(backbone.clone(), config())  # what peft loads at its first use is not the adapters'
+    before = memory_mb()
+    model = get_peft_model(backbone.clone(), config(), adapter_name="t0").eval()
+    layers: dict[str, Any] = {name: model.base_model.model.get_submodule(name) for name in ranks}
+    notes: dict[str, Any] = {"numbers": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     for task in range(1, spec.size - 1):
         model.peft_config[f"t{task}"] = config()
         for layer in layers.values():
             _copy_adapter(layer, f"t{task}")
-    notes: dict[str, Any] = {
-        "numbers": sum(p.numel() for name, p in model.named_parameters() if ".t0." in f"{name}."),
-    }
     if spec.size > 1:
         began = time.perf_counter()
-        model.add_adapter(f"t{spec.size - 1}", config(), low_cpu_mem_usage=False)
+        model.add_adapter(f"t{spec.size - 1}", config())
         notes["last_added_s"] = round(time.perf_counter() - began, 4)
-        model.requires_grad_(False)
+    model.requires_grad_(False)
     weights = torch.randn(spec.size, CLASSES, backbone.width) * 0.05
     biases = torch.randn(spec.size, CLASSES, 1) * 0.05
-    memory = Memory.now() - before
 
     def run_mixed(work: Work) -> list[Tensor]:
         answers: list[Tensor] = []
         for batch in spec.batches(work):
-            tasks, images = map(list, zip(*batch, strict=True))
-            pooled = model(pixels[images], adapter_names=[f"t{task}" for task in tasks])
+            tasks = [task for task, _ in batch]
+            pooled = model(pixels[[image for _, image in batch]], adapter_names=[f"t{task}" for task in tasks])
             answers += torch.baddbmm(biases[tasks], weights[tasks], pooled[:, :, None])[:, :, 0]
         return answers
 
-    def run_by_task(work: Work) -> list[Tensor]:
-        def one(task: int, images: list[int]) -> Tensor:
-            model.set_adapter(f"t{task}", inference_mode=True)
-            return torch.addmm(biases[task].T, model(pixels[images]), weights[task].T)
-
-        return [row for batch in spec.batches(work) for row in _by_task(batch, one)]
+    def one(task: int, images: list[int]) -> Tensor:
+        model.set_adapter(f"t{task}", inference_mode=True)
+        return torch.addmm(biases[task].T, model(pixels[images]), weights[task].T)
 
     def merged(task: int, image: Tensor) -> Tensor:
         body = copy.deepcopy(backbone.model)
@@ -238,35 +176,36 @@ def peft(method: str, spec: Spec) -> Iterator[Contender]:
             body.get_submodule(name).weight.add_(layer.get_delta_weight(f"t{task}"))
         return torch.addmm(biases[task].T, features(body, image), weights[task].T)
 
-    yield Contender(run_mixed if method == "LoRA" else run_by_task, merged, memory, notes)
+    run = run_mixed if method == "LoRA" else partial(_task_by_task, spec, one)
+    yield Contender(run, merged, memory_mb() - before, notes)
 
 
 @contextmanager
 def ray_serve(spec: Spec) -> Iterator[Contender]:
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}  # as karst-hub has it
-    import ray
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}  # as karst-hub has them
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+    import ray  # reads the environment
     from ray import cloudpickle, serve
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers need not find this script
-    backbone, _ = spec.load()
-    adapters = spec.karst()
+    backbone, _, adapters = spec.load()
     size = sum(t.numel() * t.element_size() for t in adapters[0].merge(backbone).state_dict().values())
-    room = min(spec.memory_gb * 1e9, psutil.virtual_memory().available - 2 * RESERVE)
-    models = min(spec.size, int(room / size))
-    if models < 1:
+    room = min(spec.options.memory_gb * 1e9, psutil.virtual_memory().available - 2 * RESERVE)
+    kept = min(spec.size, int(room / size))
+    if kept < 1:
         raise TooLargeError(f"one merged model has {size / 1e6:.0f} MB, and {room / 1e6:.0f} MB are to be had")
 
     class Replica:
         def __init__(self) -> None:
-            backbone, self.pixels = spec.load()
+            backbone, self.pixels, adapters = spec.load()
             self.passes = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(spec.threads,))
-            self.originals = [adapter.merge(backbone) for adapter in spec.karst()]
+            self.originals = [adapter.merge(backbone) for adapter in adapters]
 
-        @serve.multiplexed(max_num_models_per_replica=models)
+        @serve.multiplexed(max_num_models_per_replica=kept)
         async def model(self, model_id: str) -> nn.Module:
-            return copy.deepcopy(self.originals[int(model_id) % len(self.originals)])
+            return copy.deepcopy(self.originals[int(model_id) % DISTINCT])
 
-        @serve.batch(max_batch_size=spec.batch, batch_wait_timeout_s=0.01)
+        @serve.batch(max_batch_size=spec.options.batch, batch_wait_timeout_s=0.01)
         async def __call__(self, images: list[int]) -> list[Any]:
             model = await self.model(serve.get_multiplexed_model_id())
             loop = asyncio.get_running_loop()
@@ -276,8 +215,26 @@ def ray_serve(spec: Spec) -> Iterator[Contender]:
         def forward(self, model: nn.Module, images: list[int]) -> Any:
             return model(self.pixels[images]).numpy()
 
-        def memory(self) -> Memory:
-            return Memory.now()
+        async def memory(self) -> Tensor:
+            return memory_mb()
+
+    async def ask(work: Work) -> list[Tensor]:
+        room = asyncio.Semaphore(IN_FLIGHT)
+
+        async def one(task: int, image: int) -> Tensor:
+            async with room:
+                return torch.tensor(await handle.options(multiplexed_model_id=str(task)).remote(image))
+
+        return await asyncio.gather(*(one(task, image) for task, image in work))
+
+    async def memory() -> Tensor:
+        return await handle.memory.remote()
+
+    loop = asyncio.new_event_loop()  # Serve's news come on it between the calls, too
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+
+    def on_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
 
     try:
         ray.init(
@@ -289,23 +246,15 @@ def ray_serve(spec: Spec) -> Iterator[Contender]:
             object_store_memory=256 * 1024**2,
             _node_ip_address="127.0.0.1",
         )
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled")
         deployment = serve.deployment(max_ongoing_requests=2 * IN_FLIGHT, ray_actor_options={"num_cpus": 1})(Replica)
         handle = serve.run(deployment.bind(), name="peers", route_prefix=None)
-
-        def run(work: Work) -> list[Tensor]:
-            answers, waiting = [], deque[Any]()
-            for task, image in work:
-                if len(waiting) == IN_FLIGHT:
-                    answers.append(waiting.popleft().result())
-                waiting.append(handle.options(multiplexed_model_id=str(task)).remote(image))
-            return [torch.from_numpy(row.copy()) for row in (*answers, *(call.result() for call in waiting))]
-
-        before = handle.memory.remote().result()
-        run([(task, 0) for task in range(spec.size)])
-        memory = handle.memory.remote().result() - before
-        notes = {"models_kept": models, "in_flight": IN_FLIGHT, "model_mb": round(size / 1e6, 1)}
-        yield Contender(run, partial(_merged, adapters, backbone), memory, notes)
+        before = on_loop(memory())
+        on_loop(ask([(task, 0) for task in range(spec.size)]))
+        added = on_loop(memory()) - before
+        notes = {"models_kept": kept, "model_mb": round(size / 1e6, 1)}
+        yield Contender(lambda work: on_loop(ask(work)), partial(_merged, backbone, adapters), added, notes)
     finally:
         if ray.is_initialized():
             serve.shutdown()
@@ -314,44 +263,34 @@ def ray_serve(spec: Spec) -> Iterator[Contender]:
 
 @contextmanager
 def processes(spec: Spec) -> Iterator[Contender]:
-    backbone, pixels = spec.load()
-    adapters = spec.karst()
+    backbone, pixels, adapters = spec.load()
     models = [pickle.dumps(adapter.merge(backbone)) for adapter in adapters]
-    context = multiprocessing.get_context("forkserver")  # what importing torch takes is shared by all of them
-    context.set_forkserver_preload(["adapters"])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["adapters"])  # what torch takes is shared by all of them
+    pipes: list[Any] = []
+    memory = torch.zeros(2)
     with ExitStack() as stack:
-        pipes: list[Any] = []
-
-        def add() -> Memory:
+        for task in range(spec.size):
             pipe, other = context.Pipe()
             process = context.Process(target=_task_process, args=(other, spec.threads), daemon=True)
             process.start()
             other.close()
             stack.callback(process.join, 10)
             stack.callback(pipe.close)  # it ends when nobody can ask it any more
-            pipe.send_bytes(models[len(pipes) % len(models)])
-            pipe.send(pixels[: spec.batch].numpy())
+            pipe.send_bytes(models[task % DISTINCT])
+            pipe.send(pixels[: spec.options.batch].numpy())
             pipes.append(pipe)
-            return pipe.recv()
-
-        memory = add()
-        need, free = (spec.size - 1) * memory.private, psutil.virtual_memory().available
-        if need > free - RESERVE:
-            raise TooLargeError(
-                f"{spec.size} processes need {spec.size * memory.private / 1e9:.1f} GB ({memory.private / 1e6:.0f} MB "
-                f"each that nobody shares), and {free / 1e9:.1f} GB were free"
-            )
-        for _ in range(1, spec.size):
-            memory += add()
+            memory += pipe.recv()
+            one_gb, free_gb = float(memory[0]) / len(pipes) / 1e3, psutil.virtual_memory().available / 1e9
+            if (spec.size - len(pipes)) * one_gb > free_gb - RESERVE / 1e9:
+                need = f"{spec.size} processes need {spec.size * one_gb:.1f} GB ({1e3 * one_gb:.0f} MB each)"
+                raise TooLargeError(f"{need}; with {len(pipes)} of them {free_gb:.1f} GB were free")
 
         def one(task: int, images: list[int]) -> Tensor:
             pipes[task].send(pixels[images].numpy())
             return torch.from_numpy(pipes[task].recv())
 
-        def run(work: Work) -> list[Tensor]:
-            return [row for batch in spec.batches(work) for row in _by_task(batch, one)]
-
-        yield Contender(run, partial(_merged, adapters, backbone), memory)
+        yield Contender(partial(_task_by_task, spec, one), partial(_merged, backbone, adapters), memory, {})
 
 
 CONTENDERS: dict[str, Callable[[Spec], AbstractContextManager[Contender]]] = {
@@ -366,10 +305,10 @@ CONTENDERS: dict[str, Callable[[Spec], AbstractContextManager[Contender]]] = {
 def main() -> None:
     """Measure every size, print a table, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default=BACKBONE, help="a timm name, or demo; weights are random")
-    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="numbers of adapters")
+    parser.add_argument("--backbone", default="vit_tiny_patch16_224", help="a timm name, or demo; weights are random")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 8, 64, 512], help="numbers of adapters")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, 2 or more")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, 2 or more; one more goes before them")
     parser.add_argument("--images", type=int, default=64, help="images of a round")
     parser.add_argument("--batch", type=int, default=32, help="most images of a batch")
     parser.add_argument("--memory-gb", type=float, default=6.0, help="what Serve's models may take")
@@ -378,57 +317,45 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error(f"--rounds must be at least 2, got {options.rounds}: quartiles need it")
-    threads = torch.get_num_threads()
-    print(f"{threads} torch threads for every contender")
-
+    print(f"{torch.get_num_threads()} torch threads for every contender")
     torch.manual_seed(0)
     backbone = load_backbone(options.backbone, pretrained=False)
-    data = tuple(random_adapter(backbone, CONFIG, seed=seed, classes=CLASSES).data for seed in range(DISTINCT))
-    rows = []
+    files = [random_adapter(backbone, CONFIG, seed=seed, classes=CLASSES).data for seed in range(DISTINCT)]
+    result = {"machine": machine(), **{k: v for k, v in vars(options).items() if k != "output"}, "rows": []}
     try:
         for size in options.sizes:
-            spec = Spec(options.backbone, data, size, options.batch, options.images, threads, options.memory_gb)
-            rows.append(measure(spec, options.contenders, options.rounds, options.setup_limit))
+            result["rows"].append(measure(Spec(options, files, size, torch.get_num_threads())))
     except RuntimeError as error:
         raise SystemExit(f"stopped: {error}") from None
-    result = {
-        "machine": machine(),
-        "backbone": options.backbone,
-        "batch": options.batch,
-        "images": options.images,
-        "rounds": options.rounds,
-        "memory_gb": options.memory_gb,
-        "rows": rows,
-    }
     Console().print(table(result))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {options.output}")
 
 
-def measure(spec: Spec, names: list[str], rounds: int, limit_s: float) -> dict[str, Any]:
+def measure(spec: Spec) -> dict[str, Any]:
     """All contenders of one size.
 
     Raises:
         RuntimeError: one of them failed, or gives other answers than merged models.
     """
+    found: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         hosts: dict[str, Host] = {}
-        found: dict[str, dict[str, Any]] = {}
-        for name in names:
+        for name in spec.options.contenders:
             host = Host(name, spec)
             stack.callback(host.close)
-            found[name] = host.ready(limit_s)
+            found[name] = host.ready(spec.options.setup_limit)
             if found[name]["reason"] is None:
                 hosts[name] = host
-            print(f"{spec.size} adapters, {name}: {found[name]['reason'] or 'ready'}")
-        numbers = track(range(WARM_UP_ROUNDS + rounds), f"{spec.size} adapters")
-        times = [{name: host.round(number) for name, host in hosts.items()} for number in numbers][WARM_UP_ROUNDS:]
+            print(f"{spec.size} adapters, {name}: {found[name]['reason'] or 'ready'}", flush=True)
+        numbers = track(range(1 + spec.options.rounds), f"{spec.size} adapters")
+        times = [{name: host.round(number) for name, host in hosts.items()} for number in numbers][1:]
     for name, entry in found.items():
-        timed = name in hosts
-        entry["images_per_s"] = spread([spec.images / taken[name] for taken in times]) if timed else None
-        ratio = timed and "ours" in hosts
-        entry["time_to_ours"] = spread([taken[name] / taken["ours"] for taken in times]) if ratio else None
+        taken = [(one[name], one.get("ours")) for one in times if name in one]
+        entry["images_per_s"] = spread([spec.options.images / own for own, _ in taken]) if taken else None
+        ratios = [own / base for own, base in taken if base is not None]
+        entry["time_to_ours"] = spread(ratios) if ratios else None
     return {"adapters": spec.size, "contenders": found}
 
 
@@ -449,44 +376,36 @@ class Host:
         Raises:
             RuntimeError: it failed, or its answers are wrong.
         """
-        reason, deadline = None, time.monotonic() + limit_s
-        while reason is None and not self._pipe.poll(0.5):
+        found: dict[str, Any] = {}
+        deadline = time.monotonic() + limit_s
+        while not found and not self._pipe.poll(0.5):
             free = psutil.virtual_memory().available
-            if time.monotonic() > deadline:
-                reason = f"not ready after {limit_s:.0f} s ({free / 1e9:.1f} GB of memory were free)"
-            elif free < RESERVE / 2:
-                reason = f"memory ran out: {free / 1e9:.1f} GB were free"
-        if reason is None:
-            try:
-                found: dict[str, Any] = self._pipe.recv()
-            except EOFError:
-                self._process.join()
-                raise RuntimeError(f"{self._name} ended with {self._process.exitcode}") from None
-            if "failed" in found:
-                raise RuntimeError(f"{self._name}: {found['failed']}")
-            if found["reason"] is None:
-                return found
-            reason = found["reason"]
-        self.close(patience_s=0)
-        return {"reason": reason, "memory_mb": None, "setup_s": None, "largest_difference": None, "notes": {}}
+            if free < RESERVE / 2:
+                found["reason"] = f"memory ran out in setting up: {free / 1e9:.1f} GB were free"
+            elif time.monotonic() > deadline:
+                found["reason"] = f"not ready after {limit_s:.0f} s; {free / 1e9:.1f} GB of memory were free"
+        found = found or self._receive()
+        if found["reason"] is not None:
+            self.close(patience_s=0)
+        return {"memory_mb": None, "setup_s": None, "largest_difference": None, "notes": {}} | found
 
     def round(self, number: int) -> float:
-        """Seconds."""
+        """Seconds.
+
+        Raises:
+            RuntimeError: it failed, or took too long.
+        """
         self._pipe.send(number)
         if not self._pipe.poll(ROUND_LIMIT_S):
             raise RuntimeError(f"{self._name}: a round took more than {ROUND_LIMIT_S} s")
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            raise RuntimeError(f"{self._name} ended within a round") from None
+        return self._receive()
 
     def close(self, patience_s: float = 60) -> None:
         """End it with everything that it started."""
-        try:
+        tree: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
             first = psutil.Process(self._process.pid)
             tree = [first, *first.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            tree = []
         self._pipe.close()  # it ends when it sees that
         self._process.join(patience_s)
         for process in tree:
@@ -494,14 +413,22 @@ class Host:
                 process.kill()
         self._process.join()
 
+    def _receive(self) -> Any:
+        try:
+            found = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise RuntimeError(f"the process of {self._name} is gone") from None
+        if isinstance(found, str):
+            raise RuntimeError(f"{self._name}: {found}")
+        return found
+
 
 def table(result: dict[str, Any]) -> Table:
     """The result for a terminal."""
     title = f"{result['backbone']}, batches of {result['batch']}, {result['machine']['threads']} threads"
     out = Table("adapters", "", title=title, box=box.SIMPLE_HEAD)
-    for heading in ("images / s", "time / ours", "MB added"):
+    for heading in ("images / s", "time / ours", "MB added", "last added s"):
         out.add_column(heading, justify="right", no_wrap=True)
-    out.add_column("")
     for row in result["rows"]:
         for name, entry in row["contenders"].items():
             speed, ratio, memory = entry["images_per_s"], entry["time_to_ours"], entry["memory_mb"]
@@ -511,92 +438,96 @@ def table(result: dict[str, Any]) -> Table:
                 f"{speed['median']:.1f}" if speed else "-",
                 f"{ratio['median']:.2f} ({ratio['q1']:.2f}-{ratio['q3']:.2f})" if ratio else "-",
                 f"{memory['private']:.0f}" if memory else "-",
-                entry["reason"] or ", ".join(f"{key} {value}" for key, value in entry["notes"].items()),
+                str(entry["notes"].get("last_added_s", "")),
             )
     return out
 
 
+def memory_mb() -> Tensor:
+    """This process: what it shares with no other, and all that is resident; what is free goes back first."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {line.partition(":")[0]: int(line.split()[1]) for line in lines}
+    return torch.tensor([sizes["Private_Clean"] + sizes["Private_Dirty"], sizes["Rss"]]) * 1024 / 1e6
+
+
 def _host(pipe: Any, name: str, spec: Spec) -> None:
-    """A contender's process: set up, check, then a round for every number."""
+    """A contender's process: set up, check, then a round for every number that comes; a string is a failure."""
     began = time.perf_counter()
-    with suppress(EOFError, BrokenPipeError):  # nobody listens any more: the end
+    with suppress(EOFError, OSError):  # nobody listens any more
         try:
             with CONTENDERS[name](spec) as contender, torch.inference_mode():
-                setup_s = time.perf_counter() - began
-                difference = _check(contender, spec)
-                found = {"reason": None, "memory_mb": contender.memory.mb(), "setup_s": round(setup_s, 2)}
-                pipe.send(found | {"largest_difference": difference, "notes": contender.notes})
+                found: dict[str, Any] = {"reason": None, "setup_s": round(time.perf_counter() - began, 2)}
+                private, resident = contender.memory.tolist()
+                found["memory_mb"] = {"private": round(private, 1), "resident": round(resident, 1)}
+                pipe.send(found | {"largest_difference": _check(contender, spec), "notes": contender.notes})
                 while True:
-                    work = spec.work(pipe.recv())
+                    start = pipe.recv() * spec.options.images
+                    work = [((start + i) % spec.size, i) for i in range(spec.options.images)]
                     began = time.perf_counter()
                     contender.run(work)
                     pipe.send(time.perf_counter() - began)
         except TooLargeError as error:
             pipe.send({"reason": str(error)})
-        except (EOFError, BrokenPipeError):
+        except EOFError:
             raise
         except Exception:
-            pipe.send({"failed": traceback.format_exc()})
+            pipe.send(traceback.format_exc())
 
 
 def _check(contender: Contender, spec: Spec) -> float:
     """The largest difference to merged models: the first tasks and the last, two images of the first.
 
     Raises:
-        MismatchError: it is above `TOLERANCE`.
+        RuntimeError: it is above `TOLERANCE`.
     """
-    tasks = [*range(min(spec.size, 6)), spec.size - 1, 0]
-    _, pixels = spec.load()
-    work = [(task, i % spec.images) for i, task in enumerate(tasks)]
-    difference = max(
-        float((found - contender.merged(task, pixels[image : image + 1])[0]).abs().max())
-        for found, (task, image) in zip(contender.run(work), work, strict=True)
-    )
-    if not difference <= TOLERANCE:
-        raise MismatchError(f"answers differ from merged models by {difference:.1e}, allowed are {TOLERANCE:.0e}")
-    return difference
+    work = [(task, i % spec.options.images) for i, task in enumerate([*range(min(spec.size, 6)), spec.size - 1, 0])]
+    pixels = spec.load()[1]
+    pairs = zip(contender.run(work), work, strict=True)
+    errors = [(found - contender.merged(task, pixels[[image]])[0]).abs().max() for found, (task, image) in pairs]
+    if not (error := float(torch.stack(errors).max())) <= TOLERANCE:
+        raise RuntimeError(f"answers differ from merged models' by {error:.1e}, allowed are {TOLERANCE:.0e}")
+    return error
 
 
-def _by_task(batch: Work, one: Callable[[int, list[int]], Tensor]) -> list[Tensor]:
-    """The answers of a batch, each task's images at once."""
-    places: dict[int, list[int]] = {}
-    for place, (task, _) in enumerate(batch):
-        places.setdefault(task, []).append(place)
-    answers = {
-        place: row
-        for task, own in places.items()
-        for place, row in zip(own, one(task, [batch[place][1] for place in own]), strict=True)
-    }
-    return [answers[place] for place in range(len(batch))]
+def _task_by_task(spec: Spec, one: Callable[[int, list[int]], Tensor], work: Work) -> list[Tensor]:
+    """The answers of `one`, which takes all images of one task in a batch."""
+    answers: list[Tensor] = []
+    for batch in spec.batches(work):
+        found: dict[int, Tensor] = {}
+        for wanted in dict.fromkeys(task for task, _ in batch):
+            places = [place for place, (task, _) in enumerate(batch) if task == wanted]
+            found |= zip(places, one(wanted, [batch[place][1] for place in places]), strict=True)
+        answers += [found[place] for place in range(len(batch))]
+    return answers
 
 
-def _merged(adapters: list[Adapter], backbone: Backbone, task: int, image: Tensor) -> Tensor:
-    return adapters[task % len(adapters)].merge(backbone)(image)
+def _merged(backbone: Backbone, adapters: list[Adapter], task: int, image: Tensor) -> Tensor:
+    return adapters[task % DISTINCT].merge(backbone)(image)
 
 
 def _copy_adapter(layer: Any, name: str) -> None:
-    """What peft's `add_adapter` leaves in a layer, made from the first adapter's and with numbers of its own."""
+    """What peft's `add_adapter` leaves in a layer: the first adapter's parts, their numbers in another order."""
     for part in (*layer.adapter_layer_names, *layer.other_param_names):
         held = getattr(layer, part)
         if hasattr(held, "keys") and "t0" in held:
-            held[name] = copy.deepcopy(held["t0"])
-            own = held[name]
-            for parameter in own.parameters() if isinstance(own, nn.Module) else [own]:
-                if isinstance(parameter, Tensor):
-                    parameter.data = parameter[..., torch.randperm(parameter.shape[-1])].contiguous()
+            own = held[name] = copy.deepcopy(held["t0"])
+            for numbers in own.parameters() if isinstance(own, nn.Module) else [own]:
+                if isinstance(numbers, Tensor):
+                    numbers.data = numbers[..., torch.randperm(numbers.shape[-1])].detach()
 
 
 def _task_process(pipe: Any, threads: int) -> None:
-    """A task's own process: a merged model, then pixels -> logits until the pipe closes."""
-    gc.freeze()  # what the import left stays shared
+    """A task's own process: takes a merged model, tells its memory after one batch, answers until the pipe closes."""
+    gc.freeze()  # leaves shared what is
     torch.set_num_threads(threads)
     model = pickle.loads(pipe.recv_bytes())
-    measured = False
     with suppress(EOFError), torch.inference_mode():
+        model(torch.from_numpy(pipe.recv()))
+        pipe.send(memory_mb())
         while True:
-            logits = model(torch.from_numpy(pipe.recv()))
-            pipe.send(logits.numpy() if measured else Memory.now())
-            measured = True
+            pipe.send(model(torch.from_numpy(pipe.recv())).numpy())
 
 
 if __name__ == "__main__":

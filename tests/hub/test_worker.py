@@ -22,8 +22,12 @@ def store(tmp_path, adapters) -> Store:
 
 
 @pytest.fixture
-def make_worker(empty_redis, tmp_path, store):
+def make_worker(empty_redis, tmp_path, store, monkeypatch):
     from hub.worker import Worker
+
+    # Whatever this machine is quick at.
+    monkeypatch.setattr(Worker, "_measured", Worker._quick_batch, raising=False)
+    monkeypatch.setattr(Worker, "_quick_batch", lambda _self, most: most)
 
     def make():
         settings = Settings(backbone="demo", slots=2, batch_wait_ms=50, home=tmp_path)
@@ -58,9 +62,9 @@ def test_the_slot_of_a_caller_that_goes_away_stays_until_its_pass_is_over(worker
     a, b, c = (adapter.digest for adapter in adapters[:3])
 
     async def use():
-        right = {d: (await worker.classify("t", d, images(32)))[0].probabilities for d in (a, b, c, a, b)}
+        right = {d: (await worker.classify("t", d, images(16)))[0].probabilities for d in (a, b, c, a, b)}
         for _ in range(10):
-            gone, stays = (asyncio.create_task(worker.classify("t", d, images(32))) for d in (a, b))
+            gone, stays = (asyncio.create_task(worker.classify("t", d, images(16))) for d in (a, b))
             while worker._batcher.waiting or not worker._batcher._running:
                 await asyncio.sleep(0)
             third = asyncio.create_task(worker.classify("t", c, images(1)))
@@ -115,3 +119,18 @@ def test_an_adapter_that_cannot_be_had_fails_only_its_own_callers(worker, adapte
         assert len(good[0].probabilities) == adapters[0].num_classes
 
     asyncio.run(use())
+
+
+def test_the_smallest_batch_that_is_as_fast_is_taken(worker, monkeypatch) -> None:
+    """Milliseconds of a pass for a given number of images -> images a pass."""
+
+    def chosen(ms, most=32) -> int:
+        monkeypatch.setattr(worker, "_time_pass", lambda images, _threads: ms(images))
+        return type(worker).__dict__["_measured"](worker, most)
+
+    assert chosen(lambda n: 10.0 * n) == 1  # a CPU with a large model
+    assert chosen(lambda n: 10.0 + 0.01 * n) == 32  # a GPU
+    assert chosen(lambda n: 10.0 + 10.0 * n) == 16
+    assert chosen(lambda n: 10.0 + max(0, n - 8) * 2.0) == 8
+    assert chosen(lambda n: 10.0 + 0.01 * n, most=20) == 20
+    assert chosen(lambda n: 10.0, most=1) == 1
