@@ -4,7 +4,7 @@
 
 Every method starts from the same frozen backbone and, for a seed, sees the same images in the same batches under
 the same schedule. Only the learning rate and the gain (what multiplies dW; peft's alpha / r) are each method's own:
-searched once, on validation images of four tasks.
+searched once, on validation images of two tasks.
 The model of the last step is measured, once, on the test images. Training runs under bfloat16 autocast, tests in
 float32, for all alike.
 
@@ -57,7 +57,7 @@ from .common import machine
 
 BACKBONE = "local-dir:runs/vit-ti"
 DEFAULT_TASKS = ("digits", "fashion", "elpv", "count", "orientation", "location")
-SEARCH_TASKS = ("digits", "fashion", "count", "orientation")
+SEARCH_TASKS = ("digits", "count")
 SEEDS = (0, 1, 2)
 BATCH = 32
 WARM_UP = 0.1  # of the steps, from lr / 100; then a cosine to lr / 10
@@ -157,7 +157,7 @@ class Log:
 
 
 def search_runs(backbone: str, steps: int) -> Iterator[Run]:
-    """Every learning rate and gain of every method on four tasks' validation images, seed 0."""
+    """Every learning rate and gain of every method on two tasks' validation images, seed 0."""
     for task in SEARCH_TASKS:
         for method, settings in grid().items():
             for lr, gain in settings:
@@ -211,7 +211,7 @@ def execute(run: Run) -> dict[str, Any]:
         FloatingPointError: the loss is no longer finite at the learning rate that the search chose.
     """
     torch.set_num_threads(1)
-    began = time.monotonic()
+    began = time.process_time()
     backbone, task = _backbone(run.backbone), load_task(run.task)
     if run.method == LINEAR:
         result: dict[str, Any] = {"accuracy": linear_probe(backbone, task, run.seed), "parameters": 0, "loss": None}
@@ -229,7 +229,7 @@ def execute(run: Run) -> dict[str, Any]:
         else:
             result = {"accuracy": accuracy(model, backbone, measured), "parameters": trainable(model), "loss": loss}
     result["head_parameters"] = (backbone.width + 1) * task.classes
-    return asdict(run) | result | {"seconds": round(time.monotonic() - began, 1)}
+    return asdict(run) | result | {"seconds": round(time.process_time() - began, 1)}
 
 
 def fit(

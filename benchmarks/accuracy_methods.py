@@ -113,7 +113,7 @@ def lokr(backbone: Backbone, budget: int | None = None, gain: float = 1.0) -> An
     rank = lokr_rank(backbone.sites, budget or karst_count(backbone))
     config = LoKrConfig(
         r=rank,
-        alpha=gain * rank,
+        alpha=gain * rank,  # type: ignore[arg-type]  # peft only divides it by the rank
         decompose_factor=CONFIGS[KARST].factor,
         init_weights="lycoris",
         target_modules=[site.name for site in backbone.sites],

@@ -1,7 +1,8 @@
 """A load generator that leaves the cores to what it measures: HTTP/1.1 on plain sockets, one thread, one selector.
 
 Requests are bytes that were made before; of a reply only the status and the length are read while others wait. That
-costs a tenth of what httpx does, which would take a third of two cores at the rates of the demo backbone.
+takes 0.1 to 0.2 ms of a core a request (`over_http` reports it); a call with `hub.Client` (httpx, multipart) takes
+about 1.5 ms longer than one over such a socket.
 """
 
 import re

@@ -9,7 +9,7 @@
   pass to the empty application, on the same cores.
 * first-answer: from `register` returning to the first correct answer of an adapter that no worker has seen.
 * tenants: the p95 of a tenant that sends one image at a time, alone, and while another offers ten times what the hub
-  can take, with one image a call and with 16. A call that is refused counts as endless.
+  can take, with one image a call and with 16. A call that is refused counts as two minutes.
 * saturation: images a second of a large backbone (random weights, JPEG), one adapter and eight, and the bare
   backbone's batches (of the size that suits it best) with a thread a core in one process, by turns; the hub is idle
   while that runs.
@@ -42,7 +42,7 @@ from hub.client import Client
 from . import bare
 from .beside import EMPTY, TENANTS, Hub, hub_beside_empty
 from .common import machine, spread
-from .load import Connection, Reply, closed_loop, open_loop, request
+from .load import REPLY_S, Connection, Reply, closed_loop, open_loop, request
 
 OUTPUT = Path(__file__).parent / "results" / "over_http.json"
 PARTS = ("idle", "throughput", "first-answer", "tenants", "saturation")
@@ -194,6 +194,7 @@ def throughput(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[
         "per_second": {name: spread_of([r[name] for r in rates]) for name in rates[0]},
         "ratio": spread_of([r["hub"] / r["empty"] for r in rates]),
         "ceiling": spread_of([r["bare"] / (r["bare"] + r["empty"]) for r in rates]),
+        "to_ceiling": spread_of([r["hub"] * (1 / r["bare"] + 1 / r["empty"]) for r in rates]),
         "client_cpu_ms": {name: round(median(ms), 3) for name, ms in cpu_ms.items()},
     }
 
@@ -268,6 +269,7 @@ def saturation(stage: Stage, batch_size: int, rounds: int, seconds: float) -> di
     turns: list[dict[str, float]] = []
     batches: list[int] = []
     quickest = stage.bare.ask(bare.quickest_batch, stage.backbone, batch_size, seconds)
+    closed_loop(stage.hub.address, [stage.classify(i) for i in range(len(stage.adapters))], callers, SETTLE_S)
     for _ in track(range(rounds), "saturation"):
         turns.append({"bare": stage.bare.ask(bare.images_per_second, stage.backbone, quickest, seconds)})
         for adapters in (1, len(stage.adapters)):
@@ -321,8 +323,8 @@ def rate_of_passes(replies: Sequence[Reply]) -> float:
 
 
 def p95(replies: Sequence[Reply]) -> float:
-    """Milliseconds; a call that was refused or lost had no answer within any time."""
-    ms = [reply.ms if reply.status == 200 else float("inf") for reply in replies]
+    """Milliseconds; a call that was refused or lost counts as one that nobody would wait for longer."""
+    ms = [reply.ms if reply.status == 200 else 1e3 * REPLY_S for reply in replies]
     return quantiles(ms, n=20, method="inclusive")[-1] if len(ms) > 1 else ms[0]
 
 

@@ -184,6 +184,7 @@ def peft(method: str, spec: Spec) -> Iterator[Contender]:
 def ray_serve(spec: Spec) -> Iterator[Contender]:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}  # as karst-hub has them
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "ServeController"  # what Ray says at every stop of Serve
     import ray  # reads the environment
     from ray import cloudpickle, serve
 

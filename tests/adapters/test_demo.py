@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from adapters import Adapter, load_backbone
-from adapters.data import decode_image, eval_transform, normalise
+from adapters.data import decode_image, eval_transform, needed_px, normalise
 from adapters.demo import draw
 from adapters.demo.tasks import DIGITS_TRAIN, digits
+from tests.support import encoded
 
 DEMO = Path(__file__).parents[2] / "adapters" / "demo"
 DOC = Path(__file__).parents[2] / "docs" / "demo.md"
@@ -31,6 +33,22 @@ def test_each_adapter_is_small_fits_and_beats_the_linear_probe(backbone, task) -
     assert f"{accuracy:.1%} | {probe:.1%} |" in DOC.read_text()
     samples = {path.stem.rpartition("-")[0] for path in (DEMO / "samples" / task).glob("*.png")}
     assert samples == set(adapter.labels)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_label_of_the_samples_changes_where_a_large_jpeg_is_decoded_smaller(task, backbone) -> None:
+    adapter = Adapter.read(DEMO / f"{task}.safetensors")
+    model, transform = adapter.merge(backbone), eval_transform(adapter.preprocess)
+    mean, std = (torch.tensor(adapter.preprocess[name]) for name in ("mean", "std"))
+    for path in sorted((DEMO / "samples" / task).glob("*.png")):
+        large = decode_image(path).resize((800, 800), Image.Resampling.BICUBIC)
+        data = encoded(large, "JPEG", quality=95)
+        smaller = decode_image(data, needed_px=needed_px(adapter.preprocess))
+        assert smaller.size == (100, 100)
+        pixels = torch.stack([transform(decode_image(data)), transform(smaller)])
+        with torch.inference_mode():
+            scores = model(normalise(pixels, mean, std)).softmax(1)
+        assert scores[0].argmax() == scores[1].argmax(), path.name
 
 
 def test_the_backbone_is_small() -> None:

@@ -12,7 +12,7 @@ from benchmarks.load import Reply
 from benchmarks.over_http import BARS, bars, p95, rate_of_passes, spreads
 
 ROOT = Path(__file__).parent.parent.parent
-SMALL = "--parts idle throughput first-answer tenants --calls 3 --rounds 1 --seconds 2 --callers 4 --greedy-open 50"
+SMALL = "--parts idle throughput first-answer tenants --calls 3 --rounds 1 --seconds 1.5 --callers 2 --greedy-open 50"
 
 
 @pytest.mark.timeout(200)
@@ -28,8 +28,7 @@ def test_every_part_over_http(tmp_path) -> None:
     assert set(result["throughput"]["per_second"]) == {"hub", "empty", "bare"}
     assert all(result["tenants"][images]["greedy_statuses"]["200"] for images in ("1 images", "16 images"))
     assert result["first-answer"]["adapter_bytes"] > 1e5
-    medians = [found["median"] for _, found in spreads(result) if found["median"] < math.inf]
-    assert len(medians) > 25
+    assert all(math.isfinite(number) for _, found in spreads(result) for number in found.values())
     for name in ("call", "empty", "compute"):
         assert 0 < result["idle"][f"{name}_ms"]["median"] < 1000
 
@@ -46,10 +45,9 @@ def test_a_rate_is_taken_from_the_end_of_a_pass_to_the_end_of_another() -> None:
     assert rate_of_passes(replies + late) == pytest.approx(8 / 4)
 
 
-def test_a_refused_call_is_endless_and_fails_the_bar() -> None:
+def test_refused_calls_fail_the_bar() -> None:
     calls = [reply(i, 1, "1", ms=float(i)) for i in range(1, 21)]
     assert p95(calls) == pytest.approx(19.05)
-    ratio = p95([*calls, *(reply(0, 1, "1", status=429) for _ in range(5))]) / p95(calls)
-    assert ratio == math.inf
+    ratio = p95([*calls, *(reply(0, 1, "1", ms=0.1, status=429) for _ in range(5))]) / p95(calls)
     name = "p95 beside a greedy tenant / alone"
     assert bars({"tenants": {"1 images": {"ratio": {"median": ratio}}}})[name]["holds"] is False
