@@ -26,7 +26,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.mixed_batch
-	$(BIN)/python -m benchmarks.latency
+	$(BIN)/python -m benchmarks.over_http
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -23,15 +23,21 @@ from .routes import create_api
 from .service import Service, Workers
 from .settings import Settings
 from .store import Store
+from .turns import Turns
 from .warmth import Warmth
 from .worker import Worker
 
 NAME = "karst-hub"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-GATEWAY_REQUESTS = 1000  # at once in one gateway; they wait for images and workers, and cost memory only
+GATEWAY_REQUESTS = 4096  # at once in one gateway, most of them in their tenant's line; they cost memory only
+TENANT_CALLS = 64  # of one tenant that a gateway works on at once
+TENANT_WAITING = 448  # that wait for that; more are refused
 WORKER_REQUESTS = 4096  # at once at one worker; they wait there, see `worker.TENANT_QUEUE`
 QUEUED_REQUESTS = 512  # waiting for workers in one gateway; more are told to come back
 OBJECT_STORE_BYTES = 256 * 1024**2  # pixels go to workers by value; Ray's object store is hardly used
+
+
+LOGGING = {"enable_access_log": False}  # a line a call costs more than the call's own work
 
 
 def build(settings: Settings) -> serve.Application:
@@ -63,10 +69,14 @@ def build(settings: Settings) -> serve.Application:
         max_queued_requests=QUEUED_REQUESTS,
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if on_gpu else 0},
+        logging_config=LOGGING,
         **scale,
     )(Worker)
     gateway = serve.deployment(
-        name="gateway", max_ongoing_requests=GATEWAY_REQUESTS, ray_actor_options={"num_cpus": 0}
+        name="gateway",
+        max_ongoing_requests=GATEWAY_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        logging_config=LOGGING,
     )(Gateway)
     warmth = Warmth(settings.redis_url, settings.pinned)
     threads = max(1, cores // settings.max_workers)
@@ -75,14 +85,17 @@ def build(settings: Settings) -> serve.Application:
 
 def make_api(settings: Settings, workers: Workers) -> FastAPI:
     """One gateway's HTTP application with all its collaborators; runs in the gateway's process."""
-    executor = ThreadPoolExecutor(max(4, os.cpu_count() or 1), "gateway")
+    threads = max(4, os.cpu_count() or 1)
+    executor = ThreadPoolExecutor(threads, "gateway")
     registry = Registry(connect(str(settings.redis_url)))
     cache = RegistryCache(registry)
     service = Service(
         registry=registry,
         cache=cache,
         store=Store(str(settings.store_url)),
-        images=Images(executor, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+        images=Images(
+            executor, at_once=threads, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
+        ),
         workers=workers,
         executor=executor,
         max_adapter_bytes=settings.max_adapter_bytes,
@@ -99,6 +112,7 @@ def make_api(settings: Settings, workers: Workers) -> FastAPI:
     return create_api(
         service,
         Access(cache),
+        Turns(TENANT_CALLS, TENANT_CALLS + TENANT_WAITING),
         lifespan,
         max_request_bytes=settings.max_request_bytes,
         max_adapter_bytes=settings.max_adapter_bytes,

@@ -35,6 +35,7 @@ from .schemas import (
     VersionInfo,
 )
 from .service import Service, decode_base64
+from .turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ TopK = Annotated[int, Query(ge=1, le=1000, description="labels an image")]
 def create_api(
     service: Service,
     access: Access,
+    turns: Turns,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
     *,
     max_request_bytes: int,
@@ -81,6 +83,7 @@ def create_api(
     """The application over its collaborators.
 
     Args:
+        turns: a tenant's classifications at once; their bodies are read when it is their turn.
         lifespan: what runs while the application does (following change events, closing connections).
     """
     api = FastAPI(title="karst-hub", lifespan=lifespan, responses=PROBLEMS)
@@ -161,15 +164,17 @@ def create_api(
     async def classify(
         who: Who, task: TaskName, request: Request, response: Response, top_k: TopK = 5, version: Version = LATEST
     ) -> Classified:
-        images = await _images(request, max_request_bytes)
-        classified, passes = await service.classify(who.tenant, task, version, images, top_k)
+        async with turns.turn(who.tenant):
+            images = await _images(request, max_request_bytes)
+            classified, passes = await service.classify(who.tenant, task, version, images, top_k)
         _tell(response, passes)
         return classified
 
     @api.post("/v1/classify", openapi_extra=_documented({JSON: INPUTS_BODY}))
     async def classify_inputs(who: Who, request: Request, response: Response, top_k: TopK = 5) -> Results:
-        body = await run_in_threadpool(_parse, InputsBody, await _body(request, max_request_bytes, "body"))
-        results, passes = await service.classify_inputs(who.tenant, body.inputs, top_k)
+        async with turns.turn(who.tenant):
+            body = await run_in_threadpool(_parse, InputsBody, await _body(request, max_request_bytes, "body"))
+            results, passes = await service.classify_inputs(who.tenant, body.inputs, top_k)
         _tell(response, passes)
         return Results(results=results)
 

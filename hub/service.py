@@ -82,7 +82,7 @@ class Service:
             Unavailable: no worker, or the adapter cannot be loaded for now.
         """
         chosen = _choose(await self._cache.task(tenant, name), version)
-        pixels = await self._images.pixels([(field, data, chosen.preprocess) for field, data in images])
+        pixels = await self._images.pixels(tenant, [(field, data, chosen.preprocess) for field, data in images])
         answers = await self._ask(tenant, chosen.digest, pixels)
         body = Classified(
             task=name,
@@ -99,7 +99,7 @@ class Service:
         encoded = await self._off_loop(decode_base64, [(f"inputs.{i}.image", x.image) for i, x in enumerate(inputs)])
         chosen = [_choose(await self._cache.task(tenant, x.task), x.version) for x in inputs]
         pixels = await self._images.pixels(
-            [(field, data, c.preprocess) for (field, data), c in zip(encoded, chosen, strict=True)]
+            tenant, [(field, data, c.preprocess) for (field, data), c in zip(encoded, chosen, strict=True)]
         )
         # Images of one adapter go to a worker together; their answers come back to their own places.
         members = defaultdict(list)

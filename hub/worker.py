@@ -30,6 +30,7 @@ PARKED_S = 15.0
 TENANT_QUEUE = 512  # images of one tenant that wait at one worker; more are refused
 WARMTH_S = 30.0
 SMALL_PASS_MS = 20.0
+TIMINGS, TIMING_S = 5, 5.0  # how often, and for how long, a new worker tries sizes of batches
 GAIN = 1.05  # how much faster, an image, a batch must be to be worth its size
 
 
@@ -113,10 +114,15 @@ class Worker:
         A GPU wants many images. On a CPU one or a few large ones fill the cores.
         """
         rates: dict[int, float] = {}
-        for size in [*(2**k for k in range(most.bit_length()) if 2**k < most), most]:
-            rates[size] = size / self._time_pass(size, self._threads_for(size))
-            if sum(rate * GAIN > rates[size] for n, rate in rates.items() if n < size) >= 2:
-                break  # two smaller ones are nearly as fast
+        began = time.monotonic()
+        sizes = [*(2**k for k in range(most.bit_length()) if 2**k < most), most]
+        for again in range(TIMINGS):  # by turns: what else the machine does falls on all sizes alike
+            for size in sizes if not again else list(rates):
+                rates[size] = max(rates.get(size, 0.0), size / self._time_pass(size, self._threads_for(size)))
+                if not again and sum(rate * GAIN > rates[size] for n, rate in rates.items() if n < size) >= 2:
+                    break  # two smaller ones are nearly as fast
+            if time.monotonic() - began > TIMING_S:
+                break
         best = max(rates.values())
         chosen = next(size for size, rate in rates.items() if rate * GAIN >= best)
         logger.info("at most %d images a pass: %s", chosen, rates)

@@ -25,6 +25,7 @@ from hub.registry import Registry, connect
 from hub.routes import create_api
 from hub.service import Service
 from hub.store import Store
+from hub.turns import Turns
 from tests.support import random_adapter
 
 OCTETS = {"content-type": "application/octet-stream"}
@@ -144,7 +145,7 @@ def make_api(redis_url: str, store: Store, engine: Engine) -> tuple[FastAPI, Reg
         registry=registry,
         cache=cache,
         store=store,
-        images=Images(executor, max_bytes=MAX_IMAGE_BYTES, max_pixels=MAX_IMAGE_PIXELS),
+        images=Images(executor, at_once=2, max_bytes=MAX_IMAGE_BYTES, max_pixels=MAX_IMAGE_PIXELS),
         workers=engine,
         executor=executor,
         max_adapter_bytes=MAX_ADAPTER_BYTES,
@@ -161,6 +162,7 @@ def make_api(redis_url: str, store: Store, engine: Engine) -> tuple[FastAPI, Reg
     api = create_api(
         service,
         Access(cache),
+        Turns(4, 8),
         lifespan,
         max_request_bytes=4 * MAX_IMAGE_BYTES,
         max_adapter_bytes=MAX_ADAPTER_BYTES,
