@@ -52,7 +52,8 @@ class _Resident:
 class _Pass:
     """The batch that is under way: the numbers of each site, and which sites any of its adapters changes.
 
-    Where all images have one adapter, B is 1: a plain product over the rows of all of them.
+    A batch of one adapter has its numbers B times, too: a product an image was faster than one over all rows, whose
+    long thin matrices leave the cache.
     """
 
     numbers: dict[str, SiteNumbers]
@@ -223,8 +224,7 @@ class Bank:
             raise ValueError(f"no adapter, or another one, in slot {', '.join(map(str, gone))}")
         if not residents:
             return []
-        one = len(set(slots)) == 1
-        index = torch.tensor([slot.number for slot in (slots[:1] if one else slots)], device=self.backbone.device)
+        index = torch.tensor([slot.number for slot in slots], device=self.backbone.device)
         norms = frozenset().union(*(r.norms for r in residents))
         with self._forward_lock:
             self._pass = _Pass(
@@ -247,20 +247,35 @@ class Bank:
         ]
 
     @torch.inference_mode()
+    def rehearse(self, pixels: Tensor, kernels: int, rank: int) -> Tensor:
+        """The work of a mixed pass with an adapter of zeros for every image; before the first `put` only.
+
+        Args:
+            pixels: (B, 3, H, W), normalised, on the device.
+            kernels, rank: of the work; as many as there is room for. The rank is even.
+
+        Returns:
+            The frozen backbone's pooled features, (B, D).
+        """
+        if self._generation:
+            raise RuntimeError("a slot may hold an adapter by now")
+        self._stacks.write(0, self._stacks.pack(None))
+        index = torch.zeros(len(pixels), dtype=torch.int64, device=self.backbone.device)
+        every = frozenset(site.name for site in self.backbone.sites)
+        with self._forward_lock:
+            self._pass = _Pass(self._stacks.gather(index, kernels, rank), every, every, norms={})
+            try:
+                return features(self._model, pixels)
+            finally:
+                self._pass = None
+
+    @torch.inference_mode()
     def _check_identity(self) -> None:
         """One probe image (KARST.md, "Hooking timm models")."""
         device, dtype = self.backbone.device, self.backbone.dtype
         height, width = self.backbone.input_size[1:]
         pixels = torch.linspace(-1, 1, 3 * height * width, device=device, dtype=dtype).view(1, 3, height, width)
-        self._stacks.write(0, self._stacks.pack(None))
-        every = frozenset(site.name for site in self.backbone.sites)
-        zero = self._stacks.gather(torch.zeros(1, dtype=torch.int64, device=device), kernels=1, rank=2)
-        self._pass = _Pass(zero, every, every, norms={})
-        try:
-            beside = features(self._model, pixels)
-        finally:
-            self._pass = None
-        if not torch.equal(beside, features(self.backbone.model, pixels)):
+        if not torch.equal(self.rehearse(pixels, kernels=1, rank=2), features(self.backbone.model, pixels)):
             name = self.backbone.name
             raise BackboneError(f"backbone {name!r} cannot be served from a bank: zeros change its features")
 

@@ -113,7 +113,7 @@ def decode_ms(name: str, data: bytes) -> float:
     """An encoded image -> pixels, by the gateway's own code and in a thread as there."""
     loop, images = _decoder()
     began = time.perf_counter()
-    loop.run_until_complete(images.pixels([("body", data, preprocess_of(_backbone(name)))]))
+    loop.run_until_complete(images.pixels("tenant", [("body", data, preprocess_of(_backbone(name)))]))
     return 1e3 * (time.perf_counter() - began)
 
 
@@ -151,7 +151,9 @@ def _small_pass_threads(name: str) -> int:
 @lru_cache
 def _decoder() -> tuple[asyncio.AbstractEventLoop, Images]:
     limits = Settings()
-    images = Images(ThreadPoolExecutor(1), max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
+    images = Images(
+        ThreadPoolExecutor(1), at_once=1, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels
+    )
     return asyncio.new_event_loop(), images
 
 

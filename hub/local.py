@@ -83,6 +83,8 @@ def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
         # torch's own threads, not Ray's one thread an actor: the worker sets them itself.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
     }
+    # Threads of a pass that wait for each other soon give their core to gateway and proxy.
+    environment["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
     if not settings.haproxy:
         return environment
     haproxy = {

@@ -22,8 +22,10 @@ from .registry import Registry, Task
 from .schemas import LATEST, Classified, Input, Prediction, Registered, Result, TaskInfo, TaskSummary, VersionInfo
 from .store import Store
 from .tiers import invalid_adapter
+from .turns import Turns
 
 T = TypeVar("T")
+TENANT_IMAGES = 128  # of one tenant that are decoded or at the workers at once; the others are bytes until then
 CHUNK_BYTES = 2 * 1024**2  # of pixels in one call to a worker; by-value messages to a replica stop at 4 MiB
 
 
@@ -61,6 +63,7 @@ class Service:
         self._workers = workers
         self._executor = executor
         self._max_adapter_bytes = max_adapter_bytes
+        self._turns = Turns(TENANT_IMAGES)
         self._limits: BankLimits | None = None
         self._background: set[asyncio.Task[None]] = set()
 
@@ -82,8 +85,9 @@ class Service:
             Unavailable: no worker, or the adapter cannot be loaded for now.
         """
         chosen = _choose(await self._cache.task(tenant, name), version)
-        pixels = await self._images.pixels(tenant, [(field, data, chosen.preprocess) for field, data in images])
-        answers = await self._ask(tenant, chosen.digest, pixels)
+        async with self._turns.turn(tenant, len(images)):
+            pixels = await self._images.pixels(tenant, [(field, data, chosen.preprocess) for field, data in images])
+            answers = await self._ask(tenant, chosen.digest, pixels)
         body = Classified(
             task=name,
             version=chosen.version,
@@ -98,14 +102,15 @@ class Service:
         """One image each for several tasks, in one go; raises what `classify` raises, naming the input."""
         encoded = await self._off_loop(decode_base64, [(f"inputs.{i}.image", x.image) for i, x in enumerate(inputs)])
         chosen = [_choose(await self._cache.task(tenant, x.task), x.version) for x in inputs]
-        pixels = await self._images.pixels(
-            tenant, [(field, data, c.preprocess) for (field, data), c in zip(encoded, chosen, strict=True)]
-        )
         # Images of one adapter go to a worker together; their answers come back to their own places.
         members = defaultdict(list)
         for i, c in enumerate(chosen):
             members[c.digest].append(i)
-        groups = await asyncio.gather(*(self._ask(tenant, d, [pixels[i] for i in at]) for d, at in members.items()))
+        async with self._turns.turn(tenant, len(inputs)):
+            pixels = await self._images.pixels(
+                tenant, [(field, data, c.preprocess) for (field, data), c in zip(encoded, chosen, strict=True)]
+            )
+            groups = await asyncio.gather(*(self._ask(tenant, d, [pixels[i] for i in at]) for d, at in members.items()))
         answers = dict(zip(chain(*members.values()), chain(*groups), strict=True))
         results = [
             Result(
