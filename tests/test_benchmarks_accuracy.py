@@ -94,7 +94,7 @@ def test_every_method_starts_from_the_frozen_backbone_with_the_same_head(method,
 def test_training_changes_what_a_method_trains_and_never_the_backbone(method, backbone, pixels) -> None:
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     train, _ = load_task("digits").split(0)
-    model, loss = accuracy.fit(method, backbone, CLASSES, train, seed=0, steps=2, lr=1e-2)
+    model, loss = accuracy.fit(method, backbone, CLASSES, train, accuracy.Setting(1e-2, None), seed=0, steps=2)
     assert loss > 0
     with torch.inference_mode():
         changed = model(pixels) - model.head(features(backbone.model, pixels))
