@@ -6,6 +6,7 @@ backbone's own: they are shared, never copied and never changed.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,14 +106,8 @@ class KarstLayer(nn.Module):
 
     def replace(self, linear: nn.Linear) -> None:
         """Make a linear layer of a cloned backbone compute the adapted output."""
-
-        def adapted(x: Tensor) -> Tensor:
-            if self.rescales_in:
-                x = _rescaled(x, self.in_s1, self.in_s2)
-            y = kronecker.linear(x, linear.weight, linear.bias, self.c, self.a, self.b, self.gain)
-            return _rescaled(y, self.s1, self.s2) if self.rescales_out else y
-
-        linear.forward = adapted  # type: ignore[method-assign, assignment]
+        # A partial of a method and not a closure: a deep copy of the model then has its own numbers.
+        linear.forward = partial(self._adapted, linear)  # type: ignore[method-assign]
 
     def tensors(self) -> dict[str, Tensor]:
         """Names and numbers as in a `karst/1` file, whose one gain is that of the largest rank."""
@@ -126,6 +121,12 @@ class KarstLayer(nn.Module):
         if self.rescales_in:
             out |= {"in_scale": 1 + self.in_s1, "in_shift": self.in_s2}
         return out
+
+    def _adapted(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        if self.rescales_in:
+            x = _rescaled(x, self.in_s1, self.in_s2)
+        y = kronecker.linear(x, linear.weight, linear.bias, self.c, self.a, self.b, self.gain)
+        return _rescaled(y, self.s1, self.s2) if self.rescales_out else y
 
 
 class KarstNorm(nn.Module):

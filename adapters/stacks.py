@@ -72,7 +72,7 @@ class Stacks:
         self._norms = tuple(norm.name for norm in backbone.norms)
         self._norm_sizes = [size for norm in backbone.norms for size in (norm.width, norm.width)]
         frozen = [t for name in self._norms for t in (modules[name].weight, modules[name].bias)]
-        self._frozen_norms = torch.cat(frozen) if frozen else torch.zeros(0)
+        self._frozen_norms = (torch.cat(frozen) if frozen else torch.zeros(0)).cpu()
 
         max_rank += max_rank % 2  # `kronecker.add_` wants an even R
         sizes = self._sizes(max_kernels, max_rank)
@@ -136,6 +136,8 @@ class Stacks:
         Returns:
             The head's weight (K, D) and bias (K,), on the device. They lie outside of the row: K has no bound.
         """
+        if self._stream is not None:  # after whatever was asked of the GPU before, such as a pass that reads the slot
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):  # None: does nothing
             flat = packed.flat.to(self._device, non_blocking=True)
             head = packed.classes * self._width

@@ -86,7 +86,8 @@ def build(settings: Settings) -> serve.Application:
 def make_api(settings: Settings, workers: Workers) -> FastAPI:
     """One gateway's HTTP application with all its collaborators; runs in the gateway's process."""
     threads = max(4, os.cpu_count() or 1)
-    executor = ThreadPoolExecutor(threads, "gateway")
+    # The store may be slow; images must not wait behind it.
+    decoders, executor = ThreadPoolExecutor(threads, "decode"), ThreadPoolExecutor(threads, "gateway")
     registry = Registry(connect(str(settings.redis_url)))
     cache = RegistryCache(registry)
     service = Service(
@@ -94,7 +95,7 @@ def make_api(settings: Settings, workers: Workers) -> FastAPI:
         cache=cache,
         store=Store(str(settings.store_url)),
         images=Images(
-            executor, at_once=threads, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
+            decoders, at_once=threads, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
         ),
         workers=workers,
         executor=executor,
@@ -107,6 +108,7 @@ def make_api(settings: Settings, workers: Workers) -> FastAPI:
         yield
         follower.cancel()
         await registry.close()
+        decoders.shutdown(wait=False)
         executor.shutdown(wait=False)
 
     return create_api(

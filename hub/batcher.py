@@ -86,7 +86,7 @@ class Batcher(Generic[Item, Result]):
             LimitReached: the tenant would have more than `tenant_queue` items waiting; none of these is run.
             Exception: whatever `run` raised for the batch of one of them.
         """
-        if self._loop is None:
+        if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._serve())
         entries = self._enqueue(tenant, items, weight)
         try:
@@ -184,15 +184,18 @@ class Batcher(Generic[Item, Result]):
 
     async def _compute(self, batch: list[_Entry]) -> None:
         try:
-            results = await self._run([entry.item for entry in batch])
-        except Exception as error:
+            # Whoever was cancelled since `_take` may have given back what its item needs. From here to `run`'s first
+            # wait nothing else happens on this loop.
+            batch = [entry for entry in batch if not entry.future.done()]
+            if batch:
+                results = await self._run([entry.item for entry in batch])
+                for entry, result in zip(batch, results, strict=True):
+                    if not entry.future.done():  # cancelled meanwhile
+                        entry.future.set_result(result)
+        except Exception as error:  # whatever it is, it is this batch's, and goes to its callers
             for entry in batch:
                 if not entry.future.done():
                     entry.future.set_exception(error)
-        else:
-            for entry, result in zip(batch, results, strict=True):
-                if not entry.future.done():  # cancelled meanwhile
-                    entry.future.set_result(result)
         finally:
             current = asyncio.current_task()
             assert current is not None  # noqa: S101 (for the type checker)

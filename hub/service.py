@@ -4,11 +4,11 @@ import asyncio
 import base64
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Executor
 from datetime import UTC, datetime
 from itertools import chain
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -110,7 +110,7 @@ class Service:
             pixels = await self._images.pixels(
                 tenant, [(field, data, c.preprocess) for (field, data), c in zip(encoded, chosen, strict=True)]
             )
-            groups = await asyncio.gather(*(self._ask(tenant, d, [pixels[i] for i in at]) for d, at in members.items()))
+            groups = await together(self._ask(tenant, d, [pixels[i] for i in at]) for d, at in members.items())
         answers = dict(zip(chain(*members.values()), chain(*groups), strict=True))
         results = [
             Result(
@@ -204,7 +204,7 @@ class Service:
     async def _ask(self, tenant: str, digest: str, pixels: Sequence[np.ndarray]) -> list[Answer]:
         size = max(1, CHUNK_BYTES // max(p.nbytes for p in pixels))
         chunks = [pixels[i : i + size] for i in range(0, len(pixels), size)]
-        answers = await asyncio.gather(*(self._workers.classify(tenant, digest, chunk) for chunk in chunks))
+        answers = await together(self._workers.classify(tenant, digest, chunk) for chunk in chunks)
         return [answer for chunk in answers for answer in chunk]
 
     def _check(self, limits: BankLimits, data: bytes) -> Adapter:
@@ -217,6 +217,18 @@ class Service:
 
     async def _off_loop(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+
+async def together(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order; the first failure ends the others, which nobody wants any more, and is raised."""
+    tasks = [asyncio.create_task(job) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 def best(labels: Sequence[str], probabilities: np.ndarray, top_k: int) -> list[Prediction]:

@@ -10,9 +10,10 @@ while (`_failures`).
 
 import asyncio
 import copy
+import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,7 +25,11 @@ from adapters import Adapter, AdapterError, Bank, Packed, Slot
 
 from .errors import FieldProblem, HubError, InvalidAdapter, Unavailable
 from .store import Store
+from .turns import Turns
 
+logger = logging.getLogger(__name__)
+
+TENANT_LOADS = 4  # of one tenant at once; so no crowd of cold adapters stands before another tenant's
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 
 
@@ -46,6 +51,7 @@ class Resident:
     mean: Tensor
     std: Tensor
     leases: int
+    draining: bool = False  # it takes no more leases, and gives up its slot with its last one
 
 
 @dataclass
@@ -80,34 +86,40 @@ class Counts:
 
 
 class Tiers:
-    """The adapters of one worker. Its methods run on one event loop; loads run in `executor`."""
+    """The adapters of one worker. Its methods run on one event loop."""
 
     def __init__(
         self,
         bank: Bank,
         store: Store,
-        executor: Executor,
         *,
+        reads: Executor,
+        puts: Executor,
         host_cache_bytes: int,
         wait_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
+            reads: where files are read; those that wait for the store must not hold up `puts`.
+            puts: where slots are written.
             wait_s: how long a caller is parked, while its adapter loads, before it is told to come back.
         """
         self._bank = bank
         self._store = store
-        self._executor = executor
+        self._reads, self._puts = reads, puts
         self._wait_s = wait_s
         self._clock = clock
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._loads: dict[str, _Load] = {}
         self._failures: dict[str, _Failure] = {}
-        self._pinned: dict[str, str] = {}  # name -> digest
+        self._pinned: frozenset[str] = frozenset()
+        self._turns = Turns(TENANT_LOADS)
         self._host = _HostCache(host_cache_bytes)
         self._released = asyncio.Event()
         self._writing = 0  # slots promised to loads that have not finished
+        self._draining = 0  # slots of adapters that take no more leases
+        self._reserving = 0  # loads that wait for a slot
         self.counts = Counts()
 
     @property
@@ -120,8 +132,11 @@ class Tiers:
         return self._host.size_bytes
 
     @asynccontextmanager
-    async def lease(self, digest: str) -> AsyncIterator[Resident]:
+    async def lease(self, digest: str, tenant: str = "") -> AsyncIterator[Resident]:
         """Hold an adapter in its slot.
+
+        Args:
+            tenant: who asks; only so many loads of a tenant run at once.
 
         Raises:
             Unavailable: the store does not give the file, or the adapter was not in a slot in time.
@@ -132,9 +147,10 @@ class Tiers:
             self.counts.hits += 1
             resident.leases += 1
         else:
-            resident = await self._parked(digest)
+            resident = await self._parked(digest, tenant)
         try:
-            self._residents.move_to_end(digest)
+            if not resident.draining:
+                self._residents.move_to_end(digest)
             yield resident
         finally:
             self.release([resident])
@@ -148,11 +164,17 @@ class Tiers:
         """Give back a lease on each."""
         for resident in residents:
             resident.leases -= 1
+            if resident.draining and not resident.leases:
+                self._draining -= 1
+                self._evict(resident)
         self._released.set()
 
-    def pin(self, name: str, digest: str) -> None:
-        """Never take this adapter's slot, once it has one; `name` says what for, and is pinned to nothing else."""
-        self._pinned[name] = digest
+    def pin(self, digests: Sequence[str]) -> None:
+        """Never take the slots of these adapters, once they have one, and of no others; one slot is always left."""
+        fit = self._bank.slots - 1
+        if len(set(digests)) > fit:
+            logger.warning("%d adapters are pinned, but only the first %d can be", len(set(digests)), fit)
+        self._pinned = frozenset(list(dict.fromkeys(digests))[:fit])
 
     def preload(self, digest: str) -> None:
         """Load an adapter before anything else happens here; blocks.
@@ -172,7 +194,7 @@ class Tiers:
         except HubError:
             pass
 
-    async def _parked(self, digest: str) -> Resident:
+    async def _parked(self, digest: str, tenant: str) -> Resident:
         """Wait for the one load of an adapter; the resident comes with this caller's lease already counted."""
         failure = self._failures.get(digest)
         if failure is not None and self._clock() < failure.until:
@@ -180,7 +202,7 @@ class Tiers:
         load = self._loads.get(digest)
         if load is None:
             load = self._loads[digest] = _Load()
-            load.task = asyncio.create_task(self._load(digest, load))
+            load.task = asyncio.create_task(self._load(digest, load, tenant))
             # Whoever waits gets its error; where nobody waits any more, it is no news.
             load.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         assert load.task is not None  # noqa: S101 (for the type checker)
@@ -197,21 +219,22 @@ class Tiers:
                 raise
             raise Unavailable(f"the adapter is not loaded yet, it waits for {load.waits_for}; try again") from error
 
-    async def _load(self, digest: str, load: _Load) -> Resident:
+    async def _load(self, digest: str, load: _Load, tenant: str) -> Resident:
         loop = asyncio.get_running_loop()
         began = self._clock()
         try:
-            host = self._host.get(digest)
-            if host is None:
-                self.counts.store_reads += 1
-                host = await loop.run_in_executor(self._executor, self._read, digest)
-                self._host.put(digest, host)
-            load.waits_for = f"a slot: all {self._bank.slots} of this worker are in use"
-            await self._reserve()
-            try:
-                slot = await loop.run_in_executor(self._executor, self._bank.put, host.packed)
-            finally:
-                self._writing -= 1
+            async with self._turns.turn(tenant):
+                host = self._host.get(digest)
+                if host is None:
+                    self.counts.store_reads += 1
+                    host = await loop.run_in_executor(self._reads, self._read, digest)
+                    self._host.put(digest, host)
+                load.waits_for = f"a slot: all {self._bank.slots} of this worker are in use"
+                await self._reserve()
+                try:
+                    slot = await loop.run_in_executor(self._puts, self._bank.put, host.packed)
+                finally:
+                    self._writing -= 1
             # In one step with the leases of all who wait: nobody can take the slot before they use it.
             load.resident = self._residents[digest] = Resident(digest, slot, host.mean, host.std, load.waiters)
             self._failures.pop(digest, None)
@@ -221,24 +244,43 @@ class Tiers:
         except HubError as error:
             self._note_failure(digest, error)
             raise
+        except Exception as error:  # a device without memory, ...
+            logger.exception("adapter %s could not be loaded", digest)
+            failure = Unavailable("the adapter could not be loaded; the hub's log says why")
+            self._note_failure(digest, failure)
+            raise failure from error
         finally:
             del self._loads[digest]
             self._released.set()  # it failed, or nobody waits for it any more: either way a slot may be free
 
     async def _reserve(self) -> None:
-        """Promise a slot to a load, taking it from the least recently used adapter where none is free."""
-        while len(self._residents) + self._writing >= self._bank.slots:
-            pinned = set(self._pinned.values())
-            idle = next((r for r in self._residents.values() if not r.leases and r.digest not in pinned), None)
-            if idle is None:
+        """Promise a slot to a load, taking it from the least recently used adapter where none is free.
+
+        Where all are in use, and would stay so while requests for them come, the least recently used one drains.
+        """
+        self._reserving += 1
+        try:
+            while len(self._residents) + self._draining + self._writing >= self._bank.slots:
+                unpinned = [r for r in self._residents.values() if r.digest not in self._pinned]
+                idle = next((r for r in unpinned if not r.leases), None)
+                if idle is not None:
+                    del self._residents[idle.digest]
+                    self._evict(idle)
+                    continue
+                if unpinned and self._draining < self._reserving:
+                    unpinned[0].draining = True
+                    del self._residents[unpinned[0].digest]
+                    self._draining += 1
                 self._released.clear()
                 await self._released.wait()
-            else:
-                del self._residents[idle.digest]
-                self._bank.evict(idle.slot)
-                self.counts.evictions += 1
-                self._host.get(idle.digest)  # it was of use until now
-        self._writing += 1
+            self._writing += 1
+        finally:
+            self._reserving -= 1
+
+    def _evict(self, resident: Resident) -> None:
+        self._bank.evict(resident.slot)
+        self.counts.evictions += 1
+        self._host.get(resident.digest)  # it was of use until now
 
     def _note_failure(self, digest: str, error: HubError) -> None:
         """Longer and longer pauses, so that a file that is gone or damaged costs the store little."""

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 PARKED_S = 15.0
 TENANT_QUEUE = 512  # images of one tenant that wait at one worker; more are refused
 WARMTH_S = 30.0
+READERS = 8  # files read from the store at once
 SMALL_PASS_MS = 20.0
 TIMINGS, TIMING_S = 5, 5.0  # how often, and for how long, a new worker tries sizes of batches
 GAIN = 1.05  # how much faster, an image, a batch must be to be worth its size
@@ -70,8 +71,13 @@ class Worker:
         self._image_ms = self._passes.submit(self._time_pass, 1, 1).result()
         batch_size = self._passes.submit(self._quick_batch, settings.batch_size).result()
         self._name = f"{os.uname().nodename}/{os.getpid()}"
-        self._loads = ThreadPoolExecutor(2, "load", initializer=torch.set_num_threads, initargs=(1,))
-        self._tiers = Tiers(self._bank, store, self._loads, host_cache_bytes=settings.host_cache_bytes, wait_s=PARKED_S)
+        reads, puts = (
+            ThreadPoolExecutor(threads, name, initializer=torch.set_num_threads, initargs=(1,))
+            for name, threads in (("read", READERS), ("put", 1))
+        )
+        self._tiers = Tiers(
+            self._bank, store, reads=reads, puts=puts, host_cache_bytes=settings.host_cache_bytes, wait_s=PARKED_S
+        )
         # On a GPU the next batch is on its way to the device while one computes.
         self._ahead = ThreadPoolExecutor(1, "ahead") if self._bank.backbone.device.type == "cuda" else None
         self._batcher: Batcher[Item, Done] = Batcher(
@@ -85,7 +91,7 @@ class Worker:
         self._warmth = warmth
         self._used: set[str] = set()
         self._keeping_warm: asyncio.Task[None] | None = None
-        self._loads.submit(self._preload).result()
+        puts.submit(self._preload).result()
 
     def _load(self, settings: Settings) -> Bank:
         torch.set_num_threads(self._threads)
@@ -135,19 +141,19 @@ class Worker:
         try:
             pinned = asyncio.run(self._warmth.pinned())
             busy = asyncio.run(self._warmth.busy(self._bank.slots))
-        except HubError as error:
-            logger.warning("nothing was preloaded: %s", error)
+        except Exception:  # whatever it is, a worker without it is better than none
+            logger.exception("nothing was preloaded")
             return
-        for name, digest in pinned.items():
-            self._tiers.pin(name, digest)
+        self._tiers.pin(list(pinned.values()))
         for digest in list(dict.fromkeys([*pinned.values(), *busy]))[: self._bank.slots]:
             try:
                 self._tiers.preload(digest)
-            except HubError as error:  # a version that is gone, or of another backbone
+            except Exception as error:  # a version that is gone, or of another backbone
                 logger.info("adapter %s was not preloaded: %s", digest[:12], error)
 
     async def limits(self) -> BankLimits:
         """What adapters must fit here; the answer also says that the backbone is loaded."""
+        self._stay_warm()
         return self._bank.limits
 
     async def prefetch(self, digest: str) -> None:
@@ -170,10 +176,9 @@ class Worker:
             InvalidAdapter: it does not fit this worker.
             LimitReached: too many of the tenant's images are waiting here.
         """
-        if self._keeping_warm is None:
-            self._keeping_warm = asyncio.create_task(self._keep_warm())
+        self._stay_warm()
         began = time.perf_counter()
-        async with self._tiers.lease(digest) as adapter:
+        async with self._tiers.lease(digest, tenant) as adapter:
             self._used.add(digest)
             since = time.perf_counter()
             load_ms = (since - began) * 1000
@@ -226,16 +231,24 @@ class Worker:
         logits = self._bank.forward(pixels, [item.adapter.slot for item in items])
         return [row.float().softmax(0).cpu().numpy() for row in logits]
 
+    def _stay_warm(self) -> None:
+        """Here and not in `__init__`, which Serve may call outside of the loop."""
+        if self._keeping_warm is None:
+            self._keeping_warm = asyncio.create_task(self._keep_warm())
+
     async def _keep_warm(self) -> None:
         """Tell what is busy here, and follow the pinned tasks; for ever, beside everything else."""
         while True:
             used, self._used = self._used, set()
             try:
                 await self._warmth.note(used)
-                for name, digest in (await self._warmth.pinned()).items():
-                    self._tiers.pin(name, digest)
+                pinned = list((await self._warmth.pinned()).values())
+                self._tiers.pin(pinned)
+                for digest in pinned:
                     await self._tiers.prefetch(digest)
             except HubError as error:
                 self._used |= used
                 logger.warning("what is busy was not noted: %s", error)
+            except Exception:
+                logger.exception("what is busy was not noted")
             await asyncio.sleep(WARMTH_S)

@@ -21,7 +21,6 @@ import torch
 from adapters import Adapter, Backbone, load_backbone
 from adapters.data import decode_image, eval_transform, normalise
 from hub.client import Client
-from hub.errors import HubError
 from hub.local import free_port, local_hub
 from hub.settings import Settings
 
@@ -45,7 +44,7 @@ def soak(seconds: float, tasks: int, callers: int) -> Counter[str]:
     """Run it; how often each thing happened.
 
     Raises:
-        AssertionError: a wrong answer, an error, or a load or eviction that never happened.
+        AssertionError: a wrong answer, an error, or hardly any load.
     """
     world = World(load_backbone("demo"), tasks)
     with tempfile.TemporaryDirectory() as home:
@@ -69,8 +68,9 @@ def soak(seconds: float, tasks: int, callers: int) -> Counter[str]:
                 thread.join()
     if world.failures:
         raise AssertionError(f"{len(world.failures)} failures, the first: {world.failures[0]}; {dict(world.counts)}")
-    assert world.counts["mixed"] > 0, "no pass had two tasks"
-    assert world.counts["cold"] > 0, "no adapter was cold"
+    # A worker on a machine that is as fast with single images takes no larger batches.
+    assert world.counts["mixed"] > 0 or not world.counts["shared"], "no pass had two tasks"
+    assert world.counts["cold"] > tasks, "hardly any adapter was cold"
     return world.counts
 
 
@@ -104,6 +104,7 @@ class World:
 
         def count(response) -> None:
             with self._lock:
+                self.counts["shared"] += int(response.headers.get("x-batch-images", "0")) > 1
                 self.counts["mixed"] += int(response.headers.get("x-batch-tasks", "0")) > 1
                 self.counts["cold"] += any(
                     part.startswith("load;dur=") and float(part[9:]) > 1
@@ -118,7 +119,7 @@ class World:
                         self._count("registered")
                     else:
                         self._classify(client, rng)
-                except HubError as error:
+                except Exception as error:
                     self.failures.append(f"{type(error).__name__}: {error}")
 
     def _classify(self, client: Client, rng: random.Random) -> None:

@@ -1,5 +1,7 @@
 """`Adapter.merge` against KARST.md's formulas, written out with numpy in float64."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -49,3 +51,18 @@ def test_training_form_equals_merged(tmp_path, config) -> None:
     pixels = random_pixels(backbone, 3)
     with torch.no_grad():
         torch.testing.assert_close(model(pixels), merged(pixels), atol=1e-4, rtol=0)
+
+
+def test_a_deep_copy_of_the_training_form_has_numbers_of_its_own() -> None:
+    """As kept by whoever averages weights, or keeps the best epoch."""
+    torch.manual_seed(0)
+    backbone = load_backbone("demo", pretrained=False)
+    model = random_model(backbone, kernels=2)
+    pixels = random_pixels(backbone, 2)
+    with torch.no_grad():
+        before = model(pixels)
+        kept = copy.deepcopy(model)
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+        assert torch.equal(kept(pixels), before)
+        assert not torch.equal(model(pixels), before)

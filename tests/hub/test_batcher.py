@@ -229,3 +229,24 @@ def test_a_failing_batch_fails_its_own_callers_and_nothing_else() -> None:
         assert await batches.submit("b", ["7"]) == ["7!"]
 
     asyncio.run(use())
+
+
+def test_who_is_cancelled_between_the_choice_of_a_batch_and_its_start_is_not_run() -> None:
+    async def use():
+        engine = Engine()
+        batches = batcher(engine, wait_s=0)
+        take = batches._take
+
+        def take_and_cancel():
+            batch = take()
+            gone.cancel()
+            return batch
+
+        batches._take = take_and_cancel
+        gone = asyncio.create_task(batches.submit("a", ["gone"]))
+        stays = asyncio.create_task(batches.submit("b", ["stays"]))
+        assert await stays == ["stays!"]
+        await asyncio.gather(gone, return_exceptions=True)
+        assert engine.batches == [["stays"]]
+
+    asyncio.run(use())

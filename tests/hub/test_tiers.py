@@ -46,7 +46,9 @@ class Clock:
 def run(backbone, store, use, slots=2, host_cache_bytes=0, wait_s=0.2, clock=time.monotonic):
     bank = Bank(backbone, slots=slots, max_rank=8, max_kernels=2)
     with ThreadPoolExecutor(2) as executor:
-        tiers = Tiers(bank, store, executor, host_cache_bytes=host_cache_bytes, wait_s=wait_s, clock=clock)
+        tiers = Tiers(
+            bank, store, reads=executor, puts=executor, host_cache_bytes=host_cache_bytes, wait_s=wait_s, clock=clock
+        )
         return asyncio.run(use(tiers, bank))
 
 
@@ -90,7 +92,7 @@ def test_a_leased_slot_is_never_taken(backbone, store, adapters) -> None:
                 with pytest.raises(Unavailable, match="waits for a slot: all 2 of this worker are in use"):
                     await touch(tiers, c)
             assert await touch(tiers, c) != first.slot.number
-            assert await touch(tiers, a) == first.slot.number
+            await touch(tiers, a)
 
     run(backbone, store, use)
 
@@ -194,11 +196,11 @@ def test_a_pinned_adapter_keeps_its_slot(backbone, store, adapters) -> None:
     a, b, c, d = (adapter.digest for adapter in adapters)
 
     async def use(tiers, _bank):
-        tiers.pin("x", a)
+        tiers.pin([a])
         for digest in (a, b, c, d, a):
             await touch(tiers, digest)
         assert store.reads == [a, b, c, d]
-        tiers.pin("x", d)  # now another one is
+        tiers.pin([d, a])  # one slot is always left: only the first is
         for digest in (b, c, d):
             await touch(tiers, digest)
         assert store.reads == [a, b, c, d, b, c]
@@ -266,3 +268,45 @@ def test_a_few_slots_and_many_adapters_at_once_all_get_their_turn(backbone, stor
         assert len(await asyncio.gather(*(touch(tiers, digest) for digest in digests))) == 40
 
     run(backbone, store, use, slots=1, host_cache_bytes=10**8, wait_s=30)
+
+
+def test_adapters_that_are_always_in_use_do_not_keep_a_cold_one_out(backbone, store, adapters) -> None:
+    """The least recently used of them takes no more leases, gives up its slot with its last one, and comes back."""
+    a, b, c, _ = (adapter.digest for adapter in adapters)
+
+    async def use(tiers, bank):
+        done = asyncio.Event()
+
+        async def busy(digest: str) -> None:
+            async with tiers.lease(digest):  # the next lease begins before the last one ends
+                if not done.is_set():
+                    await asyncio.sleep(0.02)
+                    following = asyncio.create_task(busy(digest))
+                    await asyncio.sleep(0.01)
+            if not done.is_set() or "following" in locals():
+                await following
+
+        crowd = [asyncio.create_task(busy(digest)) for digest in (a, b)]
+        await asyncio.sleep(0.3)
+        await touch(tiers, c)
+        done.set()
+        await asyncio.gather(*crowd)
+        assert bank.free + tiers.resident == 2
+        assert tiers._draining == tiers._reserving == tiers._writing == 0
+        assert all(resident.leases == 0 for resident in tiers._residents.values())
+
+    run(backbone, store, use, wait_s=30, host_cache_bytes=10**8)
+
+
+def test_a_load_that_fails_in_an_unforeseen_way_is_unavailable_and_paused(backbone, store, adapters) -> None:
+    async def use(tiers, bank):
+        def put(_packed):
+            raise MemoryError
+
+        bank.put = put
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="could not be loaded"):
+                await touch(tiers, adapters[0].digest)
+        assert store.reads == [adapters[0].digest]
+
+    run(backbone, store, use)
