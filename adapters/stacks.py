@@ -103,12 +103,12 @@ class Stacks:
             c.view(kernels, sum(self._c_sizes)), factors.view(kernels, rank, sum(self._factor_sizes)), scales
         )
         for site, c_out, a_out, b_out, *scale_outs in own:
-            parts = {name: t.float() for name, t in layers.get(site.name, {}).items()}
+            parts = layers.get(site.name, {})
             for name, out in zip(_SCALES, scale_outs, strict=True):
                 out.copy_(parts[name]) if name in parts else out.fill_(name.endswith("scale"))
             if "karst_c" in parts:
                 n, s, rows, r = parts["karst_a"].shape
-                c_out[:n].copy_(kronecker.doubled(parts["karst_c"] * gain).flatten(1))
+                c_out[:n].copy_(kronecker.doubled(parts["karst_c"].float() * gain).flatten(1))
                 a_out[:n, :r].copy_(parts["karst_a"].permute(0, 3, 1, 2).reshape(n, r, s * rows))
                 b_out[:n, :r].copy_(parts["karst_b"])
         norms.copy_(self._frozen_norms)
