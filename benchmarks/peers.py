@@ -326,11 +326,12 @@ def main() -> None:
     try:
         for size in options.sizes:
             result["rows"].append(measure(Spec(options, files, size, torch.get_num_threads())))
+            # After each size: the larger ones take long, and may not be reached.
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(result, indent=2) + "\n")
     except RuntimeError as error:
         raise SystemExit(f"stopped: {error}") from None
     Console().print(table(result))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {options.output}")
 
 
