@@ -34,10 +34,8 @@ TENANT_CALLS = 64  # of one tenant that a gateway works on at once
 TENANT_WAITING = 448  # that wait for that; more are refused
 WORKER_REQUESTS = 4096  # at once at one worker; they wait there, see `worker.TENANT_QUEUE`
 QUEUED_REQUESTS = 512  # waiting for workers in one gateway; more are told to come back
-OBJECT_STORE_BYTES = 256 * 1024**2  # pixels go to workers by value; Ray's object store is hardly used
-
-
 LOGGING = {"enable_access_log": False}  # a line a call costs more than the call's own work
+OBJECT_STORE_BYTES = 256 * 1024**2  # pixels go to workers by value; Ray's object store is hardly used
 
 
 def build(settings: Settings) -> serve.Application:
