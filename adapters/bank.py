@@ -259,7 +259,6 @@ class Bank:
         """
         if self._generation:
             raise RuntimeError("a slot may hold an adapter by now")
-        self._stacks.write(0, self._stacks.pack(None))
         index = torch.zeros(len(pixels), dtype=torch.int64, device=self.backbone.device)
         every = frozenset(site.name for site in self.backbone.sites)
         with self._forward_lock:
@@ -271,7 +270,8 @@ class Bank:
 
     @torch.inference_mode()
     def _check_identity(self) -> None:
-        """One probe image (KARST.md, "Hooking timm models")."""
+        """One probe image (KARST.md, "Hooking timm models"); leaves an adapter of zeros in slot 0 for `rehearse`."""
+        self._stacks.write(0, self._stacks.pack(None))
         device, dtype = self.backbone.device, self.backbone.dtype
         height, width = self.backbone.input_size[1:]
         pixels = torch.linspace(-1, 1, 3 * height * width, device=device, dtype=dtype).view(1, 3, height, width)

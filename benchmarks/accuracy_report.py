@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from .accuracy import OUTPUT
 from .accuracy_methods import ABLATION, KARST, LINEAR, MAIN
+from .common import markdown_table
 
 DOCS = Path(__file__).parent.parent / "docs"
 # The paper's three ablations: what varies, and the runs from least to most.
@@ -138,7 +139,7 @@ def report(results: Results) -> str:
         "last step is tested, once, in float32. The linear probe is a logistic regression whose penalty is chosen on "
         "the validation images.",
         "## Tasks",
-        _table(
+        markdown_table(
             ["task", "images", "classes", "largest class in the test images"],
             [[t, ORIGIN[t], str(v["classes"]), f"{v['largest_class']:.1%}"] for t, v in file["tasks"].items()],
         ),
@@ -275,7 +276,7 @@ def _accuracy_table(results: Results, methods: Sequence[str], tasks: Sequence[st
     for method in methods:
         cells = [_spread(results.by_seed(method, [task])) for task in tasks]
         rows.append([method, f"{results.parameters(method):,}", *cells, _spread(results.by_seed(method, tasks))])
-    return _table(["method", "numbers", *tasks, "mean"], rows)
+    return markdown_table(["method", "numbers", *tasks, "mean"], rows)
 
 
 def _search_table(file: dict[str, Any]) -> str:
@@ -288,7 +289,7 @@ def _search_table(file: dict[str, Any]) -> str:
                 text = f"{lr:g}: {100 * statistics.fmean(r['accuracy'] for r in runs):.1f}"
                 cells.append(f"**{text}**" if {"lr": lr, "gain": gain} == file["chosen"][method] else text)
             rows.append([method, "" if gain is None else f"{gain:g}", *cells])
-    return _table(["method", "gain", "lowest", "second", "third", "highest"], rows)
+    return markdown_table(["method", "gain", "lowest", "second", "third", "highest"], rows)
 
 
 def _edges(file: dict[str, Any]) -> list[str]:
@@ -314,11 +315,6 @@ def _spread(values: Sequence[float]) -> str:
 
 def _words(names: Sequence[str]) -> str:
     return " and ".join(names) if len(names) < 3 else ", ".join(names[:-1]) + " and " + names[-1]
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import platform
 import statistics
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,19 @@ def random_adapter(backbone: Backbone, config: KarstConfig, *, seed: int = 0, cl
     return extract(model, [f"class {i}" for i in range(classes)])
 
 
+def copy_of(adapter: Adapter, number: int, dtype: torch.dtype = torch.float32) -> Adapter:
+    """The same numbers under a digest of their own, another for each `number`."""
+    return Adapter.create(
+        {name: tensor.to(dtype) for name, tensor in adapter.tensors.items()},
+        config=adapter.config,
+        backbone=adapter.backbone,
+        fingerprint=adapter.fingerprint,
+        labels=adapter.labels,
+        preprocess=adapter.preprocess,
+        created=f"2026-01-01T00:00:00.{number:06d}+00:00",
+    )
+
+
 def machine() -> dict[str, Any]:
     """Where and when a measurement was made."""
     return {
@@ -38,6 +52,11 @@ def spread(values: list[float]) -> dict[str, float]:
     """The median and the quartiles."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": round(middle, 4), "q1": round(low, 4), "q3": round(high, 4)}
+
+
+def markdown_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _cpu_model() -> str:

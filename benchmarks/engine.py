@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich import box
 from rich.console import Console
@@ -188,14 +189,8 @@ async def _grown(work: Callable[[], Any]) -> list[float]:
     out = []
     for _ in track(range(10), "memory"):
         await work()
-        out.append(round(resident_mb(), 1))
+        out.append(round(psutil.Process().memory_info().rss / 2**20, 1))
     return out
-
-
-def resident_mb() -> float:
-    """What this process holds now (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmRSS:"))) / 1024
 
 
 SCENARIOS: dict[str, Callable[[Site], Any]] = {

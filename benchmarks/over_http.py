@@ -41,7 +41,7 @@ from hub.client import Client
 
 from . import bare
 from .beside import EMPTY, TENANTS, Hub, hub_beside_empty
-from .common import machine, spread
+from .common import copy_of, machine, spread
 from .load import REPLY_S, Connection, Reply, closed_loop, open_loop, request
 
 OUTPUT = Path(__file__).parent / "results" / "over_http.json"
@@ -211,15 +211,7 @@ def first_answer(stage: Stage) -> dict[str, Any]:
     with stage.client() as client:
         expected = client.classify("task0", [stage.pictures[0]], top_k=1).predictions[0][0].label
         for i in track(range(NEW_ADAPTERS), "first answer"):
-            fresh = Adapter.create(
-                adapter.tensors,
-                config=adapter.config,
-                backbone=adapter.backbone,
-                fingerprint=adapter.fingerprint,
-                labels=adapter.labels,
-                preprocess=adapter.preprocess,
-                created=f"2026-01-01T00:00:{i:02d}+00:00",
-            )
+            fresh = copy_of(adapter, i)
             client.register(f"new-{i}", fresh.data)
             began = time.perf_counter()
             answer = client.classify(f"new-{i}", [stage.pictures[0]], top_k=1)

@@ -5,12 +5,13 @@ python -m benchmarks.performance_report [--results FOLDER] [--docs FOLDER]
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from .common import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -76,7 +77,7 @@ def _mixed(result: dict[str, Any]) -> list[str]:
         f"`python -m benchmarks.mixed_batch` ({_machine(result)}): {result['batch']} images, each with an adapter of "
         "its own (rank 8, factor 8, re-scaling per channel), through `Bank.forward`; beside it the frozen backbone "
         "alone on the same batch, and eight merged models one after another. Checked against those.",
-        _table(["backbone", "N", "mixed / frozen", "eight merged models / frozen", "bar"], rows),
+        markdown_table(["backbone", "N", "mixed / frozen", "eight merged models / frozen", "bar"], rows),
         "Per token and kernel KARST adds 2.2 % of a 768-wide layer's multiplications, 9.7 % of a 192-wide one's. So on "
         "ViT-B/16 eight kernels are 17 % more multiplications in the linear layers (about 15 % of a whole pass), and "
         "on ViT-Ti/16 two are 19 % (12 %): at those figures the added products would run as fast as the backbone's own "
@@ -93,7 +94,7 @@ def _engine(result: dict[str, Any]) -> list[str]:
         "## The worker's engine: many adapters, cold ones, greedy tenants",
         f"`python -m benchmarks.engine` ({_machine(result)}): tiers, batcher and bank of one worker without HTTP, "
         f"batches of at most {result['batch']}, {result['callers']} callers with one image each in a closed loop.",
-        _table(["backbone", "what", "median", "bar"], rows),
+        markdown_table(["backbone", "what", "median", "bar"], rows),
         "A pass cannot be interrupted: a call that comes to a busy worker waits for what is left of a pass, and then "
         "for its own, together 1.95 passes at the 95th percentile even if a pass holds one image. A worker takes "
         "passes of several images where those are faster, and so pays for throughput with this figure.",
@@ -123,7 +124,7 @@ def _peers(result: dict[str, Any]) -> list[str]:
         "model or a process is a whole backbone. Memory is what the adapters add beside a backbone in use, private to "
         "the process. peft's adapters are copied in, layer by layer, since its own `add_adapter` takes longer the more "
         "there are; Serve gets its images by number and loads models by a copy in memory: both are favoured so.",
-        _table(["adapters", "", "images a second", "time / ours", "MB added"], rows),
+        markdown_table(["adapters", "", "images a second", "time / ours", "MB added"], rows),
         *(["\n".join(["Not run:", "", *reasons])] if reasons else []),
         "![Images a second and memory against the number of adapters](img/peers.png)",
     ]
@@ -136,7 +137,7 @@ def _http(result: dict[str, Any]) -> list[str]:
         "backbone; ViT-B/16 with random weights for saturation), callers on plain sockets on the same two cores, and "
         "in the same Ray cluster an empty application of the same two hops. A tenant's p95 alone is that of one call "
         "after another on an idle hub.",
-        _table(
+        markdown_table(
             ["what", "median", "bar"],
             [
                 [name, f"{bar['value']:.2f}", f"{bar['bar']:g}: {'holds' if bar['holds'] else '**does not hold**'}"]
@@ -158,7 +159,7 @@ def _http(result: dict[str, Any]) -> list[str]:
         ]
         parts += [
             "Where an idle call's milliseconds go (medians, so they do not add up exactly):",
-            _table(["", "ms"], [[what, f"{value:.1f}"] for what, value in rows]),
+            markdown_table(["", "ms"], [[what, f"{value:.1f}"] for what, value in rows]),
         ]
     if "throughput" in result:
         found = result["throughput"]
@@ -201,7 +202,7 @@ def _train(result: dict[str, Any]) -> list[str]:
         "numbers. The official form writes dW out by `kron` and calls `F.linear` (a plain version that runs; it and "
         "ours agree in logits and gradients). Ours writes W0 + dW out going forward, too, but takes the gradients of "
         "C, A and B by the vec trick: through dW they need a third full product of all rows.",
-        _table(["N", "", "time / ours", "seconds", "peak memory"], rows),
+        markdown_table(["N", "", "time / ours", "seconds", "peak memory"], rows),
         "Where the quartiles are far apart, other work ran beside: trust those figures less.",
     ]
 
@@ -253,11 +254,6 @@ def _bar(bar: float | None, found: dict[str, float], sign: str) -> str:
 def _machine(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, {machine['date'][:10]}"
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from hub.store import Store
 from hub.warmth import Warmth
 from hub.worker import Worker
 
-from .common import random_adapter
+from .common import copy_of, random_adapter
 
 CONFIG = KarstConfig(kernels=2, rank=8)
 BATCH = 32
@@ -52,16 +52,7 @@ class Site:
     def digests(self, count: int) -> list[str]:
         """So many adapters, in the store."""
         for i in track(range(len(self._digests), count), "adapters", disable=len(self._digests) >= count):
-            like = self._originals[i % DISTINCT]
-            adapter = Adapter.create(
-                {name: tensor.half() for name, tensor in like.tensors.items()},
-                config=like.config,
-                backbone=like.backbone,
-                fingerprint=like.fingerprint,
-                labels=like.labels,
-                preprocess=like.preprocess,
-                created=f"2026-01-01T00:00:00.{i:06d}+00:00",
-            )
+            adapter = copy_of(self._originals[i % DISTINCT], i, torch.float16)
             self.store.put(adapter.digest, adapter.data)
             self._digests.append(adapter.digest)
         return self._digests[:count]

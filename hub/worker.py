@@ -40,18 +40,8 @@ class Item:
 
     pixels: np.ndarray
     adapter: Resident
+    load_ms: float
     since: float  # time.perf_counter() when it joined the queue
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a pass gives for one image: probabilities (K,) float32, and the pass."""
-
-    probabilities: np.ndarray
-    images: int
-    tasks: int
-    queue_ms: float
-    compute_ms: float
 
 
 class Worker:
@@ -80,7 +70,7 @@ class Worker:
         )
         # On a GPU the next batch is on its way to the device while one computes.
         self._ahead = ThreadPoolExecutor(1, "ahead") if self._bank.backbone.device.type == "cuda" else None
-        self._batcher: Batcher[Item, Done] = Batcher(
+        self._batcher: Batcher[Item, Answer] = Batcher(
             self._run,
             batch_size=batch_size,
             wait_s=settings.batch_wait_ms / 1000,
@@ -182,16 +172,10 @@ class Worker:
             self._used.add(digest)
             since = time.perf_counter()
             load_ms = (since - began) * 1000
-            done = await self._batcher.submit(tenant, [Item(pixels, adapter, since) for pixels in images], weight)
-        return [
-            Answer(
-                image.probabilities,
-                Pass(self._name, image.images, image.tasks, load_ms, image.queue_ms, image.compute_ms),
-            )
-            for image in done
-        ]
+            items = [Item(pixels, adapter, load_ms, since) for pixels in images]
+            return await self._batcher.submit(tenant, items, weight)
 
-    async def _run(self, items: list[Item]) -> list[Done]:
+    async def _run(self, items: list[Item]) -> list[Answer]:
         """One forward pass."""
         began = time.perf_counter()
         adapters = [item.adapter for item in items]
@@ -206,8 +190,8 @@ class Worker:
         queue_ms = [(began - item.since) * 1000 for item in items]
         self._metrics.note(len(items), tasks, max(queue_ms), compute_ms)
         return [
-            Done(row, len(items), tasks, waited_ms, compute_ms)
-            for row, waited_ms in zip(probabilities, queue_ms, strict=True)
+            Answer(row, Pass(self._name, len(items), tasks, item.load_ms, waited_ms, compute_ms))
+            for item, row, waited_ms in zip(items, probabilities, queue_ms, strict=True)
         ]
 
     async def _forward(self, items: list[Item]) -> list[np.ndarray]:
