@@ -17,12 +17,17 @@ from typing import Any
 
 import anyio
 
-from hub.access import OWNER, hash_key
+from hub.audit import OPERATOR
+from hub.database import Database
 from hub.embedded import embedded_redis
 from hub.local import free_port, local_hub
-from hub.registry import KeyRecord, Registry, connect
+from hub.schemas import LimitsChange
 from hub.settings import Settings
+from hub.tenants import OWNER, Tenants
 
+NO_LIMITS = LimitsChange(
+    requests_per_second=1e6, images_per_second=1e7, images_in_flight=10**6, tasks=10**6, versions=10**5
+)
 TENANTS = ("first", "second")
 EMPTY = "/empty"
 
@@ -72,8 +77,7 @@ def main() -> None:
     pixels = int(sys.argv[1])
     settings = Settings()
     with embedded_redis(settings.home) as url:
-        keys = {tenant: f"kh_{tenant}" for tenant in TENANTS}
-        anyio.run(_add_keys, url, keys)
+        keys = anyio.run(_keys, url)
         settings = settings.model_copy(update={"redis_url": url})
         with local_hub(settings):
             from ray import serve  # reads its switches now
@@ -83,11 +87,16 @@ def main() -> None:
             sys.stdin.read()
 
 
-async def _add_keys(url: str, keys: dict[str, str]) -> None:
-    registry = Registry(connect(url))
-    for tenant, key in keys.items():
-        await registry.add_key(hash_key(key), KeyRecord(tenant, OWNER, "benchmark"))
-    await registry.close()
+async def _keys(url: str) -> dict[str, str]:
+    """An owner's key of each tenant; their limits are above all that a benchmark asks for."""
+    database = Database(url)
+    tenants = Tenants(database)
+    keys = {}
+    for tenant in TENANTS:
+        await tenants.create(OPERATOR, tenant, NO_LIMITS)
+        keys[tenant] = (await tenants.add_key(OPERATOR, tenant, OWNER, "benchmark")).key
+    await database.close()
+    return keys
 
 
 def empty_application(shape: tuple[int, ...]) -> Any:

@@ -1,37 +1,24 @@
 """The whole hub put together: settings -> the Serve application, and one Ray cluster on this machine to run it."""
 
-import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 import ray
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from .access import Access
-from .cache import RegistryCache
+from .assembly import make_api
 from .gateway import Gateway
-from .images import Images
-from .registry import Registry, connect
-from .routes import create_api
-from .service import Service, Workers
 from .settings import Settings
 from .store import Store
-from .turns import Turns
 from .warmth import Warmth
 from .worker import Worker
 
 NAME = "karst-hub"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 GATEWAY_REQUESTS = 4096  # at once in one gateway, most of them in their tenant's line; they cost memory only
-TENANT_CALLS = 64  # of one tenant that a gateway works on at once
-TENANT_WAITING = 448  # that wait for that; more are refused
 WORKER_REQUESTS = 4096  # at once at one worker; they wait there, see `worker.TENANT_QUEUE`
 QUEUED_REQUESTS = 512  # waiting for workers in one gateway; more are told to come back
 LOGGING = {"enable_access_log": False}  # a line a call costs more than the call's own work
@@ -79,44 +66,6 @@ def build(settings: Settings) -> serve.Application:
     warmth = Warmth(settings.redis_url, settings.pinned)
     threads = max(1, cores // settings.max_workers)
     return gateway.bind(partial(make_api, settings), worker.bind(settings, Store(settings.store_url), warmth, threads))
-
-
-def make_api(settings: Settings, workers: Workers) -> FastAPI:
-    """One gateway's HTTP application with all its collaborators; runs in the gateway's process."""
-    threads = max(4, os.cpu_count() or 1)
-    # The store may be slow; images must not wait behind it.
-    decoders, executor = ThreadPoolExecutor(threads, "decode"), ThreadPoolExecutor(threads, "gateway")
-    registry = Registry(connect(str(settings.redis_url)))
-    cache = RegistryCache(registry)
-    service = Service(
-        registry=registry,
-        cache=cache,
-        store=Store(str(settings.store_url)),
-        images=Images(
-            decoders, at_once=threads, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
-        ),
-        workers=workers,
-        executor=executor,
-        max_adapter_bytes=settings.max_adapter_bytes,
-    )
-
-    @asynccontextmanager
-    async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        follower = asyncio.create_task(cache.follow())
-        yield
-        follower.cancel()
-        await registry.close()
-        decoders.shutdown(wait=False)
-        executor.shutdown(wait=False)
-
-    return create_api(
-        service,
-        Access(cache),
-        Turns(TENANT_CALLS, TENANT_CALLS + TENANT_WAITING),
-        lifespan,
-        max_request_bytes=settings.max_request_bytes,
-        max_adapter_bytes=settings.max_adapter_bytes,
-    )
 
 
 def start(settings: Settings) -> None:

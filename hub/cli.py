@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from . import cli_library
+from . import cli_library, cli_tenants
 from .client import Client
 from .console import AsJson, err, fail, out, settings, show
 from .errors import HubError
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_library.app)
+app.add_typer(cli_tenants.app, name="tenants")
 
 Url = Annotated[str, typer.Option(envvar="HUB_URL", help="the hub's address")]
 Key = Annotated[str, typer.Option(envvar="HUB_KEY", help="an API key; better in HUB_KEY than on the command line")]
@@ -66,9 +67,12 @@ def serve() -> None:
     with local_hub(chosen) as hub:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
-        if hub.first_key is not None:
+        if hub.first_keys.admin is not None:
+            err.print("The first admin key; it is shown only now, keep it:")
+            out.print(f"HUB_ADMIN_KEY={hub.first_keys.admin}", soft_wrap=True)
+        if hub.first_keys.owner is not None:
             err.print("The first key (owner of tenant `default`); it is shown only now, keep it:")
-            out.print(f"HUB_KEY={hub.first_key}", soft_wrap=True)
+            out.print(f"HUB_KEY={hub.first_keys.owner}", soft_wrap=True)
         out.print(f"HUB_URL={hub.url}", soft_wrap=True)
         err.print("ready; Ctrl-C stops")
         sys.stdout.flush()
@@ -114,6 +118,33 @@ def tasks(key: Key, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
         aliases = ", ".join(f"{alias} -> {'/'.join(map(str, to))}" for alias, to in task.aliases.items())
         table.add_row(task.task, str(task.latest or "-"), str(task.classes), aliases)
     out.print(table)
+
+
+@app.command()
+def gc(
+    key: cli_tenants.AdminKey,
+    older_than_s: Annotated[int, typer.Option(min=0, help="only files that nobody put for so many seconds")] = 3600,
+    url: Url = DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Remove adapter files from the store that no version holds."""
+    with Client(url, key) as client:
+        done = client.gc(older_than_s)
+    if as_json:
+        show(done, True)
+    else:
+        out.print(f"removed {done.removed} files ({done.bytes} bytes), kept {done.kept}")
+
+
+@app.command()
+def admin_key() -> None:
+    """Make an admin key on the hub's own machine, for whoever lost the last one; it is shown once.
+
+    It needs no key but the registry itself: HUB_REDIS_URL, or the HUB_HOME of a hub that runs or not.
+    """
+    from .local import new_admin_key
+
+    out.print(f"HUB_ADMIN_KEY={new_admin_key(settings())}", soft_wrap=True)
 
 
 @app.command()

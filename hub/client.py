@@ -1,74 +1,85 @@
-"""A Python client for a hub: typed replies, typed errors, one connection pool."""
+"""A Python client for a hub: typed replies, typed errors, retries, one connection pool."""
 
-import base64
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
-from urllib.parse import quote
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
-from pydantic import BaseModel
 
-from . import errors
-from .errors import FieldProblem, HubError
-from .schemas import AliasChange, Classified, Input, InputsBody, Problem, Registered, Results, TaskInfo, TaskList
+from . import calls
+from .errors import HubError
+from .replies import pause_s
+from .sending import CHUNK_BYTES, Base, Call, Many, described_by, whole_file
 
-Reply = TypeVar("Reply", bound=BaseModel)
-_KINDS: dict[str, type[HubError]] = {
-    kind.code: kind
-    for kind in (
-        errors.InvalidRequest,
-        errors.InvalidImage,
-        errors.InvalidAdapter,
-        errors.Unauthenticated,
-        errors.Forbidden,
-        errors.NotFound,
-        errors.Conflict,
-        errors.TooLarge,
-        errors.LimitReached,
-        errors.Unavailable,
-    )
-}
+Part = TypeVar("Part")
+Reply = TypeVar("Reply")
+P = ParamSpec("P")
 
 
-class Client:
-    """Talks to one hub with one key.
+def _one(describe: Callable[P, Call[Reply]]) -> Callable[Concatenate["Client", P], Reply]:
+    @described_by(describe)
+    def method(self: "Client", *args: P.args, **kwargs: P.kwargs) -> Reply:
+        return self._send(describe(*args, **kwargs))
 
-    Every method raises the `HubError` kind that the hub answered with (`hub.errors`), and `Unavailable` where no
-    hub answers.
+    return method
+
+
+def _many(describe: Callable[P, Many[Any, Any, Reply]]) -> Callable[Concatenate["Client", P], Reply]:
+    @described_by(describe)
+    def method(self: "Client", *args: P.args, **kwargs: P.kwargs) -> Reply:
+        return self._send_many(describe(*args, **kwargs))
+
+    return method
+
+
+class Client(Base):
+    """Talks to one hub with one key; may be used by many threads at once.
+
+    Every method raises the `HubError` kind that the hub answered with (`hub.errors`), `Unavailable` where no hub
+    answers, and `OSError` for a file that cannot be read or written. The methods are described in `hub/calls.py`.
 
     >>> with Client("http://127.0.0.1:8000", key="kh_...") as client:  # doctest: +SKIP
     ...     client.register("flowers", "flowers.safetensors")
     ...     client.classify("flowers", ["rose.jpg"]).predictions[0][0].label
     """
 
-    def __init__(
-        self,
-        url: str,
-        key: str,
-        *,
-        timeout_s: float = 60.0,
-        on_response: Callable[[httpx.Response], None] | None = None,
-    ) -> None:
-        """
-        Args:
-            url: where the hub is.
-            key: an API key.
-            timeout_s: for connecting, and for each wait for bytes.
-            on_response: sees every response, such as its `Server-Timing` header, before it is read.
-        """
-        try:
-            self._http = httpx.Client(
-                base_url=url,
-                timeout=timeout_s,
-                headers={"authorization": f"Bearer {key}"},
-                event_hooks={"response": [on_response]} if on_response is not None else None,
-            )
-        except httpx.InvalidURL as error:
-            raise errors.InvalidRequest(f"{url!r} is no URL: {error}") from error
-        except UnicodeEncodeError as error:
-            raise errors.Unauthenticated("the key has characters that no key of a hub has") from error
+    _http: httpx.Client
+
+    tasks = _one(calls.tasks)
+    task = _one(calls.task)
+    version = _one(calls.version)
+    register = _one(calls.register)
+    download = _one(calls.download)
+    set_alias = _one(calls.set_alias)
+    roll_back = _one(calls.roll_back)
+    delete_alias = _one(calls.delete_alias)
+    share = _one(calls.share)
+    delete_task = _one(calls.delete_task)
+    delete_version = _one(calls.delete_version)
+    classify = _many(calls.classify)
+    classify_inputs = _many(calls.classify_inputs)
+    usage = _one(calls.usage)
+    audit = _one(calls.audit)
+
+    tenants = _one(calls.tenants)
+    tenant = _one(calls.tenant)
+    create_tenant = _one(calls.create_tenant)
+    change_limits = _one(calls.change_limits)
+    delete_tenant = _one(calls.delete_tenant)
+    keys = _one(calls.keys)
+    create_key = _one(calls.create_key)
+    revoke_key = _one(calls.revoke_key)
+    admin_keys = _one(calls.admin_keys)
+    create_admin_key = _one(calls.create_admin_key)
+    revoke_admin_key = _one(calls.revoke_admin_key)
+    export_tenant = _one(calls.export_tenant)
+    import_tenant = _one(calls.import_tenant)
+    gc = _one(calls.gc)
 
     def __enter__(self) -> "Client":
         return self
@@ -77,90 +88,73 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        """Close the connections; calls of other threads are not tried again."""
+        self._closed.set()
         self._http.close()
 
-    def tasks(self) -> TaskList:
-        """The tenant's tasks."""
-        return self._call(TaskList, "GET", "/v1/tasks")
+    def _connect(self, on_response: Callable[[httpx.Response], None] | None, **options: Any) -> None:
+        self._closed = threading.Event()
+        self._http = httpx.Client(event_hooks={"response": [on_response] if on_response is not None else []}, **options)
 
-    def task(self, name: str) -> TaskInfo:
-        """One task with its versions and aliases."""
-        return self._call(TaskInfo, "GET", f"/v1/tasks/{_quoted(name)}")
+    def _send(self, call: Call[Reply], unwanted: threading.Event | None = None) -> Reply:
+        """Send a call, again where that is safe and may help, until it is unwanted."""
+        unwanted = unwanted or self._closed
+        until_s = time.monotonic() + self._retry_s
+        tries = 0
+        while True:
+            try:
+                return self._try(call)
+            except HubError as error:
+                tries += 1
+                left_s = until_s - time.monotonic()
+                pause = pause_s(error, repeatable=call.repeatable, tries=tries, left_s=left_s)
+                if pause is None or unwanted.wait(pause):
+                    raise
 
-    def register(self, name: str, adapter: str | Path | bytes, *, alias: str | None = None) -> Registered:
-        """Register an adapter file as a version of a task; the same bytes again are the same version.
-
-        Args:
-            alias: also moved to this version; `latest` always is.
-        """
-        data = adapter if isinstance(adapter, bytes) else Path(adapter).read_bytes()
-        params = {"alias": alias} if alias is not None else {}
-        headers = {"content-type": "application/octet-stream"}
-        return self._call(
-            Registered, "POST", f"/v1/tasks/{_quoted(name)}/versions", content=data, params=params, headers=headers
-        )
-
-    def set_alias(self, name: str, alias: str, targets: int | Mapping[int, int]) -> TaskInfo:
-        """Point an alias at a version, or at several: version -> weight."""
-        change = AliasChange(version=targets) if isinstance(targets, int) else AliasChange(weights=dict(targets))
-        path = f"/v1/tasks/{_quoted(name)}/aliases/{_quoted(alias)}"
-        return self._call(TaskInfo, "PUT", path, json=change.model_dump(exclude_none=True))
-
-    def delete_task(self, name: str) -> None:
-        self._send("DELETE", f"/v1/tasks/{_quoted(name)}")
-
-    def delete_version(self, name: str, version: int) -> None:
-        self._send("DELETE", f"/v1/tasks/{_quoted(name)}/versions/{version}")
-
-    def classify(
-        self, name: str, images: Sequence[str | Path | bytes], *, top_k: int = 5, version: str = "latest"
-    ) -> Classified:
-        """Classify images (paths or encoded bytes) with one task."""
-        files = [("image", (f"{i}", _bytes(image), "application/octet-stream")) for i, image in enumerate(images)]
-        params = {"top_k": top_k, "version": version}
-        return self._call(Classified, "POST", f"/v1/tasks/{_quoted(name)}/classify", files=files, params=params)
-
-    def classify_inputs(self, inputs: Sequence[tuple[str, str | Path | bytes]], *, top_k: int = 5) -> Results:
-        """Classify (task, image) pairs in one call."""
-        body = InputsBody(
-            inputs=[Input(task=task, image=base64.b64encode(_bytes(image)).decode()) for task, image in inputs]
-        )
-        return self._call(Results, "POST", "/v1/classify", json=body.model_dump(), params={"top_k": top_k})
-
-    def _call(self, reply: type[Reply], method: str, path: str, **options: Any) -> Reply:
-        response = self._send(method, path, **options)
+    def _try(self, call: Call[Reply]) -> Reply:
+        content: bytes | Iterator[bytes] | None = call.content if call.upload is None else _chunks(call.upload)
         try:
-            return reply.model_validate_json(response.content)
-        except ValueError as error:
-            raise HubError(f"what answers at {self._http.base_url} is no hub: {response.text[:80]!r}") from error
+            with self._http.stream(content=content, **call.options()) as response:
+                if call.to is None or not response.is_success:
+                    response.read()
+                    return self._answer(call, response)
+                with whole_file(call.to) as file:
+                    for chunk in response.iter_bytes():
+                        file.write(chunk)
+                return call.read(b"")
+        except httpx.RequestError as error:
+            raise self._lost(error) from error
 
-    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
-        try:
-            response = self._http.request(method, path, **options)
-        except httpx.TransportError as error:
-            raise errors.Unavailable(f"no hub answers at {self._http.base_url}: {error}") from error
-        if response.is_error:
-            raise _error_of(response)
-        return response
+    def _send_many(self, many: Many[Any, Part, Reply]) -> Reply:
+        """Send calls, several at once; the first failure ends the others and is raised."""
+        parts: list[Part] = []
+        to_send = many.calls(self._call_bytes, parts)
+        waiting: deque[Future[Part]] = deque()
+        unwanted = threading.Event()
+        with many.bar() as answered, ThreadPoolExecutor(self._in_flight) as pool:
+
+            def send(call: Call[Part], items: int) -> Part:
+                part = self._send(call, unwanted)
+                answered(items)
+                return part
+
+            try:
+                parts.append(send(*next(to_send)))
+                for call in to_send:
+                    if len(waiting) == self._in_flight:
+                        parts.append(waiting.popleft().result())
+                    waiting.append(pool.submit(send, *call))
+                while waiting:
+                    parts.append(waiting.popleft().result())
+            except BaseException:
+                unwanted.set()
+                for future in waiting:
+                    future.cancel()
+                raise
+        return many.join(parts)
 
 
-def _error_of(response: httpx.Response) -> HubError:
-    try:
-        problem = Problem.model_validate_json(response.content)
-    except ValueError:
-        return HubError(f"HTTP {response.status_code}: {response.text[:200]}")
-    kind = _KINDS.get(problem.type.removeprefix(errors.TYPE_PREFIX), HubError)
-    retry_after = response.headers.get("retry-after", "")
-    return kind(
-        problem.detail,
-        [FieldProblem(e.field, e.message) for e in problem.errors],
-        int(retry_after) if retry_after.isdecimal() else None,
-    )
-
-
-def _quoted(name: str) -> str:
-    return quote(name, safe="")
-
-
-def _bytes(image: str | Path | bytes) -> bytes:
-    return image if isinstance(image, bytes) else Path(image).read_bytes()
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk

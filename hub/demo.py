@@ -60,9 +60,9 @@ def run(console: Console, settings: Settings) -> None:
     ):
         console.print("starting a hub on this machine (Ray, Redis, one worker) ...")
         with local_hub(settings.model_copy(update={"home": Path(home), "port": free_port()})) as hub:
-            assert hub.first_key is not None  # noqa: S101 (its home is new)
+            assert hub.first_keys.owner is not None  # noqa: S101 (its home is new)
             passes = Passes()
-            with Client(hub.url, hub.first_key, on_response=passes.note) as client:
+            with Client(hub.url, hub.first_keys.owner, on_response=passes.note) as client:
                 for task in TASKS:
                     done = client.register(task, folder / f"{task}.safetensors")
                     console.print(f"registered {task}: {len(done.labels)} labels, {done.size_bytes / 1000:.0f} kB")

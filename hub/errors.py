@@ -6,7 +6,8 @@ HubError
  |   `- InvalidAdapter   422  a file that is no valid adapter for this hub
  |- Unauthenticated      401  no key, or one that the hub does not know
  |- Forbidden            403  the key's role may not do this
- |- NotFound             404  no such task, version or alias among the tenant's own
+ |- NotFound             404  no such task, version or alias that the tenant may see
+ |- RequestTimeout       408  the body came too slowly
  |- Conflict             409  the change contradicts what is there
  |- TooLarge             413  a body, an image or a file over its limit
  |- LimitReached         429  a limit of the tenant is reached; try again later
@@ -88,9 +89,15 @@ class Forbidden(HubError):
 
 
 class NotFound(HubError):
-    """Nothing of this name among the tenant's own tasks, versions and aliases."""
+    """Nothing of this name among the tasks, versions and aliases that the tenant may see."""
 
     status, code, title = 404, "not-found", "There is no such thing"
+
+
+class RequestTimeout(HubError):
+    """The request's body came too slowly, or stopped coming; send it again."""
+
+    status, code, title = 408, "request-timeout", "The request took too long"
 
 
 class Conflict(HubError):

@@ -28,8 +28,8 @@ class ServeWorkers:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray]) -> list[Answer]:
-        return await self._call(self._near(digest).classify, tenant, digest, images)
+    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
+        return await self._call(self._near(digest).classify, tenant, digest, images, weight)
 
     async def prefetch(self, digest: str) -> None:
         try:

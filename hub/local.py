@@ -17,12 +17,14 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import TypeVar
 
-from .access import first_key
-from .embedded import embedded_redis
+from .access import FirstKeys, first_keys
+from .audit import OPERATOR
+from .database import Database
+from .embedded import embedded_redis, url_of_running
 from .errors import Unavailable
-from .registry import Registry, connect
 from .settings import Settings
 from .store import Store
+from .tenants import ADMIN, Tenants
 
 T = TypeVar("T")
 DISTRIBUTION = "karst-hub"
@@ -34,10 +36,10 @@ class StartError(RuntimeError):
 
 @dataclass(frozen=True)
 class LocalHub:
-    """A running hub: its URL, and the first key where it was made just now."""
+    """A running hub: its URL, and the first keys where they were made just now."""
 
     url: str
-    first_key: str | None
+    first_keys: FirstKeys
 
 
 @contextmanager
@@ -70,8 +72,28 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
         except (RuntimeError, TimeoutError) as error:  # Serve's own, with a worker's traceback in its text
             raise StartError(f"Ray Serve could not start the hub: {_reason(error)}") from error
         # Last: a key made by a start that then failed would never be shown.
-        key = asyncio.run(_with_registry(redis_url, first_key))
-        yield LocalHub(f"http://{settings.host}:{settings.port}", key)
+        keys = asyncio.run(_with_database(redis_url, lambda database: first_keys(Tenants(database))))
+        yield LocalHub(f"http://{settings.host}:{settings.port}", keys)
+
+
+def new_admin_key(settings: Settings) -> str:
+    """Make an admin key in the registry of these settings, whether a hub runs over it or not.
+
+    For whoever lost the last one: it needs no key, but the registry itself.
+
+    Raises:
+        EmbeddedRedisError, Unavailable: the registry cannot be reached.
+    """
+    with ExitStack() as stack:
+        url = settings.redis_url
+        if url is None:
+            try:
+                stack.enter_context(_locked(settings.home))
+                url = stack.enter_context(embedded_redis(settings.home))
+            except StartError:  # a hub runs there
+                url = url_of_running(settings.home)
+        made = asyncio.run(_with_database(url, lambda db: Tenants(db).add_key(OPERATOR, "", ADMIN, "made by hand")))
+        return made.key
 
 
 def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
@@ -172,16 +194,16 @@ def _check_store(url: str) -> None:
 
 def _check_registry(url: str) -> None:
     try:
-        asyncio.run(_with_registry(url, Registry.ping))
+        asyncio.run(_with_database(url, Database.ping))
     except ValueError as error:
         raise StartError(f"HUB_REDIS_URL={url}: {error}") from error
     except Unavailable as error:
         raise StartError(f"HUB_REDIS_URL={url}: {error.detail}") from error
 
 
-async def _with_registry(url: str, use: Callable[[Registry], Awaitable[T]]) -> T:
-    registry = Registry(connect(url))
+async def _with_database(url: str, use: Callable[[Database], Awaitable[T]]) -> T:
+    database = Database(url)
     try:
-        return await use(registry)
+        return await use(database)
     finally:
-        await registry.close()
+        await database.close()

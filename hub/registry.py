@@ -1,86 +1,22 @@
-"""The truth about tenants, tasks, versions, aliases and keys, in Redis.
+"""The truth about tasks, versions and aliases, in Redis. Every change is one script: all of it or nothing.
 
-Every change is one Lua script: it happens completely or not at all, and appends an event that names the task.
-Redis keys (all under `karst:`; `{tenant}` is the tenant's name):
-
-    keys                        hash    sha256 of an API key -> JSON {tenant, role, ...}: the way from key to tenant
-    events                      stream  tenant, task of each change
-    busy                        zset    digests that a worker used of late -> when, in seconds since 1970
-    t:{tenant}:tasks            set     names of the tasks
-    t:{tenant}:numbers          hash    task -> its last version number; outlives the task, so none is given twice
-    t:{tenant}:task:{task}      hash    v:N -> JSON of version N, d:DIGEST -> N, a:ALIAS -> JSON {N: weight}
+A change tells an event, which names the task, and leaves an entry in the audit.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from . import scripts
+from .audit import Actor
+from .database import Database
+from .errors import Conflict, FieldProblem, InvalidRequest, LimitReached, NotFound, Unauthenticated, Unavailable
+from .schemas import LATEST, Sharing, TaskInfo, TaskSummary, VersionInfo
 
-from .errors import Conflict, FieldProblem, InvalidRequest, NotFound, Unavailable
-from .schemas import LATEST, TaskInfo, TaskSummary, VersionInfo
-
-PREFIX = "karst:"
-EVENTS = PREFIX + "events"
-KEYS = PREFIX + "keys"
-BUSY = PREFIX + "busy"
 KEPT_BUSY = 10_000
-KEPT_EVENTS = 100_000
-
-# KEYS: tasks, numbers, task, events. ARGV: tenant, task, digest, version JSON without its number, aliases...
-_REGISTER = """
-local number = redis.call('HGET', KEYS[3], 'd:' .. ARGV[3])
-local created = 0
-if not number then
-  created = 1
-  number = redis.call('HINCRBY', KEYS[2], ARGV[2], 1)
-  redis.call('SADD', KEYS[1], ARGV[2])
-  redis.call('HSET', KEYS[3], 'd:' .. ARGV[3], number, 'v:' .. number, ARGV[4])
-end
-for i = 5, #ARGV do
-  redis.call('HSET', KEYS[3], 'a:' .. ARGV[i], '{"' .. number .. '":1}')
-end
-redis.call('XADD', KEYS[4], 'MAXLEN', '~', KEPT, '*', 'tenant', ARGV[1], 'task', ARGV[2])
-return {tonumber(number), created, redis.call('HGET', KEYS[3], 'v:' .. number)}
-""".replace("KEPT", str(KEPT_EVENTS))
-
-# KEYS: task, events. ARGV: tenant, task, alias, JSON {number: weight}, numbers...
-_SET_ALIAS = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return -1 end
-for i = 5, #ARGV do
-  if redis.call('HEXISTS', KEYS[1], 'v:' .. ARGV[i]) == 0 then return tonumber(ARGV[i]) end
-end
-redis.call('HSET', KEYS[1], 'a:' .. ARGV[3], ARGV[4])
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', KEPT, '*', 'tenant', ARGV[1], 'task', ARGV[2])
-return redis.call('HGETALL', KEYS[1])
-""".replace("KEPT", str(KEPT_EVENTS))
-
-# KEYS: tasks, task, events. ARGV: tenant, task
-_DELETE_TASK = """
-local gone = redis.call('DEL', KEYS[2])
-redis.call('SREM', KEYS[1], ARGV[2])
-if gone == 1 then
-  redis.call('XADD', KEYS[3], 'MAXLEN', '~', KEPT, '*', 'tenant', ARGV[1], 'task', ARGV[2])
-end
-return gone
-""".replace("KEPT", str(KEPT_EVENTS))
-
-# KEYS: task, events. ARGV: tenant, task, number
-_DELETE_VERSION = """
-local version = redis.call('HGET', KEYS[1], 'v:' .. ARGV[3])
-if not version then return 'absent' end
-local fields = redis.call('HGETALL', KEYS[1])
-for i = 1, #fields, 2 do
-  if string.sub(fields[i], 1, 2) == 'a:' and cjson.decode(fields[i + 1])[ARGV[3]] then
-    return string.sub(fields[i], 3)
-  end
-end
-redis.call('HDEL', KEYS[1], 'v:' .. ARGV[3], 'd:' .. cjson.decode(version)['digest'])
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', KEPT, '*', 'tenant', ARGV[1], 'task', ARGV[2])
-return ''
-""".replace("KEPT", str(KEPT_EVENTS))
+COLLECTED_S = 60  # the longest that the store may take to remove a file
+NOT_SHARED = Sharing()
 
 
 @dataclass(frozen=True)
@@ -90,6 +26,9 @@ class Task:
     name: str
     versions: Mapping[int, VersionInfo]
     aliases: Mapping[str, Mapping[int, int]]
+    sharing: Sharing = NOT_SHARED
+    history: Mapping[str, Sequence[Mapping[int, int]]] = field(default_factory=dict)  # of each alias, oldest first
+    last_number: int = 0  # the highest that was ever given; only in a dump
 
     @property
     def current(self) -> VersionInfo:
@@ -124,6 +63,7 @@ class Task:
             labels=self.current.labels,
             versions=list(self.versions.values()),
             aliases={alias: dict(targets) for alias, targets in self.aliases.items()},
+            sharing=self.sharing,
         )
 
     def summary(self) -> TaskSummary:
@@ -136,34 +76,23 @@ class Task:
 
 @dataclass(frozen=True)
 class Event:
-    """A change: which task of which tenant, and where it stands in the stream."""
+    """A change: what kind of thing (task, key, tenant), whose, its name, and where it stands in the stream."""
 
     id: str
     tenant: str
-    task: str
-
-
-@dataclass(frozen=True)
-class KeyRecord:
-    """What the hub knows of an API key: never the key itself."""
-
-    tenant: str
-    role: str
+    kind: str
     name: str
-    created: str = field(default="")
 
 
 class Registry:
-    """Reads and atomic changes; every method may raise `Unavailable` where Redis does not answer."""
+    """Reads and atomic changes of tasks; every method may raise `Unavailable` where Redis does not answer."""
 
-    def __init__(self, redis: "Redis") -> None:
-        """Args:
-        redis: an asyncio client made with `decode_responses=True`.
-        """
-        self._redis = redis
+    def __init__(self, database: Database) -> None:
+        self._db = database
+        self._redis = database.redis
 
     async def register(
-        self, tenant: str, task: str, version: VersionInfo, aliases: Sequence[str]
+        self, by: Actor, tenant: str, task: str, version: VersionInfo, aliases: Sequence[str]
     ) -> tuple[VersionInfo, bool]:
         """Add a version, or find the one with this digest, and move the aliases to it, in one step.
 
@@ -172,124 +101,208 @@ class Registry:
 
         Returns:
             The version as it is kept, and whether it is new.
+
+        Raises:
+            LimitReached: of tasks, of versions a task, or of stored bytes.
+            Unavailable: the store's file of this digest is being removed; nothing was changed.
         """
         body = version.model_dump_json(exclude={"version"})
-        keys = [_tasks(tenant), _numbers(tenant), _task(tenant, task), EVENTS]
-        number, created, kept = await self._script(_REGISTER, keys, [tenant, task, version.digest, body, *aliases])
-        return VersionInfo(version=number, **json.loads(kept)), bool(created)
+        entry = by.entry(tenant, "version.register", task=task, digest=version.digest, aliases=list(aliases))
+        done = await self._db.change(
+            scripts.REGISTER, tenant, task, entry, version.digest, body, version.size_bytes, *aliases
+        )
+        if isinstance(done[0], str):
+            raise _refused(done)
+        return VersionInfo(version=done[0], **json.loads(done[2])), bool(done[1])
 
     async def task(self, tenant: str, task: str) -> Task:
         """
         Raises:
             NotFound: the tenant has no such task.
         """
-        fields = await self._do(self._redis.hgetall(_task(tenant, task)))
+        fields = await self._db.do(self._redis.hgetall(_task(tenant, task)))
         if not fields:
             raise task_not_found(task)
         return _parse(task, fields)
 
     async def tasks(self, tenant: str) -> list[Task]:
         """All tasks of a tenant, by name."""
-        names = sorted(await self._do(self._redis.smembers(_tasks(tenant))))
-        pipeline = self._redis.pipeline(transaction=False)
-        for name in names:
-            pipeline.hgetall(_task(tenant, name))
-        found = await self._do(pipeline.execute())
-        return [_parse(name, fields) for name, fields in zip(names, found, strict=True) if fields]
+        names = sorted(await self._db.do(self._redis.smembers(f"karst:t:{tenant}:tasks")))
+        return [task for _, task in await self._read([(tenant, name) for name in names])]
 
-    async def set_alias(self, tenant: str, task: str, alias: str, targets: Mapping[int, int]) -> Task:
+    async def shared_with(self, tenant: str) -> list[tuple[str, Task]]:
+        """The tasks that others share with a tenant, each with its owner."""
+        named = await self._db.do(self._redis.sunion("karst:public", f"karst:t:{tenant}:shared"))
+        pairs = sorted((owner, task) for owner, _, task in (name.partition(":") for name in named) if owner != tenant)
+        return [(owner, task) for owner, task in await self._read(pairs) if task.sharing.allows(tenant)]
+
+    async def sharing(self, tenant: str, task: str) -> Sharing:
+        """With whom a task is shared; a task that is not there is shared with nobody, and takes as long to say so."""
+        found = await self._db.do(self._redis.hget(_task(tenant, task), "share"))
+        return Sharing.model_validate_json(found) if found else NOT_SHARED
+
+    async def share(self, by: Actor, tenant: str, task: str, sharing: Sharing) -> Task:
+        """
+        Raises:
+            NotFound: no such task.
+        """
+        entry = by.entry(tenant, "task.share", task=task, sharing=sharing.model_dump())
+        await self._change_task(scripts.SHARE, tenant, task, entry, sharing.model_dump_json())
+        return await self.task(tenant, task)
+
+    async def set_alias(self, by: Actor, tenant: str, task: str, alias: str, targets: Mapping[int, int]) -> Task:
         """Point an alias at versions; returns the task as it is then.
 
         Raises:
             NotFound: no such task.
             InvalidRequest: a version that the task does not have.
         """
-        numbers = [str(n) for n in targets]
-        body = json.dumps({str(n): weight for n, weight in targets.items()})
-        keys = [_task(tenant, task), EVENTS]
-        done = await self._script(_SET_ALIAS, keys, [tenant, task, alias, body, *numbers])
-        if done == -1:
-            raise task_not_found(task)
-        if isinstance(done, int):
-            message = f"task {task!r} has no version {done}"
-            raise InvalidRequest(message, [FieldProblem("version", message)])
-        return _parse(task, dict(zip(done[::2], done[1::2], strict=True)))
+        numbers = [str(n) for n in sorted(targets)]
+        body = json.dumps({n: targets[int(n)] for n in numbers}, separators=(",", ":"))
+        entry = by.entry(tenant, "alias.set", task=task, alias=alias, targets=json.loads(body))
+        await self._change_task(scripts.SET_ALIAS, tenant, task, entry, alias, body, *numbers)
+        return await self.task(tenant, task)
 
-    async def delete_task(self, tenant: str, task: str) -> None:
+    async def roll_back(self, by: Actor, tenant: str, task: str, alias: str) -> Task:
+        """Point an alias at what it pointed at before; again, and it goes back one more.
+
+        Raises:
+            NotFound: no such task or alias.
+            Conflict: it pointed at nothing before that is still there.
+        """
+        entry = by.entry(tenant, "alias.roll-back", task=task, alias=alias)
+        (await self.task(tenant, task)).targets(alias)
+        await self._change_task(scripts.ROLL_BACK, tenant, task, entry, alias)
+        return await self.task(tenant, task)
+
+    async def delete_alias(self, by: Actor, tenant: str, task: str, alias: str) -> None:
+        """
+        Raises:
+            NotFound: no such task or alias.
+            Conflict: `latest`, which every task has.
+        """
+        (await self.task(tenant, task)).targets(alias)
+        if alias == LATEST:
+            raise Conflict(f"every task has the alias {LATEST!r}; move it, or delete the task")
+        entry = by.entry(tenant, "alias.delete", task=task, alias=alias)
+        await self._change_task(scripts.DELETE_ALIAS, tenant, task, entry, alias)
+
+    async def delete_task(self, by: Actor, tenant: str, task: str) -> None:
         """
         Raises:
             NotFound: no such task.
         """
-        if not await self._script(_DELETE_TASK, [_tasks(tenant), _task(tenant, task), EVENTS], [tenant, task]):
-            raise task_not_found(task)
+        await self._change_task(scripts.DELETE_TASK, tenant, task, by.entry(tenant, "task.delete", task=task))
 
-    async def delete_version(self, tenant: str, task: str, number: int) -> None:
+    async def delete_version(self, by: Actor, tenant: str, task: str, number: int) -> None:
         """
         Raises:
             NotFound: no such task or version.
             Conflict: an alias points at it.
         """
-        alias = await self._script(_DELETE_VERSION, [_task(tenant, task), EVENTS], [tenant, task, number])
-        if alias == "absent":
-            (await self.task(tenant, task)).version(number)
-            raise Conflict(f"version {number} of task {task!r} was changed at the same time; look again")
-        if alias:
-            raise Conflict(
-                f"alias {alias!r} of task {task!r} points at version {number}; move it to another version first, "
-                "or delete the whole task"
-            )
+        (await self.task(tenant, task)).version(number)
+        entry = by.entry(tenant, "version.delete", task=task, version=number)
+        await self._change_task(scripts.DELETE_VERSION, tenant, task, entry, str(number))
 
-    async def key(self, key_hash: str) -> KeyRecord | None:
-        """What is known of the key with this sha256 (hex); None if nothing is."""
-        found = await self._do(self._redis.hget(KEYS, key_hash))
-        return KeyRecord(**json.loads(found)) if found is not None else None
+    async def dump(self, tenant: str) -> list[Task]:
+        """All tasks with what `restore` needs."""
+        numbers = await self._db.do(self._redis.hgetall(f"karst:t:{tenant}:numbers"))
+        return [replace(task, last_number=int(numbers[task.name])) for task in await self.tasks(tenant)]
 
-    async def add_key(self, key_hash: str, record: KeyRecord) -> None:
-        await self._do(self._redis.hset(KEYS, key_hash, json.dumps(record.__dict__)))
+    async def restore(self, by: Actor, tenant: str, tasks: Sequence[Task]) -> None:
+        """Make tasks as another hub had them, all or none.
 
-    async def has_keys(self) -> bool:
-        return bool(await self._do(self._redis.exists(KEYS)))
+        Raises:
+            Conflict: some of them are there.
+            LimitReached: of tasks, of versions a task, or of stored bytes.
+            Unavailable: a file is being removed from the store just now.
+        """
+        body = [
+            {
+                "name": task.name,
+                "last": max([task.last_number, *task.versions]),
+                "fields": _fields(task),
+                "held": [{"digest": v.digest, "bytes": v.size_bytes} for v in task.versions.values()],
+                "share": task.sharing.model_dump_json(),
+            }
+            for task in tasks
+        ]
+        entry = by.entry(tenant, "tenant.import", tasks=[task.name for task in tasks])
+        done = await self._db.change(scripts.RESTORE, tenant, entry, json.dumps(body))
+        if done[0] == "there":
+            raise Conflict(f"the tenant has these tasks already: {', '.join(done[1:])}; delete them first")
+        if done[0] != "done":
+            raise _refused(done)
+
+    async def claim_orphan(self, digest: str) -> bool:
+        """Whether no version holds this digest; if so none can begin to until it is released or a minute is over."""
+        script = """
+        if redis.call('HEXISTS', 'karst:digests', ARGV[1]) == 1 then return 0 end
+        redis.call('SET', 'karst:gc:' .. ARGV[1], '1', 'EX', ARGV[2])
+        return 1
+        """
+        return bool(await self._db.run(script, digest, COLLECTED_S))
+
+    async def release_orphan(self, digest: str) -> None:
+        await self._db.do(self._redis.delete(f"karst:gc:{digest}"))
 
     async def busy(self, limit: int) -> list[str]:
         """Digests that workers used, latest first."""
-        found: list[str] = await self._do(self._redis.zrange(BUSY, 0, limit - 1, desc=True))
+        found: list[str] = await self._db.do(self._redis.zrange("karst:busy", 0, limit - 1, desc=True))
         return found
 
     async def note_busy(self, digests: Iterable[str], now_s: float) -> None:
         """Workers used these at this time, in seconds since 1970."""
         if scores := dict.fromkeys(digests, now_s):
-            await self._do(self._redis.zadd(BUSY, scores, gt=True))
-            await self._do(self._redis.zremrangebyrank(BUSY, 0, -KEPT_BUSY - 1))
+            await self._db.do(self._redis.zadd("karst:busy", scores, gt=True))
+            await self._db.do(self._redis.zremrangebyrank("karst:busy", 0, -KEPT_BUSY - 1))
 
     async def ping(self) -> None:
         """
         Raises:
             Unavailable: Redis does not answer.
         """
-        await self._do(self._redis.ping())
+        await self._db.ping()
 
     async def event_span(self) -> tuple[str, str]:
         """The ids of the oldest and the newest event that are kept; `0-0` where there are none."""
-        oldest = await self._do(self._redis.xrange(EVENTS, count=1))
-        newest = await self._do(self._redis.xrevrange(EVENTS, count=1))
+        oldest = await self._db.do(self._redis.xrange("karst:events", count=1))
+        newest = await self._db.do(self._redis.xrevrange("karst:events", count=1))
         return (oldest[0][0], newest[0][0]) if oldest and newest else ("0-0", "0-0")
 
     async def events(self, after: str, wait_ms: int) -> list[Event]:
         """Events after an id, oldest first; waits up to `wait_ms` for the first."""
-        reply = await self._do(self._redis.xread({EVENTS: after}, block=wait_ms, count=1000))
-        return [Event(id, f["tenant"], f["task"]) for _, entries in reply or [] for id, f in entries]
+        reply = await self._db.do(self._redis.xread({"karst:events": after}, block=wait_ms, count=1000))
+        return [Event(id=id, **fields) for _, entries in reply or [] for id, fields in entries]
 
-    async def close(self) -> None:
-        await self._redis.aclose()
+    async def _read(self, names: Sequence[tuple[str, str]]) -> list[tuple[str, Task]]:
+        """Tasks by (tenant, name), each with its tenant; without those that went away meanwhile."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for tenant, name in names:
+            pipeline.hgetall(_task(tenant, name))
+        found = await self._db.do(pipeline.execute())
+        return [(tenant, _parse(n, fields)) for (tenant, n), fields in zip(names, found, strict=True) if fields]
 
-    async def _script(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        return await self._do(self._redis.eval(script, len(keys), *keys, *args))
-
-    async def _do(self, call: Any) -> Any:
-        try:
-            return await call
-        except (RedisError, OSError) as error:
-            raise Unavailable(f"the registry does not answer: {type(error).__name__}") from error
+    async def _change_task(self, script: str, tenant: str, task: str, *args: str) -> None:
+        """
+        Raises:
+            NotFound: no such task, or what `args` name is gone.
+            Conflict, InvalidRequest: as the callers say.
+        """
+        done = await self._db.change(script, tenant, task, *args)
+        match done:
+            case ["absent"]:
+                raise task_not_found(task)
+            case ["version", number]:
+                message = f"task {task!r} has no version {number}"
+                raise InvalidRequest(message, [FieldProblem("version", message)])
+            case ["nothing"]:
+                raise Conflict(f"alias {args[1]!r} of task {task!r} pointed at nothing before that is still there")
+            case ["alias", alias]:
+                raise Conflict(
+                    f"alias {alias!r} of task {task!r} points at version {args[1]}; move it to another version "
+                    "first, or delete the whole task"
+                )
 
 
 def task_not_found(task: str) -> NotFound:
@@ -298,29 +311,47 @@ def task_not_found(task: str) -> NotFound:
     return NotFound(message, [FieldProblem("task", message)])
 
 
-def _tasks(tenant: str) -> str:
-    return f"{PREFIX}t:{tenant}:tasks"
-
-
-def _numbers(tenant: str) -> str:
-    return f"{PREFIX}t:{tenant}:numbers"
+def _refused(done: Sequence[Any]) -> Exception:
+    match done:
+        case ["limit", which, most]:
+            named = {"tasks": "tasks", "versions": "versions a task", "stored_bytes": "stored bytes"}[which]
+            message = f"the tenant's limit of {named} ({most}) is reached; delete some, or ask an admin for more"
+            return LimitReached(message, [FieldProblem(which, message)], retry_after_s=60)
+        case ["gc"]:
+            return Unavailable("the store is removing an old copy of this file; try again", retry_after_s=2)
+    return Unauthenticated("the key's tenant is no more")
 
 
 def _task(tenant: str, task: str) -> str:
-    return f"{PREFIX}t:{tenant}:task:{task}"
+    return f"karst:t:{tenant}:task:{task}"
 
 
 def _parse(name: str, fields: Mapping[str, str]) -> Task:
-    versions, aliases = {}, {}
+    versions, aliases, history = {}, {}, {}
     for key, value in fields.items():
         kind, _, rest = key.partition(":")
         if kind == "v":
             versions[int(rest)] = VersionInfo(version=int(rest), **json.loads(value))
         elif kind == "a":
-            aliases[rest] = {int(n): int(weight) for n, weight in json.loads(value).items()}
-    return Task(name, dict(sorted(versions.items())), dict(sorted(aliases.items())))
+            aliases[rest] = _targets(value)
+        elif kind == "h":
+            history[rest] = [_targets(text) for text in json.loads(value)]
+    sharing = Sharing.model_validate_json(fields["share"]) if "share" in fields else NOT_SHARED
+    return Task(name, dict(sorted(versions.items())), dict(sorted(aliases.items())), sharing, history)
 
 
-def connect(url: str) -> Redis:
-    """An asyncio client with the time limits that the hub relies on: `events` waits below the socket's limit."""
-    return Redis.from_url(url, decode_responses=True, socket_timeout=5, socket_connect_timeout=2)
+def _targets(text: str) -> dict[int, int]:
+    return {int(n): int(weight) for n, weight in sorted(json.loads(text).items(), key=lambda item: int(item[0]))}
+
+
+def _fields(task: Task) -> dict[str, str]:
+    """The task's hash: what `_parse` reads."""
+
+    def written(targets: Mapping[int, int]) -> str:
+        return json.dumps({str(n): targets[n] for n in sorted(targets)}, separators=(",", ":"))
+
+    fields = {"share": task.sharing.model_dump_json(), "n": str(len(task.versions))}
+    for number, version in task.versions.items():
+        fields |= {f"v:{number}": version.model_dump_json(exclude={"version"}), f"d:{version.digest}": str(number)}
+    fields |= {f"a:{alias}": written(targets) for alias, targets in task.aliases.items()}
+    return fields | {f"h:{alias}": json.dumps([written(t) for t in past]) for alias, past in task.history.items()}

@@ -2,13 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+TASK_PATTERN = r"^([a-z0-9][a-z0-9_-]{0,62}:)?[a-z0-9][a-z0-9_-]{0,62}$"  # `task`, or `tenant:task`
 LATEST = "latest"
 MAX_IMAGES = 64
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+TaskName = Annotated[str, Field(pattern=TASK_PATTERN)]
 VersionNumber = Annotated[int, Field(ge=1, le=2**53)]  # as far as every JSON reader counts exactly
 Reference = Annotated[str, Field(max_length=63)]  # a version's number or an alias
 Weight = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -39,6 +41,16 @@ class Registered(VersionInfo):
     task: str
 
 
+class Sharing(_Wire):
+    """Who beside its own tenant may see a task and classify with it, as `tenant:task`: all tenants, or some."""
+
+    public: bool = False
+    tenants: list[Name] = Field(default=[], max_length=1000)
+
+    def allows(self, tenant: str) -> bool:
+        return self.public or tenant in self.tenants
+
+
 class TaskInfo(_Wire):
     """A task with its versions, and what each alias points at: version -> weight."""
 
@@ -46,6 +58,14 @@ class TaskInfo(_Wire):
     labels: list[str]
     versions: list[VersionInfo]
     aliases: dict[str, dict[int, int]]
+    sharing: Sharing | None = None  # the owner's to know
+
+
+class SourceBody(_Wire):
+    """Where the hub finds an adapter file by itself, and what its sha256 must be."""
+
+    source: Annotated[str, Field(min_length=1, max_length=2048)]
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 
 class TaskSummary(_Wire):
@@ -103,7 +123,7 @@ class Classified(_Wire):
 class Input(_Wire):
     """One image for one task."""
 
-    task: Name
+    task: TaskName
     image: str
     version: Reference = LATEST
 
@@ -144,3 +164,139 @@ class Problem(BaseModel):
 
 class Health(_Wire):
     status: Literal["ok"] = "ok"
+
+
+class TenantLimits(_Wire):
+    """What a tenant may use, over all gateways."""
+
+    requests_per_second: float = Field(200.0, gt=0, le=1e6, description="classification calls")
+    images_per_second: float = Field(1000.0, gt=0, le=1e7)
+    images_in_flight: int = Field(1024, ge=1, le=10**6, description="images accepted and not yet answered")
+    tasks: int = Field(1000, ge=0, le=10**7)
+    versions: int = Field(100, ge=0, le=10**5, description="versions a task")
+    stored_bytes: int = Field(10 * 1024**3, ge=0, le=10**14, description="bytes of all versions' adapter files")
+    weight: float = Field(1.0, ge=0.01, le=100, description="share of a busy worker beside other tenants'")
+
+
+class LimitsChange(_Wire):
+    """Limits to change; the others stay."""
+
+    requests_per_second: float | None = Field(None, gt=0, le=1e6)
+    images_per_second: float | None = Field(None, gt=0, le=1e7)
+    images_in_flight: int | None = Field(None, ge=1, le=10**6)
+    tasks: int | None = Field(None, ge=0, le=10**7)
+    versions: int | None = Field(None, ge=0, le=10**5)
+    stored_bytes: int | None = Field(None, ge=0, le=10**14)
+    weight: float | None = Field(None, ge=0.01, le=100)
+
+    def on(self, limits: TenantLimits) -> TenantLimits:
+        return limits.model_copy(update=self.model_dump(exclude_none=True))
+
+
+class TenantInfo(_Wire):
+    tenant: str
+    created: str
+    limits: TenantLimits
+
+
+class TenantList(_Wire):
+    tenants: list[TenantInfo]
+
+
+class NewTenant(_Wire):
+    tenant: Name
+    limits: LimitsChange = LimitsChange()
+
+
+class TenantChange(_Wire):
+    limits: LimitsChange
+
+
+class KeyInfo(_Wire):
+    """What is known of a key; never the key itself. Times are RFC 3339."""
+
+    id: str
+    name: str
+    role: Literal["admin", "owner", "caller"]
+    created: str
+    expires: str | None
+    last_used: str | None
+
+
+class KeyList(_Wire):
+    keys: list[KeyInfo]
+
+
+class AdminKeyRequest(_Wire):
+    """A new admin key."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    expires: AwareDatetime | None = None
+
+
+class KeyRequest(AdminKeyRequest):
+    """A new key of a tenant."""
+
+    role: Literal["owner", "caller"] = "caller"
+
+
+class NewKey(KeyInfo):
+    """A key that was made just now: the one time that it is shown."""
+
+    key: str
+
+
+class UsedNow(_Wire):
+    """What a tenant has and does at this moment."""
+
+    tasks: int
+    stored_bytes: int
+    images_in_flight: int
+
+
+class Counted(_Wire):
+    """What a tenant has done since it was made."""
+
+    requests: int
+    images: int
+    refused: int
+
+
+class Usage(_Wire):
+    tenant: str
+    limits: TenantLimits
+    used: UsedNow
+    counted: Counted
+
+
+class AuditEntry(_Wire):
+    """A change: when, by which key, from where, and what. `address` is the sender's as the gateway saw it."""
+
+    id: str
+    at: str
+    key: str
+    name: str
+    role: str
+    address: str
+    tenant: str
+    action: str
+    detail: dict[str, Any]
+
+
+class AuditPage(_Wire):
+    """Changes, oldest first; `next` is the `after` of the next page, None at the end."""
+
+    entries: list[AuditEntry]
+    next: str | None
+
+
+class GcRequest(_Wire):
+    older_than_s: Annotated[int, Field(ge=0, le=10**9, description="age of a file that may go")] = 3600
+
+
+class Collected(_Wire):
+    """What a collection removed, and what it left."""
+
+    removed: int
+    bytes: int
+    kept: int

@@ -1,27 +1,35 @@
-"""What the hub does for a caller: classify, register, list, delete. No HTTP, no Ray: routes call it, tests too."""
+"""What the hub does with tasks: classify, and tell of them. No HTTP, no Ray: routes call it, tests too."""
 
 import asyncio
 import base64
+import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import Executor
-from datetime import UTC, datetime
+from collections.abc import Coroutine, Iterable, Sequence
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from adapters import Adapter, AdapterError, BankLimits
+from adapters import BankLimits
 
+from .access import Caller
 from .answers import Answer, Pass
 from .cache import RegistryCache
 from .errors import FieldProblem, InvalidAdapter, InvalidImage
 from .images import Images
-from .registry import Registry, Task
-from .schemas import LATEST, Classified, Input, Prediction, Registered, Result, TaskInfo, TaskSummary, VersionInfo
-from .store import Store
-from .tiers import invalid_adapter
+from .limits import Limiter
+from .registry import Registry, Task, task_not_found
+from .schemas import (
+    Classified,
+    Input,
+    Prediction,
+    Result,
+    TaskInfo,
+    TaskSummary,
+    VersionInfo,
+)
+from .store import OffLoop
 from .turns import Turns
 
 T = TypeVar("T")
@@ -32,7 +40,7 @@ CHUNK_BYTES = 2 * 1024**2  # of pixels in one call to a worker; by-value message
 class Workers(Protocol):
     """The workers as the service sees them; the gateway puts Ray Serve behind it."""
 
-    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray]) -> list[Answer]:
+    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
         """Probabilities for images of one adapter, from a worker that is likely to hold it, in the tenant's turn."""
 
     async def prefetch(self, digest: str) -> None:
@@ -43,51 +51,65 @@ class Workers(Protocol):
 
 
 class Service:
-    """The hub's work, for any caller. `tenant` is the caller's own in every method."""
+    """The hub's work, for any caller that has a tenant. A task's name is `task`, or `tenant:task` for any tenant's."""
 
     def __init__(
         self,
         *,
         registry: Registry,
         cache: RegistryCache,
-        store: Store,
+        limiter: Limiter,
         images: Images,
         workers: Workers,
-        executor: Executor,
-        max_adapter_bytes: int,
+        off_loop: OffLoop,
     ) -> None:
         self._registry = registry
         self._cache = cache
-        self._store = store
+        self._limiter = limiter
         self._images = images
         self._workers = workers
-        self._executor = executor
-        self._max_adapter_bytes = max_adapter_bytes
+        self._off_loop = off_loop
         self._turns = Turns(TENANT_IMAGES)
         self._limits: BankLimits | None = None
-        self._background: set[asyncio.Task[None]] = set()
 
-    async def classify(
-        self, tenant: str, name: str, version: str, images: Sequence[tuple[str, bytes]], top_k: int
-    ) -> tuple[Classified, list[Pass]]:
-        """Classify images with one task.
+    async def predict(
+        self,
+        who: Caller,
+        name: str,
+        version: str,
+        images: Sequence[tuple[str, bytes | np.ndarray]],
+        canary: str | None = None,
+    ) -> tuple[VersionInfo, list[Answer]]:
+        """Probabilities of images with one task.
 
         Args:
             version: a number or an alias.
-            images: (field name for errors, encoded bytes).
-
-        Returns:
-            The reply, and how each image was computed.
+            images: (field name for errors, encoded bytes or pixels as `Images.pixels` takes them).
+            canary: where an alias stands for several versions, callers of the same key get the same one.
 
         Raises:
             NotFound: no such task or version.
             InvalidImage, TooLarge: an image that cannot be used.
+            InvalidAdapter: the adapter's numbers overflow, so that there are no probabilities.
+            LimitReached: a limit of the tenant.
             Unavailable: no worker, or the adapter cannot be loaded for now.
         """
-        chosen = _choose(await self._cache.task(tenant, name), version)
-        async with self._turns.turn(tenant, len(images)):
-            pixels = await self._images.pixels(tenant, [(field, data, chosen.preprocess) for field, data in images])
-            answers = await self._ask(tenant, chosen.digest, pixels)
+        chosen = _choose(await self._visible(who, name), version, canary)
+        async with self._limiter.spend(who.tenant, len(images)) as weight, self._turns.turn(who.tenant, len(images)):
+            pixels = await self._images.pixels(who.tenant, [(field, x, chosen.preprocess) for field, x in images])
+            return chosen, await self._ask(who.tenant, chosen.digest, pixels, weight)
+
+    async def classify(
+        self,
+        who: Caller,
+        name: str,
+        version: str,
+        images: Sequence[tuple[str, bytes]],
+        top_k: int,
+        canary: str | None = None,
+    ) -> tuple[Classified, list[Pass]]:
+        """The best labels of images with one task, and how each was computed; raises what `predict` raises."""
+        chosen, answers = await self.predict(who, name, version, images, canary)
         body = Classified(
             task=name,
             version=chosen.version,
@@ -97,20 +119,22 @@ class Service:
         return body, [answer.computed for answer in answers]
 
     async def classify_inputs(
-        self, tenant: str, inputs: Sequence[Input], top_k: int
+        self, who: Caller, inputs: Sequence[Input], top_k: int, canary: str | None = None
     ) -> tuple[list[Result], list[Pass]]:
-        """One image each for several tasks, in one go; raises what `classify` raises, naming the input."""
+        """One image each for several tasks, in one go; raises what `predict` raises, naming the input."""
         encoded = await self._off_loop(decode_base64, [(f"inputs.{i}.image", x.image) for i, x in enumerate(inputs)])
-        chosen = [_choose(await self._cache.task(tenant, x.task), x.version) for x in inputs]
+        chosen = [_choose(await self._visible(who, x.task), x.version, canary) for x in inputs]
         # Images of one adapter go to a worker together; their answers come back to their own places.
         members = defaultdict(list)
         for i, c in enumerate(chosen):
             members[c.digest].append(i)
-        async with self._turns.turn(tenant, len(inputs)):
+        async with self._limiter.spend(who.tenant, len(inputs)) as weight, self._turns.turn(who.tenant, len(inputs)):
             pixels = await self._images.pixels(
-                tenant, [(field, data, c.preprocess) for (field, data), c in zip(encoded, chosen, strict=True)]
+                who.tenant, [(field, data, c.preprocess) for (field, data), c in zip(encoded, chosen, strict=True)]
             )
-            groups = await together(self._ask(tenant, d, [pixels[i] for i in at]) for d, at in members.items())
+            groups = await together(
+                self._ask(who.tenant, digest, [pixels[i] for i in at], weight) for digest, at in members.items()
+            )
         answers = dict(zip(chain(*members.values()), chain(*groups), strict=True))
         results = [
             Result(
@@ -123,66 +147,21 @@ class Service:
         ]
         return results, [answers[i].computed for i in range(len(inputs))]
 
-    async def register(self, tenant: str, name: str, data: bytes, alias: str | None) -> tuple[Registered, bool]:
-        """Check an adapter file, keep it and make it a version of a task; the same bytes again are the same version.
+    async def tasks(self, who: Caller) -> list[TaskSummary]:
+        """The caller's own tasks, then those that others share with it."""
+        shared = await self._registry.shared_with(who.tenant)
+        return [task.summary() for task in await self._registry.tasks(who.tenant)] + [
+            task.summary().model_copy(update={"task": f"{owner}:{task.name}"}) for owner, task in shared
+        ]
 
-        Returns:
-            The version, and whether it is new.
+    async def task(self, who: Caller, name: str) -> TaskInfo:
+        info = (await self._seen(who, name)).info()
+        foreign = who.place(name)[0] != who.tenant
+        return info.model_copy(update={"task": name, "sharing": None}) if foreign else info
 
-        Raises:
-            InvalidAdapter: the file breaks the format or does not fit the backbone.
-            Unavailable: store, registry or workers are away; nothing was registered.
-        """
-        adapter = await self._off_loop(self._check, await self.limits(), data)
-        await self._registry.ping()  # a registry that is away now would leave an orphan in the store
-        await self._off_loop(self._store.put, adapter.digest, data)
-        version = VersionInfo(
-            version=0,  # the registry gives the number
-            digest=adapter.digest,
-            labels=list(adapter.labels),
-            backbone=adapter.backbone,
-            fingerprint=adapter.fingerprint,
-            config=adapter.config.model_dump(),
-            preprocess=adapter.preprocess,
-            metrics=adapter.metrics,
-            size_bytes=len(data),
-            registered=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        )
-        aliases = [LATEST] if alias in (None, LATEST) else [LATEST, alias]
-        kept, created = await self._registry.register(tenant, name, version, aliases)
-        self._cache.forget(tenant, name)
-        prefetch = asyncio.create_task(self._workers.prefetch(adapter.digest))
-        self._background.add(prefetch)  # the loop itself keeps no task alive
-        prefetch.add_done_callback(self._background.discard)
-        return Registered(task=name, **kept.model_dump()), created
-
-    async def tasks(self, tenant: str) -> list[TaskSummary]:
-        return [task.summary() for task in await self._registry.tasks(tenant)]
-
-    async def task(self, tenant: str, name: str) -> TaskInfo:
-        return (await self._registry.task(tenant, name)).info()
-
-    async def version(self, tenant: str, name: str, reference: str) -> VersionInfo:
+    async def version(self, who: Caller, name: str, reference: str) -> VersionInfo:
         """One version by its number or an alias that points at one."""
-        return _choose(await self._registry.task(tenant, name), reference)
-
-    async def file(self, tenant: str, name: str, reference: str) -> tuple[VersionInfo, bytes]:
-        """A version with its adapter file."""
-        version = await self.version(tenant, name, reference)
-        return version, await self._off_loop(self._store.get, version.digest)
-
-    async def set_alias(self, tenant: str, name: str, alias: str, targets: dict[int, int]) -> TaskInfo:
-        task = await self._registry.set_alias(tenant, name, alias, targets)
-        self._cache.forget(tenant, name)
-        return task.info()
-
-    async def delete_task(self, tenant: str, name: str) -> None:
-        await self._registry.delete_task(tenant, name)
-        self._cache.forget(tenant, name)
-
-    async def delete_version(self, tenant: str, name: str, number: int) -> None:
-        await self._registry.delete_version(tenant, name, number)
-        self._cache.forget(tenant, name)
+        return _choose(await self._seen(who, name), reference)
 
     async def limits(self) -> BankLimits:
         """What the workers accept, asked once.
@@ -194,6 +173,10 @@ class Service:
             self._limits = await self._workers.limits()
         return self._limits
 
+    async def prefetch(self, digest: str) -> None:
+        """Have the adapter brought to where it will be asked for; never fails."""
+        await self._workers.prefetch(digest)
+
     async def ready(self) -> None:
         """
         Raises:
@@ -201,22 +184,38 @@ class Service:
         """
         await self._workers.limits()
 
-    async def _ask(self, tenant: str, digest: str, pixels: Sequence[np.ndarray]) -> list[Answer]:
+    async def _visible(self, who: Caller, name: str) -> Task:
+        """The task to classify with, from memory where it is known.
+
+        Raises:
+            NotFound: no such task, or another tenant's that is not shared: both take one look at the registry.
+        """
+        owner, task = who.place(name)
+        if owner != who.tenant:
+            known = self._cache.known_task(owner, task)
+            if known is None or not known.sharing.allows(who.tenant):
+                await self._must_be_shared(who, name)
+        return await self._cache.task(owner, task)
+
+    async def _seen(self, who: Caller, name: str) -> Task:
+        """The task to tell of, from the registry; raises what `_visible` raises."""
+        owner, task = who.place(name)
+        if owner != who.tenant:
+            await self._must_be_shared(who, name)
+        return await self._registry.task(owner, task)
+
+    async def _must_be_shared(self, who: Caller, name: str) -> None:
+        if not (await self._registry.sharing(*who.place(name))).allows(who.tenant):
+            raise task_not_found(name)
+
+    async def _ask(self, tenant: str, digest: str, pixels: Sequence[np.ndarray], weight: float) -> list[Answer]:
         size = max(1, CHUNK_BYTES // max(p.nbytes for p in pixels))
         chunks = [pixels[i : i + size] for i in range(0, len(pixels), size)]
-        answers = await together(self._workers.classify(tenant, digest, chunk) for chunk in chunks)
-        return [answer for chunk in answers for answer in chunk]
-
-    def _check(self, limits: BankLimits, data: bytes) -> Adapter:
-        try:
-            adapter = Adapter.read(data, max_bytes=self._max_adapter_bytes)
-            limits.check(adapter)
-        except AdapterError as error:
-            raise invalid_adapter(error) from error
-        return adapter
-
-    async def _off_loop(self, function: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+        answers = await together(self._workers.classify(tenant, digest, chunk, weight) for chunk in chunks)
+        for answer in chain(*answers):
+            if not np.isfinite(answer.probabilities).all():
+                raise InvalidAdapter("the adapter's numbers overflow on this image; train it anew and register that")
+        return [*chain(*answers)]
 
 
 async def together(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -232,13 +231,7 @@ async def together(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def best(labels: Sequence[str], probabilities: np.ndarray, top_k: int) -> list[Prediction]:
-    """The `top_k` likeliest labels, best first; equal scores in the order of the labels.
-
-    Raises:
-        InvalidAdapter: the adapter's numbers overflow, so that there are no probabilities.
-    """
-    if not np.isfinite(probabilities).all():
-        raise InvalidAdapter("the adapter's numbers overflow on this image; train it anew and register that")
+    """The `top_k` likeliest labels, best first; equal scores in the order of the labels."""
     order = np.argsort(-probabilities, kind="stable")[:top_k]
     return [Prediction(label=labels[i], score=float(probabilities[i])) for i in order]
 
@@ -260,9 +253,22 @@ def decode_base64(images: Sequence[tuple[str, str]]) -> list[tuple[str, bytes]]:
     return out
 
 
-def _choose(task: Task, reference: str) -> VersionInfo:
-    """The version of a number or alias; an alias with several versions is drawn by weight."""
+def _choose(task: Task, reference: str, canary: str | None = None) -> VersionInfo:
+    """The version of a number or alias; of an alias with several versions by weight, at random or by `canary`.
+
+    Versions share the numbers from 0 to the sum of their weights in order, so that a canary whose weight grows keeps
+    those that it had.
+    """
     targets = task.targets(reference)
-    numbers = list(targets)
-    number = numbers[0] if len(numbers) == 1 else random.choices(numbers, list(targets.values()))[0]  # noqa: S311
+    if len(targets) == 1:
+        return task.versions[next(iter(targets))]
+    total = sum(targets.values())
+    if canary is None:
+        at = random.randrange(total)  # noqa: S311
+    else:
+        at = int.from_bytes(hashlib.sha256(f"{task.name}/{canary}".encode()).digest()) * total >> 256
+    for number, weight in targets.items():  # noqa: B007
+        at -= weight
+        if at < 0:
+            break
     return task.versions[number]

@@ -33,6 +33,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address that HTTP binds")
     port: int = Field(8000, ge=1, le=65535)
     haproxy: bool = Field(True, description="Serve's HAProxy and throughput switches; false: its stock proxy")
+    sources: tuple[str, ...] = Field((), description="prefixes that adapters may be fetched from: `s3://bucket/dir/`")
     max_image_bytes: int = Field(10 * 1024**2, ge=1, description="one encoded image")
     max_image_pixels: int = Field(50_000_000, ge=1, description="one decoded image")
     max_adapter_bytes: int = Field(64 * 1024**2, ge=1, description="one adapter file")

@@ -4,8 +4,9 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
+from .database import Database
 from .errors import NotFound
-from .registry import Registry, connect
+from .registry import Registry
 from .schemas import LATEST
 
 
@@ -58,8 +59,8 @@ class Warmth:
 
     @asynccontextmanager
     async def _registry(self) -> AsyncIterator[Registry]:
-        registry = Registry(connect(self._redis_url))
+        database = Database(self._redis_url)
         try:
-            yield registry
+            yield Registry(database)
         finally:
-            await registry.close()
+            await database.close()

@@ -53,13 +53,13 @@ def soak(seconds: float, tasks: int, callers: int) -> Counter[str]:
             host_cache_bytes=20 * 1024**2 // 8,
         )  # fmt: skip
         with local_hub(settings) as hub:
-            assert hub.first_key is not None
-            with Client(hub.url, hub.first_key) as client:
+            assert hub.first_keys.owner is not None
+            with Client(hub.url, hub.first_keys.owner) as client:
                 for task in range(tasks):
                     world.register(client, task)
             until = time.monotonic() + seconds
             threads = [
-                threading.Thread(target=world.call, args=(hub.url, hub.first_key, seed, until))
+                threading.Thread(target=world.call, args=(hub.url, hub.first_keys.owner, seed, until))
                 for seed in range(callers)
             ]
             for thread in threads:

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(p for package in ("adapters", "hub") for p in (ROOT / package).rglob("*.py"))
 WALLS = {
     "ray": {"hub/app.py", "hub/gateway.py", "hub/telemetry.py"},
-    "redis": {"hub/registry.py", "hub/embedded.py"},
+    "redis": {"hub/database.py", "hub/embedded.py"},
     "timm": {"adapters/backbone.py", "adapters/data.py", "adapters/demo/pretrain.py"},
     "sklearn": {"adapters/train.py", "adapters/demo/tasks.py"},
-    "PIL": {"adapters/data.py", "adapters/demo/draw.py", "adapters/demo/tasks.py"},
-    "fastapi": {"hub/routes.py", "hub/gateway.py", "hub/app.py"},
+    "PIL": {"adapters/data.py", "adapters/demo/draw.py", "adapters/demo/tasks.py", "hub/pictures.py"},
+    "fastapi": {f"hub/{name}.py" for name in ("assembly", "gateway", "http", "protocols", "routes", "routes_admin")},
 }
 
 

@@ -1,11 +1,11 @@
 """A real Redis, a real store and the real HTTP application; only Ray is left out, by a ten-line engine."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -16,18 +16,20 @@ from starlette.testclient import TestClient
 
 from adapters import Adapter, Backbone, Bank, BankLimits, Slot, load_backbone
 from adapters.data import normalise
-from hub.access import Access, first_key
+from hub.access import FirstKeys, first_keys
 from hub.answers import Answer, Pass
-from hub.cache import RegistryCache
+from hub.assembly import make_api as assembled
+from hub.audit import OPERATOR
+from hub.database import Database
 from hub.embedded import embedded_redis
-from hub.images import Images
-from hub.registry import Registry, connect
-from hub.routes import create_api
-from hub.service import Service
+from hub.errors import Conflict
+from hub.schemas import LimitsChange
+from hub.settings import Settings
 from hub.store import Store
-from hub.turns import Turns
+from hub.tenants import Tenants
 from tests.support import random_adapter
 
+T = TypeVar("T")
 OCTETS = {"content-type": "application/octet-stream"}
 MAX_IMAGE_BYTES = 200_000
 MAX_IMAGE_PIXELS = 1_000_000
@@ -49,7 +51,7 @@ class Engine:
     async def prefetch(self, digest: str) -> None:
         self.prefetched.append(digest)
 
-    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray]) -> list[Answer]:
+    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
         if digest not in self.slots:
             adapter = Adapter.read(self._store.get(digest))
             self.slots[digest] = self._bank.put(adapter), adapter
@@ -66,19 +68,28 @@ class Hub:
 
     http: TestClient
     key: str
+    admin_key: str
     engine: Engine
     store_folder: Path
     redis_url: str
-    cache: RegistryCache
+    api: FastAPI
 
     def another_gateway(self) -> TestClient:
         """A second gateway over the same registry, store and engine."""
-        api, _ = make_api(self.redis_url, Store(str(self.store_folder)), self.engine)
-        return TestClient(api, headers=bearer(self.key))
+        return TestClient(make_api(self.redis_url, self.store_folder, self.engine), headers=bearer(self.key))
+
+    def key_of(self, tenant: str, role: str = "owner") -> dict[str, str]:
+        """The header of a new key; the tenant is made where it is not there."""
+        return bearer(key_of(self.redis_url, tenant, role))
+
+    @property
+    def admin(self) -> dict[str, str]:
+        """The admin key's header."""
+        return bearer(self.admin_key)
 
     def remembers(self, task: str) -> bool:
         """Whether the gateway could classify with this task without Redis."""
-        return ("default", task) in self.cache._tasks
+        return self.api.state.cache.known_task("default", task) is not None
 
     def stored(self) -> list[str]:
         """Every file in the store."""
@@ -90,7 +101,8 @@ class Hub:
         try:
             names = [name for name in client.keys("karst:t:*") if isinstance(name, str)]
             kinds = {name: client.type(name) for name in names}
-            return {n: str(client.hgetall(n) if kinds[n] == "hash" else client.smembers(n)) for n in sorted(names)}
+            read = {"hash": client.hgetall, "set": client.smembers, "string": client.get, "stream": client.xlen}
+            return {n: str(read[kinds[n]](n)) for n in sorted(names) if not n.endswith((":rate", ":flight", ":counts"))}
         finally:
             client.close()
 
@@ -126,59 +138,59 @@ def hub(empty_redis: str, backbone: Backbone, tmp_path: Path) -> Iterator[Hub]:
 
 
 @contextmanager
-def running(redis_url: str, backbone: Backbone, store_folder: Path) -> Iterator[Hub]:
-    """A `Hub` over this Redis and folder, with a new key."""
-    store = Store(str(store_folder))
-    engine = Engine(Bank(backbone, slots=8, max_rank=8, max_kernels=4), store)
-    key = asyncio.run(_key(redis_url))
-    api, cache = make_api(redis_url, store, engine)
-    with TestClient(api, headers=bearer(key), raise_server_exceptions=False) as http:
-        yield Hub(http, key, engine, store_folder, redis_url, cache)
+def running(redis_url: str, backbone: Backbone, store_folder: Path, **settings: object) -> Iterator[Hub]:
+    """A `Hub` over this empty Redis and folder, with new keys."""
+    engine = Engine(Bank(backbone, slots=8, max_rank=8, max_kernels=4), Store(str(store_folder)))
+    keys = first_keys_of(redis_url)
+    assert keys.owner is not None
+    assert keys.admin is not None
+    api = make_api(redis_url, store_folder, engine, **settings)
+    with TestClient(api, headers=bearer(keys.owner), raise_server_exceptions=False) as http:
+        yield Hub(http, keys.owner, keys.admin, engine, store_folder, redis_url, api)
 
 
-def make_api(redis_url: str, store: Store, engine: Engine) -> tuple[FastAPI, RegistryCache]:
-    """One gateway's application, as `hub.app.make_api` makes it, over an engine of ours."""
-    executor = ThreadPoolExecutor(2)
-    registry = Registry(connect(redis_url))
-    cache = RegistryCache(registry)
-    service = Service(
-        registry=registry,
-        cache=cache,
-        store=store,
-        images=Images(executor, at_once=2, max_bytes=MAX_IMAGE_BYTES, max_pixels=MAX_IMAGE_PIXELS),
-        workers=engine,
-        executor=executor,
-        max_adapter_bytes=MAX_ADAPTER_BYTES,
-    )
-
-    @asynccontextmanager
-    async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        follower = asyncio.create_task(cache.follow())
-        yield
-        follower.cancel()
-        await registry.close()
-        executor.shutdown()
-
-    api = create_api(
-        service,
-        Access(cache),
-        Turns(4, 8),
-        lifespan,
-        max_request_bytes=4 * MAX_IMAGE_BYTES,
-        max_adapter_bytes=MAX_ADAPTER_BYTES,
-    )
-    return api, cache
+def make_api(redis_url: str, store_folder: Path, engine: Engine, **settings: object) -> FastAPI:
+    """One gateway's application, as the hub makes it, over an engine of ours."""
+    settings = {
+        "backbone": "demo",
+        "redis_url": redis_url,
+        "store_url": str(store_folder),
+        "max_image_bytes": MAX_IMAGE_BYTES,
+        "max_image_pixels": MAX_IMAGE_PIXELS,
+        "max_adapter_bytes": MAX_ADAPTER_BYTES,
+    } | settings
+    return assembled(Settings(**settings), engine, tenant_calls=4, tenant_waiting=4)  # type: ignore[arg-type]
 
 
 def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-async def _key(redis_url: str) -> str:
-    registry = Registry(connect(redis_url))
-    try:
-        key = await first_key(registry)
-    finally:
-        await registry.close()
-    assert key is not None
-    return key
+def first_keys_of(redis_url: str) -> FirstKeys:
+    """The keys of a new registry."""
+    return in_registry(redis_url, lambda database: first_keys(Tenants(database)))
+
+
+def in_registry(redis_url: str, use: Callable[[Database], Awaitable[T]]) -> T:
+    """Run `use(database)` on a loop of its own."""
+
+    async def run() -> T:
+        database = Database(redis_url)
+        try:
+            return await use(database)
+        finally:
+            await database.close()
+
+    return asyncio.run(run())
+
+
+def key_of(redis_url: str, tenant: str, role: str = "owner") -> str:
+    """A new key; the tenant is made where it is not there."""
+
+    async def make(database: Database) -> str:
+        tenants = Tenants(database)
+        with suppress(Conflict):
+            await tenants.create(OPERATOR, tenant, LimitsChange())
+        return (await tenants.add_key(OPERATOR, tenant, role, "test")).key
+
+    return in_registry(redis_url, make)

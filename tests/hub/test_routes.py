@@ -203,8 +203,8 @@ def test_unknown_things_are_404_and_bad_names_422(hub, adapters) -> None:
     for name in ("Flowers", "-x", "a" * 64, "fl%20owers"):
         body = problem_of(register(hub, name, adapters[0]), 422)
         assert body["errors"][0]["field"] == "task"
-        assert "does not match ^[a-z0-9][a-z0-9_-]{0,62}$" in body["detail"]
-    problem_of(hub.http.get("/v2"), 404)
+        assert "does not match ^([a-z0-9][a-z0-9_-]{0,62}:)?[a-z0-9][a-z0-9_-]{0,62}$" in body["detail"]
+    problem_of(hub.http.get("/v3"), 404)
     problem_of(hub.http.post("/v1/tasks"), 405)
 
 
@@ -305,6 +305,8 @@ def test_openapi_tells_of_keys_bodies_and_problems(hub) -> None:
     assert spec["openapi"].startswith("3.1")
     for path, methods in spec["paths"].items():
         for method, operation in methods.items():
-            assert bool(operation.get("security")) == (path not in ("/healthz", "/readyz")), path
-            assert ("requestBody" in operation) == (method in ("post", "put")), path
+            opened = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+            assert bool(operation.get("security")) == (path not in opened), path
+            takes_a_body = method in ("post", "put", "patch") and not path.endswith("/rollback")
+            assert ("requestBody" in operation) == takes_a_body, path
             assert "application/problem+json" in operation["responses"]["422"]["content"]

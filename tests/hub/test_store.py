@@ -2,24 +2,55 @@
 
 import hashlib
 import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from hub.errors import Unavailable
 from hub.store import Store
 
 DATA = b"adapter" * 100
 DIGEST = hashlib.sha256(DATA).hexdigest()
+OTHER = hashlib.sha256(DATA[1:]).hexdigest()
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
 
-@pytest.mark.parametrize("url", ["{folder}/new/store", "memory://bucket/prefix"])
-def test_what_was_put_comes_back(tmp_path, url) -> None:
-    store = Store(url.format(folder=tmp_path))
+@pytest.fixture(params=["{folder}/new/store", "memory://bucket/prefix"])
+def store(request, tmp_path) -> Store:
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+    return Store(request.param.format(folder=tmp_path))
+
+
+def age(path: Path) -> None:
+    os.utime(path, (LONG_AGO.timestamp(), LONG_AGO.timestamp()))
+
+
+def test_what_was_put_comes_back(store) -> None:
     with pytest.raises(Unavailable, match=f"the adapter store has no file {DIGEST}"):
         store.get(DIGEST)
+    assert store.find(DIGEST) is None
     store.put(DIGEST, DATA)
     store.put(DIGEST, DATA)
     assert store.get(DIGEST) == DATA
+
+
+def test_what_is_there_is_listed_with_size_and_time_and_can_be_deleted(store) -> None:
+    assert list(store.files()) == []
+    began = datetime.now(UTC) - timedelta(seconds=1)
+    store.put(DIGEST, DATA)
+    store.put(OTHER, DATA[1:])
+    found = {file.digest: file for file in store.files()}
+    assert {digest: file.size_bytes for digest, file in found.items()} == {DIGEST: 700, OTHER: 699}
+    assert all(began < file.modified < datetime.now(UTC) + timedelta(seconds=1) for file in found.values())
+    assert store.find(DIGEST) == found[DIGEST]
+    assert store.delete(DIGEST)
+    assert not store.delete(DIGEST)
+    assert store.find(DIGEST) is None
+    assert [file.digest for file in store.files()] == [OTHER]
 
 
 @pytest.mark.parametrize("damaged", [DATA[:-1], b"B" + DATA[1:]])
@@ -44,3 +75,86 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch) -> None:
     with pytest.raises(Unavailable, match=r"cannot be written: .*No space left on device"):
         store.put(DIGEST, DATA)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_put_makes_a_file_young_and_writes_it_no_second_time(tmp_path) -> None:
+    store = Store(str(tmp_path))
+    store.put(DIGEST, DATA)
+    (path,) = tmp_path.rglob("*.safetensors")
+    age(path)
+    before = path.stat().st_ino
+    assert store.find(DIGEST).modified == LONG_AGO
+    store.put(DIGEST, DATA)
+    assert store.find(DIGEST).modified > datetime.now(UTC) - timedelta(minutes=1)
+    assert path.stat().st_ino == before
+
+
+def test_put_makes_an_object_young(monkeypatch) -> None:
+    store = Store("memory://bucket/young")
+    store.put(DIGEST, DATA)
+    fs = fsspec.filesystem("memory")
+    fs.store[f"/bucket/young/{DIGEST[:2]}/{DIGEST}.safetensors"].created = LONG_AGO
+    assert store.find(DIGEST).modified == LONG_AGO
+    store.put(DIGEST, DATA)
+    assert store.find(DIGEST).modified > datetime.now(UTC) - timedelta(minutes=1)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), PermissionError(1, "not yours")])
+def test_put_writes_what_it_cannot_make_young(tmp_path, monkeypatch, error) -> None:
+    """Collected between look and touch, or another user's file."""
+    store = Store(str(tmp_path))
+    store.put(DIGEST, DATA)
+    (path,) = tmp_path.rglob("*.safetensors")
+    before = path.stat().st_ino
+
+    def fails(_path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "utime", fails)
+    keep = path.open("rb")  # so that the new file cannot get the old one's inode
+    store.put(DIGEST, DATA)
+    keep.close()
+    assert path.stat().st_ino != before
+    assert store.get(DIGEST) == DATA
+
+
+def test_foreign_files_are_passed_over_and_only_old_unfinished_ones_removed(tmp_path) -> None:
+    store = Store(str(tmp_path))
+    store.put(DIGEST, DATA)
+    folder = tmp_path / DIGEST[:2]
+    wrong_folder = tmp_path / ("00" if DIGEST[:2] != "00" else "01")
+    wrong_folder.mkdir()
+    foreign = [
+        tmp_path / "README",
+        tmp_path / f"{DIGEST}.safetensors",
+        wrong_folder / f"{DIGEST}.safetensors",
+        folder / "README",
+        folder / f"{DIGEST}.safetensors.bak",
+        folder / f"{DIGEST.upper()}.safetensors",
+        folder / f".{DIGEST}.safetensors.backup",  # six characters: not one of ours
+        tmp_path / f".{DIGEST}.safetensors.abcd1234",
+    ]
+    old, young = (folder / f".{DIGEST}.safetensors.{end}" for end in ("abcd1234", "_0123456"))
+    for path in (*foreign, old, young):
+        path.write_bytes(b"12345")
+        age(path)
+    os.utime(young)
+    (folder / "folder").mkdir()
+    (tmp_path / "lost+found").mkdir()
+    assert [file.digest for file in store.files()] == [DIGEST]
+    assert store.delete_unfinished(datetime.now(UTC) - timedelta(hours=1)) == [5]
+    assert not old.exists()
+    assert young.exists()
+    assert all(path.exists() for path in foreign)
+
+
+def test_a_store_that_cannot_be_read_says_so(tmp_path, monkeypatch) -> None:
+    store = Store(str(tmp_path))
+    store.put(DIGEST, DATA)
+
+    def away(*_args: object, **_kwargs: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "scandir", away)
+    with pytest.raises(Unavailable, match=r"cannot be read: .*Input/output error"):
+        list(store.files())

@@ -4,10 +4,11 @@ import asyncio
 
 import pytest
 
+from hub.audit import OPERATOR
 from hub.errors import Unavailable
-from hub.registry import Registry, connect
 from hub.schemas import VersionInfo
 from hub.warmth import Warmth
+from tests.hub.test_registry import with_registry
 
 
 def version(digest: str) -> VersionInfo:
@@ -18,19 +19,17 @@ def version(digest: str) -> VersionInfo:
 
 
 def test_pinned_names_follow_their_aliases(empty_redis) -> None:
-    async def use():
-        registry = Registry(connect(empty_redis))
+    async def use(registry):
         for digest in ("d1", "d2"):
-            await registry.register("team", "flowers", version(digest), ["latest"])
-        await registry.set_alias("team", "flowers", "both", {1: 90, 2: 10})
-        await registry.register("other", "flowers", version("d3"), ["latest"])
+            await registry.register(OPERATOR, "team", "flowers", version(digest), ["latest"])
+        await registry.set_alias(OPERATOR, "team", "flowers", "both", {1: 90, 2: 10})
+        await registry.register(OPERATOR, "other", "flowers", version("d3"), ["latest"])
         warmth = Warmth(empty_redis, ["team/flowers", "team/flowers@both", "team/flowers@1", "team/absent", "x/y@9"])
         pinned = await warmth.pinned()
         assert sorted(pinned.values()) == ["d1", "d1", "d2", "d2"]
         assert pinned["team/flowers:2"] == "d2"
-        await registry.close()
 
-    asyncio.run(use())
+    with_registry(empty_redis, use, tenants=("team", "other"))
 
 
 def test_busy_is_what_was_used_last(empty_redis, monkeypatch) -> None:

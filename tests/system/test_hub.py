@@ -34,6 +34,7 @@ class Served:
     process: subprocess.Popen[str]
     url: str
     key: str | None
+    admin_key: str | None
 
     def stop(self) -> str:
         """SIGTERM, then everything it said on stderr; fails if a process of it stays."""
@@ -56,11 +57,12 @@ def serve(home: Path, port: int, **settings: str) -> Served:
     )
     watchdog = threading.Timer(START_S, process.kill)
     watchdog.start()
-    key = url = None
+    key = admin_key = url = None
     assert process.stdout is not None
     for line in process.stdout:
         name, _, value = line.strip().partition("=")
         key = value if name == "HUB_KEY" else key
+        admin_key = value if name == "HUB_ADMIN_KEY" else admin_key
         if name == "HUB_URL":
             url = value
             break
@@ -68,7 +70,7 @@ def serve(home: Path, port: int, **settings: str) -> Served:
     if url is None:
         _, said = process.communicate()
         pytest.fail(f"the hub did not start: {said}")
-    return Served(process, url, key)
+    return Served(process, url, key, admin_key)
 
 
 @pytest.fixture(scope="module")

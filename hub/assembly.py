@@ -1,0 +1,109 @@
+"""A gateway's HTTP application put together: settings and workers -> everything behind its routes. No Ray."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+
+from .access import Access
+from .administration import Administration
+from .cache import RegistryCache
+from .changes import Changes
+from .database import Database
+from .errors import Unavailable
+from .http import Doors
+from .images import Images
+from .limits import Limiter
+from .registry import Registry
+from .routes import create_api
+from .service import Service, Workers
+from .settings import Settings
+from .sources import Sources
+from .store import Store
+from .tenants import Tenants
+from .turns import Turns
+
+T = TypeVar("T")
+TENANT_CALLS = 64
+TENANT_WAITING = 448
+
+
+def make_api(
+    settings: Settings, workers: Workers, *, tenant_calls: int = TENANT_CALLS, tenant_waiting: int = TENANT_WAITING
+) -> FastAPI:
+    """One gateway's HTTP application with all its collaborators; `state.cache` is what it remembers.
+
+    Args:
+        settings: with `redis_url` and `store_url` set.
+        tenant_calls: of one tenant that the gateway works on at once.
+        tenant_waiting: that wait for that; more are refused.
+    """
+    threads = max(4, os.cpu_count() or 1)
+    # The store may be slow; images must not wait behind it.
+    decoders, executor = ThreadPoolExecutor(threads, "decode"), ThreadPoolExecutor(threads, "gateway")
+
+    def off_loop(function: Callable[..., T], *args: Any) -> Awaitable[T]:
+        return asyncio.get_running_loop().run_in_executor(executor, function, *args)
+
+    database = Database(str(settings.redis_url))
+    registry, tenants, store = Registry(database), Tenants(database), Store(str(settings.store_url))
+    cache = RegistryCache(registry, tenants)
+    limiter = Limiter(database, cache, tenants)
+    service = Service(
+        registry=registry,
+        cache=cache,
+        limiter=limiter,
+        images=Images(
+            decoders, at_once=threads, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
+        ),
+        workers=workers,
+        off_loop=off_loop,
+    )
+    changes = Changes(
+        registry=registry,
+        cache=cache,
+        store=store,
+        sources=Sources(settings.sources, max_bytes=settings.max_adapter_bytes),
+        service=service,
+        off_loop=off_loop,
+        max_adapter_bytes=settings.max_adapter_bytes,
+    )
+    administration = Administration(
+        database=database,
+        registry=registry,
+        tenants=tenants,
+        cache=cache,
+        store=store,
+        changes=changes,
+        off_loop=off_loop,
+        max_adapter_bytes=settings.max_adapter_bytes,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
+        beside = [asyncio.create_task(cache.follow()), asyncio.create_task(limiter.run())]
+        yield
+        for task in beside:
+            task.cancel()
+        with suppress(Unavailable):
+            await limiter.settle()
+        await database.close()
+        decoders.shutdown(wait=False)
+        executor.shutdown(wait=False)
+
+    api = create_api(
+        service,
+        changes,
+        administration,
+        Doors(Access(cache, limiter)),
+        Turns(tenant_calls, tenant_calls + tenant_waiting),
+        lifespan,
+        max_request_bytes=settings.max_request_bytes,
+        max_adapter_bytes=settings.max_adapter_bytes,
+    )
+    api.state.cache = cache
+    return api

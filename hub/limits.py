@@ -1,0 +1,244 @@
+"""Rates and images in flight of each tenant, held over all gateways; and the counts that they leave.
+
+The truth is two token buckets and a table of permits in Redis. A gateway takes tokens and permits from there in small
+lots and spends them by itself, so that most calls ask nobody; what it does not spend lapses within a second. While
+the registry is away each gateway holds the tenant to its rates alone.
+
+    t:{tenant}:rate      hash    requests, images: tokens left; at: when, in seconds since 1970
+    t:{tenant}:flight    hash    gateway -> permits:images in flight:until when, in milliseconds since 1970
+"""
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from .cache import RegistryCache
+from .database import Database
+from .errors import FieldProblem, LimitReached, Unavailable
+from .schemas import TenantLimits
+from .tenants import Tenants
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.5
+LOT_S = 0.05  # a gateway takes as many tokens as the tenant may spend in this time
+LOTS = 16  # and this part of its permits
+LAPSED_MS = 10_000  # permits of a gateway that is silent for so long are free again
+
+# ARGV: tenant, gateway, requests a second, images a second, images in flight, then what is needed and what is wanted
+# of each: requests, images, permits; the gateway's own permits, and images in flight.
+# Replies: {requests, images, permits} that were taken, or {which limit, milliseconds to wait}.
+# A bucket holds what may be spent in a second. A call that needs more than that waits for a full one and leaves a debt.
+_TAKE = """
+local base = 'karst:t:' .. ARGV[1]
+local clock = redis.call('TIME')
+local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
+local state = redis.call('HMGET', base .. ':rate', 'requests', 'images', 'at')
+local since = math.max(0, now - tonumber(state[3] or 0))
+local names, taken, left = {'requests', 'images'}, {}, {}
+for i = 1, 2 do
+  local rate, need, want = tonumber(ARGV[i + 2]), tonumber(ARGV[i + 5]), tonumber(ARGV[i + 8])
+  local most = math.max(1, rate)
+  local tokens = math.min(most, tonumber(state[i] or most) + since * rate)
+  local least = math.min(need, most)
+  if tokens < least then return {names[i] .. '_per_second', math.ceil((least - tokens) / rate * 1000)} end
+  taken[i] = math.max(need, math.min(want, math.floor(tokens)))
+  left[i] = tokens - taken[i]
+end
+local others = 0
+local held = redis.call('HGETALL', base .. ':flight')
+for i = 1, #held, 2 do
+  local permits, _, till = string.match(held[i + 1], '([^:]+):([^:]+):([^:]+)')
+  if tonumber(till) < now * 1000 then redis.call('HDEL', base .. ':flight', held[i])
+  elseif held[i] ~= ARGV[2] then others = others + tonumber(permits) end
+end
+local own, need, want = tonumber(ARGV[12]), tonumber(ARGV[8]), tonumber(ARGV[11])
+local free = tonumber(ARGV[5]) - others - own
+if free < need then return {'images_in_flight', 1000} end
+taken[3] = math.max(need, math.min(want, free))
+local till = string.format('%.0f', now * 1000 + LAPSED)
+redis.call('HSET', base .. ':flight', ARGV[2], (own + taken[3]) .. ':' .. ARGV[13] .. ':' .. till)
+redis.call('HSET', base .. ':rate', 'requests', tostring(left[1]), 'images', tostring(left[2]),
+  'at', string.format('%.6f', now))
+redis.call('EXPIRE', base .. ':rate', 60)
+redis.call('EXPIRE', base .. ':flight', 60)
+return taken
+""".replace("LAPSED", str(LAPSED_MS))
+
+# ARGV: tenant, gateway, its entry of the table of permits (or nothing), `name:n` of each count
+_SETTLE = """
+if redis.call('HEXISTS', 'karst:tenants', ARGV[1]) == 0 then return end
+local base = 'karst:t:' .. ARGV[1]
+if ARGV[3] == '' then redis.call('HDEL', base .. ':flight', ARGV[2])
+else
+  redis.call('HSET', base .. ':flight', ARGV[2], ARGV[3])
+  redis.call('EXPIRE', base .. ':flight', 60)
+end
+for i = 4, #ARGV do
+  local name, n = string.match(ARGV[i], '([^:]+):([^:]+)')
+  redis.call('HINCRBY', base .. ':counts', name, n)
+end
+"""
+
+
+@dataclass
+class _Purse:
+    """What a gateway has of a tenant's: tokens and permits to spend, and what it did since the last tick."""
+
+    requests: float = 0
+    images: float = 0
+    permits: int = 0
+    in_flight: int = 0
+    counts: dict[str, int] = field(default_factory=lambda: {"requests": 0, "images": 0, "refused": 0})
+    spent: bool = False
+    alone_since: float | None = None  # when it last filled itself, the registry being away
+    taking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def covers(self, images: int) -> bool:
+        return self.requests >= 1 and self.images >= images and self.permits - self.in_flight >= images
+
+
+class Limiter:
+    """One gateway's part of every tenant's limits. `run` must run beside it."""
+
+    def __init__(self, database: Database, cache: RegistryCache, tenants: Tenants) -> None:
+        self._db = database
+        self._cache = cache
+        self._tenants = tenants
+        self._name = uuid.uuid4().hex[:12]
+        self._purses: dict[str, _Purse] = {}
+        self._used_keys: dict[str, float] = {}
+
+    @asynccontextmanager
+    async def spend(self, tenant: str, images: int) -> AsyncIterator[float]:
+        """Count a call of so many images, which are in flight until the context ends.
+
+        Yields:
+            The tenant's weight beside others.
+
+        Raises:
+            LimitReached: one of its limits; names it.
+            NotFound: the tenant is no more.
+            Unavailable: the tenant is new here, while the registry does not answer.
+        """
+        limits = (await self._cache.tenant(tenant)).limits
+        purse = self._purses.setdefault(tenant, _Purse())
+        if not purse.covers(images):
+            async with purse.taking:
+                if not purse.covers(images):
+                    await self._take(tenant, limits, purse, images)
+        purse.requests -= 1
+        purse.images -= images
+        purse.in_flight += images
+        purse.counts["requests"] += 1
+        purse.counts["images"] += images
+        purse.spent = True
+        try:
+            yield limits.weight
+        finally:
+            purse.in_flight -= images
+
+    def note_key(self, id: str, now_s: float) -> None:
+        """A key was used; `run` writes it down."""
+        self._used_keys[id] = now_s
+
+    async def run(self) -> None:
+        """Twice a second: write counts and uses down, renew permits in use, let go of the others. For ever."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                await self.settle()
+            except Unavailable as error:
+                logger.warning("counts wait: %s", error.detail)
+            except Exception:
+                logger.exception("counts wait")
+
+    async def settle(self) -> None:
+        """
+        Raises:
+            Unavailable: Redis does not answer; nothing is lost.
+        """
+        if self._used_keys:
+            used, self._used_keys = self._used_keys, {}
+            try:
+                await self._tenants.note_used(used)
+            except BaseException:
+                self._used_keys = used | self._used_keys
+                raise
+        for tenant, purse in list(self._purses.items()):
+            await self._settle(tenant, purse)
+
+    async def _settle(self, tenant: str, purse: _Purse) -> None:
+        idle = not purse.spent
+        purse.spent = False
+        if idle and not purse.taking.locked():
+            purse.requests, purse.images, purse.permits = min(purse.requests, 0), min(purse.images, 0), purse.in_flight
+        counts, purse.counts = purse.counts, dict.fromkeys(purse.counts, 0)
+        until_ms = math.ceil(time.time() * 1000) + LAPSED_MS
+        held = f"{purse.permits}:{purse.in_flight}:{until_ms}" if purse.permits else ""
+        try:
+            await self._db.run(_SETTLE, tenant, self._name, held, *(f"{name}:{n}" for name, n in counts.items() if n))
+        except BaseException:
+            for name, n in counts.items():
+                purse.counts[name] += n
+            raise
+        if idle and not (purse.permits or purse.in_flight or purse.taking.locked() or purse.spent):
+            self._purses.pop(tenant, None)
+
+    async def _take(self, tenant: str, limits: TenantLimits, purse: _Purse, images: int) -> None:
+        rates = limits.requests_per_second, limits.images_per_second
+        needs = (
+            max(0, math.ceil(1 - purse.requests)),
+            max(0, math.ceil(images - purse.images)),
+            max(0, images - (purse.permits - purse.in_flight)),
+        )
+        lots = (*(math.ceil(rate * LOT_S) for rate in rates), math.ceil(limits.images_in_flight / LOTS))
+        wants = [max(pair) for pair in zip(needs, lots, strict=True)]
+        if images > limits.images_in_flight:
+            raise self._refuse(purse, limits, "images_in_flight", 60.0, f"; this call alone has {images}")
+        try:
+            taken = await self._db.run(
+                _TAKE,
+                tenant,
+                self._name,
+                *rates,
+                limits.images_in_flight,
+                *needs,
+                *wants,
+                purse.permits,
+                purse.in_flight,
+            )
+        except Unavailable:
+            return self._fill_alone(purse, limits, images)
+        purse.alone_since = None
+        if isinstance(taken[0], str):
+            raise self._refuse(purse, limits, taken[0], taken[1] / 1000)
+        purse.requests += taken[0]
+        purse.images += taken[1]
+        purse.permits += taken[2]
+
+    def _fill_alone(self, purse: _Purse, limits: TenantLimits, images: int) -> None:
+        now = time.monotonic()
+        since = 1.0 if purse.alone_since is None else now - purse.alone_since
+        purse.alone_since = now
+        purse.requests = min(max(1.0, limits.requests_per_second), purse.requests + since * limits.requests_per_second)
+        purse.images = min(max(1.0, limits.images_per_second), purse.images + since * limits.images_per_second)
+        purse.permits = limits.images_in_flight
+        if purse.requests < 1:
+            raise self._refuse(purse, limits, "requests_per_second", (1 - purse.requests) / limits.requests_per_second)
+        least = min(images, limits.images_per_second)
+        if purse.images < least:
+            raise self._refuse(purse, limits, "images_per_second", (least - purse.images) / limits.images_per_second)
+        if purse.permits - purse.in_flight < images:
+            raise self._refuse(purse, limits, "images_in_flight", 1.0)
+
+    def _refuse(self, purse: _Purse, limits: TenantLimits, which: str, wait_s: float, more: str = "") -> LimitReached:
+        purse.counts["refused"] += 1
+        named = which.replace("_per_second", " a second").replace("_", " ")
+        message = f"the tenant's limit of {getattr(limits, which):g} {named} is reached{more}"
+        return LimitReached(message, [FieldProblem(which, message)], retry_after_s=max(1, math.ceil(wait_s)))

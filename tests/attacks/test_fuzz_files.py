@@ -1,0 +1,61 @@
+"""A short run of `make fuzz` over adapter files, and how much memory a large file takes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.attacks.mutations import mutated
+from tests.fuzz_files import Outcome, corpus, in_processes, report
+
+# Peak memory of a process that reads a large file, in times the file.
+READ_LARGE = """
+import resource, sys
+from pathlib import Path
+import numpy as np, torch
+from adapters import Adapter
+from adapters.config import KarstConfig
+from tests.support import PREPROCESS
+
+torch.set_num_threads(1)
+side = 3000
+data = Adapter.create(
+    {"head.weight": torch.zeros(5, side * side // 5 * 2), "head.bias": torch.zeros(5)},
+    config=KarstConfig(), backbone="demo", fingerprint="0" * 64, labels=list("abcde"), preprocess=PREPROCESS,
+    created="2026-01-01T00:00:00+00:00",
+).data
+def peak():
+    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")).split()[1])
+def now():
+    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmRSS")).split()[1])
+Path("/proc/self/clear_refs").write_text("5")
+before = now()
+Adapter.read(data)
+print((peak() - before) * 1024 / len(data) + 1)
+"""
+
+
+def test_two_thousand_mutated_files(tmp_path) -> None:
+    outcome = in_processes(2000, seed=1, jobs=1, keep=tmp_path)
+    assert not outcome.failures, "\n".join(report(outcome))
+    assert outcome.read + outcome.refused == 2000
+    # The mutations reach both ends: many refusals for many reasons, and files that are still good.
+    assert outcome.read > 50
+    assert len(outcome.messages) > 40
+
+
+def test_a_file_of_a_seed_is_always_the_same_one() -> None:
+    files = corpus()
+    assert mutated(files, 3, 17) == mutated(files, 3, 17)
+    assert mutated(files, 3, 17) != mutated(files, 3, 18)
+
+
+def test_the_report_names_failures() -> None:
+    text = "\n".join(report(Outcome(read=1, failures={7: "took too long"})))
+    assert "FAILED: file 7: took too long" in text
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_a_large_file_takes_twice_its_own_memory_at_most() -> None:
+    done = subprocess.run([sys.executable, "-c", READ_LARGE], capture_output=True, text=True, timeout=120, check=True)
+    assert float(done.stdout) < 2.1
