@@ -16,6 +16,9 @@ from .service import Service
 from .sources import Sources
 from .store import OffLoop, Store
 from .tiers import invalid_adapter
+from .turns import Turns
+
+TENANT_FETCHES = 2  # files of one tenant that a gateway fetches by reference at once; as many wait, more are refused
 
 
 class Changes:
@@ -39,6 +42,7 @@ class Changes:
         self._service = service
         self._off_loop = off_loop
         self._max_adapter_bytes = max_adapter_bytes
+        self._fetches = Turns(TENANT_FETCHES, 2 * TENANT_FETCHES)
         self._background: set[asyncio.Task[None]] = set()
 
     async def register(self, who: Caller, name: str, data: bytes, alias: str | None) -> tuple[Registered, bool]:
@@ -75,10 +79,10 @@ class Changes:
             InvalidRequest: a source that is not allowed or not there, or another digest than was said.
         """
         who.own(name)
-        data = await self._off_loop(self._sources.fetch, body.source)
-        digest = hashlib.sha256(data).hexdigest()
-        if body.digest not in (None, digest):
-            message = f"the file at the source has sha256 {digest}"
+        async with self._fetches.turn(who.tenant):
+            data = await asyncio.to_thread(self._sources.fetch, body.source)  # may hold its thread for a minute
+        if body.digest not in (None, hashlib.sha256(data).hexdigest()):
+            message = "the file at the source has another sha256"  # which one is not for everybody to know
             raise InvalidRequest(message, [FieldProblem("digest", message)])
         return await self.register(who, name, data, alias)
 

@@ -25,7 +25,9 @@ def settings(**fixed: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         if first["loc"]:
-            usage(f"HUB_{str(first['loc'][0]).upper()}={first['input']!r}: {first['msg']}")
+            name = str(first["loc"][0])
+            value = "" if name == "sources" else f"={first['input']!r}"  # a prefix may hold a password
+            usage(f"HUB_{name.upper()}{value}: {first['msg']}")
         usage(f"settings: {first['msg']}")
 
 

@@ -194,11 +194,19 @@ def _check_store(url: str) -> None:
 
 def _check_registry(url: str) -> None:
     try:
-        asyncio.run(_with_database(url, Database.ping))
+        asyncio.run(_with_database(url, _check_age))
     except ValueError as error:
         raise StartError(f"HUB_REDIS_URL={url}: {error}") from error
     except Unavailable as error:
         raise StartError(f"HUB_REDIS_URL={url}: {error.detail}") from error
+
+
+async def _check_age(database: Database) -> None:
+    if await Tenants(database).is_old():
+        raise StartError(
+            "the registry is of an older karst-hub, which kept keys in another form; begin with an empty one "
+            "(another HUB_HOME, or HUB_REDIS_URL) and register the adapters again"
+        )
 
 
 async def _with_database(url: str, use: Callable[[Database], Awaitable[T]]) -> T:

@@ -207,7 +207,7 @@ class Registry:
     async def dump(self, tenant: str) -> list[Task]:
         """All tasks with what `restore` needs."""
         numbers = await self._db.do(self._redis.hgetall(f"karst:t:{tenant}:numbers"))
-        return [replace(task, last_number=int(numbers[task.name])) for task in await self.tasks(tenant)]
+        return [replace(task, last_number=int(numbers.get(task.name, 0))) for task in await self.tasks(tenant)]
 
     async def restore(self, by: Actor, tenant: str, tasks: Sequence[Task]) -> None:
         """Make tasks as another hub had them, all or none.
@@ -235,16 +235,13 @@ class Registry:
             raise _refused(done)
 
     async def claim_orphan(self, digest: str) -> bool:
-        """Whether no version holds this digest; if so none can begin to until it is released or a minute is over."""
+        """Whether no version holds this digest; if so none can begin to for a minute, which outlives the removal."""
         script = """
         if redis.call('HEXISTS', 'karst:digests', ARGV[1]) == 1 then return 0 end
         redis.call('SET', 'karst:gc:' .. ARGV[1], '1', 'EX', ARGV[2])
         return 1
         """
         return bool(await self._db.run(script, digest, COLLECTED_S))
-
-    async def release_orphan(self, digest: str) -> None:
-        await self._db.do(self._redis.delete(f"karst:gc:{digest}"))
 
     async def busy(self, limit: int) -> list[str]:
         """Digests that workers used, latest first."""

@@ -43,6 +43,14 @@ class Settings(BaseSettings):
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().resolve()
 
+    @field_validator("sources")
+    @classmethod
+    def _prefixes(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
+        from .sources import parse_prefixes  # the command line starts quicker without fsspec
+
+        parse_prefixes(sources)
+        return sources
+
     @model_validator(mode="after")
     def _workers_in_order(self) -> "Settings":
         if self.min_workers > self.max_workers:

@@ -225,6 +225,13 @@ class Tenants:
         if done == "last":
             raise Conflict("this is the last admin key; make another one first")
 
+    async def is_old(self) -> bool:
+        """Whether the registry was written before there were tenants in it; its files would look like nobody's."""
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.exists("karst:keys").exists("karst:admins").exists("karst:tenants")
+        keys, admins, tenants = await self._db.do(pipeline.execute())
+        return bool(keys) and not admins and not tenants
+
     async def note_used(self, used: Mapping[str, float]) -> None:
         """Keys (by id) were used at these times, in seconds since 1970."""
         await self._db.do(self._redis.hset("karst:used", mapping=dict(used)))

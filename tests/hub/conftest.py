@@ -27,6 +27,7 @@ from hub.schemas import LimitsChange
 from hub.settings import Settings
 from hub.store import Store
 from hub.tenants import Tenants
+from tests.serving import listening
 from tests.support import random_adapter
 
 T = TypeVar("T")
@@ -135,6 +136,13 @@ def adapters(backbone: Backbone) -> list[Adapter]:
 def hub(empty_redis: str, backbone: Backbone, tmp_path: Path) -> Iterator[Hub]:
     with running(empty_redis, backbone, tmp_path / "store") as hub:
         yield hub
+
+
+@pytest.fixture
+def url(hub: Hub) -> Iterator[str]:
+    """A second gateway of the hub's, on a port of this machine."""
+    with listening(hub.another_gateway().app) as url:
+        yield url
 
 
 @contextmanager

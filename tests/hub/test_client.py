@@ -4,8 +4,6 @@ import inspect
 import io
 import json
 import re
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any, get_args
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
 
 from adapters import Adapter
@@ -31,7 +28,7 @@ from hub.errors import (
 from hub.schemas import LimitsChange
 from hub.sending import Call, Many
 from tests.hub.clients import KINDS
-from tests.hub.conftest import OCTETS, Hub
+from tests.hub.conftest import OCTETS
 from tests.support import encoded, png
 
 ROOT = Path(__file__).parent.parent.parent
@@ -40,18 +37,6 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture(params=KINDS, ids=["sync", "async"])
 def kind(request) -> Callable[..., Any]:
     return request.param
-
-
-@pytest.fixture
-def url(hub: Hub) -> Iterator[str]:
-    """The hub's application on a port of this machine."""
-    server = uvicorn.Server(uvicorn.Config(hub.another_gateway().app, log_level="warning", ws="none", loop="asyncio"))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture

@@ -4,19 +4,13 @@ import asyncio
 import base64
 import io
 import re
-import socket
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tritonclient.http as triton
 import tritonclient.http.aio
-import uvicorn
-from fastapi import FastAPI
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
@@ -24,26 +18,13 @@ from PIL import Image
 from adapters.data import decode_image, eval_transform
 from hub.protocols import JSON_BYTES
 from tests.hub.conftest import MAX_IMAGE_BYTES, OCTETS
+from tests.serving import listening
 from tests.support import encoded, png
 
 DOCS = Path(__file__).parents[2] / "docs" / "protocols.md"
 INFER = "/v2/models/flowers/infer"
 MAX_BODY_BYTES = 4 * MAX_IMAGE_BYTES
 IMAGES = [png(1), png(2), png(3)]
-
-
-@contextmanager
-def listening(api: FastAPI) -> Iterator[str]:
-    """The application on a free port of loopback; gives `host:port`."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(api, lifespan="on", ws="none", log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture
@@ -57,8 +38,8 @@ def flowers(hub, adapters):
 
 @pytest.fixture
 def address(flowers) -> Iterator[str]:
-    with listening(flowers.another_gateway().app) as address:
-        yield address
+    with listening(flowers.another_gateway().app) as url:
+        yield url.removeprefix("http://")
 
 
 @pytest.fixture

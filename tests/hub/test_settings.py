@@ -48,11 +48,34 @@ def test_errors_are_one_line(arguments, code, message) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["", "serve", "demo", "train", "inspect", "register", "tasks", "classify"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "serve",
+        "demo",
+        "train",
+        "inspect",
+        "register",
+        "tasks",
+        "classify",
+        "gc",
+        "admin-key",
+        "tenants",
+        "tenants create",
+    ],
+)
 def test_help_everywhere(command) -> None:
     done = karst_hub(*command.split(), "--help")
     assert done.returncode == 0
     assert "Usage: karst-hub" in done.stdout
+
+
+def test_a_wrong_source_is_refused_at_the_start_without_its_password() -> None:
+    done = karst_hub("serve", HUB_SOURCES='["https://user:secret@example.org/"]')
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: HUB_SOURCES: ")
+    assert "secret" not in done.stderr
 
 
 def karst_hub(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,191 @@
+"""Requests made up from the OpenAPI document, by schemathesis: as each kind of caller, with all of its checks.
+
+    python -m tests.fuzz_api [--cases 100] [--seed 0] [--only owner] [--url URL --key KEY]
+
+Without `--url` the HTTP application runs in this process, over a real Redis and store, with two tenants: one that owns
+everything, and a stranger. `--cases` is the most per operation and phase; four callers make several thousand requests.
+`make fuzz` runs it; the suite has a short run. Exit code 1: an error of the hub, an answer that the document does not
+have, or one that the caller should not have got.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from adapters import Bank, load_backbone
+from hub.embedded import embedded_redis
+from hub.local import free_port
+from hub.store import Store
+
+from .hub.conftest import OCTETS, Engine, bearer, first_keys_of, key_of, make_api
+from .support import png, random_adapter
+
+HOOKS = "tests.fuzz_api_hooks"
+SECRET = "label of the owner alone"
+TASKS = ("flowers", "trees")
+UNLIMITED = {"requests_per_second": 1e6, "images_per_second": 1e7, "tasks": 10**6}
+START_S = 30
+# Their bodies mean more than a schema can say (bytes that are an image or an adapter, an alias that is no number), so
+# what the schema allows may still be refused.
+MEAN_MORE = (
+    "/v1/classify",
+    "/v1/tasks/{task}/aliases/{alias}",
+    "/v1/tasks/{task}/classify",
+    "/v1/tasks/{task}/versions",
+    "/v1/tenants/{tenant}/import",
+    "/v2/models/{task}/infer",
+    "/v2/models/{task}/versions/{version}/infer",
+    "/models/{task}",
+)
+ACCEPTED = ["2xx", "401", "403", "404", "409", "413", "422", "429"]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls: its key, and what its requests are about, so that they get beyond the first 404."""
+
+    name: str
+    key: str | None
+    tasks: tuple[str, ...] = TASKS
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a caller's requests; `said` is schemathesis's own report."""
+
+    caller: str
+    requests: int
+    failed: bool
+    said: str
+
+
+@contextmanager
+def served(api: FastAPI) -> Iterator[str]:
+    """An application under uvicorn, on a port of its own; its URL."""
+    server = uvicorn.Server(uvicorn.Config(api, port=free_port(), log_level="error", access_log=False))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{server.config.port}"
+        for _ in range(START_S * 20):
+            if server.started:
+                break
+            threading.Event().wait(0.05)
+        assert server.started
+        yield url
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def world(folder: Path) -> Iterator[tuple[str, list[Caller]]]:
+    """A running application with two tenants, and who calls it; what the hooks need lies in `folder`."""
+    with embedded_redis(folder / "redis") as redis_url:
+        backbone, store = load_backbone("demo"), folder / "store"
+        engine = Engine(Bank(backbone, slots=8, max_rank=8, max_kernels=4), Store(str(store)))
+        keys, stranger = first_keys_of(redis_url), key_of(redis_url, "stranger")
+        labels = [SECRET, "b", "c"]
+        adapters = [random_adapter(backbone, seed=i, classes=3, labels=labels).data for i in range(2)]
+        others = [random_adapter(backbone, seed=9 + i, classes=3).data for i in range(3)]
+        with served(make_api(redis_url, store, engine)) as url:
+            owner, admin = bearer(str(keys.owner)), bearer(str(keys.admin))
+            with httpx.Client(base_url=url) as client:
+                for tenant in ("default", "stranger"):
+                    path = f"/v1/tenants/{tenant}"
+                    client.patch(path, json={"limits": UNLIMITED}, headers=admin).raise_for_status()
+                for task, adapter in zip((TASKS[0], *TASKS), (*adapters, adapters[0]), strict=True):
+                    path = f"/v1/tasks/{task}/versions"
+                    client.post(path, content=adapter, headers=owner | OCTETS).raise_for_status()
+                (folder / "tenant.tar").write_bytes(client.get("/v1/tenants/default/export", headers=owner).content)
+            for i, adapter in enumerate(others):
+                (folder / f"{i}.safetensors").write_bytes(adapter)
+            (folder / "image.png").write_bytes(png())
+            foreign = tuple(f"default:{task}" for task in TASKS)
+            yield (
+                url,
+                [
+                    Caller("nobody", None),
+                    Caller("stranger", stranger, foreign),
+                    Caller("owner", keys.owner),
+                    Caller("admin", keys.admin),
+                ],
+            )
+
+
+def fuzz(url: str, caller: Caller, cases: int, seed: int, folder: Path, *options: str) -> Outcome:
+    """All phases of schemathesis as one caller."""
+    config = folder / f"{caller.name}.toml"
+    config.write_text(_config(caller))
+    command = [
+        str(Path(sys.executable).parent / "schemathesis"),
+        f"--config-file={config}",
+        "run",
+        f"{url}/openapi.json",
+        "--checks=all",
+        "--mode=all",
+        f"--max-examples={cases}",
+        f"--seed={seed}",
+        "--continue-on-failure",
+        "--generation-database=none",
+        "--no-color",
+        *options,
+    ]
+    environment = os.environ | {
+        "SCHEMATHESIS_HOOKS": HOOKS,
+        "FUZZ_CALLER": caller.name,
+        "FUZZ_SECRET": SECRET,
+        "FUZZ_FOLDER": str(folder),
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    made = re.search(r"(\d+) generated", done.stdout)
+    return Outcome(caller.name, int(made[1]) if made else 0, done.returncode != 0, done.stdout + done.stderr)
+
+
+def _config(caller: Caller) -> str:
+    lines = [f'headers = {{ Authorization = "Bearer {caller.key}" }}'] if caller.key else []
+    words = {
+        "task": caller.tasks,
+        "tenant": ("default", "stranger"),
+        "version": ("1", "2", "latest"),
+        "alias": ("latest", "stable"),
+    }
+    lines.append("[parameters]")
+    lines += [f'"path.{name}" = {{ dictionary = "{name}", probability = 0.6 }}' for name in words]
+    lines += [f"[dictionaries.{name}]\nvalues = {json.dumps(values)}" for name, values in words.items()]
+    for path in MEAN_MORE:
+        lines += [f"[[operations]]\ninclude-path = {json.dumps(path)}"]
+        lines += [f"checks.positive_data_acceptance.expected-statuses = {json.dumps(ACCEPTED)}"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only")
+    options = parser.parse_args()
+    outcomes = []
+    with tempfile.TemporaryDirectory() as name, world(Path(name)) as (url, callers):
+        for caller in callers:
+            if options.only in (None, caller.name):
+                outcomes.append(outcome := fuzz(url, caller, options.cases, options.seed, Path(name)))
+                print(outcome.said if outcome.failed else f"{outcome.caller}: {outcome.requests} requests")
+    sys.exit(1 if any(outcome.failed for outcome in outcomes) else 0)
+
+
+if __name__ == "__main__":
+    main()
