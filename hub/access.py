@@ -88,6 +88,7 @@ class Access:
 
         Raises:
             Unauthenticated: no bearer key, one that the hub does not know, or one whose time is over.
+            LimitReached: the tenant has had its requests of this second.
             Unavailable: a key that is new here, while the registry does not answer.
         """
         scheme, _, key = (authorization or "").partition(" ")
@@ -102,6 +103,8 @@ class Access:
             raise Unauthenticated(f"the key's time was over at {record.expires}; ask for a new one")
         id = key_id(key)
         self._limiter.note_key(id, now_s)
+        if record.tenant:
+            await self._limiter.request(record.tenant)
         return Caller(id, record.name, record.role, address, record.tenant)
 
 

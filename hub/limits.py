@@ -99,8 +99,8 @@ class _Purse:
     alone_since: float | None = None  # when it last filled itself, the registry being away
     taking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def covers(self, images: int) -> bool:
-        return self.requests >= 1 and self.images >= images and self.permits - self.in_flight >= images
+    def covers(self, requests: int, images: int) -> bool:
+        return self.requests >= requests and self.images >= images and self.permits - self.in_flight >= images
 
 
 class Limiter:
@@ -114,9 +114,15 @@ class Limiter:
         self._purses: dict[str, _Purse] = {}
         self._used_keys: dict[str, float] = {}
 
+    async def request(self, tenant: str) -> None:
+        """Count a request of whatever kind; raises what `images` raises."""
+        purse, _ = await self._open(tenant, requests=1, images=0)
+        purse.requests -= 1
+        purse.counts["requests"] += 1
+
     @asynccontextmanager
-    async def spend(self, tenant: str, images: int) -> AsyncIterator[float]:
-        """Count a call of so many images, which are in flight until the context ends.
+    async def images(self, tenant: str, images: int) -> AsyncIterator[float]:
+        """Count images, which are in flight until the context ends.
 
         Yields:
             The tenant's weight beside others.
@@ -126,18 +132,10 @@ class Limiter:
             NotFound: the tenant is no more.
             Unavailable: the tenant is new here, while the registry does not answer.
         """
-        limits = (await self._cache.tenant(tenant)).limits
-        purse = self._purses.setdefault(tenant, _Purse())
-        if not purse.covers(images):
-            async with purse.taking:
-                if not purse.covers(images):
-                    await self._take(tenant, limits, purse, images)
-        purse.requests -= 1
+        purse, limits = await self._open(tenant, requests=0, images=images)
         purse.images -= images
         purse.in_flight += images
-        purse.counts["requests"] += 1
         purse.counts["images"] += images
-        purse.spent = True
         try:
             yield limits.weight
         finally:
@@ -190,15 +188,26 @@ class Limiter:
         if idle and not (purse.permits or purse.in_flight or purse.taking.locked() or purse.spent):
             self._purses.pop(tenant, None)
 
-    async def _take(self, tenant: str, limits: TenantLimits, purse: _Purse, images: int) -> None:
+    async def _open(self, tenant: str, *, requests: int, images: int) -> tuple[_Purse, TenantLimits]:
+        """The tenant's purse with at least so much in it."""
+        limits = (await self._cache.tenant(tenant)).limits
+        purse = self._purses.setdefault(tenant, _Purse())
+        purse.spent = True
+        if not purse.covers(requests, images):
+            async with purse.taking:
+                if not purse.covers(requests, images):
+                    await self._take(tenant, limits, purse, requests, images)
+        return purse, limits
+
+    async def _take(self, tenant: str, limits: TenantLimits, purse: _Purse, requests: int, images: int) -> None:
         rates = limits.requests_per_second, limits.images_per_second
         needs = (
-            max(0, math.ceil(1 - purse.requests)),
+            max(0, math.ceil(requests - purse.requests)),
             max(0, math.ceil(images - purse.images)),
             max(0, images - (purse.permits - purse.in_flight)),
         )
         lots = (*(math.ceil(rate * LOT_S) for rate in rates), math.ceil(limits.images_in_flight / LOTS))
-        wants = [max(pair) for pair in zip(needs, lots, strict=True)]
+        wants = [max(need, lot) if need else 0 for need, lot in zip(needs, lots, strict=True)]
         if images > limits.images_in_flight:
             raise self._refuse(purse, limits, "images_in_flight", 60.0, f"; this call alone has {images}")
         try:
@@ -214,7 +223,7 @@ class Limiter:
                 purse.in_flight,
             )
         except Unavailable:
-            return self._fill_alone(purse, limits, images)
+            return self._fill_alone(purse, limits, requests, images)
         purse.alone_since = None
         if isinstance(taken[0], str):
             raise self._refuse(purse, limits, taken[0], taken[1] / 1000)
@@ -222,14 +231,14 @@ class Limiter:
         purse.images += taken[1]
         purse.permits += taken[2]
 
-    def _fill_alone(self, purse: _Purse, limits: TenantLimits, images: int) -> None:
+    def _fill_alone(self, purse: _Purse, limits: TenantLimits, requests: int, images: int) -> None:
         now = time.monotonic()
         since = 1.0 if purse.alone_since is None else now - purse.alone_since
         purse.alone_since = now
         purse.requests = min(max(1.0, limits.requests_per_second), purse.requests + since * limits.requests_per_second)
         purse.images = min(max(1.0, limits.images_per_second), purse.images + since * limits.images_per_second)
         purse.permits = limits.images_in_flight
-        if purse.requests < 1:
+        if purse.requests < requests:
             raise self._refuse(purse, limits, "requests_per_second", (1 - purse.requests) / limits.requests_per_second)
         least = min(images, limits.images_per_second)
         if purse.images < least:

@@ -95,7 +95,7 @@ class Service:
             Unavailable: no worker, or the adapter cannot be loaded for now.
         """
         chosen = _choose(await self._visible(who, name), version, canary)
-        async with self._limiter.spend(who.tenant, len(images)) as weight, self._turns.turn(who.tenant, len(images)):
+        async with self._limiter.images(who.tenant, len(images)) as weight, self._turns.turn(who.tenant, len(images)):
             pixels = await self._images.pixels(who.tenant, [(field, x, chosen.preprocess) for field, x in images])
             return chosen, await self._ask(who.tenant, chosen.digest, pixels, weight)
 
@@ -128,7 +128,7 @@ class Service:
         members = defaultdict(list)
         for i, c in enumerate(chosen):
             members[c.digest].append(i)
-        async with self._limiter.spend(who.tenant, len(inputs)) as weight, self._turns.turn(who.tenant, len(inputs)):
+        async with self._limiter.images(who.tenant, len(inputs)) as weight, self._turns.turn(who.tenant, len(inputs)):
             pixels = await self._images.pixels(
                 who.tenant, [(field, data, c.preprocess) for (field, data), c in zip(encoded, chosen, strict=True)]
             )

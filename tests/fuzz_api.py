@@ -149,8 +149,10 @@ def fuzz(url: str, caller: Caller, cases: int, seed: int, folder: Path, *options
         "FUZZ_CALLER": caller.name,
         "FUZZ_SECRET": SECRET,
         "FUZZ_FOLDER": str(folder),
+        "PYTHONPATH": str(Path(__file__).parent.parent),
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # In the folder, since it leaves a cache where it runs.
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     made = re.search(r"(\d+) generated", done.stdout)
     return Outcome(caller.name, int(made[1]) if made else 0, done.returncode != 0, done.stdout + done.stderr)
 
