@@ -10,6 +10,7 @@ import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -150,6 +151,8 @@ def parse_metadata(metadata: dict[str, str]) -> tuple[dict[str, Any], list[Probl
     problems = []
     if not re.fullmatch("[0-9a-f]{64}", metadata["fingerprint"]):
         problems.append(Problem("fingerprint", "must be a sha256 in 64 lower-case hex digits"))
+    if "created" in metadata and not _is_time(metadata["created"]):
+        problems.append(Problem("created", "must be an RFC 3339 time, such as 2026-01-31T12:00:00Z"))
     parsers = {
         "config": _parse_config,
         "labels": _parse_labels,
@@ -217,6 +220,13 @@ def _parse_metrics(value: Any) -> dict[str, Any]:
     if _depth(value) > MAX_DEPTH:
         raise ValueError(f"must be nested at most {MAX_DEPTH} deep")
     return value
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return "T" in text.upper() and datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def _depth(value: Any) -> int:

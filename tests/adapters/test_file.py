@@ -13,7 +13,7 @@ import torch
 
 from adapters import Adapter, AdapterError, KarstConfig
 from adapters.data import preprocess_of
-from tests.support import random_adapter
+from tests.support import random_adapter, with_metadata
 
 WEIGHT = "blocks.1.mlp.fc2"
 
@@ -93,7 +93,7 @@ def test_the_same_arguments_give_the_same_bytes(backbone, adapter) -> None:
 
 def test_the_digest_is_sha256_of_the_file(backbone, adapter) -> None:
     assert adapter.digest == hashlib.sha256(adapter.data).hexdigest()
-    assert create(backbone, head(backbone)).digest != create(backbone, head(backbone), created="2026").digest
+    assert create(backbone, head(backbone)).digest != create(backbone, head(backbone), created="2026-01-01T00:00:00Z").digest
 
 
 def test_fields_are_what_was_given(backbone) -> None:
@@ -291,3 +291,9 @@ def test_the_check_collects_all_problems(backbone) -> None:
     with pytest.raises(AdapterError) as refusal:
         adapter.check(backbone)
     assert [p.where for p in refusal.value.problems] == ["blocks.9.mlp.fc2", "stem", "head.weight", "preprocess"]
+
+
+@pytest.mark.parametrize("created", ["", "yesterday", "2026-01-01", "2026-01-01T00:00:00"])
+def test_a_time_that_is_none_is_refused(backbone, created) -> None:
+    with pytest.raises(AdapterError, match="created: must be an RFC 3339 time"):
+        Adapter.read(with_metadata(create(backbone, head(backbone)), created=created))
