@@ -127,6 +127,10 @@ class Tiers:
         """How many slots hold an adapter."""
         return len(self._residents)
 
+    def resident_digests(self) -> list[str]:
+        """The adapters in slots, the one used last at the end."""
+        return list(self._residents)
+
     @property
     def host_bytes(self) -> int:
         return self._host.size_bytes

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 PARKED_S = 15.0
 TENANT_QUEUE = 512  # images of one tenant that wait at one worker; more are refused
 WARMTH_S = 30.0
+TOLD = 1000  # resident adapters that a worker tells the routers of
 READERS = 8  # files read from the store at once
 SMALL_PASS_MS = 20.0
 TIMINGS, TIMING_S = 5, 5.0  # how often, and for how long, a new worker tries sizes of batches
@@ -80,6 +81,7 @@ class Worker:
         self._metrics = WorkerMetrics(self._tiers)
         self._warmth = warmth
         self._used: set[str] = set()
+        self._images = 0  # under way here
         self._keeping_warm: asyncio.Task[None] | None = None
         puts.submit(self._preload).result()
 
@@ -150,6 +152,14 @@ class Worker:
         """Bring an adapter here that will be asked for soon. Errors are left for whoever asks."""
         await self._tiers.prefetch(digest)
 
+    def record_routing_stats(self) -> dict[str, list[str]]:
+        """Ray Serve asks for this, for the routers: which adapters are in slots here."""
+        return {"digests": self._tiers.resident_digests()[-TOLD:]}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Ray Serve asks for this, for the autoscaler: images that are parked, queued or computed here."""
+        return {"images": float(self._images)}
+
     async def classify(
         self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float = 1.0
     ) -> list[Answer]:
@@ -168,12 +178,16 @@ class Worker:
         """
         self._stay_warm()
         began = time.perf_counter()
-        async with self._tiers.lease(digest, tenant) as adapter:
-            self._used.add(digest)
-            since = time.perf_counter()
-            load_ms = (since - began) * 1000
-            items = [Item(pixels, adapter, load_ms, since) for pixels in images]
-            return await self._batcher.submit(tenant, items, weight)
+        self._images += len(images)
+        try:
+            async with self._tiers.lease(digest, tenant) as adapter:
+                self._used.add(digest)
+                since = time.perf_counter()
+                load_ms = (since - began) * 1000
+                items = [Item(pixels, adapter, load_ms, since) for pixels in images]
+                return await self._batcher.submit(tenant, items, weight)
+        finally:
+            self._images -= len(images)
 
     async def _run(self, items: list[Item]) -> list[Answer]:
         """One forward pass."""

@@ -77,6 +77,19 @@ def test_the_slot_of_a_caller_that_goes_away_stays_until_its_pass_is_over(worker
     asyncio.run(use())
 
 
+def test_a_worker_tells_what_it_holds_and_what_is_under_way(worker, adapters) -> None:
+    async def use():
+        assert worker.record_autoscaling_stats() == {"images": 0.0}
+        running = asyncio.create_task(worker.classify("t", adapters[0].digest, images(3)))
+        await asyncio.sleep(0)
+        assert worker.record_autoscaling_stats() == {"images": 3.0}
+        await running
+        assert worker.record_autoscaling_stats() == {"images": 0.0}
+        assert adapters[0].digest in worker.record_routing_stats()["digests"]
+
+    asyncio.run(use())
+
+
 def test_images_of_a_caller_that_goes_away_are_not_computed(worker, adapters) -> None:
     async def use():
         digest = adapters[0].digest
