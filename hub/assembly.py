@@ -14,10 +14,12 @@ from .administration import Administration
 from .cache import RegistryCache
 from .changes import Changes
 from .database import Database
+from .edge import protect
 from .errors import Unavailable
 from .http import Doors
 from .images import Images
 from .limits import Limiter
+from .openapi import finish
 from .registry import Registry
 from .routes import create_api
 from .service import Service, Workers
@@ -104,6 +106,13 @@ def make_api(
         lifespan,
         max_request_bytes=settings.max_request_bytes,
         max_adapter_bytes=settings.max_adapter_bytes,
+    )
+    finish(api)
+    protect(
+        api,
+        kept_bytes=max(settings.max_request_bytes, settings.max_adapter_bytes),
+        direct=settings.haproxy,
+        cors_origins=settings.cors_origins,
     )
     api.state.cache = cache
     return api

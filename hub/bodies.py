@@ -129,19 +129,21 @@ class _Body:
         self._kept_bytes = kept_bytes
         self._ahead_bytes = ahead_bytes  # None: the server has it in memory already, so count it
         self._messages: asyncio.Queue[Message] = asyncio.Queue()
+        self._wanted = asyncio.Event()
         self._taken = asyncio.Event()
         self._unread = self._read = 0
         self._tenant = ""  # not known yet
         self._counted = 0
 
     async def read(self, idle_s: float, grace_s: float, bytes_per_s: float) -> None:
-        """Take the body as it comes, then wait until the client has gone.
+        """Take the body as it comes, from when its key was checked on; then wait until the client has gone.
 
         Raises:
             RequestTimeout: nothing for `idle_s`, or less than `bytes_per_s` on average after the first `grace_s`.
             LimitReached, Unavailable: no memory for more of it.
         """
         clock = asyncio.get_running_loop().time
+        await self._wanted.wait()
         start = clock()
         more = True
         while more:
@@ -170,6 +172,7 @@ class _Body:
 
     async def receive(self) -> Message:
         """The next part of the body; after the last, that the client has gone, as soon as it has."""
+        self._wanted.set()
         message = await self._messages.get()
         size = len(message.get("body", b""))
         self._unread, self._read = self._unread - size, self._read + size
@@ -180,6 +183,7 @@ class _Body:
         return message
 
     def belongs_to(self, tenant: str) -> None:
+        self._wanted.set()
         self.forget()
         self._tenant = tenant
         self._count()

@@ -6,10 +6,12 @@ Not here: keys, a tenant's limits, and how large a route's body may be.
 
 import ipaddress
 import json
+import re
 from collections.abc import Collection, Sequence
 from http import HTTPStatus
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,6 +22,16 @@ from .bodies import Bodies
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADER_BYTES = 16 * 1024  # Ray's HAProxy lets pass a little less, its stock proxy anything
 MAX_HEADERS = 100
+
+# Time limit, model and session of a request, whether its client may leave: Ray obeys whoever sends them.
+STEERING = (
+    b"x-request-timeout-seconds",
+    b"x-request-disconnect-disabled",
+    b"serve_multiplexed_model_id",
+    b"serve-multiplexed-model-id",
+    b"x-session-id",
+)
+REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")  # Ray decodes it as UTF-8, and fails where it is none
 
 HSTS = (b"strict-transport-security", b"max-age=31536000")
 SECURITY_HEADERS = (
@@ -117,6 +129,29 @@ class SecurityHeaders:
             await refusal(scope, receive, with_headers)
         else:
             await self._app(scope, receive, with_headers)
+
+
+class OwnHeaders:
+    """For Ray's stock proxy: takes away the headers by which a client would steer Ray, and those that Ray cannot read.
+    Before the hub's HAProxy gets a request to Ray, it has done the same (`haproxy`)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            kept = [
+                (name, value)
+                for name, value in scope["headers"]
+                if name not in STEERING and (name != b"x-request-id" or REQUEST_ID.fullmatch(value))
+            ]
+            scope = {**scope, "headers": kept}
+        await self._app(scope, receive, send)
+
+
+def stock_proxy() -> list[Middleware]:
+    """What Ray's stock proxy puts around itself; named by its environment, see `local.ray_environment`."""
+    return [Middleware(OwnHeaders)]
 
 
 def _too_long(scope: Scope) -> Response | None:

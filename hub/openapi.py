@@ -108,7 +108,7 @@ def _problems(path: str, method: str, operation: dict[str, Any]) -> Iterator[int
     body, parameters = "requestBody" in operation, operation.get("parameters")
     change = method != "get" and not _classifies(path, method)
     if operation.get("security"):
-        yield from (401, 403, 404)
+        yield from (401, 403, 404, 429)
     if body:
         yield 408
     if change:
@@ -118,8 +118,6 @@ def _problems(path: str, method: str, operation: dict[str, Any]) -> Iterator[int
     yield 414
     if body or parameters:
         yield 422
-    if body or change:
-        yield 429
     yield from (431, 500)
     if operation.get("security") or path.endswith(("/ready", "/readyz")):
         yield 503

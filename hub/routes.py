@@ -87,7 +87,7 @@ def create_api(
         turns: a tenant's classifications at once; their bodies are read when it is their turn.
         lifespan: what runs while the application does (following change events, closing connections).
     """
-    api = FastAPI(title="karst-hub", lifespan=lifespan, responses=PROBLEMS)
+    api = FastAPI(title="karst-hub", lifespan=lifespan, responses=PROBLEMS, docs_url=None, redoc_url=None)
     translate_errors(api)
     Who = Annotated[Caller, Depends(doors.tenant_key)]
     Owner = Annotated[Caller, Depends(doors.owner)]

@@ -32,6 +32,7 @@ class Settings(BaseSettings):
     home: Path = Field(Path.home() / ".karst-hub", description="what this machine keeps: registry, store, logs")
     host: str = Field("127.0.0.1", description="address that HTTP binds")
     port: int = Field(8000, ge=1, le=65535)
+    cors_origins: tuple[str, ...] = Field((), description="web sites whose pages may call the hub; none: CORS is off")
     haproxy: bool = Field(True, description="Serve's HAProxy and throughput switches; false: its stock proxy")
     sources: tuple[str, ...] = Field((), description="prefixes that adapters may be fetched from: `s3://bucket/dir/`")
     max_image_bytes: int = Field(10 * 1024**2, ge=1, description="one encoded image")

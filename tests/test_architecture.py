@@ -12,12 +12,14 @@ import hub
 ROOT = Path(__file__).parent.parent
 FILES = sorted(p for package in ("adapters", "hub") for p in (ROOT / package).rglob("*.py"))
 WALLS = {
-    "ray": {"hub/app.py", "hub/gateway.py", "hub/telemetry.py"},
+    "ray": {"hub/app.py", "hub/gateway.py", "hub/routing.py", "hub/telemetry.py"},
     "redis": {"hub/database.py", "hub/embedded.py"},
     "timm": {"adapters/backbone.py", "adapters/data.py", "adapters/demo/pretrain.py"},
     "sklearn": {"adapters/train.py", "adapters/demo/tasks.py"},
     "PIL": {"adapters/data.py", "adapters/demo/draw.py", "adapters/demo/tasks.py", "hub/pictures.py"},
-    "fastapi": {f"hub/{name}.py" for name in ("assembly", "gateway", "http", "protocols", "routes", "routes_admin")},
+    "fastapi": {
+        f"hub/{name}.py" for name in ("assembly", "gateway", "http", "openapi", "protocols", "routes", "routes_admin")
+    },
 }
 
 

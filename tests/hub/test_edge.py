@@ -14,7 +14,17 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from hub.bodies import DIRECT, Bodies, Held, belongs_to
-from hub.edge import MAX_HEADER_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, NOTHING, PAGE, client_address, protect
+from hub.edge import (
+    MAX_HEADER_BYTES,
+    MAX_HEADERS,
+    MAX_TARGET_BYTES,
+    NOTHING,
+    PAGE,
+    STEERING,
+    client_address,
+    protect,
+    stock_proxy,
+)
 from hub.errors import LimitReached, RequestTimeout, Unavailable
 
 ALWAYS = {
@@ -129,6 +139,23 @@ def test_the_client_s_address(peer, address) -> None:
     assert client_address(Request({"type": "http", "client": peer, "headers": headers})) == address
 
 
+def test_no_client_steers_ray_through_its_stock_proxy() -> None:
+    async def use() -> list[tuple[bytes, bytes]]:
+        seen = []
+
+        async def app(scope, _receive, _send) -> None:
+            seen.extend(scope["headers"])
+
+        [middleware] = stock_proxy()
+        headers = [(name, b"\xff") for name in (*STEERING, b"x-request-id", b"x-other")]
+        scope = {"type": "http", "headers": [*headers, (b"x-request-id", b"a-1")]}
+        await middleware.cls(app, *middleware.args, **middleware.kwargs)(scope, None, None)
+        assert len(scope["headers"]) == len(headers) + 1  # another's scope stays as it was
+        return seen
+
+    assert asyncio.run(use()) == [(b"x-other", b"\xff"), (b"x-request-id", b"a-1")]
+
+
 # Bodies
 
 
@@ -199,8 +226,9 @@ async def told(request: Request) -> Response:
     return PlainTextResponse(str(len(await request.body())))
 
 
-async def never(_request: Request) -> Response:
+async def never(request: Request) -> Response:
     """Waits for its turn, and reads nothing."""
+    belongs_to(request.scope, "tenant")
     await asyncio.Event().wait()
     raise AssertionError
 
@@ -322,6 +350,17 @@ def test_nobody_works_for_a_client_that_has_gone(headers) -> None:
         assert server.messages == []
 
 
+def test_nothing_is_read_before_the_key_is_checked() -> None:
+    async def refuses(_request: Request) -> Response:
+        await asyncio.sleep(0.05)
+        return PlainTextResponse("who are you?", 401)
+
+    for headers in ({}, {DIRECT: "?1"}):
+        server = Server(*[b"x"] * 20, headers=headers)
+        run(server, bodies(refuses))
+        assert (server.status, server.asked) == (401, 0)
+
+
 def test_a_stream_of_answers_goes_on_after_the_body() -> None:
     async def stream(request: Request) -> Response:
         await request.body()
@@ -347,7 +386,9 @@ def test_an_application_s_own_error_stays_its_own() -> None:
 
 
 def test_an_answer_that_has_begun_is_not_begun_again() -> None:
-    async def early(_request: Request) -> Response:
+    async def early(request: Request) -> Response:
+        belongs_to(request.scope, "tenant")
+
         async def parts():
             yield b"x"
             await asyncio.sleep(1)
@@ -379,9 +420,9 @@ def test_one_tenant_s_waiting_bodies_leave_room_for_the_others() -> None:
 
         async def waits(request: Request) -> Response:
             belongs_to(request.scope, request.headers["tenant"])  # as the check of the key does
-            if request.headers["tenant"] == "other":
-                return await told(request)
-            return await never(request)
+            if request.headers["tenant"] == "crowd":
+                await asyncio.Event().wait()
+            return await told(request)
 
         app = bodies(waits, held_bytes=1000, held_bytes_of_one=500, idle_s=60, grace_s=60)
 

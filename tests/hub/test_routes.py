@@ -309,4 +309,7 @@ def test_openapi_tells_of_keys_bodies_and_problems(hub) -> None:
             assert bool(operation.get("security")) == (path not in opened), path
             takes_a_body = method in ("post", "put", "patch") and not path.endswith("/rollback")
             assert ("requestBody" in operation) == takes_a_body, path
-            assert "application/problem+json" in operation["responses"]["422"]["content"]
+            problems = {status for status in operation["responses"] if int(status) >= 400}
+            assert {"401", "403", "404", "429", "503"} <= problems or path in opened, path
+            assert "422" in problems or not (takes_a_body or operation.get("parameters")), path
+            assert all("application/problem+json" in operation["responses"][s]["content"] for s in problems)
