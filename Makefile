@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test soak serve lint bench clean
+.PHONY: demo test soak fuzz serve lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/karst-hub demo
@@ -14,6 +14,10 @@ test: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz_files --files 100000
+	$(BIN)/python -m tests.fuzz_api
 
 serve: export HUB_BACKBONE ?= demo
 serve: $(INSTALLED)
