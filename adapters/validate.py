@@ -5,10 +5,11 @@ to call which.
 """
 
 import json
+import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -22,7 +23,9 @@ from .config import KarstConfig
 
 FORMAT = "karst/1"
 MAX_HEADER_BYTES = 4 * 1024 * 1024
+MAX_HEADER_VALUES = 150_000  # parsed, one takes up to thirty times its text; 10,000 tensors have 110,000
 MAX_TENSORS = 10_000
+SMALL_BYTES, MOST_JOINED = 64 * 1024, 256  # tensors that are checked together, and how many
 DTYPES = ("F32", "F16", "BF16")
 KRONECKER = ("karst_c", "karst_a", "karst_b")
 # Axes of each tensor of a layer, as in DESIGN's table.
@@ -85,6 +88,8 @@ def check_header(data: bytes) -> dict[str, str]:
         )
     if 8 + length > len(data):
         raise file_error(f"truncated: the header claims {length} bytes, the file has {len(data) - 8} after its length")
+    if sum(data.count(mark, 8, 8 + length) for mark in (b",", b"[", b"{")) > MAX_HEADER_VALUES:
+        raise file_error(f"its header has more than {MAX_HEADER_VALUES} values")
     try:
         header = _loads(data[8 : 8 + length])
     except (ValueError, RecursionError) as error:
@@ -261,13 +266,29 @@ def check_tensors(
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of tensors with a NaN or an infinity; all of a dtype at once first, since nearly all files have none."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors.values():
-        by_dtype.setdefault(tensor.dtype, []).append(tensor.flatten())
-    if all(bool(torch.cat(parts).isfinite().all()) for parts in by_dtype.values()):
+    """Names of tensors with a NaN or an infinity; many at once first, since nearly all files have none."""
+    if all(map(_is_finite, _joined(tensors.values()))):
         return []
-    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    return [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+
+
+def _joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same numbers in fewer tensors: small ones are copied together, large ones stay as they are."""
+    small: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.nbytes > SMALL_BYTES:
+            yield tensor
+            continue
+        portion = small.setdefault(tensor.dtype, [])
+        portion.append(tensor.flatten())
+        if len(portion) == MOST_JOINED:
+            yield torch.cat(small.pop(tensor.dtype))
+    yield from map(torch.cat, small.values())
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Without a copy, as `isfinite` makes them: the least and the largest number are NaN where any number is."""
+    return not tensor.numel() or all(math.isfinite(number) for number in tensor.aminmax())
 
 
 def _check_head(weight: Tensor | None, bias: Tensor | None, labels: tuple[str, ...] | None) -> list[Problem]:

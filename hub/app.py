@@ -87,7 +87,11 @@ def start(settings: Settings) -> None:
         _node_ip_address="127.0.0.1",
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": settings.host, "port": settings.port})
+    # HAProxy listens where it is told and has the certificate; what stands behind it stays on the loopback interface.
+    listening: dict[str, Any] = {"host": "127.0.0.1" if settings.haproxy else settings.host, "port": settings.port}
+    if settings.tls_cert is not None and not settings.haproxy:
+        listening |= {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
+    serve.start(http_options=listening)
     try:
         serve.run(build(settings), name=NAME, route_prefix="/")
     except RuntimeError as error:  # says that it failed; why stands in the deployments' messages

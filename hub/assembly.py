@@ -30,6 +30,7 @@ from .tenants import Tenants
 from .turns import Turns
 
 T = TypeVar("T")
+SPARE_DECODERS = 3  # times the decoding threads; they start only in the place of one that takes too long
 TENANT_CALLS = 64
 TENANT_WAITING = 448
 
@@ -46,7 +47,8 @@ def make_api(
     """
     threads = max(4, os.cpu_count() or 1)
     # The store may be slow; images must not wait behind it.
-    decoders, executor = ThreadPoolExecutor(threads, "decode"), ThreadPoolExecutor(threads, "gateway")
+    decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode")
+    executor = ThreadPoolExecutor(threads, "gateway")
 
     def off_loop(function: Callable[..., T], *args: Any) -> Awaitable[T]:
         return asyncio.get_running_loop().run_in_executor(executor, function, *args)
@@ -60,7 +62,11 @@ def make_api(
         cache=cache,
         limiter=limiter,
         images=Images(
-            decoders, at_once=threads, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
+            decoders,
+            at_once=threads,
+            spare=threads * SPARE_DECODERS,
+            max_bytes=settings.max_image_bytes,
+            max_pixels=settings.max_image_pixels,
         ),
         workers=workers,
         off_loop=off_loop,
@@ -113,6 +119,7 @@ def make_api(
         kept_bytes=max(settings.max_request_bytes, settings.max_adapter_bytes),
         direct=settings.haproxy,
         cors_origins=settings.cors_origins,
+        tls=settings.tls_cert is not None,
     )
     api.state.cache = cache
     return api

@@ -122,7 +122,7 @@ class SecurityHeaders:
                 names = {name.lower(): value for name, value in given}
                 policy = PAGE if names.get(b"content-type", b"").startswith(b"text/html") else NOTHING
                 wanted = (*self._headers, (b"content-security-policy", policy.encode()))
-                message = message | {"headers": given + [pair for pair in wanted if pair[0] not in names]}
+                message = {**message, "headers": given + [pair for pair in wanted if pair[0] not in names]}
             await send(message)
 
         if refusal := _too_long(scope):

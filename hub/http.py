@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response, Security
@@ -10,22 +11,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from .access import Access, Caller
 from .answers import Pass
+from .bodies import belongs_to
 from .edge import client_address
 from .errors import FieldProblem, HubError, InvalidRequest, TooLarge, Unauthenticated
-from .schemas import Problem
 
 logger = logging.getLogger(__name__)
 
 PROBLEM_JSON = "application/problem+json"
 JSON = "application/json"
 BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "content": {PROBLEM_JSON: {}}} for status in (401, 403, 404, 409, 413, 422, 429, 503)
-}
-
 MAX_CHANGE_BYTES = 64 * 1024
 MAX_JSON_VALUES = 10_000  # of a body; parsed, each takes tens of bytes, and each that is wrong an error
 MAX_ERRORS = 50  # that a problem names
@@ -40,7 +38,7 @@ class Doors:
     def __init__(self, access: Access) -> None:
         async def any_key(request: Request, _documented: Annotated[object, Security(BEARER)]) -> Caller:
             who = await access.caller(request.headers.get("authorization"), client_address(request))
-            request.state.tenant = who.tenant  # for `edge.Bodies`
+            belongs_to(request.scope, who.tenant)
             return who
 
         async def tenant_key(who: Annotated[Caller, Depends(any_key)]) -> Caller:
@@ -75,9 +73,9 @@ def schema_of(model: type[BaseModel]) -> dict[str, Any]:
     return inlined(whole)
 
 
-def documented(content: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def documented(content: dict[str, dict[str, Any]], *, required: bool = True) -> dict[str, Any]:
     """OpenAPI's `requestBody` of a route that reads its body itself, within limits and after the key was checked."""
-    return {"requestBody": {"required": True, "content": {kind: {"schema": s} for kind, s in content.items()}}}
+    return {"requestBody": {"required": required, "content": {kind: {"schema": s} for kind, s in content.items()}}}
 
 
 def content_type(request: Request) -> str:
@@ -155,12 +153,21 @@ def translate_errors(api: FastAPI) -> None:
     @api.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         body = {"type": "about:blank", "title": error.detail, "status": error.status_code, "detail": error.detail}
-        return _problem(request, body, error.status_code, error.headers)
+        headers = error.headers
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette tells the methods of one route only
+            headers = {"allow": ", ".join(sorted(_methods(api, request)))}
+        return _problem(request, body, error.status_code, headers)
 
     @api.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return await hub_error(request, HubError("an unforeseen error; the hub's log has it"))
+
+
+def _methods(api: FastAPI, request: Request) -> set[str]:
+    """The methods that the path of a request has."""
+    routes = [route for route in api.routes if route.matches(request.scope)[0] != Match.NONE]
+    return {method for route in routes for method in getattr(route, "methods", None) or ()}
 
 
 def _problem(request: Request, body: Mapping[str, Any], status: int, headers: Mapping[str, str] | None) -> Response:

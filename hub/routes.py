@@ -16,7 +16,6 @@ from .http import (
     BINARY,
     JSON,
     MAX_CHANGE_BYTES,
-    PROBLEMS,
     Doors,
     content_type,
     documented,
@@ -87,7 +86,7 @@ def create_api(
         turns: a tenant's classifications at once; their bodies are read when it is their turn.
         lifespan: what runs while the application does (following change events, closing connections).
     """
-    api = FastAPI(title="karst-hub", lifespan=lifespan, responses=PROBLEMS, docs_url=None, redoc_url=None)
+    api = FastAPI(title="karst-hub", lifespan=lifespan, docs_url=None, redoc_url=None)
     translate_errors(api)
     Who = Annotated[Caller, Depends(doors.tenant_key)]
     Owner = Annotated[Caller, Depends(doors.owner)]
@@ -140,7 +139,11 @@ def create_api(
     async def get_version(who: Who, task: TaskName, version: Reference) -> VersionInfo:
         return await service.version(who, task, version)
 
-    @api.get("/v1/tasks/{task}/versions/{version}/file", response_class=Response)
+    @api.get(
+        "/v1/tasks/{task}/versions/{version}/file",
+        response_class=Response,
+        responses={200: {"content": {ADAPTER_FILE: {"schema": BINARY}}}},
+    )
     async def get_file(who: Owner, task: TaskName, version: Reference) -> Response:
         info, data = await changes.file(who, task, version)
         name = f"{task.rpartition(':')[2]}-{info.version}.safetensors"

@@ -93,7 +93,11 @@ def add_administration(api: FastAPI, administration: Administration, doors: Door
     async def get_audit(_who: Manager, tenant: TenantName, after: After = "0", count: Count = 100) -> AuditPage:
         return await administration.audit(tenant, after, count)
 
-    @api.get("/v1/tenants/{tenant}/export", response_class=StreamingResponse, responses={200: {"content": {TAR: {}}}})
+    @api.get(
+        "/v1/tenants/{tenant}/export",
+        response_class=StreamingResponse,
+        responses={200: {"content": {TAR: {"schema": BINARY}}}},
+    )
     async def export_tenant(_who: Manager, tenant: TenantName) -> StreamingResponse:
         export = await administration.export(tenant)
         headers = {
@@ -123,7 +127,7 @@ def add_administration(api: FastAPI, administration: Administration, doors: Door
     async def get_whole_audit(_who: Admin, after: After = "0", count: Count = 100) -> AuditPage:
         return await administration.audit(None, after, count)
 
-    @api.post("/v1/gc", openapi_extra=documented({JSON: schema_of(GcRequest)}))
+    @api.post("/v1/gc", openapi_extra=documented({JSON: schema_of(GcRequest)}, required=False))
     async def collect(who: Admin, request: Request) -> Collected:
         ask = parse_json(GcRequest, await read_body(request, MAX_CHANGE_BYTES, "body") or b"{}")
         return await administration.collect(who, ask.older_than_s)

@@ -2,18 +2,28 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 TASK_PATTERN = r"^([a-z0-9][a-z0-9_-]{0,62}:)?[a-z0-9][a-z0-9_-]{0,62}$"  # `task`, or `tenant:task`
 LATEST = "latest"
 MAX_IMAGES = 64
 
+
+def _number(value: Any) -> Any:
+    """Pydantic would take text and booleans, too; its strict integers would refuse 1.0, which JSON writes for 1."""
+    if isinstance(value, bool | str):
+        raise PydanticCustomError("number_type", "Input should be a number")
+    return value
+
+
+NUMBER = BeforeValidator(_number)
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 TaskName = Annotated[str, Field(pattern=TASK_PATTERN)]
 VersionNumber = Annotated[int, Field(ge=1, le=2**53)]  # as far as every JSON reader counts exactly
 Reference = Annotated[str, Field(max_length=63)]  # a version's number or an alias
-Weight = Annotated[int, Field(ge=1, le=1_000_000)]
+Weight = Annotated[int, Field(ge=1, le=1_000_000), NUMBER]
 
 
 class _Wire(BaseModel):
@@ -44,7 +54,7 @@ class Registered(VersionInfo):
 class Sharing(_Wire):
     """Who beside its own tenant may see a task and classify with it, as `tenant:task`: all tenants, or some."""
 
-    public: bool = False
+    public: Annotated[bool, Field(strict=True)] = False
     tenants: list[Name] = Field(default=[], max_length=1000)
 
     def allows(self, tenant: str) -> bool:
@@ -84,7 +94,7 @@ class TaskList(_Wire):
 class AliasChange(_Wire):
     """Where an alias shall point: one version, or several with weights (a canary)."""
 
-    version: VersionNumber | None = None
+    version: Annotated[VersionNumber, NUMBER] | None = None
     weights: Annotated[dict[VersionNumber, Weight], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
@@ -181,13 +191,13 @@ class TenantLimits(_Wire):
 class LimitsChange(_Wire):
     """Limits to change; the others stay."""
 
-    requests_per_second: float | None = Field(None, gt=0, le=1e6)
-    images_per_second: float | None = Field(None, gt=0, le=1e7)
-    images_in_flight: int | None = Field(None, ge=1, le=10**6)
-    tasks: int | None = Field(None, ge=0, le=10**7)
-    versions: int | None = Field(None, ge=0, le=10**5)
-    stored_bytes: int | None = Field(None, ge=0, le=10**14)
-    weight: float | None = Field(None, ge=0.01, le=100)
+    requests_per_second: Annotated[float, Field(ge=1e-3, le=1e6), NUMBER] | None = None
+    images_per_second: Annotated[float, Field(ge=1e-3, le=1e7), NUMBER] | None = None
+    images_in_flight: Annotated[int, Field(ge=1, le=10**6), NUMBER] | None = None
+    tasks: Annotated[int, Field(ge=0, le=10**7), NUMBER] | None = None
+    versions: Annotated[int, Field(ge=0, le=10**5), NUMBER] | None = None
+    stored_bytes: Annotated[int, Field(ge=0, le=10**14), NUMBER] | None = None
+    weight: Annotated[float, Field(ge=0.01, le=100), NUMBER] | None = None
 
     def on(self, limits: TenantLimits) -> TenantLimits:
         return limits.model_copy(update=self.model_dump(exclude_none=True))
@@ -231,7 +241,7 @@ class AdminKeyRequest(_Wire):
     """A new admin key."""
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
-    expires: AwareDatetime | None = None
+    expires: Annotated[AwareDatetime, Field(strict=True)] | None = None
 
 
 class KeyRequest(AdminKeyRequest):
@@ -291,7 +301,7 @@ class AuditPage(_Wire):
 
 
 class GcRequest(_Wire):
-    older_than_s: Annotated[int, Field(ge=0, le=10**9, description="age of a file that may go")] = 3600
+    older_than_s: Annotated[int, Field(ge=0, le=10**9, description="age of a file that may go"), NUMBER] = 3600
 
 
 class Collected(_Wire):

@@ -1,5 +1,7 @@
 """Every option of a hub, read from `HUB_*` environment variables in one place; nothing else reads them."""
 
+import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Literal
 
@@ -32,8 +34,12 @@ class Settings(BaseSettings):
     home: Path = Field(Path.home() / ".karst-hub", description="what this machine keeps: registry, store, logs")
     host: str = Field("127.0.0.1", description="address that HTTP binds")
     port: int = Field(8000, ge=1, le=65535)
-    cors_origins: tuple[str, ...] = Field((), description="web sites whose pages may call the hub; none: CORS is off")
+    cors_origins: tuple[str, ...] = Field((), description="web sites whose pages may call the hub: `https://a.example`")
     haproxy: bool = Field(True, description="Serve's HAProxy and throughput switches; false: its stock proxy")
+    tls_cert: Path | None = Field(None, description="HTTPS: the certificate with its chain (PEM)")
+    tls_key: Path | None = Field(None, description="HTTPS: the certificate's key (PEM, without a password)")
+    tls_client_ca: Path | None = Field(None, description="HTTPS: only clients with a certificate of these (PEM)")
+    trusted_proxies: tuple[str, ...] = Field((), description="addresses or networks whose `X-Forwarded-For` is true")
     sources: tuple[str, ...] = Field((), description="prefixes that adapters may be fetched from: `s3://bucket/dir/`")
     max_image_bytes: int = Field(10 * 1024**2, ge=1, description="one encoded image")
     max_image_pixels: int = Field(50_000_000, ge=1, description="one decoded image")
@@ -51,6 +57,27 @@ class Settings(BaseSettings):
 
         parse_prefixes(sources)
         return sources
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[a-z0-9.\-\[\]:]+", origin):
+                raise ValueError(f"{origin!r} is no origin, such as https://a.example or http://localhost:3000")
+        return origins
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(ip_network(proxy)) for proxy in proxies)
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> "Settings":
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together: set both, or neither")
+        if self.tls_client_ca is not None and (self.tls_cert is None or not self.haproxy):
+            raise ValueError("tls_client_ca needs tls_cert, tls_key and haproxy")
+        return self
 
     @model_validator(mode="after")
     def _workers_in_order(self) -> "Settings":

@@ -1,11 +1,13 @@
 """Requests made up from the OpenAPI document, by schemathesis: as each kind of caller, with all of its checks.
 
-    python -m tests.fuzz_api [--cases 100] [--seed 0] [--only owner] [--url URL --key KEY]
+    python -m tests.fuzz_api [--cases 100] [--seed 0] [--only owner]
+    python -m tests.fuzz_api --url http://127.0.0.1:8000 --key kh_... --admin-key kh_...
 
-Without `--url` the HTTP application runs in this process, over a real Redis and store, with two tenants: one that owns
-everything, and a stranger. `--cases` is the most per operation and phase; four callers make several thousand requests.
-`make fuzz` runs it; the suite has a short run. Exit code 1: an error of the hub, an answer that the document does not
-have, or one that the caller should not have got.
+The HTTP application runs in this process, over a real Redis and store; or it is a running hub, whose tenant of the key
+gets two tasks, and which gets a tenant `stranger`. Four callers: nobody (no key), the stranger, the owner of the tasks
+that all of them are after, an admin. `--cases` is the most per operation and phase. `make fuzz` runs it; the suite has
+a short run. Exit code 1: an error of the hub, an answer that the document does not have, or one that the caller should
+not have got.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +32,12 @@ from hub.embedded import embedded_redis
 from hub.local import free_port
 from hub.store import Store
 
-from .hub.conftest import OCTETS, Engine, bearer, first_keys_of, key_of, make_api
+from .hub.conftest import OCTETS, Engine, bearer, first_keys_of, make_api
 from .support import png, random_adapter
 
 HOOKS = "tests.fuzz_api_hooks"
 SECRET = "label of the owner alone"
+TENANT = "default"
 TASKS = ("flowers", "trees")
 UNLIMITED = {"requests_per_second": 1e6, "images_per_second": 1e7, "tasks": 10**6}
 START_S = 30
@@ -92,38 +95,44 @@ def served(api: FastAPI) -> Iterator[str]:
 
 
 @contextmanager
-def world(folder: Path) -> Iterator[tuple[str, list[Caller]]]:
-    """A running application with two tenants, and who calls it; what the hooks need lies in `folder`."""
-    with embedded_redis(folder / "redis") as redis_url:
-        backbone, store = load_backbone("demo"), folder / "store"
-        engine = Engine(Bank(backbone, slots=8, max_rank=8, max_kernels=4), Store(str(store)))
-        keys, stranger = first_keys_of(redis_url), key_of(redis_url, "stranger")
-        labels = [SECRET, "b", "c"]
-        adapters = [random_adapter(backbone, seed=i, classes=3, labels=labels).data for i in range(2)]
-        others = [random_adapter(backbone, seed=9 + i, classes=3).data for i in range(3)]
+def world() -> Iterator[tuple[str, str, str]]:
+    """A running application: its URL, the keys of an owner and of an admin."""
+    with tempfile.TemporaryDirectory() as name, embedded_redis(Path(name)) as redis_url:
+        store = Path(name) / "store"
+        engine = Engine(Bank(load_backbone("demo"), slots=8, max_rank=8, max_kernels=4), Store(str(store)))
+        keys = first_keys_of(redis_url)
         with served(make_api(redis_url, store, engine)) as url:
-            owner, admin = bearer(str(keys.owner)), bearer(str(keys.admin))
-            with httpx.Client(base_url=url) as client:
-                for tenant in ("default", "stranger"):
-                    path = f"/v1/tenants/{tenant}"
-                    client.patch(path, json={"limits": UNLIMITED}, headers=admin).raise_for_status()
-                for task, adapter in zip((TASKS[0], *TASKS), (*adapters, adapters[0]), strict=True):
-                    path = f"/v1/tasks/{task}/versions"
-                    client.post(path, content=adapter, headers=owner | OCTETS).raise_for_status()
-                (folder / "tenant.tar").write_bytes(client.get("/v1/tenants/default/export", headers=owner).content)
-            for i, adapter in enumerate(others):
-                (folder / f"{i}.safetensors").write_bytes(adapter)
-            (folder / "image.png").write_bytes(png())
-            foreign = tuple(f"default:{task}" for task in TASKS)
-            yield (
-                url,
-                [
-                    Caller("nobody", None),
-                    Caller("stranger", stranger, foreign),
-                    Caller("owner", keys.owner),
-                    Caller("admin", keys.admin),
-                ],
-            )
+            yield url, str(keys.owner), str(keys.admin)
+
+
+def prepare(url: str, key: str, admin_key: str, folder: Path) -> list[Caller]:
+    """Two tenants with tasks, and limits that do not get in the way; what the hooks need is written to `folder`."""
+    backbone = load_backbone("demo")
+    labels = [SECRET, "b", "c"]
+    first, second, *others = [
+        random_adapter(backbone, seed=i, classes=3, labels=labels if i < 2 else None).data for i in range(5)
+    ]
+    owner, admin = bearer(key), bearer(admin_key)
+    with httpx.Client(base_url=url, timeout=30) as client:
+        client.post("/v1/tenants", json={"tenant": "stranger"}, headers=admin)
+        for tenant in (TENANT, "stranger"):
+            changed = client.patch(f"/v1/tenants/{tenant}", json={"limits": UNLIMITED}, headers=admin)
+            changed.raise_for_status()
+        for task, adapter in zip((TASKS[0], *TASKS), (first, second, first), strict=True):
+            path = f"/v1/tasks/{task}/versions"
+            client.post(path, content=adapter, headers=owner | OCTETS).raise_for_status()
+        made = client.post("/v1/tenants/stranger/keys", json={"name": "fuzz", "role": "owner"}, headers=admin)
+        (folder / "tenant.tar").write_bytes(client.get(f"/v1/tenants/{TENANT}/export", headers=owner).content)
+    for i, adapter in enumerate(others):
+        (folder / f"{i}.safetensors").write_bytes(adapter)
+    (folder / "image.png").write_bytes(png())
+    foreign = tuple(f"{TENANT}:{task}" for task in TASKS)
+    return [
+        Caller("nobody", None),
+        Caller("stranger", made.json()["key"], foreign),
+        Caller("owner", key),
+        Caller("admin", admin_key),
+    ]
 
 
 def fuzz(url: str, caller: Caller, cases: int, seed: int, folder: Path, *options: str) -> Outcome:
@@ -161,7 +170,7 @@ def _config(caller: Caller) -> str:
     lines = [f'headers = {{ Authorization = "Bearer {caller.key}" }}'] if caller.key else []
     words = {
         "task": caller.tasks,
-        "tenant": ("default", "stranger"),
+        "tenant": (TENANT, "stranger"),
         "version": ("1", "2", "latest"),
         "alias": ("latest", "stable"),
     }
@@ -178,14 +187,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only")
+    parser.add_argument("--only", choices=("nobody", "stranger", "owner", "admin"))
+    parser.add_argument("--url")
+    parser.add_argument("--key", help=f"of an owner of the tenant {TENANT!r}")
+    parser.add_argument("--admin-key")
     options = parser.parse_args()
+    running = world() if options.url is None else nullcontext((options.url, options.key, options.admin_key))
     outcomes = []
-    with tempfile.TemporaryDirectory() as name, world(Path(name)) as (url, callers):
-        for caller in callers:
+    with running as (url, key, admin_key), tempfile.TemporaryDirectory() as name:
+        for caller in prepare(url, key, admin_key, Path(name)):
             if options.only in (None, caller.name):
                 outcomes.append(outcome := fuzz(url, caller, options.cases, options.seed, Path(name)))
-                print(outcome.said if outcome.failed else f"{outcome.caller}: {outcome.requests} requests")
+                print(outcome.said if outcome.failed else f"{outcome.caller}: {outcome.requests} requests, all well")
     sys.exit(1 if any(outcome.failed for outcome in outcomes) else 0)
 
 

@@ -1,0 +1,108 @@
+"""Ray's HAProxy configuration as the hub wants it: each change is there, or HAProxy does not start."""
+
+import json
+import runpy
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from jinja2 import Environment
+
+from hub import edge
+from hub.haproxy import REQUEST_ID, STEERING, ConfigurationError, Edge, command, rewritten
+
+# Without importing Ray, which warns.
+RAY = Path(find_spec("ray").submodule_search_locations[0])
+TEMPLATE = runpy.run_path(str(RAY / "serve" / "_private" / "haproxy_templates.py"))["HAPROXY_CONFIG_TEMPLATE"]
+
+
+class Ray:
+    """Stands for every setting of Ray's template."""
+
+    metrics_port = 9101
+    metrics_uri = "/metrics"
+    stats_port = 8404
+    frontend_host = "127.0.0.1"
+    frontend_port = 8000
+
+    def __getattr__(self, _name: str) -> None:
+        return None
+
+
+@pytest.fixture
+def config() -> str:
+    """As Ray writes it."""
+    environment = Environment()
+    environment.filters["haproxy_fmt"] = str
+    nothing = {"backends": [], "grpc_backends": [], "backends_with_health_config": [], "healthz_rules": ""}
+    return environment.from_string(TEMPLATE).render(config=Ray(), route_info=Ray(), **nothing)
+
+
+def lines(config: str) -> list[str]:
+    return [line.strip() for line in config.splitlines()]
+
+
+def binds(config: str) -> list[str]:
+    return [line for line in lines(config) if line.startswith("bind")]
+
+
+def test_side_ports_are_on_loopback_and_the_front_where_it_was_told(config) -> None:
+    assert binds(config) == ["bind :9101", "bind 127.0.0.1:8000", "bind *:8404"]
+    assert binds(rewritten(config, Edge("0.0.0.0"))) == [
+        "bind 127.0.0.1:9101",
+        "bind 0.0.0.0:8000",
+        "bind 127.0.0.1:8404",
+    ]
+    assert "bind [::]:8000" in binds(rewritten(config, Edge("::")))
+
+
+def test_tls(config) -> None:
+    tls = Edge("127.0.0.1", certificate='/a b/"$c".pem')
+    front = 'bind 127.0.0.1:8000 ssl crt "/a b/\\"\\$c\\".pem" ssl-min-ver TLSv1.2'
+    assert front in binds(rewritten(config, tls))
+    both = Edge("127.0.0.1", certificate="/c.pem", client_ca="/ca.pem")
+    assert binds(rewritten(config, both))[1].endswith(' ca-file "/ca.pem" verify required')
+    assert "http-request set-header X-Forwarded-Proto https" in lines(rewritten(config, tls))
+
+
+def test_what_a_client_says_of_itself_does_not_get_through(config) -> None:
+    new = lines(rewritten(config, Edge("127.0.0.1")))
+    assert "http-request set-header X-Forwarded-For %[src]" in new
+    assert "timeout http-request 10s" in new
+    assert {f"http-request del-header {name}" for name in STEERING} <= set(new)
+    assert "http-request set-header x-request-disconnect-disabled ?1" in new
+    trusted = lines(rewritten(config, Edge("127.0.0.1", trusted=("10.0.0.0/8", "::1/128"))))
+    assert "http-request set-header X-Forwarded-For %[src] unless { src 10.0.0.0/8 ::1/128 }" in trusted
+
+
+def test_the_stock_proxy_takes_away_the_same() -> None:
+    assert {name.encode() for name in STEERING} == set(edge.STEERING) - {b"x-request-disconnect-disabled"}
+    assert edge.REQUEST_ID.pattern.decode() == REQUEST_ID.strip("^$")
+
+
+@pytest.mark.parametrize("line", ["    bind :9101\n", "    bind 127.0.0.1:8000\n", "  bind *:8404\n"])
+def test_another_configuration_is_refused(config, line) -> None:
+    for changed in (config.replace(line, ""), config.replace(line, "    bind 127.0.0.1:1 tls\n"), config + config):
+        with pytest.raises(ConfigurationError, match=r"Ray's HAProxy configuration has [02] places like"):
+            rewritten(changed, Edge("127.0.0.1"))
+
+
+def test_it_stands_for_haproxy(config, tmp_path) -> None:
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(config)
+    started = command(Edge("127.0.0.1"), "/bin/echo")
+    done = subprocess.run([*started, "-db", "-f", str(file), "-sf", "7"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"-db -f {file} -sf 7\n"
+    assert "bind 127.0.0.1:9101" in file.read_text()
+    again = subprocess.run([*started, "-db", "-f", str(file)], capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "set HUB_HAPROXY=false" in again.stderr
+
+
+def test_it_imports_nothing_but_python_s_own() -> None:
+    code = "import json, runpy, sys; runpy.run_path(sys.argv[1]); print(json.dumps(sorted(sys.modules)))"
+    source = Path(edge.__file__).with_name("haproxy.py")
+    done = subprocess.run([sys.executable, "-I", "-c", code, str(source)], capture_output=True, text=True, check=True)
+    assert not {"hub", "ray", "pydantic", "starlette"} & set(json.loads(done.stdout))
