@@ -107,6 +107,17 @@ class Access:
             await self._limiter.request(record.tenant)
         return Caller(id, record.name, record.role, address, record.tenant)
 
+    async def still(self, authorization: str) -> None:
+        """For a request whose body took its time.
+
+        Raises:
+            Unauthenticated: the key was revoked meanwhile, or its time is over.
+            Unavailable: the registry does not answer, and the key is not known here.
+        """
+        record = await self._cache.key(authorization.partition(" ")[2].strip())
+        if record is None or record.expired(time.time()):
+            raise Unauthenticated("the key ended while its request came in")
+
 
 @dataclass(frozen=True)
 class FirstKeys:

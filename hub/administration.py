@@ -51,15 +51,15 @@ class Administration:
         await self.tenants.revoke(by, tenant, id)
         self._cache.forget_key(id)
 
-    async def audit(self, tenant: str | None, after: str, count: int) -> AuditPage:
-        """Changes in a tenant, or in the whole hub (None).
+    async def audit(self, tenant: str | None, after: str, count: int, *, admins: bool = False) -> AuditPage:
+        """Changes in a tenant, or in the whole hub (None), all or only those of admins.
 
         Raises:
             NotFound: no such tenant.
         """
         if tenant is not None:
             await self.tenants.get(tenant)
-        return await read_audit(self._db, tenant, after, count)
+        return await read_audit(self._db, tenant, after, count, admins=admins)
 
     async def export(self, tenant: str) -> Export:
         """
@@ -88,6 +88,7 @@ class Administration:
 
     async def collect(self, by: Actor, older_than_s: float) -> Collected:
         """Remove files that no version holds."""
+        await self._db.note(by.entry("", "store.collect.begin", older_than_s=older_than_s))
         done = await collect(self._registry, self._store, self._off_loop, older_than_s)
         await self._db.note(by.entry("", "store.collect", removed=done.removed, bytes=done.bytes))
         return done

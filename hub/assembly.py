@@ -69,7 +69,6 @@ def make_api(
             max_pixels=settings.max_image_pixels,
         ),
         workers=workers,
-        off_loop=off_loop,
     )
     changes = Changes(
         registry=registry,
@@ -97,6 +96,7 @@ def make_api(
         yield
         for task in beside:
             task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
         with suppress(Unavailable):
             await limiter.settle()
         await database.close()

@@ -27,16 +27,20 @@ class Actor:
 OPERATOR = Actor("", "operator", "admin", "the hub's own machine")
 
 
-async def read_audit(database: Database, tenant: str | None, after: str, count: int) -> AuditPage:
+async def read_audit(
+    database: Database, tenant: str | None, after: str, count: int, *, admins: bool = False
+) -> AuditPage:
     """Changes in a tenant, or in the whole hub (None), oldest first.
 
     Args:
+        admins: of the whole hub only what admins did, which is kept apart, so that no tenant can push it out.
         after: the id of the last entry that is known; `0` begins at the oldest that is kept.
 
     Raises:
         Unavailable: Redis does not answer.
     """
-    stream = "karst:audit" if tenant is None else f"karst:t:{tenant}:audit"
+    whole = "karst:audit:admins" if admins else "karst:audit"
+    stream = whole if tenant is None else f"karst:t:{tenant}:audit"
     found = await database.do(database.redis.xrange(stream, min=f"({after}", count=count + 1))
     entries = [
         AuditEntry(

@@ -80,9 +80,11 @@ class Bodies:
             if not started:
                 await refusal(error)(scope, receive, send)
         finally:
-            await _end(reading)
-            await _end(answering)
-            body.forget()
+            try:
+                await _end(reading)
+                await _end(answering)
+            finally:  # also where this request is itself cancelled once more
+                body.forget()
 
 
 def belongs_to(scope: Scope, tenant: str) -> None:
@@ -213,7 +215,8 @@ async def _run(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None
 
 async def _end(task: asyncio.Task[None]) -> None:
     """Cancel a task that still runs, and wait for its end; how it ended is of no more interest."""
-    task.cancel()
-    await asyncio.wait((task,))
+    if not task.done():
+        task.cancel()
+        await asyncio.wait((task,))
     if not task.cancelled():
         task.exception()  # else asyncio complains that nobody asked

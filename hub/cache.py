@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
-WAIT_MS = 2000
-RETRY_S = 0.5
+WAIT_MS, RETRY_S = 500, 0.25  # with a reconnect still less than two seconds
 MOST_TASKS, MOST_KEYS, MOST_TENANTS = 20_000, 20_000, 20_000
 TRUSTED_S = 300.0
 

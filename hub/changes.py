@@ -58,7 +58,8 @@ class Changes:
         """
         task = who.own(name)
         adapter = await self.check(data)
-        await self._registry.ping()  # a registry that is away now would leave an orphan in the store
+        # A limit that is reached, or a registry that is away, shall leave no orphan in the store.
+        await self._registry.must_have_room(who, who.tenant, task, adapter.digest, len(data))
         await self._off_loop(self._store.put, adapter.digest, data)
         registered = datetime.now(UTC).isoformat(timespec="milliseconds")
         version = VersionInfo(version=0, registered=registered, **facts(adapter))  # the registry gives the number

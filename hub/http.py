@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
@@ -39,6 +40,7 @@ class Doors:
         async def any_key(request: Request, _documented: Annotated[object, Security(BEARER)]) -> Caller:
             who = await access.caller(request.headers.get("authorization"), client_address(request))
             belongs_to(request.scope, who.tenant)
+            request.state.still = partial(access.still, request.headers["authorization"])
             return who
 
         async def tenant_key(who: Annotated[Caller, Depends(any_key)]) -> Caller:
@@ -100,6 +102,7 @@ async def limited(request: Request, limit_bytes: int, what: str) -> AsyncGenerat
         if total > limit_bytes:
             raise error
         yield chunk
+    await request.state.still()
 
 
 def parse_json(model: type[Body], body: bytes, most_values: int = MAX_JSON_VALUES) -> Body:

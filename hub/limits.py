@@ -6,9 +6,11 @@ the registry is away each gateway holds the tenant to its rates alone.
 
     t:{tenant}:rate      hash    requests, images: tokens left; at: when, in seconds since 1970
     t:{tenant}:flight    hash    gateway -> permits:images in flight:until when, in milliseconds since 1970
+    t:{tenant}:settled   hash    gateway -> the last lot of counts that it sent
 """
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
 LOT_S = 0.05  # a gateway takes as many tokens as the tenant may spend in this time
+TRIES = 3
+TAKE_S = 0.25  # the longest that a call waits for Redis here
 LOTS = 16  # and this part of its permits
 LAPSED_MS = 10_000  # permits of a gateway that is silent for so long are free again
 
@@ -46,7 +50,7 @@ for i = 1, 2 do
   local most = math.max(1, rate)
   local tokens = math.min(most, tonumber(state[i] or most) + since * rate)
   local least = math.min(need, most)
-  if tokens < least then return {names[i] .. '_per_second', math.ceil((least - tokens) / rate * 1000)} end
+  if need > 0 and tokens < least then return {names[i] .. '_per_second', math.ceil((least - tokens) / rate * 1000)} end
   taken[i] = math.max(need, math.min(want, math.floor(tokens)))
   left[i] = tokens - taken[i]
 end
@@ -65,25 +69,35 @@ local till = string.format('%.0f', now * 1000 + LAPSED)
 redis.call('HSET', base .. ':flight', ARGV[2], (own + taken[3]) .. ':' .. ARGV[13] .. ':' .. till)
 redis.call('HSET', base .. ':rate', 'requests', tostring(left[1]), 'images', tostring(left[2]),
   'at', string.format('%.6f', now))
-redis.call('EXPIRE', base .. ':rate', 60)
+local keep = 60  -- a debt is not forgotten before it is paid
+for i = 1, 2 do
+  local rate = tonumber(ARGV[i + 2])
+  keep = math.max(keep, math.min(1e9, math.ceil((math.max(1, rate) - left[i]) / rate) + 1))
+end
+redis.call('EXPIRE', base .. ':rate', string.format('%.0f', keep))
 redis.call('EXPIRE', base .. ':flight', 60)
 return taken
 """.replace("LAPSED", str(LAPSED_MS))
 
-# ARGV: tenant, gateway, its entry of the table of permits (or nothing), `name:n` of each count
+# ARGV: tenant, gateway, its permits:images in flight (or nothing), number of this lot of counts, `name:n` of each
 _SETTLE = """
 if redis.call('HEXISTS', 'karst:tenants', ARGV[1]) == 0 then return end
 local base = 'karst:t:' .. ARGV[1]
 if ARGV[3] == '' then redis.call('HDEL', base .. ':flight', ARGV[2])
 else
-  redis.call('HSET', base .. ':flight', ARGV[2], ARGV[3])
+  local till = redis.call('TIME')[1] * 1000 + LAPSED
+  redis.call('HSET', base .. ':flight', ARGV[2], ARGV[3] .. ':' .. string.format('%.0f', till))
   redis.call('EXPIRE', base .. ':flight', 60)
 end
-for i = 4, #ARGV do
-  local name, n = string.match(ARGV[i], '([^:]+):([^:]+)')
-  redis.call('HINCRBY', base .. ':counts', name, n)
+if #ARGV > 4 and tonumber(redis.call('HGET', base .. ':settled', ARGV[2]) or 0) < tonumber(ARGV[4]) then
+  redis.call('HSET', base .. ':settled', ARGV[2], ARGV[4])  -- sent again, a lot counts once
+  redis.call('EXPIRE', base .. ':settled', 86400)
+  for i = 5, #ARGV do
+    local name, n = string.match(ARGV[i], '([^:]+):([^:]+)')
+    redis.call('HINCRBY', base .. ':counts', name, n)
+  end
 end
-"""
+""".replace("LAPSED", str(LAPSED_MS))
 
 
 @dataclass
@@ -94,6 +108,9 @@ class _Purse:
     images: float = 0
     permits: int = 0
     in_flight: int = 0
+    peak: int = 0  # of images in flight, since the last tick
+    pending: dict[str, int] = field(default_factory=dict)  # counts that were sent, and perhaps did not arrive
+    lot: int = 0  # their number
     counts: dict[str, int] = field(default_factory=lambda: {"requests": 0, "images": 0, "refused": 0})
     spent: bool = False
     alone_since: float | None = None  # when it last filled itself, the registry being away
@@ -113,6 +130,7 @@ class Limiter:
         self._name = uuid.uuid4().hex[:12]
         self._purses: dict[str, _Purse] = {}
         self._used_keys: dict[str, float] = {}
+        self._lots = itertools.count(1)  # the gateway's, since purses come and go
 
     async def request(self, tenant: str) -> None:
         """Count a request of whatever kind; raises what `images` raises."""
@@ -135,6 +153,7 @@ class Limiter:
         purse, limits = await self._open(tenant, requests=0, images=images)
         purse.images -= images
         purse.in_flight += images
+        purse.peak = max(purse.peak, purse.in_flight)
         purse.counts["images"] += images
         try:
             yield limits.weight
@@ -172,19 +191,19 @@ class Limiter:
             await self._settle(tenant, purse)
 
     async def _settle(self, tenant: str, purse: _Purse) -> None:
-        idle = not purse.spent
-        purse.spent = False
-        if idle and not purse.taking.locked():
-            purse.requests, purse.images, purse.permits = min(purse.requests, 0), min(purse.images, 0), purse.in_flight
-        counts, purse.counts = purse.counts, dict.fromkeys(purse.counts, 0)
-        until_ms = math.ceil(time.time() * 1000) + LAPSED_MS
-        held = f"{purse.permits}:{purse.in_flight}:{until_ms}" if purse.permits else ""
-        try:
-            await self._db.run(_SETTLE, tenant, self._name, held, *(f"{name}:{n}" for name, n in counts.items() if n))
-        except BaseException:
-            for name, n in counts.items():
-                purse.counts[name] += n
-            raise
+        async with purse.taking:  # else its word on permits could overtake that of a taking
+            idle, purse.spent = not purse.spent, False
+            if idle:
+                purse.requests, purse.images = min(purse.requests, 0), min(purse.images, 0)
+            purse.permits = min(purse.permits, max(purse.peak, purse.in_flight))  # other gateways may need the rest
+            purse.peak = purse.in_flight
+            if not purse.pending:
+                purse.pending = {name: n for name, n in purse.counts.items() if n}
+                purse.counts, purse.lot = dict.fromkeys(purse.counts, 0), next(self._lots)
+            held = f"{purse.permits}:{purse.in_flight}" if purse.permits else ""
+            counts = (f"{name}:{n}" for name, n in purse.pending.items())
+            await self._db.run(_SETTLE, tenant, self._name, held, purse.lot, *counts)
+            purse.pending = {}
         if idle and not (purse.permits or purse.in_flight or purse.taking.locked() or purse.spent):
             self._purses.pop(tenant, None)
 
@@ -195,7 +214,9 @@ class Limiter:
         purse.spent = True
         if not purse.covers(requests, images):
             async with purse.taking:
-                if not purse.covers(requests, images):
+                for _ in range(TRIES):  # another call may spend what this one has taken
+                    if purse.covers(requests, images):
+                        break
                     await self._take(tenant, limits, purse, requests, images)
         return purse, limits
 

@@ -45,7 +45,7 @@ class _Strict(BaseModel):
 
 class _Task(_Strict):
     name: Name
-    last_number: VersionNumber
+    last_number: Annotated[int, Field(ge=1, le=10**12)]
     versions: list[VersionInfo] = Field(min_length=1)
     aliases: dict[Name, Targets]
     history: dict[Name, Annotated[list[Targets], Field(max_length=KEPT_TARGETS)]]

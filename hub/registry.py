@@ -4,17 +4,28 @@ A change tells an event, which names the task, and leaves an entry in the audit.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import scripts
 from .audit import Actor
-from .database import Database
-from .errors import Conflict, FieldProblem, InvalidRequest, LimitReached, NotFound, Unauthenticated, Unavailable
+from .database import QUICK_S, Database
+from .errors import (
+    Conflict,
+    FieldProblem,
+    InvalidAdapter,
+    InvalidRequest,
+    LimitReached,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+)
 from .schemas import LATEST, Sharing, TaskInfo, TaskSummary, VersionInfo
 
 KEPT_BUSY = 10_000
+MAX_VERSION_BYTES = 512 * 1024  # of labels, metrics and the rest of a version, which lie in the registry's memory
+MOST_SHARED = 1000  # tasks of others in a tenant's list
 COLLECTED_S = 60  # the longest that the store may take to remove a file
 NOT_SHARED = Sharing()
 
@@ -67,11 +78,9 @@ class Task:
         )
 
     def summary(self) -> TaskSummary:
-        info = self.info()
-        latest = info.aliases.get(LATEST)
-        return TaskSummary(
-            task=self.name, latest=max(latest) if latest else None, classes=len(info.labels), aliases=info.aliases
-        )
+        aliases = {alias: dict(targets) for alias, targets in self.aliases.items()}
+        latest = max(aliases[LATEST]) if LATEST in aliases else None
+        return TaskSummary(task=self.name, latest=latest, classes=len(self.current.labels), aliases=aliases)
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ class Registry:
             LimitReached: of tasks, of versions a task, or of stored bytes.
             Unavailable: the store's file of this digest is being removed; nothing was changed.
         """
-        body = version.model_dump_json(exclude={"version"})
+        body = _body(version)
         entry = by.entry(tenant, "version.register", task=task, digest=version.digest, aliases=list(aliases))
         done = await self._db.change(
             scripts.REGISTER, tenant, task, entry, version.digest, body, version.size_bytes, *aliases
@@ -115,12 +124,19 @@ class Registry:
             raise _refused(done)
         return VersionInfo(version=done[0], **json.loads(done[2])), bool(done[1])
 
+    async def must_have_room(self, by: Actor, tenant: str, task: str, digest: str, size_bytes: int) -> None:
+        """Whether a version could be registered, before its file is kept; raises what `register` raises."""
+        entry = by.entry(tenant, "version.register")
+        done = await self._db.change(scripts.ROOM, tenant, task, entry, digest, "", size_bytes)
+        if done[0] != "room":
+            raise _refused(done)
+
     async def task(self, tenant: str, task: str) -> Task:
         """
         Raises:
             NotFound: the tenant has no such task.
         """
-        fields = await self._db.do(self._redis.hgetall(_task(tenant, task)))
+        fields = await self._db.do(self._redis.hgetall(_task(tenant, task)), within_s=QUICK_S)
         if not fields:
             raise task_not_found(task)
         return _parse(task, fields)
@@ -133,12 +149,13 @@ class Registry:
     async def shared_with(self, tenant: str) -> list[tuple[str, Task]]:
         """The tasks that others share with a tenant, each with its owner."""
         named = await self._db.do(self._redis.sunion("karst:public", f"karst:t:{tenant}:shared"))
-        pairs = sorted((owner, task) for owner, _, task in (name.partition(":") for name in named) if owner != tenant)
+        places = ((owner, task) for owner, _, task in (name.partition(":") for name in named))
+        pairs = sorted(place for place in places if place[0] != tenant)[:MOST_SHARED]
         return [(owner, task) for owner, task in await self._read(pairs) if task.sharing.allows(tenant)]
 
     async def sharing(self, tenant: str, task: str) -> Sharing:
         """With whom a task is shared; a task that is not there is shared with nobody, and takes as long to say so."""
-        found = await self._db.do(self._redis.hget(_task(tenant, task), "share"))
+        found = await self._db.do(self._redis.hget(_task(tenant, task), "share"), within_s=QUICK_S)
         return Sharing.model_validate_json(found) if found else NOT_SHARED
 
     async def share(self, by: Actor, tenant: str, task: str, sharing: Sharing) -> Task:
@@ -146,7 +163,8 @@ class Registry:
         Raises:
             NotFound: no such task.
         """
-        entry = by.entry(tenant, "task.share", task=task, sharing=sharing.model_dump())
+        told = {"public": sharing.public, "tenants": sharing.tenants[:20], "count": len(sharing.tenants)}
+        entry = by.entry(tenant, "task.share", task=task, sharing=told)
         await self._change_task(scripts.SHARE, tenant, task, entry, sharing.model_dump_json())
         return await self.task(tenant, task)
 
@@ -227,10 +245,13 @@ class Registry:
             }
             for task in tasks
         ]
-        entry = by.entry(tenant, "tenant.import", tasks=[task.name for task in tasks])
+        shared = [task.name for task in tasks if task.sharing != NOT_SHARED]
+        entry = by.entry(tenant, "tenant.import", tasks=[task.name for task in tasks][:100], shared=shared[:100])
         done = await self._db.change(scripts.RESTORE, tenant, entry, json.dumps(body))
         if done[0] == "there":
             raise Conflict(f"the tenant has these tasks already: {', '.join(done[1:])}; delete them first")
+        if done[0] == "tenant":
+            raise NotFound(f"there is no tenant {tenant!r}")
         if done[0] != "done":
             raise _refused(done)
 
@@ -263,13 +284,14 @@ class Registry:
 
     async def event_span(self) -> tuple[str, str]:
         """The ids of the oldest and the newest event that are kept; `0-0` where there are none."""
-        oldest = await self._db.do(self._redis.xrange("karst:events", count=1))
-        newest = await self._db.do(self._redis.xrevrange("karst:events", count=1))
+        oldest = await self._db.do(self._db.apart.xrange("karst:events", count=1), within_s=1, apart=True)
+        newest = await self._db.do(self._db.apart.xrevrange("karst:events", count=1), within_s=1, apart=True)
         return (oldest[0][0], newest[0][0]) if oldest and newest else ("0-0", "0-0")
 
     async def events(self, after: str, wait_ms: int) -> list[Event]:
         """Events after an id, oldest first; waits up to `wait_ms` for the first."""
-        reply = await self._db.do(self._redis.xread({"karst:events": after}, block=wait_ms, count=1000))
+        call = self._db.apart.xread({"karst:events": after}, block=wait_ms, count=1000)
+        reply = await self._db.do(call, within_s=wait_ms / 1000 + 0.5, apart=True)
         return [Event(id=id, **fields) for _, entries in reply or [] for id, fields in entries]
 
     async def _read(self, names: Sequence[tuple[str, str]]) -> list[tuple[str, Task]]:
@@ -293,6 +315,8 @@ class Registry:
             case ["version", number]:
                 message = f"task {task!r} has no version {number}"
                 raise InvalidRequest(message, [FieldProblem("version", message)])
+            case ["key"] | ["full"]:
+                raise _refused(done)
             case ["nothing"]:
                 raise Conflict(f"alias {args[1]!r} of task {task!r} pointed at nothing before that is still there")
             case ["alias", alias]:
@@ -316,7 +340,10 @@ def _refused(done: Sequence[Any]) -> Exception:
             return LimitReached(message, [FieldProblem(which, message)], retry_after_s=60)
         case ["gc"]:
             return Unavailable("the store is removing an old copy of this file; try again", retry_after_s=2)
-    return Unauthenticated("the key's tenant is no more")
+        case ["full"]:
+            message = "the task has as many aliases as it may; delete some"
+            return LimitReached(message, [FieldProblem("alias", message)], retry_after_s=60)
+    return Unauthenticated("the key or its tenant is no more")
 
 
 def _task(tenant: str, task: str) -> str:
@@ -324,17 +351,49 @@ def _task(tenant: str, task: str) -> str:
 
 
 def _parse(name: str, fields: Mapping[str, str]) -> Task:
-    versions, aliases, history = {}, {}, {}
+    versions: dict[int, str] = {}
+    aliases, history = {}, {}
     for key, value in fields.items():
         kind, _, rest = key.partition(":")
         if kind == "v":
-            versions[int(rest)] = VersionInfo(version=int(rest), **json.loads(value))
+            versions[int(rest)] = value
         elif kind == "a":
             aliases[rest] = _targets(value)
         elif kind == "h":
             history[rest] = [_targets(text) for text in json.loads(value)]
     sharing = Sharing.model_validate_json(fields["share"]) if "share" in fields else NOT_SHARED
-    return Task(name, dict(sorted(versions.items())), dict(sorted(aliases.items())), sharing, history)
+    return Task(name, _Versions(versions), dict(sorted(aliases.items())), sharing, history)
+
+
+class _Versions(Mapping[int, VersionInfo]):
+    """Versions by number, each read from its JSON when it is asked for: most tasks are asked for one."""
+
+    def __init__(self, texts: Mapping[int, str]) -> None:
+        self._texts = dict(sorted(texts.items()))
+        self._read: dict[int, VersionInfo] = {}
+
+    def __getitem__(self, number: int) -> VersionInfo:
+        if number not in self._read:
+            self._read[number] = VersionInfo(version=number, **json.loads(self._texts[number]))
+        return self._read[number]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+
+def _body(version: VersionInfo) -> str:
+    """
+    Raises:
+        InvalidAdapter: more than a registry keeps of one.
+    """
+    text = version.model_dump_json(exclude={"version"})
+    if len(text) > MAX_VERSION_BYTES:
+        message = f"labels and metrics take {len(text)} bytes; at most {MAX_VERSION_BYTES} are kept"
+        raise InvalidAdapter(message, [FieldProblem("metrics", message)])
+    return text
 
 
 def _targets(text: str) -> dict[int, int]:
@@ -349,6 +408,6 @@ def _fields(task: Task) -> dict[str, str]:
 
     fields = {"share": task.sharing.model_dump_json(), "n": str(len(task.versions))}
     for number, version in task.versions.items():
-        fields |= {f"v:{number}": version.model_dump_json(exclude={"version"}), f"d:{version.digest}": str(number)}
+        fields |= {f"v:{number}": _body(version), f"d:{version.digest}": str(number)}
     fields |= {f"a:{alias}": written(targets) for alias, targets in task.aliases.items()}
     return fields | {f"h:{alias}": json.dumps([written(t) for t in past]) for alias, past in task.history.items()}

@@ -1,6 +1,6 @@
 """HTTP: the routes of tenants, keys, limits, use and audit; an owner reaches its own tenant's, an admin all."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Depends, FastAPI, Path, Query, Request
 from fastapi.responses import StreamingResponse
@@ -124,8 +124,10 @@ def add_administration(api: FastAPI, administration: Administration, doors: Door
         await administration.revoke(who, "", id)
 
     @api.get("/v1/audit")
-    async def get_whole_audit(_who: Admin, after: After = "0", count: Count = 100) -> AuditPage:
-        return await administration.audit(None, after, count)
+    async def get_whole_audit(
+        _who: Admin, after: After = "0", count: Count = 100, of: Annotated[Literal["all", "admins"], Query()] = "all"
+    ) -> AuditPage:
+        return await administration.audit(None, after, count, admins=of == "admins")
 
     @api.post("/v1/gc", openapi_extra=documented({JSON: schema_of(GcRequest)}, required=False))
     async def collect(who: Admin, request: Request) -> Collected:

@@ -179,8 +179,8 @@ class Health(_Wire):
 class TenantLimits(_Wire):
     """What a tenant may use, over all gateways."""
 
-    requests_per_second: float = Field(200.0, gt=0, le=1e6, description="calls of any kind")
-    images_per_second: float = Field(1000.0, gt=0, le=1e7)
+    requests_per_second: float = Field(200.0, ge=1e-3, le=1e6, description="calls of any kind")
+    images_per_second: float = Field(1000.0, ge=1e-3, le=1e7)
     images_in_flight: int = Field(1024, ge=1, le=10**6, description="images accepted and not yet answered")
     tasks: int = Field(1000, ge=0, le=10**7)
     versions: int = Field(100, ge=0, le=10**5, description="versions a task")

@@ -10,6 +10,8 @@ A task is one hash:
     n          how many versions it has
 """
 
+from .database import KEPT_EVENTS
+
 KEPT_TARGETS = 20  # former targets of an alias
 
 _TASK = """
@@ -62,21 +64,29 @@ local function share_out(sharing, command)
 end
 """.replace("KEPT", str(KEPT_TARGETS))
 
+MOST_ALIASES = 100  # of a task
+_ALIASES = """
+local function may_have(alias)
+  if redis.call('HEXISTS', key, 'a:' .. alias) == 1 then return true end
+  local others = redis.call('HLEN', key) - 2 * tonumber(redis.call('HGET', key, 'n') or 0)
+  return others <= MOST  -- an alias and its history
+end
+""".replace("MOST", str(2 * MOST_ALIASES))
+
 # ARGV: ..., digest, version JSON without its number, bytes, aliases...
-# Replies: {number, created, version JSON}, or {what stands against it, ...}
-REGISTER = (
-    _TASK
-    + """
+_ROOM = """
+if revoked(entry) then return {'key'} end
 local digest, bytes = ARGV[4], tonumber(ARGV[6])
 local info = redis.call('HGET', 'karst:tenants', tenant)
 if not info then return {'tenant'} end
 if redis.call('EXISTS', 'karst:gc:' .. digest) == 1 then return {'gc'} end
+for i = 7, #ARGV do
+  if not may_have(ARGV[i]) then return {'full'} end
+end
 local number = redis.call('HGET', key, 'd:' .. digest)
-local created = 0
 if not number then
   local limits = cjson.decode(info)['limits']
-  local there = redis.call('EXISTS', key)
-  if there == 0 and redis.call('SCARD', base .. ':tasks') >= limits['tasks'] then
+  if redis.call('EXISTS', key) == 0 and redis.call('SCARD', base .. ':tasks') >= limits['tasks'] then
     return {'limit', 'tasks', tostring(limits['tasks'])}
   end
   if tonumber(redis.call('HGET', key, 'n') or 0) >= limits['versions'] then
@@ -85,8 +95,22 @@ if not number then
   if tonumber(redis.call('GET', base .. ':bytes') or 0) + bytes > limits['stored_bytes'] then
     return {'limit', 'stored_bytes', string.format('%.0f', limits['stored_bytes'])}
   end
+end
+"""
+
+# Replies: {'room'}, or {what stands against it, ...}
+ROOM = _TASK + _ALIASES + _ROOM + "return {'room'}"
+
+# Replies: {number, created, version JSON}, or {what stands against it, ...}
+REGISTER = (
+    _TASK
+    + _ALIASES
+    + _ROOM
+    + """
+local created = 0
+if not number then
   created = 1
-  number = redis.call('HINCRBY', base .. ':numbers', task, 1)
+  number = string.format('%.0f', redis.call('HINCRBY', base .. ':numbers', task, 1))
   redis.call('SADD', base .. ':tasks', task)
   redis.call('HSET', key, 'd:' .. digest, number, 'v:' .. number, ARGV[5])
   redis.call('HINCRBY', key, 'n', 1)
@@ -102,8 +126,11 @@ return {tonumber(number), created, redis.call('HGET', key, 'v:' .. number)}
 # ARGV: ..., alias, JSON {number: weight}, numbers...  Replies: {'absent'}, {'version', number} or {'done'}
 SET_ALIAS = (
     _TASK
+    + _ALIASES
     + """
+if revoked(entry) then return {'key'} end
 if redis.call('EXISTS', key) == 0 then return {'absent'} end
+if not may_have(ARGV[4]) then return {'full'} end
 for i = 6, #ARGV do
   if redis.call('HEXISTS', key, 'v:' .. ARGV[i]) == 0 then return {'version', ARGV[i]} end
 end
@@ -117,6 +144,7 @@ return {'done'}
 ROLL_BACK = (
     _TASK
     + """
+if revoked(entry) then return {'key'} end
 local alias = ARGV[4]
 local now = redis.call('HGET', key, 'a:' .. alias)
 if not now then return {'absent'} end
@@ -142,6 +170,7 @@ return {'nothing'}
 DELETE_ALIAS = (
     _TASK
     + """
+if revoked(entry) then return {'key'} end
 if redis.call('HDEL', key, 'a:' .. ARGV[4]) == 0 then return {'absent'} end
 redis.call('HDEL', key, 'h:' .. ARGV[4])
 changed(tenant, 'task', task, entry)
@@ -153,6 +182,7 @@ return {'done'}
 SHARE = (
     _TASK
     + """
+if revoked(entry) then return {'key'} end
 if redis.call('EXISTS', key) == 0 then return {'absent'} end
 share_out(redis.call('HGET', key, 'share'), 'SREM')
 share_out(ARGV[4], 'SADD')
@@ -179,6 +209,7 @@ DELETE_TASK = (
     _TASK
     + _DROP_TASK
     + """
+if revoked(entry) then return {'key'} end
 if drop() == 0 then return {'absent'} end
 changed(tenant, 'task', task, entry)
 return {'done'}
@@ -189,6 +220,7 @@ return {'done'}
 DELETE_VERSION = (
     _TASK
     + """
+if revoked(entry) then return {'key'} end
 local version = redis.call('HGET', key, 'v:' .. ARGV[4])
 if not version then return {'absent'} end
 local fields = redis.call('HGETALL', key)
@@ -206,6 +238,7 @@ return {'done'}
 
 # ARGV: tenant, entry. Every task, key and number of a tenant; its name is free again.
 DELETE_TENANT = """
+if revoked(ARGV[2]) then return {'key'} end
 if redis.call('HDEL', 'karst:tenants', ARGV[1]) == 0 then return {'absent'} end
 local whole = ARGV[2]
 for _, name in ipairs(redis.call('SMEMBERS', 'karst:t:' .. ARGV[1] .. ':tasks')) do
@@ -214,17 +247,38 @@ for _, name in ipairs(redis.call('SMEMBERS', 'karst:t:' .. ARGV[1] .. ':tasks'))
   drop()
 end
 local base = 'karst:t:' .. ARGV[1]
-for _, id in ipairs(redis.call('SMEMBERS', base .. ':keys')) do redis.call('HDEL', 'karst:keys', id) end
-for _, rest in ipairs({'tasks', 'numbers', 'bytes', 'keys', 'shared', 'audit', 'rate', 'flight', 'counts'}) do
+-- What others share with this name they do not share with the next one of this name.
+for _, name in ipairs(redis.call('SMEMBERS', base .. ':shared')) do
+  local owner, shared = string.match(name, '^([^:]+):(.+)$')
+  local at = 'karst:t:' .. owner .. ':task:' .. shared
+  local sharing = redis.call('HGET', at, 'share')
+  if sharing then
+    local body, left = cjson.decode(sharing), {}
+    for _, other in ipairs(body['tenants']) do
+      if other ~= ARGV[1] then left[#left + 1] = '"' .. other .. '"' end
+    end
+    -- By hand: cjson writes an empty list as {}.
+    local text = '{"public":' .. tostring(body['public']) .. ',"tenants":[' .. table.concat(left, ',') .. ']}'
+    redis.call('HSET', at, 'share', text)
+    redis.call('XADD', 'karst:events', 'MAXLEN', '~', EVENTS, '*', 'tenant', owner, 'kind', 'task', 'name', shared)
+  end
+end
+for _, id in ipairs(redis.call('SMEMBERS', base .. ':keys')) do
+  redis.call('HDEL', 'karst:keys', id)
+  redis.call('HDEL', 'karst:used', id)
+end
+for _, rest in ipairs({'tasks', 'numbers', 'bytes', 'keys', 'shared', 'audit', 'rate', 'flight', 'settled',
+  'counts'}) do
   redis.call('DEL', base .. ':' .. rest)
 end
 changed('', 'tenant', ARGV[1], whole)
 return {'done'}
-""".replace("DROP", _TASK + _DROP_TASK)
+""".replace("DROP", _TASK + _DROP_TASK).replace("EVENTS", str(KEPT_EVENTS))
 
 # ARGV: tenant, entry, JSON [{name, last, fields: the task's hash, held: [{digest, bytes}], share}, ...]
 # Replies: {'done'}, or what stands against it: {'there', names...}, {'limit', which, how much}, {'gc'}, {'tenant'}
 RESTORE = """
+if revoked(ARGV[2]) then return {'key'} end
 local info = redis.call('HGET', 'karst:tenants', ARGV[1])
 if not info then return {'tenant'} end
 local limits = cjson.decode(info)['limits']

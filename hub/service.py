@@ -29,7 +29,6 @@ from .schemas import (
     TaskSummary,
     VersionInfo,
 )
-from .store import OffLoop
 from .turns import Turns
 
 T = TypeVar("T")
@@ -61,14 +60,12 @@ class Service:
         limiter: Limiter,
         images: Images,
         workers: Workers,
-        off_loop: OffLoop,
     ) -> None:
         self._registry = registry
         self._cache = cache
         self._limiter = limiter
         self._images = images
         self._workers = workers
-        self._off_loop = off_loop
         self._turns = Turns(TENANT_IMAGES)
         self._limits: BankLimits | None = None
 
@@ -122,7 +119,7 @@ class Service:
         self, who: Caller, inputs: Sequence[Input], top_k: int, canary: str | None = None
     ) -> tuple[list[Result], list[Pass]]:
         """One image each for several tasks, in one go; raises what `predict` raises, naming the input."""
-        encoded = await self._off_loop(decode_base64, [(f"inputs.{i}.image", x.image) for i, x in enumerate(inputs)])
+        encoded = await asyncio.to_thread(decode_base64, [(f"inputs.{i}.image", x.image) for i, x in enumerate(inputs)])
         chosen = [_choose(await self._visible(who, x.task), x.version, canary) for x in inputs]
         # Images of one adapter go to a worker together; their answers come back to their own places.
         members = defaultdict(list)

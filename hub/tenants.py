@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .audit import Actor
-from .database import Database
-from .errors import Conflict, FieldProblem, LimitReached, NotFound
+from .database import QUICK_S, Database
+from .errors import Conflict, FieldProblem, InvalidRequest, LimitReached, NotFound, Unauthenticated
 from .schemas import Counted, KeyInfo, LimitsChange, NewKey, TenantInfo, TenantLimits, Usage, UsedNow
 from .scripts import DELETE_TENANT
 
@@ -26,6 +26,7 @@ MOST_KEYS = 1000  # of a tenant
 
 # ARGV: tenant, entry, JSON of the tenant
 _CREATE = """
+if revoked(ARGV[2]) then return 'key' end
 if redis.call('HSETNX', 'karst:tenants', ARGV[1], ARGV[3]) == 0 then return 0 end
 changed(ARGV[1], 'tenant', ARGV[1], ARGV[2])
 return 1
@@ -33,6 +34,7 @@ return 1
 
 # ARGV: tenant, entry, JSON of the limits to change
 _LIMIT = """
+if revoked(ARGV[2]) then return 'key' end
 local info = redis.call('HGET', 'karst:tenants', ARGV[1])
 if not info then return false end
 info = cjson.decode(info)
@@ -45,6 +47,7 @@ return info
 
 # ARGV: tenant ('': an admin key), entry, id, JSON of the key, most keys
 _ADD_KEY = """
+if revoked(ARGV[2]) then return 'key' end
 local held = 'karst:admins'
 if ARGV[1] ~= '' then
   if redis.call('HEXISTS', 'karst:tenants', ARGV[1]) == 0 then return 'absent' end
@@ -59,6 +62,7 @@ return 'done'
 
 # ARGV: tenant ('': an admin key), entry, id
 _REVOKE = """
+if revoked(ARGV[2]) then return 'key' end
 local held = 'karst:admins'
 if ARGV[1] ~= '' then held = 'karst:t:' .. ARGV[1] .. ':keys' end
 if redis.call('SISMEMBER', held, ARGV[3]) == 0 then return 'absent' end
@@ -68,6 +72,13 @@ redis.call('HDEL', 'karst:keys', ARGV[3])
 redis.call('HDEL', 'karst:used', ARGV[3])
 changed(ARGV[1], 'key', ARGV[3], ARGV[2])
 return 'done'
+"""
+
+# ARGV: id, seconds since 1970, ...
+_NOTE_USED = """
+for i = 1, #ARGV, 2 do
+  if redis.call('HEXISTS', 'karst:keys', ARGV[i]) == 1 then redis.call('HSET', 'karst:used', ARGV[i], ARGV[i + 1]) end
+end
 """
 
 
@@ -103,7 +114,8 @@ class Tenants:
         """
         info = TenantInfo(tenant=tenant, created=_now(), limits=limits.on(TenantLimits()))
         entry = by.entry(tenant, "tenant.create", limits=limits.model_dump(exclude_none=True))
-        if not await self._db.change(_CREATE, tenant, entry, info.model_dump_json(exclude={"tenant"})):
+        done = await self._change(_CREATE, tenant, entry, info.model_dump_json(exclude={"tenant"}))
+        if not done:
             message = f"there is a tenant {tenant!r} already"
             raise Conflict(message, [FieldProblem("tenant", message)])
         return info
@@ -118,7 +130,7 @@ class Tenants:
         Raises:
             NotFound: no such tenant.
         """
-        found = await self._db.do(self._redis.hget("karst:tenants", tenant))
+        found = await self._db.do(self._redis.hget("karst:tenants", tenant), within_s=QUICK_S)
         if found is None:
             raise tenant_not_found(tenant)
         return _info(tenant, found)
@@ -129,7 +141,7 @@ class Tenants:
             NotFound: no such tenant.
         """
         body = limits.model_dump(exclude_none=True)
-        done = await self._db.change(_LIMIT, tenant, by.entry(tenant, "tenant.limits", limits=body), json.dumps(body))
+        done = await self._change(_LIMIT, tenant, by.entry(tenant, "tenant.limits", limits=body), json.dumps(body))
         if done is None:
             raise tenant_not_found(tenant)
         return _info(tenant, done)
@@ -140,7 +152,7 @@ class Tenants:
         Raises:
             NotFound: no such tenant.
         """
-        done = await self._db.change(DELETE_TENANT, tenant, by.entry(tenant, "tenant.delete"))
+        done = await self._change(DELETE_TENANT, tenant, by.entry(tenant, "tenant.delete"))
         if done == ["absent"]:
             raise tenant_not_found(tenant)
 
@@ -169,7 +181,7 @@ class Tenants:
 
     async def key(self, key: str) -> KeyRecord | None:
         """What is known of a key; None if nothing is."""
-        found = await self._db.do(self._redis.hget("karst:keys", key_id(key)))
+        found = await self._db.do(self._redis.hget("karst:keys", key_id(key)), within_s=QUICK_S)
         record = KeyRecord(**json.loads(found)) if found is not None else None
         return record if record is not None and record.is_of(key) else None
 
@@ -201,10 +213,14 @@ class Tenants:
             LimitReached: it has as many keys as it may.
         """
         key = KEY_PREFIX + secrets.token_urlsafe(32)
-        until = expires.astimezone(UTC).isoformat(timespec="seconds") if expires is not None else None
+        try:
+            until = expires.astimezone(UTC).isoformat(timespec="seconds") if expires is not None else None
+        except OverflowError as error:
+            message = "is beyond the years 1 to 9999 in UTC"
+            raise InvalidRequest(f"expires: {message}", [FieldProblem("expires", message)]) from error
         record = KeyRecord(hash_key(key), tenant, role, name, _now(), until)
         entry = by.entry(tenant, "key.create", id=key_id(key), role=role, name=name, expires=until)
-        done = await self._db.change(_ADD_KEY, tenant, entry, key_id(key), json.dumps(asdict(record)), MOST_KEYS)
+        done = await self._change(_ADD_KEY, tenant, entry, key_id(key), json.dumps(asdict(record)), MOST_KEYS)
         if done == "absent":
             raise tenant_not_found(tenant)
         if done == "full":
@@ -218,7 +234,7 @@ class Tenants:
             NotFound: the tenant has no such key.
             Conflict: it is the last admin key.
         """
-        done = await self._db.change(_REVOKE, tenant, by.entry(tenant, "key.revoke", id=id), id)
+        done = await self._change(_REVOKE, tenant, by.entry(tenant, "key.revoke", id=id), id)
         if done == "absent":
             message = f"there is no key {id!r}"
             raise NotFound(message, [FieldProblem("id", message)])
@@ -234,7 +250,13 @@ class Tenants:
 
     async def note_used(self, used: Mapping[str, float]) -> None:
         """Keys (by id) were used at these times, in seconds since 1970."""
-        await self._db.do(self._redis.hset("karst:used", mapping=dict(used)))
+        await self._db.run(_NOTE_USED, *(x for pair in used.items() for x in pair))
+
+    async def _change(self, script: str, *args: Any) -> Any:
+        done = await self._db.change(script, *args)
+        if done in ("key", ["key"]):
+            raise Unauthenticated("the key is no more")
+        return done
 
 
 def hash_key(key: str) -> str:

@@ -1,6 +1,10 @@
 """With Redis gone, known tasks are classified from memory and changes are refused; with Redis back, all goes on."""
 
+import os
+import signal
 import time
+
+import redis
 
 from hub.embedded import embedded_redis
 from tests.hub.conftest import OCTETS, running
@@ -55,3 +59,23 @@ def test_a_change_elsewhere_reaches_this_gateway(empty_redis, backbone, adapters
             wait_until(lambda i=i: two.post("/v1/tasks/flowers/classify", content=png()).json().get("version") == i + 1)
         one.http.delete("/v1/tasks/flowers")
         wait_until(lambda: two.post("/v1/tasks/flowers/classify", content=png()).status_code == 404)
+
+
+def test_a_redis_that_hangs_holds_up_nobody(backbone, adapters, tmp_path) -> None:
+    with embedded_redis(tmp_path) as url, running(url, backbone, tmp_path / "store") as hub:
+        hub.http.post("/v1/tasks/flowers/versions", content=adapters[0].data, headers=OCTETS)
+        wait_until(lambda: hub.http.post("/v1/tasks/flowers/classify", content=png()).status_code == 200)
+        wait_until(lambda: hub.remembers("flowers"))
+        with redis.Redis.from_url(url) as client:
+            server = client.info()["process_id"]
+        os.kill(server, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            for _ in range(30):
+                assert hub.http.post("/v1/tasks/flowers/classify", content=png()).status_code == 200
+            assert time.monotonic() - began < 20  # not 5 s for each
+            answer = hub.http.get("/v1/tasks")
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        finally:
+            os.kill(server, signal.SIGCONT)
+        wait_until(lambda: hub.http.get("/v1/tasks").status_code == 200)

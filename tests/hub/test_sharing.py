@@ -77,3 +77,14 @@ def test_who_shares_with_a_name_learns_nothing_of_it(hub, adapters) -> None:
     answers = [share(hub, tenants=[name])["sharing"] for name in ("there", "nobody")]
     assert answers == [{"public": False, "tenants": [name]} for name in ("there", "nobody")]
     assert hub.http.put("/v1/tasks/flowers/sharing", json={"tenants": ["A b"]}).status_code == 422
+
+
+def test_a_tenant_s_name_used_again_inherits_no_shares(hub, adapters) -> None:
+    hub.http.post("/v1/tasks/flowers/versions", content=adapters[0].data, headers=OCTETS)
+    friend = hub.key_of("friend")
+    share(hub, tenants=["friend", "other"])
+    assert hub.http.post(f"{URL}/classify", content=png(), headers=friend).status_code == 200
+    hub.http.delete("/v1/tenants/friend", headers=hub.admin)
+    again = hub.key_of("friend")
+    assert hub.http.post(f"{URL}/classify", content=png(), headers=again).status_code == 404
+    assert hub.http.get("/v1/tasks/flowers").json()["sharing"] == {"public": False, "tenants": ["other"]}

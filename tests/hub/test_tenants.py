@@ -1,5 +1,9 @@
 """Tenants by HTTP: made, limited, looked at, deleted; what each change leaves in the audit."""
 
+import time
+
+import httpx
+
 from tests.hub.conftest import OCTETS, bearer
 from tests.support import png
 
@@ -55,9 +59,9 @@ def test_limits_of_tasks_versions_and_bytes(hub, adapters) -> None:
     assert register("a", 0).status_code == 201
     refused(register("b", 1), "tasks")
     assert register("a", 1).status_code == 201
-    before = hub.registered()
+    before = hub.registered(), hub.stored()
     refused(register("a", 2), "versions")
-    assert hub.registered() == before
+    assert (hub.registered(), hub.stored()) == before
     assert register("a", 0).status_code == 200  # the same bytes need no room
     used = hub.http.get("/v1/usage", headers=acme).json()
     assert used["used"]["tasks"] == 1
@@ -138,3 +142,37 @@ def test_the_audit_is_for_owners_and_admins(hub) -> None:
     assert hub.http.get("/v1/tenants/default/audit", headers=hub.key_of("default", "caller")).status_code == 403
     assert hub.http.get("/v1/tenants/default/audit", headers=hub.key_of("acme")).status_code == 404
     assert hub.http.get("/v1/audit").status_code == 403
+
+
+def test_a_task_has_so_many_aliases_and_no_more(hub, adapters) -> None:
+    hub.http.post("/v1/tasks/flowers/versions", content=adapters[0].data, headers=OCTETS)
+    statuses = [hub.http.put(f"/v1/tasks/flowers/aliases/a{i}", json={"version": 1}).status_code for i in range(210)]
+    assert statuses.index(429) >= 100
+    assert set(statuses[statuses.index(429) :]) == {429}
+    assert hub.http.put("/v1/tasks/flowers/aliases/a0", json={"version": 1}).status_code == 200
+
+
+def test_a_key_that_ends_while_its_request_comes_in_changes_nothing(hub, url, adapters) -> None:
+    made = hub.http.post("/v1/tenants/default/keys", json={"name": "slow", "role": "owner"}).json()
+
+    def body():
+        data = adapters[0].data
+        yield data[:1000]
+        hub.http.delete(f"/v1/tenants/default/keys/{made['id']}")
+        time.sleep(2)
+        yield data[1000:]
+
+    before = hub.registered(), hub.stored()
+    headers = OCTETS | bearer(made["key"])
+    answer = httpx.post(f"{url}/v1/tasks/slow/versions", content=body(), headers=headers, timeout=30)
+    assert answer.status_code == 401
+    assert hub.http.get("/v1/tasks/slow").status_code == 404
+    assert hub.stored() == before[1]
+
+
+def test_what_admins_did_is_kept_apart(hub, adapters) -> None:
+    make(hub, "acme")
+    hub.http.post("/v1/tasks/flowers/versions", content=adapters[0].data, headers=OCTETS)
+    entries = hub.http.get("/v1/audit", params={"of": "admins", "count": 1000}, headers=hub.admin).json()["entries"]
+    assert {e["role"] for e in entries} == {"admin"}
+    assert "tenant.create" in [e["action"] for e in entries]
