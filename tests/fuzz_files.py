@@ -41,7 +41,7 @@ class Outcome:
     read: int = 0
     refused: int = 0
     slowest_s: float = 0.0
-    most_memory: float = 0.0  # times the file
+    excess_bytes: int = 0  # of memory, beyond twice the file
     messages: Counter[str] = field(default_factory=Counter)
     failures: dict[int, str] = field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class Outcome:
         self.read += other.read
         self.refused += other.refused
         self.slowest_s = max(self.slowest_s, other.slowest_s)
-        self.most_memory = max(self.most_memory, other.most_memory)
+        self.excess_bytes = max(self.excess_bytes, other.excess_bytes)
         self.messages += other.messages
         self.failures |= other.failures
 
@@ -134,9 +134,9 @@ def one(data: bytes, outcome: Outcome) -> str | None:
     outcome.slowest_s = max(outcome.slowest_s, time.perf_counter() - start)
     # The file itself counts: it was in memory before.
     used = len(data) + tracemalloc.get_traced_memory()[1] - before
-    if len(data) > SLACK_BYTES // 50:
-        outcome.most_memory = max(outcome.most_memory, used / len(data))
-    if used > FILES_MEMORY * len(data) + SLACK_BYTES:
+    excess_bytes = used - int(FILES_MEMORY * len(data))
+    outcome.excess_bytes = max(outcome.excess_bytes, excess_bytes)
+    if excess_bytes > SLACK_BYTES:
         wrong = f"took {used} bytes of memory for a file of {len(data)}"
     return wrong
 
@@ -174,8 +174,8 @@ def in_processes(files: int, seed: int, jobs: int, keep: Path | None) -> Outcome
 
 def report(outcome: Outcome) -> Iterator[str]:
     yield f"{outcome.read + outcome.refused} files: {outcome.refused} refused, {outcome.read} read"
-    memory = f"{outcome.most_memory:.2f} times the file, itself included"
-    yield f"slowest {outcome.slowest_s * 1000:.0f} ms; most memory {memory}"
+    memory = f"{outcome.excess_bytes // 1024} KiB of memory beyond twice the file"
+    yield f"slowest {outcome.slowest_s * 1000:.0f} ms; at most {memory}"
     for message, count in outcome.messages.most_common(SHOWN):
         yield f"  {count:7d}  {message}..."
     for index, failure in sorted(outcome.failures.items())[:SHOWN]:

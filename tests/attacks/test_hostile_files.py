@@ -162,6 +162,10 @@ LYING_BYTES = {
     "a tensor that is a number": (pack(arrays(), spare=1), "spare: dtype None is not one of F32, F16, BF16"),
     "a tensor without dtype": (pack(arrays(), spare={}), "spare: dtype None is not one of F32, F16, BF16"),
     "a dtype that is a list": (pack(arrays(), spare={"dtype": ["F32"]}), r"spare: dtype \['F32'\] is not one of"),
+    "a header of very many values": (
+        raw(b'{"a": [' + b"[]," * 150_000 + b"[]]}"),
+        "file: its header has more than 150000 values",
+    ),
     "too many tensors": (
         pack({}, **{f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10_001)}),
         "file: 10001 tensors, but at most 10000 are allowed",

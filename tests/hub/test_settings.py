@@ -24,6 +24,25 @@ def test_settings_are_frozen_and_checked() -> None:
         Settings().slots = 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tls_cert": "a.pem"}, "tls_cert and tls_key belong together"),
+        ({"tls_key": "a.pem"}, "tls_cert and tls_key belong together"),
+        ({"tls_client_ca": "a.pem"}, "tls_client_ca needs tls_cert, tls_key and haproxy"),
+        ({"cors_origins": ("https://a.example/",)}, "'https://a.example/' is no origin"),
+        ({"cors_origins": ("a.example",)}, "'a.example' is no origin"),
+        ({"trusted_proxies": ("proxy",)}, "'proxy' does not appear to be an IPv4 or IPv6 network"),
+        ({"trusted_proxies": ("10.0.0.1/8",)}, "10.0.0.1/8 has host bits set"),
+    ],
+)
+def test_what_opens_the_hub_to_the_network_is_checked(settings, message) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Settings(**settings)
+    good = Settings(cors_origins=("https://a.example", "http://localhost:3000"), trusted_proxies=("10.0.0.1", "::1"))
+    assert good.trusted_proxies == ("10.0.0.1/32", "::1/128")
+
+
 def test_a_bad_setting_is_a_usage_error_that_names_it() -> None:
     done = karst_hub("serve", HUB_SLOTS="many")
     assert done.returncode == 2
