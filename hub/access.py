@@ -7,8 +7,8 @@ from .audit import OPERATOR, Actor
 from .cache import RegistryCache
 from .errors import Conflict, Forbidden, Unauthenticated
 from .limits import Limiter
-from .registry import task_not_found
 from .schemas import LimitsChange
+from .tasks import task_not_found
 from .tenants import ADMIN, OWNER, Tenants, key_id, tenant_not_found
 
 DEFAULT_TENANT = "default"

@@ -7,29 +7,35 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import RequestRouterConfig
 
 from .assembly import make_api
 from .gateway import Gateway
+from .routing import OwnersRouter
+from .scaling import scale
 from .settings import Settings
 from .store import Store
 from .warmth import Warmth
 from .worker import Worker
 
 NAME = "karst-hub"
-ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 GATEWAY_REQUESTS = 4096  # at once in one gateway, most of them in their tenant's line; they cost memory only
 WORKER_REQUESTS = 4096  # at once at one worker; they wait there, see `worker.TENANT_QUEUE`
 QUEUED_REQUESTS = 512  # waiting for workers in one gateway; more are told to come back
+ROUTING_STATS_S = 5.0  # how often workers tell which adapters they hold
+DRAIN_S = 60.0  # for what a replica that must go has accepted
 LOGGING = {"enable_access_log": False}  # a line a call costs more than the call's own work
 OBJECT_STORE_BYTES = 256 * 1024**2  # pixels go to workers by value; Ray's object store is hardly used
 
 
 def build(settings: Settings) -> serve.Application:
-    """The Serve application of a hub.
+    """The Serve application of a hub: `hub.app:build` for `serve run` and for `import_path` in a Serve config file.
 
     Args:
-        settings: with `redis_url` and `store_url` set, since every node must reach both.
+        settings: Serve makes them of `args:`, or of `key=value` on its command line; what is not there comes from the
+            environment of the node where Serve builds the application, as always. `redis_url` and `store_url` must be
+            set, since every node must reach both. `device="auto"` is decided on that node too: say `cuda` where it
+            has no GPU and the workers' nodes have.
 
     Raises:
         ValueError: one of them is not set.
@@ -38,34 +44,33 @@ def build(settings: Settings) -> serve.Application:
         raise ValueError("redis_url and store_url must be set: every node of the cluster uses them")
     on_gpu = settings.torch_device.startswith("cuda")
     cores = os.cpu_count() or 1
-    scale: dict[str, Any] = {"num_replicas": settings.min_workers}
-    if settings.max_workers > settings.min_workers:
-        scale = {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=settings.min_workers,
-                max_replicas=settings.max_workers,
-                target_ongoing_requests=settings.batch_size,
-            )
-        }
+    delays = settings.scale_up_s, settings.scale_down_s
     worker = serve.deployment(
         name="worker",
         # What waits, waits at the worker: only its batcher knows whose turn it is. More is refused by the gateways.
         max_ongoing_requests=WORKER_REQUESTS,
         max_queued_requests=QUEUED_REQUESTS,
-        request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
+        request_router_config=RequestRouterConfig(
+            request_router_class=OwnersRouter,  # type: ignore[arg-type]  # its __init__ says that all are dicts
+            request_routing_stats_period_s=ROUTING_STATS_S,  # type: ignore[arg-type]
+        ),
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if on_gpu else 0},
+        graceful_shutdown_timeout_s=DRAIN_S,
         logging_config=LOGGING,
-        **scale,
+        **scale(settings.min_workers, settings.max_workers, *delays, passes=True),
     )(Worker)
     gateway = serve.deployment(
         name="gateway",
         max_ongoing_requests=GATEWAY_REQUESTS,
         ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=DRAIN_S,
         logging_config=LOGGING,
+        **scale(settings.min_gateways, settings.max_gateways, *delays),
     )(Gateway)
     warmth = Warmth(settings.redis_url, settings.pinned)
     threads = max(1, cores // settings.max_workers)
-    return gateway.bind(partial(make_api, settings), worker.bind(settings, Store(settings.store_url), warmth, threads))
+    workers = worker.bind(settings, Store(settings.store_url), warmth, threads)
+    return gateway.bind(partial(make_api, settings), workers, settings.min_workers == 0)
 
 
 def start(settings: Settings) -> None:

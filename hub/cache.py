@@ -13,8 +13,9 @@ from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
 from .errors import Unavailable
-from .registry import Registry, Task
+from .registry import Registry
 from .schemas import TenantInfo
+from .tasks import Task
 from .tenants import KeyRecord, Tenants, key_id
 
 logger = logging.getLogger(__name__)

@@ -10,11 +10,12 @@ from .access import Caller
 from .cache import RegistryCache
 from .errors import FieldProblem, InvalidRequest
 from .moving import facts
-from .registry import Registry, Task
+from .registry import Registry
 from .schemas import LATEST, Registered, Sharing, SourceBody, TaskInfo, VersionInfo
 from .service import Service
 from .sources import Sources
 from .store import OffLoop, Store
+from .tasks import Task
 from .tiers import invalid_adapter
 from .turns import Turns
 

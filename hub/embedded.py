@@ -1,14 +1,17 @@
-"""A private redis-server for a hub on one machine: on a unix socket, append-only file on, stopped with the hub."""
+"""A private redis-server for a hub on one machine: on a unix socket, append-only file on; kept
+running, and stopped with the hub."""
 
 import ctypes
 import hashlib
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +19,10 @@ from urllib.parse import quote
 
 import redis
 
+logger = logging.getLogger(__name__)
+
 START_S = 15.0
+WATCH_S, AGAIN_S = 0.1, 1.0  # how often its life is looked at; the pause after a start that failed
 STOP_S = 10.0
 SOCKET_PATH_BYTES = 100  # Linux takes 107
 
@@ -45,18 +51,62 @@ def embedded_redis(home: Path) -> Iterator[str]:
         *("--appendonly", "yes", "--appendfsync", "always"),
         *("--save", ""),
     ]
-    # A session of its own: Ctrl-C in a terminal reaches the hub, which stops Redis last.
-    server = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)  # noqa: S603
+    server = _Server(command, socket, log)
     try:
-        _wait_until_ready(server, socket, log)
-        yield f"unix://{quote(str(socket))}"
+        server.start()
+        with server.watched():
+            yield f"unix://{quote(str(socket))}"
     finally:
-        server.terminate()
+        server.stop()
+
+
+class _Server:
+    """One redis-server, started again when it ends by itself: killed, out of memory, or on a full disk."""
+
+    def __init__(self, command: Sequence[str], socket: Path, log: Path) -> None:
+        self._command, self._socket, self._log = command, socket, log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._unwanted = threading.Event()
+
+    def start(self) -> None:
+        """
+        Raises:
+            EmbeddedRedisError: it ended, or did not answer in time.
+        """
+        # A session of its own: Ctrl-C in a terminal reaches the hub, which stops Redis last.
+        self._process = subprocess.Popen(self._command, start_new_session=True, preexec_fn=_die_with_parent)  # noqa: S603
+        _wait_until_ready(self._process, self._socket, self._log)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        # Its parent in the kernel's eyes is the thread that started it: this one lives as long as the context.
+        watcher = threading.Thread(target=self._watch, name="redis", daemon=True)
+        watcher.start()
         try:
-            server.wait(STOP_S)
+            yield
+        finally:
+            self._unwanted.set()
+            watcher.join()
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+            self._process.kill()
+            self._process.wait()
+
+    def _watch(self) -> None:
+        while not self._unwanted.wait(WATCH_S):
+            if self._process is not None and self._process.poll() is not None:
+                logger.warning("redis-server ended with %s; starting it again", self._process.returncode)
+                try:
+                    self.start()
+                except (EmbeddedRedisError, OSError, redis.RedisError) as error:
+                    logger.error("redis-server does not start: %s", error)
+                    self._unwanted.wait(AGAIN_S)
 
 
 def url_of_running(home: Path) -> str:

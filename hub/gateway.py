@@ -20,13 +20,21 @@ from .service import Workers
 logger = logging.getLogger(__name__)
 
 READY_S = 2.0
+COLD_S = 600.0  # until a worker is there, where none need stay: a node may have to start, and load its backbone
+TRIES, PAUSE_S = 3, 0.2  # of a call whose worker dies under it, and before the next one
 
 
 class ServeWorkers:
-    """`service.Workers` over a deployment handle: an adapter's calls go to the same worker while it has room."""
+    """`service.Workers` over a deployment handle: an adapter's calls go to its owners while they have room."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, to_zero: bool = False) -> None:
+        """
+        Args:
+            to_zero: there may be no worker, and that is no failure: a call waits until one has started for it.
+        """
         self._handle = handle
+        self._to_zero = to_zero
+        self._limits: BankLimits | None = None
 
     async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
         return await self._call(self._near(digest).classify, tenant, digest, images, weight)
@@ -38,7 +46,13 @@ class ServeWorkers:
             logger.info("adapter %s was not prefetched: %s", digest[:12], error)
 
     async def limits(self) -> BankLimits:
-        return await self._call(self._handle.limits, timeout_s=READY_S)
+        """Asked anew each time, since the answer tells of a worker; but not where no worker need be there: what asks
+        whether the hub is ready would keep one up for ever."""
+        if not self._to_zero:
+            return await self._call(self._handle.limits, timeout_s=READY_S)
+        if self._limits is None:
+            self._limits = await self._call(self._handle.limits, timeout_s=COLD_S)
+        return self._limits
 
     def _near(self, digest: str) -> DeploymentHandle:
         """A handle to the worker that has the adapter, if one has."""
@@ -46,6 +60,14 @@ class ServeWorkers:
         return self._handle.options(session_id=digest)
 
     async def _call(self, method, *args, timeout_s: float | None = None):
+        for _ in range(TRIES - 1):
+            try:
+                return await self._once(method, args, timeout_s)
+            except _Lost:  # nothing was changed by half a call, so another worker may do it again
+                await asyncio.sleep(PAUSE_S)
+        return await self._once(method, args, timeout_s)
+
+    async def _once(self, method, args, timeout_s: float | None):
         response = method.remote(*args)
         try:
             return await (asyncio.wait_for(response, timeout_s) if timeout_s else response)
@@ -60,22 +82,23 @@ class ServeWorkers:
             raise
         except BackPressureError as error:
             raise Unavailable("the workers have as many requests waiting as they take; try again") from error
-        except (
-            TimeoutError,
-            DeploymentUnavailableError,
-            ReplicaUnavailableError,
-            ray.exceptions.RayActorError,
-        ) as error:
+        except (ReplicaUnavailableError, ray.exceptions.RayActorError) as error:
+            raise _Lost("the workers that had the request died; try again", retry_after_s=5) from error
+        except (TimeoutError, DeploymentUnavailableError) as error:
             raise Unavailable("no worker answers; one may still be loading its backbone", retry_after_s=5) from error
+
+
+class _Lost(Unavailable):
+    """The worker died while it had the call."""
 
 
 @serve.ingress()
 class Gateway:
     """Puts `make`'s application in front of the workers."""
 
-    def __init__(self, make: Callable[[Workers], FastAPI], worker: DeploymentHandle) -> None:
+    def __init__(self, make: Callable[[Workers], FastAPI], worker: DeploymentHandle, to_zero: bool) -> None:
         self._make = make
-        self._workers = ServeWorkers(worker)
+        self._workers = ServeWorkers(worker, to_zero)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._make(self._workers)

@@ -202,7 +202,8 @@ class Limiter:
                 purse.counts, purse.lot = dict.fromkeys(purse.counts, 0), next(self._lots)
             held = f"{purse.permits}:{purse.in_flight}" if purse.permits else ""
             counts = (f"{name}:{n}" for name, n in purse.pending.items())
-            await self._db.run(_SETTLE, tenant, self._name, held, purse.lot, *counts)
+            # Requests wait for `taking`, too. A lot that arrived after all counts once.
+            await self._db.run(_SETTLE, tenant, self._name, held, purse.lot, *counts, within_s=TAKE_S)
             purse.pending = {}
         if idle and not (purse.permits or purse.in_flight or purse.taking.locked() or purse.spent):
             self._purses.pop(tenant, None)
@@ -242,6 +243,7 @@ class Limiter:
                 *wants,
                 purse.permits,
                 purse.in_flight,
+                within_s=TAKE_S,
             )
         except Unavailable:
             return self._fill_alone(purse, limits, requests, images)

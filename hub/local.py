@@ -10,11 +10,13 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import ssl
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions
 from importlib.resources import files
@@ -35,6 +37,7 @@ from .tenants import ADMIN, Tenants
 T = TypeVar("T")
 DISTRIBUTION = "karst-hub"
 LOOPBACK = "127.0.0.1"
+DRAIN_S = 30.0  # longest wait, at a stop, for requests under way
 
 
 class StartError(RuntimeError):
@@ -75,6 +78,7 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
         from . import app  # imports Ray, which reads the environment now
 
         stack.callback(app.stop)
+        stack.callback(drain, run_folder)
         try:
             app.start(settings)
         except (RuntimeError, TimeoutError) as error:  # Serve's own, with a worker's traceback in its text
@@ -140,6 +144,7 @@ def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
     return environment | {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a warning is written when it is given, not 1,000 lines later
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Ray's 5 s are short where every core is busy
@@ -189,6 +194,31 @@ def _check_tls(settings: Settings) -> None:
             context.load_verify_locations(settings.tls_client_ca)
     except (OSError, ssl.SSLError) as error:
         raise StartError(f"HUB_TLS_CERT, HUB_TLS_KEY, HUB_TLS_CLIENT_CA: {error.strerror or error}") from error
+
+
+def drain(run_folder: Path) -> None:
+    """Have this hub's HAProxy take no more connections, and wait until what it took is answered.
+
+    Serve kills it with whatever is under way. Its stock proxy is killed likewise, and takes no such signal.
+    """
+    proc = Path("/proc")
+    numbers = [int(p.name) for p in proc.iterdir() if p.name.isdigit()] if proc.is_dir() else []
+    proxies = [pid for pid in numbers if _is_haproxy(pid, run_folder)]
+    for pid in proxies:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
+    deadline = time.monotonic() + DRAIN_S
+    while any(_is_haproxy(pid, run_folder) for pid in proxies) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _is_haproxy(pid: int, run_folder: Path) -> bool:
+    """Whether a process is HAProxy with a configuration below this folder; False where there is no /proc."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return command[0].endswith(b"/haproxy") and any(part.startswith(os.fsencode(run_folder)) for part in command)
 
 
 def check_import_names() -> None:

@@ -20,10 +20,11 @@ from adapters import Adapter
 
 from .audit import Actor
 from .errors import FieldProblem, InvalidAdapter, InvalidRequest, TooLarge, Unavailable
-from .registry import Registry, Task
+from .registry import Registry
 from .schemas import LATEST, Name, Sharing, TenantInfo, TenantLimits, VersionInfo, VersionNumber, Weight
 from .scripts import KEPT_TARGETS
 from .store import FILE, OffLoop, Store
+from .tasks import Task
 
 FORMAT = "karst-tenant/1"
 MANIFEST = "tenant.json"

@@ -19,7 +19,7 @@ from .cache import RegistryCache
 from .errors import FieldProblem, InvalidAdapter, InvalidImage
 from .images import Images
 from .limits import Limiter
-from .registry import Registry, Task, task_not_found
+from .registry import Registry
 from .schemas import (
     Classified,
     Input,
@@ -29,6 +29,7 @@ from .schemas import (
     TaskSummary,
     VersionInfo,
 )
+from .tasks import Task, task_not_found
 from .turns import Turns
 
 T = TypeVar("T")

@@ -27,8 +27,12 @@ class Settings(BaseSettings):
     pinned: tuple[str, ...] = Field((), description="`tenant/task` or `tenant/task@alias` that always keep a slot")
     batch_size: int = Field(32, ge=1, description="most images in a pass; a worker takes fewer if that is as fast")
     batch_wait_ms: float = Field(2.0, ge=0, description="longest wait of a pass for more images")
-    min_workers: int = Field(1, ge=1, description="workers that are always there")
+    min_workers: int = Field(1, ge=0, description="workers that are always there; 0: the first request starts one")
     max_workers: int = Field(1, ge=1, description="workers under load")
+    min_gateways: int = Field(1, ge=1, description="gateways that are always there")
+    max_gateways: int = Field(1, ge=1, description="gateways under load")
+    scale_up_s: float = Field(10.0, ge=1, description="how long there must be too few of them before more start")
+    scale_down_s: float = Field(300.0, ge=1, description="how long there must be too many of them before some stop")
     redis_url: str | None = Field(None, description="registry; unset: an embedded redis-server under HUB_HOME")
     store_url: str | None = Field(None, description="adapter files, any fsspec URL; unset: a folder under HUB_HOME")
     home: Path = Field(Path.home() / ".karst-hub", description="what this machine keeps: registry, store, logs")
@@ -80,9 +84,11 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _workers_in_order(self) -> "Settings":
-        if self.min_workers > self.max_workers:
-            raise ValueError(f"min_workers ({self.min_workers}) is above max_workers ({self.max_workers})")
+    def _in_order(self) -> "Settings":
+        for kind in ("workers", "gateways"):
+            least, most = getattr(self, f"min_{kind}"), getattr(self, f"max_{kind}")
+            if least > most:
+                raise ValueError(f"min_{kind} ({least}) is above max_{kind} ({most})")
         return self
 
     @property

@@ -119,7 +119,7 @@ class Tiers:
         self._released = asyncio.Event()
         self._writing = 0  # slots promised to loads that have not finished
         self._draining = 0  # slots of adapters that take no more leases
-        self._reserving = 0  # loads that wait for a slot
+        self.reserving = 0  # loads that wait for a slot
         self.counts = Counts()
 
     @property
@@ -262,7 +262,7 @@ class Tiers:
 
         Where all are in use, and would stay so while requests for them come, the least recently used one drains.
         """
-        self._reserving += 1
+        self.reserving += 1
         try:
             while len(self._residents) + self._draining + self._writing >= self._bank.slots:
                 unpinned = [r for r in self._residents.values() if r.digest not in self._pinned]
@@ -271,7 +271,7 @@ class Tiers:
                     del self._residents[idle.digest]
                     self._evict(idle)
                     continue
-                if unpinned and self._draining < self._reserving:
+                if unpinned and self._draining < self.reserving:
                     unpinned[0].draining = True
                     del self._residents[unpinned[0].digest]
                     self._draining += 1
@@ -279,7 +279,7 @@ class Tiers:
                 await self._released.wait()
             self._writing += 1
         finally:
-            self._reserving -= 1
+            self.reserving -= 1
 
     def _evict(self, resident: Resident) -> None:
         self._bank.evict(resident.slot)
@@ -295,6 +295,7 @@ class Tiers:
         before = self._failures.get(digest)
         pause_s = FIRST_PAUSE_S if before is None else min(2 * before.pause_s, LONGEST_PAUSE_S)
         self._failures[digest] = _Failure(error, pause_s, now + pause_s)
+        logger.error("adapter %s could not be loaded, nor is it tried for %g s: %s", digest, pause_s, error)
 
     def _read(self, digest: str) -> _Host:
         """Store -> host memory, in a thread.

@@ -17,6 +17,7 @@ from adapters.data import normalise
 from .answers import Answer, Pass
 from .batcher import Batcher
 from .errors import HubError
+from .owners import PREFIX
 from .settings import Settings
 from .store import Store
 from .telemetry import WorkerMetrics
@@ -60,7 +61,7 @@ class Worker:
         self._passes = ThreadPoolExecutor(1, "pass")
         self._bank = self._passes.submit(self._load, settings).result()
         self._image_ms = self._passes.submit(self._time_pass, 1, 1).result()
-        batch_size = self._passes.submit(self._quick_batch, settings.batch_size).result()
+        self._batch_size = self._passes.submit(self._quick_batch, settings.batch_size).result()
         self._name = f"{os.uname().nodename}/{os.getpid()}"
         reads, puts = (
             ThreadPoolExecutor(threads, name, initializer=torch.set_num_threads, initargs=(1,))
@@ -73,7 +74,7 @@ class Worker:
         self._ahead = ThreadPoolExecutor(1, "ahead") if self._bank.backbone.device.type == "cuda" else None
         self._batcher: Batcher[Item, Answer] = Batcher(
             self._run,
-            batch_size=batch_size,
+            batch_size=self._batch_size,
             wait_s=settings.batch_wait_ms / 1000,
             tenant_queue=TENANT_QUEUE,
             in_flight=2 if self._ahead else 1,
@@ -81,7 +82,7 @@ class Worker:
         self._metrics = WorkerMetrics(self._tiers)
         self._warmth = warmth
         self._used: set[str] = set()
-        self._images = 0  # under way here
+        self._images = 0  # queued or computed here
         self._keeping_warm: asyncio.Task[None] | None = None
         puts.submit(self._preload).result()
 
@@ -154,11 +155,15 @@ class Worker:
 
     def record_routing_stats(self) -> dict[str, list[str]]:
         """Ray Serve asks for this, for the routers: which adapters are in slots here."""
-        return {"digests": self._tiers.resident_digests()[-TOLD:]}
+        return {"digests": [digest[:PREFIX] for digest in self._tiers.resident_digests()[-TOLD:]]}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Ray Serve asks for this, for the autoscaler: images that are parked, queued or computed here."""
-        return {"images": float(self._images)}
+        """Ray Serve asks for this, for the autoscaler: images queued and computed here, and of the largest pass.
+
+        A cold adapter that waits for its file is left out: another worker would wait for that just as long. One that
+        waits for a slot counts as an image.
+        """
+        return {"images": float(self._images + self._tiers.reserving), "batch": float(self._batch_size)}
 
     async def classify(
         self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float = 1.0
@@ -178,16 +183,16 @@ class Worker:
         """
         self._stay_warm()
         began = time.perf_counter()
-        self._images += len(images)
-        try:
-            async with self._tiers.lease(digest, tenant) as adapter:
-                self._used.add(digest)
-                since = time.perf_counter()
-                load_ms = (since - began) * 1000
-                items = [Item(pixels, adapter, load_ms, since) for pixels in images]
+        async with self._tiers.lease(digest, tenant) as adapter:
+            self._used.add(digest)
+            since = time.perf_counter()
+            load_ms = (since - began) * 1000
+            items = [Item(pixels, adapter, load_ms, since) for pixels in images]
+            self._images += len(images)
+            try:
                 return await self._batcher.submit(tenant, items, weight)
-        finally:
-            self._images -= len(images)
+            finally:
+                self._images -= len(images)
 
     async def _run(self, items: list[Item]) -> list[Answer]:
         """One forward pass."""

@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from hub.registry import Task
 from hub.service import _choose
+from hub.tasks import Task
 from tests.hub.conftest import OCTETS
 from tests.hub.test_registry import version
 from tests.support import png

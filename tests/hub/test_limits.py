@@ -1,10 +1,13 @@
 """A tenant's rates and images in flight, over several gateways, against a real Redis."""
 
 import asyncio
+import os
+import signal
 import time
 from contextlib import AsyncExitStack
 
 import pytest
+import redis
 
 from hub.audit import OPERATOR
 from hub.cache import RegistryCache
@@ -59,6 +62,39 @@ def test_a_rate_holds_over_all_gateways(empty_redis, limits, images) -> None:
         assert went >= 40 * (1 + taken) * 0.8
 
     limited(empty_redis, use, **limits)
+
+
+def test_a_redis_that_hangs_holds_up_no_request(tmp_path) -> None:
+    """Neither where a call takes tokens from it, nor where counts are written down meanwhile."""
+
+    async def use(gateway, *_others):
+        beside = [asyncio.create_task(gateway.cache.follow()), asyncio.create_task(gateway.limiter.run())]
+        try:
+            for again in range(4):
+                until = (
+                    time.monotonic() + 0.5 + 0.13 * again
+                )  # at another moment of the half second between two writings
+                while time.monotonic() < until:
+                    assert await gateway.spend()
+                    await asyncio.sleep(0.02)
+                os.kill(server, signal.SIGSTOP)
+                slowest, until = 0.0, time.monotonic() + 1.5
+                while time.monotonic() < until:
+                    began = time.monotonic()
+                    assert await gateway.spend()
+                    slowest = max(slowest, time.monotonic() - began)
+                    await asyncio.sleep(0.01)
+                os.kill(server, signal.SIGCONT)
+                assert slowest < 3  # a call to a Redis that hangs takes 5 s
+        finally:
+            os.kill(server, signal.SIGCONT)
+            for task in beside:
+                task.cancel()
+
+    with embedded_redis(tmp_path) as url:
+        with redis.Redis.from_url(url) as client:
+            server = client.info("server")["process_id"]
+        limited(url, use, requests_per_second=400, images_per_second=400)
 
 
 def test_images_in_flight_hold_over_all_gateways(empty_redis) -> None:

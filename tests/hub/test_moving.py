@@ -17,9 +17,10 @@ from hub.audit import OPERATOR
 from hub.database import Database
 from hub.errors import Conflict, HubError, InvalidAdapter, InvalidRequest, LimitReached, TooLarge, Unavailable
 from hub.moving import export_tenant, facts, import_tenant
-from hub.registry import Registry, Task
+from hub.registry import Registry
 from hub.schemas import LimitsChange, Sharing, TenantInfo, VersionInfo
 from hub.store import Store
+from hub.tasks import Task
 from hub.tenants import Tenants
 from hub.tiers import invalid_adapter
 from tests.hub.conftest import OCTETS, running

@@ -20,6 +20,8 @@ def test_settings_come_from_hub_variables(monkeypatch) -> None:
 def test_settings_are_frozen_and_checked() -> None:
     with pytest.raises(ValidationError, match=r"min_workers \(3\) is above max_workers \(2\)"):
         Settings(min_workers=3, max_workers=2)
+    with pytest.raises(ValidationError, match=r"min_gateways \(2\) is above max_gateways \(1\)"):
+        Settings(min_gateways=2)
     with pytest.raises(ValidationError):
         Settings().slots = 1
 

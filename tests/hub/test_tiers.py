@@ -292,7 +292,7 @@ def test_adapters_that_are_always_in_use_do_not_keep_a_cold_one_out(backbone, st
         done.set()
         await asyncio.gather(*crowd)
         assert bank.free + tiers.resident == 2
-        assert tiers._draining == tiers._reserving == tiers._writing == 0
+        assert tiers._draining == tiers.reserving == tiers._writing == 0
         assert all(resident.leases == 0 for resident in tiers._residents.values())
 
     run(backbone, store, use, wait_s=30, host_cache_bytes=10**8)

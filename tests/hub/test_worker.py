@@ -79,13 +79,15 @@ def test_the_slot_of_a_caller_that_goes_away_stays_until_its_pass_is_over(worker
 
 def test_a_worker_tells_what_it_holds_and_what_is_under_way(worker, adapters) -> None:
     async def use():
-        assert worker.record_autoscaling_stats() == {"images": 0.0}
+        await worker.classify("t", adapters[0].digest, images(1))
+        idle = worker.record_autoscaling_stats()
+        assert idle == {"images": 0.0, "batch": 32.0}
         running = asyncio.create_task(worker.classify("t", adapters[0].digest, images(3)))
         await asyncio.sleep(0)
-        assert worker.record_autoscaling_stats() == {"images": 3.0}
+        assert worker.record_autoscaling_stats() == idle | {"images": 3.0}
         await running
-        assert worker.record_autoscaling_stats() == {"images": 0.0}
-        assert adapters[0].digest in worker.record_routing_stats()["digests"]
+        assert worker.record_autoscaling_stats() == idle
+        assert adapters[0].digest[:16] in worker.record_routing_stats()["digests"]
 
     asyncio.run(use())
 

@@ -115,6 +115,9 @@ def test_tenants_never_meet_and_revoked_keys_end(served, backbone) -> None:
         for client in owners.values():
             client.close()
     assert load.wrong == []
-    assert load.seen["refused key"] == change
+    assert 0 < load.seen["refused key"] <= change  # a caller may have been at the end of its time
+    for key in load.ended:
+        with Client(served.url, key, retry_s=0) as client, pytest.raises(Unauthenticated):
+            client.tasks()
     assert min(load.seen[name] for name in (*TENANTS, "NotFound", "LimitReached")) > 0, load.seen
     assert threading.active_count() < 40
