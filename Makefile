@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test soak fuzz serve lint bench clean
+.PHONY: demo test faults soak fuzz serve lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/karst-hub demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+faults: $(INSTALLED)
+	$(BIN)/python -m pytest -m long
 
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak

@@ -7,8 +7,9 @@ worker that comes or goes changes the owners of the adapters that it owns, and o
 Ownership alone makes hot spots: the busiest of 10,000 tasks has a tenth of all calls. So an owner has room only while
 it has fewer calls than `BOUND` times the mean (consistent hashing with bounded loads: Mirrokni, Thorup and
 Zadimoghaddam, 2018). Where no owner has room, the least busy worker of all takes the call, and the adapter becomes warm
-there too. `SHORT` calls are never too many: where queues are short, spreading them would gain nothing and cost warmth.
-`benchmarks/routing.py` measures all this against Serve's own routers.
+there too. `SHORT` calls are never too many, nor is a batch, which a worker computes in one pass: spreading them would
+gain nothing and cost warmth. `benchmarks/routing.py` and `benchmarks/cluster_sim.py` measure all this against Serve's
+own routers. A call of many images counts as one: Serve knows the lengths of queues in calls.
 """
 
 import hashlib
@@ -54,26 +55,29 @@ class Owners(Generic[Worker]):
         return found
 
 
-def room(total: int, workers: int) -> int:
+def room(total: int, workers: int, batch: int = 1) -> int:
     """How many calls a worker may have, its next one included, while all workers together have `total`."""
-    return max(SHORT, math.ceil(BOUND * (total + 1) / workers))
+    return max(SHORT, batch, math.ceil(BOUND * (total + 1) / workers))
 
 
-def ranked(owners: Sequence[Worker], loads: Mapping[Worker, int], resident: Collection[Worker] = ()) -> list[Worker]:
+def ranked(
+    owners: Sequence[Worker], loads: Mapping[Worker, int], resident: Collection[Worker] = (), batch: int = 1
+) -> list[Worker]:
     """Whom to ask for a call, best first.
 
-    First the owners with room: those that hold the adapter, then those that would have to load it; the shorter queue
-    first, and of equal ones the first owner. Then the least busy worker of all, and last the owners without room, in
-    case that all before refuse.
+    First the owners with room: those that hold the adapter, the shorter queue first; then those that would have to
+    load it, the first owner first unless the other has fewer passes to do, so that there are not soon two copies of
+    each. Then the least busy worker of all, and last the owners without room, in case that all before refuse.
 
     Args:
         owners: of the call's adapter.
         loads: calls at each worker; all workers, and at least one.
         resident: workers that are known to hold the adapter.
+        batch: images that a worker takes in a pass.
     """
-    most = room(sum(loads.values()), len(loads))
+    most = room(sum(loads.values()), len(loads), batch)
     free = [owner for owner in owners if loads[owner] < most]
-    free.sort(key=lambda owner: (owner not in resident, loads[owner]))  # stable
+    free.sort(key=lambda owner: (0, loads[owner]) if owner in resident else (1, loads[owner] // batch))  # stable
     least = min(loads, key=lambda worker: (loads[worker], worker not in resident))
     return list(dict.fromkeys([*free, least, *owners]))
 

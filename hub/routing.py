@@ -20,6 +20,7 @@ class OwnersRouter(RequestRouter):
     def initialize_state(self, **_kwargs: object) -> None:
         self._owners: Owners[ReplicaID] = Owners({})
         self._resident: dict[ReplicaID, frozenset[str]] = {}
+        self._batch = 1
         # By the identity of their metadata: Serve's own index is by `internal_request_id`, which all calls of one HTTP
         # request share, so that it would forget all but one of those that wait at the same time.
         self._pending: WeakValueDictionary[int, PendingRequest] = WeakValueDictionary()
@@ -30,6 +31,7 @@ class OwnersRouter(RequestRouter):
         if self._owners.workers != {r.replica_id for r in replicas}:
             self._owners = Owners({r.replica_id: r.replica_id.unique_id for r in replicas})
         self._resident = {r.replica_id: frozenset(r.routing_stats.get("digests", ())) for r in replicas}
+        self._batch = int(min((r.routing_stats["batch"] for r in replicas if "batch" in r.routing_stats), default=1))
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -49,7 +51,7 @@ class OwnersRouter(RequestRouter):
         # Unknown: this gateway sent nothing there for ten seconds. Serve asks the worker itself before it sends.
         loads = {name: self.replica_queue_len_cache.get(name) or 0 for name in seen}
         resident = {name for name in seen if digest[:PREFIX] in self._resident.get(name, ())}
-        best = ranked(owners, loads, resident)
+        best = ranked(owners, loads, resident, self._batch)
         return [*([replicas[name]] for name in best), [replicas[name] for name in seen if name not in best]]
 
     def _get_pending_request_matching_internal_request_id(

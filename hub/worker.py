@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,9 +154,10 @@ class Worker:
         """Bring an adapter here that will be asked for soon. Errors are left for whoever asks."""
         await self._tiers.prefetch(digest)
 
-    def record_routing_stats(self) -> dict[str, list[str]]:
-        """Ray Serve asks for this, for the routers: which adapters are in slots here."""
-        return {"digests": [digest[:PREFIX] for digest in self._tiers.resident_digests()[-TOLD:]]}
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Ray Serve asks for this, for the routers: which adapters are in slots here, and images of the largest pass."""
+        digests = [digest[:PREFIX] for digest in self._tiers.resident_digests()[-TOLD:]]
+        return {"digests": digests, "batch": self._batch_size}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Ray Serve asks for this, for the autoscaler: images queued and computed here, and of the largest pass.

@@ -82,6 +82,15 @@ def test_of_equal_owners_the_first_is_taken_and_the_shorter_queue_of_unequal_one
     assert ranked(("a", "b"), {"a": 1, "b": 0, "c": 0}, {"a"})[0] == "a"
 
 
+def test_less_than_a_batch_is_not_too_much_and_cold_adapters_keep_to_their_first_owner() -> None:
+    loads = {"a": 31, "b": 0, "c": 0}
+    assert ranked(("a", "b"), loads, (), 32)[0] == "a"
+    assert ranked(("a", "b"), loads, {"a"}, 32)[0] == "a"
+    assert ranked(("a", "b"), loads, {"a", "b"}, 32)[0] == "b"
+    assert ranked(("a", "b"), loads, {"a"}, 16)[0] == "b"
+    assert ranked(("a", "b"), loads | {"a": 32}, {"a"}, 32)[0] == "b"
+
+
 @given(st.integers(1, 12), st.lists(st.integers(0, 3), min_size=1, max_size=300))
 def test_no_load_passes_the_bound_whatever_comes_and_nothing_leaves(count, picks) -> None:
     """Three hot adapters and one more; every call stays."""
@@ -112,7 +121,8 @@ def router():
 def replica(name: str, *digests: str) -> SimpleNamespace:
     from ray.serve._private.common import DeploymentID, ReplicaID
 
-    return SimpleNamespace(replica_id=ReplicaID(name, DeploymentID("worker")), routing_stats={"digests": digests})
+    stats = {"digests": digests, "batch": 1} if digests else {}
+    return SimpleNamespace(replica_id=ReplicaID(name, DeploymentID("worker")), routing_stats=stats)
 
 
 def call(digest: str = "") -> SimpleNamespace:
