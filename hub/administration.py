@@ -9,7 +9,8 @@ from .collect import collect
 from .database import Database
 from .moving import Export, export_tenant, import_tenant
 from .registry import Registry
-from .schemas import AuditPage, Collected, LimitsChange, TaskList, TenantInfo
+from .schemas import AuditPage, Collected, HubStatus, LimitsChange, TaskList, TenantInfo
+from .status import Board
 from .store import OffLoop, Store
 from .tenants import Tenants
 
@@ -50,6 +51,10 @@ class Administration:
     async def revoke(self, by: Actor, tenant: str, id: str) -> None:
         await self.tenants.revoke(by, tenant, id)
         self._cache.forget_key(id)
+
+    async def status(self) -> HubStatus:
+        """What workers and tenants do at this moment."""
+        return await Board(self._db).read(self.tenants)
 
     async def audit(self, tenant: str | None, after: str, count: int, *, admins: bool = False) -> AuditPage:
         """Changes in a tenant, or in the whole hub (None), all or only those of admins.

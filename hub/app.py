@@ -90,6 +90,7 @@ def start(settings: Settings) -> None:
         logging_level=logging.ERROR,
         object_store_memory=OBJECT_STORE_BYTES,
         _node_ip_address="127.0.0.1",
+        _metrics_export_port=settings.metrics_port,
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # HAProxy listens where it is told and has the certificate; what stands behind it stays on the loopback interface.

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI
 
+from . import logs, tracing
 from .access import Access
 from .administration import Administration
 from .cache import RegistryCache
@@ -36,15 +37,24 @@ TENANT_WAITING = 448
 
 
 def make_api(
-    settings: Settings, workers: Workers, *, tenant_calls: int = TENANT_CALLS, tenant_waiting: int = TENANT_WAITING
+    settings: Settings,
+    workers: Workers,
+    meter: logs.Meter | None = None,
+    *,
+    tenant_calls: int = TENANT_CALLS,
+    tenant_waiting: int = TENANT_WAITING,
 ) -> FastAPI:
     """One gateway's HTTP application with all its collaborators; `state.cache` is what it remembers.
 
     Args:
         settings: with `redis_url` and `store_url` set.
+        meter: counts requests; None: outside of Ray Serve, which else gives every request its id and returns it.
         tenant_calls: of one tenant that the gateway works on at once.
         tenant_waiting: that wait for that; more are refused.
     """
+    if meter is not None:  # this process is the gateway's own
+        logs.start(settings.log_format, settings.log_level)
+        tracing.start(settings.traces_exporter, settings.otlp_protocol)
     threads = max(4, os.cpu_count() or 1)
     # The store may be slow; images must not wait behind it.
     decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode")
@@ -92,16 +102,19 @@ def make_api(
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        beside = [asyncio.create_task(cache.follow()), asyncio.create_task(limiter.run())]
+        beside = {asyncio.create_task(cache.follow()), asyncio.create_task(limiter.run())}
         yield
-        for task in beside:
-            task.cancel()
-        await asyncio.gather(*beside, return_exceptions=True)
+        while beside:  # again and again: a cancellation that meets a time limit of the Redis client can be lost
+            for task in beside:
+                task.cancel()
+            _, beside = await asyncio.wait(beside, timeout=1)
         with suppress(Unavailable):
             await limiter.settle()
         await database.close()
         decoders.shutdown(wait=False)
         executor.shutdown(wait=False)
+        if meter is not None:
+            tracing.stop()
 
     api = create_api(
         service,
@@ -122,4 +135,5 @@ def make_api(
         tls=settings.tls_cert is not None,
     )
     api.state.cache = cache
+    logs.watch(api, meter, id_is_returned=meter is not None)
     return api

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from . import logs
 from .errors import HubError, LimitReached, RequestTimeout, Unavailable
 
 IDLE_S = 10.0  # between two chunks
@@ -203,6 +204,7 @@ class _Body:
 
 def refusal(error: HubError) -> Response:
     """The connection ends with it: the rest of the body would have to be read before another request."""
+    logs.note_error(error.code)
     headers = {"connection": "close"}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)

@@ -22,6 +22,7 @@ from .schemas import (
     AuditPage,
     Classified,
     Collected,
+    HubStatus,
     KeyList,
     LimitsChange,
     NewKey,
@@ -295,6 +296,11 @@ def import_tenant(tenant: str, file: AnyPath) -> Call[TaskList]:
     """Make all tasks of a tar file that `export_tenant` wrote, or none, in a tenant that is there already."""
     path = _path("tenants", tenant, "import")
     return Call("POST", path, _model(TaskList), headers=TAR, upload=Path(file), repeatable=False)
+
+
+def status() -> Call[HubStatus]:
+    """What the hub does at this moment: workers, busy tasks, active tenants."""
+    return Call("GET", "/v1/status", _model(HubStatus))
 
 
 def gc(older_than_s: int = 3600) -> Call[Collected]:

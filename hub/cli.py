@@ -121,6 +121,23 @@ def tasks(key: Key, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def top(
+    key: cli_tenants.AdminKey,
+    interval_s: Annotated[float, typer.Option(min=0.2, help="seconds between two looks")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="print once, and end")] = False,
+    url: Url = DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Watch workers, tasks and tenants live, until Ctrl-C; for admins. `--json` prints one look."""
+    from . import top as screen
+
+    with Client(url, key) as client:
+        if as_json:
+            return show(client.status(), True)
+        screen.run(client.status, out, interval_s=interval_s, once=once)
+
+
+@app.command()
 def gc(
     key: cli_tenants.AdminKey,
     older_than_s: Annotated[int, typer.Option(min=0, help="only files that nobody put for so many seconds")] = 3600,

@@ -79,6 +79,7 @@ class Client(Base):
     revoke_admin_key = _one(calls.revoke_admin_key)
     export_tenant = _one(calls.export_tenant)
     import_tenant = _one(calls.import_tenant)
+    status = _one(calls.status)
     gc = _one(calls.gc)
 
     def __enter__(self) -> "Client":

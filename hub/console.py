@@ -27,7 +27,8 @@ def settings(**fixed: Any) -> Settings:
         if first["loc"]:
             name = str(first["loc"][0])
             value = "" if name == "sources" else f"={first['input']!r}"  # a prefix may hold a password
-            usage(f"HUB_{name.upper()}{value}: {first['msg']}")
+            variable = name if name.isupper() else f"HUB_{name.upper()}"
+            usage(f"{variable}{value}: {first['msg']}")
         usage(f"settings: {first['msg']}")
 
 

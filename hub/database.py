@@ -13,6 +13,9 @@ All keys stand under `karst:`; `{tenant}` and `{task}` are names, which hold no 
     events                      stream  tenant, kind (task, key, tenant), name of each change
     audit                       stream  tenant, JSON of each change
     audit:admins                stream  the same of admins' changes alone, which no tenant can push out
+    workers                     hash    worker -> JSON of how it is, see `status`
+    workers:at                  zset    worker -> when it wrote that, in seconds since 1970
+    active                      zset    tenant -> when it did something, in the last hour, in seconds since 1970
     busy                        zset    digests that a worker used of late -> when, in seconds since 1970
     t:{tenant}:tasks            set     names of the tasks
     t:{tenant}:numbers          hash    task -> its last version number; outlives the task, so none is given twice

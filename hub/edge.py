@@ -49,7 +49,7 @@ PAGE = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-CORS_REQUEST_HEADERS = ("authorization", "x-canary-key", "inference-header-content-length")
+CORS_REQUEST_HEADERS = ("authorization", "x-canary-key", "x-request-id", "inference-header-content-length")
 CORS_REPLY_HEADERS = (
     "etag",
     "inference-header-content-length",
@@ -57,6 +57,7 @@ CORS_REPLY_HEADERS = (
     "server-timing",
     "x-batch-images",
     "x-batch-tasks",
+    "x-request-id",
     "x-worker",
 )
 

@@ -13,9 +13,11 @@ from ray.serve.handle import DeploymentHandle
 
 from adapters import BankLimits
 
+from . import logs, tracing
 from .answers import Answer
 from .errors import HubError, Unavailable
 from .service import Workers
+from .telemetry import GatewayMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ class ServeWorkers:
         self._limits: BankLimits | None = None
 
     async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
-        return await self._call(self._near(digest).classify, tenant, digest, images, weight)
+        with tracing.call(len(images)):
+            return await self._call(self._near(digest).classify, tenant, digest, images, weight, logs.origin())
 
     async def prefetch(self, digest: str) -> None:
         try:
@@ -96,9 +99,9 @@ class _Lost(Unavailable):
 class Gateway:
     """Puts `make`'s application in front of the workers."""
 
-    def __init__(self, make: Callable[[Workers], FastAPI], worker: DeploymentHandle, to_zero: bool) -> None:
+    def __init__(self, make: Callable[[Workers, logs.Meter], FastAPI], worker: DeploymentHandle, to_zero: bool) -> None:
         self._make = make
         self._workers = ServeWorkers(worker, to_zero)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return self._make(self._workers)
+        return self._make(self._workers, GatewayMetrics())

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from . import logs
 from .access import Access, Caller
 from .answers import Pass
 from .bodies import belongs_to
@@ -41,6 +42,7 @@ class Doors:
             who = await access.caller(request.headers.get("authorization"), client_address(request))
             belongs_to(request.scope, who.tenant)
             request.state.still = partial(access.still, request.headers["authorization"])
+            logs.note_tenant(who.tenant)
             return who
 
         async def tenant_key(who: Annotated[Caller, Depends(any_key)]) -> Caller:
@@ -132,9 +134,9 @@ def tell(response: Response, passes: Sequence[Pass]) -> None:
     response.headers["x-worker"] = passes[0].worker
     response.headers["x-batch-images"] = str(max(p.images for p in passes))
     response.headers["x-batch-tasks"] = str(max(p.tasks for p in passes))
-    response.headers["server-timing"] = ", ".join(
-        f"{name};dur={max(getattr(p, f'{name}_ms') for p in passes):.2f}" for name in ("load", "queue", "compute")
-    )
+    times_ms = {name: max(getattr(p, f"{name}_ms") for p in passes) for name in ("load", "queue", "compute")}
+    response.headers["server-timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in times_ms.items())
+    logs.note_times(**{name: ms / 1000 for name, ms in times_ms.items()})
 
 
 def translate_errors(api: FastAPI) -> None:
@@ -142,6 +144,7 @@ def translate_errors(api: FastAPI) -> None:
 
     @api.exception_handler(HubError)
     async def hub_error(request: Request, error: HubError) -> Response:
+        logs.note_error(error.code, error.errors[0].field if error.errors else "")
         headers = {}
         if error.retry_after_s is not None:
             headers["retry-after"] = str(error.retry_after_s)

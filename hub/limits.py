@@ -97,6 +97,11 @@ if #ARGV > 4 and tonumber(redis.call('HGET', base .. ':settled', ARGV[2]) or 0) 
     redis.call('HINCRBY', base .. ':counts', name, n)
   end
 end
+if #ARGV > 4 then
+  local now = tonumber(redis.call('TIME')[1])
+  redis.call('ZADD', 'karst:active', now, ARGV[1])
+  redis.call('ZREMRANGEBYSCORE', 'karst:active', '-inf', now - 3600)
+end
 """.replace("LAPSED", str(LAPSED_MS))
 
 

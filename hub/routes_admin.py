@@ -14,6 +14,7 @@ from .schemas import (
     AuditPage,
     Collected,
     GcRequest,
+    HubStatus,
     KeyList,
     KeyRequest,
     NewKey,
@@ -128,6 +129,10 @@ def add_administration(api: FastAPI, administration: Administration, doors: Door
         _who: Admin, after: After = "0", count: Count = 100, of: Annotated[Literal["all", "admins"], Query()] = "all"
     ) -> AuditPage:
         return await administration.audit(None, after, count, admins=of == "admins")
+
+    @api.get("/v1/status")
+    async def get_status(_who: Admin) -> HubStatus:
+        return await administration.status()
 
     @api.post("/v1/gc", openapi_extra=documented({JSON: schema_of(GcRequest)}, required=False))
     async def collect(who: Admin, request: Request) -> Collected:

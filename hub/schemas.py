@@ -300,6 +300,52 @@ class AuditPage(_Wire):
     next: str | None
 
 
+class TaskRate(_Wire):
+    """A task, as the tenant that calls it names it, and what it has at this moment."""
+
+    tenant: str
+    task: str
+    images_per_second: float
+
+
+class WorkerStatus(_Wire):
+    """What a worker does at this moment, and what it did since it started."""
+
+    worker: str
+    uptime_s: float
+    device: str
+    slots: int
+    slots_used: int
+    host_bytes: int
+    host_limit_bytes: int
+    waiting: int  # images
+    images_per_second: float
+    images_per_pass: float
+    adapters_per_pass: float
+    tasks: list[TaskRate]  # the busiest
+    hits: int
+    loads: int
+    load_s: float
+    evictions: int
+    failures: int
+
+
+class TenantStatus(_Wire):
+    """A tenant that did something in the last minute."""
+
+    tenant: str
+    images_in_flight: int
+    counted: Counted
+
+
+class HubStatus(_Wire):
+    """What the hub does at this moment."""
+
+    workers: list[WorkerStatus]
+    tasks: list[TaskRate]  # the busiest over all workers
+    tenants: list[TenantStatus]
+
+
 class GcRequest(_Wire):
     older_than_s: Annotated[int, Field(ge=0, le=10**9, description="age of a file that may go"), NUMBER] = 3600
 

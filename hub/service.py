@@ -13,6 +13,7 @@ import numpy as np
 
 from adapters import BankLimits
 
+from . import logs, tracing
 from .access import Caller
 from .answers import Answer, Pass
 from .cache import RegistryCache
@@ -93,9 +94,11 @@ class Service:
             Unavailable: no worker, or the adapter cannot be loaded for now.
         """
         chosen = _choose(await self._visible(who, name), version, canary)
+        logs.note_task(name, chosen.version, chosen.digest)
         async with self._limiter.images(who.tenant, len(images)) as weight, self._turns.turn(who.tenant, len(images)):
-            pixels = await self._images.pixels(who.tenant, [(field, x, chosen.preprocess) for field, x in images])
-            return chosen, await self._ask(who.tenant, chosen.digest, pixels, weight)
+            with tracing.span("decode", images=len(images)):
+                pixels = await self._images.pixels(who.tenant, [(field, x, chosen.preprocess) for field, x in images])
+            return chosen, await self._ask(who.tenant, name, chosen, pixels, weight)
 
     async def classify(
         self,
@@ -127,11 +130,13 @@ class Service:
         for i, c in enumerate(chosen):
             members[c.digest].append(i)
         async with self._limiter.images(who.tenant, len(inputs)) as weight, self._turns.turn(who.tenant, len(inputs)):
-            pixels = await self._images.pixels(
-                who.tenant, [(field, data, c.preprocess) for (field, data), c in zip(encoded, chosen, strict=True)]
-            )
+            with tracing.span("decode", images=len(inputs)):
+                pixels = await self._images.pixels(
+                    who.tenant, [(field, data, c.preprocess) for (field, data), c in zip(encoded, chosen, strict=True)]
+                )
             groups = await together(
-                self._ask(who.tenant, digest, [pixels[i] for i in at], weight) for digest, at in members.items()
+                self._ask(who.tenant, inputs[at[0]].task, chosen[at[0]], [pixels[i] for i in at], weight)
+                for at in members.values()
             )
         answers = dict(zip(chain(*members.values()), chain(*groups), strict=True))
         results = [
@@ -206,13 +211,17 @@ class Service:
         if not (await self._registry.sharing(*who.place(name))).allows(who.tenant):
             raise task_not_found(name)
 
-    async def _ask(self, tenant: str, digest: str, pixels: Sequence[np.ndarray], weight: float) -> list[Answer]:
+    async def _ask(
+        self, tenant: str, task: str, chosen: VersionInfo, pixels: Sequence[np.ndarray], weight: float
+    ) -> list[Answer]:
+        logs.note_task(task, chosen.version, chosen.digest)
         size = max(1, CHUNK_BYTES // max(p.nbytes for p in pixels))
         chunks = [pixels[i : i + size] for i in range(0, len(pixels), size)]
-        answers = await together(self._workers.classify(tenant, digest, chunk, weight) for chunk in chunks)
+        answers = await together(self._workers.classify(tenant, chosen.digest, chunk, weight) for chunk in chunks)
         for answer in chain(*answers):
             if not np.isfinite(answer.probabilities).all():
                 raise InvalidAdapter("the adapter's numbers overflow on this image; train it anew and register that")
+        logs.note_answers(task, len(pixels))
         return [*chain(*answers)]
 
 

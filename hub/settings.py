@@ -5,7 +5,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_BACKBONE = "vit_base_patch16_224.augreg_in21k"
@@ -14,7 +14,7 @@ DEFAULT_BACKBONE = "vit_base_patch16_224.augreg_in21k"
 class Settings(BaseSettings):
     """The settings of one hub; frozen. Field `slots` is set by `HUB_SLOTS`, and so on."""
 
-    model_config = SettingsConfigDict(env_prefix="HUB_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="HUB_", frozen=True, extra="forbid", populate_by_name=True)
 
     backbone: str = Field(DEFAULT_BACKBONE, description="timm name, `hf-hub:...`, `local-dir:...`, or `demo`")
     checkpoint: Path | None = Field(None, description="local weights: .safetensors, .pth or Google .npz")
@@ -45,6 +45,22 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = Field(None, description="HTTPS: only clients with a certificate of these (PEM)")
     trusted_proxies: tuple[str, ...] = Field((), description="addresses or networks whose `X-Forwarded-For` is true")
     sources: tuple[str, ...] = Field((), description="prefixes that adapters may be fetched from: `s3://bucket/dir/`")
+    log_format: Literal["json", "text"] = Field("json", description="of gateways' and workers' logs")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug: a line a request")
+    metrics_port: int | None = Field(
+        None, ge=1, le=65535, description="where this machine's metrics are; unset: any free port"
+    )
+    # OpenTelemetry's own names; its other variables are read by its own code.
+    traces_exporter: str = Field(
+        "none",
+        validation_alias="OTEL_TRACES_EXPORTER",
+        description="`otlp`, `console`, or `none`: nothing is traced",
+    )
+    otlp_protocol: Literal["http/protobuf", "grpc"] = Field(
+        "http/protobuf",
+        validation_alias=AliasChoices("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"),
+        description="how `otlp` is sent",
+    )
     max_image_bytes: int = Field(10 * 1024**2, ge=1, description="one encoded image")
     max_image_pixels: int = Field(50_000_000, ge=1, description="one decoded image")
     max_adapter_bytes: int = Field(64 * 1024**2, ge=1, description="one adapter file")

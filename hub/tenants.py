@@ -9,7 +9,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -166,18 +166,28 @@ class Tenants:
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.scard(base + "tasks").get(base + "bytes").hvals(base + "flight").hgetall(base + "counts")
         tasks, stored, flight, counts = await self._db.do(pipeline.execute())
-        now_ms = time.time() * 1000
-        held = [entry.split(":") for entry in flight]
         return Usage(
             tenant=tenant,
             limits=info.limits,
             used=UsedNow(
                 tasks=tasks,
                 stored_bytes=int(stored or 0),
-                images_in_flight=sum(int(used) for _, used, until_ms in held if float(until_ms) > now_ms),
+                images_in_flight=_in_flight(flight),
             ),
-            counted=Counted(**{name: int(counts.get(name, 0)) for name in Counted.model_fields}),
+            counted=_counted(counts),
         )
+
+    async def in_use(self, names: Sequence[str]) -> list[tuple[int, Counted | None]]:
+        """Images in flight and counts of tenants, in one go; None for one that is not there."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for name in names:
+            base = f"karst:t:{name}:"
+            pipeline.hexists("karst:tenants", name).hvals(base + "flight").hgetall(base + "counts")
+        found = await self._db.do(pipeline.execute()) if names else []
+        return [
+            (_in_flight(flight), _counted(counts) if there else None)
+            for there, flight, counts in zip(found[::3], found[1::3], found[2::3], strict=True)
+        ]
 
     async def key(self, key: str) -> KeyRecord | None:
         """What is known of a key; None if nothing is."""
@@ -273,6 +283,16 @@ def tenant_not_found(tenant: str) -> NotFound:
     """The one answer for a tenant that is not there, and for one that is not the caller's."""
     message = f"there is no tenant {tenant!r}"
     return NotFound(message, [FieldProblem("tenant", message)])
+
+
+def _in_flight(held: Sequence[str]) -> int:
+    """Images in flight over all gateways whose permits have not lapsed; `held` as `limits` writes it."""
+    now_ms = time.time() * 1000
+    return sum(int(used) for _, used, until_ms in (entry.split(":") for entry in held) if float(until_ms) > now_ms)
+
+
+def _counted(counts: Mapping[str, str]) -> Counted:
+    return Counted(**{name: int(counts.get(name, 0)) for name in Counted.model_fields})
 
 
 def _held(tenant: str) -> str:

@@ -243,9 +243,12 @@ class Tiers:
             load.resident = self._residents[digest] = Resident(digest, slot, host.mean, host.std, load.waiters)
             self._failures.pop(digest, None)
             self.counts.loads += 1
-            self.counts.load_s += self._clock() - began
+            took_s = self._clock() - began
+            self.counts.load_s += took_s
+            logger.debug("adapter %s loaded in %.1f ms", digest, took_s * 1000)
             return load.resident
         except HubError as error:
+            logger.warning("adapter %s could not be loaded: %s", digest, error)
             self._note_failure(digest, error)
             raise
         except Exception as error:  # a device without memory, ...

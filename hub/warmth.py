@@ -8,6 +8,7 @@ from .database import Database
 from .errors import NotFound
 from .registry import Registry
 from .schemas import LATEST
+from .status import Board
 
 
 class Warmth:
@@ -56,6 +57,15 @@ class Warmth:
         """
         async with self._registry() as registry:
             await registry.note_busy(digests, time.time())
+
+    @asynccontextmanager
+    async def board(self) -> AsyncIterator[Board]:
+        """Where a worker tells how it is, for as long as the context lasts."""
+        database = Database(self._redis_url)
+        try:
+            yield Board(database)
+        finally:
+            await database.close()
 
     @asynccontextmanager
     async def _registry(self) -> AsyncIterator[Registry]:

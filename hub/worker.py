@@ -15,11 +15,14 @@ import torch
 from adapters import Bank, BankLimits, load_backbone
 from adapters.data import normalise
 
+from . import logs, tracing
 from .answers import Answer, Pass
 from .batcher import Batcher
 from .errors import HubError
 from .owners import PREFIX
+from .schemas import WorkerStatus
 from .settings import Settings
+from .status import TELL_S, Tally
 from .store import Store
 from .telemetry import WorkerMetrics
 from .tiers import Resident, Tiers
@@ -45,6 +48,7 @@ class Item:
     adapter: Resident
     load_ms: float
     since: float  # time.perf_counter() when it joined the queue
+    traceparent: str  # of its call; "" where it is not traced
 
 
 class Worker:
@@ -56,6 +60,9 @@ class Worker:
         Args:
             threads: torch's threads for one forward pass.
         """
+        logs.start(settings.log_format, settings.log_level)
+        tracing.start(settings.traces_exporter, settings.otlp_protocol)
+        self._started = time.monotonic()
         self._threads = threads
         # One thread for passes, so that they run one after another; it loads the backbone too, since every thread
         # that runs torch keeps a pool of helpers of its own, and two pools on the same cores slow each other down.
@@ -80,11 +87,19 @@ class Worker:
             tenant_queue=TENANT_QUEUE,
             in_flight=2 if self._ahead else 1,
         )
-        self._metrics = WorkerMetrics(self._tiers)
+        self._metrics = WorkerMetrics(
+            self._tiers,
+            slots=self._bank.slots,
+            host_limit_bytes=settings.host_cache_bytes,
+            waiting=lambda: self._batcher.waiting,
+        )
+        self._host_limit_bytes = settings.host_cache_bytes
+        self._tally = Tally()
         self._warmth = warmth
         self._used: set[str] = set()
         self._images = 0  # queued or computed here
         self._keeping_warm: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
         puts.submit(self._preload).result()
 
     def _load(self, settings: Settings) -> Bank:
@@ -154,8 +169,12 @@ class Worker:
         """Bring an adapter here that will be asked for soon. Errors are left for whoever asks."""
         await self._tiers.prefetch(digest)
 
+    async def check_health(self) -> None:
+        """Ray Serve asks for this every ten seconds, also of a worker that nobody has called yet."""
+        self._stay_warm()
+
     def record_routing_stats(self) -> dict[str, Any]:
-        """Ray Serve asks for this, for the routers: which adapters are in slots here, and images of the largest pass."""
+        """Ray Serve asks for this, for the routers: adapters in slots here, and images of the largest pass."""
         digests = [digest[:PREFIX] for digest in self._tiers.resident_digests()[-TOLD:]]
         return {"digests": digests, "batch": self._batch_size}
 
@@ -168,7 +187,12 @@ class Worker:
         return {"images": float(self._images + self._tiers.reserving), "batch": float(self._batch_size)}
 
     async def classify(
-        self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float = 1.0
+        self,
+        tenant: str,
+        digest: str,
+        images: Sequence[np.ndarray],
+        weight: float = 1.0,
+        origin: logs.Origin = logs.Origin(),  # noqa: B008 (a tuple)
     ) -> list[Answer]:
         """Probabilities of preprocessed images, all for one adapter.
 
@@ -177,6 +201,7 @@ class Worker:
             digest: which adapter.
             images: uint8 arrays (3, H, W).
             weight: the tenant's share beside other tenants.
+            origin: of the call, for log lines, traces and the list of busy tasks.
 
         Raises:
             Unavailable: the adapter's file cannot be had, or it is not in a slot in time.
@@ -185,16 +210,18 @@ class Worker:
         """
         self._stay_warm()
         began = time.perf_counter()
-        async with self._tiers.lease(digest, tenant) as adapter:
-            self._used.add(digest)
-            since = time.perf_counter()
-            load_ms = (since - began) * 1000
-            items = [Item(pixels, adapter, load_ms, since) for pixels in images]
-            self._images += len(images)
-            try:
-                return await self._batcher.submit(tenant, items, weight)
-            finally:
-                self._images -= len(images)
+        with logs.within(origin, tenant, digest):
+            async with self._tiers.lease(digest, tenant) as adapter:
+                self._used.add(digest)
+                self._tally.note_images(tenant, origin.task, len(images))
+                since = time.perf_counter()
+                load_ms = (since - began) * 1000
+                items = [Item(pixels, adapter, load_ms, since, origin.traceparent) for pixels in images]
+                self._images += len(images)
+                try:
+                    return await self._batcher.submit(tenant, items, weight)
+                finally:
+                    self._images -= len(images)
 
     async def _run(self, items: list[Item]) -> list[Answer]:
         """One forward pass."""
@@ -210,6 +237,9 @@ class Worker:
         tasks = len({adapter.digest for adapter in adapters})
         queue_ms = [(began - item.since) * 1000 for item in items]
         self._metrics.note(len(items), tasks, max(queue_ms), compute_ms)
+        self._tally.note_pass(len(items), tasks)
+        calls = {x.traceparent: (x.load_ms, ms) for x, ms in zip(items, queue_ms, strict=True) if x.traceparent}
+        tracing.passed(calls, worker=self._name, images=len(items), tasks=tasks, compute_ms=compute_ms)
         return [
             Answer(row, Pass(self._name, len(items), tasks, item.load_ms, waited_ms, compute_ms))
             for item, row, waited_ms in zip(items, probabilities, queue_ms, strict=True)
@@ -240,6 +270,43 @@ class Worker:
         """Here and not in `__init__`, which Serve may call outside of the loop."""
         if self._keeping_warm is None:
             self._keeping_warm = asyncio.create_task(self._keep_warm())
+            self._telling = asyncio.create_task(self._tell())
+
+    async def _tell(self) -> None:
+        """Tell how this worker is: metrics and the registry; for ever, beside everything else."""
+        async with self._warmth.board() as board:
+            while True:
+                try:
+                    self._metrics.refresh()
+                    await board.tell(self._status())
+                except HubError as error:
+                    logger.debug("how this worker is was not told: %s", error)
+                except Exception:
+                    logger.exception("how this worker is was not told")
+                await asyncio.sleep(TELL_S)
+
+    def _status(self) -> WorkerStatus:
+        images_per_second, images_per_pass, adapters_per_pass, tasks = self._tally.told()
+        counts = self._tiers.counts
+        return WorkerStatus(
+            worker=self._name,
+            uptime_s=time.monotonic() - self._started,
+            device=str(self._bank.backbone.device),
+            slots=self._bank.slots,
+            slots_used=self._tiers.resident,
+            host_bytes=self._tiers.host_bytes,
+            host_limit_bytes=self._host_limit_bytes,
+            waiting=self._batcher.waiting,
+            images_per_second=images_per_second,
+            images_per_pass=images_per_pass,
+            adapters_per_pass=adapters_per_pass,
+            tasks=tasks,
+            hits=counts.hits,
+            loads=counts.loads,
+            load_s=counts.load_s,
+            evictions=counts.evictions,
+            failures=counts.failures,
+        )
 
     async def _keep_warm(self) -> None:
         """Tell what is busy here, and follow the pinned tasks; for ever, beside everything else."""

@@ -276,6 +276,7 @@ def test_a_bad_image_among_many_is_named_by_its_place_among_all(client, adapters
         ),
         (calls.create_admin_key("n"), "POST /v1/admin/keys", {"name": "n"}),
         (calls.revoke_admin_key("i"), "DELETE /v1/admin/keys/i", None),
+        (calls.status(), "GET /v1/status", None),
         (calls.gc(5), "POST /v1/gc", {"older_than_s": 5}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

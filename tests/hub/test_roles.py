@@ -46,6 +46,7 @@ ROUTES = {
     "POST /v1/admin/keys": "admin",
     "DELETE /v1/admin/keys/{id}": "admin",
     "GET /v1/audit": "admin",
+    "GET /v1/status": "admin",
     "POST /v1/gc": "admin",
     "POST /models/{task}": "tenant",
     "GET /v2/health/live": "open",

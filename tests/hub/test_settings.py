@@ -82,6 +82,7 @@ def test_errors_are_one_line(arguments, code, message) -> None:
         "classify",
         "gc",
         "admin-key",
+        "top",
         "tenants",
         "tenants create",
     ],

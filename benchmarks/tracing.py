@@ -1,0 +1,209 @@
+"""What traces, metrics and log lines cost a gateway: processor time a request.
+
+    python -m benchmarks.tracing [--rounds 15] [--requests 200] [--output FILE]
+
+One gateway's whole application classifies one small image a request, in this process, over a real registry; the
+workers are a stand-in that answers at once, so that what is measured is the gateway's own work. Its ways take turns
+in every round: nothing on; metrics (`GatewayMetrics`, recorded outside of Ray's exporter); a debug line a request;
+traces that are on but not sampled; and traces of every request, with the worker's part, ended by an exporter that
+drops them. The last is the price without the network; a batch of spans is sent by a thread of its own. Figures are
+medians over rounds of milliseconds of this process' processor time a request, and of the difference to nothing in the
+same round, with quartiles.
+"""
+
+import argparse
+import asyncio
+import io
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
+from PIL import Image
+
+from adapters import Backbone, BankLimits, KarstConfig, load_backbone
+from hub import logs, tracing
+from hub.access import first_keys
+from hub.answers import Answer, Pass
+from hub.assembly import make_api
+from hub.database import Database
+from hub.embedded import embedded_redis
+from hub.schemas import LimitsChange
+from hub.settings import Settings
+from hub.tenants import Tenants
+
+from .common import machine, markdown_table, random_adapter, spread
+
+OUTPUT = Path(__file__).parent / "results" / "tracing.json"
+WARM_UP_ROUNDS = 2
+NOTHING = "nothing"
+
+
+class Instant:
+    """`service.Workers` that computes nothing, but tells of its passes as a worker does."""
+
+    def __init__(self, limits: BankLimits, classes: int) -> None:
+        self._limits = limits
+        self._row = np.full(classes, 1 / classes, np.float32)
+
+    async def limits(self) -> BankLimits:
+        return self._limits
+
+    async def prefetch(self, digest: str) -> None:
+        pass
+
+    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
+        with tracing.call(len(images)):
+            origin = logs.origin()
+            if origin.traceparent:
+                calls = {origin.traceparent: (0.0, 0.1)}
+                tracing.passed(calls, worker="w", images=len(images), tasks=1, compute_ms=1.0)
+            return [Answer(self._row, Pass("w", len(images), 1, 0.0, 0.1, 1.0)) for _ in images]
+
+
+class Dropped(SpanExporter):
+    def export(self, spans: Sequence[Any]) -> SpanExportResult:
+        return SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        pass
+
+
+class Switch:
+    """`logs.Meter` that can be off."""
+
+    def __init__(self) -> None:
+        from hub.telemetry import GatewayMetrics
+
+        self._meter = GatewayMetrics()
+        self.on = False
+
+    def answered(self, asked: logs.Asked, status: int, seconds: float) -> None:
+        if self.on:
+            self._meter.answered(asked, status, seconds)
+
+
+def main() -> None:
+    """Measure, print a table, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=15, help="how often each way runs")
+    parser.add_argument("--requests", type=int, default=200, help="in a round, a way")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes")
+    options = parser.parse_args()
+
+    rows = asyncio.run(measure(load_backbone("demo"), options.rounds, options.requests))
+    cells = [
+        [row["way"], f"{row['ms']['median']:.3f}", "{median:+.3f} [{q1:+.3f}, {q3:+.3f}]".format(**row["more_ms"])]
+        for row in rows
+    ]
+    print(markdown_table(["way", "ms a request", "more than nothing"], cells))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    print(f"written to {options.output}")
+
+
+async def measure(backbone: Backbone, rounds: int, requests: int) -> list[dict[str, Any]]:
+    """Milliseconds of processor time a request, for each way."""
+    adapter = random_adapter(backbone, KarstConfig(kernels=2))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        url = stack.enter_context(embedded_redis(folder))
+        settings = Settings(backbone="demo", redis_url=url, store_url=str(folder / "store"), home=folder)
+        key = await owner(url)
+        meter = Switch()
+        api = make_api(settings, Instant(_limits(backbone), adapter.num_classes))
+        logs.watch(api, meter)
+        ways = _ways(meter)
+        async with (
+            api.router.lifespan_context(api),
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(api), base_url="http://hub", headers={"authorization": f"Bearer {key}"}
+            ) as http,
+        ):
+            done = await http.post("/v1/tasks/digits/versions", content=adapter.data)
+            assert done.status_code == 201, done.text
+            taken: dict[str, list[float]] = {name: [] for name in ways}
+            for i in range(rounds + WARM_UP_ROUNDS):
+                for name in [*ways][i % len(ways) :] + [*ways][: i % len(ways)]:  # none is always the first
+                    switch = ways[name]
+                    switch(True)
+                    ms = await _round(http, requests)
+                    switch(False)
+                    if i >= WARM_UP_ROUNDS:
+                        taken[name].append(ms)
+    plain = taken[NOTHING]
+    return [
+        {"way": name, "ms": spread(ms), "more_ms": spread([a - b for a, b in zip(ms, plain, strict=True)])}
+        for name, ms in taken.items()
+    ]
+
+
+def _ways(meter: Switch) -> dict[str, Callable[[bool], None]]:
+    unsampled, sampled = TracerProvider(ALWAYS_OFF), TracerProvider(ALWAYS_ON)
+    for provider in (unsampled, sampled):
+        provider.add_span_processor(BatchSpanProcessor(Dropped()))
+    lines = logging.getLogger("hub.requests")
+    handler = logging.StreamHandler(io.StringIO())
+    handler.setFormatter(logs.JsonLines())
+
+    def counted(on: bool) -> None:
+        meter.on = on
+
+    def logged(on: bool) -> None:
+        lines.setLevel(logging.DEBUG if on else logging.NOTSET)
+        (lines.addHandler if on else lines.removeHandler)(handler)
+        handler.setStream(io.StringIO())
+
+    return {
+        NOTHING: lambda _on: None,
+        "metrics": counted,
+        "a line a request": logged,
+        "traces, none sampled": lambda on: tracing.use(unsampled if on else None),
+        "traces, all sampled": lambda on: tracing.use(sampled if on else None),
+    }
+
+
+async def _round(http: httpx.AsyncClient, requests: int) -> float:
+    image = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(image, "PNG")
+    began = time.process_time()
+    for _ in range(requests):
+        answer = await http.post("/v1/tasks/digits/classify", content=image.getvalue())
+        if answer.status_code != 200:
+            sys.exit(answer.text)
+    return (time.process_time() - began) * 1000 / requests
+
+
+async def owner(url: str) -> str:
+    """An owner's key of the new registry's tenant, whose rates no benchmark reaches."""
+    from hub.audit import OPERATOR
+
+    database = Database(url)
+    try:
+        keys = await first_keys(Tenants(database))
+        assert keys.owner is not None
+        rates = LimitsChange(requests_per_second=1e6, images_per_second=1e6)
+        await Tenants(database).change_limits(OPERATOR, "default", rates)
+        return keys.owner
+    finally:
+        await database.close()
+
+
+def _limits(backbone: Backbone) -> BankLimits:
+    from adapters import Bank
+
+    return Bank(backbone, slots=1, max_rank=16, max_kernels=8).limits
+
+
+if __name__ == "__main__":
+    main()
