@@ -230,6 +230,7 @@ def tenants(stage: Stage, callers: int, most_open: int, rounds: int, seconds: fl
         form = httpx.Request("POST", "http://hub", files=files)
         path = "/v1/tasks/task0/classify?top_k=1"
         greedy = stage.classify() if images == 1 else stage.post(path, form.read(), kind=form.headers["content-type"])
+        time.sleep(5 * SETTLE_S)  # what was left of the crowd before has to be over
         takes = rate(closed_loop(stage.hub.address, [greedy], callers, seconds), callers)
         turns: list[dict[str, float]] = []
         modest_statuses: Counter[int] = Counter()

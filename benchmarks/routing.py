@@ -1,0 +1,203 @@
+"""Who should get an adapter's call? Serve's routers and ours under the same Zipf traffic, as a simulation.
+
+    python -m benchmarks.routing                      # 20 s on a core; a table, and JSON with --json
+
+Ours is what runs in production: `hub.owners.ranked` over `hub.owners.Owners`. Serve's consistent hashing is Ray's own
+class, asked for its ranking; Serve's default (the shorter of two random queues) is three lines here.
+
+A worker serves one call after the other, in one unit of time each, and holds its adapters in slots, least recently
+used out; a cold call waits for its load beside the others, loads one after another. Each gateway knows of a worker's
+queue what Serve's does: what the worker said when this gateway last sent there, less its own calls that ended since.
+What is resident is told every `STATS` units. Times are in units of a call's service time.
+"""
+
+import argparse
+import heapq
+import json
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+
+from benchmarks.common import markdown_table
+from hub.owners import Owners, ranked
+
+CALLS, ADAPTERS, SLOTS, GATEWAYS = 30_000, 10_000, 64, 2
+LOAD = 0.5  # to load an adapter, in service times
+STATS = 500.0
+USE = 0.7  # of all workers' time, if the calls were spread evenly
+WORKERS = (1, 2, 4, 8)
+ZIPF = 1.0
+
+Loads = Mapping[str, int]
+Choose = Callable[[str, Loads, Mapping[str, frozenset[str]]], str]
+
+
+@dataclass
+class _Worker:
+    """One worker: until when it is busy, its slots with when each adapter is there, and what it told."""
+
+    free: float
+    loader: float
+    slots: "OrderedDict[str, float]" = field(default_factory=OrderedDict)
+    served: int = 0
+    since: float = 0.0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a router did; times in service times."""
+
+    router: str
+    workers: int
+    churn: bool
+    hits: float  # share of calls that met their adapter in a slot
+    median: float  # from a call's coming to its answer
+    p99: float
+    imbalance: float  # calls of the busiest worker over the mean, by the time that each was there
+
+
+class OursRouter:
+    """`hub.owners`, as `hub.routing` calls it."""
+
+    name = "two owners, bounded load (ours)"
+
+    def change(self, workers: list[str]) -> None:
+        self._owners = Owners({worker: worker for worker in workers})
+
+    def choose(self, digest: str, loads: Loads, resident: Mapping[str, frozenset[str]]) -> str:
+        holders = {worker for worker in loads if digest in resident[worker]}
+        return ranked(self._owners.of(digest), loads, holders)[0]
+
+
+class HashRouter:
+    """Serve's `ConsistentHashRouter`: the first of its ranking; others only where a worker refuses."""
+
+    name = "consistent hashing (Serve)"
+
+    def change(self, workers: list[str]) -> None:
+        self._router = ConsistentHashRouter.__new__(ConsistentHashRouter)
+        self._router._deployment_id = DeploymentID("worker")
+        self._router._num_virtual_nodes, self._router._num_fallback_replicas = 100, 2
+        self._router._rebuild_ring(frozenset(ReplicaID(worker, DeploymentID("worker")) for worker in workers))
+
+    def choose(self, digest: str, loads: Loads, resident: Mapping[str, frozenset[str]]) -> str:
+        return self._router._lookup_ranked_replicas(digest)[0].unique_id
+
+
+class RandomRouter:
+    """Serve's default: the shorter queue of two random workers."""
+
+    name = "two at random (Serve's default)"
+
+    def change(self, workers: list[str]) -> None:
+        self._random = random.Random(0)
+
+    def choose(self, digest: str, loads: Loads, resident: Mapping[str, frozenset[str]]) -> str:
+        two = self._random.sample(list(loads), min(2, len(loads)))
+        return min(two, key=lambda worker: loads[worker])
+
+
+Router = OursRouter | HashRouter | RandomRouter
+
+
+def simulate(router: Router, count: int, *, churn: bool = False, calls: int = CALLS, seed: int = 0) -> Figures:
+    """Poisson traffic, Zipf over adapters; with `churn` a worker goes after a third, and a cold one comes at two."""
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.exponential(1 / (USE * count), calls)).tolist()
+    weights = 1 / np.arange(1, ADAPTERS + 1) ** ZIPF
+    digests = [f"{i:064x}" for i in rng.choice(ADAPTERS, calls, p=weights / weights.sum())]
+    gateways = rng.integers(0, GATEWAYS, calls).tolist()
+    events = [(times[-1] / 3, "go"), (times[-1] * 2 / 3, "come")] if churn and count > 1 else []
+
+    workers = {f"worker {i}": _Worker(0.0, 0.0) for i in range(count)}
+    here = list(workers)
+    queue = dict.fromkeys(workers, 0)
+    known = [dict(queue) for _ in range(GATEWAYS)]  # of each gateway
+    resident: dict[str, frozenset[str]] = dict.fromkeys(workers, frozenset())
+    router.change(here)
+    ends: list[tuple[float, str, int]] = []
+    took, hits, told, left = [], 0, 0.0, {}
+    for now, digest, gateway in zip(times, digests, gateways, strict=True):
+        while ends and ends[0][0] <= now:
+            _, name, of = heapq.heappop(ends)
+            queue[name] -= 1
+            if name in known[of]:
+                known[of][name] = max(0, known[of][name] - 1)
+        while events and now > events[0][0]:
+            if events.pop(0)[1] == "go":
+                name = here.pop()
+                left[name] = now
+                for view in known:
+                    del view[name]
+            else:
+                name = "new worker"
+                here.append(name)
+                workers[name] = _Worker(now, now, since=now)
+                queue[name] = 0
+                resident[name] = frozenset()
+                for view in known:
+                    view[name] = 0
+            router.change(here)
+        if now >= told:
+            resident |= {name: frozenset(workers[name].slots) for name in here}
+            told = now + STATS
+        name = router.choose(digest, known[gateway], resident)
+        worker = workers[name]
+        queue[name] += 1
+        known[gateway][name] = queue[name]
+        worker.served += 1
+        if digest in worker.slots:
+            hits += 1
+            worker.slots.move_to_end(digest)
+        else:
+            worker.loader = worker.slots[digest] = max(now, worker.loader) + LOAD
+            if len(worker.slots) > SLOTS:
+                worker.slots.popitem(last=False)
+        worker.free = max(now, worker.free, worker.slots[digest]) + 1
+        took.append(worker.free - now)
+        heapq.heappush(ends, (worker.free, name, gateway))
+    rates = [w.served / (left.get(name, now) - w.since) for name, w in workers.items()]
+    median, p99 = np.percentile(took, [50, 99])
+    busiest = max(rates) / (sum(w.served for w in workers.values()) / now / count)
+    return Figures(router.name, count, churn, hits / calls, float(median), float(p99), busiest)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="figures as JSON")
+    parser.add_argument("--calls", type=int, default=CALLS)
+    chosen = parser.parse_args()
+    cases = [(count, False) for count in WORKERS] + [(WORKERS[-1], True)]
+    found = [
+        simulate(router(), count, churn=churn, calls=chosen.calls)
+        for count, churn in cases
+        for router in (HashRouter, RandomRouter, OursRouter)
+    ]
+    if chosen.json:
+        print(json.dumps([asdict(figures) for figures in found], indent=1))
+        return
+    print(
+        markdown_table(
+            ("workers", "router", "hits", "median", "p99", "busiest / mean"),
+            [
+                (
+                    f"{f.workers}{', one goes, one comes' if f.churn else ''}",
+                    f.router,
+                    f"{f.hits:.1%}",
+                    f"{f.median:.1f}",
+                    f"{f.p99:.1f}",
+                    f"{f.imbalance:.2f}",
+                )
+                for f in found
+            ],
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
