@@ -1,0 +1,36 @@
+"""A hub on a head and two nodes of Ray, under steady load: it is upgraded, its head is killed, and a whole node."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from adapters import load_backbone
+from tests.system.faults_cluster import Cluster, hub_on_a_cluster, kill_head, kill_node, upgrade
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(500)]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    with hub_on_a_cluster(tmp_path_factory.mktemp("cluster"), load_backbone("demo")) as cluster:
+        yield cluster
+
+
+def test_an_upgrade_fails_nothing(cluster) -> None:
+    report = upgrade(cluster, slots=32, max_rank=12, batch_wait_ms=3.0)
+    assert (report.failed, report.wrong) == ({}, 0), report
+    assert report.notes["workers replaced"] == 2
+
+
+def test_the_head_is_killed(cluster) -> None:
+    report = kill_head(cluster, 10)
+    assert report.wrong == 0, report
+    assert report.notes["answered without a head"] > 0
+
+
+def test_a_node_is_killed(cluster) -> None:
+    report = kill_node(cluster)  # returns when there are as many workers as before
+    assert report.wrong == 0, report
+    assert report.notes["lost"]["worker"] > 0
+    if not report.notes["lost"]["gateway"]:  # else calls that it had are lost with it
+        assert report.failed == {}, report
