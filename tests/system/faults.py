@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import httpx
+import psutil
 import torch
 
 from adapters import Adapter, Backbone
@@ -99,7 +100,7 @@ class Load:
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         key: str,
         tasks: Tasks,
         *,
@@ -110,10 +111,12 @@ class Load:
     ) -> None:
         """
         Args:
+            url: where the hub is; of several each caller keeps to one.
             retry_s: how long a client tries again; 0: every failure counts.
             names: only these tasks.
         """
-        self._url, self._key, self._tasks, self._retry_s, self._timeout_s = url, key, tasks, retry_s, timeout_s
+        self._urls = [url] if isinstance(url, str) else list(url)
+        self._key, self._tasks, self._retry_s, self._timeout_s = key, tasks, retry_s, timeout_s
         self._cases = tasks.cases(names)
         self._callers = callers
         self._calls: list[_Call] = []
@@ -177,7 +180,8 @@ class Load:
             nonlocal worker
             worker = response.headers.get("x-worker", "")
 
-        with Client(self._url, self._key, retry_s=self._retry_s, on_response=note, timeout_s=self._timeout_s) as client:
+        url = self._urls[seed % len(self._urls)]
+        with Client(url, self._key, retry_s=self._retry_s, on_response=note, timeout_s=self._timeout_s) as client:
             while not self._stop.is_set():
                 task, image = rng.choice(self._cases)
                 began, kind, detail, worker = time.monotonic(), "", "", ""
@@ -261,6 +265,15 @@ class StoreServer:
 def replicas(pid: int, deployment: str) -> list[int]:
     """Processes under this one that are replicas of a deployment: `worker` or `gateway`."""
     return [child for child in descendants(pid) if f"ServeReplica:karst-hub:{deployment}" in title(child)]
+
+
+def listening(pid: int) -> set[int]:
+    """TCP ports that a process listens on."""
+    try:
+        sockets = psutil.Process(pid).net_connections("tcp")
+    except psutil.Error:
+        return set()
+    return {s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN}
 
 
 def title(pid: int) -> str:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +38,10 @@ PLENTY = LimitsChange(requests_per_second=10_000, images_per_second=10_000)
 
 @dataclass
 class Node:
-    """`ray start --block` and everything below it."""
+    """`ray start --block` and everything below it; `host` is where its HAProxy listens."""
 
     process: subprocess.Popen[bytes]
+    host: str
 
     def replicas(self, deployment: str) -> list[int]:
         return replicas(self.process.pid, deployment)
@@ -59,28 +60,41 @@ class Node:
 
 @dataclass
 class Cluster:
-    """A head without CPUs for replicas, and nodes with two each. Every node has an HAProxy, all on one port: the kernel
-    shares connections out among them, as a load balancer does in front of several machines. What Ray knows (its GCS) is
-    in a Redis of its own, so that a head can come back."""
+    """A head without CPUs for replicas, and nodes with two each. Every node that has replicas has an HAProxy on an
+    address of its own (127.0.0.2, ...). What Ray knows (its GCS) is in a Redis of its own, for a head that comes back.
+    """
 
     settings: Settings
     environment: dict[str, str]
     folder: Path
+    run_folder: Path
     tasks: Tasks
     key: str
     port: int
     head: Node | None = None
     nodes: list[Node] = field(default_factory=list)
+    started: int = 0
 
-    @property
-    def url(self) -> str:
-        return f"http://{self.settings.host}:{self.settings.port}"
+    def urls(self) -> list[str]:
+        """Of the nodes that have replicas, and so take requests."""
+        takers = [n for n in self.nodes if n.replicas("worker") or n.replicas("gateway")]
+        wait_until(lambda: all(_listens(n.host, self.settings.port) for n in takers), 60, "the nodes' HAProxies")
+        return [f"http://{node.host}:{self.settings.port}" for node in takers]
 
-    def load(self, **options: object) -> Load:
-        return Load(self.url, self.key, self.tasks, **options)  # type: ignore[arg-type]
+    def load(self, urls: Sequence[str] | None = None, **options: object) -> Load:
+        return Load(urls or self.urls(), self.key, self.tasks, **options)  # type: ignore[arg-type]
 
     def start_head(self) -> None:
-        self.head = self._start("--head", "--port", str(self.port), "--num-cpus", "0", "--include-dashboard", "false")
+        temp = self.run_folder / "ray"
+        # On one machine Ray takes the nodes that wait for a new head for a head that runs, if it finds this.
+        (temp / "ray_current_cluster").unlink(missing_ok=True)
+        options = ["--port", str(self.port), "--num-cpus", "0", "--include-dashboard", "false", "--temp-dir", str(temp)]
+        self.head = self._start("--head", *options)
+        try:
+            wait_until(lambda: _listens(LOOPBACK, self.port), 60, "the head")
+        except AssertionError as error:
+            log = (self.folder / f"ray-{self.started}.log").read_text(errors="replace")
+            raise AssertionError(f"the head does not start: {log[-2000:]}") from error
 
     def add_node(self) -> None:
         self.nodes.append(self._start("--address", f"{LOOPBACK}:{self.port}", "--num-cpus", "2"))
@@ -90,18 +104,23 @@ class Cluster:
         self.settings = self.settings.model_copy(update=changes)
         command = [sys.executable, "-m", "tests.system.faults_cluster"]
         command += [f"{LOOPBACK}:{self.port}", self.settings.model_dump_json()]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=150)
         assert done.returncode == 0, done.stderr[-3000:]
 
     def workers(self) -> list[int]:
         return [pid for node in self.nodes for pid in node.replicas("worker")]
 
     def _start(self, *options: str) -> Node:
+        self.started += 1
+        host = f"127.0.0.{self.started}"
+        folder = self.run_folder / str(self.started)
+        folder.mkdir()
+        own = ray_environment(self.settings.model_copy(update={"host": host}), folder)
         command = [str(RAY), "start", "--block", "--disable-usage-stats", "--node-ip-address", LOOPBACK, *options]
         command += ["--object-store-memory", str(128 * 1024**2)]
-        ports = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port()) for name in ("METRICS", "STATS")}
-        with (self.folder / f"ray-{len(self.nodes)}.log").open("ab") as log:
-            return Node(subprocess.Popen(command, env=self.environment | ports, stdout=log, stderr=log))
+        environment = own | self.environment | {name: own[name] for name in own if "HAPROXY" in name}
+        with (self.folder / f"ray-{self.started}.log").open("wb") as log:
+            return Node(subprocess.Popen(command, env=environment, stdout=log, stderr=log), host)
 
 
 @contextmanager
@@ -119,18 +138,18 @@ def hub_on_a_cluster(folder: Path, backbone: Backbone, gateways: int = 2) -> Ite
         environment = os.environ | ray_environment(settings, run_folder)
         environment |= {"RAY_REDIS_ADDRESS": f"{LOOPBACK}:{gcs_port}", "RAY_external_storage_namespace": "karst"}
         keys = asyncio.run(_first_keys(redis_url))
-        cluster = Cluster(settings, environment, folder, Tasks(backbone, TASKS), keys[0], free_port())
+        cluster = Cluster(settings, environment, folder, run_folder, Tasks(backbone, TASKS), keys[0], free_port())
         try:
             gcs.start()
-            wait_until(lambda: _listens(gcs_port), 30, "Ray's Redis")
+            wait_until(lambda: _listens(LOOPBACK, gcs_port), 30, "Ray's Redis")
             cluster.start_head()
-            wait_until(lambda: _listens(cluster.port), 60, "the head")
             cluster.add_node()
             cluster.add_node()
             cluster.deploy()
-            with Client(cluster.url, keys[1], retry_s=30) as admin:
+            url = cluster.urls()[0]
+            with Client(url, keys[1], retry_s=30) as admin:
                 admin.change_limits("default", PLENTY)
-            with Client(cluster.url, keys[0], retry_s=30) as client:
+            with Client(url, keys[0], retry_s=30) as client:
                 cluster.tasks.register(client)
             with cluster.load(retry_s=30) as load:
                 load.wait_for(60)
@@ -144,11 +163,12 @@ def hub_on_a_cluster(folder: Path, backbone: Backbone, gateways: int = 2) -> Ite
 
 
 def kill_node(cluster: Cluster, capacity_s: float = 180) -> Report:
-    """kill -9 of a whole Ray node that has a worker; what callers saw that try again for a while."""
-    with cluster.load(callers=6, retry_s=60) as load:
+    """kill -9 of a whole Ray node that has a worker; what callers of other nodes saw, who try again for a while."""
+    victim = next(node for node in cluster.nodes if node.replicas("worker"))
+    others = [url for url in cluster.urls() if victim.host not in url] or cluster.urls()  # as a load balancer does
+    with cluster.load(others, callers=6, retry_s=60) as load:
         load.wait_for(60)
         before = load.workers()
-        victim = next(node for node in cluster.nodes if node.replicas("worker"))
         lost = {kind: len(victim.replicas(kind)) for kind in ("worker", "gateway")}
         at = time.monotonic()
         victim.kill()
@@ -178,7 +198,6 @@ def kill_head(cluster: Cluster, away_s: float) -> Report:
         during = load.report(at)
         load.wait_for(40)
         cluster.start_head()
-        wait_until(lambda: _listens(cluster.port), 60, "the head")
         load.wait_for(60)
         before = load.workers()
         killed = time.monotonic()
@@ -216,9 +235,9 @@ def upgrade(cluster: Cluster, **changes: object) -> Report:
     return report
 
 
-def _listens(port: int) -> bool:
+def _listens(host: str, port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex((LOOPBACK, port)) == 0
+        return probe.connect_ex((host, port)) == 0
 
 
 async def _first_keys(redis_url: str) -> tuple[str, str]:
