@@ -174,15 +174,16 @@ class _Body:
         self._messages.put_nowait(message)
 
     async def receive(self) -> Message:
-        """The next part of the body; after the last, that the client has gone, as soon as it has."""
+        """The next part of the body; does not return once the client has gone, since the route then ends where it
+        stands: told of it, Starlette raises an error, which counts and is logged as the hub's own."""
         self._wanted.set()
         message = await self._messages.get()
+        if message["type"] == "http.disconnect":
+            await asyncio.Future()
         size = len(message.get("body", b""))
         self._unread, self._read = self._unread - size, self._read + size
         self._count()
         self._taken.set()
-        if message["type"] == "http.disconnect":
-            self._messages.put_nowait(message)  # for whoever asks again
         return message
 
     def belongs_to(self, tenant: str) -> None:

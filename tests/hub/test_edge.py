@@ -340,14 +340,23 @@ def test_nobody_works_for_a_client_that_has_gone(headers) -> None:
             ended.append(True)
         raise AssertionError
 
+    async def reads(request: Request) -> Response:
+        try:
+            return await told(request)
+        except BaseException as error:
+            ended.append(type(error))
+            raise
+
     server = Server(b"abc", headers=headers)
     run(server, bodies(works))
     assert ended == [True]
     assert server.messages == []
-    for steps in ((None,), (b"abc", 0.05, b"more", None)):  # in the middle of its body
-        server = Server(*steps, headers=headers)
-        run(server, bodies(never))
-        assert server.messages == []
+    for steps in ((None,), (b"abc", None), (b"abc", 0.05, b"more", None)):  # in the middle of its body
+        for handler in (never, reads):
+            server = Server(*steps, headers=headers)
+            run(server, bodies(handler))
+            assert server.messages == []
+    assert ended == [True] + 3 * [asyncio.CancelledError]  # not an error that would be logged
 
 
 def test_nothing_is_read_before_the_key_is_checked() -> None:
