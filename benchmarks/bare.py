@@ -88,8 +88,8 @@ def random_adapters(name: str, count: int) -> list[bytes]:
 
 
 def forward_ms(name: str) -> float:
-    """One pass over one image, with as many threads as a worker gives it."""
-    torch.set_num_threads(_small_pass_threads(name))
+    """One pass over one image, with as many threads as are quickest."""
+    torch.set_num_threads(_quickest_threads(name))
     return _pass_ms(_backbone(name), 1)
 
 
@@ -139,13 +139,12 @@ def _backbone(name: str) -> Backbone:
 
 
 @lru_cache
-def _small_pass_threads(name: str) -> int:
-    """The worker's rule."""
-    from hub.worker import SMALL_PASS_MS  # imports Ray, which the hub's own process must not do early
-
-    torch.set_num_threads(1)
-    fastest = min(_pass_ms(_backbone(name), 1) for _ in range(5))
-    return 1 if fastest < SMALL_PASS_MS else os.cpu_count() or 1
+def _quickest_threads(name: str) -> int:
+    taken: dict[int, float] = {}
+    for threads in (1, os.cpu_count() or 1):
+        torch.set_num_threads(threads)
+        taken[threads] = min(_pass_ms(_backbone(name), 1) for _ in range(9))
+    return min(taken, key=taken.__getitem__)
 
 
 @lru_cache

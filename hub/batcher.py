@@ -40,7 +40,7 @@ class Batcher(Generic[Item, Result]):
         self,
         run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
         *,
-        batch_size: int,
+        batch_size: Callable[[], int],
         wait_s: float,
         tenant_queue: int,
         in_flight: int = 1,
@@ -49,7 +49,7 @@ class Batcher(Generic[Item, Result]):
         """
         Args:
             run: computes a batch: one result for each item, in their order.
-            batch_size: most items in a batch.
+            batch_size: most items in the next batch.
             wait_s: how long a batch waits, at most, to become as large as the last one. One that comes to an idle
                 batcher waits for nothing.
             tenant_queue: most items of a tenant that wait.
@@ -153,7 +153,7 @@ class Batcher(Generic[Item, Result]):
         """Seconds until the next batch should start if nothing changes: 0 is now, infinity not before a change."""
         if not self._waiting or len(self._running) >= self._in_flight:
             return float("inf")
-        if self._waiting >= self._batch_size:
+        if self._waiting >= self._batch_size():
             return 0
         if self._running:
             return float("inf")
@@ -164,12 +164,13 @@ class Batcher(Generic[Item, Result]):
     def _take(self) -> list[_Entry]:
         """The next batch, out of the queues."""
         batch: list[_Entry] = []
-        while self._ring and len(batch) < self._batch_size:
+        most = self._batch_size()
+        while self._ring and len(batch) < most:
             name = self._ring[0]
             tenant = self._tenants[name]
             if tenant.deficit < 1:
                 tenant.deficit += tenant.weight
-            while tenant.waiting and tenant.deficit >= 1 and len(batch) < self._batch_size:
+            while tenant.waiting and tenant.deficit >= 1 and len(batch) < most:
                 entry = tenant.waiting.popleft()
                 entry.waiting = False
                 batch.append(entry)

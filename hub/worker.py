@@ -4,10 +4,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from .answers import Answer, Pass
 from .batcher import Batcher
 from .errors import HubError
 from .owners import PREFIX
+from .pace import Pace
 from .schemas import WorkerStatus
 from .settings import Settings
 from .status import TELL_S, Tally
@@ -29,15 +31,14 @@ from .tiers import Resident, Tiers
 from .warmth import Warmth
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 PARKED_S = 15.0
 TENANT_QUEUE = 512  # images of one tenant that wait at one worker; more are refused
 WARMTH_S = 30.0
 TOLD = 1000  # resident adapters that a worker tells the routers of
 READERS = 8  # files read from the store at once
-SMALL_PASS_MS = 20.0
-TIMINGS, TIMING_S = 5, 5.0  # how often, and for how long, a new worker tries sizes of batches
-GAIN = 1.05  # how much faster, an image, a batch must be to be worth its size
+TRIALS, REHEARSAL_S = 4, 5.0  # how often, and for how long, a new worker tries each size of pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +69,9 @@ class Worker:
         # that runs torch keeps a pool of helpers of its own, and two pools on the same cores slow each other down.
         self._passes = ThreadPoolExecutor(1, "pass")
         self._bank = self._passes.submit(self._load, settings).result()
-        self._image_ms = self._passes.submit(self._time_pass, 1, 1).result()
-        self._batch_size = self._passes.submit(self._quick_batch, settings.batch_size).result()
+        on_cpu = self._bank.backbone.device.type == "cpu"
+        self._pace = Pace(settings.batch_size, (1, threads) if on_cpu else (threads,))
+        self._passes.submit(self._rehearse).result()
         self._name = f"{os.uname().nodename}/{os.getpid()}"
         reads, puts = (
             ThreadPoolExecutor(threads, name, initializer=torch.set_num_threads, initargs=(1,))
@@ -82,7 +84,7 @@ class Worker:
         self._ahead = ThreadPoolExecutor(1, "ahead") if self._bank.backbone.device.type == "cuda" else None
         self._batcher: Batcher[Item, Answer] = Batcher(
             self._run,
-            batch_size=self._batch_size,
+            batch_size=lambda: self._pace.next_images,
             wait_s=settings.batch_wait_ms / 1000,
             tenant_queue=TENANT_QUEUE,
             in_flight=2 if self._ahead else 1,
@@ -109,41 +111,28 @@ class Worker:
         )
         return Bank(backbone, slots=settings.slots, max_rank=settings.max_rank, max_kernels=settings.max_kernels)
 
-    def _time_pass(self, images: int, threads: int) -> float:
-        """Milliseconds of a pass over images with small adapters."""
+    def _rehearse(self) -> None:
+        """Passes over images with small adapters, so that the first callers' are not all trials."""
         backbone = self._bank.backbone
-        pixels = torch.zeros(images, *backbone.input_size, device=backbone.device, dtype=backbone.dtype)
-        torch.set_num_threads(threads)
-        taken = []
-        for _ in range(3):
-            began = time.perf_counter()
-            self._bank.rehearse(pixels, kernels=2, rank=8).cpu()  # waits for a GPU
-            taken.append((time.perf_counter() - began) * 1000)
-        return min(taken)
-
-    def _quick_batch(self, most: int) -> int:
-        """The smallest batch that is nearly as fast, an image, as any; a larger one would only make all wait longer.
-
-        A GPU wants many images. On a CPU one or a few large ones fill the cores.
-        """
-        rates: dict[int, float] = {}
         began = time.monotonic()
-        sizes = [*(2**k for k in range(most.bit_length()) if 2**k < most), most]
-        for again in range(TIMINGS):  # by turns: what else the machine does falls on all sizes alike
-            for size in sizes if not again else list(rates):
-                rates[size] = max(rates.get(size, 0.0), size / self._time_pass(size, self._threads_for(size)))
-                if not again and sum(rate * GAIN > rates[size] for n, rate in rates.items() if n < size) >= 2:
-                    break  # two smaller ones are nearly as fast
-            if time.monotonic() - began > TIMING_S:
+        for size in self._pace.sizes:
+            pixels = torch.zeros(size, *backbone.input_size, device=backbone.device, dtype=backbone.dtype)
+            rehearse = partial(self._bank.rehearse, pixels, kernels=2, rank=8)
+            rehearse().cpu()  # the first of a size takes longer
+            for _ in range(TRIALS):
+                self._timed(size, lambda: rehearse().cpu())  # noqa: B023 (called here)
+            if self._pace.settled() or time.monotonic() - began > REHEARSAL_S:
                 break
-        best = max(rates.values())
-        chosen = next(size for size, rate in rates.items() if rate * GAIN >= best)
-        logger.info("at most %d images a pass: %s", chosen, rates)
-        return chosen
+        logger.info("at most %s images a pass", self._pace)
 
-    def _threads_for(self, images: int) -> int:
-        """A small pass is over before a second thread is awake."""
-        return 1 if images * self._image_ms < SMALL_PASS_MS else self._threads
+    def _timed(self, images: int, work: Callable[[], Result]) -> Result:
+        """What `work`, a pass that waits for the device, gives; its time is noted."""
+        threads = self._pace.threads(images)
+        torch.set_num_threads(threads)
+        began = time.perf_counter()
+        result = work()
+        self._pace.note(images, threads, (time.perf_counter() - began) * 1000)
+        return result
 
     def _preload(self) -> None:
         """Pinned and recently busy adapters, before this worker says that it is ready."""
@@ -176,7 +165,7 @@ class Worker:
     def record_routing_stats(self) -> dict[str, Any]:
         """Ray Serve asks for this, for the routers: adapters in slots here, and images of the largest pass."""
         digests = [digest[:PREFIX] for digest in self._tiers.resident_digests()[-TOLD:]]
-        return {"digests": digests, "batch": self._batch_size}
+        return {"digests": digests, "batch": self._pace.images}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Ray Serve asks for this, for the autoscaler: images queued and computed here, and of the largest pass.
@@ -184,7 +173,7 @@ class Worker:
         A cold adapter that waits for its file is left out: another worker would wait for that just as long. One that
         waits for a slot counts as an image.
         """
-        return {"images": float(self._images + self._tiers.reserving), "batch": float(self._batch_size)}
+        return {"images": float(self._images + self._tiers.reserving), "batch": float(self._pace.images)}
 
     async def classify(
         self,
@@ -262,9 +251,10 @@ class Worker:
         return normalise(pixels, mean, std)
 
     def _compute(self, items: list[Item], pixels: torch.Tensor) -> list[np.ndarray]:
-        torch.set_num_threads(self._threads_for(len(items)))
-        logits = self._bank.forward(pixels, [item.adapter.slot for item in items])
-        return [row.float().softmax(0).cpu().numpy() for row in logits]
+        slots = [item.adapter.slot for item in items]
+        return self._timed(
+            len(items), lambda: [row.float().softmax(0).cpu().numpy() for row in self._bank.forward(pixels, slots)]
+        )
 
     def _stay_warm(self) -> None:
         """Here and not in `__init__`, which Serve may call outside of the loop."""

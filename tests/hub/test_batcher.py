@@ -29,7 +29,9 @@ class Engine:
 
 
 def batcher(engine, **changes) -> Batcher:
-    return Batcher(engine, **({"batch_size": 4, "wait_s": 0.01, "tenant_queue": 1000} | changes))
+    options = {"batch_size": 4, "wait_s": 0.01, "tenant_queue": 1000} | changes
+    size = options.pop("batch_size")
+    return Batcher(engine, batch_size=lambda: size, **options)
 
 
 async def settle() -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from hub import calls, top
 from hub.errors import Forbidden, Unavailable
+from hub.pace import Pace
 from hub.schemas import Counted, HubStatus, TaskRate, TenantStatus, WorkerStatus
 from hub.status import Board, Tally, busiest
 from hub.top import Look, headline, rates_of, screen
@@ -129,7 +130,7 @@ def test_a_worker_tells_how_it_is(empty_redis, tmp_path, adapters, monkeypatch) 
     from hub.warmth import Warmth
     from hub.worker import Worker
 
-    monkeypatch.setattr(Worker, "_quick_batch", lambda _self, most: most)
+    monkeypatch.setattr(Pace, "note", lambda *_: None)
     monkeypatch.setattr(logs, "start", lambda *_: None)
     monkeypatch.setattr("hub.worker.TELL_S", 0.05)
     store = Store(str(tmp_path))

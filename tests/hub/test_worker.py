@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hub.errors import Unavailable
+from hub.pace import Pace
 from hub.settings import Settings
 from hub.store import Store
 from hub.warmth import Warmth
@@ -25,9 +26,7 @@ def store(tmp_path, adapters) -> Store:
 def make_worker(empty_redis, tmp_path, store, monkeypatch):
     from hub.worker import Worker
 
-    # Whatever this machine is quick at.
-    monkeypatch.setattr(Worker, "_measured", Worker._quick_batch, raising=False)
-    monkeypatch.setattr(Worker, "_quick_batch", lambda _self, most: most)
+    monkeypatch.setattr(Pace, "note", lambda *_: None)  # whatever this machine is quick at
 
     def make():
         settings = Settings(backbone="demo", slots=2, batch_wait_ms=50, home=tmp_path)
@@ -134,18 +133,3 @@ def test_an_adapter_that_cannot_be_had_fails_only_its_own_callers(worker, adapte
         assert len(good[0].probabilities) == adapters[0].num_classes
 
     asyncio.run(use())
-
-
-def test_the_smallest_batch_that_is_as_fast_is_taken(worker, monkeypatch) -> None:
-    """Milliseconds of a pass for a given number of images -> images a pass."""
-
-    def chosen(ms, most=32) -> int:
-        monkeypatch.setattr(worker, "_time_pass", lambda images, _threads: ms(images))
-        return type(worker).__dict__["_measured"](worker, most)
-
-    assert chosen(lambda n: 10.0 * n) == 1  # a CPU with a large model
-    assert chosen(lambda n: 10.0 + 0.01 * n) == 32  # a GPU
-    assert chosen(lambda n: 10.0 + 10.0 * n) == 16
-    assert chosen(lambda n: 10.0 + max(0, n - 8) * 2.0) == 8
-    assert chosen(lambda n: 10.0 + 0.01 * n, most=20) == 20
-    assert chosen(lambda n: 10.0, most=1) == 1
