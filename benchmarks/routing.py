@@ -1,6 +1,6 @@
 """Who should get an adapter's call? Serve's routers and ours under the same Zipf traffic, as a simulation.
 
-    python -m benchmarks.routing                      # 20 s on a core; a table, and JSON with --json
+    python -m benchmarks.routing                      # seconds on a core; a table, and benchmarks/results/routing.json
 
 Ours is what runs in production: `hub.owners.ranked` over `hub.owners.Owners`. Serve's consistent hashing is Ray's own
 class, asked for its ranking; Serve's default (the shorter of two random queues) is three lines here.
@@ -18,14 +18,16 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
-from benchmarks.common import markdown_table
+from benchmarks.common import machine, markdown_table
 from hub.owners import Owners, ranked
 
+RESULTS = Path(__file__).parent / "results" / "routing.json"
 CALLS, ADAPTERS, SLOTS, GATEWAYS = 30_000, 10_000, 64, 2
 LOAD = 0.5  # to load an adapter, in service times
 STATS = 500.0
@@ -169,7 +171,7 @@ def simulate(router: Router, count: int, *, churn: bool = False, calls: int = CA
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="figures as JSON")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--calls", type=int, default=CALLS)
     chosen = parser.parse_args()
     cases = [(count, False) for count in WORKERS] + [(WORKERS[-1], True)]
@@ -178,9 +180,8 @@ def main() -> None:
         for count, churn in cases
         for router in (HashRouter, RandomRouter, OursRouter)
     ]
-    if chosen.json:
-        print(json.dumps([asdict(figures) for figures in found], indent=1))
-        return
+    body = {"machine": machine(), "calls": chosen.calls, "figures": [asdict(figures) for figures in found]}
+    chosen.output.write_text(json.dumps(body, indent=1) + "\n")
     print(
         markdown_table(
             ("workers", "router", "hits", "median", "p99", "busiest / mean"),

@@ -72,7 +72,7 @@ class Site:
             batch_size=BATCH,
             **settings,
         )
-        worker = Worker(made, self.store, _Cold(), threads=torch.get_num_threads())
+        worker = Worker(made, self.store, _Cold(), sharing=lambda: 1)
         answers = await asyncio.gather(
             *(worker.classify("check", digest, [self.pixels[0]]) for digest in self.digests(min(4, slots)))
         )

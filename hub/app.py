@@ -1,7 +1,6 @@
 """The whole hub put together: settings -> the Serve application, and one Ray cluster on this machine to run it."""
 
 import logging
-import os
 from functools import partial
 from typing import Any
 
@@ -43,7 +42,6 @@ def build(settings: Settings) -> serve.Application:
     if settings.redis_url is None or settings.store_url is None:
         raise ValueError("redis_url and store_url must be set: every node of the cluster uses them")
     on_gpu = settings.torch_device.startswith("cuda")
-    cores = os.cpu_count() or 1
     delays = settings.scale_up_s, settings.scale_down_s
     worker = serve.deployment(
         name="worker",
@@ -68,9 +66,15 @@ def build(settings: Settings) -> serve.Application:
         **scale(settings.min_gateways, settings.max_gateways, *delays),
     )(Gateway)
     warmth = Warmth(settings.redis_url, settings.pinned)
-    threads = max(1, cores // settings.max_workers)
-    workers = worker.bind(settings, Store(settings.store_url), warmth, threads)
+    workers = worker.bind(settings, Store(settings.store_url), warmth, partial(_sharing, settings.max_workers))
     return gateway.bind(partial(make_api, settings), workers, settings.min_workers == 0)
+
+
+def _sharing(most_workers: int) -> int:
+    """How many workers Ray may put on the node that this runs on."""
+    here = ray.get_runtime_context().get_node_id()
+    cpus = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == here)
+    return max(1, min(most_workers, int(cpus)))
 
 
 def start(settings: Settings) -> None:

@@ -55,22 +55,22 @@ class Item:
 class Worker:
     """Classifies preprocessed images with any adapter in the store. Deployed by `app.build`."""
 
-    def __init__(self, settings: Settings, store: Store, warmth: Warmth, threads: int) -> None:
+    def __init__(self, settings: Settings, store: Store, warmth: Warmth, sharing: Callable[[], int]) -> None:
         """Load the backbone, make the bank, and fill it with what will be asked for.
 
         Args:
-            threads: torch's threads for one forward pass.
+            sharing: tells how many workers have torch's threads of this node between them.
         """
         logs.start(settings.log_format, settings.log_level)
         tracing.start(settings.traces_exporter, settings.otlp_protocol)
         self._started = time.monotonic()
-        self._threads = threads
+        self._threads = max(1, torch.get_num_threads() // sharing())
         # One thread for passes, so that they run one after another; it loads the backbone too, since every thread
         # that runs torch keeps a pool of helpers of its own, and two pools on the same cores slow each other down.
         self._passes = ThreadPoolExecutor(1, "pass")
         self._bank = self._passes.submit(self._load, settings).result()
         on_cpu = self._bank.backbone.device.type == "cpu"
-        self._pace = Pace(settings.batch_size, (1, threads) if on_cpu else (threads,))
+        self._pace = Pace(settings.batch_size, (1, self._threads) if on_cpu else (self._threads,))
         self._passes.submit(self._rehearse).result()
         self._name = f"{os.uname().nodename}/{os.getpid()}"
         reads, puts = (

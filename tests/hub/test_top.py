@@ -135,7 +135,7 @@ def test_a_worker_tells_how_it_is(empty_redis, tmp_path, adapters, monkeypatch) 
     monkeypatch.setattr("hub.worker.TELL_S", 0.05)
     store = Store(str(tmp_path))
     store.put(adapters[0].digest, adapters[0].data)
-    made = Worker(Settings(backbone="demo", slots=2, home=tmp_path), store, Warmth(empty_redis, []), threads=1)
+    made = Worker(Settings(backbone="demo", slots=2, home=tmp_path), store, Warmth(empty_redis, []), sharing=lambda: 1)
 
     async def use():
         from hub.database import Database

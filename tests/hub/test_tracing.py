@@ -167,7 +167,7 @@ def test_a_worker_traces_its_part(empty_redis, tmp_path, adapters, spans, monkey
     for adapter in adapters[:2]:
         store.put(adapter.digest, adapter.data)
     settings = Settings(backbone="demo", slots=2, batch_wait_ms=50, home=tmp_path)
-    worker = Worker(settings, store, Warmth(empty_redis, []), threads=1)
+    worker = Worker(settings, store, Warmth(empty_redis, []), sharing=lambda: 1)
     image = np.zeros((3, 32, 32), np.uint8)
 
     async def one(digest: str, traced: bool) -> str:

@@ -30,7 +30,7 @@ def make_worker(empty_redis, tmp_path, store, monkeypatch):
 
     def make():
         settings = Settings(backbone="demo", slots=2, batch_wait_ms=50, home=tmp_path)
-        return Worker(settings, store, Warmth(empty_redis, []), threads=1)
+        return Worker(settings, store, Warmth(empty_redis, []), sharing=lambda: 1)
 
     return make
 
