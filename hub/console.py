@@ -1,11 +1,13 @@
 """What every command of the line shares: where it prints, how it shows a result, how it says no."""
 
 import json
+import re
 import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import BaseModel, ValidationError
+from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +32,9 @@ def settings(**fixed: Any) -> Settings:
             variable = name if name.isupper() else f"HUB_{name.upper()}"
             usage(f"{variable}{value}: {first['msg']}")
         usage(f"settings: {first['msg']}")
+    except SettingsError as error:  # a list or an object that is no JSON
+        field = re.search(r'"(\w+)"', str(error))
+        usage(f'HUB_{field[1].upper() if field else "*"}: expected JSON, such as ["a", "b"]')
 
 
 def checked(kind: Any, **values: Any) -> Any:

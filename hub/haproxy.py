@@ -38,13 +38,13 @@ class Edge:
     """Where HAProxy listens and whom it believes.
 
     Attributes:
-        host: an address, or `0.0.0.0` or `::` for all.
+        host: an address, or `0.0.0.0` or `::` for all; None: where Ray's configuration says.
         certificate: a PEM file with certificate, chain and key; None: no TLS.
         client_ca: a PEM file; only clients with a certificate of these may connect.
         trusted: networks of proxies in front, whose last entry of `X-Forwarded-For` is the client.
     """
 
-    host: str
+    host: str | None
     certificate: str | None = None
     client_ca: str | None = None
     trusted: tuple[str, ...] = ()
@@ -63,17 +63,17 @@ def rewritten(config: str, edge: Edge) -> str:
     """
     config = _replaced(config, r"(frontend prometheus\n    bind )(?=:\d+\n)", r"\g<1>127.0.0.1")
     config = _replaced(config, r"(listen stats\n  bind )\*(?=:\d+\n)", r"\g<1>127.0.0.1")
-    return _replaced(config, r"(frontend http_frontend\n    bind )\S+(:\d+)\n", lambda m: _frontend(m, edge))
+    return _replaced(config, r"(frontend http_frontend\n    bind )(\S+)(:\d+)\n", lambda m: _frontend(m, edge))
 
 
 def _frontend(found: re.Match[str], edge: Edge) -> str:
-    host = f"[{edge.host}]" if ":" in edge.host else edge.host
+    host = found[2] if edge.host is None else f"[{edge.host}]" if ":" in edge.host else edge.host
     tls = f" ssl crt {_quoted(edge.certificate)} ssl-min-ver TLSv1.2" if edge.certificate else ""
     if tls and edge.client_ca:
         tls += f" ca-file {_quoted(edge.client_ca)} verify required"
     unless = f" unless {{ src {' '.join(edge.trusted)} }}" if edge.trusted else ""
     lines = [
-        f"{found[1]}{host}{found[2]}{tls}",
+        f"{found[1]}{host}{found[3]}{tls}",
         f"timeout http-request {HEAD_S}s",
         f"http-request set-header X-Forwarded-For %[src]{unless}",
         f"http-request set-header X-Forwarded-Proto {'https' if tls else 'http'}{unless}",

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import ssl
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -24,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
+from . import console
 from .access import FirstKeys, first_keys
 from .audit import OPERATOR
 from .database import Database
@@ -131,7 +133,7 @@ def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
     if not settings.haproxy:
         return environment | {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "hub.edge:stock_proxy"}
     haproxy = {
-        "BINARY_PATH": _haproxy(settings, run_folder),
+        "BINARY_PATH": _haproxy(settings, settings.host, run_folder),
         "TIMEOUT_CLIENT_S": 60,
         "METRICS_SOCKET_PATH": run_folder / "metrics.sock",
         "CONFIG_FILE_LOC": run_folder / "haproxy.cfg",
@@ -152,7 +154,21 @@ def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
     }
 
 
-def _haproxy(settings: Settings, run_folder: Path) -> Path:
+def haproxy_of_a_node() -> None:
+    """The program `karst-hub-haproxy`: what Ray starts in HAProxy's place on each node of a cluster, where
+    `RAY_SERVE_HAPROXY_BINARY_PATH` names it. It listens where Serve's configuration says; TLS and trusted proxies are
+    the node's own settings."""
+    settings = console.settings()
+    try:
+        folder = settings.home / "haproxy"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        script = _haproxy(settings, None, folder)
+    except (OSError, StartError) as error:
+        sys.exit(f"karst-hub-haproxy: {error}")
+    os.execv(script, [str(script), *sys.argv[1:]])  # noqa: S606 (the process that Ray watches)
+
+
+def _haproxy(settings: Settings, host: str | None, run_folder: Path) -> Path:
     """An executable that stands for HAProxy; see `haproxy`.
 
     Raises:
@@ -163,7 +179,7 @@ def _haproxy(settings: Settings, run_folder: Path) -> Path:
     if binary is None:
         raise StartError("there is no HAProxy (ray[serve] brings it on Linux only); set HUB_HAPROXY=false")
     edge = Edge(
-        host=settings.host,
+        host=host,
         certificate=_certificate(settings, run_folder),
         client_ca=str(settings.tls_client_ca) if settings.tls_client_ca else None,
         trusted=settings.trusted_proxies,

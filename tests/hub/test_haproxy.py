@@ -1,6 +1,7 @@
 """Ray's HAProxy configuration as the hub wants it: each change is there, or HAProxy does not start."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def test_side_ports_are_on_loopback_and_the_front_where_it_was_told(config) -> N
         "bind 127.0.0.1:8404",
     ]
     assert "bind [::]:8000" in binds(rewritten(config, Edge("::")))
+    assert "bind 127.0.0.1:8000" in binds(rewritten(config, Edge(None)))
 
 
 def test_tls(config) -> None:
@@ -99,6 +101,24 @@ def test_it_stands_for_haproxy(config, tmp_path) -> None:
     again = subprocess.run([*started, "-db", "-f", str(file)], capture_output=True, text=True)
     assert again.returncode == 1
     assert "set HUB_HAPROXY=false" in again.stderr
+
+
+def test_on_a_node_of_a_cluster_the_settings_there_count(config, tmp_path) -> None:
+    """As Ray starts it; the real HAProxy reads the configuration."""
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(config)
+    program = Path(sys.executable).with_name("karst-hub-haproxy")
+    environment = os.environ | {"HUB_HOME": str(tmp_path / "home"), "HUB_TRUSTED_PROXIES": '["10.0.0.0/8"]'}
+    done = subprocess.run([program, "-vv", "-f", str(file)], env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("HAProxy version"), done
+    assert "bind 127.0.0.1:8000" in binds(file.read_text())
+    assert "%[src] unless { src 10.0.0.0/8 }" in file.read_text()
+    assert (tmp_path / "home" / "haproxy").stat().st_mode & 0o777 == 0o700
+    environment["HUB_TRUSTED_PROXIES"] = "everybody"
+    wrong = subprocess.run([program, "-f", str(file)], env=environment, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "HUB_TRUSTED_PROXIES: expected JSON" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
 
 
 def test_it_imports_nothing_but_python_s_own() -> None:
