@@ -46,8 +46,13 @@ class Changes:
         self._fetches = Turns(TENANT_FETCHES, 2 * TENANT_FETCHES)
         self._background: set[asyncio.Task[None]] = set()
 
-    async def register(self, who: Caller, name: str, data: bytes, alias: str | None) -> tuple[Registered, bool]:
+    async def register(
+        self, who: Caller, name: str, data: bytes, alias: str | None, source: str | None = None
+    ) -> tuple[Registered, bool]:
         """Check an adapter file, keep it and make it a version of a task; the same bytes again are the same version.
+
+        Args:
+            source: where the hub has it from, for the audit; None: it was sent.
 
         Returns:
             The version, and whether it is new.
@@ -65,7 +70,7 @@ class Changes:
         registered = datetime.now(UTC).isoformat(timespec="milliseconds")
         version = VersionInfo(version=0, registered=registered, **facts(adapter))  # the registry gives the number
         aliases = [LATEST] if alias in (None, LATEST) else [LATEST, alias]
-        kept, created = await self._registry.register(who, who.tenant, task, version, aliases)
+        kept, created = await self._registry.register(who, who.tenant, task, version, aliases, source)
         self._cache.forget(who.tenant, task)
         prefetch = asyncio.create_task(self._service.prefetch(adapter.digest))
         self._background.add(prefetch)  # the loop itself keeps no task alive
@@ -86,7 +91,7 @@ class Changes:
         if body.digest not in (None, hashlib.sha256(data).hexdigest()):
             message = "the file at the source has another sha256"  # which one is not for everybody to know
             raise InvalidRequest(message, [FieldProblem("digest", message)])
-        return await self.register(who, name, data, alias)
+        return await self.register(who, name, data, alias, self._sources.told(body.source))
 
     async def file(self, who: Caller, name: str, reference: str) -> tuple[VersionInfo, bytes]:
         """A version of the caller's own with its adapter file."""

@@ -46,12 +46,19 @@ class Registry:
         self._redis = database.redis
 
     async def register(
-        self, by: Actor, tenant: str, task: str, version: VersionInfo, aliases: Sequence[str]
+        self,
+        by: Actor,
+        tenant: str,
+        task: str,
+        version: VersionInfo,
+        aliases: Sequence[str],
+        source: str | None = None,
     ) -> tuple[VersionInfo, bool]:
         """Add a version, or find the one with this digest, and move the aliases to it, in one step.
 
         Args:
             version: its number is ignored; the registry gives it.
+            source: where the hub has the file from, without secrets, for the audit; None: it was sent.
 
         Returns:
             The version as it is kept, and whether it is new.
@@ -61,7 +68,10 @@ class Registry:
             Unavailable: the store's file of this digest is being removed; nothing was changed.
         """
         body = version_body(version)
-        entry = by.entry(tenant, "version.register", task=task, digest=version.digest, aliases=list(aliases))
+        told = {"task": task, "digest": version.digest, "aliases": list(aliases)}
+        if source is not None:
+            told["source"] = source
+        entry = by.entry(tenant, "version.register", **told)
         done = await self._db.change(
             scripts.REGISTER, tenant, task, entry, version.digest, body, version.size_bytes, *aliases
         )

@@ -88,6 +88,11 @@ class Place:
                 )
         return cls(scheme, host, port, tuple(parts), folder=path.endswith("/"))
 
+    def __str__(self) -> str:
+        """Its one spelling, made of what was checked: no user, no password, no query."""
+        host = self.host if self.port in (0, HTTPS_PORT) else f"{self.host}:{self.port}"
+        return f"{self.scheme}://{'/'.join((host, *self.parts))}" + ("/" if self.folder else "")
+
     def below(self, prefix: "Place") -> bool:
         if (self.scheme, self.host, self.port) != (prefix.scheme, prefix.host, prefix.port):
             return False
@@ -185,6 +190,14 @@ class Sources:
             message = f"the file has more than the {self._max_bytes} bytes that are allowed"
             raise TooLarge(f"source: {message}", [FieldProblem("source", message)])
         return data
+
+    def told(self, source: str) -> str:
+        """A reference that was fetched, as others may read it.
+
+        Raises:
+            ValueError: one that could not have been fetched.
+        """
+        return str(Place.parse(source, self._object_stores))
 
     def _read_object(self, place: Place) -> bytes:
         path = "/".join((place.host, *place.parts))

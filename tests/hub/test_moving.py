@@ -353,6 +353,20 @@ def test_fetched_moved_and_collected_over_http(empty_redis, backbone, adapters, 
         absent = register(json={"source": f"file://{folder}/c"})
         assert (absent.status_code, absent.json()["errors"][0]["field"]) == (422, "source")
 
+        signed = register(json={"source": "https://user:secret@host/b?X-Amz-Signature=secret"})
+        assert (signed.status_code, "secret" in signed.text) == (422, False)
+        audit = hub.http.get("/v1/tenants/default/audit").json()["entries"]
+        sent, fetched = (e["detail"] for e in audit if e["action"] == "version.register")
+        assert "source" not in sent
+        assert fetched == {
+            "task": "flowers",
+            "version": 2,
+            "digest": adapters[1].digest,
+            "aliases": ["latest"],
+            "source": f"file://{folder}/b",
+        }
+        assert "secret" not in str(audit)
+
         other = hub.key_of("other")
         tar = hub.http.get("/v1/tenants/default/export")
         assert (tar.status_code, tar.headers["content-length"]) == (200, str(len(tar.content)))

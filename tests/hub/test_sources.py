@@ -127,6 +127,29 @@ def test_everything_else_is_refused_unlooked_at(looked_at, source) -> None:
     assert "secret" not in refusal(looked_at, source)
 
 
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("S3://bucket/adapters/a=1/b+c,d.safetensors", "s3://bucket/adapters/a=1/b+c,d.safetensors"),
+        ("HTTPS://ADAPTERS.example:443/v1/a", "https://adapters.example/v1/a"),
+        ("https://adapters.example:8443/v1/a", "https://adapters.example:8443/v1/a"),
+        ("hf://org/repo@v1/a.safetensors", "hf://org/repo@v1/a.safetensors"),
+        ("file:///srv/adapters/a", "file:///srv/adapters/a"),
+    ],
+)
+def test_a_reference_is_told_in_one_spelling(source, told) -> None:
+    assert Sources([], max_bytes=1).told(source) == told
+
+
+@pytest.mark.parametrize(
+    "source", ["https://user:secret@host/a", "s3://key:secret@bucket/a", "https://host/a?X-Amz-Signature=secret"]
+)
+def test_what_holds_a_secret_is_never_told(source) -> None:
+    with pytest.raises(ValueError, match=r"password|no query") as caught:
+        Sources([], max_bytes=1).told(source)
+    assert "secret" not in str(caught.value)
+
+
 def test_without_prefixes_everything_is_refused_and_says_why(tmp_path) -> None:
     (tmp_path / "a").write_bytes(DATA)
     assert "HUB_SOURCES" in refusal(Sources([], max_bytes=1000), f"file://{tmp_path}/a")
