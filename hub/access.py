@@ -128,7 +128,7 @@ class FirstKeys:
 
 
 async def first_keys(tenants: Tenants) -> FirstKeys:
-    """Make the default tenant with an owner's key in a new registry, and an admin key where there is none.
+    """Make the default tenant with an owner's key in a new registry, and an admin key where there is none that lasts.
 
     They are shown to whoever starts the hub: only their hashes are kept.
     """
@@ -140,5 +140,6 @@ async def first_keys(tenants: Tenants) -> FirstKeys:
         except Conflict:  # another hub over the same registry starts at this moment
             return FirstKeys(None, None)
         owner = (await tenants.add_key(OPERATOR, DEFAULT_TENANT, OWNER, "first key")).key
-    admin = (await tenants.add_key(OPERATOR, "", ADMIN, "first admin key")).key if not admins else None
+    lasting = any(key.expires is None for key in admins)
+    admin = (await tenants.add_key(OPERATOR, "", ADMIN, "first admin key")).key if not lasting else None
     return FirstKeys(admin, owner)

@@ -283,12 +283,17 @@ def admin_keys() -> Call[KeyList]:
 
 
 def create_admin_key(name: str, *, expires: datetime | None = None) -> Call[NewKey]:
-    """Make an admin key. The reply is the only place that shows it."""
+    """Make an admin key. The reply is the only place that shows it.
+
+    Args:
+        name: what it is for; any text.
+        expires: with a time zone; None: never. One admin key has to be without, before there can be others that end.
+    """
     return _create("/v1/admin/keys", _some(name=name, expires=expires and expires.isoformat()), NewKey)
 
 
 def revoke_admin_key(id: str) -> Call[None]:
-    """End an admin key; the last one stays."""
+    """End an admin key; the last one that never expires stays (`Conflict`)."""
     return Call("DELETE", _path("admin", "keys", id), _nothing)
 
 

@@ -45,8 +45,21 @@ changed(ARGV[1], 'tenant', ARGV[1], ARGV[2])
 return info
 """
 
-# ARGV: tenant ('': an admin key), entry, id, JSON of the key, most keys
-_ADD_KEY = """
+# Whether there is an admin key that never ends, beside one: where all end, the day comes when nobody administers.
+_LASTING = """
+local function lasting(beside)
+  for _, id in ipairs(redis.call('SMEMBERS', 'karst:admins')) do
+    local key = redis.call('HGET', 'karst:keys', id)
+    if key and id ~= beside and (cjson.decode(key)['expires'] or cjson.null) == cjson.null then return true end
+  end
+  return false
+end
+"""
+
+# ARGV: tenant ('': an admin key), entry, id, JSON of the key, most keys, when it ends ('': never)
+_ADD_KEY = (
+    _LASTING
+    + """
 if revoked(ARGV[2]) then return 'key' end
 local held = 'karst:admins'
 if ARGV[1] ~= '' then
@@ -54,25 +67,34 @@ if ARGV[1] ~= '' then
   held = 'karst:t:' .. ARGV[1] .. ':keys'
 end
 if redis.call('SCARD', held) >= tonumber(ARGV[5]) then return 'full' end
+if ARGV[1] == '' and ARGV[6] ~= '' and not lasting('') then return 'ends' end
 redis.call('SADD', held, ARGV[3])
 redis.call('HSET', 'karst:keys', ARGV[3], ARGV[4])
 changed(ARGV[1], 'key', ARGV[3], ARGV[2])
 return 'done'
 """
+)
 
-# ARGV: tenant ('': an admin key), entry, id
-_REVOKE = """
+# ARGV: tenant ('': an admin key), entry, id, now, written as `expires` is. A key whose time is over may always go.
+_REVOKE = (
+    _LASTING
+    + """
 if revoked(ARGV[2]) then return 'key' end
 local held = 'karst:admins'
 if ARGV[1] ~= '' then held = 'karst:t:' .. ARGV[1] .. ':keys' end
 if redis.call('SISMEMBER', held, ARGV[3]) == 0 then return 'absent' end
-if ARGV[1] == '' and redis.call('SCARD', held) == 1 then return 'last' end
+if ARGV[1] == '' and not lasting(ARGV[3]) then
+  local key = redis.call('HGET', 'karst:keys', ARGV[3])
+  local ends = key and cjson.decode(key)['expires'] or cjson.null
+  if key and (ends == cjson.null or ends > ARGV[4]) then return 'last' end
+end
 redis.call('SREM', held, ARGV[3])
 redis.call('HDEL', 'karst:keys', ARGV[3])
 redis.call('HDEL', 'karst:used', ARGV[3])
 changed(ARGV[1], 'key', ARGV[3], ARGV[2])
 return 'done'
 """
+)
 
 # ARGV: id, seconds since 1970, ...
 _NOTE_USED = """
@@ -221,6 +243,7 @@ class Tenants:
         Raises:
             NotFound: no such tenant.
             LimitReached: it has as many keys as it may.
+            Conflict: an admin key that ends, while there is none that never does.
         """
         key = KEY_PREFIX + secrets.token_urlsafe(32)
         try:
@@ -230,11 +253,15 @@ class Tenants:
             raise InvalidRequest(f"expires: {message}", [FieldProblem("expires", message)]) from error
         record = KeyRecord(hash_key(key), tenant, role, name, _now(), until)
         entry = by.entry(tenant, "key.create", id=key_id(key), role=role, name=name, expires=until)
-        done = await self._change(_ADD_KEY, tenant, entry, key_id(key), json.dumps(asdict(record)), MOST_KEYS)
+        body = json.dumps(asdict(record))
+        done = await self._change(_ADD_KEY, tenant, entry, key_id(key), body, MOST_KEYS, until or "")
         if done == "absent":
             raise tenant_not_found(tenant)
         if done == "full":
             raise LimitReached(f"there are {MOST_KEYS} keys already; revoke some first", retry_after_s=60)
+        if done == "ends":
+            message = "there is no admin key that never ends; make one without `expires` first"
+            raise Conflict(f"expires: {message}", [FieldProblem("expires", message)])
         return NewKey(key=key, **_key_info(key_id(key), record, None).model_dump())
 
     async def revoke(self, by: Actor, tenant: str, id: str) -> None:
@@ -242,14 +269,15 @@ class Tenants:
 
         Raises:
             NotFound: the tenant has no such key.
-            Conflict: it is the last admin key.
+            Conflict: without it there would be no admin key that never ends.
         """
-        done = await self._change(_REVOKE, tenant, by.entry(tenant, "key.revoke", id=id), id)
+        done = await self._change(_REVOKE, tenant, by.entry(tenant, "key.revoke", id=id), id, _now())
         if done == "absent":
             message = f"there is no key {id!r}"
             raise NotFound(message, [FieldProblem("id", message)])
         if done == "last":
-            raise Conflict("this is the last admin key; make another one first")
+            message = "no other admin key never ends, so this one stays; make one without `expires` first"
+            raise Conflict(message, [FieldProblem("id", message)])
 
     async def is_old(self) -> bool:
         """Whether the registry was written before there were tenants in it; its files would look like nobody's."""

@@ -4,9 +4,12 @@ import json
 import time
 from datetime import UTC, datetime, timedelta
 
+import pytest
 import redis
 
 from hub.access import first_keys
+from hub.audit import OPERATOR
+from hub.errors import Conflict
 from hub.tenants import Tenants, hash_key, key_id
 from tests.hub.conftest import OCTETS, bearer, first_keys_of, in_registry
 from tests.hub.test_redis_gone import wait_until
@@ -135,6 +138,49 @@ def test_the_last_admin_key_stays(hub) -> None:
     assert hub.http.delete(f"/v1/admin/keys/{only['id']}", headers=bearer(other["key"])).status_code == 204
     assert hub.http.get("/v1/tenants", headers=hub.admin).status_code == 401
     assert hub.http.get("/v1/tenants", headers=bearer(other["key"])).status_code == 200
+
+
+def test_an_admin_key_that_ends_does_not_count_as_another_one(hub) -> None:
+    (only,) = hub.http.get("/v1/admin/keys", headers=hub.admin).json()["keys"]
+    ids = {}
+    for name, seconds in (("over soon", 2), ("ends", 3600)):
+        expires = (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+        made = hub.http.post("/v1/admin/keys", json={"name": name, "expires": expires}, headers=hub.admin)
+        assert made.status_code == 201
+        ids[name] = made.json()["id"]
+    refused = hub.http.delete(f"/v1/admin/keys/{only['id']}", headers=hub.admin)
+    assert (refused.status_code, refused.json()["errors"][0]["field"]) == (409, "id")
+    assert refused.json()["detail"] == (
+        "no other admin key never ends, so this one stays; make one without `expires` first"
+    )
+    time.sleep(2)
+    assert hub.http.delete(f"/v1/admin/keys/{only['id']}", headers=hub.admin).status_code == 409
+    for id in ids.values():
+        assert hub.http.delete(f"/v1/admin/keys/{id}", headers=hub.admin).status_code == 204
+    assert hub.http.get("/v1/tenants", headers=hub.admin).status_code == 200
+
+
+def test_a_registry_whose_admin_keys_all_end_gets_one_that_does_not(empty_redis) -> None:
+    """As a hub of before could leave it."""
+    first_keys_of(empty_redis)
+    soon, past = (datetime.now(UTC) + timedelta(hours=hours) for hours in (1, -1))
+
+    async def use(database):
+        tenants = Tenants(database)
+        ending, over = [await tenants.add_key(OPERATOR, "", "admin", "k", expires) for expires in (soon, past)]
+        lasting = [key.id for key in await tenants.keys("") if key.expires is None]
+        await database.redis.srem("karst:admins", *lasting)
+        with pytest.raises(Conflict, match="expires: there is no admin key that never ends; make one without"):
+            await tenants.add_key(OPERATOR, "", "admin", "k", soon)
+        with pytest.raises(Conflict, match="make one without `expires` first"):
+            await tenants.revoke(OPERATOR, "", ending.id)
+        await tenants.revoke(OPERATOR, "", over.id)  # of no use to anybody
+        again = await first_keys(tenants)
+        assert (again.owner, (await first_keys(tenants)).admin) == (None, None)
+        assert (await tenants.key(again.admin)).expires is None
+        await tenants.revoke(OPERATOR, "", ending.id)
+
+    in_registry(empty_redis, use)
 
 
 def test_an_admin_has_no_tasks(hub) -> None:
