@@ -22,7 +22,7 @@ from hub.database import Database
 from hub.embedded import embedded_redis
 from hub.limits import _SETTLE, _TAKE
 from hub.registry import Registry
-from hub.schemas import LATEST, LimitsChange, VersionInfo
+from hub.schemas import LATEST, LimitsChange, TenantInfo, VersionInfo
 from hub.tenants import Tenants
 
 TENANT = "capacity"
@@ -126,30 +126,33 @@ def registry() -> dict[str, Any]:
         n = 5_000
         out["register, fsync always"] = timed(one, n, lambda db: register(Registry(db), 0, n))
         one.ask.config_set("appendfsync", "everysec")
+        made = run(one.url, lambda db: Tenants(db).get(TENANT)).created
         out["register, fsync every second"] = timed(one, n, lambda db: register(Registry(db), n, n))
         works: dict[str, Callable[[Database], Callable[[int], Awaitable[Any]]]] = {
             "read a task": lambda db: lambda i: Registry(db).task(TENANT, f"task-{i}"),
             "move an alias": lambda db: lambda i: Registry(db).set_alias(OPERATOR, TENANT, f"task-{i}", "x", {1: 1}),
             "settle a tenant's counts": lambda db: (
-                lambda i: db.run(_SETTLE, TENANT, f"gateway{i % 300}", "8:0", i + 1, "requests:1", "images:1")
+                lambda i: db.run(_SETTLE, TENANT, f"gateway{i % 300}", "8:0", i + 1, made, "requests:1", "images:1")
             ),
             "note 64 busy adapters": lambda db: (
                 lambda i: Registry(db).note_busy([f"{i * 64 + k:064d}" for k in range(64)], time.time())
             ),
         }
         for gateways in GATEWAYS:
-            works[f"take a lot of a limit, {gateways} gateways"] = _takes(gateways)
+            taker = run(one.url, lambda db, name=f"of-{gateways}": Tenants(db).create(OPERATOR, name, NO_LIMITS))
+            works[f"take a lot of a limit, {gateways} gateways"] = _takes(taker, gateways)
         for name, work in works.items():
             count = n // 5 if "busy" in name else n
             out[name] = timed(one, count, lambda db, work=work, count=count: repeat(count, work(db)))
     return out
 
 
-def _takes(gateways: int) -> Callable[[Database], Callable[[int], Awaitable[Any]]]:
+def _takes(of: TenantInfo, gateways: int) -> Callable[[Database], Callable[[int], Awaitable[Any]]]:
     """Tokens and permits of a tenant, for each of so many gateways in turn."""
     limits = NO_LIMITS.model_dump()
     rates = [limits[name] for name in ("requests_per_second", "images_per_second", "images_in_flight")]
-    return lambda db: lambda i: db.run(_TAKE, f"of-{gateways}", f"{i % gateways}", *rates, 1, 0, 0, 1, 0, 0, 0, 0)
+    needed = 1, 0, 0, 1, 0, 0, 0, 0
+    return lambda db: lambda i: db.run(_TAKE, of.tenant, f"{i % gateways}", *rates, *needed, of.created)
 
 
 def events() -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 The truth is two token buckets and a table of permits in Redis. A gateway takes tokens and permits from there in small
 lots and spends them by itself, so that most calls ask nobody; what it does not spend lapses within a second. While
-the registry is away each gateway holds the tenant to its rates alone.
+the registry is away each gateway holds the tenant to its rates alone. What was taken and counted for a tenant is never
+written for another one of the same name: both scripts compare when it was made.
 
     t:{tenant}:rate      hash    requests, images: tokens left; at: when, in seconds since 1970
     t:{tenant}:flight    hash    gateway -> permits:images in flight:until when, in milliseconds since 1970
@@ -35,10 +36,12 @@ LOTS = 16  # and this part of its permits
 LAPSED_MS = 10_000  # permits of a gateway that is silent for so long are free again
 
 # ARGV: tenant, gateway, requests a second, images a second, images in flight, then what is needed and what is wanted
-# of each: requests, images, permits; the gateway's own permits, and images in flight.
-# Replies: {requests, images, permits} that were taken, or {which limit, milliseconds to wait}.
+# of each: requests, images, permits; the gateway's own permits, and images in flight; when the tenant was made.
+# Replies: {requests, images, permits} that were taken, {which limit, milliseconds to wait}, or {'tenant'}: it is gone.
 # A bucket holds what may be spent in a second. A call that needs more than that waits for a full one and leaves a debt.
 _TAKE = """
+local info = redis.call('HGET', 'karst:tenants', ARGV[1])
+if not info or cjson.decode(info)['created'] ~= ARGV[14] then return {'tenant'} end
 local base = 'karst:t:' .. ARGV[1]
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
@@ -79,9 +82,11 @@ redis.call('EXPIRE', base .. ':flight', 60)
 return taken
 """.replace("LAPSED", str(LAPSED_MS))
 
-# ARGV: tenant, gateway, its permits:images in flight (or nothing), number of this lot of counts, `name:n` of each
+# ARGV: tenant, gateway, its permits:images in flight (or nothing), number of this lot of counts, when the tenant was
+# made, `name:n` of each count
 _SETTLE = """
-if redis.call('HEXISTS', 'karst:tenants', ARGV[1]) == 0 then return end
+local info = redis.call('HGET', 'karst:tenants', ARGV[1])
+if not info or cjson.decode(info)['created'] ~= ARGV[5] then return end
 local base = 'karst:t:' .. ARGV[1]
 if ARGV[3] == '' then redis.call('HDEL', base .. ':flight', ARGV[2])
 else
@@ -89,15 +94,15 @@ else
   redis.call('HSET', base .. ':flight', ARGV[2], ARGV[3] .. ':' .. string.format('%.0f', till))
   redis.call('EXPIRE', base .. ':flight', 60)
 end
-if #ARGV > 4 and tonumber(redis.call('HGET', base .. ':settled', ARGV[2]) or 0) < tonumber(ARGV[4]) then
+if #ARGV > 5 and tonumber(redis.call('HGET', base .. ':settled', ARGV[2]) or 0) < tonumber(ARGV[4]) then
   redis.call('HSET', base .. ':settled', ARGV[2], ARGV[4])  -- sent again, a lot counts once
   redis.call('EXPIRE', base .. ':settled', 86400)
-  for i = 5, #ARGV do
+  for i = 6, #ARGV do
     local name, n = string.match(ARGV[i], '([^:]+):([^:]+)')
     redis.call('HINCRBY', base .. ':counts', name, n)
   end
 end
-if #ARGV > 4 then
+if #ARGV > 5 then
   local now = tonumber(redis.call('TIME')[1])
   redis.call('ZADD', 'karst:active', now, ARGV[1])
   redis.call('ZREMRANGEBYSCORE', 'karst:active', '-inf', now - 3600)
@@ -109,6 +114,7 @@ end
 class _Purse:
     """What a gateway has of a tenant's: tokens and permits to spend, and what it did since the last tick."""
 
+    created: str  # when the tenant was made; another one of its name has a purse of its own
     requests: float = 0
     images: float = 0
     permits: int = 0
@@ -208,25 +214,40 @@ class Limiter:
             held = f"{purse.permits}:{purse.in_flight}" if purse.permits else ""
             counts = (f"{name}:{n}" for name, n in purse.pending.items())
             # Requests wait for `taking`, too. A lot that arrived after all counts once.
-            await self._db.run(_SETTLE, tenant, self._name, held, purse.lot, *counts, within_s=TAKE_S)
+            lot = held, purse.lot, purse.created, *counts
+            await self._db.run(_SETTLE, tenant, self._name, *lot, within_s=TAKE_S)
             purse.pending = {}
-        if idle and not (purse.permits or purse.in_flight or purse.taking.locked() or purse.spent):
-            self._purses.pop(tenant, None)
+        busy = purse.permits or purse.in_flight or purse.taking.locked() or purse.spent
+        if idle and not busy and self._purses.get(tenant) is purse:
+            del self._purses[tenant]
 
     async def _open(self, tenant: str, *, requests: int, images: int) -> tuple[_Purse, TenantLimits]:
         """The tenant's purse with at least so much in it."""
-        limits = (await self._cache.tenant(tenant)).limits
-        purse = self._purses.setdefault(tenant, _Purse())
-        purse.spent = True
-        if not purse.covers(requests, images):
-            async with purse.taking:
-                for _ in range(TRIES):  # another call may spend what this one has taken
-                    if purse.covers(requests, images):
-                        break
-                    await self._take(tenant, limits, purse, requests, images)
-        return purse, limits
+        for _ in range(TRIES):
+            info = await self._cache.tenant(tenant)
+            purse = self._purses.get(tenant)
+            if purse is None or purse.created != info.created:
+                purse = self._purses[tenant] = _Purse(info.created)
+            purse.spent = True
+            if await self._fill(tenant, info.limits, purse, requests, images):
+                return purse, info.limits
+            self._cache.forget_tenant(tenant)  # it was deleted, and this gateway did not hear of it yet
+        raise Unavailable("the tenant is being made anew; try again")
 
-    async def _take(self, tenant: str, limits: TenantLimits, purse: _Purse, requests: int, images: int) -> None:
+    async def _fill(self, tenant: str, limits: TenantLimits, purse: _Purse, requests: int, images: int) -> bool:
+        """Take until the purse covers a call, as far as that goes; False if the tenant is no more."""
+        if purse.covers(requests, images):
+            return True
+        async with purse.taking:
+            for _ in range(TRIES):  # another call may spend what this one has taken
+                if purse.covers(requests, images):
+                    break
+                if not await self._take(tenant, limits, purse, requests, images):
+                    return False
+        return True
+
+    async def _take(self, tenant: str, limits: TenantLimits, purse: _Purse, requests: int, images: int) -> bool:
+        """One more lot from Redis, or from the purse's own; False if the tenant is no more."""
         rates = limits.requests_per_second, limits.images_per_second
         needs = (
             max(0, math.ceil(requests - purse.requests)),
@@ -248,16 +269,21 @@ class Limiter:
                 *wants,
                 purse.permits,
                 purse.in_flight,
+                purse.created,
                 within_s=TAKE_S,
             )
         except Unavailable:
-            return self._fill_alone(purse, limits, requests, images)
+            self._fill_alone(purse, limits, requests, images)
+            return True
+        if taken == ["tenant"]:
+            return False
         purse.alone_since = None
         if isinstance(taken[0], str):
             raise self._refuse(purse, limits, taken[0], taken[1] / 1000)
         purse.requests += taken[0]
         purse.images += taken[1]
         purse.permits += taken[2]
+        return True
 
     def _fill_alone(self, purse: _Purse, limits: TenantLimits, requests: int, images: int) -> None:
         now = time.monotonic()

@@ -271,6 +271,7 @@ for _, rest in ipairs({'tasks', 'numbers', 'bytes', 'keys', 'shared', 'audit', '
   'counts'}) do
   redis.call('DEL', base .. ':' .. rest)
 end
+redis.call('ZREM', 'karst:active', ARGV[1])
 changed('', 'tenant', ARGV[1], whole)
 return {'done'}
 """.replace("DROP", _TASK + _DROP_TASK).replace("EVENTS", str(KEPT_EVENTS))

@@ -134,7 +134,8 @@ class Tenants:
         Raises:
             Conflict: there is one of this name.
         """
-        info = TenantInfo(tenant=tenant, created=_now(), limits=limits.on(TenantLimits()))
+        created = datetime.now(UTC).isoformat(timespec="microseconds")  # so fine that no other one of its name has it
+        info = TenantInfo(tenant=tenant, created=created, limits=limits.on(TenantLimits()))
         entry = by.entry(tenant, "tenant.create", limits=limits.model_dump(exclude_none=True))
         done = await self._change(_CREATE, tenant, entry, info.model_dump_json(exclude={"tenant"}))
         if not done:

@@ -185,6 +185,47 @@ def test_a_tenant_that_is_no_more(empty_redis) -> None:
     limited(empty_redis, use)
 
 
+def test_no_gateway_brings_back_what_a_deleted_tenant_had(empty_redis) -> None:
+    async def use(gateway, stale, _third):
+        stale.cache._following = True
+        assert await gateway.spend()
+        assert await stale.spend()
+        stale.limiter._purses.clear()  # so that it asks Redis, with what it remembers of the tenant
+        await gateway.tenants.delete(OPERATOR, "t")
+        with pytest.raises(NotFound):
+            await stale.spend()
+        for each in (gateway, stale):
+            await each.limiter.settle()
+        redis = gateway.limiter._db.redis
+        assert [key async for key in redis.scan_iter("karst:t:t:*")] == []
+        assert await redis.zscore("karst:active", "t") is None
+
+    limited(empty_redis, use)
+
+
+def test_a_tenant_of_the_same_name_inherits_nothing(empty_redis) -> None:
+    """Whatever gateways still hold for the one before: counts to write down, permits, tokens, what they remember."""
+
+    async def use(gateway, stale, _third):
+        stale.cache._following = True
+        assert await stale.spend()
+        async with gateway.limiter.images("t", 5):
+            await gateway.tenants.delete(OPERATOR, "t")
+            await gateway.tenants.create(OPERATOR, "t", LimitsChange(images_per_second=10))
+            stale.limiter._purses["t"].requests = 0  # it has to ask, and remembers the tenant before
+            for each in (gateway, stale):
+                await each.limiter.settle()
+            usage = await gateway.tenants.usage("t")
+            assert usage.counted.model_dump() == {"requests": 0, "images": 0, "refused": 0}
+            assert usage.used.images_in_flight == 0
+            assert await stale.spend(10)  # a full bucket
+        for each in (gateway, stale):
+            await each.limiter.settle()
+        assert (await gateway.tenants.usage("t")).counted.model_dump() == {"requests": 1, "images": 10, "refused": 0}
+
+    limited(empty_redis, use, images_per_second=10)
+
+
 def test_while_the_registry_is_away_a_gateway_holds_the_rate_by_itself(tmp_path) -> None:
     async def use(server, url):
         database = Database(url)
