@@ -2,9 +2,12 @@
 
 A file is written once, completely or not at all, and read back against its digest: what was damaged on the way
 is never served. The calls block; run them in a thread.
+
+Errors name the file's digest and nothing of the place: whoever gets them may be a tenant. The log has the rest.
 """
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,6 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 from adapters.file import write_atomically
 
 from .errors import Unavailable
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 FILE = re.compile(r"([0-9a-f]{64})\.safetensors")
@@ -67,7 +72,7 @@ class Store:
                 self._fs.makedirs(self._fs._parent(path), exist_ok=True)
                 write_atomically(Path(path), data)
         except Exception as error:  # every file system has its own kinds
-            raise Unavailable(f"the adapter store cannot be written: {_first_line(error)}") from error
+            raise _unwritable(error, f"file {digest}") from error
 
     def get(self, digest: str) -> bytes:
         """Read a file and check it against its digest.
@@ -80,8 +85,11 @@ class Store:
         except FileNotFoundError as error:
             raise Unavailable(f"the adapter store has no file {digest}") from error
         except Exception as error:
-            raise _unreadable(error) from error
-        if hashlib.sha256(data).hexdigest() != digest:
+            raise _unreadable(error, f"file {digest}") from error
+        found = hashlib.sha256(data).hexdigest()
+        if found != digest:
+            path = self._fs.unstrip_protocol(self._path(digest))
+            logger.error("%s is damaged: it has %d bytes with sha256 %s", path, len(data), found)
             raise Unavailable(f"the file {digest} in the adapter store is damaged: its sha256 is another")
         return data
 
@@ -97,7 +105,7 @@ class Store:
         except FileNotFoundError:
             return None
         except Exception as error:
-            raise _unreadable(error) from error
+            raise _unreadable(error, f"file {digest}") from error
 
     def files(self) -> Iterator[StoredFile]:
         """Every adapter file, in no order; whatever else lies there is passed over.
@@ -121,7 +129,7 @@ class Store:
         except FileNotFoundError:
             return False
         except Exception as error:
-            raise Unavailable(f"the adapter store cannot be written: {_first_line(error)}") from error
+            raise _unwritable(error, f"the removal of file {digest}") from error
         return True
 
     def delete_unfinished(self, before: datetime) -> list[int]:
@@ -155,7 +163,7 @@ class Store:
         except FileNotFoundError:
             return []  # nothing was put yet, or the folder went away meanwhile
         except Exception as error:
-            raise _unreadable(error) from error
+            raise _unreadable(error, "its files") from error
 
     def _stored(self, digest: str, entry: dict[str, Any]) -> StoredFile:
         return StoredFile(digest, entry["size"], _time(entry))
@@ -189,9 +197,15 @@ def _time(entry: dict[str, Any]) -> datetime:
     return datetime.fromtimestamp(found, UTC) if found is not None else datetime.max.replace(tzinfo=UTC)
 
 
-def _unreadable(error: Exception) -> Unavailable:
-    return Unavailable(f"the adapter store cannot be read: {_first_line(error)}")
+def _unreadable(error: Exception, what: str) -> Unavailable:
+    logger.error("the adapter store cannot be read (%s): %s", what, _first_line(error))
+    return Unavailable(f"the adapter store does not give {what} for now; the hub's log says why")
+
+
+def _unwritable(error: Exception, what: str) -> Unavailable:
+    logger.error("the adapter store cannot be written (%s): %s", what, _first_line(error))
+    return Unavailable(f"the adapter store does not take {what} for now; the hub's log says why")
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

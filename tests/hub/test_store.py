@@ -7,10 +7,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from hub.errors import Unavailable
 from hub.store import Store
+from tests.hub.conftest import OCTETS
+from tests.support import png
 
 DATA = b"adapter" * 100
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -65,15 +68,16 @@ def test_a_damaged_file_is_never_served_and_is_mended_by_the_next_put(tmp_path, 
     assert store.get(DIGEST) == DATA
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, caplog) -> None:
     store = Store(str(tmp_path))
 
     def full(_fd: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Unavailable, match=r"cannot be written: .*No space left on device"):
+    with pytest.raises(Unavailable, match=f"does not take file {DIGEST} for now"):
         store.put(DIGEST, DATA)
+    assert f"cannot be written (file {DIGEST}): OSError: [Errno 28] No space left on device" in caplog.text
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
@@ -148,7 +152,7 @@ def test_foreign_files_are_passed_over_and_only_old_unfinished_ones_removed(tmp_
     assert all(path.exists() for path in foreign)
 
 
-def test_a_store_that_cannot_be_read_says_so(tmp_path, monkeypatch) -> None:
+def test_a_store_that_cannot_be_read_says_so(tmp_path, monkeypatch, caplog) -> None:
     store = Store(str(tmp_path))
     store.put(DIGEST, DATA)
 
@@ -156,5 +160,55 @@ def test_a_store_that_cannot_be_read_says_so(tmp_path, monkeypatch) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "scandir", away)
-    with pytest.raises(Unavailable, match=r"cannot be read: .*Input/output error"):
+    with pytest.raises(Unavailable, match="does not give its files for now"):
         list(store.files())
+    assert "cannot be read (its files): OSError: [Errno 5] Input/output error" in caplog.text
+
+
+WHERE = "Could not connect to https://minio.internal:9000/a-bucket/a/path"
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "told"),
+    [
+        ("pipe_file", lambda store: store.put(DIGEST, DATA), "does not take file {}"),
+        ("cat_file", lambda store: store.get(DIGEST), "does not give file {}"),
+        ("info", lambda store: store.find(DIGEST), "does not give file {}"),
+        ("rm_file", lambda store: store.delete(DIGEST), "does not take the removal of file {}"),
+        ("ls", lambda store: list(store.files()), "does not give its files"),
+    ],
+)
+def test_the_log_alone_has_what_an_object_store_says(monkeypatch, caplog, method, call, told) -> None:
+    def away(*_args: object, **_kwargs: object) -> None:
+        raise OSError(WHERE)
+
+    store = Store("memory://a-bucket/prefix")
+    monkeypatch.setattr(MemoryFileSystem, method, away)
+    with pytest.raises(Unavailable) as caught:
+        call(store)
+    assert caught.value.detail == f"the adapter store {told.format(DIGEST)} for now; the hub's log says why"
+    assert WHERE in caplog.text
+
+
+def test_no_answer_tells_where_the_store_is(hub, adapters, monkeypatch, caplog) -> None:
+    """Whether it is full, its files are damaged, or it is away."""
+    url = "/v1/tasks/flowers/versions"
+
+    def failing(*_args: object, **_kwargs: object) -> None:
+        raise OSError(28, "No space left on device", str(hub.store_folder))
+
+    assert hub.http.post(url, content=adapters[0].data, headers=OCTETS).status_code == 201
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        answers = [hub.http.post(url, content=adapters[1].data, headers=OCTETS)]
+    (path,) = hub.store_folder.rglob("*.safetensors")
+    path.write_bytes(b"damaged")
+    answers += [hub.http.get(f"{url}/1/file"), hub.http.post("/v1/tasks/flowers/classify", content=png())]
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "cat_file", failing)
+        patch.setattr(LocalFileSystem, "info", failing)
+        answers += [hub.http.get(f"{url}/1/file"), hub.http.get("/v1/tenants/default/export")]
+    assert [a.status_code for a in answers] == [503] * len(answers)
+    assert all("is damaged" in a.json()["detail"] for a in answers[1:3])
+    assert not [a.text for a in answers if str(hub.store_folder) in a.text or "No space" in a.text]
+    assert caplog.text.count(str(hub.store_folder)) >= len(answers)
