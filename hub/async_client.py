@@ -88,7 +88,7 @@ class AsyncClient(Base):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections."""
+        """Close the connections; every call after this is a `RuntimeError`."""
         await self._http.aclose()
 
     def _connect(self, on_response: Callable[[httpx.Response], None] | None, **options: Any) -> None:
@@ -128,6 +128,10 @@ class AsyncClient(Base):
                 return call.read(b"")
         except httpx.RequestError as error:
             raise self._lost(error) from error
+        except RuntimeError as error:
+            if self._http.is_closed:
+                raise self._ended() from error
+            raise
 
     async def _send_many(self, many: Many[Any, Part, Reply]) -> Reply:
         """Send calls, several at once; the first failure ends the others and is raised."""

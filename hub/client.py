@@ -41,7 +41,8 @@ class Client(Base):
     """Talks to one hub with one key; may be used by many threads at once.
 
     Every method raises the `HubError` kind that the hub answered with (`hub.errors`), `Unavailable` where no hub
-    answers, and `OSError` for a file that cannot be read or written. The methods are described in `hub/calls.py`.
+    answers, `OSError` for a file that cannot be read or written, and `RuntimeError` once the client is closed. The
+    methods are described in `hub/calls.py`.
 
     >>> with Client("http://127.0.0.1:8000", key="kh_...") as client:  # doctest: +SKIP
     ...     client.register("flowers", "flowers.safetensors")
@@ -89,7 +90,7 @@ class Client(Base):
         self.close()
 
     def close(self) -> None:
-        """Close the connections; calls of other threads are not tried again."""
+        """Close the connections; calls of other threads are not tried again, later ones are a `RuntimeError`."""
         self._closed.set()
         self._http.close()
 
@@ -127,6 +128,10 @@ class Client(Base):
                 return call.read(b"")
         except httpx.RequestError as error:
             raise self._lost(error) from error
+        except RuntimeError as error:
+            if self._http.is_closed:
+                raise self._ended() from error
+            raise
 
     def _send_many(self, many: Many[Any, Part, Reply]) -> Reply:
         """Send calls, several at once; the first failure ends the others and is raised."""

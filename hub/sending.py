@@ -158,6 +158,13 @@ class Base:
         except ValueError as error:
             raise HubError(f"what answers at {self._url} is no hub: {response.text[:80]!r}") from error
 
+    def _ended(self) -> RuntimeError:
+        """Why a closed client sends nothing; httpx's own words would name a client that the caller never made."""
+        kind = type(self).__name__
+        return RuntimeError(
+            f"this {kind} is closed: make a new one, and close it (or leave its `with`) after the last call"
+        )
+
     def _lost(self, error: httpx.RequestError) -> Unavailable:
         return Unavailable(f"no hub answers at {self._url}: {str(error) or type(error).__name__}", retry_after_s=None)
 

@@ -143,6 +143,27 @@ def test_a_file_is_sent_in_pieces(kind, tmp_path) -> None:
         assert told.headers[0]["content-type"] == "application/x-tar"
 
 
+def test_a_closed_client_says_that_it_is_closed_and_what_to_do(kind, tmp_path) -> None:
+    with server(GIVEN) as told:
+        client = kind(told.url, "kh_x")
+        with client:
+            client.tasks()
+            name = type(getattr(client, "_client", client)).__name__
+            getattr(client, "close" if name == "Client" else "aclose")()
+            calls: list[Callable[[], Any]] = [
+                client.tasks,
+                lambda: client.classify("flowers", [b"image"]),
+                lambda: client.register("flowers", b"adapter"),
+                lambda: client.download("flowers", tmp_path / "file"),
+            ]
+            for call in calls:
+                with pytest.raises(RuntimeError, match=f"this {name} is closed: make a new one") as raised:
+                    call()
+                assert not isinstance(raised.value, HubError)
+        assert len(told.paths) == 1
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_connections_are_kept(kind) -> None:
     with server(GIVEN) as told, kind(told.url, "kh_x") as client:
         for _ in range(5):
