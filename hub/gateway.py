@@ -40,7 +40,7 @@ class ServeWorkers:
 
     async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
         with tracing.call(len(images)):
-            return await self._call(self._near(digest).classify, tenant, digest, images, weight, logs.origin())
+            return await self._call(self._near(digest).answer, tenant, digest, images, weight, logs.origin())
 
     async def prefetch(self, digest: str) -> None:
         try:
@@ -73,7 +73,7 @@ class ServeWorkers:
     async def _once(self, method, args, timeout_s: float | None):
         response = method.remote(*args)
         try:
-            return await (asyncio.wait_for(response, timeout_s) if timeout_s else response)
+            result = await (asyncio.wait_for(response, timeout_s) if timeout_s else response)
         except asyncio.CancelledError:  # the client went away: what waits at the worker need not be computed
             response.cancel()
             raise
@@ -89,6 +89,9 @@ class ServeWorkers:
             raise _Lost("the workers that had the request died; try again", retry_after_s=5) from error
         except (TimeoutError, DeploymentUnavailableError) as error:
             raise Unavailable("no worker answers; one may still be loading its backbone", retry_after_s=5) from error
+        if isinstance(result, HubError):
+            raise result
+        return result
 
 
 class _Lost(Unavailable):

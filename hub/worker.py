@@ -175,6 +175,14 @@ class Worker:
         """
         return {"images": float(self._images + self._tiers.reserving), "batch": float(self._pace.images)}
 
+    async def answer(self, *args: Any) -> list[Answer] | HubError:
+        """`classify` for the gateways; an error of ours is a value: whatever is raised Serve logs with its traceback,
+        on the loop that all calls share, and a crowd that is refused would hold up the others."""
+        try:
+            return await self.classify(*args)
+        except HubError as error:
+            return error
+
     async def classify(
         self,
         tenant: str,

@@ -1,6 +1,7 @@
 """The worker without a cluster: its batches mix tasks, and a caller that goes away takes nothing from the others."""
 
 import asyncio
+import pickle
 
 import numpy as np
 import pytest
@@ -131,5 +132,7 @@ def test_an_adapter_that_cannot_be_had_fails_only_its_own_callers(worker, adapte
         )
         assert isinstance(bad, Unavailable)
         assert len(good[0].probabilities) == adapters[0].num_classes
+        told = pickle.loads(pickle.dumps(await worker.answer("t", "0" * 64, images(1))))  # as it goes to the gateway
+        assert (type(told), told.problem()) == (Unavailable, bad.problem())
 
     asyncio.run(use())

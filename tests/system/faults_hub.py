@@ -63,7 +63,7 @@ class Hub:
         open_files = {
             Path(os.readlink(link)) for pid in self.replicas(deployment) for link in Path(f"/proc/{pid}/fd").iterdir()
         }
-        return "".join(p.read_text(errors="replace") for p in open_files if p.name.startswith("replica_"))
+        return "".join(p.read_text(errors="replace") for p in open_files if p.name.startswith("worker-"))
 
 
 @contextmanager
