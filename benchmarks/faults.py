@@ -34,13 +34,13 @@ def main() -> None:
     options = parser.parse_args()
     only = {name for name in options.only.split(",") if name}
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    before = json.loads(options.out.read_text())["faults"] if only and options.out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for fault, report in run(Path(folder), load_backbone("demo"), options.seconds, options.times, only):
             found[fault].append(asdict(report))
             print(f"{fault}: {asdict(report)}", flush=True)
-    before = json.loads(options.out.read_text())["faults"] if only and options.out.exists() else {}
-    body = {"machine": machine(), "seconds": options.seconds, "faults": before | found}
-    options.out.write_text(json.dumps(body, indent=1) + "\n")
+            body = {"machine": machine(), "seconds": options.seconds, "faults": before | found}
+            options.out.write_text(json.dumps(body, indent=1) + "\n")
     if any(report["wrong"] for reports in found.values() for report in reports):
         raise SystemExit("answers were wrong")
 
@@ -58,7 +58,6 @@ def run(folder: Path, backbone: Backbone, seconds: float, times: int, only: set[
     on_cluster: Mapping[str, Callable[[faults_cluster.Cluster, int], Report]] = {
         "upgrade of settings": lambda cluster, i: faults_cluster.upgrade(cluster, slots=40 + i, batch_wait_ms=2.0 + i),
         "head killed": lambda cluster, _i: faults_cluster.kill_head(cluster, min(seconds, 20)),
-        "node killed": lambda cluster, i: _kill_and_replace(cluster),
     }
 
     def wanted(*names: str) -> list[str]:
@@ -83,13 +82,10 @@ def run(folder: Path, backbone: Backbone, seconds: float, times: int, only: set[
             for name in wanted(*on_cluster):
                 for i in range(times):
                     yield name, on_cluster[name](cluster, i)
-
-
-def _kill_and_replace(cluster: faults_cluster.Cluster) -> Report:
-    """A killed node, and another one in its place for the next time."""
-    report = faults_cluster.kill_node(cluster)
-    cluster.add_node()
-    return report
+    for i in range(times if wanted("node killed") else 0):  # afterwards all is on one node
+        (folder / f"node-{i}").mkdir()
+        with faults_cluster.hub_on_a_cluster(folder / f"node-{i}", backbone) as cluster:
+            yield "node killed", faults_cluster.kill_node(cluster)
 
 
 if __name__ == "__main__":

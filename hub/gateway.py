@@ -16,6 +16,7 @@ from adapters import BankLimits
 from . import logs, tracing
 from .answers import Answer
 from .errors import HubError, Unavailable
+from .owners import WARM
 from .service import Workers
 from .telemetry import GatewayMetrics
 
@@ -40,7 +41,13 @@ class ServeWorkers:
 
     async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
         with tracing.call(len(images)):
-            return await self._call(self._near(digest).answer, tenant, digest, images, weight, logs.origin())
+            call = tenant, digest, images, weight, logs.origin()
+            answers = await self._call(self._near(digest).answer, *call)
+            if isinstance(answers, Unavailable):  # this worker cannot load the adapter; another one may hold it
+                answers = await self._call(self._near(digest + WARM).answer, *call)
+            if isinstance(answers, HubError):
+                raise answers
+            return answers
 
     async def prefetch(self, digest: str) -> None:
         try:
@@ -73,7 +80,7 @@ class ServeWorkers:
     async def _once(self, method, args, timeout_s: float | None):
         response = method.remote(*args)
         try:
-            result = await (asyncio.wait_for(response, timeout_s) if timeout_s else response)
+            return await (asyncio.wait_for(response, timeout_s) if timeout_s else response)
         except asyncio.CancelledError:  # the client went away: what waits at the worker need not be computed
             response.cancel()
             raise
@@ -89,9 +96,6 @@ class ServeWorkers:
             raise _Lost("the workers that had the request died; try again", retry_after_s=5) from error
         except (TimeoutError, DeploymentUnavailableError) as error:
             raise Unavailable("no worker answers; one may still be loading its backbone", retry_after_s=5) from error
-        if isinstance(result, HubError):
-            raise result
-        return result
 
 
 class _Lost(Unavailable):

@@ -9,13 +9,14 @@ from weakref import WeakValueDictionary
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from .owners import PREFIX, Owners, ranked
+from .owners import PREFIX, WARM, Owners, ranked
 
 SAMPLE = 32  # workers that are looked at for a call, beside the owners; all, up to this many
 
 
 class OwnersRouter(RequestRouter):
-    """Sends a call to an owner of its adapter that has room. The adapter's digest is the call's `session_id`."""
+    """Sends a call to an owner of its adapter that has room. The adapter's digest is the call's `session_id`,
+    with `owners.WARM` behind it where an owner could not load it."""
 
     def initialize_state(self, **_kwargs: object) -> None:
         self._owners: Owners[ReplicaID] = Owners({})
@@ -42,17 +43,23 @@ class OwnersRouter(RequestRouter):
             return [candidate_replicas]
         self._pending[id(pending_request.metadata)] = pending_request
         pending_request.routing_context.should_backoff = True  # between two rounds over all workers
-        digest = pending_request.metadata.session_id
-        if not digest or not candidate_replicas:
+        session = pending_request.metadata.session_id
+        if not session or not candidate_replicas:
             return [candidate_replicas]
+        digest = session.removesuffix(WARM)
+        if digest != session and (holders := [r for r in candidate_replicas if self._holds(r.replica_id, digest)]):
+            return [holders]
         replicas = {r.replica_id: r for r in candidate_replicas}
         owners = [owner for owner in self._owners.of(digest) if owner in replicas]  # others have just died
         seen = list(replicas) if len(replicas) <= SAMPLE else {*owners, *random.sample(list(replicas), SAMPLE)}
         # Unknown: this gateway sent nothing there for ten seconds. Serve asks the worker itself before it sends.
         loads = {name: self.replica_queue_len_cache.get(name) or 0 for name in seen}
-        resident = {name for name in seen if digest[:PREFIX] in self._resident.get(name, ())}
+        resident = {name for name in seen if self._holds(name, digest)}
         best = ranked(owners, loads, resident, self._batch)
         return [*([replicas[name]] for name in best), [replicas[name] for name in seen if name not in best]]
+
+    def _holds(self, worker: ReplicaID, digest: str) -> bool:
+        return digest[:PREFIX] in self._resident.get(worker, ())
 
     def _get_pending_request_matching_internal_request_id(
         self, request_metadata: object | None = None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hub.owners import BOUND, OWNERS, SHORT, Owners, ranked, room
+from hub.owners import BOUND, OWNERS, SHORT, WARM, Owners, ranked, room
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, at import
 DIGESTS = [f"{i:064x}" for i in range(4000)]
@@ -151,6 +151,18 @@ def test_the_router_asks_owners_first_then_everybody(router) -> None:
         assert first not in {r.replica_id for rank in await router.choose_replicas(left, call(digest)) for r in rank}
         assert await router.choose_replicas(replicas, call()) == [replicas]
         assert await router.choose_replicas([], call(digest)) == [[]]
+
+    asyncio.run(use())
+
+
+def test_where_an_owner_cannot_load_an_adapter_only_those_that_hold_it_are_asked(router) -> None:
+    async def use():
+        digest = "d" * 64
+        replicas = [replica("w0"), replica("w1", digest[:16]), replica("w2", "e" * 16)]
+        router.update_replicas(replicas)
+        assert await router.choose_replicas(replicas, call(digest + WARM)) == [[replicas[1]]]
+        nobody = await router.choose_replicas([replicas[0], replicas[2]], call(digest + WARM))
+        assert nobody == await router.choose_replicas([replicas[0], replicas[2]], call(digest))
 
     asyncio.run(use())
 

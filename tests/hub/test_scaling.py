@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from hub.errors import Unavailable
+from hub.errors import InvalidAdapter, Unavailable
 from hub.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, at import
@@ -115,8 +115,11 @@ class Handle:
     def __init__(self, *outcomes) -> None:
         self.outcomes = list(outcomes)
         self.calls = 0
+        self.asked_for: list[str] = []
+        self.raised = True
 
-    def options(self, **_options) -> "Handle":
+    def options(self, *, session_id: str) -> "Handle":
+        self.asked_for.append(session_id)
         return self
 
     def __getattr__(self, _method) -> "Handle":
@@ -126,7 +129,7 @@ class Handle:
         self.calls += 1
         future = asyncio.get_running_loop().create_future()
         outcome = self.outcomes.pop(0)
-        if isinstance(outcome, Exception):
+        if self.raised and isinstance(outcome, Exception):
             future.set_exception(outcome)
         elif outcome is not None:
             future.set_result(outcome)
@@ -158,6 +161,23 @@ def test_a_call_whose_worker_died_goes_to_another(monkeypatch) -> None:
     assert handle.calls == gateway.TRIES == 3
     handle = Handle(Unavailable("the store is away"), "never")
     with pytest.raises(Unavailable, match="store"):
+        asked(handle, False, 1, "classify", "t", "d", [], 1.0)
+
+
+def test_what_one_worker_cannot_load_another_may_hold() -> None:
+    away = Unavailable("the store is away")
+    handle = Handle(away, ["answer"])
+    # A value, not raised: see `Worker.answer`.
+    handle.raised = False
+    assert asked(handle, False, 1, "classify", "t", "d", [], 1.0) == [["answer"]]
+    assert handle.asked_for == ["d", "d:warm"]
+    handle = Handle(away, away)
+    handle.raised = False
+    with pytest.raises(Unavailable, match="store is away"):
+        asked(handle, False, 1, "classify", "t", "d", [], 1.0)
+    handle = Handle(InvalidAdapter("it does not fit"), "never")
+    handle.raised = False
+    with pytest.raises(InvalidAdapter):
         asked(handle, False, 1, "classify", "t", "d", [], 1.0)
 
 
