@@ -6,6 +6,7 @@ Ray reads its switches from the environment when it is imported, so this module 
 import asyncio
 import fcntl
 import os
+import random
 import re
 import secrets
 import shlex
@@ -39,6 +40,7 @@ from .tenants import ADMIN, Tenants
 T = TypeVar("T")
 DISTRIBUTION = "karst-hub"
 LOOPBACK = "127.0.0.1"
+PORTS = range(20_000, 30_000)  # above Ray's workers' and below its gateways' and Linux's own
 DRAIN_S = 30.0  # longest wait, at a stop, for requests under way
 
 
@@ -268,10 +270,13 @@ def check_port(host: str, port: int) -> None:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that was free a moment ago, and that neither Linux nor Ray gives to whoever asks for any: seconds may pass
+    until its owner listens."""
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise StartError(f"none of the ports {PORTS.start} to {PORTS.stop - 1} is free")
 
 
 def _reason(error: Exception) -> str:
