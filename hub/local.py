@@ -34,6 +34,7 @@ from .embedded import embedded_redis, url_of_running
 from .errors import Unavailable
 from .haproxy import Edge, command
 from .settings import Settings
+from .sources import Sources
 from .store import Store
 from .tenants import ADMIN, Tenants
 
@@ -41,6 +42,8 @@ T = TypeVar("T")
 DISTRIBUTION = "karst-hub"
 LOOPBACK = "127.0.0.1"
 PORTS = range(20_000, 30_000)  # above Ray's workers' and below its gateways' and Linux's own
+# Makes this machine's address 127.0.0.1 to Ray, which then listens nowhere else with most of what it starts.
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 DRAIN_S = 30.0  # longest wait, at a stop, for requests under way
 
 
@@ -74,10 +77,12 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
         store_url = settings.store_url or str(settings.home / "store")
         settings = settings.model_copy(update={"redis_url": redis_url, "store_url": store_url})
         _check_store(store_url)
+        _check_sources(settings)
         _check_registry(redis_url)
         run_folder = Path(tempfile.mkdtemp(prefix="karst-hub-"))  # nobody else may look into it
         stack.callback(shutil.rmtree, run_folder, ignore_errors=True)
-        os.environ.update(ray_environment(settings, run_folder))
+        os.environ.update(ray_environment(settings, run_folder) | LOOPBACK_ONLY)
+        _check_backbone(settings)
 
         from . import app  # imports Ray, which reads the environment now
 
@@ -305,6 +310,23 @@ def _check_store(url: str) -> None:
         Store(url)
     except (ValueError, ImportError) as error:  # fsspec: an unknown scheme, or one whose package is not installed
         raise StartError(f"HUB_STORE_URL={url}: {error}") from error
+
+
+def _check_sources(settings: Settings) -> None:
+    try:
+        Sources(settings.sources, max_bytes=settings.max_adapter_bytes)
+    except ValueError as error:
+        raise StartError(str(error)) from error
+
+
+def _check_backbone(settings: Settings) -> None:
+    """Load it once here, so that whoever waits sees it fetched, or why it cannot be: Ray would try three times."""
+    from adapters import BackboneError, load_backbone  # torch, which reads the environment now
+
+    try:
+        load_backbone(settings.backbone, settings.checkpoint)
+    except BackboneError as error:
+        raise StartError(str(error)) from error
 
 
 def _check_registry(url: str) -> None:

@@ -7,6 +7,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
+from hub.local import free_port
 from hub.settings import Settings
 
 
@@ -98,6 +99,20 @@ def test_a_wrong_source_is_refused_at_the_start_without_its_password() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: HUB_SOURCES: ")
     assert "secret" not in done.stderr
+
+
+def test_what_cannot_work_is_said_before_ray_starts(tmp_path) -> None:
+    for variable, value, message in (
+        ("HUB_SOURCES", '["s3://bucket/"]', "error: HUB_SOURCES has a prefix of s3://, but: Install s3fs"),
+        ("HUB_CHECKPOINT", str(tmp_path / "no.safetensors"), "no.safetensors"),
+        ("HUB_BACKBONE", "nonsense", "error: cannot load pretrained weights of backbone 'nonsense'"),
+    ):
+        environment = {"HUB_HOME": str(tmp_path), "HUB_PORT": str(free_port()), "HUB_BACKBONE": "demo", variable: value}
+        done = karst_hub("serve", **environment)
+        assert done.returncode == 1
+        assert message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Ray" not in done.stderr
 
 
 def karst_hub(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -215,7 +215,7 @@ def test_a_backbone_that_cannot_be_loaded_is_one_line(tmp_path) -> None:
     environment = os.environ | {"HUB_BACKBONE": "nonsense", "HUB_HOME": str(tmp_path), "HUB_PORT": str(free_port())}
     done = subprocess.run([str(KARST_HUB), "serve"], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
-    assert "error: Ray Serve could not start the hub: BackboneError: cannot load" in done.stderr
+    assert "error: cannot load pretrained weights of backbone" in done.stderr
     assert "'nonsense'" in done.stderr
     assert "Traceback" not in done.stderr
 
