@@ -2,8 +2,8 @@
 
     python haproxy.py '<JSON of Edge>' <haproxy> -db -f <haproxy.cfg> ...
 
-- Statistics and metrics listen on the loopback interface, not on all; the hub listens where it was told, while what
-  stands behind HAProxy stays on loopback.
+- Its pages of statistics and metrics, on all interfaces and unused here, are left out. The hub listens where it was
+  told, while what stands behind HAProxy stays on loopback.
 - The head of a request has 10 s: nobody holds connections by sending theirs byte by byte.
 - The gateway hears who connected (`X-Forwarded-For`), whatever the client says of that.
 - Headers that steer Ray are Ray's own. One is set: the gateway gets the connection as it is, so that a body waits in
@@ -61,8 +61,8 @@ def rewritten(config: str, edge: Edge) -> str:
     Raises:
         ConfigurationError: a line that has to be changed is not there exactly once.
     """
-    config = _replaced(config, r"(frontend prometheus\n    bind )(?=:\d+\n)", r"\g<1>127.0.0.1")
-    config = _replaced(config, r"(listen stats\n  bind )\*(?=:\d+\n)", r"\g<1>127.0.0.1")
+    for section in ("frontend prometheus", "listen stats"):
+        config = _replaced(config, rf"(?m)^{section}\n(?:[ \t]+\S.*(?:\n|\Z))+", "")
     return _replaced(config, r"(frontend http_frontend\n    bind )(\S+)(:\d+)\n", lambda m: _frontend(m, edge))
 
 

@@ -119,7 +119,7 @@ def new_admin_key(settings: Settings) -> str:
 
 
 def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
-    """Ray's switches for this hub; HAProxy's files and side ports are its own, so that two hubs can share a machine."""
+    """Ray's switches for this hub; HAProxy's files are its own, so that two hubs can share a machine."""
     token = run_folder / "ray-token"
     token.touch(0o600)
     token.write_text(secrets.token_hex(32))
@@ -147,8 +147,6 @@ def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
         "SOCKET_PATH": run_folder / "admin.sock",
         "SERVER_STATE_BASE": run_folder,
         "SERVER_STATE_FILE": run_folder / "server-state",
-        "METRICS_PORT": free_port(),
-        "STATS_PORT": free_port(),
     }
     return environment | {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",

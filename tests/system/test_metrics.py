@@ -1,17 +1,21 @@
 """What a running hub tells of itself: Ray's metrics page, log lines, request ids, traces, and `karst-hub top`."""
 
+import ipaddress
 import json
 import re
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from adapters import load_backbone
@@ -19,7 +23,7 @@ from hub.client import Client
 from hub.errors import NotFound
 from hub.local import free_port
 from tests.support import png, random_adapter
-from tests.system.test_hub import KARST_HUB, Served, serve
+from tests.system.test_hub import KARST_HUB, Served, command, descendants, serve
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore")]
 SCRAPE_S = 60  # Ray's nodes report every 10 s
@@ -96,6 +100,19 @@ def used(watched) -> Watched:
         with pytest.raises(NotFound):
             client.classify("absent", [png(0)])
     return watched
+
+
+def test_only_replicas_listen_beyond_loopback(used) -> None:
+    """And only on one port each, which takes nobody without Ray's token (`test_tls`); see docs/security.md."""
+    open_to_all: Counter[str] = Counter()
+    for pid in descendants(used.hub.process.pid):
+        with suppress(psutil.Error):
+            for found in psutil.Process(pid).net_connections("tcp"):
+                host = ipaddress.ip_address(found.laddr.ip) if found.status == psutil.CONN_LISTEN else None
+                if host and not (getattr(host, "ipv4_mapped", None) or host).is_loopback:
+                    open_to_all[command(pid)] += 1
+    assert open_to_all
+    assert all("ServeReplica" in name and n == 1 for name, n in open_to_all.items()), open_to_all
 
 
 def test_every_metric_is_on_rays_page(used) -> None:
