@@ -11,10 +11,12 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Generic, TypeVar
 
 from .errors import LimitReached
 
+SHARED_S = 1.0  # two tenants that send within it share the worker
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -40,7 +42,7 @@ class Batcher(Generic[Item, Result]):
         self,
         run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
         *,
-        batch_size: Callable[[], int],
+        batch_size: Callable[[bool], int],
         wait_s: float,
         tenant_queue: int,
         in_flight: int = 1,
@@ -49,7 +51,7 @@ class Batcher(Generic[Item, Result]):
         """
         Args:
             run: computes a batch: one result for each item, in their order.
-            batch_size: most items in the next batch.
+            batch_size: most items in the next batch, by whether more than one tenant sent items in the last second.
             wait_s: how long a batch waits, at most, to become as large as the last one. One that comes to an idle
                 batcher waits for nothing.
             tenant_queue: most items of a tenant that wait.
@@ -68,6 +70,7 @@ class Batcher(Generic[Item, Result]):
         self._running: set[asyncio.Task[None]] = set()
         self._since = clock()  # when the next batch began to wait for more: its first item, or the end of the last
         self._last_size = 1
+        self._last_sender, self._last_sent, self._shared_until = "", -inf, -inf
         self._changed = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
 
@@ -98,6 +101,9 @@ class Batcher(Generic[Item, Result]):
         now = self._clock()
         if not self._waiting and not self._running and now - self._since > self._wait_s:
             self._last_size = 1  # idle
+        if tenant != self._last_sender and now - self._last_sent < SHARED_S:
+            self._shared_until = now + SHARED_S
+        self._last_sender, self._last_sent = tenant, now
         queue = self._tenants.get(tenant)
         waiting = len(queue.waiting) if queue else 0
         if waiting + len(items) > self._tenant_queue:
@@ -141,7 +147,7 @@ class Batcher(Generic[Item, Result]):
             while (patience := self._patience()) > 0:
                 self._changed.clear()
                 try:
-                    async with asyncio.timeout(None if patience == float("inf") else patience):
+                    async with asyncio.timeout(None if patience == inf else patience):
                         await self._changed.wait()
                 except TimeoutError:
                     pass
@@ -152,19 +158,22 @@ class Batcher(Generic[Item, Result]):
     def _patience(self) -> float:
         """Seconds until the next batch should start if nothing changes: 0 is now, infinity not before a change."""
         if not self._waiting or len(self._running) >= self._in_flight:
-            return float("inf")
-        if self._waiting >= self._batch_size():
+            return inf
+        if self._waiting >= self._most():
             return 0
         if self._running:
-            return float("inf")
+            return inf
         if self._waiting >= self._last_size:
             return 0
         return max(0.0, self._since + self._wait_s - self._clock())
 
+    def _most(self) -> int:
+        return self._batch_size(self._clock() < self._shared_until)
+
     def _take(self) -> list[_Entry]:
         """The next batch, out of the queues."""
         batch: list[_Entry] = []
-        most = self._batch_size()
+        most = self._most()
         while self._ring and len(batch) < most:
             name = self._ring[0]
             tenant = self._tenants[name]

@@ -6,6 +6,8 @@
   told, while what stands behind HAProxy stays on loopback.
 - The head of a request has 10 s: nobody holds connections by sending theirs byte by byte.
 - The gateway hears who connected (`X-Forwarded-For`), whatever the client says of that.
+- A crowd of calls with one key is refused here, where that costs microseconds: in a gateway it costs as much as an
+  answer, and others would wait for that.
 - Headers that steer Ray are Ray's own. One is set: the gateway gets the connection as it is, so that a body waits in
   the network and not in memory until a route reads it.
 - TLS, where it is set.
@@ -24,6 +26,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HEAD_S = 10
+# Calls of one key that may be under way here: as many as a gateway lets a tenant have in line (`assembly.TENANT_WAITING`).
+CALLS_OF_A_KEY = 512
+TOO_MANY = json.dumps(
+    {
+        "type": "urn:karst-hub:problem:limit-reached",
+        "title": "A limit of the tenant is reached",
+        "status": 429,
+        "detail": f"more than {CALLS_OF_A_KEY} calls with this key are under way; try again",
+    }
+)
 # The same as `edge.STEERING` and `edge.REQUEST_ID`.
 STEERING = ("x-request-timeout-seconds", "serve_multiplexed_model_id", "serve-multiplexed-model-id", "x-session-id")
 REQUEST_ID = "^[A-Za-z0-9_.:-]{1,128}$"
@@ -75,6 +87,10 @@ def _frontend(found: re.Match[str], edge: Edge) -> str:
     lines = [
         f"{found[1]}{host}{found[3]}{tls}",
         f"timeout http-request {HEAD_S}s",
+        "stick-table type string len 128 size 100k expire 60s store conn_cur",
+        "http-request track-sc0 req.hdr(authorization)",
+        "http-request return status 429 content-type application/problem+json"
+        f" string '{TOO_MANY}' hdr retry-after 1 if {{ sc0_conn_cur gt {CALLS_OF_A_KEY} }}",
         f"http-request set-header X-Forwarded-For %[src]{unless}",
         f"http-request set-header X-Forwarded-Proto {'https' if tls else 'http'}{unless}",
         *[f"http-request del-header {name}" for name in STEERING],

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 GAIN = 1.05  # how much faster, an image, a larger pass must be to be worth its size
 TRY = 16  # passes until what is as good as the best is tried again; what is worse, later
 FASTER, SLOWER = 0.5, 0.1  # what one pass changes of what is known: others' work only ever makes a pass slower
+PATIENCE = 2.0  # beside other tenants a pass may take so many times as long as the shortest: theirs wait for all of it
 SHOCK = 1.5  # no pass counts as more times slower than is known: something else had the machine
 
 
@@ -27,6 +28,18 @@ class Pace:
         self._threads = tuple(dict.fromkeys(threads))
         self._image_ms: dict[tuple[int, int], float] = {}
         self._rest: dict[Hashable, float] = {}
+
+    def most(self, shared: bool) -> int:
+        """Images of the next pass at most.
+
+        Args:
+            shared: whether several tenants send images at this time.
+        """
+        if not shared:
+            return self.next_images
+        took = {size: size * ms for size in self.sizes if (ms := self._fastest(size)) is not None}
+        quick = [size for size, ms in took.items() if ms <= PATIENCE * min(took.values())]
+        return min(self.next_images, max(quick, default=self.next_images))
 
     # `images` is the smallest pass that is nearly as fast, an image, as any; `next_images` the most that the next one
     # should have: mostly that, now and then the size above or below, to see whether things have changed.

@@ -84,7 +84,7 @@ class Worker:
         self._ahead = ThreadPoolExecutor(1, "ahead") if self._bank.backbone.device.type == "cuda" else None
         self._batcher: Batcher[Item, Answer] = Batcher(
             self._run,
-            batch_size=lambda: self._pace.next_images,
+            batch_size=self._pace.most,
             wait_s=settings.batch_wait_ms / 1000,
             tenant_queue=TENANT_QUEUE,
             in_flight=2 if self._ahead else 1,

@@ -31,7 +31,26 @@ class Engine:
 def batcher(engine, **changes) -> Batcher:
     options = {"batch_size": 4, "wait_s": 0.01, "tenant_queue": 1000} | changes
     size = options.pop("batch_size")
-    return Batcher(engine, batch_size=lambda: size, **options)
+    return Batcher(engine, batch_size=lambda _shared: size, **options)
+
+
+def test_batches_are_told_whether_tenants_share_them() -> None:
+    async def use():
+        now = 0.0
+        told: list[bool] = []
+
+        def size(shared: bool) -> int:
+            told.append(shared)
+            return 4
+
+        batches = Batcher(Engine(), batch_size=size, wait_s=0, tenant_queue=10, clock=lambda: now)
+        seen = {}
+        for now, tenant in ((0.0, "a"), (0.5, "a"), (0.9, "b"), (1.5, "b"), (2.4, "b"), (5.0, "a"), (5.9, "b")):
+            await batches.submit(tenant, ["x"])
+            seen[now] = told[-1]
+        assert seen == {0.0: False, 0.5: False, 0.9: True, 1.5: True, 2.4: False, 5.0: False, 5.9: True}
+
+    asyncio.run(use())
 
 
 async def settle() -> None:

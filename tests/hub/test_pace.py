@@ -99,3 +99,11 @@ def test_what_never_waits_together_is_not_waited_for() -> None:
     drive(pace, lambda n, _threads: 10.0, 500, waiting=3)
     assert pace.images == 4  # the size of passes of three
     assert pace.next_images in (2, 8)  # not known: the next pass may be that large
+
+
+def test_beside_other_tenants_a_pass_is_at_most_twice_as_long_as_the_shortest() -> None:
+    cpu = rehearsed(32, [1], lambda n, _threads: 2 + 8.0 * n)
+    assert (cpu.images, cpu.most(False), cpu.most(True)) == (4, cpu.next_images, 2)
+    gpu = rehearsed(32, [1], lambda n, _threads: 10.0 + 0.2 * n)
+    assert gpu.most(True) == gpu.most(False) == gpu.images == 32
+    assert Pace(32, [1]).most(True) == 32  # nothing is known yet
