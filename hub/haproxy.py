@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HEAD_S = 10
-# Calls of one key that may be under way here: as many as a gateway lets a tenant have in line (`assembly.TENANT_WAITING`).
+# Calls of one key that may be under way here: as many as a gateway takes of a tenant (`assembly.TENANT_WAITING`).
 CALLS_OF_A_KEY = 512
 TOO_MANY = json.dumps(
     {
