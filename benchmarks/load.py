@@ -57,7 +57,12 @@ class Connection:
         if self.socket.fileno() < 0:
             self._open()
         self._sent = time.perf_counter()
-        self.socket.sendall(request)
+        try:
+            self.socket.sendall(request)
+        except ConnectionError:  # the server closed it since its last reply
+            self.close()
+            self._open()
+            self.socket.sendall(request)
 
     def receive(self) -> Reply | None:
         """The reply when it is whole; None where more is to come. Closes where the server closed."""
@@ -70,7 +75,7 @@ class Connection:
         length = _LENGTH.search(head) if found else None
         if received and (length is None or len(body) < int(length[1])):
             return None
-        if not received:
+        if not received or b"\r\nconnection: close" in head.lower():
             self.close()
         self._received = b""
         now = time.perf_counter()
