@@ -236,7 +236,7 @@ def tenants(stage: Stage, callers: int, most_open: int, rounds: int, seconds: fl
         modest_statuses: Counter[int] = Counter()
         greedy_statuses: Counter[str] = Counter()
         for _ in track(range(rounds), f"tenants, {images} images a call"):
-            time.sleep(SETTLE_S)
+            time.sleep(5 * SETTLE_S)  # the last crowd's calls are dropped, which takes a while
             alone = closed_loop(stage.hub.address, modest, 1, seconds)
             lasts = seconds + 2 * SETTLE_S
             stage.bare.send(open_loop, stage.hub.address, greedy, GREED * takes, lasts, most_open)
