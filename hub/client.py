@@ -14,7 +14,7 @@ import httpx
 from . import calls
 from .errors import HubError, NotFound
 from .replies import pause_s
-from .sending import CHUNK_BYTES, Base, Call, Many, described_by, whole_file
+from .sending import CHUNK_BYTES, Base, Call, Many, bare, described_by, whole_file
 
 Part = TypeVar("Part")
 Reply = TypeVar("Reply")
@@ -127,7 +127,7 @@ class Client(Base):
                         file.write(chunk)
                 return call.read(b"")
         except httpx.RequestError as error:
-            raise self._lost(error) from error
+            raise self._lost(error) from bare(error)
         except RuntimeError as error:
             if self._http.is_closed:
                 raise self._ended() from error

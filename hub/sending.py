@@ -120,8 +120,10 @@ class Base:
 
         Raises:
             Unauthenticated: what no hub has as a key.
-            InvalidRequest: the URL is none.
+            InvalidRequest: the URL is none, or not one of HTTP.
         """
+        if not url.lower().startswith(("http://", "https://")):
+            raise InvalidRequest(f"the hub's URL (HUB_URL) needs http:// or https:// at its start; {url!r} has neither")
         key = key.strip()
         if not (key and key.isascii() and key.isprintable()):
             raise Unauthenticated("the key is empty or has characters that no key of a hub has")
@@ -166,7 +168,24 @@ class Base:
         )
 
     def _lost(self, error: httpx.RequestError) -> Unavailable:
-        return Unavailable(f"no hub answers at {self._url}: {str(error) or type(error).__name__}", retry_after_s=None)
+        return Unavailable(f"no hub answers at {self._url}: {_reason(error)}", retry_after_s=None)
+
+
+def bare(error: httpx.RequestError) -> httpx.RequestError:
+    """The error as a cause: its kind, which decides whether to try again, without sixty lines of httpx's frames."""
+    return type(error)(_reason(error))
+
+
+def _reason(error: httpx.RequestError) -> str:
+    """Why no answer came, in the same words for both clients; asyncio hides the system's words behind its own."""
+    if isinstance(error, httpx.TimeoutException):
+        return "timed out"
+    last: BaseException = error
+    while below := last.__cause__ or last.__context__:
+        last = below.exceptions[0] if isinstance(below, BaseExceptionGroup) else below  # one for each address
+    if isinstance(last, OSError) and last.errno is not None and "Connect call failed" in str(last):
+        return f"[Errno {last.errno}] {os.strerror(last.errno)}"
+    return str(error) or type(error).__name__
 
 
 @contextmanager

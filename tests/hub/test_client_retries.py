@@ -1,6 +1,7 @@
 """Both Python clients against a server that answers as it is told: retries, lost connections, files, odd answers."""
 
 import json
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -9,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hub.errors import Conflict, HubError, LimitReached, NotFound, TooLarge, Unavailable
+from hub.errors import Conflict, HubError, InvalidRequest, LimitReached, NotFound, TooLarge, Unavailable
 from hub.replies import pause_s
 from tests.hub.clients import DROP, KINDS, Answer, server
 
@@ -118,9 +119,27 @@ def test_a_hub_that_is_about_to_listen(kind) -> None:
 
 def test_a_wait_is_not_begun_again(kind) -> None:
     with server(GIVEN, wait_s=5) as told, kind(told.url, "kh_x", timeout_s=0.2) as client:
-        with pytest.raises(Unavailable, match="no hub answers"):
+        with pytest.raises(Unavailable, match="no hub answers at .*: timed out"):
             client.tasks()
         assert len(told.paths) == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_where_no_hub_is_both_say_the_same_in_few_lines(kind, host) -> None:
+    with kind(f"http://{host}:9", "kh_x", retry_s=0) as client, pytest.raises(Unavailable) as raised:
+        client.tasks()
+    assert raised.value.detail == f"no hub answers at http://{host}:9: [Errno 111] Connection refused"
+    assert isinstance(raised.value.__cause__, httpx.ConnectError)
+    shown = "".join(traceback.format_exception(raised.value))
+    assert "site-packages" not in shown
+    assert "\nThe above exception was" in shown
+    assert "During handling" not in shown
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost:8000", "ftp://127.0.0.1", ""])
+def test_a_url_without_http_is_refused(kind, url) -> None:
+    with pytest.raises(InvalidRequest, match="HUB_URL.*http:// or https://"):
+        kind(url, "kh_x")
 
 
 def test_a_file_is_there_whole_or_not_at_all(kind, tmp_path) -> None:
