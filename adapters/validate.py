@@ -140,12 +140,19 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_metadata(metadata: dict[str, str]) -> tuple[dict[str, Any], list[Problem]]:
-    """Metadata strings -> the fields of an Adapter, as far as they are valid, and what is wrong with the others."""
+    """Metadata strings -> the fields of an Adapter, as far as they are valid, and what is wrong with the others.
+
+    Raises:
+        AdapterError: a file of another format, in which everything would be wrong.
+    """
+    if "format" not in metadata:
+        message = f"missing from the metadata: a safetensors file, but no {FORMAT} adapter"
+        raise AdapterError([Problem("format", message)])
+    if metadata["format"] != FORMAT:
+        raise AdapterError([Problem("format", f"is {metadata['format']!r}; this reader knows {FORMAT!r}")])
     missing = [name for name in _REQUIRED if name not in metadata]
     if missing:
         return {}, [Problem(name, f"missing from the metadata of a {FORMAT} file") for name in missing]
-    if metadata["format"] != FORMAT:
-        return {}, [Problem("format", f"is {metadata['format']!r}; this reader knows {FORMAT!r}")]
     fields: dict[str, Any] = {
         "backbone": metadata["backbone"],
         "fingerprint": metadata["fingerprint"],

@@ -1,8 +1,10 @@
 """The command line: `karst-hub`. Exit codes: 0, 1 (the hub or a file said no), 2 (usage)."""
 
+import re
 import signal
 import sys
 import threading
+from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -14,6 +16,7 @@ from . import cli_library, cli_tenants
 from .client import Client
 from .console import AsJson, err, fail, out, settings, show
 from .errors import HubError
+from .schemas import LATEST
 
 app = typer.Typer(
     help="One frozen vision transformer, many KARST adapters: train, register and classify.",
@@ -98,17 +101,22 @@ def register(
     as_json: AsJson = False,
 ) -> None:
     """Register an adapter file as a version of a task; it can be called at once."""
-    with Client(url, key) as client:
+    statuses: list[int] = []
+    with Client(url, key, on_response=lambda response: statuses.append(response.status_code)) as client:
         done = client.register(task, adapter, alias=alias)
     if as_json:
         show(done, True)
+    elif statuses[-1] == HTTPStatus.OK:  # not made: what is called by default may be an older version from now on
+        moved = "latest" if alias in (None, LATEST) else f"latest and {alias}"
+        verb = "is" if moved == LATEST else "are"
+        out.print(f"{done.task}: was there already as version {done.version}; {moved} {verb} {done.version} now")
     else:
         out.print(f"{done.task} version {done.version}: {len(done.labels)} labels, digest {done.digest[:12]}")
 
 
 @app.command()
 def tasks(key: Key, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
-    """List the tasks that the key's tenant owns."""
+    """List the tasks that the key's tenant owns, and those that are shared with it."""
     with Client(url, key) as client:
         found = client.tasks()
     if as_json:
@@ -175,8 +183,11 @@ def classify(
     as_json: AsJson = False,
 ) -> None:
     """Classify image files with a task."""
-    with Client(url, key) as client:
-        answer = client.classify(task, list(images), top_k=top_k, version=version)
+    try:
+        with Client(url, key) as client:
+            answer = client.classify(task, list(images), top_k=top_k, version=version)
+    except HubError as error:
+        fail(_named(str(error), images))
     if as_json:
         return show(answer, True)
     table = Table("image", "label", "score")
@@ -184,3 +195,9 @@ def classify(
         for prediction in predictions:
             table.add_row(str(image), prediction.label, f"{prediction.score:.3f}")
     out.print(table)
+
+
+def _named(text: str, images: list[Path]) -> str:
+    """An error with the names of the files, which the client only counts: `images.1`."""
+    names = {f"images.{i}": str(image) for i, image in enumerate(images)}
+    return re.sub(r"\bimages\.\d+", lambda found: names.get(found[0], found[0]), text)

@@ -1,5 +1,6 @@
 """`karst-hub tenants ...`: tenants, keys, limits, use and audit; the same as the admin routes."""
 
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
@@ -11,12 +12,25 @@ from .client import Client
 from .console import AsJson, out, show, usage
 from .schemas import KeyInfo, LimitsChange, TenantInfo
 
+
+class _Either(list[str]):
+    """Environment variables, the first of them first; typer writes a list into its message as Python does."""
+
+    def __str__(self) -> str:
+        return " or ".join(self)
+
+
 Url = Annotated[str, typer.Option(envvar="HUB_URL", help="the hub's address")]
 AdminKey = Annotated[
-    str, typer.Option("--key", envvar=["HUB_ADMIN_KEY", "HUB_KEY"], help="an admin key, or a key of the tenant's owner")
+    str,
+    typer.Option(
+        "--key", envvar=_Either(["HUB_ADMIN_KEY", "HUB_KEY"]), help="an admin key, or a key of the tenant's owner"
+    ),
 ]
 Tenant = Annotated[str, typer.Argument(help="name of the tenant")]
 DEFAULT_URL = "http://127.0.0.1:8000"
+ID_LENGTH = 16  # of a key's id
+ACTION_LENGTH = len("version.register")  # the longest
 
 app = typer.Typer(help="Tenants, their keys, limits, use and audit.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -39,7 +53,7 @@ def list_tenants(key: AdminKey, url: Url = DEFAULT_URL, as_json: AsJson = False)
     for info in found.tenants:
         most = info.limits
         rates = f"{most.requests_per_second:g}", f"{most.images_per_second:g}", f"{most.weight:g}"
-        table.add_row(info.tenant, info.created, str(most.tasks), *rates)
+        table.add_row(info.tenant, _day(info.created), str(most.tasks), *rates)
     out.print(table)
 
 
@@ -115,7 +129,13 @@ def delete(
 ) -> None:
     """Delete a tenant with its tasks and keys."""
     if not yes:
-        typer.confirm(f"delete tenant {tenant} with all its tasks and keys?", abort=True)
+        try:
+            typer.confirm(f"delete tenant {tenant} with all its tasks and keys?", abort=True)
+        except typer.Abort:
+            if sys.stdin.isatty():
+                raise
+            out.print()  # ends the line of the question
+            usage(f"{tenant} is not deleted, since nobody said yes: give --yes where there is no terminal")
     with Client(url, key) as client:
         client.delete_tenant(tenant)
     out.print(f"{tenant}: deleted")
@@ -191,10 +211,17 @@ def audit(
         page = client.audit(tenant, after=after, count=count)
     if as_json:
         return show(page, True)
-    table = Table("when", "who", "from", "tenant", "what", "detail")
+    # Two lines a row: 80 columns have no room for all of it side by side, and an id is of use only whole.
+    table = Table(show_lines=True)
+    table.add_column("when\n(UTC)", no_wrap=True)
+    table.add_column("what\ntenant", overflow="fold", min_width=ACTION_LENGTH)
+    table.add_column("who\nkey", overflow="fold", min_width=ID_LENGTH)
+    table.add_column("from\ndetail", overflow="fold")
     for entry in page.entries:
         detail = ", ".join(f"{name}={value}" for name, value in entry.detail.items())
-        table.add_row(entry.at, f"{entry.name} ({entry.key})", entry.address, entry.tenant, entry.action, detail)
+        day, time = entry.at[:10], entry.at[11:19]
+        texts = f"{entry.action}\n{entry.tenant}", f"{entry.name}\n{entry.key}", f"{entry.address}\n{detail}"
+        table.add_row(f"{day}\n{time}", *texts)
     out.print(table)
     if page.next is not None:
         out.print(f"more: --after {page.next}")
@@ -217,7 +244,7 @@ def import_(
     """Make the tasks of an exported tenant in a tenant of this hub; all of them or none."""
     with Client(url, key) as client:
         made = client.import_tenant(tenant, file)
-    out.print(f"{tenant}: {len(made.tasks)} tasks")
+    out.print(f"{tenant}: {len(made.tasks)} {'task' if len(made.tasks) == 1 else 'tasks'}")
 
 
 def _show_tenant(info: TenantInfo, as_json: bool) -> None:
@@ -225,7 +252,16 @@ def _show_tenant(info: TenantInfo, as_json: bool) -> None:
 
 
 def _show_keys(found: list[KeyInfo]) -> None:
-    table = Table("id", "name", "role", "created", "expires", "last used")
+    table = Table()
+    table.add_column("id", min_width=ID_LENGTH)  # `revoke` needs all of it
+    table.add_column("name", overflow="fold")
+    for column in ("role", "created", "expires", "last used"):
+        table.add_column(column, no_wrap=True)
     for info in found:
-        table.add_row(info.id, info.name, info.role, info.created, info.expires or "-", info.last_used or "-")
+        table.add_row(info.id, info.name, info.role, *map(_day, (info.created, info.expires, info.last_used)))
     out.print(table)
+
+
+def _day(at: str | None) -> str:
+    """Of a time (RFC 3339, UTC), short enough for a table; `--json` has the second."""
+    return at[:10] if at is not None else "-"

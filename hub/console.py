@@ -52,11 +52,17 @@ def show(value: BaseModel | dict[str, Any], as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
         return
+    texts = {n: item if isinstance(item, str) else json.dumps(item, ensure_ascii=False) for n, item in data.items()}
+    if not out.is_terminal:  # a file has no edge to wrap at, and a digest is of use only in one piece
+        width = max(map(len, texts), default=0)
+        for name, text in texts.items():
+            out.print(f"{name:<{width}}  {text}", soft_wrap=True)
+        return
     table = Table(show_header=False, box=None)
     table.add_column()
-    table.add_column(overflow="fold")  # a digest is of use only whole
-    for name, item in data.items():
-        table.add_row(name, item if isinstance(item, str) else json.dumps(item, ensure_ascii=False))
+    table.add_column(overflow="fold")
+    for name, text in texts.items():
+        table.add_row(name, text)
     out.print(table)
 
 

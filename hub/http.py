@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response, Security
+from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ValidationError
@@ -43,6 +44,7 @@ class Doors:
             belongs_to(request.scope, who.tenant)
             request.state.still = partial(access.still, request.headers["authorization"])
             logs.note_tenant(who.tenant)
+            _refuse_unknown(request)
             return who
 
         async def tenant_key(who: Annotated[Caller, Depends(any_key)]) -> Caller:
@@ -58,6 +60,28 @@ class Doors:
             return who
 
         self.any_key, self.tenant_key, self.owner, self.admin = any_key, tenant_key, owner, admin
+
+
+def _refuse_unknown(request: Request) -> None:
+    """A query parameter that the route does not have: misspelt, it would be passed over, and the answer be another.
+
+    Raises:
+        InvalidRequest: under /v1 only; other people's clients send what their protocols may grow.
+    """
+    route = request.scope["route"]
+    if not request.query_params or not route.path.startswith("/v1/"):
+        return
+    known = _query_names(route.dependant)
+    unknown = sorted({*request.query_params} - known)
+    if unknown:
+        message = f"unknown query parameter; this route takes {', '.join(sorted(known)) or 'none'}"
+        raise _refused([FieldProblem(name, message) for name in unknown])
+
+
+def _query_names(dependant: Dependant) -> set[str]:
+    """The names of all query parameters that a route and what it depends on declare."""
+    own = {field.alias for field in dependant.query_params}
+    return own.union(*(_query_names(other) for other in dependant.dependencies))
 
 
 def schema_of(model: type[BaseModel]) -> dict[str, Any]:
@@ -193,4 +217,8 @@ def invalid(errors: Sequence[Any], where: str = "") -> InvalidRequest:
         if "pattern" in error.get("ctx", {}):
             message = f"{error['input']!r} does not match {error['ctx']['pattern']}"
         problems.append(FieldProblem(field, message))
-    return InvalidRequest("; ".join(f"{p.field}: {p.message}" for p in problems[:5]), problems)
+    return _refused(problems)
+
+
+def _refused(problems: Sequence[FieldProblem]) -> InvalidRequest:
+    return InvalidRequest("; ".join(f"{p.field}: {p.message}" for p in problems[:5]), problems[:MAX_ERRORS])

@@ -275,7 +275,8 @@ def _index(file: IO[bytes], max_adapter_bytes: int) -> dict[str, _Place]:
         try:
             member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
         except (tarfile.HeaderError, ValueError) as error:
-            raise _invalid(f"at byte {at} the tar is cut short or damaged") from error
+            where = f"at byte {at} the tar" if at else "this is no tar, or its beginning"
+            raise _invalid(f"{where} is cut short or damaged") from error
         match = FILE.fullmatch(member.name.removeprefix(FOLDER)) if member.name.startswith(FOLDER) else None
         digest = match[1] if match else member.name
         if (digest != MANIFEST and match is None) or member.type != tarfile.REGTYPE:

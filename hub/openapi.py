@@ -29,6 +29,7 @@ KEY = "An API key, `kh_...`. Owners manage their tenant's tasks, callers only cl
 GROUPS = {
     "/": "hub",
     "/v1/tasks": "tasks",
+    "/v1/tasks/{task}/classify": "classify",
     "/v1/classify": "classify",
     "/v1/tenants": "tenants",
     "/v1/usage": "tenants",
@@ -38,6 +39,24 @@ GROUPS = {
     "/v1/gc": "admin",
     "/v2": "Open Inference Protocol v2",
     "/models": "Hugging Face",
+}
+# FastAPI's summaries are the names of functions; these would say too little.
+SUMMARIES = {
+    "Healthz": "Whether the gateway lives",
+    "Readyz": "Whether a worker has its backbone",
+    "Share": "Let all or some tenants use a task",
+    "Register": "Register an adapter file as a version",
+    "Roll Back": "Point an alias at what it pointed at before",
+    "Classify": "Classify images with one task",
+    "Classify Inputs": "Classify images of several tasks",
+    "Collect": "Remove files that no version holds",
+    "Hugging Face": "Classify an image",
+    "Live": "Whether the gateway lives",
+    "Ready": "Whether a worker has its backbone",
+    "Server": "Name, version and extensions of the server",
+    "Model": "Versions, inputs and outputs of a task",
+    "Model Ready": "Whether a task can be called",
+    "Infer": "Classify a batch of images",
 }
 PASS_HEADERS = {
     "x-worker": "the worker that computed it",
@@ -99,6 +118,7 @@ def finished(document: dict[str, Any]) -> None:
             bad = {str(status): _answer(status, schema) for status in _problems(path, method, operation)}
             operation["responses"] = good | bad
             operation["tags"] = [group]
+            operation["summary"] = SUMMARIES.get(operation["summary"], operation["summary"])
             if _classifies(path, method):
                 good["200"]["headers"] = {name: _header(text) for name, text in PASS_HEADERS.items()}
     document["tags"] = [{"name": group} for group in dict.fromkeys(GROUPS.values()) if group in groups]
@@ -117,7 +137,7 @@ def _problems(path: str, method: str, operation: dict[str, Any]) -> Iterator[int
     if body:
         yield 413
     yield 414
-    if body or parameters:
+    if body or parameters or path.startswith("/v1"):  # there an unknown query parameter is refused, too
         yield 422
     yield from (431, 500)
     if operation.get("security") or path.endswith(("/ready", "/readyz")):

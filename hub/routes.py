@@ -11,7 +11,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from .access import Caller
 from .administration import Administration
 from .changes import Changes
-from .errors import FieldProblem, InvalidRequest
+from .errors import FieldProblem, InvalidImage, InvalidRequest
 from .http import (
     BINARY,
     JSON,
@@ -206,7 +206,11 @@ async def _images(request: Request, limit_bytes: int) -> list[tuple[str, bytes]]
         return await run_in_threadpool(_images_of_json, await read_body(request, limit_bytes, "body"))
     if kind == "multipart/form-data":
         return await _multipart(request, limit_bytes)
-    return [("body", await read_body(request, limit_bytes, "body"))]
+    body = await read_body(request, limit_bytes, "body")
+    if body[:64].lstrip().startswith(b"{"):  # no kind of image begins so
+        message = f"looks like JSON; send it with content-type: {JSON}"
+        raise InvalidImage(f"body: {message}", [FieldProblem("body", message)])
+    return [("body", body)]
 
 
 async def _multipart(request: Request, limit_bytes: int) -> list[tuple[str, bytes]]:

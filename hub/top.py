@@ -1,7 +1,7 @@
 """`karst-hub top`: what the hub does at this moment, in a terminal, from `GET /v1/status`."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -14,6 +14,10 @@ from .errors import Unavailable
 from .schemas import Counted, HubStatus, WorkerStatus
 
 MIB = 1024**2
+WIDE = 160  # columns; the table of workers needs them for itself
+PASSES = ("device", "up", "images/s", "images/pass", "tasks/pass", "waiting")
+ADAPTERS = ("slots", "host MiB", "hits", "loads", "ms/load", "evicted", "failed")
+RATES = ("requests/s", "images/s", "refused/s", "in flight")
 
 
 @dataclass(frozen=True)
@@ -27,29 +31,40 @@ class Look:
 def run(status: Callable[[], HubStatus], console: Console, *, interval_s: float, once: bool) -> None:
     """Show status after status until Ctrl-C, or one of them. A hub that is away for a while is said, and asked again.
 
+    Off a terminal there is nobody to watch: one of them.
+
     Raises:
         HubError: the first look fails, or the key is refused.
     """
     before = Look(status(), time.monotonic())
-    if once:
-        console.print(screen(before, None))
+
+    def drawn(now: Look, before: Look | None) -> RenderableType:
+        return screen(now, before, narrow=console.width < WIDE)  # each time: a window may change
+
+    if once or not console.is_terminal:
+        console.print(drawn(before, None))
         return
-    with suppress(KeyboardInterrupt), Live(screen(before, None), console=console, screen=True) as live:
+    with suppress(KeyboardInterrupt), Live(drawn(before, None), console=console, screen=True) as live:
         while True:
             time.sleep(interval_s)
             try:
                 now = Look(status(), time.monotonic())
             except Unavailable as error:
-                live.update(Group(Text(f"the hub does not answer: {error}", style="bold red"), screen(before, None)))
+                live.update(Group(Text(f"the hub does not answer: {error}", style="bold red"), drawn(before, None)))
             else:
-                live.update(screen(now, before), refresh=True)
+                live.update(drawn(now, before), refresh=True)
                 before = now
 
 
-def screen(now: Look, before: Look | None) -> RenderableType:
-    """The whole picture. Requests and refusals a second need a look before; they are `-` without."""
+def screen(now: Look, before: Look | None, *, narrow: bool = False) -> RenderableType:
+    """The whole picture. Requests and refusals a second need a look before; they are `-` without.
+
+    Args:
+        narrow: for 80 columns: workers and tenants in two tables each.
+    """
     status = now.status
-    return Group(Text(headline(status), style="bold"), _workers(status), _tasks(status), _tenants(now, before))
+    tables = [*_workers(status, narrow), _tasks(status), *_tenants(now, before, narrow)]
+    return Group(Text(headline(status), style="bold"), *tables)
 
 
 def headline(status: HubStatus) -> str:
@@ -64,14 +79,9 @@ def headline(status: HubStatus) -> str:
     )
 
 
-def _workers(status: HubStatus) -> Table:
-    table = Table("worker", title="workers", title_justify="left")
-    for column in ("device", "up", "images/s", "images/pass", "tasks/pass", "waiting", "slots", "host MiB"):
-        table.add_column(column, justify="right")
-    for column in ("hits", "loads", "ms/load", "evicted", "failed"):
-        table.add_column(column, justify="right")
-    for w in status.workers:
-        table.add_row(
+def _workers(status: HubStatus, narrow: bool) -> list[Table]:
+    rows = [
+        [
             w.worker,
             w.device,
             _ago(w.uptime_s),
@@ -86,8 +96,10 @@ def _workers(status: HubStatus) -> Table:
             f"{1000 * w.load_s / w.loads:.1f}" if w.loads else "-",
             str(w.evictions),
             str(w.failures),
-        )
-    return table
+        ]
+        for w in status.workers
+    ]
+    return _tables("worker", {"workers": PASSES, "their adapters": ADAPTERS}, rows, narrow)
 
 
 def _tasks(status: HubStatus) -> Table:
@@ -98,22 +110,43 @@ def _tasks(status: HubStatus) -> Table:
     return table
 
 
-def _tenants(now: Look, before: Look | None) -> Table:
-    table = Table("tenant", title="tenants of the last minute", title_justify="left")
-    for column in ("requests/s", "images/s", "refused/s", "in flight", "requests", "images", "refused"):
-        table.add_column(column, justify="right")
+def _tenants(now: Look, before: Look | None, narrow: bool) -> list[Table]:
     were = {t.tenant: t.counted for t in before.status.tenants} if before else {}
     seconds = now.at_s - before.at_s if before else 0.0
+    rows = []
     for tenant in now.status.tenants:
         counted = tenant.counted
         rates = rates_of(counted, were.get(tenant.tenant), seconds)
-        table.add_row(
-            tenant.tenant,
-            *(f"{rates[name]:.1f}" if rates else "-" for name in Counted.model_fields),
-            str(tenant.images_in_flight),
-            *(str(getattr(counted, name)) for name in Counted.model_fields),
-        )
-    return table
+        shown = [f"{rates[name]:.1f}" if rates else "-" for name in Counted.model_fields]
+        counts = [str(getattr(counted, name)) for name in Counted.model_fields]
+        rows.append([tenant.tenant, *shown, str(tenant.images_in_flight), *counts])
+    parts = {"tenants of the last minute": RATES, "their counts": tuple(Counted.model_fields)}
+    return _tables("tenant", parts, rows, narrow)
+
+
+def _tables(what: str, parts: Mapping[str, Sequence[str]], rows: Sequence[Sequence[str]], narrow: bool) -> list[Table]:
+    """One table with all columns; where it is narrow, one without lines for each part.
+
+    Args:
+        what: the rows are, as their first column says.
+        parts: title -> columns.
+        rows: a text for each column.
+    """
+    if not narrow:
+        parts = {next(iter(parts)): [column for columns in parts.values() for column in columns]}
+    tables, first = [], 1
+    for title, columns in parts.items():
+        table = Table(title=title, title_justify="left")
+        if narrow:
+            table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        table.add_column(what, overflow="fold")
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(row[0], *row[first : first + len(columns)])
+        tables.append(table)
+        first += len(columns)
+    return tables
 
 
 def rates_of(now: Counted, before: Counted | None, seconds: float) -> Mapping[str, float]:

@@ -173,7 +173,15 @@ LYING_BYTES = {
 }
 
 WRONG_METADATA = {
-    "none": (pack(arrays(), {}), "format: missing from the metadata of a karst/1 file; config: missing"),
+    "none": (pack(arrays(), {}), "format: missing from the metadata: a safetensors file, but no karst/1 adapter$"),
+    "none of ours": (
+        pack({"w": np.zeros(1, np.float32)}, {"note": "{}"}),
+        "format: missing from the metadata: a safetensors file, but no karst/1 adapter$",
+    ),
+    "of transformers": (
+        pack({"w": np.zeros(1, np.float32)}, {"format": "pt"}),
+        "format: is 'pt'; this reader knows 'karst/1'$",
+    ),
     "a list": (pack(arrays(), ["format"]), "__metadata__: must be an object of strings"),
     "null": (pack(arrays(), None), "__metadata__: must be an object of strings"),
     "a number": (pack(arrays(), METADATA | {"format": 1}), "__metadata__: must be an object of strings"),
@@ -316,7 +324,7 @@ def test_a_hostile_file_is_refused_by_name(data, message) -> None:
     str(refusal.value).encode()  # a message that cannot be sent would be an error of its own
 
 
-@pytest.mark.parametrize("field", ["format", "config", "backbone", "fingerprint", "labels", "preprocess"])
+@pytest.mark.parametrize("field", ["config", "backbone", "fingerprint", "labels", "preprocess"])
 def test_a_missing_field_is_named(field) -> None:
     with pytest.raises(AdapterError, match=f"^{field}: missing from the metadata of a karst/1 file$"):
         Adapter.read(pack(arrays(), {k: v for k, v in METADATA.items() if k != field}))

@@ -119,7 +119,7 @@ def test_a_hub_that_is_about_to_listen(kind) -> None:
 
 def test_a_wait_is_not_begun_again(kind) -> None:
     with server(GIVEN, wait_s=5) as told, kind(told.url, "kh_x", timeout_s=0.2) as client:
-        with pytest.raises(Unavailable, match="no hub answers at .*: timed out"):
+        with pytest.raises(Unavailable, match=r"no hub answers at .*: timed out"):
             client.tasks()
         assert len(told.paths) == 1
 
@@ -138,7 +138,7 @@ def test_where_no_hub_is_both_say_the_same_in_few_lines(kind, host) -> None:
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost:8000", "ftp://127.0.0.1", ""])
 def test_a_url_without_http_is_refused(kind, url) -> None:
-    with pytest.raises(InvalidRequest, match="HUB_URL.*http:// or https://"):
+    with pytest.raises(InvalidRequest, match=r"HUB_URL.*http:// or https://"):
         kind(url, "kh_x")
 
 

@@ -88,8 +88,9 @@ def negative_size(entries: Members) -> bytes:
 HOSTILE: dict[str, tuple[Callable[[Members], bytes], str]] = {
     "nothing": (lambda _: b"", "cut short"),
     "zeros": (lambda _: bytes(10240), "does not end"),
-    "noise": (lambda _: b"noise" * 1000, "damaged"),
-    "gzip": (lambda e: gzip.compress(written(e)), "damaged"),
+    "noise": (lambda _: b"noise" * 1000, "this is no tar"),
+    "a few words": (lambda _: b"# karst-hub", "this is no tar"),
+    "gzip": (lambda e: gzip.compress(written(e)), "this is no tar"),
     "cut in a header": (lambda e: written(e)[:300], "cut short"),
     "cut in a file": (lambda e: written(e)[: -len(e[-1][1]) // 2 - 10240], "cut short"),
     "no end": (lambda e: written(e).rstrip(b"\0"), "cut short"),

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
-from hub.openapi import PROBLEM_JSON
+from hub.openapi import PROBLEM_JSON, SUMMARIES
 
 OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 
@@ -43,6 +43,8 @@ def test_every_operation_tells_of_its_key_its_body_and_its_problems(document) ->
         secured = path not in OPEN
         assert bool(operation.get("security")) == secured, where
         wanted = {"414", "431", "500"} | ({"401", "403", "404", "503"} if secured else set())
+        if path.startswith("/v1"):
+            wanted |= {"422"}
         if "requestBody" in operation:
             wanted |= {"408", "413", "422", "429"}
         assert wanted <= set(answers), where
@@ -56,6 +58,17 @@ def test_every_operation_tells_of_its_key_its_body_and_its_problems(document) ->
             elif status != "204":
                 assert answer["content"], where
         assert len(operation["tags"]) == 1, where
+
+
+def test_every_operation_says_in_words_what_it_does(document) -> None:
+    shown = {f"{m} {p}": o["summary"] for p, m, o in operations(document)}
+    assert {where: text for where, text in shown.items() if " " not in text} == {}
+    assert set(SUMMARIES.values()) <= set(shown.values())  # none is of a function that has another name now
+
+
+def test_what_classifies_stands_together(document) -> None:
+    [[one], [many]] = (document["paths"][p]["post"]["tags"] for p in ("/v1/tasks/{task}/classify", "/v1/classify"))
+    assert one == many == "classify"
 
 
 def test_names_of_operations_are_unique(document) -> None:

@@ -90,14 +90,14 @@ BODIES = {
 }
 
 
-def ask(hub, operation: str, headers, *, task: str = TASK, tenant: str = "default"):
+def ask(hub, operation: str, headers, *, task: str = TASK, tenant: str = "default", query: str = ""):
     """A request that means well: what it asks for may be there or not."""
     method, path = operation.split(" ")
     version = "1" if method == "DELETE" or "/v2/" in path else "latest"
     parts = {"task": task, "version": version, "alias": "stable", "tenant": tenant, "id": "0" * 16}
     body = {} if method in ("GET", "DELETE") else {"content": png()}
     body = next((b for end, b in BODIES.items() if path.endswith(end) and body), body)
-    return hub.http.request(method, path.format(**parts), headers=headers, **body)
+    return hub.http.request(method, path.format(**parts) + query, headers=headers, **body)
 
 
 def test_the_table_has_every_route(hub) -> None:
@@ -129,6 +129,24 @@ def test_every_route_for_a_role(hub, keys, role) -> None:
             assert answer.headers["content-type"] == "application/problem+json"
         else:
             assert answer.status_code not in (401, 403, 500, 503), (operation, answer.text)
+
+
+def test_a_misspelt_query_parameter_is_refused_by_every_route_of_ours(hub, keys) -> None:
+    paths = hub.http.get("/openapi.json").json()["paths"]
+    for operation, need in sorted(ROUTES.items(), key=lambda item: item[0].startswith("DELETE")):
+        method, path = operation.split(" ")
+        who = "admin" if need == "admin" else "owner"
+        answer = ask(hub, operation, keys[who], query="?topk=3")
+        if not path.startswith("/v1/"):
+            assert answer.status_code != 422, (operation, answer.text)
+            continue
+        known = sorted(p["name"] for p in paths[path][method.lower()].get("parameters", ()) if p["in"] == "query")
+        assert answer.status_code == 422, operation
+        assert answer.json()["type"].endswith(":invalid-request")
+        said = f"unknown query parameter; this route takes {', '.join(known) or 'none'}"
+        assert answer.json()["errors"] == [{"field": "topk", "message": said}]
+        assert ask(hub, operation, keys["wrong"], query="?topk=3").status_code == 401
+    assert ask(hub, "POST /v1/tasks/{task}/classify", keys["owner"], query="?top_k=1&version=1").status_code == 200
 
 
 @pytest.mark.parametrize("role", ["owner", "caller", "admin"])

@@ -195,6 +195,17 @@ def test_bad_bodies_name_the_field(hub, adapters) -> None:
     )
 
 
+def test_json_without_its_content_type_is_told_so(hub, adapters) -> None:
+    hub.http.post("/v1/tasks/a/versions", content=adapters[0].data)
+    for kind in ("application/x-www-form-urlencoded", "application/octet-stream", ""):
+        answer = hub.http.post("/v1/tasks/a/classify", content=b'\n {"images": []}', headers={"content-type": kind})
+        assert answer.status_code == 422
+        assert answer.json()["type"].endswith(":invalid-image")
+        assert answer.json()["errors"] == [
+            {"field": "body", "message": "looks like JSON; send it with content-type: application/json"}
+        ]
+
+
 def test_unknown_things_are_404_and_bad_names_422(hub, adapters) -> None:
     register(hub, "flowers", adapters[0])
     assert problem_of(hub.http.get("/v1/tasks/trees"), 404)["detail"] == "there is no task 'trees'"

@@ -219,6 +219,33 @@ def test_one_look_is_printed() -> None:
     assert "node/1" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_80_columns_have_room_for_all_of_it() -> None:
+    counted = Counted(requests=123456, images=4000000, refused=222)
+    status = HubStatus(
+        workers=[worker("ip-10-0-0-12/12345", device="cuda:0", uptime_s=90000.0, failures=77)],
+        tasks=worker().tasks,
+        tenants=[TenantStatus(tenant="acme-laboratories", images_in_flight=1024, counted=counted)],
+    )
+    console = Console(file=io.StringIO(), width=80)
+    top.run(lambda: status, console, interval_s=1.0, once=True)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "…" not in "".join(lines)
+    rows = [line.split() for line in lines if line.startswith("ip-10-0-0-12/12345")]
+    assert [row[1] for row in rows] == ["cuda:0", "3/64"]
+    assert rows[1][-1] == "77"
+    names = [line for line in lines if line.startswith("acme-laboratories")]
+    assert names[0].split()[1:] == ["-", "-", "-", "1024"]
+    assert names[1].split()[1:] == ["123456", "4000000", "222"]
+    assert sum("images/pass" in line and "tasks/pass" in line for line in lines) == 1
+
+
+def test_off_a_terminal_it_is_one_look() -> None:
+    asked = iter([HubStatus(workers=[worker()], tasks=[], tenants=[])])
+    console = Console(file=io.StringIO(), width=80)
+    top.run(lambda: next(asked), console, interval_s=0.0, once=False)
+    assert "node/1" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_key_that_may_not_is_an_error_at_once() -> None:
     def ask() -> HubStatus:
         raise Forbidden("only an admin key may do this")
