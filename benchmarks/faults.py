@@ -69,7 +69,7 @@ def run(folder: Path, backbone: Backbone, seconds: float, times: int, only: set[
             for name in wanted(*on_hub):
                 for _ in range(times):
                     yield name, on_hub[name](hub)
-            if wanted("gateway killed") and len(hub.replicas("gateway")) > 1:
+            if wanted("gateway killed"):
                 for _ in range(times):
                     once, again = faults_hub.kill_gateway(hub)
                     yield "gateway killed, callers that try once", once

@@ -163,23 +163,20 @@ class _Body:
             except TimeoutError:
                 what = f"nothing came for {idle_s:g} s" if idle < slow else f"less than {bytes_per_s:g} bytes a second"
                 raise RequestTimeout(f"the body came too slowly: {what}, after {size} bytes") from None
+            if message["type"] == "http.disconnect":
+                return
             self._unread += len(message.get("body", b""))
             self._count()
             self._messages.put_nowait(message)
-            if message["type"] == "http.disconnect":
-                return
             more = message.get("more_body", False)
         while (message := await self._receive())["type"] != "http.disconnect":
             pass
-        self._messages.put_nowait(message)
 
     async def receive(self) -> Message:
-        """The next part of the body; does not return once the client has gone, since the route then ends where it
-        stands: told of it, Starlette raises an error, which counts and is logged as the hub's own."""
+        """The next part of the body. That the client has gone is not told: the route ends where it stands. Starlette
+        would raise an error, which counts and is logged as the hub's own."""
         self._wanted.set()
         message = await self._messages.get()
-        if message["type"] == "http.disconnect":
-            await asyncio.Future()
         size = len(message.get("body", b""))
         self._unread, self._read = self._unread - size, self._read + size
         self._count()

@@ -5,7 +5,7 @@ thread helps while a core is free, and hinders while a gateway has it. Neither i
 everything else that starts with it, nor does it stay as it is.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 GAIN = 1.05  # how much faster, an image, a larger pass must be to be worth its size
 TRY = 16  # passes until what is as good as the best is tried again; what is worse, later
@@ -15,7 +15,13 @@ SHOCK = 1.5  # no pass counts as more times slower than is known: something else
 
 
 class Pace:
-    """Knows milliseconds an image by size of the pass (powers of two) and number of threads."""
+    """Knows milliseconds an image by size of the pass (powers of two) and number of threads.
+
+    Attributes:
+        images: the smallest pass that is nearly as fast, an image, as any.
+        next_images: the most that the next one should have: mostly that, now and then the size above or below, to see
+            whether things have changed.
+    """
 
     def __init__(self, most: int, threads: Sequence[int]) -> None:
         """
@@ -37,12 +43,9 @@ class Pace:
         """
         if not shared:
             return self.next_images
-        took = {size: size * ms for size in self.sizes if (ms := self._fastest(size)) is not None}
+        took = {size: size * ms for size, ms in self._known().items()}
         quick = [size for size, ms in took.items() if ms <= PATIENCE * min(took.values())]
         return min(self.next_images, max(quick, default=self.next_images))
-
-    # `images` is the smallest pass that is nearly as fast, an image, as any; `next_images` the most that the next one
-    # should have: mostly that, now and then the size above or below, to see whether things have changed.
 
     def threads(self, images: int) -> int:
         """For a pass of so many images: the best number, now and then another."""
@@ -60,32 +63,29 @@ class Pace:
         known = self._image_ms.get(way, ms / images)
         change = min(ms / images, SHOCK * known) - known
         self._image_ms[way] = known + change * (FASTER if change < 0 else SLOWER)
-        self.images = self.next_images = self._best()
+        fastest = self._known()
+        self.images = self.next_images = _best(fastest)
         place = self.sizes.index(self.images)
         for size in self.sizes[max(0, place - 1) : place + 2]:
-            if size != self.images and self._is_due(size, self._ratio(size)):
+            if size != self.images and self._is_due(size, fastest.get(size, 0) / fastest[self.images]):
                 self.next_images = size
                 return
 
     def settled(self) -> bool:
         """Whether two sizes are known that are larger than the best, so that still larger ones need not be tried."""
-        return len([size for size, _ in self._image_ms if size > self._best()]) >= 2 * len(self._threads)
+        known = self._known()
+        return sum(size > _best(known) for size in known) >= 2
 
     def __str__(self) -> str:
-        known = {size: ms for size in self.sizes if (ms := self._fastest(size)) is not None}
-        return f"{self.images} of {known} (ms an image)"
+        return f"{self.images} of {self._known()} (ms an image)"
 
-    def _best(self) -> int:
-        known = {size: ms for size in self.sizes if (ms := self._fastest(size)) is not None}
-        return next(size for size, ms in known.items() if ms <= GAIN * min(known.values()))
-
-    def _fastest(self, size: int) -> float | None:
-        return min((ms for (n, _), ms in self._image_ms.items() if n == size), default=None)
-
-    def _ratio(self, size: int) -> float:
-        """How many times as long as at best an image takes; 0: not known."""
-        best, ms = self._fastest(self.images), self._fastest(size)
-        return ms / best if ms and best else 0
+    def _known(self) -> dict[int, float]:
+        """Milliseconds an image of each size that was tried, with the best number of threads; small sizes first."""
+        known: dict[int, float] = {}
+        # `sorted` copies before anything else runs: the thread of the passes notes while the batcher's loop asks.
+        for (size, _), ms in sorted(self._image_ms.items()):
+            known[size] = min(ms, known.get(size, ms))
+        return known
 
     def _size(self, images: int) -> int:
         return next(size for size in self.sizes if size >= images)
@@ -97,3 +97,7 @@ class Pace:
             return False
         self._rest[way] = TRY * ratio**3
         return True
+
+
+def _best(known: Mapping[int, float]) -> int:
+    return next(size for size, ms in known.items() if ms <= GAIN * min(known.values()))

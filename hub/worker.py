@@ -117,13 +117,16 @@ class Worker:
         began = time.monotonic()
         for size in self._pace.sizes:
             pixels = torch.zeros(size, *backbone.input_size, device=backbone.device, dtype=backbone.dtype)
-            rehearse = partial(self._bank.rehearse, pixels, kernels=2, rank=8)
-            rehearse().cpu()  # the first of a size takes longer
+            rehearse = partial(self._rehearse_once, pixels)
+            rehearse()  # the first of a size takes longer
             for _ in range(TRIALS):
-                self._timed(size, lambda: rehearse().cpu())  # noqa: B023 (called here)
+                self._timed(size, rehearse)
             if self._pace.settled() or time.monotonic() - began > REHEARSAL_S:
                 break
         logger.info("at most %s images a pass", self._pace)
+
+    def _rehearse_once(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._bank.rehearse(pixels, kernels=2, rank=8).cpu()  # waits for a GPU
 
     def _timed(self, images: int, work: Callable[[], Result]) -> Result:
         """What `work`, a pass that waits for the device, gives; its time is noted."""

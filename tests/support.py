@@ -2,9 +2,11 @@
 
 import io
 import json
+import socket
 import struct
+import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +123,21 @@ def with_tensors(adapter: Adapter, tensors: dict[str, torch.Tensor]) -> bytes:
     length = struct.unpack("<Q", adapter.data[:8])[0]
     metadata = json.loads(adapter.data[8 : 8 + length])["__metadata__"]
     return safetensors.torch.save(tensors, metadata=metadata)
+
+
+def wait_until(
+    true: Callable[[], bool], timeout_s: float = 15, what: str | Callable[[], object] = "what was waited for"
+) -> None:
+    """
+    Args:
+        what: is waited for, or asked when it did not come.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, f"{what() if callable(what) else what}: not within {timeout_s:g} s"
+        time.sleep(0.05)
+
+
+def listens(port: int, host: str = "127.0.0.1") -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0

@@ -3,7 +3,6 @@
 import json
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from hub import edge, haproxy
 from hub.errors import LimitReached
 from hub.haproxy import REQUEST_ID, STEERING, ConfigurationError, Edge, command, rewritten
 from hub.local import free_port
+from tests.support import listens, wait_until
 
 # Without importing Ray, which warns.
 RAY = Path(find_spec("ray").submodule_search_locations[0])
@@ -180,16 +180,10 @@ listen stats
         with subprocess.Popen([BUNDLED, "-db", "-f", str(file)]) as running, ThreadPoolExecutor(12) as pool:
             try:
                 with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
-                    until = time.monotonic() + 10
-                    while not _listens(port):
-                        assert time.monotonic() < until
-                        time.sleep(0.01)
+                    wait_until(lambda: listens(port), 10, "HAProxy")
                     one, other = ({"authorization": f"Bearer kh_{name}"} for name in "ab")
                     calls = [pool.submit(http.get, "/", headers=one) for _ in range(9)]
-                    until = time.monotonic() + 10
-                    while sum(call.done() for call in calls) < 4:
-                        assert time.monotonic() < until
-                        time.sleep(0.01)
+                    wait_until(lambda: sum(call.done() for call in calls) >= 4, 10, "four refusals")
                     calls += [pool.submit(http.get, "/", headers=other), pool.submit(http.get, "/")]
                     time.sleep(0.2)
                     refused = [call.result() for call in calls if call.done()]
@@ -205,8 +199,3 @@ listen stats
                 Slow.answer.set()
                 running.terminate()
                 gateway.shutdown()
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0

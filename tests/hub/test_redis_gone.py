@@ -8,14 +8,7 @@ import redis
 
 from hub.embedded import embedded_redis
 from tests.hub.conftest import OCTETS, running
-from tests.support import png
-
-
-def wait_until(condition, timeout_s: float = 15) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.05)
+from tests.support import png, wait_until
 
 
 def test_redis_gone_and_back(backbone, adapters, tmp_path) -> None:

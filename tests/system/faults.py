@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Any
 
 import httpx
-import psutil
 import torch
 
 from adapters import Adapter, Backbone
@@ -25,8 +24,8 @@ from adapters.data import decode_image, eval_transform, normalise
 from hub.client import Client
 from hub.errors import HubError
 from hub.local import free_port
-from tests.support import png, random_adapter
-from tests.system.test_hub import descendants
+from tests.support import png, random_adapter, wait_until
+from tests.system.test_hub import command, descendants
 
 IMAGES = 6
 CLASSES = 4
@@ -264,28 +263,4 @@ class StoreServer:
 
 def replicas(pid: int, deployment: str) -> list[int]:
     """Processes under this one that are replicas of a deployment: `worker` or `gateway`."""
-    return [child for child in descendants(pid) if f"ServeReplica:karst-hub:{deployment}" in title(child)]
-
-
-def listening(pid: int) -> set[int]:
-    """TCP ports that a process listens on."""
-    try:
-        sockets = psutil.Process(pid).net_connections("tcp")
-    except psutil.Error:
-        return set()
-    return {s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN}
-
-
-def title(pid: int) -> str:
-    """What a process calls itself."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def wait_until(true: Callable[[], bool], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s"
-        time.sleep(0.05)
+    return [child for child in descendants(pid) if f"ServeReplica:karst-hub:{deployment}" in command(child)]

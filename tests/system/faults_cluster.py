@@ -8,7 +8,6 @@ import asyncio
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,8 @@ from hub.local import free_port, ray_environment
 from hub.schemas import LimitsChange
 from hub.settings import Settings
 from hub.tenants import Tenants
-from tests.system.faults import Load, RedisServer, Report, Tasks, replicas, wait_until
+from tests.support import listens, wait_until
+from tests.system.faults import Load, RedisServer, Report, Tasks, replicas
 from tests.system.test_hub import alive, descendants
 
 RAY = Path(sys.executable).parent / "ray"
@@ -78,7 +78,7 @@ class Cluster:
     def urls(self) -> list[str]:
         """Of the nodes that have replicas, and so take requests."""
         takers = [n for n in self.nodes if n.replicas("worker") or n.replicas("gateway")]
-        wait_until(lambda: all(_listens(n.host, self.settings.port) for n in takers), 60, "the nodes' HAProxies")
+        wait_until(lambda: all(listens(self.settings.port, n.host) for n in takers), 60, "the nodes' HAProxies")
         return [f"http://{node.host}:{self.settings.port}" for node in takers]
 
     def load(self, urls: Sequence[str] | None = None, **options: object) -> Load:
@@ -91,7 +91,7 @@ class Cluster:
         options = ["--port", str(self.port), "--num-cpus", "0", "--include-dashboard", "false", "--temp-dir", str(temp)]
         self.head = self._start("--head", *options)
         try:
-            wait_until(lambda: _listens(LOOPBACK, self.port), 60, "the head")
+            wait_until(lambda: listens(self.port), 60, "the head")
         except AssertionError as error:
             log = (self.folder / f"ray-{self.started}.log").read_text(errors="replace")
             raise AssertionError(f"the head does not start: {log[-2000:]}") from error
@@ -141,7 +141,7 @@ def hub_on_a_cluster(folder: Path, backbone: Backbone, gateways: int = 2) -> Ite
         cluster = Cluster(settings, environment, folder, run_folder, Tasks(backbone, TASKS), keys[0], free_port())
         try:
             gcs.start()
-            wait_until(lambda: _listens(LOOPBACK, gcs_port), 30, "Ray's Redis")
+            wait_until(lambda: listens(gcs_port), 30, "Ray's Redis")
             cluster.start_head()
             cluster.add_node()
             cluster.add_node()
@@ -233,11 +233,6 @@ def upgrade(cluster: Cluster, **changes: object) -> Report:
         "failures": sorted(set(load.failures()))[:5],
     }
     return report
-
-
-def _listens(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((host, port)) == 0
 
 
 async def _first_keys(redis_url: str) -> tuple[str, str]:

@@ -15,13 +15,11 @@ from hub.client import Client
 from hub.errors import HubError, Unavailable
 from hub.local import free_port
 from hub.schemas import LimitsChange
-from hub.settings import Settings
-from tests.support import png
-from tests.system.faults import Load, RedisServer, Report, StoreServer, Tasks, listening, replicas, wait_until
-from tests.system.test_hub import Served, serve
+from tests.support import png, wait_until
+from tests.system.faults import Load, RedisServer, Report, StoreServer, Tasks, replicas
+from tests.system.test_hub import GATEWAY_PORTS, Served, listening, serve
 
 TASKS = 6
-INGRESS_PORTS = range(30_000, 31_001)  # Ray's default for gateways behind HAProxy
 WRITERS = 50
 PLENTY = LimitsChange(requests_per_second=10_000, images_per_second=10_000)
 USUAL = LimitsChange(requests_per_second=400, images_per_second=400)
@@ -29,7 +27,7 @@ USUAL = LimitsChange(requests_per_second=400, images_per_second=400)
 
 @dataclass
 class Hub:
-    """A hub with two workers, and two gateways where the settings know them; its registry and store can be broken."""
+    """A hub with two workers and two gateways; its registry and store can be broken."""
 
     served: Served
     key: str
@@ -56,7 +54,7 @@ class Hub:
 
     def open_gateways(self) -> set[int]:
         """Gateways that HTTP can reach."""
-        return {pid for pid in self.replicas("gateway") if set(INGRESS_PORTS) & listening(pid)}
+        return {pid for pid in self.replicas("gateway") if any(port in GATEWAY_PORTS for _, port in listening([pid]))}
 
     def logged(self, deployment: str) -> str:
         """What stands in the log files that the replicas of a deployment have open."""
@@ -77,8 +75,7 @@ def broken_hub(folder: Path, backbone: Backbone) -> Iterator[Hub]:
         redis.start()
         store.start()
         settings = {"HUB_MIN_WORKERS": "2", "HUB_MAX_WORKERS": "2", "HUB_SLOTS": "64"}
-        if "max_gateways" in Settings.model_fields:
-            settings |= {"HUB_MIN_GATEWAYS": "2", "HUB_MAX_GATEWAYS": "2"}
+        settings |= {"HUB_MIN_GATEWAYS": "2", "HUB_MAX_GATEWAYS": "2"}
         settings |= {"HUB_REDIS_URL": redis.url, "HUB_STORE_URL": store.url}
         served = serve(folder / "home", free_port(), **settings)
         assert served.key is not None

@@ -8,7 +8,8 @@ from adapters import load_backbone
 from hub.client import Client
 from hub.errors import Unavailable
 from hub.local import free_port
-from tests.system.faults import Load, Tasks, wait_until
+from tests.support import wait_until
+from tests.system.faults import Load, Tasks
 from tests.system.faults_disk import fill, small_disk
 from tests.system.test_hub import serve
 

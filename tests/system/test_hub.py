@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from PIL import Image
 
@@ -25,6 +27,7 @@ from tests.support import bomb_png, png, random_adapter
 pytestmark = pytest.mark.timeout(400)
 KARST_HUB = Path(sys.executable).parent / "karst-hub"
 START_S = 180
+GATEWAY_PORTS = range(30_000, 31_001)  # Ray's default, behind HAProxy
 
 
 @dataclass
@@ -256,6 +259,16 @@ def descendants(pid: int) -> list[int]:
         for child in children.get(todo.pop(), []):
             found.append(child)
             todo.append(child)
+    return found
+
+
+def listening(pids: Iterable[int]) -> set[tuple[str, int]]:
+    """(address, port) of every TCP socket that these processes listen on."""
+    found = set()
+    for pid in pids:
+        with suppress(psutil.Error):  # it has just ended
+            sockets = psutil.Process(pid).net_connections("tcp")
+            found |= {(s.laddr.ip, s.laddr.port) for s in sockets if s.status == psutil.CONN_LISTEN}
     return found
 
 

@@ -8,14 +8,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from adapters import load_backbone
@@ -23,7 +21,7 @@ from hub.client import Client
 from hub.errors import NotFound
 from hub.local import free_port
 from tests.support import png, random_adapter
-from tests.system.test_hub import KARST_HUB, Served, command, descendants, serve
+from tests.system.test_hub import KARST_HUB, Served, command, descendants, listening, serve
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore")]
 SCRAPE_S = 60  # Ray's nodes report every 10 s
@@ -106,11 +104,10 @@ def test_only_replicas_listen_beyond_loopback(used) -> None:
     """And only on one port each, which takes nobody without Ray's token (`test_tls`); see docs/security.md."""
     open_to_all: Counter[str] = Counter()
     for pid in descendants(used.hub.process.pid):
-        with suppress(psutil.Error):
-            for found in psutil.Process(pid).net_connections("tcp"):
-                host = ipaddress.ip_address(found.laddr.ip) if found.status == psutil.CONN_LISTEN else None
-                if host and not (getattr(host, "ipv4_mapped", None) or host).is_loopback:
-                    open_to_all[command(pid)] += 1
+        for text, _port in listening([pid]):
+            address = ipaddress.ip_address(text)
+            if not (getattr(address, "ipv4_mapped", None) or address).is_loopback:
+                open_to_all[command(pid)] += 1
     assert open_to_all
     assert all("ServeReplica" in name and n == 1 for name, n in open_to_all.items()), open_to_all
 

@@ -23,7 +23,7 @@ from hub.client import Client
 from hub.embedded import embedded_redis
 from hub.local import free_port, new_admin_key
 from hub.settings import Settings
-from tests.support import png, random_adapter
+from tests.support import png, random_adapter, wait_until
 from tests.system.test_hub import alive, command, descendants, serve
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(500)]
@@ -95,10 +95,7 @@ class Load:
 
 
 def until(true: Callable[[], bool], what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + CHANGE_S
-    while not true():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.2)
+    wait_until(true, CHANGE_S, what)
 
 
 def count(pid: int, name: str) -> int:

@@ -1,11 +1,10 @@
 """A hub on the network: TLS, what it listens on, who it says has called, and slow callers. By HAProxy and without."""
 
-import os
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -13,12 +12,10 @@ import pytest
 
 from hub.local import free_port
 from tests.hub.test_downloads import certificate
-from tests.system.test_hub import Served, descendants, serve
+from tests.system.test_hub import GATEWAY_PORTS, Served, descendants, listening, serve
 
 pytestmark = pytest.mark.timeout(400)
 HOST = "localhost"
-GATEWAYS = range(30_000, 31_001)  # ports of Ray's gateways
-LISTEN = "0A"  # in /proc/net/tcp
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +74,10 @@ def test_only_the_front_is_open_to_the_network(served) -> None:
     proxies = [pid for pid in everything if Path(f"/proc/{pid}/comm").read_text() == "haproxy\n"]
     assert proxies
     front = httpx.URL(served.url).port
-    assert {port: address for address, port in _listening(proxies)} == {front: "00000000"}
-    gateways = {port: address for address, port in _listening(everything) if port in GATEWAYS}
+    assert {port: address for address, port in listening(proxies)} == {front: "0.0.0.0"}
+    gateways = {port: address for address, port in listening(everything) if port in GATEWAY_PORTS}
     assert gateways
-    assert {*gateways.values()} == {"0100007F"}
+    assert {*gateways.values()} == {"127.0.0.1"}
 
 
 def test_the_audit_has_the_address_that_connected(served, tls) -> None:
@@ -166,28 +163,6 @@ def _own_address() -> str:
         except OSError:
             return "127.0.0.1"
         return probe.getsockname()[0]
-
-
-def _listening(pids: Iterable[int]) -> set[tuple[str, int]]:
-    """(address in hex, port) of every TCP socket that these processes listen on."""
-    sockets = set()
-    for pid in pids:
-        for descriptor in _descriptors(pid):
-            target = os.readlink(descriptor) if descriptor.is_symlink() else ""
-            if target.startswith("socket:["):
-                sockets.add(target[8:-1])
-    rows = [
-        line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
-    ]
-    places = [row[1].split(":") for row in rows if row[3] == LISTEN and row[9] in sockets]
-    return {(address, int(port, 16)) for address, port in places}
-
-
-def _descriptors(pid: int) -> list[Path]:
-    try:
-        return list(Path(f"/proc/{pid}/fd").iterdir())
-    except OSError:  # it has just ended
-        return []
 
 
 def _environment(pid: int) -> dict[str, str]:
