@@ -90,11 +90,6 @@ class Cluster:
         (temp / "ray_current_cluster").unlink(missing_ok=True)
         options = ["--port", str(self.port), "--num-cpus", "0", "--include-dashboard", "false", "--temp-dir", str(temp)]
         self.head = self._start("--head", *options)
-        try:
-            wait_until(lambda: listens(self.port), 60, "the head")
-        except AssertionError as error:
-            log = (self.folder / f"ray-{self.started}.log").read_text(errors="replace")
-            raise AssertionError(f"the head does not start: {log[-2000:]}") from error
 
     def add_node(self) -> None:
         self.nodes.append(self._start("--address", f"{LOOPBACK}:{self.port}", "--num-cpus", "2"))
@@ -119,8 +114,17 @@ class Cluster:
         command = [str(RAY), "start", "--block", "--disable-usage-stats", "--node-ip-address", LOOPBACK, *options]
         command += ["--object-store-memory", str(128 * 1024**2)]
         environment = own | self.environment | {name: own[name] for name in own if "HAPROXY" in name}
-        with (self.folder / f"ray-{self.started}.log").open("wb") as log:
-            return Node(subprocess.Popen(command, env=environment, stdout=log, stderr=log), host)
+        log = self.folder / f"ray-{self.started}.log"
+        with log.open("wb") as file:
+            node = Node(subprocess.Popen(command, env=environment, stdout=file, stderr=file), host)
+        # Two nodes of one machine that start at a time may take the same names for their sockets.
+        try:
+            wait_until(lambda: b"runtime started" in log.read_bytes() or node.process.poll() is not None, 60, "Ray")
+            assert node.process.poll() is None, f"Ray does not start: {log.read_text(errors='replace')[-2000:]}"
+        except AssertionError:
+            node.kill()
+            raise
+        return node
 
 
 @contextmanager
@@ -165,7 +169,8 @@ def hub_on_a_cluster(folder: Path, backbone: Backbone, gateways: int = 2) -> Ite
 def kill_node(cluster: Cluster, capacity_s: float = 180) -> Report:
     """kill -9 of a whole Ray node that has a worker; what callers of other nodes saw, who try again for a while."""
     victim = next(node for node in cluster.nodes if node.replicas("worker"))
-    others = [url for url in cluster.urls() if victim.host not in url] or cluster.urls()  # as a load balancer does
+    others = [url for url in cluster.urls() if victim.host not in url]  # where a load balancer sends callers then
+    assert others, "the node has all replicas; who called it can reach no other one"
     with cluster.load(others, callers=6, retry_s=60) as load:
         load.wait_for(60)
         before = load.workers()

@@ -10,9 +10,10 @@ from tests.system.faults_cluster import Cluster, hub_on_a_cluster, kill_head, ki
 pytestmark = [pytest.mark.long, pytest.mark.timeout(500)]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    with hub_on_a_cluster(tmp_path_factory.mktemp("cluster"), load_backbone("demo")) as cluster:
+@pytest.fixture
+def cluster(tmp_path) -> Iterator[Cluster]:
+    """One for each test: where nodes or a head came and went, all replicas may be on one node."""
+    with hub_on_a_cluster(tmp_path, load_backbone("demo")) as cluster:
         yield cluster
 
 
