@@ -81,7 +81,7 @@ class BankLimits:
         adapter.check(self.backbone)
         sites = {site.name: site for site in self.backbone.sites}
         problems = []
-        for name, parts in adapter.layers().items():
+        for name, parts in adapter.layers.items():
             if "karst_c" not in parts:
                 continue
             kernels, *sides = parts["karst_c"].shape

@@ -112,7 +112,7 @@ def unmerged(adapter: Adapter, backbone: Backbone) -> Callable[[Tensor], Tensor]
     adapter.check(backbone)
     model = backbone.clone()
     modules = dict(model.named_modules())
-    for name, parts in adapter.layers().items():
+    for name, parts in adapter.layers.items():
         own = {part: tensor.to(backbone.device, backbone.dtype) for part, tensor in parts.items()}
         _hook(modules[name], own, adapter.config.effective_gain)
     head = {p: adapter.tensors[f"head.{p}"].to(backbone.device, backbone.dtype) for p in ("weight", "bias")}

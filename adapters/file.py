@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ class Adapter:
         """Write the file so that it is there completely or not at all."""
         write_atomically(Path(path), self.data)
 
-    def layers(self) -> dict[str, dict[str, Tensor]]:
+    @cached_property
+    def layers(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Module path of a layer -> its tensors by their last name (`karst_c`, `scale`, ...); the head is not in it."""
         out: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.tensors.items():
@@ -163,7 +165,7 @@ class Adapter:
         sites = {site.name: site for site in backbone.sites}
         norms = {norm.name: norm for norm in backbone.norms}
         problems = []
-        for layer, parts in self.layers().items():
+        for layer, parts in self.layers.items():
             if layer in sites:
                 problems += check_layer_fits(sites[layer], parts)
             elif layer in norms:
@@ -197,7 +199,7 @@ class Adapter:
         model = copy.deepcopy(backbone.model)
         modules = dict(model.named_modules())
         with torch.no_grad():
-            for layer, parts in self.layers().items():
+            for layer, parts in self.layers.items():
                 parts = {name: t.to(backbone.device).double() for name, t in parts.items()}
                 if "norm_weight" in parts:
                     modules[layer].weight.copy_(parts["norm_weight"])

@@ -315,7 +315,7 @@ def _kronecker_layers(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor, Tenso
     """
     found = {
         name: tuple(parts[part].float() for part in KRONECKER)
-        for name, parts in adapter.layers().items()
+        for name, parts in adapter.layers.items()
         if KRONECKER[0] in parts
     }
     if not found:

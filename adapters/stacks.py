@@ -68,6 +68,10 @@ class Stacks:
             self._factor_sizes += [s * a, b]
             d_out, d_in = site.d_out * site.rescale_out, site.d_in * site.rescale_in
             self._scale_sizes += [d_out, d_out, d_in, d_in]
+        # One, zero, one, zero, ...: what re-scales nothing.
+        self._no_scales = torch.tensor([1.0, 0.0] * (2 * len(self._sites))).repeat_interleave(
+            torch.tensor(self._scale_sizes)
+        )
         modules = dict(backbone.model.named_modules())
         self._norms = tuple(norm.name for norm in backbone.norms)
         self._norm_sizes = [size for norm in backbone.norms for size in (norm.width, norm.width)]
@@ -89,7 +93,7 @@ class Stacks:
 
         A layer that an adapter does not have gets zeros, ones or the backbone's own numbers.
         """
-        layers = {} if adapter is None else adapter.layers()
+        layers = {} if adapter is None else adapter.layers
         gain = 1.0 if adapter is None else adapter.config.effective_gain
         with_dw = {name: parts["karst_a"].shape for name, parts in layers.items() if "karst_c" in parts}
         kernels = max((shape[0] for shape in with_dw.values()), default=0)
@@ -102,14 +106,16 @@ class Stacks:
         own = self._split(
             c.view(kernels, sum(self._c_sizes)), factors.view(kernels, rank, sum(self._factor_sizes)), scales
         )
-        for site, c_out, a_out, b_out, *scale_outs in own:
+        scales.copy_(self._no_scales)
+        for (site, c_out, a_out, b_out, *scale_outs), shape in zip(own, self._c_shapes, strict=True):
             parts = layers.get(site.name, {})
             for name, out in zip(_SCALES, scale_outs, strict=True):
-                out.copy_(parts[name]) if name in parts else out.fill_(name.endswith("scale"))
+                if name in parts:
+                    out.copy_(parts[name])
             if "karst_c" in parts:
                 n, s, rows, r = parts["karst_a"].shape
-                c_out[:n].copy_(kronecker.doubled(parts["karst_c"].float() * gain).flatten(1))
-                a_out[:n, :r].copy_(parts["karst_a"].permute(0, 3, 1, 2).reshape(n, r, s * rows))
+                kronecker.double_(c_out[:n].view(n, *shape), parts["karst_c"], gain)
+                a_out[:n, :r].unflatten(2, (s, rows)).copy_(parts["karst_a"].permute(0, 3, 1, 2))
                 b_out[:n, :r].copy_(parts["karst_b"])
         norms.copy_(self._frozen_norms)
         for name, (norm_weight, norm_bias) in self._split_norms(norms).items():

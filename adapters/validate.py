@@ -9,7 +9,7 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -120,9 +120,17 @@ def _loads(text: str | bytes) -> Any:
     Raises:
         ValueError, RecursionError: anything else.
     """
-    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    text = text.decode() if isinstance(text, bytes) else text
+    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_finite, parse_float=_finite)
+    if "\\u" in text:  # UTF-8 alone has no half of a pair
+        json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a JSON number that fits a float")
+    return number
 
 
 def _has_offsets(entry: dict[str, Any]) -> bool:
@@ -341,7 +349,7 @@ def _check_layer(layer: str, parts: dict[str, Tensor], config: KarstConfig) -> l
     return problems
 
 
-def check_norm_fits(norm: Norm, parts: dict[str, Tensor]) -> list[Problem]:
+def check_norm_fits(norm: Norm, parts: Mapping[str, Tensor]) -> list[Problem]:
     problems = [Problem(f"{norm.name}.{name}", "this is a norm layer") for name in parts if name not in NORM]
     for name in NORM:
         if name in parts and parts[name].shape[0] != norm.width:
@@ -350,7 +358,7 @@ def check_norm_fits(norm: Norm, parts: dict[str, Tensor]) -> list[Problem]:
     return problems
 
 
-def check_layer_fits(site: Site, parts: dict[str, Tensor]) -> list[Problem]:
+def check_layer_fits(site: Site, parts: Mapping[str, Tensor]) -> list[Problem]:
     problems = [Problem(f"{site.name}.{name}", "this is no norm layer") for name in parts if name in NORM]
     if "karst_c" in parts:
         _, p, q = parts["karst_c"].shape
@@ -384,10 +392,6 @@ def _first_validation_message(error: Exception) -> str:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a JSON number")
 
 
 def _more(problems: Sequence[Problem]) -> str:

@@ -183,7 +183,7 @@ def inspect(adapter: Annotated[Path, typer.Argument(help="adapter file")], as_js
             "fingerprint": found.fingerprint,
             "config": found.config.model_dump(),
             "labels": list(found.labels),
-            "layers": len(found.layers()),
+            "layers": len(found.layers),
             "numbers": sum(t.numel() for t in found.tensors.values()),
             "preprocess": found.preprocess,
             "metrics": found.metrics,

@@ -160,7 +160,7 @@ def test_vit_of_the_few_shot_script_with_norms(backbone, tmp_path, labels, suffi
         for part in ("weight", "bias"):
             state[f"{name}.{part}"] = frozen[f"{name}.{part}"] + (0.3 if name in tuned else 0)
     adapter, report = came_in(backbone, state, tmp_path, labels)
-    assert [name for name in adapter.layers() if "norm" in name] == tuned
+    assert [name for name in adapter.layers if "norm" in name] == tuned
     assert (report["config"]["norms"], report["ignored"]) == (True, 2)
     pixels = random_pixels(backbone, 3)
     agree(adapter, backbone, mended_forward(backbone, state, pixels, norms=tuned), pixels)

@@ -59,7 +59,7 @@ def agree(model, adapter_file, backbone):
 def weights_agree(model, adapter_file, backbone, layers):
     """dW itself, layer by layer: logits may hide what is wrong with one."""
     adapter = Adapter.read(adapter_file)
-    found = adapter.layers()
+    found = adapter.layers
     modules = dict(model.base_model.model.named_modules())
     for layer in layers:
         parts = [found[layer][part].double() for part in ("karst_c", "karst_a", "karst_b")]
@@ -133,7 +133,7 @@ def test_tuned_norms_come_in(backbone, tmp_path, labels) -> None:
     model.save_pretrained(tmp_path / "lokr")
     convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
     adapter = Adapter.read(tmp_path / "out.safetensors")
-    assert [n for n in adapter.layers() if "norm" in n] == ["blocks.1.norm1"]
+    assert [n for n in adapter.layers if "norm" in n] == ["blocks.1.norm1"]
     agree(model, tmp_path / "out.safetensors", backbone)
 
 
@@ -288,7 +288,7 @@ def test_a_lora_cut_to_a_rank_states_its_error(backbone, tmp_path) -> None:
 
     model = loaded_by_peft(backbone, tmp_path / "lora").base_model.model
     lost, whole, errors = 0.0, 0.0, {}
-    for name, parts in adapter.layers().items():
+    for name, parts in adapter.layers.items():
         dw = kronecker.delta(*(parts[p].double() for p in ("karst_c", "karst_a", "karst_b")), 1 / 4)
         kept = dict(model.named_modules())[name].get_delta_weight("default").double()
         least = torch.linalg.svdvals(dw)[8:].norm()  # Eckart and Young: no matrix of rank 8 is closer

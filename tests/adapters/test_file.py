@@ -109,7 +109,7 @@ def test_fields_are_what_was_given(backbone) -> None:
     assert adapter.preprocess == preprocess_of(backbone)
     assert (adapter.metrics, adapter.created) == ({"val_accuracy": 0.75}, "2025-01-01T00:00:00+00:00")
     assert adapter.producer.startswith("karst-hub ")
-    assert adapter.layers() == {}
+    assert adapter.layers == {}
     with pytest.raises(FrozenInstanceError):
         adapter.digest = "another"
 

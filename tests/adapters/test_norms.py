@@ -115,7 +115,7 @@ def test_a_config_that_makes_no_sense_is_refused(tuned, change) -> None:
 
 def test_chosen_sites_are_in_the_file_and_no_others(backbone) -> None:
     adapter = random_adapter(backbone, kernels=1, rank=2, norms=True, sites=("blocks.5.*", "norm", "fc_norm"))
-    assert {name for name in adapter.layers() if not name.startswith("blocks.5.")} == {"fc_norm"}
+    assert {name for name in adapter.layers if not name.startswith("blocks.5.")} == {"fc_norm"}
     assert Adapter.read(adapter.data).config.sites == ("blocks.5.*", "norm", "fc_norm")
 
 

@@ -21,7 +21,7 @@ def backbone():
 @pytest.mark.parametrize("layer", ["blocks.1.attn.qkv", "blocks.2.attn.proj", "blocks.0.mlp.fc1", "blocks.5.mlp.fc2"])
 def test_merged_layer_is_the_formula(backbone, layer, rescale) -> None:
     adapter = random_adapter(backbone, rescale=rescale, kernels=3, rank=4, gain=0.5)
-    parts = {name: t.double().numpy() for name, t in adapter.layers()[layer].items()}
+    parts = {name: t.double().numpy() for name, t in adapter.layers[layer].items()}
     frozen = backbone.model.get_submodule(layer)
     w0, b0 = frozen.weight.double().numpy(), frozen.bias.double().numpy()
     merged = adapter.merge(backbone).get_submodule(layer)
