@@ -4,9 +4,13 @@
 
 A batch of 8 images for 8 adapters goes through `Bank.forward`; beside it, the frozen backbone alone takes the
 same batch (the floor: no adapters at all), and eight merged models take one image each, one after another (what
-serving costs without a bank). The three take turns in every round, so whatever else the machine does falls on
-all of them alike; a ratio is the median over rounds of the ratio within a round. Weights are random: speed does
-not depend on them. Results are checked against the merged models before anything is timed.
+serving costs without a bank). And what no code that does not merge can save, the `products`: those that KARST adds,
+each as one plain product of all rows as if the images had one adapter, with nothing around it. Frozen plus these is
+the limit on this machine.
+
+All take turns in every round, in every second one backwards, so whatever else the machine does falls on all of them
+alike; a ratio is the median over rounds of the ratio within a round. Weights are random: speed does not depend on
+them. Results are checked against the merged models before anything is timed.
 """
 
 import argparse
@@ -22,10 +26,10 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
-from adapters import Backbone, Bank, KarstConfig, load_backbone
-from adapters.backbone import features
+from adapters import Backbone, Bank, KarstConfig, kronecker, load_backbone
+from adapters.backbone import Site, features
 
 from .common import machine, random_adapter, spread
 
@@ -79,6 +83,7 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
     contenders: Contenders = {
         "frozen": lambda: features(backbone.model, pixels),
         "mixed": lambda: bank.forward(pixels, slots),
+        "products": products(backbone, config, pixels),
         "merged": run_merged,
     }
     pairs = zip(bank.forward(pixels, slots), run_merged(), strict=True)
@@ -87,7 +92,8 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
         raise RuntimeError(f"mixed and merged differ by {error:.2e}, allowed are {TOLERANCE:.0e}")
 
     label = f"{backbone.name}, N = {config.kernels}"
-    times = [time_round(contenders) for _ in track(range(WARM_UP_ROUNDS + rounds), label)][WARM_UP_ROUNDS:]
+    every = track(range(WARM_UP_ROUNDS + rounds), label)
+    times = [time_round(contenders, backwards=bool(i % 2)) for i in every][WARM_UP_ROUNDS:]
     return {
         "kernels": config.kernels,
         "rank": config.rank,
@@ -97,14 +103,55 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
         "largest_difference": error,
         "ms": {name: spread([1e3 * taken[name] for taken in times]) for name in contenders},
         "mixed_to_frozen": spread([taken["mixed"] / taken["frozen"] for taken in times]),
+        "limit_to_frozen": spread([1 + taken["products"] / taken["frozen"] for taken in times]),
         "merged_to_frozen": spread([taken["merged"] / taken["frozen"] for taken in times]),
     }
 
 
-def time_round(contenders: Contenders) -> dict[str, float]:
+def products(backbone: Backbone, config: KarstConfig, pixels: Tensor) -> Callable[[], None]:
+    """All products that KARST adds to a pass over these pixels: x B^T, then C, then A, which is added to the output."""
+    jobs: list[tuple[Tensor, ...]] = []
+    made: dict[tuple[tuple[int, int], ...], list[Tensor]] = {}  # layers of a kind share theirs
+
+    def note(site: Site) -> Callable[..., None]:
+        (_, p, q), (_, splits, a, _), (_, _, b) = kronecker.shapes(
+            site.d_in, site.d_out, site.splits, kernels=config.kernels, rank=config.rank, factor=config.factor
+        )
+        both = config.kernels * config.rank
+
+        def noted(_linear: nn.Module, args: tuple[Tensor, ...], _y: Tensor) -> None:
+            rows = args[0].numel() // site.d_in
+            shapes = (rows * q, b), (b, both), (rows * both, q), (q, p), (rows * p, both), (both, a), (rows * p, a)
+            if shapes not in made:
+                made[shapes] = [torch.randn(shape) for shape in shapes]
+            sides = made[shapes]
+            jobs.extend([tuple(sides[:4])] + [tuple(sides[4:])] * splits)
+
+        return noted
+
+    modules = dict(backbone.model.named_modules())
+    hooks = [modules[site.name].register_forward_hook(note(site)) for site in backbone.sites]
+    features(backbone.model, pixels)
+    for hook in hooks:
+        hook.remove()
+
+    def run() -> None:
+        for job in jobs:
+            if len(job) == 4:
+                x, own_b, h, own_c = job
+                x @ own_b
+                h @ own_c
+            else:
+                h, own_a, y = job
+                y.addmm_(h, own_a)
+
+    return run
+
+
+def time_round(contenders: Contenders, *, backwards: bool) -> dict[str, float]:
     """Seconds that each contender took, one after the other."""
     taken = {}
-    for name, run in contenders.items():
+    for name, run in reversed(contenders.items()) if backwards else contenders.items():
         start = time.perf_counter()
         run()
         taken[name] = time.perf_counter() - start
@@ -115,13 +162,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """The rows for a terminal: medians, and the range between the quartiles."""
     title = f"Batch of {BATCH}, {BATCH} adapters, rank 8, factor 8, re-scaling per channel"
     out = Table("backbone", title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("N", "frozen", "mixed", "merged ms", "mixed / frozen", "merged / frozen"):
+    for heading in ("N", "frozen", "mixed ms", "mixed / frozen", "limit", "merged / frozen"):
         out.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        ms = [f"{row['ms'][name]['median']:.1f}" for name in ("frozen", "mixed", "merged")]
+        ms = [f"{row['ms'][name]['median']:.1f}" for name in ("frozen", "mixed")]
         ratios = [
             f"{ratio['median']:.2f} ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
-            for ratio in (row["mixed_to_frozen"], row["merged_to_frozen"])
+            for ratio in (row["mixed_to_frozen"], row["limit_to_frozen"], row["merged_to_frozen"])
         ]
         out.add_row(row["backbone"], str(row["kernels"]), *ms, *ratios)
     return out

@@ -4,15 +4,15 @@
 
 * idle: one call at a time, a bare forward pass of one image, an empty two-hop application in the same Ray cluster, and
   the hub's own `GET /healthz`, by turns: what a call adds, and where its milliseconds go.
-* throughput: requests a second of 16 callers at once, the hub and the empty application by turns, and the bare
-  backbone's images a second, without which no hub does: `ceiling` is the ratio of a hub that adds only the forward
-  pass to the empty application, on the same cores.
+* throughput: requests a second of 16 callers at once, the hub and the empty application by turns, and images a second
+  of what no hub does without, in one process: `pass` the bare backbone, `work` decoding and a pass with an adapter.
+  `ceiling` is the ratio to the empty application of a hub that adds only the one or the other to it, on the same cores.
 * first-answer: from `register` returning to the first correct answer of an adapter that no worker has seen.
 * tenants: the p95 of a tenant that sends one image at a time, alone, and while another offers ten times what the hub
   can take, with one image a call and with 16. A call that is refused counts as two minutes.
 * saturation: images a second of a large backbone (random weights, JPEG), one adapter and eight, and the bare
-  backbone's batches (of the size that suits it best) with a thread a core in one process, by turns; the hub is idle
-  while that runs.
+  backbone's batches (of the size that suits it best) with a thread a core in one process, by turns; beside them the
+  same process decoding and using eight adapters, which is what any hub has to do (`work`). The hub is idle meanwhile.
 
 What takes turns meets the same noise; a ratio is the median over rounds of the ratio within a round. The hub has its
 default settings, one worker and an embedded Redis. Load comes from plain sockets (`benchmarks.load`) and shares the
@@ -188,13 +188,16 @@ def throughput(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[
             replies = closed_loop(stage.hub.address, messages, callers, seconds)
             cpu_ms[name].append(1e3 * (time.process_time() - began) / len(replies))
             rates[-1][name] = rate(replies, callers)
-        rates[-1]["bare"] = stage.bare.ask(bare.images_per_second, stage.backbone, callers, seconds / 2)
+        rates[-1]["pass"] = stage.bare.ask(bare.images_per_second, stage.backbone, callers, seconds / 2)
+        rates[-1]["work"] = stage.bare.ask(
+            bare.work_per_second, stage.backbone, stage.adapters[:1], stage.pictures, callers, seconds / 2
+        )
     return {
         "callers": callers,
         "per_second": {name: spread_of([r[name] for r in rates]) for name in rates[0]},
         "ratio": spread_of([r["hub"] / r["empty"] for r in rates]),
-        "ceiling": spread_of([r["bare"] / (r["bare"] + r["empty"]) for r in rates]),
-        "to_ceiling": spread_of([r["hub"] * (1 / r["bare"] + 1 / r["empty"]) for r in rates]),
+        "ceiling": {x: spread_of([r[x] / (r[x] + r["empty"]) for r in rates]) for x in ("pass", "work")},
+        "to_ceiling": {x: spread_of([r["hub"] * (1 / r[x] + 1 / r["empty"]) for r in rates]) for x in ("pass", "work")},
         "client_cpu_ms": {name: round(median(ms), 3) for name, ms in cpu_ms.items()},
     }
 
@@ -265,6 +268,9 @@ def saturation(stage: Stage, batch_size: int, rounds: int, seconds: float) -> di
     closed_loop(stage.hub.address, [stage.classify(i) for i in range(len(stage.adapters))], callers, SETTLE_S)
     for _ in track(range(rounds), "saturation"):
         turns.append({"bare": stage.bare.ask(bare.images_per_second, stage.backbone, quickest, seconds)})
+        turns[-1]["work"] = stage.bare.ask(
+            bare.work_per_second, stage.backbone, stage.adapters, stage.pictures, quickest, seconds
+        )
         for adapters in (1, len(stage.adapters)):
             messages = [stage.classify(i % adapters, i) for i in range(8 * len(stage.pictures))]
             replies = closed_loop(stage.hub.address, messages, callers, seconds)
@@ -280,6 +286,7 @@ def saturation(stage: Stage, batch_size: int, rounds: int, seconds: float) -> di
         name: {
             "images_per_second": spread_of([turn[name] for turn in turns]),
             "to_bare": spread_of([turn[name] / turn["bare"] for turn in turns]),
+            "to_work": spread_of([turn[name] / turn["work"] for turn in turns]),
         }
         for name in names[1:]
     }
