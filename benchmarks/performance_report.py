@@ -68,6 +68,7 @@ def _mixed(result: dict[str, Any]) -> list[str]:
                 row["backbone"],
                 str(row["kernels"]),
                 _value(ratio),
+                _value(row["limit_to_frozen"]),
                 _value(row["merged_to_frozen"]),
                 _bar(bar, ratio, "<="),
             ]
@@ -76,12 +77,13 @@ def _mixed(result: dict[str, Any]) -> list[str]:
         "## A batch of eight adapters against the bare backbone",
         f"`python -m benchmarks.mixed_batch` ({_machine(result)}): {result['batch']} images, each with an adapter of "
         "its own (rank 8, factor 8, re-scaling per channel), through `Bank.forward`; beside it the frozen backbone "
-        "alone on the same batch, and eight merged models one after another. Checked against those.",
-        markdown_table(["backbone", "N", "mixed / frozen", "eight merged models / frozen", "bar"], rows),
-        "Per token and kernel KARST adds 2.2 % of a 768-wide layer's multiplications, 9.7 % of a 192-wide one's. So on "
-        "ViT-B/16 eight kernels are 17 % more multiplications in the linear layers (about 15 % of a whole pass), and "
-        "on ViT-Ti/16 two are 19 % (12 %): at those figures the added products would run as fast as the backbone's own "
-        "large ones, which thin matrices do not quite.",
+        "alone on the same batch, and eight merged models one after another. Checked against those. The limit is what "
+        "no code that does not merge can go below on these cores: the frozen pass, and the products that KARST adds, "
+        "each measured in the same round as one plain product of all rows, as if the images had one adapter between "
+        "them, with nothing around it.",
+        markdown_table(["backbone", "N", "mixed / frozen", "limit", "eight merged models / frozen", "bar"], rows),
+        "By multiplications alone ViT-B/16 would be at 1.04 with two kernels and at 1.15 with eight, ViT-Ti/16 at 1.12 "
+        "with two.",
     ]
 
 
@@ -166,9 +168,20 @@ def _http(result: dict[str, Any]) -> list[str]:
         found = result["throughput"]
         per_second = ", ".join(f"{name} {one['median']:.0f}" for name, one in found["per_second"].items())
         parts.append(
-            f"With {found['callers']} callers, a second: {per_second}. A hub that added nothing but the forward pass "
-            f"to the empty application would reach {_value(found['ceiling'])} of it on these cores, since the pass "
-            f"takes them from everything else; the hub reaches {_value(found['to_ceiling'])} of that."
+            f"With {found['callers']} callers, a second: {per_second} (`pass` is the bare backbone in one process, "
+            "`work` one process that decodes and uses an adapter). On these cores whatever is added takes time from "
+            "everything else: a hub that added nothing but the bare pass to the empty application would reach "
+            f"{_value(found['ceiling']['pass'])} of it, one that added decoding and a pass with adapters "
+            f"{_value(found['ceiling']['work'])}. The hub, with its keys, limits, fairness and metrics, reaches "
+            f"{_value(found['to_ceiling']['pass'])} of the one and {_value(found['to_ceiling']['work'])} of the other."
+        )
+    if "saturation" in result:
+        found = result["saturation"]
+        work = ", ".join(f"{_value(found[f'{n} adapters']['to_work'])} with {n}" for n in (1, 8))
+        parts.append(
+            "At saturation the cores also decode JPEGs and compute what adapters add. One process that does just that, "
+            f"without HTTP, takes {_value(found['work']['to_bare'])} of the bare backbone's images a second; of its "
+            f"rate the hub reaches {work} adapters."
         )
     if "tenants" in result:
         flood, large = (result["tenants"][f"{n} images"] for n in (1, 16))

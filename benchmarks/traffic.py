@@ -5,7 +5,8 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from safetensors.torch import save_model
 from adapters import Adapter, Backbone, KarstConfig
 from adapters.data import normalise
 from hub.errors import LimitReached
+from hub.schemas import WorkerStatus
 from hub.settings import Settings
+from hub.status import Board
 from hub.store import Store
 from hub.warmth import Warmth
 from hub.worker import Worker
@@ -101,6 +104,20 @@ class _Cold(Warmth):
         return []
 
     async def note(self, digests: Iterable[str]) -> None:
+        pass
+
+    @asynccontextmanager
+    async def board(self) -> AsyncIterator[Board]:
+        yield _Silent()
+
+
+class _Silent(Board):
+    """Takes what a worker tells, and asks no Redis."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def tell(self, status: WorkerStatus) -> None:
         pass
 
 
