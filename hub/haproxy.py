@@ -8,6 +8,8 @@
 - The gateway hears who connected (`X-Forwarded-For`), whatever the client says of that.
 - A crowd of calls with one key is refused here, where that costs microseconds: in a gateway it costs as much as an
   answer, and others would wait for that.
+- Bodies are not spliced: after one that was, HAProxy 2.8 does not see that the client has gone, and the gateway and
+  its workers would go on with calls that nobody waits for.
 - Headers that steer Ray are Ray's own. One is set: the gateway gets the connection as it is, so that a body waits in
   the network and not in memory until a route reads it.
 - TLS, where it is set.
@@ -75,6 +77,7 @@ def rewritten(config: str, edge: Edge) -> str:
     """
     for section in ("frontend prometheus", "listen stats"):
         config = _replaced(config, rf"(?m)^{section}\n(?:[ \t]+\S.*(?:\n|\Z))+", "")
+    config = _replaced(config, r"(?m)^ *option splice-request\n", "")
     return _replaced(config, r"(frontend http_frontend\n    bind )(\S+)(:\d+)\n", lambda m: _frontend(m, edge))
 
 

@@ -3,11 +3,14 @@
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,7 +96,10 @@ def test_the_stock_proxy_takes_away_the_same() -> None:
     assert edge.REQUEST_ID.pattern.decode() == REQUEST_ID.strip("^$")
 
 
-@pytest.mark.parametrize("line", ["frontend prometheus\n", "    bind 127.0.0.1:8000\n", "listen stats\n"])
+@pytest.mark.parametrize(
+    "line",
+    ["frontend prometheus\n", "    bind 127.0.0.1:8000\n", "listen stats\n", "    option splice-request\n"],
+)
 def test_another_configuration_is_refused(config, line) -> None:
     for changed in (config.replace(line, ""), config.replace(line, "    bind 127.0.0.1:1 tls\n"), config + config):
         with pytest.raises(ConfigurationError, match=r"Ray's HAProxy configuration has [02] places like"):
@@ -153,49 +159,79 @@ class Slow(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_crowd_with_one_key_is_refused_before_it_reaches_a_gateway(tmp_path, monkeypatch) -> None:
-    """The real HAProxy, with our part of its configuration."""
-    monkeypatch.setattr(haproxy, "CALLS_OF_A_KEY", 5)
+@contextmanager
+def in_front_of(gateway_port: int, folder: Path) -> Iterator[int]:
+    """The real HAProxy, with our part of its configuration and as much of Ray's as matters; its port."""
     port = free_port()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as gateway:
-        threading.Thread(target=gateway.serve_forever, daemon=True).start()
-        config = f"""
+    config = f"""
 defaults
     mode http
     timeout connect 5s
     timeout client 30s
     timeout server 30s
+    option abortonclose
+    option splice-request
 frontend prometheus
     bind :9101
 frontend http_frontend
     bind 127.0.0.1:{port}
     default_backend gateways
 backend gateways
-    server one 127.0.0.1:{gateway.server_port}
+    server one 127.0.0.1:{gateway_port}
 listen stats
   bind *:8404
 """
-        file = tmp_path / "haproxy.cfg"
-        file.write_text(rewritten(config, Edge(None)))
-        with subprocess.Popen([BUNDLED, "-db", "-f", str(file)]) as running, ThreadPoolExecutor(12) as pool:
-            try:
-                with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
-                    wait_until(lambda: listens(port), 10, "HAProxy")
-                    one, other = ({"authorization": f"Bearer kh_{name}"} for name in "ab")
-                    calls = [pool.submit(http.get, "/", headers=one) for _ in range(9)]
-                    wait_until(lambda: sum(call.done() for call in calls) >= 4, 10, "four refusals")
-                    calls += [pool.submit(http.get, "/", headers=other), pool.submit(http.get, "/")]
-                    time.sleep(0.2)
-                    refused = [call.result() for call in calls if call.done()]
-                    assert [r.status_code for r in refused] == [429] * 4
-                    detail = refused[0].json()["detail"]
-                    assert refused[0].json() == LimitReached(detail).problem()
-                    assert refused[0].headers["retry-after"] == "1"
-                    assert refused[0].headers["content-type"] == "application/problem+json"
-                    Slow.answer.set()
-                    assert sorted(call.result().status_code for call in calls) == [200] * 7 + [429] * 4
-                    assert http.get("/", headers=one).status_code == 200
-            finally:
+    file = folder / "haproxy.cfg"
+    file.write_text(rewritten(config, Edge(None)))
+    with subprocess.Popen([BUNDLED, "-db", "-f", str(file)]) as running:
+        try:
+            wait_until(lambda: listens(port), 10, "HAProxy")
+            yield port
+        finally:
+            running.terminate()
+
+
+def test_a_crowd_with_one_key_is_refused_before_it_reaches_a_gateway(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(haproxy, "CALLS_OF_A_KEY", 5)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as gateway:
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+        try:
+            with (
+                in_front_of(gateway.server_port, tmp_path) as port,
+                ThreadPoolExecutor(12) as pool,
+                httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http,
+            ):
+                one, other = ({"authorization": f"Bearer kh_{name}"} for name in "ab")
+                calls = [pool.submit(http.get, "/", headers=one) for _ in range(9)]
+                wait_until(lambda: sum(call.done() for call in calls) >= 4, 10, "four refusals")
+                calls += [pool.submit(http.get, "/", headers=other), pool.submit(http.get, "/")]
+                time.sleep(0.2)
+                refused = [call.result() for call in calls if call.done()]
+                assert [r.status_code for r in refused] == [429] * 4
+                detail = refused[0].json()["detail"]
+                assert refused[0].json() == LimitReached(detail).problem()
+                assert refused[0].headers["retry-after"] == "1"
+                assert refused[0].headers["content-type"] == "application/problem+json"
                 Slow.answer.set()
-                running.terminate()
-                gateway.shutdown()
+                assert sorted(call.result().status_code for call in calls) == [200] * 7 + [429] * 4
+                assert http.get("/", headers=one).status_code == 200
+        finally:
+            Slow.answer.set()
+            gateway.shutdown()
+
+
+@pytest.mark.parametrize("size", [0, 3_000, 44_000, 2_000_000])
+def test_a_gateway_hears_that_a_client_has_gone(tmp_path, size) -> None:
+    """After the whole body has come through, in one piece or in many."""
+    head = f"POST / HTTP/1.1\r\nhost: hub\r\ncontent-length: {size}\r\n\r\n".encode()
+    with socket.create_server(("127.0.0.1", 0)) as gateway, in_front_of(gateway.getsockname()[1], tmp_path) as port:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(head)
+            called, _ = gateway.accept()
+            called.settimeout(10)
+            client.sendall(bytes(size))
+            received = called.recv(1 << 16)
+            while len(received.partition(b"\r\n\r\n")[2]) < size:
+                received += called.recv(1 << 16)
+        with called, suppress(ConnectionResetError):
+            assert called.recv(1) == b""
