@@ -1,6 +1,8 @@
 """`karst-hub train`: `adapters.fit` with a progress bar."""
 
+import signal
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -24,8 +26,15 @@ def run(console: Console, data: Path, output: Path, *, recipe: Recipe, **options
     """
     console.quiet = console.quiet or not is_first_process(options.get("devices", 1))
     progress = _progress(console)
+    bar = _Bar(console, progress, recipe)
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        bar.interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
-        done = fit(data, output, recipe=recipe, watch=_Bar(console, progress, recipe), **options)
+        done = fit(data, output, recipe=recipe, watch=bar, **options)
     except KeyboardInterrupt:
         kept = checkpoint_file(output)
         how = f"go on with --resume ({kept} has the last epoch)" if kept.exists() else "nothing was kept so early"
@@ -33,6 +42,7 @@ def run(console: Console, data: Path, output: Path, *, recipe: Recipe, **options
         console.print(f"interrupted; {how}", soft_wrap=True)
         raise
     finally:
+        signal.signal(signal.SIGINT, before)
         if progress.live.is_started:
             progress.stop()
     return {
@@ -54,6 +64,7 @@ class _Bar(Watch):
         self._step_images = self._epoch_images = 0
         self._number = 1
         self._validated = ""
+        self.interrupted = False
 
     def reading(self, images: int) -> None:
         self._progress.start()
@@ -75,6 +86,8 @@ class _Bar(Watch):
         self._bar = self._progress.add_task("training", total=self._epoch_images * self._recipe.epochs)
 
     def step(self, epoch: int, loss: float, accuracy: float) -> None:
+        if self.interrupted:  # and yet it runs: Python drops what is raised in a destructor
+            raise KeyboardInterrupt
         if epoch != self._number:  # a resumed training does not start at the first
             self._number = epoch
             self._progress.update(self._bar, completed=(epoch - 1) * self._epoch_images)

@@ -213,7 +213,7 @@ def test_every_number_of_the_recipe_is_an_option(job, monkeypatch) -> None:
 
 def command(job: dict[str, Any], output: Path, *options: str) -> subprocess.Popen[str]:
     """The real command, in a process of its own."""
-    arguments = ["train", str(job["data"]), "-o", str(output), "--epochs", "40", "--batch-size", "4", *options]
+    arguments = ["train", str(job["data"]), "-o", str(output), "--epochs", "60", "--batch-size", "4", *options]
     return subprocess.Popen(
         [Path(sys.executable).with_name("karst-hub"), *arguments],
         env=os.environ | {"HUB_BACKBONE": "demo", "HUB_DEVICE": "cpu", "OMP_NUM_THREADS": "1"},
@@ -247,6 +247,14 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bits(job, tmp_path, numb
     ours, theirs = (Adapter.read(path).tensors for path in (cut, whole))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert not list(tmp_path.glob("*.checkpoint"))
+
+
+def test_an_interrupt_that_python_dropped_comes_with_the_next_step() -> None:
+    console = Console(quiet=True)
+    bar = training._Bar(console, training._progress(console), RECIPE)
+    bar.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        bar.step(1, 0.5, 0.5)
 
 
 def test_two_devices_share_each_batch(job, tmp_path) -> None:
