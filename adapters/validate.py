@@ -91,7 +91,7 @@ def check_header(data: bytes) -> dict[str, str]:
     if sum(data.count(mark, 8, 8 + length) for mark in (b",", b"[", b"{")) > MAX_HEADER_VALUES:
         raise file_error(f"its header has more than {MAX_HEADER_VALUES} values")
     try:
-        header = _loads(data[8 : 8 + length])
+        header = _loads(data[8 : 8 + length].decode())
     except (ValueError, RecursionError) as error:
         raise file_error(f"not a safetensors file: its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
@@ -114,13 +114,12 @@ def check_header(data: bytes) -> dict[str, str]:
     return metadata
 
 
-def _loads(text: str | bytes) -> Any:
+def _loads(text: str) -> Any:
     """JSON that can be sent on as JSON: no key twice, no NaN, no number beyond a float, no half of a surrogate pair.
 
     Raises:
         ValueError, RecursionError: anything else.
     """
-    text = text.decode() if isinstance(text, bytes) else text
     value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_finite, parse_float=_finite)
     if "\\u" in text:  # UTF-8 alone has no half of a pair
         json.dumps(value, ensure_ascii=False).encode()

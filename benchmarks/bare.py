@@ -99,14 +99,13 @@ def quickest_batch(name: str, most: int, seconds: float) -> int:
     return max(sizes, key=lambda size: images_per_second(name, size, seconds / len(sizes)))
 
 
+@torch.inference_mode()
 def images_per_second(name: str, batch: int, seconds: float) -> float:
     """Full batches one after another for some seconds, with a thread a core."""
     torch.set_num_threads(os.cpu_count() or 1)
-    _pass_ms(_backbone(name), batch)
-    taken_ms: list[float] = []
-    while sum(taken_ms) < 1e3 * seconds:
-        taken_ms.append(_pass_ms(_backbone(name), batch))
-    return 1e3 * batch * len(taken_ms) / sum(taken_ms)
+    backbone = _backbone(name)
+    pixels = torch.zeros(batch, *backbone.input_size)
+    return batch * _times_per_second(lambda: features(backbone.model, pixels), seconds)
 
 
 def decode_ms(name: str, data: bytes) -> float:
@@ -123,14 +122,14 @@ def work_per_second(name: str, files: Sequence[bytes], data: Sequence[bytes], ba
     torch.set_num_threads(threads)
     backbone = _backbone(name)
     bank, slots = _bank(name, tuple(files))
-    done, began = -1, 0.0  # the first batch warms up
-    while done < 0 or time.perf_counter() - began < seconds:
-        encoded = [data[i % len(data)] for i in range(batch)]
+    encoded = [data[i % len(data)] for i in range(batch)]
+    own = [slots[i % len(slots)] for i in range(batch)]
+
+    def work() -> None:
         pixels = torch.from_numpy(np.stack(_decoded(name, encoded, threads)))
-        bank.forward(normalised(backbone, pixels), [slots[i % len(slots)] for i in range(batch)])
-        done += 1
-        began = began if done else time.perf_counter()
-    return batch * done / (time.perf_counter() - began)
+        bank.forward(normalised(backbone, pixels), own)
+
+    return batch * _times_per_second(work, seconds)
 
 
 def pictures(side_px: int, count: int) -> Sequence[bytes]:
@@ -161,6 +160,16 @@ def _quickest_threads(name: str) -> int:
         torch.set_num_threads(threads)
         taken[threads] = min(_pass_ms(_backbone(name), 1) for _ in range(9))
     return min(taken, key=taken.__getitem__)
+
+
+def _times_per_second(work: Callable[[], object], seconds: float) -> float:
+    """Over and over for some seconds, after once to warm up."""
+    work()
+    times, began = 0, time.perf_counter()
+    while (taken := time.perf_counter() - began) < seconds:
+        work()
+        times += 1
+    return times / taken
 
 
 @lru_cache(maxsize=1)

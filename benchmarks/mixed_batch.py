@@ -18,6 +18,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
 
 def products(backbone: Backbone, config: KarstConfig, pixels: Tensor) -> Callable[[], None]:
     """All products that KARST adds to a pass over these pixels: x B^T, then C, then A, which is added to the output."""
-    jobs: list[tuple[Tensor, ...]] = []
+    jobs: list[Callable[[], Tensor]] = []
     made: dict[tuple[tuple[int, int], ...], list[Tensor]] = {}  # layers of a kind share theirs
 
     def note(site: Site) -> Callable[..., None]:
@@ -124,8 +125,9 @@ def products(backbone: Backbone, config: KarstConfig, pixels: Tensor) -> Callabl
             shapes = (rows * q, b), (b, both), (rows * both, q), (q, p), (rows * p, both), (both, a), (rows * p, a)
             if shapes not in made:
                 made[shapes] = [torch.randn(shape) for shape in shapes]
-            sides = made[shapes]
-            jobs.extend([tuple(sides[:4])] + [tuple(sides[4:])] * splits)
+            x, own_b, by_c, own_c, by_a, own_a, y = made[shapes]
+            jobs.extend([partial(torch.mm, x, own_b), partial(torch.mm, by_c, own_c)])
+            jobs.extend([partial(y.addmm_, by_a, own_a)] * splits)
 
         return noted
 
@@ -137,13 +139,7 @@ def products(backbone: Backbone, config: KarstConfig, pixels: Tensor) -> Callabl
 
     def run() -> None:
         for job in jobs:
-            if len(job) == 4:
-                x, own_b, h, own_c = job
-                x @ own_b
-                h @ own_c
-            else:
-                h, own_a, y = job
-                y.addmm_(h, own_a)
+            job()
 
     return run
 

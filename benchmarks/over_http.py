@@ -5,7 +5,7 @@
 * idle: one call at a time, a bare forward pass of one image, an empty two-hop application in the same Ray cluster, and
   the hub's own `GET /healthz`, by turns: what a call adds, and where its milliseconds go.
 * throughput: requests a second of 16 callers at once, the hub and the empty application by turns, and images a second
-  of what no hub does without, in one process: `pass` the bare backbone, `work` decoding and a pass with an adapter.
+  of what no hub does without, in one process: `bare` the backbone alone, `work` decoding and a pass with an adapter.
   `ceiling` is the ratio to the empty application of a hub that adds only the one or the other to it, on the same cores.
 * first-answer: from `register` returning to the first correct answer of an adapter that no worker has seen.
 * tenants: the p95 of a tenant that sends one image at a time, alone, and while another offers ten times what the hub
@@ -188,7 +188,7 @@ def throughput(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[
             replies = closed_loop(stage.hub.address, messages, callers, seconds)
             cpu_ms[name].append(1e3 * (time.process_time() - began) / len(replies))
             rates[-1][name] = rate(replies, callers)
-        rates[-1]["pass"] = stage.bare.ask(bare.images_per_second, stage.backbone, callers, seconds / 2)
+        rates[-1]["bare"] = stage.bare.ask(bare.images_per_second, stage.backbone, callers, seconds / 2)
         rates[-1]["work"] = stage.bare.ask(
             bare.work_per_second, stage.backbone, stage.adapters[:1], stage.pictures, callers, seconds / 2
         )
@@ -196,8 +196,8 @@ def throughput(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[
         "callers": callers,
         "per_second": {name: spread_of([r[name] for r in rates]) for name in rates[0]},
         "ratio": spread_of([r["hub"] / r["empty"] for r in rates]),
-        "ceiling": {x: spread_of([r[x] / (r[x] + r["empty"]) for r in rates]) for x in ("pass", "work")},
-        "to_ceiling": {x: spread_of([r["hub"] * (1 / r[x] + 1 / r["empty"]) for r in rates]) for x in ("pass", "work")},
+        "ceiling": {x: spread_of([r[x] / (r[x] + r["empty"]) for r in rates]) for x in ("bare", "work")},
+        "to_ceiling": {x: spread_of([r["hub"] * (1 / r[x] + 1 / r["empty"]) for r in rates]) for x in ("bare", "work")},
         "client_cpu_ms": {name: round(median(ms), 3) for name, ms in cpu_ms.items()},
     }
 

@@ -17,7 +17,6 @@ from .common import markdown_table
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 MIXED_BARS = {("vit_base_patch16_224", 2): 1.05, ("vit_base_patch16_224", 8): 1.15, ("vit_tiny_patch16_224", 2): 1.20}
-LOAD_MS, LOAD_KB = 4.1, 211  # of an adapter of the engine benchmark: medians of 200, by hand, 2026-11-25
 PEER_NAMES = {
     "ours": "ours, mixed batches",
     "LoRA": "peft LoRA, mixed batches",
@@ -114,8 +113,8 @@ def _zipf(rows: Sequence[dict[str, Any]]) -> list[str]:
     calls = found["hits"] + found["loads"]
     return [
         f"In the Zipf traffic {found['loads'] / calls:.0%} of the calls had to load their adapter, and "
-        f"{found['store_reads'] / calls:.0%} read its file: {LOAD_MS:g} ms of a core for reading, checking and packing "
-        f"{LOAD_KB} kB. With two cores the pass stands still meanwhile, since its two threads wait for each other."
+        f"{found['store_reads'] / calls:.0%} read its file. Reading, checking and packing take time of the same two "
+        "cores that the passes use."
     ]
 
 
@@ -183,12 +182,12 @@ def _http(result: dict[str, Any]) -> list[str]:
         found = result["throughput"]
         per_second = ", ".join(f"{name} {one['median']:.0f}" for name, one in found["per_second"].items())
         parts.append(
-            f"With {found['callers']} callers, a second: {per_second} (`pass` is the bare backbone in one process, "
+            f"With {found['callers']} callers, a second: {per_second} (`bare` is the backbone alone in one process, "
             "`work` one process that decodes and uses an adapter). On these cores whatever is added takes time from "
             "everything else: a hub that added nothing but the bare pass to the empty application would reach "
-            f"{_value(found['ceiling']['pass'])} of it, one that added decoding and a pass with adapters "
+            f"{_value(found['ceiling']['bare'])} of it, one that added decoding and a pass with adapters "
             f"{_value(found['ceiling']['work'])}. The hub, with its keys, limits, fairness and metrics, reaches "
-            f"{_value(found['to_ceiling']['pass'])} of the one and {_value(found['to_ceiling']['work'])} of the other."
+            f"{_value(found['to_ceiling']['bare'])} of the one and {_value(found['to_ceiling']['work'])} of the other."
         )
     if "saturation" in result:
         found = result["saturation"]

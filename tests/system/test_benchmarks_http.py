@@ -25,7 +25,7 @@ def test_every_part_over_http(tmp_path) -> None:
     assert set(result["bars"]) == {name for name in BARS if "images a second" not in name}
     stages = "call empty healthz load queue compute bare decode client added over_empty rest"
     assert {f"{name}_ms" for name in stages.split()} <= set(result["idle"])
-    assert set(result["throughput"]["per_second"]) == {"hub", "empty", "pass", "work"}
+    assert set(result["throughput"]["per_second"]) == {"hub", "empty", "bare", "work"}
     assert all(result["tenants"][images]["greedy_statuses"]["200"] for images in ("1 images", "16 images"))
     assert result["first-answer"]["adapter_bytes"] > 1e5
     assert all(math.isfinite(number) for _, found in spreads(result) for number in found.values())
