@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from . import kronecker
 from .backbone import Backbone, BackboneError, BackboneInfo, Site, features
 from .file import Adapter
+from .quick import quicken
 from .stacks import Packed, SiteNumbers, Stacks
 from .validate import AdapterError, Problem
+
+ROUNDING = 1e-4  # of the largest feature, between two ways to compute the same in float32
 
 
 class BankFullError(RuntimeError):
@@ -121,7 +124,7 @@ class Bank:
         """Allocate the stacks and check that an adapter of zeros changes no bit of what the backbone computes.
 
         Args:
-            backbone: its weights are shared, never changed.
+            backbone: never changed. Layers that a CPU wants in another order are copied, so let go of it.
             slots: how many adapters fit at once.
             max_rank: the largest R of an adapter; smaller ones are padded with zeros.
             max_kernels: the largest N of an adapter; likewise.
@@ -134,8 +137,8 @@ class Bank:
         for name, value in (("slots", slots), ("max_rank", max_rank), ("max_kernels", max_kernels)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self.backbone = backbone
         self.slots = slots
+        self.device, self.dtype = backbone.device, backbone.dtype
         self.limits = BankLimits(backbone.info(), max_rank=max_rank, max_kernels=max_kernels, factor=factor)
         self._residents: dict[int, _Resident] = {}
         self._generation = 0
@@ -144,13 +147,19 @@ class Bank:
         self._forward_lock = threading.Lock()
         self._pass: _Pass | None = None
         self._model = backbone.clone()
+        quicken(self._model, backbone.sites)
         self._stacks = Stacks(backbone, slots, max_rank=max_rank, max_kernels=max_kernels, factor=factor)
         modules = dict(self._model.named_modules())
         for site in backbone.sites:
             self._hook(modules[site.name], site)
         for norm in backbone.norms:
             self._hook_norm(modules[norm.name], norm.name)
-        self._check_identity()
+        self._check_identity(backbone)
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image, in pixels."""
+        return self.limits.backbone.input_size
 
     @property
     def free(self) -> int:
@@ -224,7 +233,7 @@ class Bank:
             raise ValueError(f"no adapter, or another one, in slot {', '.join(map(str, gone))}")
         if not residents:
             return []
-        index = torch.tensor([slot.number for slot in slots], device=self.backbone.device)
+        index = torch.tensor([slot.number for slot in slots], device=self.device)
         norms = frozenset().union(*(r.norms for r in residents))
         with self._forward_lock:
             self._pass = _Pass(
@@ -238,7 +247,7 @@ class Bank:
                 norms={n: own for n, own in self._stacks.gather_norms(index).items() if n in norms} if norms else {},
             )
             try:
-                pooled = features(self._model, pixels.to(device=self.backbone.device, dtype=self.backbone.dtype))
+                pooled = features(self._model, pixels.to(device=self.device, dtype=self.dtype))
             finally:
                 self._pass = None
         return [
@@ -259,8 +268,8 @@ class Bank:
         """
         if self._generation:
             raise RuntimeError("a slot may hold an adapter by now")
-        index = torch.zeros(len(pixels), dtype=torch.int64, device=self.backbone.device)
-        every = frozenset(site.name for site in self.backbone.sites)
+        index = torch.zeros(len(pixels), dtype=torch.int64, device=self.device)
+        every = frozenset(site.name for site in self.limits.backbone.sites)
         with self._forward_lock:
             self._pass = _Pass(self._stacks.gather(index, kernels, rank), every, every, norms={})
             try:
@@ -269,15 +278,16 @@ class Bank:
                 self._pass = None
 
     @torch.inference_mode()
-    def _check_identity(self) -> None:
+    def _check_identity(self, backbone: Backbone) -> None:
         """One probe image (KARST.md, "Hooking timm models"); leaves an adapter of zeros in slot 0 for `rehearse`."""
         self._stacks.write(0, self._stacks.pack(None))
-        device, dtype = self.backbone.device, self.backbone.dtype
-        height, width = self.backbone.input_size[1:]
-        pixels = torch.linspace(-1, 1, 3 * height * width, device=device, dtype=dtype).view(1, 3, height, width)
-        if not torch.equal(self.rehearse(pixels, kernels=1, rank=2), features(self.backbone.model, pixels)):
-            name = self.backbone.name
-            raise BackboneError(f"backbone {name!r} cannot be served from a bank: zeros change its features")
+        height, width = self.input_size[1:]
+        pixels = torch.linspace(-1, 1, 3 * height * width, device=self.device, dtype=self.dtype)
+        pixels = pixels.view(1, 3, height, width)
+        zeros = self.rehearse(pixels, kernels=1, rank=2)
+        frozen = features(backbone.model, pixels)
+        if not torch.equal(zeros, features(self._model, pixels)) or not _close(zeros, frozen):
+            raise BackboneError(f"backbone {backbone.name!r} cannot be served from a bank: zeros change its features")
 
     def _resident(self, slot: Slot) -> _Resident | None:
         """What `put` left in this slot, unless it is gone."""
@@ -330,6 +340,11 @@ class Bank:
             return _rescaled(F.layer_norm(args[0], layer.normalized_shape, eps=layer.eps), weight, bias, in_place=True)
 
         norm.register_forward_hook(tune)
+
+
+def _close(found: Tensor, right: Tensor) -> bool:
+    """Equal but for rounding."""
+    return bool((found - right).abs().max() <= ROUNDING * right.abs().max())
 
 
 def _rescaled(x: Tensor, scale: Tensor, shift: Tensor, *, in_place: bool = False) -> Tensor:

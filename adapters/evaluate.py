@@ -107,7 +107,7 @@ def evaluate(bank: Bank, adapter: Adapter, images: ImageSet) -> Outputs:
         raise DataError("no images to evaluate on")
     slot = bank.put(adapter)
     try:
-        return _run(bank.backbone, adapter, images, lambda pixels: bank.forward(pixels, [slot] * len(pixels)))
+        return _run(bank.device, adapter, images, lambda pixels: bank.forward(pixels, [slot] * len(pixels)))
     finally:
         bank.evict(slot)
 
@@ -120,7 +120,7 @@ def compare_merged(backbone: Backbone, adapter: Adapter, images: ImageSet, unmer
         DataError: an image that cannot be read.
     """
     model = adapter.merge(backbone)
-    merged = _run(backbone, adapter, images, lambda pixels: model(pixels.to(backbone.dtype)))
+    merged = _run(backbone.device, adapter, images, lambda pixels: model(pixels.to(backbone.dtype)))
     return agreement(unmerged.logits, merged.logits, TOLERANCE[backbone.dtype])
 
 
@@ -206,20 +206,20 @@ def agreement(unmerged: Tensor, merged: Tensor, tolerance: float) -> Agreement:
 
 @torch.inference_mode()
 def _run(
-    backbone: Backbone, adapter: Adapter, images: ImageSet, forward: Callable[[Tensor], Tensor | list[Tensor]]
+    device: torch.device, adapter: Adapter, images: ImageSet, forward: Callable[[Tensor], Tensor | list[Tensor]]
 ) -> Outputs:
-    mean, std = (torch.tensor(adapter.preprocess[name], device=backbone.device) for name in ("mean", "std"))
+    mean, std = (torch.tensor(adapter.preprocess[name], device=device) for name in ("mean", "std"))
     logits: list[Tensor] = []
     targets: list[Tensor] = []
     seconds = 0.0
     for pixels, target in DataLoader(Pixels(images, adapter.preprocess, cache_bytes=0), BATCH):
-        prepared = normalise(pixels.to(backbone.device), mean, std)
+        prepared = normalise(pixels.to(device), mean, std)
         if not logits:
             forward(prepared)  # the first pass of a size allocates memory and, on a GPU, chooses kernels
-        _finish(backbone.device)
+        _finish(device)
         start = time.perf_counter()
         answers = forward(prepared)
-        _finish(backbone.device)
+        _finish(device)
         seconds += time.perf_counter() - start
         logits.append((answers if isinstance(answers, Tensor) else torch.stack(answers)).float().cpu())
         targets.append(target)

@@ -69,7 +69,7 @@ class Worker:
         # that runs torch keeps a pool of helpers of its own, and two pools on the same cores slow each other down.
         self._passes = ThreadPoolExecutor(1, "pass")
         self._bank = self._passes.submit(self._load, settings).result()
-        on_cpu = self._bank.backbone.device.type == "cpu"
+        on_cpu = self._bank.device.type == "cpu"
         self._pace = Pace(settings.batch_size, (1, self._threads) if on_cpu else (self._threads,))
         self._passes.submit(self._rehearse).result()
         self._name = f"{os.uname().nodename}/{os.getpid()}"
@@ -81,7 +81,7 @@ class Worker:
             self._bank, store, reads=reads, puts=puts, host_cache_bytes=settings.host_cache_bytes, wait_s=PARKED_S
         )
         # On a GPU the next batch is on its way to the device while one computes.
-        self._ahead = ThreadPoolExecutor(1, "ahead") if self._bank.backbone.device.type == "cuda" else None
+        self._ahead = ThreadPoolExecutor(1, "ahead") if self._bank.device.type == "cuda" else None
         self._batcher: Batcher[Item, Answer] = Batcher(
             self._run,
             batch_size=self._pace.most,
@@ -113,10 +113,10 @@ class Worker:
 
     def _rehearse(self) -> None:
         """Passes over images with small adapters, so that the first callers' are not all trials."""
-        backbone = self._bank.backbone
+        bank = self._bank
         began = time.monotonic()
         for size in self._pace.sizes:
-            pixels = torch.zeros(size, *backbone.input_size, device=backbone.device, dtype=backbone.dtype)
+            pixels = torch.zeros(size, *bank.input_size, device=bank.device, dtype=bank.dtype)
             rehearse = partial(self._rehearse_once, pixels)
             rehearse()  # the first of a size takes longer
             for _ in range(TRIALS):
@@ -254,7 +254,7 @@ class Worker:
 
     def _gather(self, items: list[Item]) -> torch.Tensor:
         """Normalised pixels (B, 3, H, W) on the device."""
-        device = self._bank.backbone.device
+        device = self._bank.device
         pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(device)
         mean, std = (
             torch.stack([getattr(item.adapter, name) for item in items]).to(device) for name in ("mean", "std")
@@ -292,7 +292,7 @@ class Worker:
         return WorkerStatus(
             worker=self._name,
             uptime_s=time.monotonic() - self._started,
-            device=str(self._bank.backbone.device),
+            device=str(self._bank.device),
             slots=self._bank.slots,
             slots_used=self._tiers.resident,
             host_bytes=self._tiers.host_bytes,
