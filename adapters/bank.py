@@ -8,7 +8,7 @@ numbers come out of the `Stacks` once a pass.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -149,9 +149,10 @@ class Bank:
         self._model = backbone.clone()
         quicken(self._model, backbone.sites)
         self._stacks = Stacks(backbone, slots, max_rank=max_rank, max_kernels=max_kernels, factor=factor)
-        modules = dict(self._model.named_modules())
         for site in backbone.sites:
-            self._hook(modules[site.name], site)
+            adapted = _AdaptedLinear(self._model.get_submodule(site.name), site, lambda: self._pass)
+            self._model.set_submodule(site.name, adapted)
+        modules = dict(self._model.named_modules())
         for norm in backbone.norms:
             self._hook_norm(modules[norm.name], norm.name)
         self._check_identity(backbone)
@@ -308,29 +309,6 @@ class Bank:
             head_bias=bias,
         )
 
-    def _hook(self, linear: nn.Module, site: Site) -> None:
-        def rescale_input(_linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            current = self._pass
-            if current is None or site.name not in current.rescaled:
-                return None
-            own = current.numbers[site.name]
-            return (_rescaled(args[0], own.in_scale, own.in_shift), *args[1:])
-
-        def adapt_output(_linear: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            current = self._pass
-            if current is None:
-                return y
-            own = current.numbers[site.name]
-            if site.name in current.kronecker:
-                kronecker.add_(y, args[0], own.c, own.a, own.b, site.splits)
-            if site.rescale_out and site.name in current.rescaled:
-                y = _rescaled(y, own.scale, own.shift, in_place=True)
-            return y
-
-        if site.rescale_in:
-            linear.register_forward_pre_hook(rescale_input)
-        linear.register_forward_hook(adapt_output)
-
     def _hook_norm(self, norm: nn.Module, name: str) -> None:
         def tune(layer: Any, args: tuple[Tensor, ...], _y: Tensor) -> Tensor | None:
             current = self._pass
@@ -340,6 +318,33 @@ class Bank:
             return _rescaled(F.layer_norm(args[0], layer.normalized_shape, eps=layer.eps), weight, bias, in_place=True)
 
         norm.register_forward_hook(tune)
+
+
+class _AdaptedLinear(nn.Module):
+    """A site: its frozen layer, and what KARST adds for every image of the pass that is under way."""
+
+    def __init__(self, frozen: nn.Module, site: Site, current: Callable[[], _Pass | None]) -> None:
+        super().__init__()
+        self._frozen = frozen
+        self._forward = frozen.forward  # there are no hooks, and these calls are many and short
+        self._site = site
+        self._current = current
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B.., d_in) -> (B.., d_out)"""
+        current, site = self._current(), self._site
+        if current is None:
+            return self._forward(x)
+        own = current.numbers[site.name]
+        rescaled = site.name in current.rescaled
+        if rescaled and site.rescale_in:
+            x = _rescaled(x, own.in_scale, own.in_shift)
+        y = self._forward(x)
+        if site.name in current.kronecker:
+            kronecker.add_(y, x, own.c, own.a, own.b, site.splits)
+        if rescaled and site.rescale_out:
+            y = _rescaled(y, own.scale, own.shift, in_place=True)
+        return y
 
 
 def _close(found: Tensor, right: Tensor) -> bool:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_CACHED = 2**20  # numbers of an output that are still in the cache when they are read again
+
 
 def factorise(dim: int, factor: int) -> tuple[int, int]:
     """Split a dimension in two: (factor, dim / factor), smaller first, if factor divides it; else the divisor
@@ -155,9 +157,13 @@ def add_(y: Tensor, x: Tensor, c: Tensor, a: Tensor, b: Tensor, splits: int) -> 
     if splits == 1:
         y.view(images, -1, a_size).baddbmm_(h, a)
         return
-    # y's rows have the splits outside p, so it takes an addition of its own; a split at a time stays in the cache.
+    # y's rows have the splits outside p, so it takes an addition of its own.
+    if y.numel() <= _CACHED:
+        out = torch.bmm(h, a).view(images, -1, y.shape[-1] // columns, splits, a_size)  # (B, T, p, S, a)
+        y.view(images, -1, splits, y.shape[-1] // columns, a_size).add_(out.transpose(2, 3))
+        return
     y = y.view(images, -1, splits, y.shape[-1] // splits)  # (B, T, S, p a)
-    for s, part in enumerate(a.split(a_size, dim=2)):
+    for s, part in enumerate(a.split(a_size, dim=2)):  # one at a time stays in the cache
         y[:, :, s] += torch.bmm(h, part).view(images, -1, y.shape[3])
 
 

@@ -10,7 +10,7 @@ ranks are outer axes) stays behind.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from .file import Adapter
 _SCALES = ("scale", "shift", "in_scale", "in_shift")
 
 
-@dataclass(frozen=True)
-class SiteNumbers:
+class SiteNumbers(NamedTuple):
     """The numbers of one site for every adapter of a batch: views into the gathered tensors."""
 
     c: Tensor  # (B N, 2 q, 2 p), as `kronecker.add_` takes it; carries the adapter's gain

@@ -266,13 +266,14 @@ def saturation(stage: Stage, batch_size: int, rounds: int, seconds: float) -> di
     batches: list[int] = []
     quickest = stage.bare.ask(bare.quickest_batch, stage.backbone, batch_size, seconds)
     closed_loop(stage.hub.address, [stage.classify(i) for i in range(len(stage.adapters))], callers, SETTLE_S)
-    for _ in track(range(rounds), "saturation"):
+    for i in track(range(rounds), "saturation"):
         turns.append({"bare": stage.bare.ask(bare.images_per_second, stage.backbone, quickest, seconds)})
         turns[-1]["work"] = stage.bare.ask(
             bare.work_per_second, stage.backbone, stage.adapters, stage.pictures, quickest, seconds
         )
-        for adapters in (1, len(stage.adapters)):
-            messages = [stage.classify(i % adapters, i) for i in range(8 * len(stage.pictures))]
+        # By turns, too, which comes first: the hub had nothing to do until now.
+        for adapters in (1, len(stage.adapters))[:: -1 if i % 2 else 1]:
+            messages = [stage.classify(n % adapters, n) for n in range(8 * len(stage.pictures))]
             replies = closed_loop(stage.hub.address, messages, callers, seconds)
             turns[-1][f"{adapters} adapters"] = rate_of_passes(replies[:-callers])
             batches += [int(reply.header("x-batch-images")) for reply in replies[callers:-callers]]
