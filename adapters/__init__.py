@@ -12,8 +12,8 @@ from .config import ConfigError, KarstConfig
 from .data import DataError, ImageError, ImageTooLargeError
 from .file import Adapter
 from .karst import KarstModel, attach, extract
+from .problems import AdapterError, Problem
 from .stacks import Packed
-from .validate import AdapterError, Problem
 
 if TYPE_CHECKING:
     from .fitting import Trained, Watch, fit

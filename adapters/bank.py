@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from . import kronecker
 from .backbone import Backbone, BackboneError, BackboneInfo, Site, features
 from .file import Adapter
+from .header import Layout
+from .problems import AdapterError, Problem
 from .quick import quicken
 from .stacks import Packed, SiteNumbers, Stacks
-from .validate import AdapterError, Problem
 
 ROUNDING = 1e-4  # of the largest feature, between two ways to compute the same in float32
 
@@ -140,6 +142,7 @@ class Bank:
         self.slots = slots
         self.device, self.dtype = backbone.device, backbone.dtype
         self.limits = BankLimits(backbone.info(), max_rank=max_rank, max_kernels=max_kernels, factor=factor)
+        self._fit: WeakKeyDictionary[Layout, tuple[object, ...]] = WeakKeyDictionary()
         self._residents: dict[int, _Resident] = {}
         self._generation = 0
         self._free = list(range(slots - 1, -1, -1))
@@ -174,7 +177,10 @@ class Bank:
         Raises:
             AdapterError: as `BankLimits.check`.
         """
-        self.limits.check(adapter)
+        about = adapter.fingerprint, *adapter.preprocess["input_size"]  # all that `check` looks at beside the layout
+        if self._fit.get(adapter.layout) != about:
+            self.limits.check(adapter)
+            self._fit[adapter.layout] = about
         return self._stacks.pack(adapter)
 
     def put(self, adapter: Adapter | Packed) -> Slot:

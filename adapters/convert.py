@@ -26,7 +26,8 @@ from .file import Adapter, write_atomically
 from .foreign import assemble, read_head, read_labels, read_preprocess
 from .official import read_official
 from .peft_files import CONFIG, WEIGHTS, lokr_files, lora_files, read_lokr
-from .validate import FORMAT, AdapterError, Problem, file_error
+from .problems import AdapterError, Problem, file_error
+from .validate import FORMAT
 
 TARGETS = ("karst", "lokr", "lora", "timm", "onnx")
 Kind = Literal["karst/1 file", "peft LoKr folder", "official checkpoint"]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from . import kronecker
 from .backbone import Backbone, create_model, features, first_line
 from .file import Adapter
-from .validate import KRONECKER, file_error
+from .problems import file_error
+from .validate import KRONECKER
 
 # The largest difference between two ways to compute logits in float32, as a part of the largest logit.
 TOLERANCE = 1e-3

@@ -26,17 +26,16 @@ from torch import Tensor, nn
 from . import kronecker
 from .backbone import Backbone, BackboneInfo
 from .config import KarstConfig
+from .header import Layout, read_header
+from .problems import AdapterError, Problem, file_error
 from .validate import (
     FORMAT,
     KRONECKER,
     OPTIONAL_CONFIG,
-    AdapterError,
-    Problem,
-    check_header,
+    all_finite,
     check_layer_fits,
     check_norm_fits,
     check_tensors,
-    file_error,
     parse_metadata,
 )
 
@@ -52,7 +51,7 @@ class Adapter:
         backbone: the timm name it was trained on; `fingerprint` says which weights.
         labels: K names, in the order of the head's rows.
         preprocess: input_size, interpolation, mean, std, crop_pct, crop_mode, as in timm's data config.
-        tensors: file name of a tensor -> its numbers (F32, F16 or BF16, on the CPU).
+        layout: how its tensors lie in the file.
         metrics: figures that its maker stored, or None.
         created: RFC 3339 time, or None.
         producer: what wrote the file, or None.
@@ -65,7 +64,7 @@ class Adapter:
     fingerprint: str
     labels: tuple[str, ...]
     preprocess: dict[str, Any]
-    tensors: dict[str, Tensor]
+    layout: Layout
     metrics: dict[str, Any] | None
     created: str | None
     producer: str | None
@@ -84,16 +83,27 @@ class Adapter:
         data = source if isinstance(source, bytes) else _read_bytes(Path(source), max_bytes)
         if max_bytes is not None and len(data) > max_bytes:
             raise file_error(f"{len(data)} bytes, but at most {max_bytes} are allowed")
-        metadata = check_header(data)
+        header = read_header(data)
+        digest = hashlib.sha256(data).hexdigest()
+        if header.layout is not None:
+            fields, problems = parse_metadata(header.metadata)
+            adapter = cls(data=data, digest=digest, layout=header.layout, **fields) if not problems else None
+            if adapter and adapter._right() in header.layout.right_with and all_finite(adapter.numbers):
+                return adapter
+        # Not known to be right: look at every tensor, and collect what is wrong.
         try:
             tensors = dict(sorted(safetensors.torch.load(data).items()))
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
             raise file_error(f"not a valid safetensors file: {error}") from error
-        fields, problems = parse_metadata(metadata)
+        fields, problems = parse_metadata(header.metadata)
         problems += check_tensors(tensors, fields.get("config"), fields.get("labels"))
         if problems:
             raise AdapterError(problems)
-        return cls(data=data, digest=hashlib.sha256(data).hexdigest(), tensors=tensors, **fields)
+        layout = header.learn(tensors, len(data) - header.start)
+        adapter = cls(data=data, digest=digest, layout=layout, **fields)
+        layout.right_with[:] = [adapter._right()]
+        vars(adapter)["tensors"] = tensors
+        return adapter
 
     @classmethod
     def create(
@@ -136,14 +146,27 @@ class Adapter:
         write_atomically(Path(path), self.data)
 
     @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """File name of a tensor -> its numbers (F32, F16 or BF16, on the CPU)."""
+        return dict(sorted(safetensors.torch.load(self.data).items()))
+
+    @property
+    def numbers(self) -> Tensor:
+        """All numbers of the file in the order in which they lie there: 1-D, float32."""
+        if self.layout.dtype is None:
+            return torch.cat([self.tensors[name].flatten().float() for name in self.layout.tensors])
+        raw = bytearray(memoryview(self.data)[-self.layout.data_bytes :])  # torch wants bytes that may be written to
+        return torch.frombuffer(raw, dtype=self.layout.dtype).float()
+
+    @cached_property
     def layers(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Module path of a layer -> its tensors by their last name (`karst_c`, `scale`, ...); the head is not in it."""
-        out: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in self.tensors.items():
-            layer, _, part = name.rpartition(".")
-            if layer != "head":
-                out.setdefault(layer, {})[part] = tensor
-        return out
+        return by_layer(self.tensors)
+
+    def _right(self) -> object:
+        """What of the metadata decides, beside the layout, whether the tensors are right (`check_tensors`)."""
+        config = self.config
+        return config.kernels, config.rank, config.rescale, config.norms, len(self.labels)
 
     def check(self, backbone: BackboneInfo) -> None:
         """Make sure that the adapter was made for this backbone and fits it.
@@ -214,6 +237,16 @@ class Adapter:
                 head.weight.copy_(self.tensors["head.weight"])
                 head.bias.copy_(self.tensors["head.bias"])
         return model.eval().requires_grad_(False)
+
+
+def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the module path of their layer, and there by their last name; without the head."""
+    out: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if layer != "head":
+            out.setdefault(layer, {})[part] = tensor
+    return out
 
 
 def write_atomically(path: Path, data: bytes) -> None:

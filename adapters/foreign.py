@@ -21,7 +21,7 @@ from .backbone import Backbone, first_line
 from .config import KarstConfig
 from .data import preprocess_of
 from .file import Adapter
-from .validate import AdapterError, Problem, file_error
+from .problems import AdapterError, Problem, file_error
 
 _PICKLED = (".pth", ".pt", ".bin")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backbone import Backbone, Site
 from .foreign import Layer, Numbers, read_tensors, take_own_weights
-from .validate import AdapterError, Problem
+from .problems import AdapterError, Problem
 
 _MODULE = re.compile(r"(?P<path>.+)\.(?P<name>attention|proj|fc1|fc2)_(?:ka|kar|karst|lokr)\.(?P<part>.+)")
 _PART = re.compile(r"w1_group_1|alpha|w1_group\.\d{1,9}|w2_group_a\.\d{1,9}(\.\d)?|w2_group_b\.\d{1,9}")

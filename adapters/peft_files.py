@@ -19,7 +19,8 @@ from . import kronecker
 from .backbone import Backbone, Site
 from .file import Adapter
 from .foreign import Layer, Numbers, classifier_name, read_json, read_tensors, take_own_weights
-from .validate import KRONECKER, NORM, AdapterError, Problem, file_error
+from .problems import AdapterError, Problem, file_error
+from .validate import KRONECKER, NORM
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -8,7 +8,8 @@ So a batch gathers what it needs with one copy a part, not one a site, and what 
 ranks are outer axes) stays behind.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from . import kronecker
 from .backbone import Backbone
-from .file import Adapter
+from .file import Adapter, by_layer
+from .header import Layout, keep
 
+MOST_PLANS, PLAN_BYTES = 16, 8 * 1024**2  # that are kept: at most 128 MiB, whatever tenants upload
 _SCALES = ("scale", "shift", "in_scale", "in_shift")
 
 
@@ -51,6 +54,14 @@ class Packed:
         return self.flat.numel() * self.flat.element_size()
 
 
+class _Plan(NamedTuple):
+    """How adapters of one layout are packed."""
+
+    source: Tensor  # int32, as long as the flat numbers: where each is in (0, the file's numbers, the stacks' defaults)
+    gained: int  # how many of the first are C's, which the gain multiplies
+    packed: dict[str, Any]  # the rest of `Packed`
+
+
 class Stacks:
     """The numbers of all sites in a fixed number of slots."""
 
@@ -68,14 +79,15 @@ class Stacks:
             d_out, d_in = site.d_out * site.rescale_out, site.d_in * site.rescale_in
             self._scale_sizes += [d_out, d_out, d_in, d_in]
         # One, zero, one, zero, ...: what re-scales nothing.
-        self._no_scales = torch.tensor([1.0, 0.0] * (2 * len(self._sites))).repeat_interleave(
-            torch.tensor(self._scale_sizes)
-        )
+        no_scales = torch.tensor([1.0, 0.0] * (2 * len(self._sites))).repeat_interleave(torch.tensor(self._scale_sizes))
         modules = dict(backbone.model.named_modules())
         self._norms = tuple(norm.name for norm in backbone.norms)
         self._norm_sizes = [size for norm in backbone.norms for size in (norm.width, norm.width)]
         frozen = [t for name in self._norms for t in (modules[name].weight, modules[name].bias)]
-        self._frozen_norms = (torch.cat(frozen) if frozen else torch.zeros(0)).cpu()
+        self._defaults = torch.cat(
+            [no_scales, *(numbers.cpu().float() for numbers in frozen)]
+        )  # what no adapter brings
+        self._plans: dict[Layout, _Plan] = {}
 
         max_rank += max_rank % 2  # `kronecker.add_` wants an even R
         sizes = self._sizes(max_kernels, max_rank)
@@ -92,47 +104,73 @@ class Stacks:
 
         A layer that an adapter does not have gets zeros, ones or the backbone's own numbers.
         """
-        layers = {} if adapter is None else adapter.layers
-        gain = 1.0 if adapter is None else adapter.config.effective_gain
+        if adapter is None:
+            plan, numbers, gain = self._plan({}), torch.zeros(0), 1.0
+        else:
+            plan = self._plans.get(adapter.layout) or self._plan(adapter.layout.tensors)
+            if plan.source.nbytes <= PLAN_BYTES:
+                keep(self._plans, adapter.layout, plan, MOST_PLANS)
+            numbers, gain = adapter.numbers, adapter.config.effective_gain
+        flat = torch.cat([torch.zeros(1), numbers, self._defaults]).index_select(0, plan.source)
+        flat[: plan.gained] *= gain
+        if self._stream is not None:
+            flat = flat.to(self._dtype).pin_memory()
+        return Packed(flat.to(self._dtype), **plan.packed)
+
+    def _plan(self, shapes: Mapping[str, tuple[int, ...]]) -> _Plan:
+        """Where each number of a row comes from, of adapters whose tensors have these shapes and order.
+
+        The same steps as for an adapter's numbers would be, with the place of each in its stead.
+        """
+        counts = [math.prod(shape) for shape in shapes.values()]
+        places = torch.arange(1, sum(counts) + 1).split(counts or [0])
+        tensors = {name: p.view(shape) for (name, shape), p in zip(shapes.items(), places, strict=bool(shapes))}
+        defaults = torch.arange(sum(counts) + 1, sum(counts) + 1 + len(self._defaults))
+        no_scales, frozen_norms = defaults.split([sum(self._scale_sizes), sum(self._norm_sizes)])
+
+        layers = by_layer(tensors)
         with_dw = {name: parts["karst_a"].shape for name, parts in layers.items() if "karst_c" in parts}
         kernels = max((shape[0] for shape in with_dw.values()), default=0)
         rank = max((shape[3] for shape in with_dw.values()), default=0)
         rank += rank % 2
-        classes = 0 if adapter is None else adapter.num_classes
+        classes = shapes["head.bias"][0] if shapes else 0
         sizes = [*self._sizes(kernels, rank), classes * self._width, classes]
-        flat = torch.zeros(sum(sizes), dtype=self._dtype, pin_memory=self._stream is not None)
-        c, factors, scales, norms, weight, bias = flat.split(sizes)
-        own = self._split(
+        index = torch.zeros(sum(sizes), dtype=torch.int64)  # 0: where there is none
+        c, factors, scales, norms, weight, bias = index.split(sizes)
+        scales.copy_(no_scales)
+        split = self._split(
             c.view(kernels, sum(self._c_sizes)), factors.view(kernels, rank, sum(self._factor_sizes)), scales
         )
-        scales.copy_(self._no_scales)
-        for (site, c_out, a_out, b_out, *scale_outs), shape in zip(own, self._c_shapes, strict=True):
+        for (site, c_out, a_out, b_out, *scale_outs), shape in zip(split, self._c_shapes, strict=True):
             parts = layers.get(site.name, {})
             for name, out in zip(_SCALES, scale_outs, strict=True):
                 if name in parts:
                     out.copy_(parts[name])
             if "karst_c" in parts:
                 n, s, rows, r = parts["karst_a"].shape
-                kronecker.double_(c_out[:n].view(n, *shape), parts["karst_c"], gain)
+                kronecker.double_(c_out[:n].view(n, *shape), parts["karst_c"])
                 a_out[:n, :r].unflatten(2, (s, rows)).copy_(parts["karst_a"].permute(0, 3, 1, 2))
                 b_out[:n, :r].copy_(parts["karst_b"])
-        norms.copy_(self._frozen_norms)
+        norms.copy_(frozen_norms)
         for name, (norm_weight, norm_bias) in self._split_norms(norms).items():
             parts = layers.get(name, {})
             if "norm_weight" in parts:
                 norm_weight.copy_(parts["norm_weight"])
                 norm_bias.copy_(parts["norm_bias"])
-        if adapter is not None:
-            weight.copy_(adapter.tensors["head.weight"].flatten())
-            bias.copy_(adapter.tensors["head.bias"])
-        return Packed(
-            flat,
-            kernels,
-            rank,
-            classes,
-            kronecker=frozenset(with_dw),
-            rescaled=frozenset(name for name, parts in layers.items() if "scale" in parts or "in_scale" in parts),
-            norms=frozenset(name for name, parts in layers.items() if "norm_weight" in parts),
+        if shapes:
+            weight.copy_(tensors["head.weight"].flatten())
+            bias.copy_(tensors["head.bias"])
+        return _Plan(
+            index.int(),
+            gained=len(c),
+            packed={
+                "kernels": kernels,
+                "rank": rank,
+                "classes": classes,
+                "kronecker": frozenset(with_dw),
+                "rescaled": frozenset(name for name, parts in layers.items() if {"scale", "in_scale"} & parts.keys()),
+                "norms": frozenset(name for name, parts in layers.items() if "norm_weight" in parts),
+            },
         )
 
     def write(self, slot: int, packed: Packed) -> tuple[Tensor, Tensor]:

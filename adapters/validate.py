@@ -1,16 +1,13 @@
-"""The rules of a `karst/1` file: its header, its metadata, its tensors, and whether they fit a backbone.
+"""The rules of a `karst/1` file: its metadata, its tensors, and whether they fit a backbone.
 
 Each function returns (or raises with) every problem that it finds, named by tensor or field. `file.py` says when
 to call which.
 """
 
-import json
 import math
 import re
-import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -20,13 +17,11 @@ from torch import Tensor
 
 from .backbone import Norm, Site
 from .config import KarstConfig
+from .header import load_json
+from .problems import AdapterError, Problem
 
 FORMAT = "karst/1"
-MAX_HEADER_BYTES = 4 * 1024 * 1024
-MAX_HEADER_VALUES = 150_000  # parsed, one takes up to thirty times its text; 10,000 tensors have 110,000
-MAX_TENSORS = 10_000
 SMALL_BYTES, MOST_JOINED = 64 * 1024, 256  # tensors that are checked together, and how many
-DTYPES = ("F32", "F16", "BF16")
 KRONECKER = ("karst_c", "karst_a", "karst_b")
 # Axes of each tensor of a layer, as in DESIGN's table.
 _AXES = {
@@ -51,99 +46,6 @@ _CROP_MODES = ("center", "squash", "border")
 MIN_STD, MAX_STD = 1e-4, 1e4  # well within every dtype
 MAX_DEPTH = 32  # of metrics: JSON readers and writers have limits of their own, the lowest about 128
 MIN_CROP_PCT = 0.5  # images are enlarged by 1 / crop_pct before they are cropped: not without end
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong with an adapter: `where` is a tensor, a metadata field, or `file`."""
-
-    where: str
-    message: str
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be used as it is; `problems` names each tensor or field and what would be right."""
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        self.problems = list(problems)
-        super().__init__("; ".join(f"{p.where}: {p.message}" for p in self.problems[:5]) + _more(self.problems))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.problems,)
-
-
-def file_error(message: str) -> AdapterError:
-    return AdapterError([Problem("file", message)])
-
-
-def check_header(data: bytes) -> dict[str, str]:
-    """The `__metadata__` of a safetensors file, after what its own parser leaves open: sizes, duplicates, dtypes."""
-    if len(data) < 8:
-        raise file_error(f"not a safetensors file: {len(data)} bytes are too few for its header")
-    length = struct.unpack("<Q", data[:8])[0]
-    if length > MAX_HEADER_BYTES:
-        raise file_error(
-            f"not a safetensors file, or its header is too long: it claims {length} bytes, "
-            f"at most {MAX_HEADER_BYTES} are allowed"
-        )
-    if 8 + length > len(data):
-        raise file_error(f"truncated: the header claims {length} bytes, the file has {len(data) - 8} after its length")
-    if sum(data.count(mark, 8, 8 + length) for mark in (b",", b"[", b"{")) > MAX_HEADER_VALUES:
-        raise file_error(f"its header has more than {MAX_HEADER_VALUES} values")
-    try:
-        header = _loads(data[8 : 8 + length].decode())
-    except (ValueError, RecursionError) as error:
-        raise file_error(f"not a safetensors file: its header is not valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise file_error("not a safetensors file: its header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    if len(header) > MAX_TENSORS:
-        raise file_error(f"{len(header)} tensors, but at most {MAX_TENSORS} are allowed")
-    problems = []
-    for name, entry in header.items():
-        dtype = entry.get("dtype") if isinstance(entry, dict) else None
-        if dtype not in DTYPES:
-            problems.append(Problem(name, f"dtype {dtype} is not one of {', '.join(DTYPES)}"))
-    if problems:
-        raise AdapterError(problems)
-    ends = [e["data_offsets"][1] for e in header.values() if _has_offsets(e)]
-    if ends and 8 + length + max(ends) > len(data):
-        raise file_error(f"truncated: its tensors need {8 + length + max(ends)} bytes, but the file has {len(data)}")
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise AdapterError([Problem("__metadata__", "must be an object of strings")])
-    return metadata
-
-
-def _loads(text: str) -> Any:
-    """JSON that can be sent on as JSON: no key twice, no NaN, no number beyond a float, no half of a surrogate pair.
-
-    Raises:
-        ValueError, RecursionError: anything else.
-    """
-    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_finite, parse_float=_finite)
-    if "\\u" in text:  # UTF-8 alone has no half of a pair
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is not a JSON number that fits a float")
-    return number
-
-
-def _has_offsets(entry: dict[str, Any]) -> bool:
-    offsets = entry.get("data_offsets")
-    return isinstance(offsets, list) and len(offsets) == 2 and all(type(o) is int for o in offsets)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        seen: set[str] = set()
-        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} stands twice")
-    return out
 
 
 def parse_metadata(metadata: dict[str, str]) -> tuple[dict[str, Any], list[Problem]]:
@@ -182,7 +84,7 @@ def parse_metadata(metadata: dict[str, str]) -> tuple[dict[str, Any], list[Probl
         if name not in metadata:
             continue
         try:
-            fields[name] = parse(_loads(metadata[name]))
+            fields[name] = parse(load_json(metadata[name]))
         except (ValueError, RecursionError) as error:
             problems.append(Problem(name, _first_validation_message(error)))
     return fields, problems
@@ -279,11 +181,16 @@ def check_tensors(
     return problems
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Without a copy, as `isfinite` makes them: the least and the largest number are NaN where any number is."""
+    return not tensor.numel() or all(math.isfinite(number) for number in tensor.aminmax())
+
+
 def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
     """Names of tensors with a NaN or an infinity; many at once first, since nearly all files have none."""
-    if all(map(_is_finite, _joined(tensors.values()))):
+    if all(map(all_finite, _joined(tensors.values()))):
         return []
-    return [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    return [name for name, tensor in tensors.items() if not all_finite(tensor)]
 
 
 def _joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -298,11 +205,6 @@ def _joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         if len(portion) == MOST_JOINED:
             yield torch.cat(small.pop(tensor.dtype))
     yield from map(torch.cat, small.values())
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Without a copy, as `isfinite` makes them: the least and the largest number are NaN where any number is."""
-    return not tensor.numel() or all(math.isfinite(number) for number in tensor.aminmax())
 
 
 def _check_head(weight: Tensor | None, bias: Tensor | None, labels: tuple[str, ...] | None) -> list[Problem]:
@@ -391,7 +293,3 @@ def _first_validation_message(error: Exception) -> str:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
-
-
-def _more(problems: Sequence[Problem]) -> str:
-    return f"; and {len(problems) - 5} more" if len(problems) > 5 else ""

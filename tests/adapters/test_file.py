@@ -100,7 +100,7 @@ def test_the_digest_is_sha256_of_the_file(backbone, adapter) -> None:
 def test_fields_are_what_was_given(backbone) -> None:
     adapter = create(backbone, head(backbone), labels=["Käse", "犬"], metrics={"val_accuracy": 0.75})
     assert [f.name for f in fields(Adapter)] == [
-        *("data", "digest", "config", "backbone", "fingerprint", "labels", "preprocess", "tensors"),
+        *("data", "digest", "config", "backbone", "fingerprint", "labels", "preprocess", "layout"),
         *("metrics", "created", "producer"),
     ]
     assert adapter.config == KarstConfig(kernels=2, rank=4, gain=0.25)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters import Adapter, AdapterError
+from adapters.header import _layouts
 from tests.support import PREPROCESS as SMALL
 
 DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int32": "I32"}
@@ -52,7 +53,7 @@ def pack(tensors: Mapping[str, np.ndarray], metadata: Any = METADATA, **entries:
             "data_offsets": [len(payload), end],
         }
         payload += array.tobytes()
-    return raw(json.dumps(header | entries).encode(), payload)
+    return raw(json.dumps(header | entries, separators=(",", ":")).encode(), payload)
 
 
 def arrays(**changed: Any) -> dict[str, np.ndarray]:
@@ -88,7 +89,7 @@ def with_header(change: Callable[[dict[str, Any]], None]) -> bytes:
     length = struct.unpack("<Q", GOOD[:8])[0]
     header = json.loads(GOOD[8 : 8 + length])
     change(header)
-    return raw(json.dumps(header).encode(), GOOD[8 + length :])
+    return raw(json.dumps(header, separators=(",", ":")).encode(), GOOD[8 + length :])
 
 
 def of(name: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -319,8 +320,13 @@ def test_the_good_file_is_good() -> None:
     assert {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()} == SHAPES
 
 
+@pytest.mark.parametrize("met_before", [False, True])
 @pytest.mark.parametrize(("data", "message"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_file_is_refused_by_name(data, message) -> None:
+def test_a_hostile_file_is_refused_by_name(data, message, met_before) -> None:
+    """Also where a good file with the same tensors was read before, and much is known of it."""
+    _layouts.clear()
+    if met_before:
+        Adapter.read(GOOD)
     with pytest.raises(AdapterError, match=f"^{message}") as refusal:
         Adapter.read(data)
     assert refusal.value.problems
