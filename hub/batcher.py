@@ -16,7 +16,8 @@ from typing import Any, Generic, TypeVar
 
 from .errors import LimitReached
 
-SHARED_S = 1.0  # two tenants that send within it share the worker
+WINDOW_S = 1.0  # what tenants sent is compared over the last one or two of these
+UNEVEN = 3.0  # times as many images, for its weight, as another tenant sent in that time
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -51,7 +52,8 @@ class Batcher(Generic[Item, Result]):
         """
         Args:
             run: computes a batch: one result for each item, in their order.
-            batch_size: most items in the next batch, by whether more than one tenant sent items in the last second.
+            batch_size: most items in the next batch, by whether one tenant sends much more than another: who sends
+                little should not wait for large batches of who sends much.
             wait_s: how long a batch waits, at most, to become as large as the last one. One that comes to an idle
                 batcher waits for nothing.
             tenant_queue: most items of a tenant that wait.
@@ -70,7 +72,9 @@ class Batcher(Generic[Item, Result]):
         self._running: set[asyncio.Task[None]] = set()
         self._since = clock()  # when the next batch began to wait for more: its first item, or the end of the last
         self._last_size = 1
-        self._last_sender, self._last_sent, self._shared_until = "", -inf, -inf
+        self._window = -inf  # when the present one began
+        self._sent: dict[str, float] = {}  # tenant -> images over its weight, in this window and in the one before
+        self._sent_before: dict[str, float] = {}
         self._changed = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
 
@@ -101,9 +105,7 @@ class Batcher(Generic[Item, Result]):
         now = self._clock()
         if not self._waiting and not self._running and now - self._since > self._wait_s:
             self._last_size = 1  # idle
-        if tenant != self._last_sender and now - self._last_sent < SHARED_S:
-            self._shared_until = now + SHARED_S
-        self._last_sender, self._last_sent = tenant, now
+        self._note(tenant, len(items) / weight, now)
         queue = self._tenants.get(tenant)
         waiting = len(queue.waiting) if queue else 0
         if waiting + len(items) > self._tenant_queue:
@@ -168,7 +170,20 @@ class Batcher(Generic[Item, Result]):
         return max(0.0, self._since + self._wait_s - self._clock())
 
     def _most(self) -> int:
-        return self._batch_size(self._clock() < self._shared_until)
+        return self._batch_size(self._uneven())
+
+    def _note(self, tenant: str, share: float, now: float) -> None:
+        """A tenant sends something, whether or not it is taken."""
+        if now - self._window >= WINDOW_S:
+            self._sent_before = self._sent if now - self._window < 2 * WINDOW_S else {}
+            self._sent, self._window = {}, now
+        self._sent[tenant] = self._sent.get(tenant, 0.0) + share
+
+    def _uneven(self) -> bool:
+        if self._clock() - self._window >= 2 * WINDOW_S:
+            return False
+        sent = [self._sent.get(t, 0.0) + self._sent_before.get(t, 0.0) for t in self._sent.keys() | self._sent_before]
+        return max(sent) >= UNEVEN * min(sent)
 
     def _take(self) -> list[_Entry]:
         """The next batch, out of the queues."""

@@ -10,7 +10,9 @@ from collections.abc import Hashable, Mapping, Sequence
 GAIN = 1.05  # how much faster, an image, a larger pass must be to be worth its size
 TRY = 16  # passes until what is as good as the best is tried again; what is worse, later
 FASTER, SLOWER = 0.5, 0.1  # what one pass changes of what is known: others' work only ever makes a pass slower
-PATIENCE = 2.0  # beside other tenants a pass may take so many times as long as the shortest: theirs wait for all of it
+# Beside tenants who send little, who wait for all of a pass: so many times as long as the shortest it may take at most,
+# and so much faster, an image, it must be.
+PATIENCE, WORTH = 2.0, 1.5
 SHOCK = 1.5  # no pass counts as more times slower than is known: something else had the machine
 
 
@@ -35,17 +37,19 @@ class Pace:
         self._image_ms: dict[tuple[int, int], float] = {}
         self._rest: dict[Hashable, float] = {}
 
-    def most(self, shared: bool) -> int:
+    def most(self, uneven: bool) -> int:
         """Images of the next pass at most.
 
         Args:
-            shared: whether several tenants send images at this time.
+            uneven: whether some tenants send many more images than others at this time.
         """
-        if not shared:
+        known = self._known()
+        if not uneven or not known:
             return self.next_images
-        took = {size: size * ms for size, ms in self._known().items()}
-        quick = [size for size, ms in took.items() if ms <= PATIENCE * min(took.values())]
-        return min(self.next_images, max(quick, default=self.next_images))
+        shortest = min(known)
+        most_ms, worth_ms = PATIENCE * shortest * known[shortest], known[shortest] / WORTH
+        quick = [size for size, ms in known.items() if size * ms <= most_ms and ms <= worth_ms]
+        return min(self.next_images, max(quick, default=shortest))
 
     def threads(self, images: int) -> int:
         """For a pass of so many images: the best number, now and then another."""

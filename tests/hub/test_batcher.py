@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -34,21 +35,50 @@ def batcher(engine, **changes) -> Batcher:
     return Batcher(engine, batch_size=lambda _shared: size, **options)
 
 
-def test_batches_are_told_whether_tenants_share_them() -> None:
+def test_batches_are_told_whether_one_tenant_sends_much_more_than_another() -> None:
     async def use():
         now = 0.0
         told: list[bool] = []
 
-        def size(shared: bool) -> int:
-            told.append(shared)
+        def size(uneven: bool) -> int:
+            told.append(uneven)
             return 4
 
         batches = Batcher(Engine(), batch_size=size, wait_s=0, tenant_queue=10, clock=lambda: now)
         seen = {}
-        for now, tenant in ((0.0, "a"), (0.5, "a"), (0.9, "b"), (1.5, "b"), (2.4, "b"), (5.0, "a"), (5.9, "b")):
-            await batches.submit(tenant, ["x"])
+        sent = [
+            *((0.0, "a", 1, 1), (0.5, "a", 8, 1)),  # alone
+            *((1.2, "b", 4, 1), (1.3, "b", 1, 1), (1.4, "c", 1, 1)),  # 9 and 5; then one of them stands out
+            *((2.5, "b", 1, 1), (5.0, "a", 2, 1), (5.1, "b", 8, 4), (5.2, "b", 10, 1)),  # a weight of 4: 2 and 2
+            (8.0, "b", 1, 1),
+        ]
+        for now, tenant, images, weight in sent:
+            await batches.submit(tenant, ["x"] * images, weight)
             seen[now] = told[-1]
-        assert seen == {0.0: False, 0.5: False, 0.9: True, 1.5: True, 2.4: False, 5.0: False, 5.9: True}
+        uneven = [now for now, was in seen.items() if was]
+        assert uneven == [1.4, 2.5, 5.2]
+
+    asyncio.run(use())
+
+
+def test_what_was_refused_counts_as_sent() -> None:
+    async def use():
+        told: list[bool] = []
+
+        def size(uneven: bool) -> int:
+            told.append(uneven)
+            return 4
+
+        batches = Batcher(Engine(), batch_size=size, wait_s=0, tenant_queue=2, clock=lambda: 0.0)
+        for tenant, images in (("a", 1), ("b", 3)):
+            with suppress(LimitReached):
+                await batches.submit(tenant, ["x"] * images)
+        await batches.submit("a", ["x"])
+        assert told[-1] is False  # 2 and 3
+        with suppress(LimitReached):
+            await batches.submit("b", ["x"] * 3)
+        await batches.submit("b", ["x"])
+        assert told[-1] is True  # 2 and 7
 
     asyncio.run(use())
 
