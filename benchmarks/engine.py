@@ -142,19 +142,22 @@ async def greedy(site: Site) -> list[dict[str, Any]]:
     worker = await site.worker(len(digests))
     await drive(worker, site, digests)
     capacity = (await drive(worker, site, itertools.islice(itertools.cycle(digests), site.images))).rate
-    ratios, refused = [], []
+    ratios, refused, ms = [], [], []
     for _ in track(range(1 + site.rounds), "greedy"):
         alone = await arriving(worker, site, digests, "modest", capacity / 5)
         flood = asyncio.create_task(flooding(worker, site, digests, 10 * capacity))
         await asyncio.sleep(1)
+        # Its first calls meet the large passes that the greedy tenant had alone, and are not counted.
+        await drive(worker, site, digests[:4], 1, "modest")
         beside = await arriving(worker, site, digests, "modest", capacity / 5)
         flood.cancel()
         refused.append(await flood)
         await drive(worker, site, digests[:CALLERS])  # what the flood left is done
         ratios.append(beside.p95 / alone.p95)
-    return [
-        row("modest tenant's p95 beside a greedy one / alone", ratios[1:], 1.5) | {"refused": statistics.mean(refused)}
-    ]
+        ms.append({"alone_p50": alone.p50, "alone_p95": alone.p95, "beside_p50": beside.p50, "beside_p95": beside.p95})
+    found = row("modest tenant's p95 beside a greedy one / alone", ratios[1:], 1.5)
+    spreads = {name: spread([one[name] for one in ms[1:]]) for name in ms[0]}
+    return [found | {"refused": statistics.mean(refused), "ms": spreads}]
 
 
 async def memory(site: Site) -> list[dict[str, Any]]:

@@ -3,7 +3,10 @@
 Knows neither adapters nor torch: an item is whatever `run` takes. Runs on one event loop.
 
 Fairness is deficit round robin (Shreedhar and Varghese, SIGCOMM 1995) with an image as the unit: tenants take turns,
-and a turn is worth as many images as the tenant's weight. Within a tenant, first come, first served.
+and a turn is worth as many images as the tenant's weight. Who has nothing waiting when its turn comes saves it up, a
+few seconds long and a few images at most, and with something saved up the next turn is its own: so who sends less than
+its share waits for no turn of who sends more, even with a few images at once. Within a tenant, first come, first
+served.
 """
 
 import asyncio
@@ -17,6 +20,7 @@ from typing import Any, Generic, TypeVar
 from .errors import LimitReached
 
 WINDOW_S = 1.0  # what tenants sent is compared over the last one or two of these
+SAVED = 16  # images, for a weight of 1, that a tenant's turns may be worth after it had nothing waiting
 UNEVEN = 3.0  # times as many images, for its weight, as another tenant sent in that time
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,7 +36,8 @@ class _Entry:
 @dataclass
 class _Tenant:
     weight: float = 1.0
-    deficit: float = 0.0  # images that it may still take in this turn
+    deficit: float = 0.0  # images that it may still take in this turn, or has saved up
+    sent: float = 0.0  # when it did so last
     waiting: deque[_Entry] = field(default_factory=deque)
 
 
@@ -66,7 +71,7 @@ class Batcher(Generic[Item, Result]):
         self._tenant_queue = tenant_queue
         self._in_flight = in_flight
         self._clock = clock
-        self._ring: deque[str] = deque()  # tenants with something waiting, in the order of their turns
+        self._ring: deque[str] = deque()  # tenants that sent something of late, in the order of their turns
         self._tenants: dict[str, _Tenant] = {}  # the same tenants
         self._waiting = 0
         self._running: set[asyncio.Task[None]] = set()
@@ -114,8 +119,11 @@ class Batcher(Generic[Item, Result]):
             )
         if queue is None:
             queue = self._tenants[tenant] = _Tenant()
-            self._ring.append(tenant)
-        queue.weight = weight
+            self._ring.appendleft(tenant)
+        elif not queue.waiting and queue.deficit >= 1:
+            self._ring.remove(tenant)
+            self._ring.appendleft(tenant)
+        queue.weight, queue.sent = weight, now
         if not self._waiting:
             self._since = max(self._since, now)
         loop = asyncio.get_running_loop()
@@ -137,12 +145,6 @@ class Batcher(Generic[Item, Result]):
                 queue.waiting.remove(entry)
                 entry.waiting = False
                 self._waiting -= 1
-        if queue is not None and not queue.waiting:
-            self._forget(tenant)
-
-    def _forget(self, tenant: str) -> None:
-        if self._tenants.pop(tenant, None) is not None:
-            self._ring.remove(tenant)
 
     async def _serve(self) -> None:
         while True:
@@ -170,7 +172,15 @@ class Batcher(Generic[Item, Result]):
         return max(0.0, self._since + self._wait_s - self._clock())
 
     def _most(self) -> int:
-        return self._batch_size(self._uneven())
+        """Items of the next batch, but for those that were saved up.
+
+        Where tenants are uneven it is short, but as large as what all but the largest of them have waiting: it takes
+        half of that at least, and large batches are faster, so that becomes less.
+        """
+        if not self._uneven():
+            return self._batch_size(False)
+        lighter = self._waiting - max((len(tenant.waiting) for tenant in self._tenants.values()), default=0)
+        return max(self._batch_size(True), min(lighter, self._batch_size(False)))
 
     def _note(self, tenant: str, share: float, now: float) -> None:
         """A tenant sends something, whether or not it is taken."""
@@ -188,20 +198,25 @@ class Batcher(Generic[Item, Result]):
     def _take(self) -> list[_Entry]:
         """The next batch, out of the queues."""
         batch: list[_Entry] = []
-        most = self._most()
-        while self._ring and len(batch) < most:
+        most, full = self._most(), self._batch_size(False)  # what was saved up is taken at once, even in a short batch
+        while len(batch) < min(most, self._waiting):
             name = self._ring[0]
             tenant = self._tenants[name]
+            if not tenant.waiting:
+                self._ring.rotate(-1)
+                tenant.deficit = min(tenant.deficit + tenant.weight, SAVED * tenant.weight)
+                if self._clock() - tenant.sent >= 2 * WINDOW_S:
+                    self._ring.pop()
+                    del self._tenants[name]
+                continue
             if tenant.deficit < 1:
                 tenant.deficit += tenant.weight
-            while tenant.waiting and tenant.deficit >= 1 and len(batch) < most:
+            while tenant.waiting and tenant.deficit >= 1 and len(batch) < full:
                 entry = tenant.waiting.popleft()
                 entry.waiting = False
                 batch.append(entry)
                 tenant.deficit -= 1
-            if not tenant.waiting:
-                self._forget(name)  # and its deficit: an absent tenant saves nothing up
-            elif tenant.deficit < 1:
+            if tenant.deficit < 1 or not tenant.waiting:
                 self._ring.rotate(-1)
         self._waiting -= len(batch)
         self._last_size = len(batch)
