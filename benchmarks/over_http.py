@@ -9,7 +9,8 @@
   `ceiling` is the ratio to the empty application of a hub that adds only the one or the other to it, on the same cores.
 * first-answer: from `register` returning to the first correct answer of an adapter that no worker has seen.
 * tenants: the p95 of a tenant that sends one image at a time, alone, and while another offers ten times what the hub
-  can take, with one image a call and with 16. A call that is refused counts as two minutes.
+  can take, with one image a call and with 16. A call that is refused counts as two minutes. Beside it the same two at
+  the empty application: the same bytes at the same rates.
 * saturation: images a second of a large backbone (random weights, JPEG), one adapter and eight, and the bare
   backbone's batches (of the size that suits it best) with a thread a core in one process, by turns; beside them the
   same process decoding and using eight adapters, which is what any hub has to do (`work`). The hub is idle meanwhile.
@@ -225,34 +226,43 @@ def first_answer(stage: Stage) -> dict[str, Any]:
 
 
 def tenants(stage: Stage, callers: int, most_open: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """The p95 of the second tenant alone and while the first is greedy, by turns, for small and large greedy calls."""
-    modest = [stage.classify(1, tenant=TENANTS[1])]
+    """The p95 of the second tenant alone and while the first is greedy, by turns, for small and large greedy calls; and
+    of calls to the empty application beside the same bytes to it, at the same rate, which is what no hub goes below."""
     out: dict[str, Any] = {}
     for images in GREEDY_IMAGES:
         files = [("image", (f"{i}", stage.pictures[i % len(stage.pictures)])) for i in range(images)]
         form = httpx.Request("POST", "http://hub", files=files)
-        path = "/v1/tasks/task0/classify?top_k=1"
-        greedy = stage.classify() if images == 1 else stage.post(path, form.read(), kind=form.headers["content-type"])
+        path, body, kind = "/v1/tasks/task0/classify?top_k=1", form.read(), form.headers["content-type"]
+        greedy = stage.classify() if images == 1 else stage.post(path, body, kind=kind)
+        sides = {
+            "hub": (stage.classify(1, tenant=TENANTS[1]), greedy),
+            "empty": (stage.post(EMPTY + "/", stage.pictures[0], TENANTS[1]), stage.post(EMPTY + "/", body, kind=kind)),
+        }
         time.sleep(5 * SETTLE_S)  # what was left of the crowd before has to be over
         takes = rate(closed_loop(stage.hub.address, [greedy], callers, seconds), callers)
         turns: list[dict[str, float]] = []
         modest_statuses: Counter[int] = Counter()
         greedy_statuses: Counter[str] = Counter()
         for _ in track(range(rounds), f"tenants, {images} images a call"):
-            time.sleep(5 * SETTLE_S)  # the last crowd's calls are dropped, which takes a while
-            alone = closed_loop(stage.hub.address, modest, 1, seconds)
-            lasts = seconds + 2 * SETTLE_S
-            stage.bare.send(open_loop, stage.hub.address, greedy, GREED * takes, lasts, most_open)
-            time.sleep(SETTLE_S)
-            beside = closed_loop(stage.hub.address, modest, 1, seconds)
-            greedy_statuses.update(stage.bare.receive())
-            modest_statuses.update(reply.status for reply in beside)
-            turns.append({"alone": p95(alone), "beside": p95(beside)})
+            turns.append({})
+            for side, (modest, crowd) in sides.items():
+                time.sleep(5 * SETTLE_S)  # the last crowd's calls are dropped, which takes a while
+                alone = closed_loop(stage.hub.address, [modest], 1, seconds)
+                lasts = seconds + 2 * SETTLE_S
+                stage.bare.send(open_loop, stage.hub.address, crowd, GREED * takes, lasts, most_open)
+                time.sleep(SETTLE_S)
+                beside = closed_loop(stage.hub.address, [modest], 1, seconds)
+                statuses = stage.bare.receive()
+                if side == "hub":
+                    greedy_statuses.update(statuses)
+                    modest_statuses.update(reply.status for reply in beside)
+                turns[-1] |= {f"{side} alone": p95(alone), f"{side} beside": p95(beside)}
         out[f"{images} images"] = {
             "hub_takes_calls_per_second": round(takes, 1),
             "offered_calls_per_second": round(GREED * takes, 1),
             "p95_ms": {name: spread_of([turn[name] for turn in turns]) for name in turns[0]},
-            "ratio": spread_of([turn["beside"] / turn["alone"] for turn in turns]),
+            "ratio": spread_of([turn["hub beside"] / turn["hub alone"] for turn in turns]),
+            "empty_ratio": spread_of([turn["empty beside"] / turn["empty alone"] for turn in turns]),
             "modest_statuses": {str(status): n for status, n in modest_statuses.items()},
             "greedy_statuses": dict(greedy_statuses),
         }

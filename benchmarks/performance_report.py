@@ -103,11 +103,23 @@ def _engine(result: dict[str, Any]) -> list[str]:
         f"`python -m benchmarks.engine` ({_machine(result)}): tiers, batcher and bank of one worker without HTTP, "
         f"batches of at most {result['batch']}, {result['callers']} callers with one image each in a closed loop.",
         markdown_table(["backbone", "what", "median", "bar"], rows),
-        "A pass cannot be interrupted: a call that comes to a busy worker waits for what is left of a pass, and then "
-        "for its own, together 1.95 passes at the 95th percentile even if a pass holds one image. A worker takes "
-        "passes of several images where those are faster, and so pays for throughput with this figure; while several "
-        "tenants send, it takes none that is twice as long as the shortest.",
+        *_greedy(result["rows"]),
         *_zipf(result["rows"]),
+    ]
+
+
+def _greedy(rows: Sequence[dict[str, Any]]) -> list[str]:
+    found = next((row for row in rows if row["scenario"] == "greedy"), None)
+    if found is None:
+        return []
+    ms = {name: f"{one['median']:.0f}" for name, one in found["ms"].items()}
+    return [
+        "A pass cannot be interrupted: a call that comes to a busy worker waits for what is left of one. While one "
+        "tenant sends much more than another, passes are short, and who sends less than its share has the next turn, "
+        "with all that it has waiting. So beside a tenant that offered ten times what the worker takes "
+        f"({found['refused']:.0%} of it was refused) the other one's median went from {ms['alone_p50']} to "
+        f"{ms['beside_p50']} ms and its p95 from {ms['alone_p95']} to {ms['beside_p95']} ms. Alone it waits, too, for "
+        "its own calls, which come at random times."
     ]
 
 
