@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from itertools import cycle
+from statistics import quantiles
 from typing import NamedTuple
 
 Address = tuple[str, int]
@@ -153,3 +154,39 @@ def _receive(selector: selectors.BaseSelector, timeout_s: float) -> Iterator[tup
         if (reply := key.data.receive()) is not None:
             selector.unregister(key.fileobj)
             yield reply, key.data
+
+
+def ok(reply: Reply) -> Reply:
+    """
+    Raises:
+        RuntimeError: it is no answer.
+    """
+    if reply.status != 200:
+        raise RuntimeError(f"HTTP {reply.status}: {reply.body[:500]!r}")
+    return reply
+
+
+def rate(replies: Sequence[Reply], callers: int) -> float:
+    """Replies a second while all callers were there."""
+    counted = [ok(reply) for reply in replies[callers - 1 : -callers]]
+    if len(counted) < 2:
+        raise RuntimeError(f"{len(replies)} replies are too few for a rate: give it more seconds")
+    return (len(counted) - 1) / (counted[-1].at - counted[0].at)
+
+
+def rate_of_passes(replies: Sequence[Reply]) -> float:
+    """Images a second from the end of a forward pass to the end of another: their replies come all at once."""
+    passes: dict[tuple[str, str], list[float]] = {}
+    for reply in map(ok, replies):
+        compute = reply.header("server-timing").rpartition("compute;dur=")[2]
+        passes.setdefault((compute, reply.header("x-batch-images")), []).append(reply.at)
+    ends = sorted((max(at), len(at)) for (_, images), at in passes.items() if len(at) == int(images))[2:]
+    if len(ends) < 2:
+        raise RuntimeError(f"{len(passes)} passes are too few for a rate: give it more seconds")
+    return sum(images for _, images in ends[1:]) / (ends[-1][0] - ends[0][0])
+
+
+def p95(replies: Sequence[Reply]) -> float:
+    """Milliseconds; a call that was refused or lost counts as one that nobody would wait for longer."""
+    ms = [reply.ms if reply.status == 200 else 1e3 * REPLY_S for reply in replies]
+    return quantiles(ms, n=20, method="inclusive")[-1] if len(ms) > 1 else ms[0]

@@ -17,7 +17,7 @@
 
 What takes turns meets the same noise; a ratio is the median over rounds of the ratio within a round. The hub has its
 default settings, one worker and an embedded Redis. Load comes from plain sockets (`benchmarks.load`) and shares the
-cores with everything else; `client_cpu_ms` says how much of them it takes.
+cores with everything else; `cpu_ms` says who takes how much of them for a call.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import httpx
@@ -40,10 +40,10 @@ from rich.table import Table
 from adapters import Adapter
 from hub.client import Client
 
-from . import bare
+from . import bare, cores
 from .beside import EMPTY, TENANTS, Hub, hub_beside_empty
 from .common import copy_of, machine, spread
-from .load import REPLY_S, Connection, Reply, closed_loop, open_loop, request
+from .load import Connection, closed_loop, ok, open_loop, p95, rate, rate_of_passes, request
 
 OUTPUT = Path(__file__).parent / "results" / "over_http.json"
 PARTS = ("idle", "throughput", "first-answer", "tenants", "saturation")
@@ -179,15 +179,16 @@ def throughput(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[
         "empty": [stage.post(EMPTY + "/", picture) for picture in stage.pictures],
     }
     rates: list[dict[str, float]] = []
-    cpu_ms: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu_ms: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for messages in contenders.values():
         closed_loop(stage.hub.address, messages, callers, SETTLE_S)
     for _ in track(range(rounds), "throughput"):
         rates.append({})
         for name, messages in contenders.items():
-            began = time.process_time()
+            began = cores.seconds()
             replies = closed_loop(stage.hub.address, messages, callers, seconds)
-            cpu_ms[name].append(1e3 * (time.process_time() - began) / len(replies))
+            took = cores.seconds()
+            cpu_ms[name].append({kind: 1e3 * (s - began[kind]) / len(replies) for kind, s in took.items()})
             rates[-1][name] = rate(replies, callers)
         rates[-1]["bare"] = stage.bare.ask(bare.images_per_second, stage.backbone, callers, seconds / 2)
         rates[-1]["work"] = stage.bare.ask(
@@ -199,7 +200,10 @@ def throughput(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[
         "ratio": spread_of([r["hub"] / r["empty"] for r in rates]),
         "ceiling": {x: spread_of([r[x] / (r[x] + r["empty"]) for r in rates]) for x in ("bare", "work")},
         "to_ceiling": {x: spread_of([r["hub"] * (1 / r[x] + 1 / r["empty"]) for r in rates]) for x in ("bare", "work")},
-        "client_cpu_ms": {name: round(median(ms), 3) for name, ms in cpu_ms.items()},
+        "cpu_ms": {
+            name: {kind: round(median(one[kind] for one in turns), 3) for kind in turns[0]}
+            for name, turns in cpu_ms.items()
+        },
     }
 
 
@@ -301,42 +305,6 @@ def saturation(stage: Stage, batch_size: int, rounds: int, seconds: float) -> di
         }
         for name in names[1:]
     }
-
-
-def ok(reply: Reply) -> Reply:
-    """
-    Raises:
-        RuntimeError: it is no answer.
-    """
-    if reply.status != 200:
-        raise RuntimeError(f"HTTP {reply.status}: {reply.body[:500]!r}")
-    return reply
-
-
-def rate(replies: Sequence[Reply], callers: int) -> float:
-    """Replies a second while all callers were there."""
-    counted = [ok(reply) for reply in replies[callers - 1 : -callers]]
-    if len(counted) < 2:
-        raise RuntimeError(f"{len(replies)} replies are too few for a rate: give it more seconds")
-    return (len(counted) - 1) / (counted[-1].at - counted[0].at)
-
-
-def rate_of_passes(replies: Sequence[Reply]) -> float:
-    """Images a second from the end of a forward pass to the end of another: their replies come all at once."""
-    passes: dict[tuple[str, str], list[float]] = {}
-    for reply in map(ok, replies):
-        compute = reply.header("server-timing").rpartition("compute;dur=")[2]
-        passes.setdefault((compute, reply.header("x-batch-images")), []).append(reply.at)
-    ends = sorted((max(at), len(at)) for (_, images), at in passes.items() if len(at) == int(images))[2:]
-    if len(ends) < 2:
-        raise RuntimeError(f"{len(passes)} passes are too few for a rate: give it more seconds")
-    return sum(images for _, images in ends[1:]) / (ends[-1][0] - ends[0][0])
-
-
-def p95(replies: Sequence[Reply]) -> float:
-    """Milliseconds; a call that was refused or lost counts as one that nobody would wait for longer."""
-    ms = [reply.ms if reply.status == 200 else 1e3 * REPLY_S for reply in replies]
-    return quantiles(ms, n=20, method="inclusive")[-1] if len(ms) > 1 else ms[0]
 
 
 def spread_of(values: list[float]) -> dict[str, float]:

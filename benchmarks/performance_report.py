@@ -169,8 +169,8 @@ def _http(result: dict[str, Any]) -> list[str]:
         "## Over HTTP",
         f"`python -m benchmarks.over_http` ({_machine(result)}): a hub with its default settings and one worker (demo "
         "backbone; ViT-B/16 with random weights for saturation), callers on plain sockets on the same two cores, and "
-        "in the same Ray cluster an empty application of the same two hops. A tenant's p95 alone is that of one call "
-        "after another on an idle hub.",
+        "in the same Ray cluster an empty application of the same two hops. *Bare* is the backbone as timm computes "
+        "it. A tenant's p95 alone is that of one call after another on an idle hub.",
         markdown_table(
             ["what", "median", "bar"],
             [
@@ -206,26 +206,38 @@ def _http(result: dict[str, Any]) -> list[str]:
             f"{_value(found['ceiling']['work'])}. The hub, with its keys, limits, fairness and metrics, reaches "
             f"{_value(found['to_ceiling']['bare'])} of the one and {_value(found['to_ceiling']['work'])} of the other."
         )
+        hub, empty = found["cpu_ms"]["hub"], found["cpu_ms"]["empty"]
+        kinds = sorted(hub, key=lambda kind: -hub[kind])
+        parts += [
+            "Milliseconds of a core that a call takes then, of each kind of process:",
+            markdown_table(["", "hub", "empty"], [[k, f"{hub[k]:.2f}", f"{empty.get(k, 0):.2f}"] for k in kinds]),
+        ]
     if "saturation" in result:
         found = result["saturation"]
         work = ", ".join(f"{_value(found[f'{n} adapters']['to_work'])} with {n}" for n in (1, 8))
         parts.append(
-            "At saturation the cores also decode JPEGs and compute what adapters add. One process that does just that, "
-            f"without HTTP, takes {_value(found['work']['to_bare'])} of the bare backbone's images a second; of its "
-            f"rate the hub reaches {work} adapters."
+            "At saturation the cores also decode JPEGs and compute what adapters add; a bank computes the frozen part "
+            "faster than timm does. One process that does just that, without HTTP, takes "
+            f"{_value(found['work']['to_bare'])} of the bare backbone's images a second; of its rate the hub reaches "
+            f"{work} adapters."
         )
     if "tenants" in result:
         flood, large = (result["tenants"][f"{n} images"] for n in (1, 16))
-        alone, beside = (flood["p95_ms"][name]["median"] for name in ("alone", "beside"))
+        ms = {
+            (found is flood, name): f"{one['median']:.0f}"
+            for found in (flood, large)
+            for name, one in found["p95_ms"].items()
+        }
         parts.append(
             f"The greedy tenant offered {flood['offered_calls_per_second']:.0f} calls of one image a second, ten times "
-            "what the hub takes, and more than the empty application could take on these cores. HAProxy refuses a "
-            "key's calls beyond 512 under way, which costs microseconds, so the gateway only has to do with what is "
-            f"admitted. The other tenant's p95 went from {alone:.0f} to {beside:.0f} ms: it waits for the gateway's "
-            "one thread (about 3 ms a call) and for what is left of a pass, which is short while several tenants "
-            "send, on cores that the load generator and the refusals use, too. Beside calls of "
-            f"16 images its p95 went from {large['p95_ms']['alone']['median']:.0f} to "
-            f"{large['p95_ms']['beside']['median']:.0f} ms."
+            "what the hub takes. HAProxy refuses a key's calls beyond 512 under way, so the gateway only has to do "
+            "with what is admitted, and the other tenant's images have the next turn in a short pass; but all of it, "
+            "the load generator and the refusals, too, share two cores. The other tenant's p95 went from "
+            f"{ms[True, 'hub alone']} to {ms[True, 'hub beside']} ms; that of calls to the empty application, beside "
+            f"the same crowd calling that, from {ms[True, 'empty alone']} to {ms[True, 'empty beside']} ms, which is "
+            f"{_value(flood['empty_ratio'])} times. Beside calls of 16 images it went from {ms[False, 'hub alone']} to "
+            f"{ms[False, 'hub beside']} ms, at the empty application from {ms[False, 'empty alone']} to "
+            f"{ms[False, 'empty beside']} ms ({_value(large['empty_ratio'])} times)."
         )
     if "first-answer" in result:
         first = result["first-answer"]["first_answer_ms"]

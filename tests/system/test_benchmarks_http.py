@@ -8,24 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load import Reply
-from benchmarks.over_http import BARS, bars, p95, rate_of_passes, spreads
+from benchmarks.load import Reply, p95, rate_of_passes
+from benchmarks.over_http import BARS, bars, spreads
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = "--parts idle throughput first-answer tenants --calls 3 --rounds 1 --seconds 1.5 --callers 2 --greedy-open 50"
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(260)
 def test_every_part_over_http(tmp_path) -> None:
     output = tmp_path / "out.json"
     command = [sys.executable, "-m", "benchmarks.over_http", *SMALL.split(), "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=190)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     assert set(result["bars"]) == {name for name in BARS if "images a second" not in name}
     stages = "call empty healthz load queue compute bare decode client added over_empty rest"
     assert {f"{name}_ms" for name in stages.split()} <= set(result["idle"])
     assert set(result["throughput"]["per_second"]) == {"hub", "empty", "bare", "work"}
+    for side in ("hub", "empty"):
+        assert {"gateway", "worker", "haproxy", "caller"} <= set(result["throughput"]["cpu_ms"][side])
+        assert result["throughput"]["cpu_ms"][side]["gateway"] > 0
     assert all(result["tenants"][images]["greedy_statuses"]["200"] for images in ("1 images", "16 images"))
     assert result["first-answer"]["adapter_bytes"] > 1e5
     assert all(math.isfinite(number) for _, found in spreads(result) for number in found.values())
