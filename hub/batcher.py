@@ -12,7 +12,7 @@ served.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Generic, TypeVar
@@ -163,7 +163,7 @@ class Batcher(Generic[Item, Result]):
         """Seconds until the next batch should start if nothing changes: 0 is now, infinity not before a change."""
         if not self._waiting or len(self._running) >= self._in_flight:
             return inf
-        if self._waiting >= self._most():
+        if self._waiting >= self._most(self._heavy()):
             return 0
         if self._running:
             return inf
@@ -171,13 +171,13 @@ class Batcher(Generic[Item, Result]):
             return 0
         return max(0.0, self._since + self._wait_s - self._clock())
 
-    def _most(self) -> int:
+    def _most(self, heavy: Set[str]) -> int:
         """Items of the next batch, but for those that were saved up.
 
         Where tenants are uneven it is short, but as large as what all but the largest of them have waiting: it takes
         half of that at least, and large batches are faster, so that becomes less.
         """
-        if not self._uneven():
+        if not heavy:
             return self._batch_size(False)
         lighter = self._waiting - max((len(tenant.waiting) for tenant in self._tenants.values()), default=0)
         return max(self._batch_size(True), min(lighter, self._batch_size(False)))
@@ -189,29 +189,35 @@ class Batcher(Generic[Item, Result]):
             self._sent, self._window = {}, now
         self._sent[tenant] = self._sent.get(tenant, 0.0) + share
 
-    def _uneven(self) -> bool:
+    def _heavy(self) -> Set[str]:
+        """Tenants that send much more than the one that sends least."""
         if self._clock() - self._window >= 2 * WINDOW_S:
-            return False
-        sent = [self._sent.get(t, 0.0) + self._sent_before.get(t, 0.0) for t in self._sent.keys() | self._sent_before]
-        return max(sent) >= UNEVEN * min(sent)
+            return frozenset()
+        names = self._sent.keys() | self._sent_before
+        sent = {name: self._sent.get(name, 0.0) + self._sent_before.get(name, 0.0) for name in names}
+        much = UNEVEN * min(sent.values())
+        return {name for name, share in sent.items() if share >= much}
 
     def _take(self) -> list[_Entry]:
         """The next batch, out of the queues."""
         batch: list[_Entry] = []
-        most, full = self._most(), self._batch_size(False)  # what was saved up is taken at once, even in a short batch
+        heavy = self._heavy()
+        most, full = self._most(heavy), self._batch_size(False)
         while len(batch) < min(most, self._waiting):
             name = self._ring[0]
             tenant = self._tenants[name]
             if not tenant.waiting:
                 self._ring.rotate(-1)
-                tenant.deficit = min(tenant.deficit + tenant.weight, SAVED * tenant.weight)
+                if name not in heavy:
+                    tenant.deficit = min(tenant.deficit + tenant.weight, SAVED * tenant.weight)
                 if self._clock() - tenant.sent >= 2 * WINDOW_S:
                     self._ring.pop()
                     del self._tenants[name]
                 continue
             if tenant.deficit < 1:
                 tenant.deficit += tenant.weight
-            while tenant.waiting and tenant.deficit >= 1 and len(batch) < full:
+            room = most if name in heavy else full  # what was saved up is taken at once, even into a short batch
+            while tenant.waiting and tenant.deficit >= 1 and len(batch) < room:
                 entry = tenant.waiting.popleft()
                 entry.waiting = False
                 batch.append(entry)

@@ -251,6 +251,25 @@ def test_turns_without_anything_waiting_are_saved_up_to_a_bound() -> None:
     asyncio.run(use())
 
 
+def test_who_sends_much_saves_nothing_up() -> None:
+    """Else its next call of many images would be one large batch, for which who sends little waits."""
+
+    async def use():
+        engine = Engine()
+        size = {True: 1, False: 8}
+        batches = Batcher(
+            engine, batch_size=lambda uneven: size[uneven], wait_s=0, tenant_queue=1000, clock=lambda: 0.0
+        )
+        await batches.submit("greedy", ["greedy"] * 100)
+        for _ in range(20):
+            await batches.submit("small", ["small"])
+        del engine.batches[:]
+        await batches.submit("greedy", ["greedy"] * 16)
+        assert engine.batches == [["greedy"]] * 16
+
+    asyncio.run(use())
+
+
 def test_a_full_queue_refuses_its_own_tenant_only() -> None:
     async def use():
         engine = Engine()
