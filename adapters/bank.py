@@ -293,7 +293,8 @@ class Bank:
         pixels = pixels.view(1, 3, height, width)
         zeros = self.rehearse(pixels, kernels=1, rank=2)
         frozen = features(backbone.model, pixels)
-        if not torch.equal(zeros, features(self._model, pixels)) or not _close(zeros, frozen):
+        near = torch.allclose(zeros, frozen, rtol=0, atol=ROUNDING * float(frozen.abs().max()))
+        if not near or not torch.equal(zeros, features(self._model, pixels)):
             raise BackboneError(f"backbone {backbone.name!r} cannot be served from a bank: zeros change its features")
 
     def _resident(self, slot: Slot) -> _Resident | None:
@@ -331,7 +332,6 @@ class _AdaptedLinear(nn.Module):
 
     def __init__(self, frozen: nn.Module, site: Site, current: Callable[[], _Pass | None]) -> None:
         super().__init__()
-        self._frozen = frozen
         self._forward = frozen.forward  # there are no hooks, and these calls are many and short
         self._site = site
         self._current = current
@@ -351,11 +351,6 @@ class _AdaptedLinear(nn.Module):
         if rescaled and site.rescale_out:
             y = _rescaled(y, own.scale, own.shift, in_place=True)
         return y
-
-
-def _close(found: Tensor, right: Tensor) -> bool:
-    """Equal but for rounding."""
-    return bool((found - right).abs().max() <= ROUNDING * right.abs().max())
 
 
 def _rescaled(x: Tensor, scale: Tensor, shift: Tensor, *, in_place: bool = False) -> Tensor:

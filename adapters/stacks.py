@@ -84,9 +84,8 @@ class Stacks:
         self._norms = tuple(norm.name for norm in backbone.norms)
         self._norm_sizes = [size for norm in backbone.norms for size in (norm.width, norm.width)]
         frozen = [t for name in self._norms for t in (modules[name].weight, modules[name].bias)]
-        self._defaults = torch.cat(
-            [no_scales, *(numbers.cpu().float() for numbers in frozen)]
-        )  # what no adapter brings
+        # What stands where an adapter brings no numbers of its own.
+        self._defaults = torch.cat([no_scales, *(numbers.cpu().float() for numbers in frozen)])
         self._plans: dict[Layout, _Plan] = {}
 
         max_rank += max_rank % 2  # `kronecker.add_` wants an even R
@@ -107,15 +106,21 @@ class Stacks:
         if adapter is None:
             plan, numbers, gain = self._plan({}), torch.zeros(0), 1.0
         else:
-            plan = self._plans.get(adapter.layout) or self._plan(adapter.layout.tensors)
-            if plan.source.nbytes <= PLAN_BYTES:
-                keep(self._plans, adapter.layout, plan, MOST_PLANS)
+            plan = self._plan_of(adapter.layout)
             numbers, gain = adapter.numbers, adapter.config.effective_gain
         flat = torch.cat([torch.zeros(1), numbers, self._defaults]).index_select(0, plan.source)
         flat[: plan.gained] *= gain
-        if self._stream is not None:
-            flat = flat.to(self._dtype).pin_memory()
-        return Packed(flat.to(self._dtype), **plan.packed)
+        flat = flat.to(self._dtype)
+        return Packed(flat if self._stream is None else flat.pin_memory(), **plan.packed)
+
+    def _plan_of(self, layout: Layout) -> _Plan:
+        """The plan of adapters of a layout, made for the first of them."""
+        plan = self._plans.get(layout)
+        if plan is None:
+            plan = self._plan(layout.tensors)
+            if plan.source.nbytes <= PLAN_BYTES:
+                keep(self._plans, layout, plan, MOST_PLANS)
+        return plan
 
     def _plan(self, shapes: Mapping[str, tuple[int, ...]]) -> _Plan:
         """Where each number of a row comes from, of adapters whose tensors have these shapes and order.

@@ -28,6 +28,7 @@ from .beside import TENANTS, Hub, hub_beside_empty
 from .cluster_engine import Cluster
 from .cluster_model import Callers, Times, digests, zipf
 from .common import copy_of, machine, markdown_table
+from .cores import cpu_s
 from .load import Reply, closed_loop, request
 
 OUTPUT = Path(__file__).parent / "results" / "cluster_check.json"
@@ -133,9 +134,9 @@ def measure(hub: Hub, scenario: Scenario, seconds: float) -> dict[str, float]:
     """What the calls took, and the CPU time of each kind of process of the hub."""
     messages = calls(hub, drawn(scenario.adapters))
     closed_loop(hub.address, messages, scenario.callers, seconds / 4)
-    before, client, everything, began = cpu_s(), time.process_time(), busy_s(), time.perf_counter()
+    before, client, everything, began = cpu_s(ROLES), time.process_time(), busy_s(), time.perf_counter()
     replies = closed_loop(hub.address, messages, scenario.callers, seconds)
-    client, after = time.process_time() - client, cpu_s()
+    client, after = time.process_time() - client, cpu_s(ROLES)
     ours = client + sum(after.values()) - sum(before.values())
     foreign = max(0.0, busy_s() - everything - ours) / (time.perf_counter() - began)
     if wrong := [reply for reply in replies if reply.status != 200]:
@@ -162,20 +163,6 @@ def timing(reply: Reply) -> dict[str, float]:
     """Milliseconds by name, out of `server-timing`."""
     pairs = (item.split(";dur=") for item in reply.header("server-timing").split(", "))
     return {name: float(ms) for name, ms in pairs}
-
-
-def cpu_s() -> dict[str, float]:
-    """CPU time so far of this process's children and theirs, by role."""
-    out = dict.fromkeys([*ROLES.values(), "others"], 0.0)
-    for process in psutil.Process().children(recursive=True):
-        try:
-            name = " ".join(process.cmdline()[:1]) or process.name()
-            taken = process.cpu_times()
-        except psutil.Error:  # it has just ended
-            continue
-        role = next((role for part, role in ROLES.items() if part in name), "others")
-        out[role] += taken.user + taken.system
-    return out
 
 
 def busy_s() -> float:

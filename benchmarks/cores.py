@@ -1,28 +1,23 @@
-"""Whose processor time it was: the processes of a hub on this machine, by what they are."""
+"""Whose processor time it was: the processes that a benchmark started, by what they are."""
 
-import os
-import re
-from collections import Counter
+from collections.abc import Mapping
 
 import psutil
 
-_REPLICA = re.compile(r"ServeReplica:[\w-]+:(\w+)")
 
+def cpu_s(roles: Mapping[str, str]) -> dict[str, float]:
+    """CPU time so far of this process's children and theirs, by role.
 
-def seconds() -> Counter[str]:
-    """Processor time so far of `gateway` and `worker` (of whatever application), `haproxy`, `redis`, the `caller` (this
-    process) and what else there is of `ray`."""
-    found: Counter[str] = Counter()
-    for process in psutil.process_iter(["cmdline", "cpu_times"]):
-        command, times = " ".join(process.info["cmdline"] or ()), process.info["cpu_times"]
-        kind = "caller" if process.pid == os.getpid() else _kind(command)
-        if kind is not None and times is not None:
-            found[kind] += times.user + times.system
-    return found
-
-
-def _kind(command: str) -> str | None:
-    replica = _REPLICA.search(command)
-    if replica is not None:
-        return replica[1]
-    return next((kind for kind in ("haproxy", "redis", "ray") if kind in command.split(" ")[0]), None)
+    Args:
+        roles: part of a process's name -> its role, the first that fits; all the rest is `others`.
+    """
+    out = dict.fromkeys([*roles.values(), "others"], 0.0)
+    for process in psutil.Process().children(recursive=True):
+        try:
+            name = " ".join(process.cmdline()[:1]) or process.name()
+            taken = process.cpu_times()
+        except psutil.Error:  # it has just ended
+            continue
+        role = next((role for part, role in roles.items() if part in name), "others")
+        out[role] += taken.user + taken.system
+    return out

@@ -52,6 +52,10 @@ NEW_ADAPTERS = 20
 GREED = 10
 GREEDY_IMAGES = (1, 16)
 SETTLE_S = 1.0
+ROLES = {
+    **{f"ServeReplica:{app}:{role}": role for app in ("karst-hub", "empty") for role in ("worker", "gateway")},
+    **{part: part for part in ("haproxy", "redis", "ray")},
+}
 # name: (where in the result, the bar, whether the value must be at most that)
 BARS = {
     "an idle call adds, ms (p50)": (("idle", "added_ms", "median"), 8.0, True),
@@ -185,9 +189,9 @@ def throughput(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[
     for _ in track(range(rounds), "throughput"):
         rates.append({})
         for name, messages in contenders.items():
-            began = cores.seconds()
+            began = cpu_s()
             replies = closed_loop(stage.hub.address, messages, callers, seconds)
-            took = cores.seconds()
+            took = cpu_s()
             cpu_ms[name].append({kind: 1e3 * (s - began[kind]) / len(replies) for kind, s in took.items()})
             rates[-1][name] = rate(replies, callers)
         rates[-1]["bare"] = stage.bare.ask(bare.images_per_second, stage.backbone, callers, seconds / 2)
@@ -205,6 +209,11 @@ def throughput(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[
             for name, turns in cpu_ms.items()
         },
     }
+
+
+def cpu_s() -> dict[str, float]:
+    """CPU time so far of the hub's and the empty application's processes by role, and of this one, the `caller`."""
+    return cores.cpu_s(ROLES) | {"caller": time.process_time()}
 
 
 def first_answer(stage: Stage) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Engine:
 def batcher(engine, **changes) -> Batcher:
     options = {"batch_size": 4, "wait_s": 0.01, "tenant_queue": 1000} | changes
     size = options.pop("batch_size")
-    return Batcher(engine, batch_size=lambda _shared: size, **options)
+    return Batcher(engine, batch_size=lambda _uneven: size, **options)
 
 
 def test_batches_are_told_whether_one_tenant_sends_much_more_than_another() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from hub.local import free_port
 from tests.hub.test_downloads import certificate
+from tests.support import wait_until
 from tests.system.test_hub import GATEWAY_PORTS, Served, descendants, listening, serve
 
 pytestmark = pytest.mark.timeout(400)
@@ -129,14 +130,15 @@ def test_slow_callers_are_cut_off(served, tls) -> None:
 
 
 def test_nobody_joins_ray_without_its_token(served) -> None:
-    for _ in range(10):  # a process that gives itself a name writes over its environment for a moment
-        environments = [_environment(pid) for pid in descendants(served.process.pid)]
-        modes = [e.get("RAY_AUTH_MODE") for e in environments if "RAY_SERVE_ENABLE_HA_PROXY" in e]
-        if set(modes) == {"token"}:
-            break
-        time.sleep(0.5)
-    assert set(modes) == {"token"}
-    [token] = {Path(e["RAY_AUTH_TOKEN_PATH"]) for e in environments if "RAY_AUTH_TOKEN_PATH" in e}
+    def environments() -> list[dict[str, str]]:
+        return [_environment(pid) for pid in descendants(served.process.pid)]
+
+    def modes() -> set[str | None]:
+        return {e.get("RAY_AUTH_MODE") for e in environments() if "RAY_SERVE_ENABLE_HA_PROXY" in e}
+
+    # A process that gives itself a name writes over its environment for a moment.
+    wait_until(lambda: modes() == {"token"}, 5, lambda: f"all of Ray with its token, not {modes()}")
+    [token] = {Path(e["RAY_AUTH_TOKEN_PATH"]) for e in environments() if "RAY_AUTH_TOKEN_PATH" in e}
     assert token.stat().st_mode & 0o077 == 0
     assert token.parent.stat().st_mode & 0o077 == 0
     assert len(token.read_text()) == 64
