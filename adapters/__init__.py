@@ -7,17 +7,17 @@ packages: `pip install 'karst-hub[train]'`.
 from typing import TYPE_CHECKING, Any
 
 from .backbone import Backbone, BackboneError, BackboneInfo, Site, load_backbone
-from .bank import Bank, BankFullError, BankLimits, Slot
-from .config import ConfigError, KarstConfig
-from .data import DataError, ImageError, ImageTooLargeError
-from .file import Adapter
-from .karst import KarstModel, attach, extract
-from .problems import AdapterError, Problem
-from .stacks import Packed
+from .data.images import DataError, ImageError, ImageTooLargeError
+from .format.errors import AdapterError, Problem
+from .format.file import Adapter
+from .method.config import ConfigError, KarstConfig
+from .method.karst import KarstModel, attach, extract
+from .serving.bank import Bank, BankFullError, BankLimits, Slot
+from .serving.slot_memory import Packed
 
 if TYPE_CHECKING:
-    from .fitting import Trained, Watch, fit
-    from .train import Recipe
+    from .training.fit import Trained, Watch, fit
+    from .training.train import Recipe
 
 __all__ = [
     "Adapter",
@@ -52,6 +52,6 @@ def __getattr__(name: str) -> Any:
     """Training's names, on first use: whoever only serves needs none of its packages."""
     if name not in ("Recipe", "Trained", "Watch", "fit"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import fitting
+    from .training import fit as fitting
 
     return getattr(fitting, name)

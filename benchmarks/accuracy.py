@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from adapters import Backbone, BackboneError, load_backbone
 from adapters.backbone import features
-from adapters.data import normalised
-from adapters.file import write_atomically
+from adapters.data.images import normalised
+from adapters.format.file import write_atomically
 
 from .accuracy_methods import (
     ABLATION,

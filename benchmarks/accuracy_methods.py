@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adapters import Backbone, KarstConfig, Site, attach
 from adapters.backbone import features
-from adapters.karst import new_head
+from adapters.method.karst import new_head
 
 LINEAR = "linear probe"
 KARST = "KARST"

@@ -19,8 +19,8 @@ from timm.models import save_for_hf
 
 from adapters import Adapter, Backbone, Bank, KarstConfig, Slot, load_backbone
 from adapters.backbone import DEMO_NAME, create_model, features
-from adapters.data import normalised, preprocess_of
-from hub.images import Images
+from adapters.data.images import normalised, preprocess_of
+from hub.services.image_decoding import Images
 from hub.settings import Settings
 
 from .common import random_adapter

@@ -17,13 +17,13 @@ from typing import Any
 
 import anyio
 
-from hub.audit import OPERATOR
-from hub.database import Database
-from hub.embedded import embedded_redis
-from hub.local import free_port, local_hub
+from hub.local.embedded_redis import embedded_redis
+from hub.local.hub import free_port, local_hub
+from hub.registry.audit import OPERATOR
+from hub.registry.connection import Database
+from hub.registry.tenants import OWNER, Tenants
 from hub.schemas import LimitsChange
 from hub.settings import Settings
-from hub.tenants import OWNER, Tenants
 
 NO_LIMITS = LimitsChange(
     requests_per_second=1e6, images_per_second=1e7, images_in_flight=10**6, tasks=10**6, versions=10**5
@@ -106,7 +106,7 @@ def empty_application(shape: tuple[int, ...]) -> Any:
     from ray import serve
     from ray.serve.handle import DeploymentHandle
 
-    from hub.app import GATEWAY_REQUESTS, QUEUED_REQUESTS, WORKER_REQUESTS
+    from hub.cluster.app import GATEWAY_REQUESTS, QUEUED_REQUESTS, WORKER_REQUESTS
 
     class EmptyWorker:
         async def classify(self, tenant: str, digest: str, images: list[np.ndarray]) -> int:

@@ -39,10 +39,10 @@ import torch
 from rich.console import Console
 
 from adapters import Adapter, Backbone, Bank, BankLimits, KarstConfig, load_backbone
-from hub.audit import OPERATOR
-from hub.client import Client
+from hub.client.client import Client
+from hub.registry.audit import OPERATOR
+from hub.registry.tenants import OWNER, Tenants
 from hub.settings import Settings
-from hub.tenants import OWNER, Tenants
 
 from . import bare
 from .capacity_registry import TENANT, events, memory, registry, run, server
@@ -178,8 +178,8 @@ def _backbone(name: str) -> Backbone:
 def _serve(listener: socket.socket, redis_url: str, store: str, name: str) -> None:
     import uvicorn
 
-    from hub.answers import Answer, Pass
-    from hub.assembly import make_api
+    from hub.api.app import make_api
+    from hub.worker_api import Answer, Pass
 
     torch.set_num_threads(1)
     accepted = BankLimits(_backbone(name).info(), max_rank=16, max_kernels=8, factor=8)
@@ -226,7 +226,7 @@ def routing() -> dict[str, Any]:
     from ray.serve._private.request_router.common import ReplicaQueueLengthCache
     from ray.serve._private.request_router.request_router import RequestRouter
 
-    from hub.routing import OwnersRouter
+    from hub.cluster.request_router import OwnersRouter
 
     out: dict[str, Any] = {}
     names = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(2_000)]

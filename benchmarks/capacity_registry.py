@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import redis
 
-from hub.audit import OPERATOR
-from hub.database import Database
-from hub.embedded import embedded_redis
-from hub.limits import _SETTLE, _TAKE
-from hub.registry import Registry
+from hub.admission.rate_limits import _SETTLE, _TAKE
+from hub.local.embedded_redis import embedded_redis
+from hub.registry.audit import OPERATOR
+from hub.registry.connection import Database
+from hub.registry.tasks import Registry
+from hub.registry.tenants import Tenants
 from hub.schemas import LATEST, LimitsChange, TenantInfo, VersionInfo
-from hub.tenants import Tenants
 
 TENANT = "capacity"
 NO_LIMITS = LimitsChange(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from hub.client import Client
+from hub.client.client import Client
 
 from . import bare, capacity
 from .beside import TENANTS, Hub, hub_beside_empty

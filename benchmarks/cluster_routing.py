@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hub.owners import OWNERS, SHORT, _mixed, ranked
+from hub.cluster.rendezvous import OWNERS, SHORT, _mixed, ranked
 
 # owners by batch: the hub's. owners by call: the same, as if a worker computed one image a pass. ring: consistent
 # hashing alone. The others know no adapters.

@@ -34,7 +34,7 @@ from rich.progress import track
 from rich.table import Table
 
 from adapters import Adapter, Bank, load_backbone
-from hub.worker import Worker
+from hub.worker.replica import Worker
 
 from .common import machine, spread
 from .traffic import BATCH, CALLERS, CONFIG, Driven, Site, arriving, drive, flooding, probed

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from adapters import Backbone, load_backbone
-from tests.system import faults_cluster, faults_hub
-from tests.system.faults import Report
+from tests.support.faults import cluster as faults_cluster
+from tests.support.faults import hub as faults_hub
+from tests.support.faults.load import Report
 
 from .common import machine
 

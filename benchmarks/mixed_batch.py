@@ -4,7 +4,7 @@
 
 A batch of 8 images for 8 adapters goes through `Bank.forward`; beside it, the frozen backbone alone takes the
 same batch (the floor: no adapters at all), and eight merged models take one image each, one after another (what
-serving costs without a bank). A bank also computes the frozen part faster than timm (`adapters/quick.py`), so there is
+serving costs without a bank). A bank computes the frozen part faster than timm (`adapters.serving.prepack`), so there is
 the `quick` frozen backbone, too, without adapters. And what no code that does not merge can save, the `products`: those
 that KARST adds, each as one plain product of all rows as if the images had one adapter, with nothing around it. Quick
 plus these is the limit on this machine.
@@ -30,9 +30,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from adapters import Backbone, Bank, KarstConfig, kronecker, load_backbone
+from adapters import Backbone, Bank, KarstConfig, load_backbone
 from adapters.backbone import Site, features
-from adapters.quick import quicken
+from adapters.method import kronecker
+from adapters.serving.prepack import quicken
 
 from .common import machine, random_adapter, spread
 

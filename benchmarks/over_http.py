@@ -38,7 +38,7 @@ from rich.progress import track
 from rich.table import Table
 
 from adapters import Adapter
-from hub.client import Client
+from hub.client.client import Client
 
 from . import bare, cores
 from .beside import EMPTY, TENANTS, Hub, hub_beside_empty

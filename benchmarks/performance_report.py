@@ -81,7 +81,8 @@ def _mixed(result: dict[str, Any]) -> list[str]:
         "its own (rank 8, factor 8, re-scaling per channel), through `Bank.forward`; beside it the frozen backbone "
         "alone on the same batch, as timm computes it, and eight merged models one after another. Checked against "
         "those. A bank has the frozen weights in the order that oneDNN wants and computes activations in place "
-        "(`adapters/quick.py`), which more than pays for the adapters: *quick* is the frozen backbone in that form, "
+        "(`adapters/serving/prepack.py`), which more "
+        "than pays for the adapters: *quick* is the frozen backbone in that form, "
         "without adapters. The limit is what no code that does not merge can go below on these cores: the quick pass, "
         "and the products that KARST adds, each measured in the same round as one plain product of all rows, as if "
         "the images had one adapter between them, with nothing around it.",

@@ -25,7 +25,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
 from benchmarks.common import machine, markdown_table
-from hub.owners import Owners, ranked
+from hub.cluster.rendezvous import Owners, ranked
 
 RESULTS = Path(__file__).parent / "results" / "routing.json"
 CALLS, ADAPTERS, SLOTS, GATEWAYS = 30_000, 10_000, 64, 2

@@ -32,15 +32,15 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from PIL import Image
 
 from adapters import Backbone, BankLimits, KarstConfig, load_backbone
-from hub import logs, tracing
-from hub.access import first_keys
-from hub.answers import Answer, Pass
-from hub.assembly import make_api
-from hub.database import Database
-from hub.embedded import embedded_redis
+from hub.admission.authentication import first_keys
+from hub.api.app import make_api
+from hub.local.embedded_redis import embedded_redis
+from hub.observability import logs, tracing
+from hub.registry.connection import Database
+from hub.registry.tenants import Tenants
 from hub.schemas import LimitsChange
 from hub.settings import Settings
-from hub.tenants import Tenants
+from hub.worker_api import Answer, Pass
 
 from .common import machine, markdown_table, random_adapter, spread
 
@@ -83,7 +83,7 @@ class Switch:
     """`logs.Meter` that can be off."""
 
     def __init__(self) -> None:
-        from hub.telemetry import GatewayMetrics
+        from hub.cluster.metrics import GatewayMetrics
 
         self._meter = GatewayMetrics()
         self.on = False
@@ -186,7 +186,7 @@ async def _round(http: httpx.AsyncClient, requests: int) -> float:
 
 async def owner(url: str) -> str:
     """An owner's key of the new registry's tenant, whose rates no benchmark reaches."""
-    from hub.audit import OPERATOR
+    from hub.registry.audit import OPERATOR
 
     database = Database(url)
     try:

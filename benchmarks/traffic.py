@@ -17,14 +17,14 @@ from rich.progress import track
 from safetensors.torch import save_model
 
 from adapters import Adapter, Backbone, KarstConfig
-from adapters.data import normalise
+from adapters.data.images import normalise
 from hub.errors import LimitReached
+from hub.registry.status import Board
 from hub.schemas import WorkerStatus
 from hub.settings import Settings
-from hub.status import Board
-from hub.store import Store
-from hub.warmth import Warmth
-from hub.worker import Worker
+from hub.storage.store import Store
+from hub.worker.prewarming import Warmth
+from hub.worker.replica import Worker
 
 from .common import copy_of, random_adapter
 

@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from adapters import Backbone, BackboneError, KarstConfig, attach, load_backbone
-from adapters.karst import KarstLayer, KarstModel
+from adapters.method.karst import KarstLayer, KarstModel
 
 from .accuracy_methods import Adapted, karst_count, lokr, lora, trainable
 from .common import machine, spread

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from adapters import BackboneError, DataError, load_backbone
-from adapters.config import PRESETS
-from adapters.file import write_atomically
-from adapters.train import Recipe
+from adapters.format.file import write_atomically
+from adapters.method.config import PRESETS
+from adapters.training.train import Recipe
 
 from .vtab_protocol import (
     FEW_SHOT_SETS,

@@ -20,9 +20,9 @@ import timm
 import torch
 
 from adapters import Backbone, DataError, KarstConfig, load_backbone
-from adapters.data import ImageSet, Pixels, preprocess_of
-from adapters.sources import read
-from adapters.train import Recipe, accuracy, train_model
+from adapters.data.datasets import read
+from adapters.data.images import ImageSet, Pixels, preprocess_of
+from adapters.training.train import Recipe, accuracy, train_model
 
 from .common import machine
 

@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     @field_validator("sources")
     @classmethod
     def _prefixes(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
-        from .sources import parse_prefixes  # the command line starts quicker without fsspec
+        from .storage.remote_sources import parse_prefixes  # the command line starts quicker without fsspec
 
         parse_prefixes(sources)
         return sources

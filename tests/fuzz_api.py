@@ -28,12 +28,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from adapters import Bank, load_backbone
-from hub.embedded import embedded_redis
-from hub.local import free_port
-from hub.store import Store
+from hub.local.embedded_redis import embedded_redis
+from hub.local.hub import free_port
+from hub.storage.store import Store
 
 from .hub.conftest import OCTETS, Engine, bearer, first_keys_of, make_api
-from .support import png, random_adapter
+from .support.models import png, random_adapter
 
 HOOKS = "tests.fuzz_api_hooks"
 SECRET = "label of the owner alone"

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from adapters import Adapter, Backbone, load_backbone
-from adapters.data import decode_image, eval_transform, normalise
-from hub.client import Client
-from hub.local import free_port, local_hub
+from adapters.data.images import decode_image, eval_transform, normalise
+from hub.client.client import Client
+from hub.local.hub import free_port, local_hub
 from hub.settings import Settings
 
-from .support import png, random_adapter
+from .support.models import png, random_adapter
 
 SLOTS = 6
 IMAGES = 5

@@ -21,7 +21,7 @@ from benchmarks.cluster_model import (
     zipf,
 )
 from benchmarks.cluster_routing import POLICIES, Router
-from hub.owners import Owners, _number, ranked
+from hub.cluster.rendezvous import Owners, _number, ranked
 
 PLAIN = Times(pass_s=0.0, image_s=0.01, batch_size=1, batch_wait_s=0.0, slots=10)
 

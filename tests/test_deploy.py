@@ -18,7 +18,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from hub.local import ray_environment
+from hub.local.hub import ray_environment
 from hub.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -303,8 +303,8 @@ class TestRayUp:
 
 
 def test_serve_yaml_names_settings_and_no_secret() -> None:
-    (application,) = serve_config()["applications"]  # Serve's own schema: tests/hub/test_scaling.py
-    assert application["import_path"] == "hub.app:build"
+    (application,) = serve_config()["applications"]  # Serve's own schema: tests/hub/cluster/test_autoscaling.py
+    assert application["import_path"] == "hub.cluster.app:build"
     assert set(application["args"]) <= set(Settings.model_fields)
     assert not {"redis_url", "store_url"} & set(application["args"])
 

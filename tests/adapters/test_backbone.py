@@ -13,7 +13,7 @@ from torch import nn
 
 from adapters import Backbone, BackboneError, load_backbone
 from adapters.backbone import create_model, features, fingerprint
-from tests.support import random_pixels
+from tests.support.models import random_pixels
 
 
 @pytest.fixture(scope="module")

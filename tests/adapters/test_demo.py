@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from adapters import Adapter, load_backbone
-from adapters.data import decode_image, eval_transform, needed_px, normalise
+from adapters.data.images import decode_image, eval_transform, needed_px, normalise
 from adapters.demo import draw
 from adapters.demo.tasks import DIGITS_TRAIN, digits
-from tests.support import encoded
+from tests.support.models import encoded
 
 DEMO = Path(__file__).parents[2] / "adapters" / "demo"
 DOC = Path(__file__).parents[2] / "docs" / "demo.md"

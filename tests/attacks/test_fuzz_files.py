@@ -14,8 +14,8 @@ import resource, sys
 from pathlib import Path
 import numpy as np, torch
 from adapters import Adapter
-from adapters.config import KarstConfig
-from tests.support import PREPROCESS
+from adapters.method.config import KarstConfig
+from tests.support.models import PREPROCESS
 
 torch.set_num_threads(1)
 side = 3000

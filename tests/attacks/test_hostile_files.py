@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters import Adapter, AdapterError
-from adapters.header import _layouts
-from tests.support import PREPROCESS as SMALL
+from adapters.format.header import _layouts
+from tests.support.models import PREPROCESS as SMALL
 
 DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int32": "I32"}
 CONFIG = {"kernels": 1, "rank": 2, "factor": 2, "gain": 0.5, "rescale": "channel"}

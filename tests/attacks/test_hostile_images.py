@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from adapters import ImageError, ImageTooLargeError
-from adapters.data import FORMATS, decode_image
-from tests.support import bomb_png, encoded, png
+from adapters.data.images import FORMATS, decode_image
+from tests.support.models import bomb_png, encoded, png
 
 SIZE = (48, 32)
 MAX_PIXELS = 1_000_000

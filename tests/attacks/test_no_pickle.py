@@ -5,9 +5,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 RUNS_CODE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml"}
-WEIGHTS = {"adapters/checkpoint.py", "adapters/foreign.py"}  # a training run to go on with; adapters to convert
-TRAINING_TOOLS = {"adapters.checkpoint", "adapters.convert", "adapters.foreign", "adapters.fitting", "adapters.train"}
-READ_THEM = {"hub/cli_library.py", "hub/training.py"}  # commands; neither gateway nor worker
+WEIGHTS = {
+    "adapters/training/checkpoint.py",
+    "adapters/convert/importing.py",
+}
+TRAINING_TOOLS = {
+    "adapters.training.checkpoint",
+    "adapters.convert.convert",
+    "adapters.convert.importing",
+    "adapters.training.fit",
+    "adapters.training.train",
+}
+READ_THEM = {"hub/cli/adapters.py", "hub/cli/train.py"}  # commands; neither gateway nor worker
 
 
 def files(package: str) -> dict[str, ast.Module]:

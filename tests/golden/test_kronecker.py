@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from adapters import kronecker
+from adapters.method import kronecker
 
 
 def written_out(c: np.ndarray, a: np.ndarray, b: np.ndarray, gain: float) -> np.ndarray:

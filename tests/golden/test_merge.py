@@ -8,7 +8,7 @@ import torch
 
 from adapters import extract, load_backbone
 from tests.golden.test_kronecker import written_out
-from tests.support import random_adapter, random_model, random_pixels, small_swin
+from tests.support.models import random_adapter, random_model, random_pixels, small_swin
 
 
 @pytest.fixture(scope="module")

@@ -15,20 +15,20 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from adapters import Adapter, Backbone, Bank, BankLimits, Slot, load_backbone
-from adapters.data import normalise
-from hub.access import FirstKeys, first_keys
-from hub.answers import Answer, Pass
-from hub.assembly import make_api as assembled
-from hub.audit import OPERATOR
-from hub.database import Database
-from hub.embedded import embedded_redis
+from adapters.data.images import normalise
+from hub.admission.authentication import FirstKeys, first_keys
+from hub.api.app import make_api as assembled
 from hub.errors import Conflict
+from hub.local.embedded_redis import embedded_redis
+from hub.registry.audit import OPERATOR
+from hub.registry.connection import Database
+from hub.registry.tenants import Tenants
 from hub.schemas import LimitsChange
 from hub.settings import Settings
-from hub.store import Store
-from hub.tenants import Tenants
-from tests.serving import listening
-from tests.support import random_adapter
+from hub.storage.store import Store
+from hub.worker_api import Answer, Pass
+from tests.support.asgi import listening
+from tests.support.models import random_adapter
 
 T = TypeVar("T")
 OCTETS = {"content-type": "application/octet-stream"}

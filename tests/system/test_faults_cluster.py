@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from adapters import load_backbone
-from tests.system.faults_cluster import Cluster, hub_on_a_cluster, kill_head, kill_node, upgrade
+from tests.support.faults.cluster import Cluster, hub_on_a_cluster, kill_head, kill_node, upgrade
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(500)]
 

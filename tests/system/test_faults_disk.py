@@ -5,12 +5,12 @@ from contextlib import ExitStack
 import pytest
 
 from adapters import load_backbone
-from hub.client import Client
+from hub.client.client import Client
 from hub.errors import Unavailable
-from hub.local import free_port
-from tests.support import wait_until
-from tests.system.faults import Load, Tasks
-from tests.system.faults_disk import fill, small_disk
+from hub.local.hub import free_port
+from tests.support.faults.disk import fill, small_disk
+from tests.support.faults.load import Load, Tasks
+from tests.support.models import wait_until
 from tests.system.test_hub import serve
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from adapters import load_backbone
-from tests.system.faults_hub import (
+from tests.support.faults.hub import (
     Hub,
     break_store,
     broken_hub,

@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 
 from adapters import load_backbone
-from hub.client import Client
+from hub.client.client import Client
 from hub.errors import InvalidAdapter, InvalidImage, NotFound, TooLarge, Unauthenticated, Unavailable
-from hub.local import free_port
-from tests.support import bomb_png, png, random_adapter
+from hub.local.hub import free_port
+from tests.support.models import bomb_png, png, random_adapter
 
 pytestmark = pytest.mark.timeout(400)
 KARST_HUB = Path(sys.executable).parent / "karst-hub"

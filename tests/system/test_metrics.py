@@ -17,10 +17,10 @@ import httpx
 import pytest
 
 from adapters import load_backbone
-from hub.client import Client
+from hub.client.client import Client
 from hub.errors import NotFound
-from hub.local import free_port
-from tests.support import png, random_adapter
+from hub.local.hub import free_port
+from tests.support.models import png, random_adapter
 from tests.system.test_hub import KARST_HUB, Served, command, descendants, listening, serve
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore")]
@@ -113,7 +113,7 @@ def test_only_replicas_listen_beyond_loopback(used) -> None:
 
 
 def test_every_metric_is_on_rays_page(used) -> None:
-    from hub.telemetry import GATEWAY, WORKER
+    from hub.cluster.metrics import GATEWAY, WORKER
 
     wanted = {name for m in (*GATEWAY, *WORKER) if m.name not in RARE for name in m.exported()}
     until = time.monotonic() + SCRAPE_S
@@ -164,7 +164,7 @@ def test_gateway_and_worker_log_the_same_request(used) -> None:
     answer = httpx.post(f"{used.hub.url}/v1/tasks/cold/classify", content=png(0), headers=headers)
     assert answer.status_code == 200
     until = time.monotonic() + SCRAPE_S  # a request's line is written after its answer
-    while {"hub.requests", "hub.tiers"} - (found := written(session[1], "request-of-mine")).keys():
+    while {"hub.requests", "hub.worker.adapter_cache"} - (found := written(session[1], "request-of-mine")).keys():
         assert time.monotonic() < until, found
         time.sleep(0.2)
     for line in found.values():

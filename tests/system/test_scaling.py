@@ -19,11 +19,11 @@ import pytest
 import yaml
 
 from adapters import Adapter, load_backbone
-from hub.client import Client
-from hub.embedded import embedded_redis
-from hub.local import free_port, new_admin_key
+from hub.client.client import Client
+from hub.local.embedded_redis import embedded_redis
+from hub.local.hub import free_port, new_admin_key
 from hub.settings import Settings
-from tests.support import png, random_adapter, wait_until
+from tests.support.models import png, random_adapter, wait_until
 from tests.system.test_hub import alive, command, descendants, serve
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(500)]

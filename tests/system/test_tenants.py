@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from adapters import Backbone, load_backbone
-from hub.client import Client
+from hub.client.client import Client
 from hub.errors import HubError, LimitReached, NotFound, Unauthenticated
-from hub.local import free_port
+from hub.local.hub import free_port
 from hub.schemas import LimitsChange
-from tests.support import png, random_adapter
+from tests.support.models import png, random_adapter
 from tests.system.test_hub import Served, serve
 
 pytestmark = pytest.mark.timeout(400)

@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from hub.local import free_port
-from tests.hub.test_downloads import certificate
-from tests.support import wait_until
+from hub.local.hub import free_port
+from tests.hub.storage.test_downloads import certificate
+from tests.support.models import wait_until
 from tests.system.test_hub import GATEWAY_PORTS, Served, descendants, listening, serve
 
 pytestmark = pytest.mark.timeout(400)

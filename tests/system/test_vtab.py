@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from adapters import DataError
-from adapters.data import Pixels
-from adapters.sources import read
-from adapters.train import accuracy, train_model
+from adapters.data.datasets import read
+from adapters.data.images import Pixels
+from adapters.training.train import accuracy, train_model
 from benchmarks import vtab, vtab_miniature
 from benchmarks.vtab_protocol import (
     FEW_SHOT_SETS,

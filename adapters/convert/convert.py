@@ -1,0 +1,264 @@
+"""Bridges to other tools: anything that can be read -> an `Adapter` -> anything that can be written.
+
+Sources: a `karst/1` file, a peft LoKr folder (`peft_files.py`), an official-style checkpoint (`official.py`).
+Targets: `karst/1`, a peft LoKr or LoRA folder, and the merged model as a timm checkpoint or ONNX (`export.py`).
+What cannot be done exactly is refused, and says why; only a LoRA of a chosen rank is approximate, and states its
+error.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ..backbone import DEMO_NAME, Backbone
+from ..format.errors import AdapterError, Problem, file_error
+from ..format.file import Adapter, write_atomically
+from ..format.validate import FORMAT
+from ..serving.bank import BankLimits
+from .export import to_onnx, to_timm
+from .importing import assemble, read_head, read_labels, read_preprocess
+from .official import read_official
+from .peft import CONFIG, WEIGHTS, lokr_files, lora_files, read_lokr
+
+TARGETS = ("karst", "lokr", "lora", "timm", "onnx")
+Kind = Literal["karst/1 file", "peft LoKr folder", "official checkpoint"]
+LABELS, PREPROCESS = "labels.json", "preprocess.json"
+# The factor of every bank of the hub.
+_HUB_FACTOR = 8
+
+
+def convert(
+    source: Path,
+    output: Path,
+    to: str,
+    backbone: Backbone,
+    *,
+    labels: Path | None = None,
+    head: Path | None = None,
+    preprocess: Path | None = None,
+    multiplier: float | None = None,
+    rank: int | None = None,
+) -> dict[str, Any]:
+    """Read one source, write one target, completely or not at all.
+
+    Args:
+        source: its kind is recognised (`kind_of`).
+        output: a file that may be there already, or (`lokr`, `lora`) a folder that must not.
+        to: one of `TARGETS`.
+        backbone: the one that the source was trained on, in float32 on the CPU.
+        labels: class names, as `read_labels` takes them; needed where the source has none.
+        head: a classifier, as `read_head` takes it, instead of the source's.
+        preprocess: JSON file of what the source's images went through; without it what our own export wrote beside
+            it, or the backbone's own. The answer says what was taken.
+        multiplier: of an official checkpoint; 1 if it is not given.
+        rank: of a LoRA that is cut; without it the LoRA is exact.
+
+    Returns:
+        What was found and written, JSON-able.
+
+    Raises:
+        AdapterError: the source cannot be used, the target cannot hold it, or an option means nothing here.
+        ModuleNotFoundError: ONNX, and its packages are not installed.
+        OSError: the output cannot be written.
+    """
+    kind = kind_of(source)
+    files = {"labels": labels, "head": head, "preprocess": preprocess}
+    _check_options(kind, to, source, output, files, multiplier=multiplier, rank=rank)
+    adapter, ignored = _read(kind, source, backbone, files, 1.0 if multiplier is None else multiplier)
+    report: dict[str, Any] = {"source": kind, "to": to, "output": str(output), "labels": adapter.num_classes}
+    if kind != "karst/1 file":
+        report |= {"ignored": ignored, "preprocess": adapter.preprocess}
+    if to == "karst":
+        adapter.write(output)
+        return report | {
+            "digest": adapter.digest,
+            "config": adapter.config.model_dump(mode="json"),
+            "serving": _serving(adapter, backbone),
+        }
+    if to == "lokr":
+        config, tensors = lokr_files(adapter, backbone)
+        report |= {"rank": config["r"], "decompose_factor": config["decompose_factor"]}
+        _write_folder(output, config, tensors, adapter, "the same numbers as the adapter; nothing is approximated")
+        return report
+    if to == "lora":
+        config, tensors, errors = lora_files(adapter, backbone, rank)
+        report |= {
+            "rank": max(errors.ranks.values()),
+            "exact": not errors.cut,
+            "error": errors.overall,
+            "largest_error": errors.largest,
+            "largest_error_layer": errors.largest_layer,
+        }
+        how = "cut by its singular values" if errors.cut else "exact but for float32"
+        _write_folder(
+            output,
+            config,
+            tensors,
+            adapter,
+            f"rank {report['rank']}, {how}; relative Frobenius error of dW {errors.overall:.2e} over all layers, "
+            f"{errors.largest:.2e} at most in one ({errors.largest_layer})",
+        )
+        return report
+    data, difference = (to_timm if to == "timm" else to_onnx)(adapter, backbone)
+    write_atomically(output, data)
+    return report | {"bytes": len(data), "largest_relative_difference": difference}
+
+
+def kind_of(source: Path) -> Kind:
+    """What a source is: a folder with `adapter_config.json`, a safetensors file that says `karst/1`, or else official.
+
+    Raises:
+        AdapterError: not there, a folder without a config, or a safetensors file that cannot be read.
+    """
+    if source.is_dir():
+        if not (source / CONFIG).is_file():
+            raise file_error(f"{source}: has no {CONFIG}; expected a peft folder, or a file")
+        return "peft LoKr folder"
+    if not source.is_file():
+        raise file_error(f"{source}: no such file or folder")
+    if source.suffix != ".safetensors":
+        return "official checkpoint"
+    try:
+        with safetensors.safe_open(source, "pt") as opened:
+            metadata = opened.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise file_error(f"{source}: not a valid safetensors file: {error}") from error
+    return "karst/1 file" if metadata.get("format") == FORMAT else "official checkpoint"
+
+
+def _check_options(
+    kind: Kind,
+    to: str,
+    source: Path,
+    output: Path,
+    files: Mapping[str, Path | None],
+    *,
+    multiplier: float | None,
+    rank: int | None,
+) -> None:
+    """
+    Raises:
+        AdapterError: an option that would change nothing, or a target that makes no sense.
+    """
+    problems = []
+    if to not in TARGETS:
+        problems.append(Problem("--to", f"is {to!r}; expected one of {', '.join(TARGETS)}"))
+    if kind == "karst/1 file":
+        if to == "karst":
+            problems.append(Problem("--to", f"the source is a {FORMAT} file already; choose another target"))
+        problems += [Problem(f"--{name}", f"a {FORMAT} file has its own") for name, file in files.items() if file]
+    if any(path is not None and output.resolve() == path.resolve() for path in (source, *files.values())):
+        problems.append(Problem("--out", f"{output} is what is read; write to another place"))
+    if multiplier is not None and kind != "official checkpoint":
+        problems.append(Problem("--multiplier", f"is for official checkpoints, and the source is a {kind}"))
+    elif multiplier is not None and not 0 < multiplier < math.inf:
+        problems.append(Problem("--multiplier", f"is {multiplier}; expected a positive number"))
+    if rank is not None and to != "lora":
+        problems.append(Problem("--rank", "is for --to lora"))
+    elif rank is not None and rank < 1:
+        problems.append(Problem("--rank", f"is {rank}; expected at least 1"))
+    if to in ("karst", "timm") and output.suffix != ".safetensors":  # timm goes by the suffix
+        problems.append(Problem("--out", f"{output} must end in .safetensors"))
+    if to == "onnx" and output.suffix != ".onnx":
+        problems.append(Problem("--out", f"{output} must end in .onnx"))
+    if to in ("lokr", "lora") and output.exists():
+        problems.append(Problem("--out", f"{output} exists; a peft folder is written to a new one"))
+    if problems:
+        raise AdapterError(problems)
+
+
+def _read(
+    kind: Kind, source: Path, backbone: Backbone, files: Mapping[str, Path | None], multiplier: float
+) -> tuple[Adapter, int]:
+    """The source as an adapter, and how many of its tensors said nothing of it."""
+    if kind == "karst/1 file":
+        adapter = Adapter.read(source)
+        adapter.check(backbone)
+        return adapter, 0
+    labels, preprocess, head = files["labels"], files["preprocess"], files["head"]
+    if kind == "peft LoKr folder":
+        numbers = read_lokr(source, backbone)
+        labels = labels or _if_there(source / LABELS)
+        preprocess = preprocess or _if_there(source / PREPROCESS)
+    else:
+        numbers = read_official(source, backbone, multiplier)
+    if head is not None:
+        numbers.others |= read_head(head)
+    adapter = assemble(
+        backbone,
+        numbers,
+        read_labels(labels) if labels is not None else None,
+        read_preprocess(preprocess) if preprocess is not None else None,
+    )
+    return adapter, numbers.ignored
+
+
+def _if_there(path: Path) -> Path | None:
+    """What our own export wrote beside the numbers."""
+    return path if path.is_file() else None
+
+
+def _serving(adapter: Adapter, backbone: Backbone) -> str:
+    """What a hub needs to serve the adapter: its own settings, or why it cannot."""
+    config = adapter.config
+    try:
+        BankLimits(backbone.info(), max_rank=config.rank, max_kernels=config.kernels, factor=_HUB_FACTOR).check(adapter)
+    except AdapterError as error:
+        return f"no hub can serve it ({error}); `--to timm` and `--to onnx` can export it"
+    return f"a hub with HUB_MAX_KERNELS of at least {config.kernels} and HUB_MAX_RANK of at least {config.rank}"
+
+
+def _write_folder(
+    path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], adapter: Adapter, how: str
+) -> None:
+    """A peft folder, there completely or not at all."""
+    files = {
+        CONFIG: json.dumps(config, indent=2).encode(),
+        WEIGHTS: safetensors.torch.save(dict(tensors), metadata={"format": "pt"}),
+        LABELS: json.dumps(list(adapter.labels), ensure_ascii=False, indent=2).encode(),
+        PREPROCESS: json.dumps(adapter.preprocess, indent=2).encode(),
+        "README.md": _readme(config, adapter, how).encode(),
+    }
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        for name, data in files.items():
+            write_atomically(temporary / name, data)
+        temporary.chmod(0o755)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+
+
+def _readme(config: Mapping[str, Any], adapter: Adapter, how: str) -> str:
+    if adapter.backbone == DEMO_NAME:  # no name of timm's
+        imports = "import timm\nfrom adapters.backbone import DEMO_CHECKPOINT, create_model"
+        base = f"""base = create_model("demo", num_classes={adapter.num_classes})
+timm.models.load_checkpoint(base, str(DEMO_CHECKPOINT), strict=False)"""
+    else:
+        imports = "import timm"
+        base = f"base = timm.create_model({adapter.backbone!r}, pretrained=True, num_classes={adapter.num_classes})"
+    return f"""# {config["peft_type"]} of a KARST adapter
+
+From adapter {adapter.digest}: {how}.
+
+```python
+{imports}
+from peft import PeftModel
+
+{base}
+model = PeftModel.from_pretrained(base, "this folder").eval()
+```
+
+The base must have exactly the weights that the adapter was trained on (fingerprint {adapter.fingerprint}).
+`{LABELS}` has the class names in the order of the logits, `{PREPROCESS}` what images must go through.
+"""

@@ -1,0 +1,162 @@
+"""Local sets of Hugging Face's `datasets`: read from disk, never from a hub.
+
+What `save_to_disk` wrote, Parquet files with an image column, or an image folder with a metadata file. Images stay
+encoded and on disk until they are asked for; `datasets` keeps a copy of Parquet files in its own cache.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .images import DataError, Encoded, ImageError
+
+PARQUET_FOLDERS = (".", "data")  # where a set's shards lie: `train.parquet`, `data/train-00000-of-00002.parquet`
+METADATA = ("metadata.jsonl", "metadata.csv")  # of an image folder; they have a column `file_name`
+
+Rows = list[tuple[Path | Encoded, str]]  # an image and its label
+
+
+def is_local_set(source: Path) -> bool:
+    """Whether this is a folder or a Parquet file that `read_local_set` understands."""
+    if source.is_file():
+        return source.suffix == ".parquet" and _has_images(source)
+    return _is_saved(source) or _has_metadata(source) or bool(_shards(source))
+
+
+def read_local_set(source: Path) -> tuple[dict[str, Rows], tuple[str, ...] | None]:
+    """Every split by its own name, and the class names of a `ClassLabel` in their order, else None.
+
+    Raises:
+        DataError: `datasets` is not installed, or there is no one image column and no one label column, or a row
+            has no label.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise DataError(f"{source}: a set of this kind needs datasets: pip install 'karst-hub[train]'") from error
+    try:
+        with _quiet(datasets):
+            found = _load(datasets, source)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{source}: datasets cannot read it: {error}") from error
+    splits = dict(found) if isinstance(found, dict) else {"train": found}
+    features = {name: part.features for name, part in splits.items()}
+    first, *others = features.values()
+    if any(other != first for other in others):
+        raise DataError(f"{source}: its splits {', '.join(splits)} differ in their columns; they must be the same")
+    image = _image_column(datasets, source, first)
+    label = _label_column(datasets, source, first)
+    names = tuple(first[label].names) if isinstance(first[label], datasets.ClassLabel) else None
+    return {name: _rows(datasets, source, name, part, image, label, names) for name, part in splits.items()}, names
+
+
+def _load(datasets: Any, source: Path) -> Any:
+    if source.is_dir() and _is_saved(source):
+        return datasets.load_from_disk(str(source))
+    if source.is_dir() and _has_metadata(source):
+        return datasets.load_dataset("imagefolder", data_dir=str(source))
+    shards = {"train": [source]} if source.is_file() else _shards(source)
+    files = {name: [str(path) for path in paths] for name, paths in shards.items()}
+    return datasets.load_dataset("parquet", data_files=files)
+
+
+def _rows(
+    datasets: Any, source: Path, split: str, part: Any, image: str, label: str, names: tuple[str, ...] | None
+) -> Rows:
+    encoded = part.select_columns([image])
+    if isinstance(part.features[image], datasets.Image):
+        encoded = encoded.cast_column(image, datasets.Image(decode=False))
+    rows: Rows = []
+    for i, value in enumerate(part[label][:]):
+        name = f"{source} ({split}, row {i})"
+        if value is None or (names is not None and not 0 <= value < len(names)):  # -1 is a hidden test label
+            raise DataError(f"{name}: column {label!r} is {value}; every image needs a label")
+        text = names[value] if names is not None else str(value)
+        rows.append((Encoded(name, _Row(encoded, image, i)), text))
+    return rows
+
+
+class _Row:
+    """The bytes of one row's image."""
+
+    def __init__(self, encoded: Any, column: str, index: int) -> None:
+        self._encoded, self._column, self._index = encoded, column, index
+
+    def __call__(self) -> bytes:
+        value = self._encoded[self._index][self._column]
+        if value is None:
+            raise ImageError(f"column {self._column!r} is empty")
+        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+
+
+def _image_column(datasets: Any, source: Path, features: Any) -> str:
+    def holds_images(feature: Any) -> bool:
+        return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+    return _one(source, "image", [name for name, feature in features.items() if holds_images(feature)], features)
+
+
+def _label_column(datasets: Any, source: Path, features: Any) -> str:
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    plain = [name for name in ("label", "labels") if getattr(features.get(name), "dtype", None) in _LABEL_DTYPES]
+    return _one(source, "label", classes or plain, features)
+
+
+_LABEL_DTYPES = ("string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+
+def _one(source: Path, wanted: str, candidates: list[str], features: Any) -> str:
+    if len(candidates) > 1 and wanted in candidates:
+        return wanted
+    if len(candidates) != 1:
+        raise DataError(
+            f"{source}: expected one column of {wanted}s, found {', '.join(candidates) or 'none'} among "
+            f"{', '.join(features)}; name the one to use {wanted!r}"
+        )
+    return candidates[0]
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _has_metadata(folder: Path) -> bool:
+    found = (folder / part / name for part in (".", "train") for name in METADATA)
+    return any(path.is_file() and b"file_name" in path.read_bytes()[:4096] for path in found)
+
+
+def _shards(folder: Path) -> dict[str, list[Path]]:
+    """Parquet files by the word that their name starts with: `train-00000-of-00002.parquet` is of `train`."""
+    found: dict[str, list[Path]] = {}
+    for part in PARQUET_FOLDERS:
+        for path in sorted((folder / part).glob("*.parquet")):
+            found.setdefault(path.stem.split("-")[0], []).append(path)
+    return found
+
+
+def _has_images(path: Path) -> bool:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise DataError(f"{path}: Parquet needs pyarrow: pip install 'karst-hub[train]'") from error
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+    return any(pyarrow.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0 for field in schema)
+
+
+@contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """No progress bars of `datasets` among ours, and no word to a hub of what is loaded."""
+    were_off, counts = datasets.are_progress_bars_disabled(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        if not were_off:
+            datasets.enable_progress_bars()

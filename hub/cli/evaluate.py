@@ -1,0 +1,163 @@
+"""`karst-hub evaluate`: adapter files and sets of images -> a table of accuracy, calibration and throughput."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from adapters import Adapter, AdapterError, Backbone, Bank, BankLimits, DataError, KarstConfig, Problem, load_backbone
+from adapters.data.datasets import read_part
+from adapters.training.evaluate import BATCH, compare_merged, evaluate, scores
+
+Pair = tuple[Path, Path]  # an adapter file and its images
+
+
+def read_table(path: Path) -> list[Pair]:
+    """Pairs of a CSV file with the columns `adapter` and `data`; relative paths count from the file's folder.
+
+    Raises:
+        DataError: not there, no such columns, a row with an empty field, or no rows.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in ("adapter", "data") if name not in (reader.fieldnames or ())]
+            if missing:
+                raise DataError(f"{path}: no column {' and no '.join(missing)}; expected adapter,data in line 1")
+            pairs = []
+            for row in reader:
+                adapter, data = row["adapter"], row["data"]
+                if not adapter or not data:
+                    raise DataError(f"{path}, line {reader.line_num}: expected an adapter file and its images")
+                pairs.append((path.parent / adapter, path.parent / data))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV: {error}") from error
+    if not pairs:
+        raise DataError(f"{path}: no rows in it")
+    return pairs
+
+
+def run(
+    console: Console,
+    pairs: Sequence[Pair],
+    *,
+    backbone: str,
+    checkpoint: Path | None,
+    device: str,
+    dtype: str,
+    merged: bool,
+    seed: int,
+) -> dict[str, Any]:
+    """Evaluate every pair over one backbone; adapters and lists are checked before the first image is classified.
+
+    Returns:
+        What belongs to all rows (`backbone`, `fingerprint`, `device`, `dtype`, `batch_size`, `seed`) and `rows`, in
+        the order of `pairs`.
+
+    Raises:
+        DataError: as `adapters.sources.read_part`.
+        BackboneError, AdapterError: as `load_backbone` and `BankLimits.check`; the message names the adapter's file.
+    """
+    frozen = load_backbone(backbone, checkpoint, device=device, dtype=getattr(torch, dtype))
+    configs, sets = [], []
+    for path, data in pairs:  # whatever is wrong is found now, not after hours
+        adapter = _read(path, frozen)
+        configs.append(adapter.config)
+        sets.append(read_part(data, "test", adapter.labels))
+    banks = _banks(frozen, configs)
+    rows = []
+    with Progress(console=console, transient=True) as progress:
+        for (path, data), images in progress.track(list(zip(pairs, sets, strict=True)), description="evaluating"):
+            adapter = _read(path, frozen)  # again: a table's adapters need not fit into memory together
+            outputs = evaluate(banks[adapter.config.factor], adapter, images)
+            row: dict[str, Any] = {"adapter": str(path), "digest": adapter.digest, "data": str(data)}
+            row |= asdict(scores(outputs.logits, outputs.targets, adapter.labels, seed=seed))
+            row["images_per_s"] = round(outputs.images_per_s, 1)
+            if merged:
+                found = compare_merged(frozen, adapter, images, outputs)
+                row["merged"] = asdict(found) | {"agrees": found.agrees}
+            rows.append(row)
+    return {
+        "backbone": frozen.name,
+        "fingerprint": frozen.fingerprint,
+        "device": str(frozen.device),
+        "dtype": dtype,
+        "batch_size": BATCH,
+        "seed": seed,
+        "rows": rows,
+    }
+
+
+def disagreements(report: dict[str, Any]) -> list[str]:
+    """One line for each adapter whose merged form says something else."""
+    return [
+        f"{row['adapter']}: merged and unmerged logits differ by up to {merged['largest_difference']:.3g}, which is "
+        f"more than {merged['tolerance']:g} of the largest logit, {merged['largest_logit']:.3g}; "
+        f"{merged['label_changes']} of {row['images']} labels change"
+        for row in report["rows"]
+        if (merged := row.get("merged")) and not merged["agrees"]
+    ]
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """The report for people: a row for each pair; with one pair, each class too."""
+    rows = report["rows"]
+    shared = (
+        f"backbone {report['backbone']} ({report['fingerprint'][:12]}), {report['dtype']} on {report['device']}; "
+        f"images/s of forward passes only, {report['batch_size']} images each"
+    )
+    table = Table(box=None, caption=shared, caption_justify="left")
+    for name in ("adapter", "data"):
+        table.add_column(name, overflow="fold")
+    for name in ("images", "top-1", "95 % interval", "top-5", "ECE", "NLL", "images/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        low, high = row["top1_interval"]
+        cells = [Path(row["adapter"]).name, Path(row["data"]).name, str(row["images"])]
+        cells += [f"{row['top1']:.1%}", f"{low:.1%} - {high:.1%}"]
+        cells += ["-" if row["top5"] is None else f"{row['top5']:.1%}", f"{row['ece']:.3f}", f"{row['nll']:.3f}"]
+        cells.append(f"{row['images_per_s']:.1f}")
+        table.add_row(*cells)
+    found = [table]
+    if "merged" in rows[0]:
+        found.append(Table("adapter", "merged logits differ by", "labels changed", box=None))
+        for row in rows:
+            changed = str(row["merged"]["label_changes"])
+            found[-1].add_row(Path(row["adapter"]).name, f"{row['merged']['largest_difference']:.1e}", changed)
+    if len(rows) == 1:
+        found.append(Table("class", "top-1", box=None))
+        for label, value in rows[0]["per_class"].items():
+            found[-1].add_row(label, "no images" if value is None else f"{value:.1%}")
+    return found
+
+
+def _read(path: Path, backbone: Backbone) -> Adapter:
+    """An adapter that a bank of its sizes takes; its problems, which do not name a file, are given this one's name."""
+    try:
+        adapter = Adapter.read(path)
+        own = adapter.config
+        BankLimits(backbone.info(), max_rank=own.rank, max_kernels=own.kernels, factor=own.factor).check(adapter)
+    except AdapterError as error:
+        raise AdapterError([Problem(f"{path}: {p.where}", p.message) for p in error.problems]) from error
+    return adapter
+
+
+def _banks(backbone: Backbone, configs: Sequence[KarstConfig]) -> dict[int, Bank]:
+    """One bank with one slot for all adapters of a factor: in a bank, as in a hub, there is one factor."""
+    banks = {}
+    for factor in {config.factor for config in configs}:
+        same = [config for config in configs if config.factor == factor]
+        banks[factor] = Bank(
+            backbone,
+            slots=1,
+            max_rank=max(config.rank for config in same),
+            max_kernels=max(config.kernels for config in same),
+            factor=factor,
+        )
+    return banks

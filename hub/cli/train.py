@@ -1,0 +1,122 @@
+"""`karst-hub train`: `adapters.fit` with a progress bar."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
+
+from adapters import KarstConfig, Recipe, Watch, fit
+from adapters.data.checks import Checked
+from adapters.training.fit import checkpoint_file
+from adapters.training.train import Epoch, is_first_process, steps_per_epoch
+
+__all__ = ["KarstConfig", "Recipe", "run"]
+
+
+def run(console: Console, data: Path, output: Path, *, recipe: Recipe, **options: Any) -> dict[str, Any]:
+    """`adapters.fit` with the same arguments, watched; returns the figures that are also in the file's metadata.
+
+    Raises:
+        DataError, BackboneError, AdapterError, ConfigError, FloatingPointError: as `adapters.fit`.
+    """
+    console.quiet = console.quiet or not is_first_process(options.get("devices", 1))
+    progress = _progress(console)
+    bar = _Bar(console, progress, recipe)
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        bar.interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        done = fit(data, output, recipe=recipe, watch=bar, **options)
+    except KeyboardInterrupt:
+        kept = checkpoint_file(output)
+        how = f"go on with --resume ({kept} has the last epoch)" if kept.exists() else "nothing was kept so early"
+        progress.stop()
+        console.print(f"interrupted; {how}", soft_wrap=True)
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if progress.live.is_started:
+            progress.stop()
+    return {
+        "file": str(done.file),
+        "bytes": len(done.adapter.data),
+        "digest": done.adapter.digest,
+        "labels": len(done.adapter.labels),
+        **{name: value for name, value in done.metrics.items() if name != "recipe"},
+        "report": str(done.report),
+    }
+
+
+class _Bar(Watch):
+    """One line for reading, one for training."""
+
+    def __init__(self, console: Console, progress: Progress, recipe: Recipe) -> None:
+        self._console, self._progress, self._recipe = console, progress, recipe
+        self._bar: TaskID
+        self._step_images = self._epoch_images = 0
+        self._number = 1
+        self._validated = ""
+        self.interrupted = False
+
+    def reading(self, images: int) -> None:
+        self._progress.start()
+        self._bar = self._progress.add_task("reading images", total=images)
+
+    def image(self) -> None:
+        self._progress.advance(self._bar)
+
+    def checked(self, images: Checked) -> None:
+        for warning in images.warnings:
+            self._console.print(f"warning: {warning}", soft_wrap=True)
+        count, validation, test = (len(part) if part else 0 for part in (images.train, images.validation, images.test))
+        self._console.print(
+            f"{count} training images, {validation} for validation, {test} held out; "
+            f"{len(images.train.images.labels)} classes"
+        )
+        self._step_images = min(self._recipe.batch_size, count)
+        self._epoch_images = steps_per_epoch(count, self._recipe) * self._step_images
+        self._bar = self._progress.add_task("training", total=self._epoch_images * self._recipe.epochs)
+
+    def step(self, epoch: int, loss: float, accuracy: float) -> None:
+        if self.interrupted:  # and yet it runs: Python drops what is raised in a destructor
+            raise KeyboardInterrupt
+        if epoch != self._number:  # a resumed training does not start at the first
+            self._number = epoch
+            self._progress.update(self._bar, completed=(epoch - 1) * self._epoch_images)
+        text = f"epoch {epoch}: loss {loss:.3f}, training {accuracy:.1%}{self._validated}"
+        self._progress.update(self._bar, advance=self._step_images, description=text)
+
+    def epoch(self, epoch: Epoch) -> None:
+        if epoch.val_accuracy is not None:
+            self._validated = f", validation {epoch.val_accuracy:.1%}"
+        self._progress.update(
+            self._bar,
+            description=f"epoch {epoch.number}: loss {epoch.loss:.3f}, training {epoch.train_accuracy:.1%}"
+            + self._validated,
+        )
+
+
+class _Speed(ProgressColumn):
+    """Images a second, of the last seconds."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.0f} images/s")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        _Speed(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(),
+        console=console,
+    )

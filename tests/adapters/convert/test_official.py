@@ -1,0 +1,285 @@
+"""Official-style checkpoints in, against a mended forward pass written out here from the official code's own names."""
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+
+from adapters import Adapter, AdapterError, load_backbone
+from adapters.convert.convert import convert
+from tests.support.models import random_pixels
+
+CLASSES = 3
+# What the official code calls the layers; the Swin script's fc2 has a name of its own.
+NAMES = {"attn.qkv": "attn.attention", "attn.proj": "attn.proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+ST = {"attn.proj": ("attn.st_proj", "attn.st_x"), "mlp.fc2": ("mlp.st_h", None)}
+
+
+@pytest.fixture(scope="module")
+def swin(tmp_path_factory):
+    """A Swin of two stages, small enough for a test, from a folder as timm saves it."""
+    torch.manual_seed(3)
+    model = timm.models.SwinTransformer(
+        img_size=32, patch_size=4, window_size=4, embed_dim=32, depths=(2, 2), num_heads=(2, 4), num_classes=7
+    )
+    model.pretrained_cfg = {
+        "architecture": "swin_tiny_patch4_window7_224",
+        "input_size": (3, 32, 32),
+        "num_classes": 7,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "classifier": "head.fc",
+        "first_conv": "patch_embed.proj",
+    }
+    args = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4]}
+    folder = tmp_path_factory.mktemp("swin")
+    timm.models.save_for_hf(model, str(folder), model_args=args, safe_serialization=True)
+    return load_backbone(f"local-dir:{folder}")
+
+
+@pytest.fixture
+def labels(tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_text('["cat", "dog", "owl"]')
+    return path
+
+
+def role(site) -> str:
+    return ".".join(site.name.split(".")[-2:])
+
+
+def official(backbone, *, kernels=2, rank=4, suffix="ka", fc2_suffix=None, shared=False, head="head", rank_of=None):
+    """The state dict that a mended run of the official code saves, random."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator) * 0.3
+
+    state = {f"{head}.weight": random(CLASSES, backbone.width), f"{head}.bias": random(CLASSES)}
+    for site in backbone.sites:
+        block = site.name.removesuffix(role(site))
+        key = f"{block}{NAMES[role(site)]}_{(fc2_suffix or suffix) if role(site) == 'mlp.fc2' else suffix}"
+        r = rank_of(site) if rank_of else rank
+        a, b = site.d_out // site.splits // 8, site.d_in // 8
+        if shared:
+            state[f"{key}.w1_group_1"] = random(8, 8)
+        for g in range(kernels):
+            if not shared:
+                state[f"{key}.w1_group.{g}"] = random(8, 8)
+            for j in range(3) if site.splits == 3 else [""]:
+                state[f"{key}.w2_group_a.{g}" + (f".{j}" if j != "" else "")] = random(r, a)
+            state[f"{key}.w2_group_b.{g}"] = random(b, r)
+        for st in filter(None, ST.get(role(site), ())):
+            state[f"{block}{st}_s"], state[f"{block}{st}_b"] = 1 + random(1), random(1)
+    return state
+
+
+def delta(state, key, multiplier):
+    """dW from the official names, kernel by kernel with numpy's kron."""
+    total, g = 0, 0
+    while f"{key}.w2_group_b.{g}" in state:
+        w1 = state[f"{key}.w1_group.{g}"] if f"{key}.w1_group.{g}" in state else state[f"{key}.w1_group_1"]
+        w2_b = state[f"{key}.w2_group_b.{g}"]
+        names = [f"{key}.w2_group_a.{g}.{j}" for j in range(3)]
+        names = names if names[0] in state else [f"{key}.w2_group_a.{g}"]
+        scale = multiplier * float(state.get(f"{key}.alpha", 1.0)) / w2_b.shape[1]
+        parts = [np.kron(w1.double().numpy(), (state[n].T @ w2_b.T).double().numpy()) * scale for n in names]
+        total = total + np.concatenate(parts) * multiplier
+        g += 1
+    return torch.from_numpy(total).float()
+
+
+def mended_forward(backbone, state, pixels, *, multiplier=1.0, norms=(), head="head"):
+    """The paper's forward pass from an official state dict: nothing of this project's but the frozen backbone."""
+    model = backbone.clone()
+    for name in norms:
+        norm = model.get_submodule(name)
+        norm.weight, norm.bias = (torch.nn.Parameter(state[f"{name}.{part}"]) for part in ("weight", "bias"))
+
+    def hook(site):
+        block = site.name.removesuffix(role(site))
+        first = f"{block}{NAMES[role(site)]}_"
+        key = next(k for k in state if k.startswith(first) and k.endswith(".w2_group_b.0"))
+        dw = delta(state, key.removesuffix(".w2_group_b.0"), multiplier)
+        out, context = ST.get(role(site), (None, None))
+
+        def forward(linear, x):
+            if context:
+                x = x * state[f"{block}{context}_s"] + state[f"{block}{context}_b"]
+            y = F.linear(x, linear.weight + dw, linear.bias)
+            return y * state[f"{block}{out}_s"] + state[f"{block}{out}_b"] if out else y
+
+        linear = model.get_submodule(site.name)
+        linear.forward = lambda x: forward(linear, x)
+
+    for site in backbone.sites:
+        hook(site)
+    with torch.no_grad():
+        pooled = model.forward_head(model.forward_features(pixels), pre_logits=True)
+        return F.linear(pooled, state[f"{head}.weight"], state[f"{head}.bias"])
+
+
+def came_in(backbone, state, tmp_path, labels, suffix="pth", **options):
+    path = tmp_path / f"official.{suffix}"
+    if suffix == "safetensors":
+        safetensors.torch.save_file({n: t.contiguous() for n, t in state.items()}, path)
+    else:
+        torch.save(state, path)
+    report = convert(path, tmp_path / "out.safetensors", "karst", backbone, labels=labels, **options)
+    assert report["source"] == "official checkpoint"
+    return Adapter.read(tmp_path / "out.safetensors"), report
+
+
+def agree(adapter, backbone, expected, pixels):
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.merge(backbone)(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("multiplier", [1.0, 0.7])
+def test_vit_of_the_vtab_script(backbone, tmp_path, labels, multiplier, suffix) -> None:
+    state = official(backbone, kernels=3)
+    adapter, report = came_in(backbone, state, tmp_path, labels, suffix, multiplier=multiplier)
+    assert (report["config"]["kernels"], report["config"]["rescale"], report["ignored"]) == (3, "scalar", 0)
+    assert report["config"]["gain"] == pytest.approx(multiplier**2 / 4)
+    assert report["serving"] == "a hub with HUB_MAX_KERNELS of at least 3 and HUB_MAX_RANK of at least 4"
+    pixels = random_pixels(backbone, 3)
+    agree(adapter, backbone, mended_forward(backbone, state, pixels, multiplier=multiplier), pixels)
+
+
+@pytest.mark.parametrize("suffix", ["karst", "lokr"])
+def test_vit_of_the_few_shot_script_with_norms(backbone, tmp_path, labels, suffix) -> None:
+    state = official(backbone, suffix=suffix)
+    frozen = backbone.model.state_dict()
+    tuned = ["blocks.0.norm1", "blocks.4.norm2"]
+    for name in ("blocks.0.norm1", "blocks.4.norm2", "blocks.5.norm1"):
+        for part in ("weight", "bias"):
+            state[f"{name}.{part}"] = frozen[f"{name}.{part}"] + (0.3 if name in tuned else 0)
+    adapter, report = came_in(backbone, state, tmp_path, labels)
+    assert [name for name in adapter.layers if "norm" in name] == tuned
+    assert (report["config"]["norms"], report["ignored"]) == (True, 2)
+    pixels = random_pixels(backbone, 3)
+    agree(adapter, backbone, mended_forward(backbone, state, pixels, norms=tuned), pixels)
+
+
+def test_swin_with_ranks_by_stage_and_a_name_of_its_own(swin, tmp_path, labels) -> None:
+    def ranks(site):
+        return 2 if site.name.startswith("layers.0.") else 4
+
+    state = official(swin, fc2_suffix="kar", head="head.fc", rank_of=ranks)
+    adapter, report = came_in(swin, state, tmp_path, labels)
+    assert report["config"]["rank"] == 4
+    assert adapter.tensors["layers.0.blocks.1.mlp.fc1.karst_b"].shape[1] == 2
+    pixels = random_pixels(swin, 3)
+    agree(adapter, swin, mended_forward(swin, state, pixels, head="head.fc"), pixels)
+
+
+def test_one_c_for_all_kernels(backbone, tmp_path, labels) -> None:
+    state = official(backbone, shared=True)
+    adapter, _ = came_in(backbone, state, tmp_path, labels)
+    pixels = random_pixels(backbone, 3)
+    agree(adapter, backbone, mended_forward(backbone, state, pixels), pixels)
+
+
+def test_a_prefix_a_full_state_dict_and_alphas(backbone, tmp_path, labels) -> None:
+    state = official(backbone)
+    for i in range(6):
+        state[f"blocks.{i}.mlp.fc1_ka.alpha"] = torch.tensor(float(2 + i % 2))
+    bare = dict(state)
+    frozen = {n: t for n, t in backbone.model.state_dict().items() if not n.startswith("head")}
+    full = {f"module.{n}": t for n, t in {**state, **frozen}.items()} | {"module.head_dist.bias": torch.zeros(2)}
+    adapter, report = came_in(backbone, {"state_dict": full, "epoch": 3}, tmp_path, labels)
+    assert report["ignored"] == len(frozen) + 1
+    pixels = random_pixels(backbone, 3)
+    agree(adapter, backbone, mended_forward(backbone, bare, pixels), pixels)
+
+
+def test_weights_of_another_backbone_are_refused(backbone, tmp_path, labels) -> None:
+    state = official(backbone) | {"blocks.0.mlp.fc1.weight": torch.ones(512, 128)}
+    with pytest.raises(AdapterError, match=r"blocks\.0\.mlp\.fc1\.weight: differs from backbone 'demo'"):
+        came_in(backbone, state, tmp_path, labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "message"),
+    [
+        ({"blocks.0.mlp.fc1_ka.w3_group.0": (8, 8)}, "blocks.0.mlp.fc1_ka.w3_group.0", "no known repair"),
+        ({"blocks.0.attn.st_q_s": (1,)}, "blocks.0.attn.st_q_s", "no known repair"),
+        ({"blocks.0.alpha": (1,)}, "blocks.0.alpha", "no known repair"),
+        ({"blocks.0.mlp.fc1_ka.w1_group_1": (8, 8)}, "blocks.0.mlp.fc1_ka.w1_group_1", "stands beside w1_group.0"),
+        ({"blocks.0.mlp.fc1_ka.w2_group_b.1": None}, "blocks.0.mlp.fc1_ka.w2_group_b.1", "is missing"),
+        ({"blocks.0.attn.attention_ka.w2_group_a.1.2": None}, "w2_group_a.1.2", "is missing"),
+        ({"blocks.0.mlp.fc1_ka.w2_group_a.0.0": (4, 64)}, "fc1_ka.w2_group_a.0.0", "does not belong to a layer with 1"),
+        ({"blocks.0.mlp.fc1_ka.w2_group_b.0": (16, 5)}, "w2_group_b.1", "has shape (16, 4), expected (16, 5)"),
+        ({"blocks.0.mlp.fc1_ka.w1_group.0": (7, 8)}, "fc1_ka.w1_group.0", "is 7 x 8, which does not divide 512"),
+        ({"blocks.0.mlp.fc1_karst.w1_group.0": (8, 8)}, "fc1_karst.w1_group.0", "the same layer has"),
+        ({"blocks.0.mlp.fc1_ka.w1_group.999999999": (8, 8)}, "blocks.0.mlp.fc1_ka", "256 are allowed"),
+        ({"blocks.9.mlp.fc1_ka.w1_group.0": (8, 8)}, "blocks.9.mlp", "has no layer 'blocks.9.mlp.fc1' to adapt"),
+        ({"blocks.0.mlp.st_h_b": None}, "blocks.0.mlp.st_h_b", "is missing"),
+        ({"blocks.0.norm7.weight": (128,)}, "blocks.0.norm7.weight", "has no such norm layer"),
+        ({"pos_embed": (1, 5, 128)}, "pos_embed", "has shape (1, 5, 128)"),
+        ({"head.weight": None}, "head", "no classifier"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(backbone, tmp_path, labels, change, where, message) -> None:
+    state = official(backbone)
+    for name, shape in change.items():
+        if shape is None:
+            del state[name]
+        else:
+            state[name] = torch.ones(shape)
+    with pytest.raises(AdapterError) as caught:
+        came_in(backbone, state, tmp_path, labels)
+    assert any(where in p.where and message in p.message for p in caught.value.problems), caught.value.problems
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("multiplier", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_multiplier_is_a_positive_number(backbone, tmp_path, labels, multiplier) -> None:
+    with pytest.raises(AdapterError, match=r"--multiplier: is .*; expected a positive number"):
+        came_in(backbone, official(backbone), tmp_path, labels, multiplier=multiplier)
+
+
+def test_labels_must_be_there_and_fit(backbone, tmp_path, labels) -> None:
+    with pytest.raises(AdapterError, match="give them with --labels"):
+        came_in(backbone, official(backbone), tmp_path, None)
+    labels.write_text("cat\ndog\n")
+    with pytest.raises(AdapterError, match="for 2 labels"):
+        came_in(backbone, official(backbone), tmp_path, labels)
+    labels.write_text('["cat", 3]')
+    with pytest.raises(AdapterError, match="must be a JSON list of strings"):
+        came_in(backbone, official(backbone), tmp_path, labels)
+
+
+class Code:
+    """A pickle that would run something."""
+
+    def __reduce__(self):
+        return print, ("ran",)
+
+
+def test_files_that_are_no_tensors_are_refused(backbone, tmp_path, labels, capsys) -> None:
+    cases = {
+        "code.pth": (Code(), "cannot be read as tensors only"),
+        "list.pth": ([torch.ones(1)], "holds a list, expected a dictionary"),
+        "empty.pth": ({}, "has no adapted layer"),
+    }
+    for name, (value, message) in cases.items():
+        torch.save(value, tmp_path / name)
+        with pytest.raises(AdapterError, match=message):
+            convert(tmp_path / name, tmp_path / "out.safetensors", "karst", backbone, labels=labels)
+    for name, message in {
+        "junk.pth": "cannot be read",
+        "junk.safetensors": "not a valid safetensors file",
+        "junk.ckpt": "the file must end in one of",
+        "gone.pth": "no such file or folder",
+    }.items():
+        if not name.startswith("gone"):
+            (tmp_path / name).write_bytes(b"junk" * 10)
+        with pytest.raises(AdapterError, match=message):
+            convert(tmp_path / name, tmp_path / "out.safetensors", "karst", backbone, labels=labels)
+    assert "ran" not in capsys.readouterr().out

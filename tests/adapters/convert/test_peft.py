@@ -1,0 +1,381 @@
+"""peft folders in and out, against the real peft on a real timm model: the same logits on both sides."""
+
+import json
+import random
+from pathlib import Path
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from peft.tuners.lokr.layer import factorization
+
+from adapters import Adapter, AdapterError, Bank
+from adapters.backbone import create_model
+from adapters.convert.convert import convert
+from adapters.convert.importing import read_labels
+from adapters.convert.peft import _peft_side
+from adapters.method import kronecker
+from tests.support.models import random_adapter, random_pixels, with_metadata
+
+UNFUSED = ["attn.proj", "mlp.fc1", "mlp.fc2"]
+CLASSES = 3
+
+
+@pytest.fixture
+def labels(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_text("cat\n\ndog\nowl\n")
+    return path
+
+
+def timm_model(backbone):
+    """A model of its own with the backbone's weights and a random head."""
+    torch.manual_seed(1)
+    model = create_model("demo", num_classes=CLASSES)
+    model.load_state_dict(backbone.model.state_dict(), strict=False)
+    return model.eval()
+
+
+def lokr(backbone, folder, **options):
+    """A trained LoKr as peft saves it, and the model that it was saved from."""
+    options = {"r": 4, "alpha": 6, "target_modules": UNFUSED, "modules_to_save": ["head"]} | options
+    model = peft.get_peft_model(timm_model(backbone), peft.LoKrConfig(**options)).eval()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lokr_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+def agree(model, adapter_file, backbone):
+    pixels = random_pixels(backbone, 3)
+    with torch.no_grad():
+        expected, found = model(pixels), Adapter.read(adapter_file).merge(backbone)(pixels)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def weights_agree(model, adapter_file, backbone, layers):
+    """dW itself, layer by layer: logits may hide what is wrong with one."""
+    adapter = Adapter.read(adapter_file)
+    found = adapter.layers
+    modules = dict(model.base_model.model.named_modules())
+    for layer in layers:
+        parts = [found[layer][part].double() for part in ("karst_c", "karst_a", "karst_b")]
+        dw = kronecker.delta(*parts, adapter.config.effective_gain)
+        expected = modules[layer].get_delta_weight("default").double()
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(dw, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decompose_factor": 8},
+        {"decompose_factor": 8, "decompose_both": True, "r": 2},
+        {"decompose_factor": 8, "r": 40},  # w2 whole
+        {"decompose_factor": -1},
+        {
+            "decompose_factor": 4,
+            "rank_pattern": {"mlp.fc1": 2, r"blocks\.0\.attn\.proj": 3},
+            "alpha_pattern": {"fc2": 9},
+        },
+    ],
+    ids=["plain", "decompose_both", "w2 whole", "square root", "patterns"],
+)
+def test_a_lokr_comes_in_exactly(backbone, tmp_path, labels, options) -> None:
+    model = lokr(backbone, tmp_path / "lokr", **options)
+    report = convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
+    assert report["source"] == "peft LoKr folder"
+    assert report["config"]["kernels"] == 1
+    assert Adapter.read(tmp_path / "out.safetensors").labels == ("cat", "dog", "owl")
+    weights_agree(
+        model, tmp_path / "out.safetensors", backbone, [f"blocks.{i}.{name}" for i in (0, 5) for name in UNFUSED]
+    )
+    agree(model, tmp_path / "out.safetensors", backbone)
+
+
+@pytest.mark.parametrize(("factor", "kernels"), [(8, 9), (6, 3), (12, 3), (-1, 9), (1, 9)])
+@pytest.mark.parametrize("rank", [3, 100])
+def test_a_fused_qkv_comes_in_exactly(backbone, tmp_path, labels, factor, kernels, rank) -> None:
+    model = lokr(backbone, tmp_path / "lokr", target_modules=["attn.qkv", "mlp.fc1"], decompose_factor=factor, r=rank)
+    report = convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
+    assert report["config"]["kernels"] == kernels
+    weights_agree(model, tmp_path / "out.safetensors", backbone, ["blocks.1.attn.qkv", "blocks.1.mlp.fc1"])
+    agree(model, tmp_path / "out.safetensors", backbone)
+
+
+def test_what_a_hub_needs_is_said(backbone, tmp_path, labels) -> None:
+    lokr(backbone, tmp_path / "good", target_modules=["attn.qkv"], decompose_factor=8)
+    report = convert(tmp_path / "good", tmp_path / "good.safetensors", "karst", backbone, labels=labels)
+    assert "HUB_MAX_KERNELS of at least 9 and HUB_MAX_RANK of at least 4" in report["serving"]
+    good, pixels = Adapter.read(tmp_path / "good.safetensors"), random_pixels(backbone, 2)
+    with pytest.raises(AdapterError, match="9 kernels, but at most 8 fit here"):
+        Bank(backbone, slots=1, max_kernels=8, max_rank=4).put(good)
+    bank = Bank(backbone, slots=1, max_kernels=9, max_rank=4)
+    served = torch.stack(bank.forward(pixels, [bank.put(good)] * 2))
+    torch.testing.assert_close(served, good.merge(backbone)(pixels), rtol=1e-4, atol=1e-4)
+    lokr(backbone, tmp_path / "odd", decompose_factor=4)
+    report = convert(tmp_path / "odd", tmp_path / "odd.safetensors", "karst", backbone, labels=labels)
+    assert report["serving"].startswith("no hub can serve it (blocks.0.attn.proj.karst_c: C is 4 x 4")
+
+
+def test_tuned_norms_come_in(backbone, tmp_path, labels) -> None:
+    options = {"r": 4, "alpha": 4, "target_modules": UNFUSED, "decompose_factor": 8}
+    model = peft.get_peft_model(
+        timm_model(backbone), peft.LoKrConfig(**options, modules_to_save=["head", "blocks.1.norm1"])
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lokr_" in name or ("norm1" in name and "modules_to_save" in name):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(tmp_path / "lokr")
+    convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
+    adapter = Adapter.read(tmp_path / "out.safetensors")
+    assert [n for n in adapter.layers if "norm" in n] == ["blocks.1.norm1"]
+    agree(model, tmp_path / "out.safetensors", backbone)
+
+
+def test_a_head_from_a_file(backbone, tmp_path, labels) -> None:
+    model = lokr(backbone, tmp_path / "lokr", decompose_factor=8, modules_to_save=None)
+    with pytest.raises(AdapterError, match="no classifier"):
+        convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
+    head = model.base_model.model.head
+    safetensors.torch.save_file({"weight": head.weight.data, "bias": head.bias.data}, tmp_path / "head.safetensors")
+    convert(
+        tmp_path / "lokr",
+        tmp_path / "out.safetensors",
+        "karst",
+        backbone,
+        labels=labels,
+        head=tmp_path / "head.safetensors",
+    )
+    agree(model, tmp_path / "out.safetensors", backbone)
+
+
+def edited(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LORA"}, "peft_type is 'LORA'"),
+        ({"use_rslora": True}, "use_rslora: is set"),
+        ({"alpha": "8"}, "alpha: is '8'; expected a number"),
+        ({"r": 0}, "r: is 0; expected a whole number of at least 1"),
+        ({"rank_pattern": {"fc(": 3}}, r"rank_pattern: 'fc\(' is no regular expression"),
+    ],
+)
+def test_a_config_that_means_something_else_is_refused(backbone, tmp_path, labels, changes, message) -> None:
+    lokr(backbone, tmp_path / "lokr", decompose_factor=8)
+    edited(tmp_path / "lokr", **changes)
+    with pytest.raises(AdapterError, match=message):
+        convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_what_karst_does_not_adapt_is_refused_by_name(backbone, tmp_path, labels) -> None:
+    lokr(backbone, tmp_path / "lokr", target_modules=["mlp.fc1", "patch_embed.proj"], decompose_factor=8)
+    with pytest.raises(AdapterError, match=r"patch_embed\.proj\.lokr_\w+: KARST adapts no layer 'patch_embed\.proj'"):
+        convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name(backbone, tmp_path, labels) -> None:
+    lokr(backbone, tmp_path / "lokr", decompose_factor=8)
+    path = tmp_path / "lokr" / "adapter_model.safetensors"
+    state = safetensors.torch.load_file(path)
+    name = "base_model.model.blocks.2.mlp.fc1"
+    del state[f"{name}.lokr_w1"]
+    state["base_model.model.blocks.3.mlp.fc1.lokr_w1"] = torch.ones(3, 3)
+    state["base_model.model.blocks.4.mlp.fc1.lokr_t2"] = torch.ones(4, 4, 3, 3)
+    safetensors.torch.save_file(state, path)
+    with pytest.raises(AdapterError) as caught:
+        convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
+    where = {problem.where: problem.message for problem in caught.value.problems}
+    assert set(where) == {
+        "blocks.2.mlp.fc1.lokr_w1",
+        "blocks.3.mlp.fc1.lokr_w1",
+        "blocks.4.mlp.fc1.lokr_t2",
+    }
+
+
+def exportable(backbone, rank=4, **config) -> Adapter:
+    """An adapter with one kernel, without re-scaling and without the fused layers."""
+    adapter = random_adapter(backbone, classes=CLASSES, kernels=1, rank=rank, rescale="none", **config)
+    return Adapter.create(
+        {name: tensor for name, tensor in adapter.tensors.items() if ".qkv." not in name},
+        config=adapter.config,
+        backbone=adapter.backbone,
+        fingerprint=adapter.fingerprint,
+        labels=adapter.labels,
+        preprocess=adapter.preprocess,
+    )
+
+
+def loaded_by_peft(backbone, folder):
+    return peft.PeftModel.from_pretrained(timm_model(backbone), folder).eval()
+
+
+# Rank 9 leaves the w2 of fc1 and fc2 in two parts (32 / 2 < 64 / 2), and makes that of proj (16 x 16) whole.
+@pytest.mark.parametrize(("rank", "factor"), [(4, 8), (9, 8), (40, 8), (4, 4)])
+def test_out_to_a_lokr_that_peft_loads_and_back(backbone, tmp_path, rank, factor) -> None:
+    adapter = exportable(backbone, rank, factor=factor)
+    adapter.write(tmp_path / "in.safetensors")
+    convert(tmp_path / "in.safetensors", tmp_path / "lokr", "lokr", backbone)
+    agree(loaded_by_peft(backbone, tmp_path / "lokr"), tmp_path / "in.safetensors", backbone)
+
+    convert(tmp_path / "lokr", tmp_path / "again.safetensors", "karst", backbone)
+    again = Adapter.read(tmp_path / "again.safetensors")
+    assert again.labels == adapter.labels
+    assert again.config.factor == factor
+    pixels = random_pixels(backbone, 2)
+    torch.testing.assert_close(again.merge(backbone)(pixels), adapter.merge(backbone)(pixels), rtol=1e-5, atol=1e-5)
+    if rank == 4:  # nothing was multiplied out: the very numbers
+        assert all(torch.equal(again.tensors[name], tensor) for name, tensor in adapter.tensors.items())
+
+
+def test_layers_of_different_ranks_go_out(backbone, tmp_path) -> None:
+    adapter = exportable(backbone)
+    tensors = dict(adapter.tensors)
+    for name in ("blocks.1.mlp.fc1", "blocks.3.mlp.fc1"):
+        tensors[f"{name}.karst_a"] = tensors[f"{name}.karst_a"][..., :2].contiguous()
+        tensors[f"{name}.karst_b"] = tensors[f"{name}.karst_b"][:, :2].contiguous()
+    fields = {name: getattr(adapter, name) for name in ("config", "backbone", "fingerprint", "labels", "preprocess")}
+    Adapter.create(tensors, **fields).write(tmp_path / "in.safetensors")
+    for to in ("lokr", "lora"):
+        convert(tmp_path / "in.safetensors", tmp_path / to, to, backbone)
+        agree(loaded_by_peft(backbone, tmp_path / to), tmp_path / "in.safetensors", backbone)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"kernels": 2, "rescale": "none"}, "has 2 kernels; a LoKr has one"),
+        ({"kernels": 1, "rescale": "none"}, "blocks.0.attn.qkv.karst_a: has 3 splits"),
+        ({"kernels": 1, "rescale": "scalar"}, "blocks.0.attn.proj.in_scale: re-scales the layer's input"),
+        ({"kernels": 1, "rescale": "none", "norms": True}, "norm_weight: tunes a norm layer"),
+    ],
+)
+def test_what_no_lokr_holds_is_refused(backbone, tmp_path, config, message) -> None:
+    random_adapter(backbone, rank=4, **config).write(tmp_path / "in.safetensors")
+    with pytest.raises(AdapterError) as caught:
+        convert(tmp_path / "in.safetensors", tmp_path / "lokr", "lokr", backbone)
+    assert any(message in f"{p.where}: {p.message}" for p in caught.value.problems)
+    assert list(tmp_path.iterdir()) == [tmp_path / "in.safetensors"]
+
+
+@pytest.mark.parametrize(("kernels", "rank", "exact"), [(1, 4, 32), (2, 4, 64), (3, 8, 128)])
+def test_an_exact_lora_and_its_rank(backbone, tmp_path, kernels, rank, exact) -> None:
+    """N q r, or the smaller side of the layer (128), if that is less; the fused qkv is no exception."""
+    random_adapter(backbone, classes=CLASSES, kernels=kernels, rank=rank, rescale="none").write(
+        tmp_path / "in.safetensors"
+    )
+    report = convert(tmp_path / "in.safetensors", tmp_path / "lora", "lora", backbone)
+    assert (report["rank"], report["exact"]) == (exact, True)
+    assert report["largest_error"] < 1e-6
+    assert f"rank {exact}, exact" in (tmp_path / "lora" / "README.md").read_text()
+    agree(loaded_by_peft(backbone, tmp_path / "lora"), tmp_path / "in.safetensors", backbone)
+
+
+def test_a_lora_cut_to_a_rank_states_its_error(backbone, tmp_path) -> None:
+    adapter = random_adapter(backbone, classes=CLASSES, kernels=2, rank=4, rescale="none")
+    adapter.write(tmp_path / "in.safetensors")
+    report = convert(tmp_path / "in.safetensors", tmp_path / "lora", "lora", backbone, rank=8)
+    assert (report["rank"], report["exact"]) == (8, False)
+
+    model = loaded_by_peft(backbone, tmp_path / "lora").base_model.model
+    lost, whole, errors = 0.0, 0.0, {}
+    for name, parts in adapter.layers.items():
+        dw = kronecker.delta(*(parts[p].double() for p in ("karst_c", "karst_a", "karst_b")), 1 / 4)
+        kept = dict(model.named_modules())[name].get_delta_weight("default").double()
+        least = torch.linalg.svdvals(dw)[8:].norm()  # Eckart and Young: no matrix of rank 8 is closer
+        torch.testing.assert_close((dw - kept).norm(), least, rtol=1e-4, atol=0)
+        errors[name] = float(least / dw.norm())
+        lost, whole = lost + float(least**2), whole + float(dw.norm() ** 2)
+    assert report["error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
+    assert report["largest_error"] == pytest.approx(max(errors.values()), rel=1e-4)
+    assert report["largest_error_layer"] == max(errors, key=errors.get)
+    assert f"{report['error']:.2e}" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_a_rescaled_adapter_is_no_lora(backbone, tmp_path) -> None:
+    random_adapter(backbone, rescale="channel").write(tmp_path / "in.safetensors")
+    with pytest.raises(
+        AdapterError,
+        match=r"re-scales the whole layer, frozen weights included \(and so do 11 others\), which a LoRA cannot",
+    ):
+        convert(tmp_path / "in.safetensors", tmp_path / "lora", "lora", backbone)
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        ("karst", {}, "is a karst/1 file already"),
+        ("timm", {"rank": 3}, "--rank: is for --to lora"),
+        ("lora", {"multiplier": 2.0}, "--multiplier: is for official checkpoints"),
+        ("timm", {"labels": Path("labels.txt")}, "--labels: a karst/1 file has its own"),
+        ("lora", {"rank": 0}, "--rank: is 0; expected at least 1"),
+        ("timm", {}, "out must end in .safetensors"),
+        ("zip", {}, "--to: is 'zip'"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(backbone, tmp_path, to, options, message) -> None:
+    exportable(backbone).write(tmp_path / "in.safetensors")
+    with pytest.raises(AdapterError, match=message):
+        convert(tmp_path / "in.safetensors", tmp_path / "out", to, backbone, **options)
+
+
+def test_a_folder_that_is_there_stays(backbone, tmp_path) -> None:
+    exportable(backbone).write(tmp_path / "in.safetensors")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(AdapterError, match="mine exists"):
+        convert(tmp_path / "in.safetensors", tmp_path / "mine", "lokr", backbone)
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_our_factorisation_is_pefts() -> None:
+    chosen = random.Random(0)
+    for _ in range(500):
+        dim, factor = chosen.randint(1, 400), chosen.choice([-1, chosen.randint(1, 60)])
+        assert _peft_side(dim, factor) == factorization(dim, factor)[0], (dim, factor)
+
+
+def test_a_rank_that_is_not_the_config_s_is_refused(backbone, tmp_path, labels) -> None:
+    """dW is scaled by alpha / r: with another r it would be another dW."""
+    lokr(backbone, tmp_path / "lokr")
+    path = tmp_path / "lokr" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
+    with pytest.raises(AdapterError, match=r"lokr_w2_b: has 4 rows, but adapter_config.json says r = 8"):
+        convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
+
+
+def test_preprocessing_goes_out_and_comes_back(backbone, tmp_path) -> None:
+    adapter = random_adapter(backbone, kernels=1, rank=4, rescale="none", sites=("*.attn.proj", "*.mlp.*"))
+    squashed = adapter.preprocess | {"crop_mode": "squash", "mean": [0.4, 0.5, 0.6]}
+    (tmp_path / "own.safetensors").write_bytes(with_metadata(adapter, preprocess=json.dumps(squashed)))
+    convert(tmp_path / "own.safetensors", tmp_path / "lokr", "lokr", backbone)
+    report = convert(tmp_path / "lokr", tmp_path / "back.safetensors", "karst", backbone)
+    assert report["preprocess"] == Adapter.read(tmp_path / "back.safetensors").preprocess == squashed
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(adapter.preprocess))
+    convert(tmp_path / "lokr", tmp_path / "again.safetensors", "karst", backbone, preprocess=other)
+    assert Adapter.read(tmp_path / "again.safetensors").preprocess == adapter.preprocess
+    other.write_text("[]")
+    with pytest.raises(AdapterError, match=r"other.json: must be a JSON object"):
+        convert(tmp_path / "lokr", tmp_path / "again.safetensors", "karst", backbone, preprocess=other)
+
+
+def test_labels_with_a_byte_order_mark(tmp_path) -> None:
+    (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")
+    assert read_labels(tmp_path / "labels.txt") == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(("to", "name"), [("timm", "own.safetensors"), ("onnx", "own.safetensors")])
+def test_the_source_is_never_written_over(backbone, tmp_path, to, name) -> None:
+    random_adapter(backbone, kernels=1, rank=2).write(tmp_path / "own.safetensors")
+    with pytest.raises(AdapterError, match=r"--out: .*own.safetensors is what is read"):
+        convert(tmp_path / "own.safetensors", tmp_path / name, to, backbone)

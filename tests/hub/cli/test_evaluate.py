@@ -1,0 +1,140 @@
+"""`karst-hub evaluate` as it is called: one adapter, several, a table; what it prints, and how it says no."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters import Adapter, load_backbone
+from adapters.training.evaluate import Agreement
+from hub.cli import evaluate as evaluating
+from hub.cli import main as cli
+from tests.support.models import png, random_adapter, with_tensors
+
+LABELS = ["a", "b", "c", "d", "e", "f"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Two adapters for the demo backbone, of different factors, and two sets of images."""
+    root = tmp_path_factory.mktemp("evaluate")
+    backbone = load_backbone("demo")
+    random_adapter(backbone, seed=1, labels=LABELS, classes=6, kernels=2, rank=4).write(root / "one.safetensors")
+    random_adapter(backbone, seed=2, labels=LABELS, classes=6, kernels=3, rank=2, factor=4).write(
+        root / "two.safetensors"
+    )
+    for folder, labels in {"some": "abc", "all": LABELS, "other": "ax"}.items():
+        for i, label in enumerate(labels):
+            (root / folder / label).mkdir(parents=True)
+            for j in range(2):
+                (root / folder / label / f"{j}.png").write_bytes(png(10 * i + j))
+    (root / "table.csv").write_text("adapter,data\none.safetensors,all\ntwo.safetensors,some\n")
+    return root
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def call(*arguments: object) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr."""
+        monkeypatch.setenv("HUB_BACKBONE", "demo")
+        monkeypatch.setattr(sys, "argv", ["karst-hub", "evaluate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def test_several_adapters_on_one_set(call, root) -> None:
+    code, text, _ = call(
+        root / "one.safetensors", root / "two.safetensors", "--data", root / "all", "--merged", "--json"
+    )
+    assert code == 0
+    report = json.loads(text)
+    assert [Path(row["adapter"]).name for row in report["rows"]] == ["one.safetensors", "two.safetensors"]
+    assert {name: report[name] for name in ("backbone", "dtype", "batch_size", "seed")} == {
+        "backbone": "demo",
+        "dtype": "float32",
+        "batch_size": 64,
+        "seed": 0,
+    }
+    for row in report["rows"]:
+        assert row["images"] == 12
+        assert 0 <= row["top1_interval"][0] <= row["top1"] <= row["top1_interval"][1] <= 1
+        assert row["top1"] <= row["top5"]
+        assert list(row["per_class"]) == LABELS
+        assert row["top1"] == pytest.approx(sum(row["per_class"].values()) / 6)  # two images each
+        assert row["merged"]["agrees"]
+        assert row["images_per_s"] > 0
+    assert report["rows"][0]["nll"] != report["rows"][1]["nll"]
+
+
+def test_a_table_gives_each_adapter_its_own_images(call, root) -> None:
+    code, text, _ = call("--table", root / "table.csv", "--json")
+    assert code == 0
+    rows = json.loads(text)["rows"]
+    assert [(row["images"], "merged" in row) for row in rows] == [(12, False), (6, False)]
+    assert rows[1]["per_class"]["d"] is None
+    code, text, _ = call("--table", root / "table.csv")
+    assert code == 0
+    lines = text.splitlines()
+    assert " ".join(lines[0].split()) == "adapter data images top-1 95 % interval top-5 ECE NLL images/s"
+    values = [line.split() for line in lines[1:] if "%" in line]
+    assert [row[row.index("-") - 3] for row in values if "-" in row] == [str(r["images"]) for r in rows]
+    assert all(f"{row['top1']:.1%}" in line for row, line in zip(rows, [" ".join(v) for v in values], strict=True))
+
+
+def test_one_adapter_prints_its_classes(call, root) -> None:
+    code, text, _ = call(root / "one.safetensors", "--data", root / "some", "--merged")
+    assert code == 0
+    assert "no images" in text  # classes d, e and f
+    assert "merged logits differ by" in text
+    assert "forward passes only" in " ".join(text.split())
+
+
+def test_a_disagreement_is_an_error(call, root, monkeypatch) -> None:
+    """No adapter is known to disagree: the comparison's own result is changed, everything around it is real."""
+    far = Agreement(largest_difference=0.5, largest_logit=2.0, label_changes=3, tolerance=1e-3)
+    monkeypatch.setattr(evaluating, "compare_merged", lambda *_: far)
+    code, text, said = call(root / "one.safetensors", "--data", root / "all", "--merged", "--json")
+    assert code == 1
+    assert json.loads(text)["rows"][0]["merged"]["agrees"] is False
+    assert "differ by up to 0.5, which is more than 0.001 of the largest logit, 2; 3 of 12 labels change" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "give adapter files and --data, or --table"),
+        (["one.safetensors"], 2, "give adapter files and --data, or --table"),
+        (["one.safetensors", "--table", "table.csv"], 2, "give no others"),
+        (["one.safetensors", "--data", "other"], 1, "x are not among the task's labels"),
+        (["one.safetensors", "--data", "nothing"], 1, "no such folder"),
+        (["nothing.safetensors", "--data", "all"], 1, "nothing.safetensors: No such file"),
+        (["foreign.safetensors", "--data", "all"], 1, "foreign.safetensors: fingerprint"),
+        (["sides.safetensors", "--data", "all"], 1, "sides.safetensors: blocks.0.attn.qkv.karst_c: C is 4 x 8"),
+        (["--table", "nothing.csv"], 1, "nothing.csv: cannot be read"),
+        (["--table", "columns.csv"], 1, "no column adapter and no data"),
+        (["--table", "empty.csv"], 1, "no rows"),
+        (["--table", "short.csv"], 1, "line 3"),
+    ],
+)
+def test_what_is_wrong_is_named(call, root, monkeypatch, arguments, code, message) -> None:
+    monkeypatch.chdir(root)
+    (root / "columns.csv").write_text("file,images\none.safetensors,all\n")
+    (root / "empty.csv").write_text("adapter,data\n")
+    (root / "short.csv").write_text("adapter,data\none.safetensors,all\none.safetensors\n")
+    one = Adapter.read(root / "one.safetensors")
+    foreign = with_tensors(one, one.tensors).replace(one.fingerprint.encode(), b"0" * 64)
+    (root / "foreign.safetensors").write_bytes(foreign)
+    sides = random_adapter(load_backbone("demo"), labels=LABELS, classes=6, kernels=1, rank=2, rescale="none")
+    qkv = {"c": (1, 4, 8), "a": (1, 3, 32, 2)}  # valid by itself, and of no bank's factor
+    changed = {f"blocks.0.attn.qkv.karst_{part}": torch.ones(size) for part, size in qkv.items()}
+    (root / "sides.safetensors").write_bytes(with_tensors(sides, sides.tensors | changed))
+    found, _, said = call(*arguments)
+    assert found == code
+    assert message in said
+    assert "Traceback" not in said

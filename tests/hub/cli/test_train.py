@@ -1,0 +1,291 @@
+"""`karst-hub train`: from labelled images to an adapter file and its report, and what it refuses before training."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from adapters import Adapter, DataError, KarstConfig, Recipe
+from adapters.method.config import PRESETS
+from adapters.training.fit import report_folder
+from adapters.training.report import FILES
+from hub.cli import train as training
+from hub.cli.adapters import _config
+from hub.cli.main import app
+from tests.support.models import coloured_noise
+
+COLOURS = {"blue": (40, 40, 220), "red": (220, 40, 40)}
+RECIPE = Recipe(epochs=2, warmup_epochs=1, batch_size=4, lr=1e-3)
+
+
+def write(root: Path, count: int, seed: int) -> Path:
+    return coloured_noise(root, COLOURS, count, seed)
+
+
+@pytest.fixture
+def job(tmp_path) -> dict[str, Any]:
+    return {
+        "data": write(tmp_path / "data", 5, 0),
+        "output": tmp_path / "colours.safetensors",
+        "backbone": "demo",
+        "config": KarstConfig(kernels=1, rank=2),
+        "recipe": RECIPE,
+    }
+
+
+def run(job: dict[str, Any]) -> tuple[dict, dict, str]:
+    """What is returned, the report's numbers, and what was printed."""
+    printed = io.StringIO()
+    done = training.run(Console(file=printed, width=200), **job)
+    assert sorted(path.name for path in Path(done["report"]).iterdir()) == sorted(FILES)
+    return done, json.loads(Path(done["report"], "report.json").read_text("utf-8")), printed.getvalue()
+
+
+def test_an_adapter_and_its_report(job, tmp_path) -> None:
+    done, numbers, printed = run(dict(job, test=write(tmp_path / "test", 3, 1), probe=True))
+    adapter = Adapter.read(job["output"])
+    assert done["file"] == str(job["output"])
+    assert done["report"] == str(tmp_path / "colours.report")
+    assert done["digest"] == adapter.digest == numbers["digest"]
+    assert adapter.labels == ("blue", "red")
+    assert (done["train_images"], done["val_images"], done["test_images"]) == (8, 2, 6)
+    assert adapter.metrics["test_accuracy"] == done["test_accuracy"] == pytest.approx(numbers["accuracy"], abs=1e-4)
+    assert adapter.metrics["recipe"] == RECIPE.model_dump()
+    assert done["linear_probe_test_accuracy"] > 0.5
+    assert numbers["measured_on"] == "test"
+    assert (numbers["fingerprint"], numbers["backbone"], numbers["seed"]) == (adapter.fingerprint, "demo", 0)
+    assert numbers["config"]["kernels"] == 1
+    assert [epoch["epoch"] for epoch in numbers["history"]] == [1, 2]
+    best = max(numbers["history"], key=lambda epoch: (epoch["val_accuracy"], epoch["epoch"]))
+    assert done["epoch"] == best["epoch"]
+    assert done["val_accuracy"] == best["val_accuracy"]
+    assert "8 training images, 2 for validation, 6 held out; 2 classes" in printed
+    assert "epoch 2: loss " in printed
+    assert "images/s" in printed
+
+
+def test_without_validation_the_last_epoch_is_taken(job) -> None:
+    done, numbers, _ = run(dict(job, val_fraction=0))
+    assert (done["epoch"], done["train_images"], numbers["measured_on"]) == (2, 10, "train")
+    assert "val_accuracy" not in done
+    assert "test_accuracy" not in done
+
+
+def test_validation_images_of_one_s_own(job, tmp_path) -> None:
+    done, numbers, _ = run(dict(job, validation=write(tmp_path / "val", 2, 1)))
+    assert (done["train_images"], done["val_images"], numbers["measured_on"]) == (10, 4, "validation")
+
+
+def test_a_bad_image_ends_it_before_training_or_is_left_out(job) -> None:
+    (job["data"] / "red" / "9.png").write_bytes(b"text")
+    with pytest.raises(
+        DataError, match=r"^1 of 11 images cannot be read \(leave them out with --skip-bad\):\n .*9.png"
+    ):
+        run(job)
+    assert not job["output"].exists()
+    done, numbers, printed = run(dict(job, skip_bad=True))
+    assert (done["train_images"], done["val_images"]) == (8, 2)
+    assert "warning: 1 of 11 images cannot be read, left out:" in printed
+    assert len(numbers["warnings"]) == 1
+
+
+def test_training_images_are_no_test_images(job) -> None:
+    with pytest.raises(
+        DataError, match=r"^10 images are in two parts \(leave out the earlier part's with --skip-bad\)"
+    ):
+        run(dict(job, test=job["data"]))
+
+
+def test_vtab_lists_and_their_final_run(job) -> None:
+    lines = [f"{label}/{i}.png {k}" for k, label in enumerate(COLOURS) for i in range(5)]
+    lists = {"train800": lines[:3] + lines[5:8], "val200": [lines[3], lines[8]], "test": [lines[4], lines[9]]}
+    lists["train800val200"] = lists["train800"] + lists["val200"]
+    for name, part in lists.items():
+        (job["data"] / f"{name}.txt").write_text("\n".join(part) + "\n")
+    done, _, _ = run(job)
+    assert (done["train_images"], done["val_images"], done["test_images"]) == (6, 2, 2)
+    done, _, _ = run(dict(job, final=True))
+    assert (done["train_images"], done["test_images"], done["epoch"]) == (8, 2, 2)
+    assert "val_images" not in done
+    assert Adapter.read(job["output"]).labels == ("0", "1")
+
+
+def test_a_probe_needs_test_images(job) -> None:
+    with pytest.raises(DataError, match=r"data: has no test images, and --probe needs some \(--test\)"):
+        run(dict(job, probe=True))
+
+
+def test_what_cannot_be_written_ends_it_at_once(tmp_path) -> None:
+    assert report_folder(tmp_path / "a.safetensors") == tmp_path / "a.report"
+    assert report_folder(tmp_path / "a.b") == tmp_path / "a.b.report"
+    with pytest.raises(DataError, match=r"no/a: the folder .*/no does not exist$"):
+        report_folder(tmp_path / "no" / "a")
+    with pytest.raises(DataError, match=r"is a folder; --out names the file to write$"):
+        report_folder(tmp_path)
+    (tmp_path / "a.report").write_text("mine")
+    with pytest.raises(DataError, match=r"a.report: is a file, but the report's folder goes there"):
+        report_folder(tmp_path / "a")
+
+
+NOTHING: dict = dict.fromkeys(("kernels", "rank", "factor", "gain", "rescale", "norms"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_and_what_is_given_beside_it(preset) -> None:
+    assert _config(preset, None, **NOTHING) == PRESETS[preset]
+    changed = _config(preset, None, **NOTHING | {"factor": 4, "norms": not PRESETS[preset].norms})
+    assert changed == PRESETS[preset].model_copy(update={"factor": 4, "norms": not PRESETS[preset].norms})
+
+
+def test_without_a_preset_the_defaults_hold() -> None:
+    assert _config(None, None, **NOTHING) == KarstConfig()
+    assert _config(None, "2,4", **NOTHING) == KarstConfig(rank=4, stage_ranks=(2, 4))
+    given = {"gain": 0.5, "rescale": "scalar", "kernels": 3}
+    assert _config(None, None, **NOTHING | given) == KarstConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--preset vtab", "--preset vtab: expected one of karst-vtab, karst-fewshot, karst-swin"),
+        ("--stage-ranks 2;4", "--stage-ranks 2;4: expected a rank for each stage, such as 2,2,4,8"),
+        ("--stage-ranks 2,4 --rank 8", "--rank 8: the largest of the stages' ranks 2,4 is expected"),
+        ("--preset karst-swin --rank 4", "--rank 4: the largest of the stages' ranks 2,2,4,8 is expected"),
+        ("--rescale some", "--rescale some: Input should be"),
+        ("--gain 0", "--gain 0.0: Input should be greater than 0"),
+        ("--final --val x", "--final trains on the validation images: give no --val beside it"),
+    ],
+)
+def test_usage_errors_name_the_option(arguments, message) -> None:
+    done = CliRunner().invoke(app, ["train", "/absent", "-o", "x", *arguments.split()])
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"error: {message}")
+
+
+def test_every_number_of_the_recipe_is_an_option(job, monkeypatch) -> None:
+    options = {
+        "kernels": "1",
+        "rank": "2",
+        "factor": "4",
+        "gain": "0.25",
+        "rescale": "scalar",
+        "epochs": "1",
+        "warmup-epochs": "0",
+        "batch-size": "5",
+        "lr": "0.002",
+        "weight-decay": "0.01",
+        "drop-path": "0.2",
+        "lr-start": "0.5",
+        "lr-end": "0.2",
+        "seed": "3",
+        "val-fraction": "0.4",
+    }
+    monkeypatch.setenv("HUB_BACKBONE", "demo")
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    done = CliRunner().invoke(app, ["train", str(job["data"]), "-o", str(job["output"]), "--json", *arguments])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["train_images"] == 6
+    adapter = Adapter.read(job["output"])
+    assert adapter.config == KarstConfig(kernels=1, rank=2, factor=4, gain=0.25, rescale="scalar")
+    expected = {
+        "epochs": 1,
+        "warmup_epochs": 0,
+        "batch_size": 5,
+        "lr": 0.002,
+        "weight_decay": 0.01,
+        "drop_path": 0.2,
+        "lr_start": 0.5,
+        "lr_end": 0.2,
+        "seed": 3,
+    }
+    assert adapter.metrics["recipe"] | expected == adapter.metrics["recipe"]
+
+
+def command(job: dict[str, Any], output: Path, *options: str) -> subprocess.Popen[str]:
+    """The real command, in a process of its own."""
+    arguments = ["train", str(job["data"]), "-o", str(output), "--epochs", "60", "--batch-size", "4", *options]
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("karst-hub"), *arguments],
+        env=os.environ | {"HUB_BACKBONE": "demo", "HUB_DEVICE": "cpu", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_training_goes_on_and_ends_in_the_same_bits(job, tmp_path, number) -> None:
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    killed = command(job, cut)
+    while not (tmp_path / "cut.checkpoint").exists():
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.01)
+    killed.send_signal(number)
+    _, printed = killed.communicate()
+    assert killed.returncode == (-9 if number == signal.SIGKILL else 130)
+    assert ("interrupted; go on with --resume" in printed) == (number == signal.SIGINT)
+    assert not cut.exists()
+
+    again = command(job, cut)
+    _, printed = again.communicate()
+    assert again.returncode == 1
+    assert "cut.checkpoint: a training was interrupted; go on with --resume, or delete this file" in printed
+
+    for process in (command(job, cut, "--resume"), command(job, whole)):
+        _, printed = process.communicate()
+        assert process.returncode == 0, printed
+    ours, theirs = (Adapter.read(path).tensors for path in (cut, whole))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert not list(tmp_path.glob("*.checkpoint"))
+
+
+def test_an_interrupt_that_python_dropped_comes_with_the_next_step() -> None:
+    console = Console(quiet=True)
+    bar = training._Bar(console, training._progress(console), RECIPE)
+    bar.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        bar.step(1, 0.5, 0.5)
+
+
+def test_two_devices_share_each_batch(job, tmp_path) -> None:
+    """Two processes on the CPU: one of them speaks and writes, for both."""
+    output = tmp_path / "shared.safetensors"
+    process = command(job, output, "--devices", "2", "--lr", "0.01", "--json")
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert json.loads(printed)["digest"] == Adapter.read(output).digest
+    assert json.loads(printed)["train_accuracy"] > 0.7  # chance is 0.5
+    assert "Traceback" not in errors
+
+
+def test_a_config_that_does_not_suit_the_backbone_ends_in_one_line(job, tmp_path) -> None:
+    process = command(job, tmp_path / "x.safetensors", "--sites", "layers.*")
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.splitlines()[-1] == ("error: sites layers.* name none of the layers, such as blocks.0.attn.qkv")
+
+
+def test_one_device_writes_whatever_the_environment_says(job, tmp_path, monkeypatch) -> None:
+    """A cluster's own RANK is no matter of a training on one device."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    process = command(job, tmp_path / "own.safetensors", "--epochs", "1", "--warmup-epochs", "0", "--json")
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert json.loads(printed)["digest"] == Adapter.read(tmp_path / "own.safetensors").digest
+
+
+def test_a_file_name_that_is_not_utf_8(job) -> None:
+    for path in list((job["data"] / "red").iterdir()):
+        os.rename(os.fsencode(path), os.fsencode(path.parent) + b"/\xe9" + os.fsencode(path.name))
+    run(dict(job, recipe=RECIPE.model_copy(update={"lr": 1e-12})))  # it learns nothing, so that there are errors

@@ -1,0 +1,316 @@
+"""Both Python clients, by the same tests, over real HTTP against the hub's application; and what they send."""
+
+import inspect
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_args
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from adapters import Adapter
+from hub import AsyncClient, Client
+from hub.client import endpoints as calls
+from hub.client.transport import Call, Many
+from hub.errors import Conflict, Forbidden, InvalidAdapter, InvalidImage, InvalidRequest, NotFound, Unauthenticated
+from hub.schemas import LimitsChange
+from tests.hub.conftest import OCTETS
+from tests.support.clients import KINDS
+from tests.support.models import encoded, png
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(params=KINDS, ids=["sync", "async"])
+def kind(request) -> Callable[..., Any]:
+    return request.param
+
+
+@pytest.fixture
+def client(kind, url, hub) -> Iterator[Any]:
+    with kind(url, hub.key) as client:
+        yield client
+
+
+def described() -> dict[str, Callable[..., Any]]:
+    """Every function of `hub.calls` that describes a method."""
+    public = {n: f for n, f in vars(calls).items() if inspect.isfunction(f) and not n.startswith("_")}
+    return {n: f for n, f in public.items() if f.__module__ == calls.__name__}
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+def test_both_clients_have_every_call(client) -> None:
+    own = {n: m for n, m in vars(client).items() if inspect.isfunction(m) and not n.startswith("_")}
+    assert set(own) - {"close", "aclose"} == set(described())
+    for name, describe in described().items():
+        assert own[name].__name__ == name
+        assert own[name].__doc__ == describe.__doc__
+        signature, wanted = inspect.signature(own[name]), inspect.signature(describe)
+        assert list(signature.parameters.values())[1:] == list(wanted.parameters.values())
+        assert signature.return_annotation == get_args(wanted.return_annotation)[-1]
+        assert inspect.iscoroutinefunction(own[name]) == (client is AsyncClient)
+
+
+def test_a_tasks_life(client, hub, adapters, tmp_path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(adapters[0].data)
+    first = client.register("life", file, alias="stable")
+    assert (first.task, first.version, first.digest) == ("life", 1, adapters[0].digest)
+    assert client.register("life", adapters[0].data).version == 1
+    assert client.register("life", str(file)).version == 1
+    assert client.register("life", adapters[1].data).version == 2
+    assert [t.task for t in client.tasks().tasks] == ["life"]
+    assert client.task("life").aliases == {"latest": {2: 1}, "stable": {1: 1}}
+    assert client.version("life").digest == adapters[1].digest
+    assert client.version("life", "stable").version == client.version("life", 1).version == 1
+
+    assert client.download("life", tmp_path / "copy", version="stable") == tmp_path / "copy"
+    assert (tmp_path / "copy").read_bytes() == adapters[0].data
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["a.safetensors", "copy"]
+
+    assert client.set_alias("life", "stable", {1: 9, 2: 1}).aliases["stable"] == {1: 9, 2: 1}
+    with pytest.raises(Conflict, match="stable"):
+        client.delete_version("life", 1)
+    assert client.set_alias("life", "stable", 2).aliases["stable"] == {2: 1}
+    assert client.roll_back("life", "stable").aliases["stable"] == {1: 9, 2: 1}
+    assert client.delete_alias("life", "stable") is None
+    assert client.delete_version("life", 1) is None
+    assert client.share("life", tenants=["b"]).sharing.tenants == ["b"]
+    assert client.share("life", public=True).sharing.public
+    assert not client.share("life").sharing.public
+    assert client.delete_task("life") is None
+    with pytest.raises(NotFound, match="there is no task 'life'") as error:
+        client.task("life")
+    assert error.value.errors[0].field == "task"
+
+
+def test_what_is_refused_here(kind, client) -> None:
+    with pytest.raises(InvalidAdapter):
+        client.register("a", b"no adapter")
+    with pytest.raises(FileNotFoundError):
+        client.register("a", "no/such.safetensors")
+    with pytest.raises(FileNotFoundError):
+        client.classify("a", ["no/such.png"])
+    for both in ({}, {"adapter": b"x", "source": "s3://x"}, {"adapter": b"x", "digest": "0"}):
+        with pytest.raises(InvalidRequest, match="either"):
+            client.register("a", **both)
+    for name in ("", ".", ".."):
+        with pytest.raises(InvalidRequest, match="is no name"):
+            client.usage(name)
+    with pytest.raises(InvalidRequest, match="at least one"):
+        client.classify("a", [])
+    with pytest.raises(InvalidRequest, match="ASCII"):
+        client.classify("a", [png()], canary_key="ü")
+    for key in ("", " ", "kh_ü", "kh_\n\0"):
+        with pytest.raises(Unauthenticated):
+            kind("http://127.0.0.1", key)
+    with pytest.raises(InvalidRequest, match="no URL"):
+        kind("http://here:there", "kh_x")
+
+
+def test_a_callers_key_may_only_classify(kind, url, hub, adapters) -> None:
+    with kind(url, hub.key) as owner:
+        owner.register("a", adapters[0].data)
+        key = owner.create_key("default", "laptop")
+        assert [k.name for k in owner.keys("default").keys if k.id == key.id] == ["laptop"]
+    with kind(url, key.key) as caller:
+        caller.classify("a", png())
+        with pytest.raises(Forbidden):
+            caller.delete_task("a")
+    with kind(url, hub.key) as owner:
+        owner.revoke_key("default", key.id)
+
+
+def test_every_form_of_an_image_gets_the_same_answer(client, adapters, tmp_path) -> None:
+    client.register("a", adapters[0].data)
+    (tmp_path / "a.png").write_bytes(png(1))
+    image = Image.open(tmp_path / "a.png")
+    stack = np.stack([np.asarray(image)] * 2)
+    forms = [png(1), tmp_path / "a.png", str(tmp_path / "a.png"), image, np.asarray(image), stack[0]]
+    answers = client.classify("a", forms).predictions
+    answers += client.classify("a", stack).predictions
+    for alone in forms:
+        answers += client.classify("a", alone).predictions
+    assert len(answers) == 2 * len(forms) + 2
+    for answer in answers:
+        assert [p.label for p in answer] == [p.label for p in answers[0]]
+        assert [p.score for p in answer] == pytest.approx([p.score for p in answers[0]], abs=1e-5)
+
+    grey = np.asarray(image.convert("L"))
+    turned = encoded(image, "PNG", exif=_turned())
+    with Image.open(tmp_path / "a.png") as opened:
+        cmyk = opened.convert("CMYK")
+    for a, b in ((grey, Image.fromarray(grey)), (turned, _opened(turned)), (cmyk, encoded(cmyk, "TIFF"))):
+        one, other = client.classify("a", [a, b]).predictions
+        assert [p.score for p in one] == pytest.approx([p.score for p in other], abs=1e-5)
+    assert client.classify("a", turned).predictions != client.classify("a", png(1)).predictions
+    image.close()
+
+
+def _turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((0, 8, 3), np.uint8),
+        np.zeros((2, 8, 8, 3), np.uint8),
+        None,
+        3,
+        b"",
+        b"text",
+    ],
+)
+def test_an_image_that_cannot_be_used_is_named(client, adapters, image) -> None:
+    client.register("a", adapters[0].data)
+    with pytest.raises(InvalidImage) as error:
+        client.classify("a", [png(), image])
+    assert error.value.errors[0].field == "images.1"
+    with pytest.raises(InvalidImage) as error:
+        client.classify_inputs([("a", png()), ("a", image)])
+    assert error.value.errors[0].field == "inputs.1.image"
+
+
+def test_many_images_come_back_in_order(kind, url, hub, adapters, capsys) -> None:
+    responses: list[httpx.Response] = []
+    with kind(url, hub.key, in_flight=3, on_response=responses.append) as client:
+        for i in range(2):
+            client.register(f"task{i}", adapters[i].data)
+        alone = [client.classify("task0", png(i)).predictions[0] for i in range(8)]
+        responses.clear()
+        answer = client.classify("task0", (png(i % 8) for i in range(150)))
+        assert [r.status_code for r in responses] == [200] * 3  # 64, 64, 22
+        assert len(answer.predictions) == 150
+        for i, predictions in enumerate(answer.predictions):
+            assert [p.label for p in predictions] == [p.label for p in alone[i % 8]]
+            assert [p.score for p in predictions] == pytest.approx([p.score for p in alone[i % 8]], abs=1e-4)
+        assert "classifying" not in capsys.readouterr().err
+
+        inputs = [(f"task{i % 2}", png(i % 8)) for i in range(150)]
+        results = client.classify_inputs(inputs, top_k=1, progress=True).results
+        assert [r.task for r in results] == [task for task, _ in inputs]
+        assert [r.predictions[0].label for r in results[::2]] == [alone[i % 8][0].label for i in range(0, 150, 2)]
+        shown = capsys.readouterr()
+        assert "150/150" in shown.err
+        assert shown.out == ""
+
+    responses.clear()
+    with kind(url, hub.key, call_bytes=3 * len(png()), on_response=responses.append) as client:
+        assert len(client.classify("task0", [png()] * 10).predictions) == 10
+        assert len(responses) == 4
+        assert len(client.classify("task0", [png(1, (64, 64))] * 2).predictions) == 2
+        assert len(responses) == 6  # each larger than `call_bytes`, and alone
+
+
+def test_all_images_of_a_call_meet_one_version(kind, url, hub, adapters) -> None:
+    def release(_response: httpx.Response) -> None:
+        hub.http.post("/v1/tasks/a/versions", content=adapters[1].data, headers=OCTETS)
+
+    hub.http.post("/v1/tasks/a/versions", content=adapters[0].data, headers=OCTETS).raise_for_status()
+    with kind(url, hub.key, on_response=release) as client:
+        answer = client.classify("a", [png()] * 130, top_k=100)
+    assert (answer.version, answer.digest) == (1, adapters[0].digest)
+    assert {len(predictions) for predictions in answer.predictions} == {len(adapters[0].labels)}
+
+
+def test_a_bad_image_among_many_is_named_by_its_place_among_all(client, adapters) -> None:
+    client.register("a", adapters[0].data)
+    images = [png()] * 140
+    images[100] = b"text"
+    with pytest.raises(InvalidImage, match=r"^images\.100: ") as error:
+        client.classify("a", images)
+    assert [e.field for e in error.value.errors] == ["images.100"]
+    with pytest.raises(InvalidImage, match=r"^inputs\.100\.image: ") as error:
+        client.classify_inputs([("a", image) for image in images])
+    assert [e.field for e in error.value.errors] == ["inputs.100.image"]
+    with pytest.raises(NotFound):
+        client.classify("nothing", [png()] * 140)
+
+
+@pytest.mark.parametrize(
+    ("call", "line", "body"),
+    [
+        (calls.task("a/b:c"), "GET /v1/tasks/a%2Fb%3Ac", None),
+        (
+            calls.register("a", source="s3://b/c", digest="0" * 64, alias="x"),
+            "POST /v1/tasks/a/versions",
+            {"source": "s3://b/c", "digest": "0" * 64},
+        ),
+        (calls.set_alias("a", "x", {1: 2}), "PUT /v1/tasks/a/aliases/x", {"weights": {"1": 2}}),
+        (calls.share("a"), "PUT /v1/tasks/a/sharing", {"public": False, "tenants": []}),
+        (calls.usage("t"), "GET /v1/tenants/t/usage", None),
+        (calls.audit("t", after="1-2"), "GET /v1/tenants/t/audit", None),
+        (calls.create_tenant("t"), "POST /v1/tenants", {"tenant": "t"}),
+        (
+            calls.create_tenant("t", LimitsChange(tasks=0)),
+            "POST /v1/tenants",
+            {"tenant": "t", "limits": {"tasks": 0}},
+        ),
+        (calls.change_limits("t", LimitsChange(weight=2)), "PATCH /v1/tenants/t", {"limits": {"weight": 2.0}}),
+        (
+            calls.create_key("t", "n", role="owner", expires=datetime(2030, 1, 2, tzinfo=UTC)),
+            "POST /v1/tenants/t/keys",
+            {"name": "n", "role": "owner", "expires": "2030-01-02T00:00:00+00:00"},
+        ),
+        (calls.create_admin_key("n"), "POST /v1/admin/keys", {"name": "n"}),
+        (calls.revoke_admin_key("i"), "DELETE /v1/admin/keys/i", None),
+        (calls.status(), "GET /v1/status", None),
+        (calls.gc(5), "POST /v1/gc", {"older_than_s": 5}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_sent(call, line, body) -> None:
+    assert isinstance(call, Call)
+    assert f"{call.method} {call.path}" == line
+    assert (call.content is None) == (body is None)
+    if body is not None:
+        assert json.loads(call.content) == body
+        assert call.headers["content-type"] == "application/json"
+
+
+def test_calls_are_made_when_they_are_asked_for() -> None:
+    taken: list[int] = []
+
+    def images() -> Iterator[bytes]:
+        for i in range(1000):
+            taken.append(i)
+            yield b"image"
+
+    many = calls.classify("a", images())
+    assert isinstance(many, Many)
+    assert many.total is None
+    assert taken == []
+    next(many.calls(10**6, []))
+    assert len(taken) == 65
+
+
+def test_the_documented_examples_run(url, hub, adapters: list[Adapter], tmp_path, monkeypatch, capsys) -> None:
+    for name, adapter in zip(("flowers", "flowers-2", "trees"), adapters, strict=False):
+        (tmp_path / f"{name}.safetensors").write_bytes(adapter.data)
+    for i, name in enumerate(("rose", "tulip", "oak")):
+        (tmp_path / f"{name}.png").write_bytes(png(i))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 9
+    names = {"url": url, "key": hub.key, "admin_key": hub.admin_key}
+    for block in blocks:
+        exec(compile(block, "docs/python.md", "exec"), names)
+    shown = capsys.readouterr().out
+    assert "images.1\n" in shown
+    assert "there is no task 'nothing'" in shown
+    assert (tmp_path / "copy.safetensors").read_bytes() == adapters[1].data

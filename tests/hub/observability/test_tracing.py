@@ -1,0 +1,192 @@
+"""Traces: off they cost nothing, on they join a request, its worker and a pass that many share."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from hub.observability import logs, tracing
+from hub.observability.tracing import TracingError
+from hub.worker.batch_tuner import Pace
+from tests.support.models import png
+
+PARENT = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
+
+
+@pytest.fixture
+def spans():
+    """Finished spans, by name."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracing.use(provider)
+
+    def finished() -> dict[str, list]:
+        found: dict[str, list] = {}
+        for span in exporter.get_finished_spans():
+            found.setdefault(span.name, []).append(span)
+        return found
+
+    yield finished
+    tracing.stop()
+
+
+def test_off_nothing_is_imported() -> None:
+    code = (
+        "import sys; from hub import tracing, logs; tracing.start('none')\n"
+        "with tracing.span('a'), tracing.call(1), tracing.request(b'', 'GET') as span: assert span is None\n"
+        "assert tracing.traceparent() == ''\n"
+        "tracing.passed({}, worker='w', images=1, tasks=1, compute_ms=1.0); tracing.stop()\n"
+        "print([m for m in sys.modules if m.startswith('opentelemetry')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_an_exporter_that_is_not_installed_is_said() -> None:
+    with pytest.raises(TracingError, match=r"OTEL_TRACES_EXPORTER=smoke.*karst-hub\[otel\]"):
+        tracing.start("smoke")
+
+
+def test_spans_are_printed_where_that_is_asked_for() -> None:
+    code = "from hub import tracing; tracing.start('console')\nwith tracing.request(b'', 'GET'): pass\ntracing.stop()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    printed = json.loads(done.stdout)
+    assert printed["name"] == "request"
+    assert printed["resource"]["attributes"]["service.name"] == "karst-hub"
+
+
+def test_spans_are_sent_to_a_collector_as_otel_variables_say(monkeypatch) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="karst-hub[otel] is not installed")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    received: list[ExportTraceServiceRequest] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            assert self.path == "/v1/traces"
+            received.append(ExportTraceServiceRequest.FromString(body))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        try:
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+            monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
+            tracing.start("otlp")
+            with tracing.request(b"", "GET"), tracing.span("decode", images=2):
+                pass
+            tracing.stop()
+        finally:
+            collector.shutdown()
+            thread.join()
+    (resource,) = received[0].resource_spans
+    assert {a.key: a.value.string_value for a in resource.resource.attributes}["service.name"] == "mine"
+    assert {span.name for scope in resource.scope_spans for span in scope.spans} == {"request", "decode"}
+
+
+def test_a_request_is_a_span_in_its_senders_trace(hub, adapters, spans) -> None:
+    hub.http.post("/v1/tasks/digits/versions", content=adapters[0].data)
+    answer = hub.http.post("/v1/tasks/digits/classify", content=png(0), headers={"traceparent": PARENT})
+    assert answer.status_code == 200
+    found = spans()
+    request, decode = found["request"][-1], found["decode"][-1]
+    assert f"{request.context.trace_id:032x}" == "1" * 32
+    assert f"{request.parent.span_id:016x}" == "2" * 16
+    assert decode.parent.span_id == request.context.span_id
+    assert request.attributes["http.route"] == "/v1/tasks/{task}/classify"
+    assert request.attributes["http.response.status_code"] == 200
+    assert request.attributes["karst.tenant"] == "default"
+    assert request.attributes["karst.task"] == "digits"
+    assert request.attributes["karst.request_id"] == answer.headers["x-request-id"]
+
+
+def test_a_failed_request_says_why(hub, spans) -> None:
+    hub.http.post("/v1/tasks/absent/classify", content=png(0), headers={"traceparent": "nonsense"})
+    (request,) = spans()["request"]
+    assert request.parent is None
+    assert request.attributes["error.type"] == "not-found"
+
+
+def test_a_pass_stands_in_one_trace_and_links_to_the_others(spans) -> None:
+    parents = []
+    for _ in range(3):
+        with tracing.request(b"", "GET"), tracing.call(2):
+            parents.append(tracing.traceparent())
+    calls = {parent: (2.0 * i, 3.0) for i, parent in enumerate(parents)}
+    tracing.passed(calls, worker="w", images=6, tasks=2, compute_ms=5.0)
+    found = spans()
+    (the_pass,) = found["pass"]
+    traces = {f"{s.context.trace_id:032x}" for s in found["request"]}
+    assert len(traces) == 3
+    assert f"{the_pass.context.trace_id:032x}" == parents[0][3:35]
+    assert {f"{link.context.trace_id:032x}" for link in the_pass.links} == traces - {parents[0][3:35]}
+    assert dict(the_pass.attributes) == {"karst.worker": "w", "karst.images": 6, "karst.tasks": 2}
+    assert len(found["compute"]) == 2
+    for compute in found["compute"]:
+        assert [link.context.span_id for link in compute.links] == [the_pass.context.span_id]
+    for queue in found["queue"]:
+        assert queue.end_time == the_pass.start_time
+        assert queue.end_time - queue.start_time == 3_000_000
+    assert sorted(load.end_time - load.start_time for load in found["load"]) == [0, 2_000_000, 4_000_000]
+
+
+def test_what_is_not_sampled_costs_the_worker_nothing(spans) -> None:
+    with tracing.request(PARENT[:-1].encode() + b"0", "GET"):
+        assert tracing.traceparent() == ""
+        assert logs.origin().traceparent == ""
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own, at import
+def test_a_worker_traces_its_part(empty_redis, tmp_path, adapters, spans, monkeypatch) -> None:
+    import numpy as np
+
+    from hub.settings import Settings
+    from hub.storage.store import Store
+    from hub.worker.prewarming import Warmth
+    from hub.worker.replica import Worker
+
+    monkeypatch.setattr(Pace, "note", lambda *_: None)
+    monkeypatch.setattr(logs, "start", lambda *_: None)
+    store = Store(str(tmp_path))
+    for adapter in adapters[:2]:
+        store.put(adapter.digest, adapter.data)
+    settings = Settings(backbone="demo", slots=2, batch_wait_ms=50, home=tmp_path)
+    worker = Worker(settings, store, Warmth(empty_redis, []), sharing=lambda: 1)
+    image = np.zeros((3, 32, 32), np.uint8)
+
+    async def one(digest: str, traced: bool) -> str:
+        if not traced:
+            await worker.classify("t", digest, [image])
+            return ""
+        with tracing.request(b"", "POST"), tracing.call(1):
+            origin = logs.origin()
+            await worker.classify("t", digest, [image], 1.0, origin)
+            return origin.traceparent
+
+    async def use():
+        await one(adapters[0].digest, False)
+        await one(adapters[1].digest, False)
+        return await asyncio.gather(
+            one(adapters[0].digest, True), one(adapters[1].digest, True), one(adapters[1].digest, False)
+        )
+
+    first, second, _ = asyncio.run(use())
+    found = spans()
+    assert sum(p.attributes["karst.images"] for p in found["pass"]) >= 2
+    assert {f"{s.context.trace_id:032x}" for s in found["queue"]} == {first[3:35], second[3:35]}

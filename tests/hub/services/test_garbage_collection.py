@@ -1,0 +1,194 @@
+"""Garbage is collected beside registrations: nothing that a version holds, or is about to hold, goes away."""
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hub.errors import Unavailable
+from hub.registry.audit import OPERATOR
+from hub.registry.connection import Database
+from hub.registry.tasks import Registry
+from hub.registry.tenants import Tenants
+from hub.schemas import Collected, LimitsChange, VersionInfo
+from hub.services.garbage_collection import collect
+from hub.storage.store import Store
+
+HOUR_S = 3600
+
+
+def data(i: int) -> bytes:
+    return f"adapter {i}".encode()
+
+
+def digest(i: int) -> str:
+    return hashlib.sha256(data(i)).hexdigest()
+
+
+def version(i: int) -> VersionInfo:
+    return VersionInfo(
+        version=0,
+        digest=digest(i),
+        labels=["a", "b"],
+        backbone="demo",
+        fingerprint="f" * 64,
+        config={},
+        preprocess={},
+        metrics=None,
+        size_bytes=len(data(i)),
+        registered="2026-01-01T00:00:00+00:00",
+    )
+
+
+class Case:
+    """A registry with tenant `t`, a store in a folder, and files that are two hours old."""
+
+    def __init__(self, registry: Registry, folder: Path) -> None:
+        self.registry = registry
+        self.folder = folder
+        self.store = Store(str(folder))
+
+    def put(self, *numbers: int, old: bool = True) -> None:
+        for i in numbers:
+            self.store.put(digest(i), data(i))
+            if old:
+                then = datetime.now(UTC) - timedelta(hours=2)
+                path = self.folder / digest(i)[:2] / f"{digest(i)}.safetensors"
+                os.utime(path, (then.timestamp(), then.timestamp()))
+
+    async def register(self, task: str, i: int) -> VersionInfo:
+        kept, _ = await self.registry.register(OPERATOR, "t", task, version(i), ["latest"])
+        return kept
+
+    async def collect(self, older_than_s: float = HOUR_S, **options: Any) -> Collected:
+        return await collect(self.registry, self.store, asyncio.to_thread, older_than_s, **options)
+
+    def stored(self, *numbers: int) -> bool:
+        return sorted(file.digest for file in self.store.files()) == sorted(digest(i) for i in numbers)
+
+
+@pytest.fixture
+def case(empty_redis, tmp_path) -> Callable[[Callable[[Case], Coroutine[Any, Any, None]]], None]:
+    """Runs `use(case)` on a loop of its own."""
+
+    def run(use: Callable[[Case], Coroutine[Any, Any, None]]) -> None:
+        async def main() -> None:
+            database = Database(empty_redis)
+            try:
+                await Tenants(database).create(OPERATOR, "t", LimitsChange())
+                await use(Case(Registry(database), tmp_path))
+            finally:
+                await database.close()
+
+        asyncio.run(main())
+
+    return run
+
+
+def test_only_old_files_that_no_version_holds_are_removed(case) -> None:
+    async def use(case: Case) -> None:
+        case.put(1, 2, 3, 4)
+        case.put(5, old=False)
+        await case.register("flowers", 1)
+        await case.register("leaves", 1)
+        await case.register("leaves", 2)
+        await case.register("leaves", 3)
+        await case.registry.delete_version(OPERATOR, "t", "leaves", 2)
+        await case.registry.delete_task(OPERATOR, "t", "flowers")  # 1 is held by leaves still
+        assert await case.collect() == Collected(removed=2, bytes=len(data(2)) + len(data(4)), kept=3)
+        assert case.stored(1, 3, 5)
+        assert await case.collect() == Collected(removed=0, bytes=0, kept=3)
+        await case.registry.delete_task(OPERATOR, "t", "leaves")
+        assert (await case.collect(0, now=datetime.now(UTC) + timedelta(seconds=1))).removed == 3
+        assert case.stored()
+
+    case(use)
+
+
+def test_an_empty_store_and_what_crashes_left(case) -> None:
+    async def use(case: Case) -> None:
+        assert await case.collect() == Collected(removed=0, bytes=0, kept=0)
+        case.put(1, old=False)
+        left = case.folder / digest(1)[:2] / f".{digest(1)}.safetensors.abcdefgh"
+        left.write_bytes(b"123")
+        assert await case.collect() == Collected(removed=0, bytes=0, kept=1)
+        os.utime(left, (0, 0))
+        assert await case.collect() == Collected(removed=1, bytes=3, kept=1)
+        assert not left.exists()
+
+    case(use)
+
+
+def test_a_put_after_the_listing_saves_the_file(case) -> None:
+    async def use(case: Case) -> None:
+        case.put(1)
+        claim = case.registry.claim_orphan
+
+        async def late(name: str) -> bool:
+            case.put(1, old=False)
+            return await claim(name)
+
+        case.registry.claim_orphan = late
+        assert await case.collect() == Collected(removed=0, bytes=0, kept=1)
+        assert case.stored(1)
+
+    case(use)
+
+
+def test_a_registration_whose_file_is_removed_under_it_is_refused(case) -> None:
+    """Its put came just before the removal, its version comes just after: it must not be left without a file."""
+
+    async def use(case: Case) -> None:
+        case.put(1)
+        delete = case.store.delete
+
+        def late(name: str) -> bool:
+            case.put(1, old=False)  # after the last look
+            return delete(name)
+
+        case.store.delete = late
+        assert (await case.collect()).removed == 1
+        with pytest.raises(Unavailable, match="try again"):
+            await case.register("flowers", 1)
+        assert await case.registry.tasks("t") == []
+
+    case(use)
+
+
+def test_what_cannot_be_removed_in_time_is_left(case, monkeypatch) -> None:
+    async def use(case: Case) -> None:
+        case.put(1)
+        monkeypatch.setattr("hub.services.garbage_collection.HURRY_S", -1.0)
+        assert await case.collect() == Collected(removed=0, bytes=0, kept=1)
+        assert case.stored(1)
+
+    case(use)
+
+
+def test_registrations_and_collections_at_once_leave_every_version_its_file(case) -> None:
+    async def use(case: Case) -> None:
+        async def register(i: int) -> bool:
+            await asyncio.to_thread(case.put, i, old=bool(i % 2))  # every other one is as old as garbage at once
+            try:
+                await case.register(f"task{i}", i)
+            except Unavailable:
+                return False
+            return True
+
+        async def collect_often() -> None:
+            for _ in range(5):
+                await case.collect()
+
+        *done, _, _ = await asyncio.gather(*(register(i) for i in range(40)), collect_often(), collect_often())
+        await case.collect()
+        registered = [i for i in range(40) if done[i]]
+        assert {i for i in range(40) if not i % 2} <= set(registered)
+        assert {t.current.digest for t in await case.registry.tasks("t")} == {digest(i) for i in registered}
+        assert case.stored(*registered)
+
+    case(use)

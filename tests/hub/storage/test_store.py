@@ -1,0 +1,214 @@
+"""The store: written once and whole, read back against the digest, on a folder and on an object store's API."""
+
+import hashlib
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from hub.errors import Unavailable
+from hub.storage.store import Store
+from tests.hub.conftest import OCTETS
+from tests.support.models import png
+
+DATA = b"adapter" * 100
+DIGEST = hashlib.sha256(DATA).hexdigest()
+OTHER = hashlib.sha256(DATA[1:]).hexdigest()
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture(params=["{folder}/new/store", "memory://bucket/prefix"])
+def store(request, tmp_path) -> Store:
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+    return Store(request.param.format(folder=tmp_path))
+
+
+def age(path: Path) -> None:
+    os.utime(path, (LONG_AGO.timestamp(), LONG_AGO.timestamp()))
+
+
+def test_what_was_put_comes_back(store) -> None:
+    with pytest.raises(Unavailable, match=f"the adapter store has no file {DIGEST}"):
+        store.get(DIGEST)
+    assert store.find(DIGEST) is None
+    store.put(DIGEST, DATA)
+    store.put(DIGEST, DATA)
+    assert store.get(DIGEST) == DATA
+
+
+def test_what_is_there_is_listed_with_size_and_time_and_can_be_deleted(store) -> None:
+    assert list(store.files()) == []
+    began = datetime.now(UTC) - timedelta(seconds=1)
+    store.put(DIGEST, DATA)
+    store.put(OTHER, DATA[1:])
+    found = {file.digest: file for file in store.files()}
+    assert {digest: file.size_bytes for digest, file in found.items()} == {DIGEST: 700, OTHER: 699}
+    assert all(began < file.modified < datetime.now(UTC) + timedelta(seconds=1) for file in found.values())
+    assert store.find(DIGEST) == found[DIGEST]
+    assert store.delete(DIGEST)
+    assert not store.delete(DIGEST)
+    assert store.find(DIGEST) is None
+    assert [file.digest for file in store.files()] == [OTHER]
+
+
+@pytest.mark.parametrize("damaged", [DATA[:-1], b"B" + DATA[1:]])
+def test_a_damaged_file_is_never_served_and_is_mended_by_the_next_put(tmp_path, damaged) -> None:
+    store = Store(str(tmp_path))
+    store.put(DIGEST, DATA)
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.write_bytes(damaged)
+    with pytest.raises(Unavailable, match="is damaged: its sha256 is another"):
+        store.get(DIGEST)
+    store.put(DIGEST, DATA)
+    assert store.get(DIGEST) == DATA
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, caplog) -> None:
+    store = Store(str(tmp_path))
+
+    def full(_fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Unavailable, match=f"does not take file {DIGEST} for now"):
+        store.put(DIGEST, DATA)
+    assert f"cannot be written (file {DIGEST}): OSError: [Errno 28] No space left on device" in caplog.text
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_put_makes_a_file_young_and_writes_it_no_second_time(tmp_path) -> None:
+    store = Store(str(tmp_path))
+    store.put(DIGEST, DATA)
+    (path,) = tmp_path.rglob("*.safetensors")
+    age(path)
+    before = path.stat().st_ino
+    assert store.find(DIGEST).modified == LONG_AGO
+    store.put(DIGEST, DATA)
+    assert store.find(DIGEST).modified > datetime.now(UTC) - timedelta(minutes=1)
+    assert path.stat().st_ino == before
+
+
+def test_put_makes_an_object_young(monkeypatch) -> None:
+    store = Store("memory://bucket/young")
+    store.put(DIGEST, DATA)
+    fs = fsspec.filesystem("memory")
+    fs.store[f"/bucket/young/{DIGEST[:2]}/{DIGEST}.safetensors"].created = LONG_AGO
+    assert store.find(DIGEST).modified == LONG_AGO
+    store.put(DIGEST, DATA)
+    assert store.find(DIGEST).modified > datetime.now(UTC) - timedelta(minutes=1)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), PermissionError(1, "not yours")])
+def test_put_writes_what_it_cannot_make_young(tmp_path, monkeypatch, error) -> None:
+    """Collected between look and touch, or another user's file."""
+    store = Store(str(tmp_path))
+    store.put(DIGEST, DATA)
+    (path,) = tmp_path.rglob("*.safetensors")
+    before = path.stat().st_ino
+
+    def fails(_path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "utime", fails)
+    keep = path.open("rb")  # so that the new file cannot get the old one's inode
+    store.put(DIGEST, DATA)
+    keep.close()
+    assert path.stat().st_ino != before
+    assert store.get(DIGEST) == DATA
+
+
+def test_foreign_files_are_passed_over_and_only_old_unfinished_ones_removed(tmp_path) -> None:
+    store = Store(str(tmp_path))
+    store.put(DIGEST, DATA)
+    folder = tmp_path / DIGEST[:2]
+    wrong_folder = tmp_path / ("00" if DIGEST[:2] != "00" else "01")
+    wrong_folder.mkdir()
+    foreign = [
+        tmp_path / "README",
+        tmp_path / f"{DIGEST}.safetensors",
+        wrong_folder / f"{DIGEST}.safetensors",
+        folder / "README",
+        folder / f"{DIGEST}.safetensors.bak",
+        folder / f"{DIGEST.upper()}.safetensors",
+        folder / f".{DIGEST}.safetensors.backup",  # six characters: not one of ours
+        tmp_path / f".{DIGEST}.safetensors.abcd1234",
+    ]
+    old, young = (folder / f".{DIGEST}.safetensors.{end}" for end in ("abcd1234", "_0123456"))
+    for path in (*foreign, old, young):
+        path.write_bytes(b"12345")
+        age(path)
+    os.utime(young)
+    (folder / "folder").mkdir()
+    (tmp_path / "lost+found").mkdir()
+    assert [file.digest for file in store.files()] == [DIGEST]
+    assert store.delete_unfinished(datetime.now(UTC) - timedelta(hours=1)) == [5]
+    assert not old.exists()
+    assert young.exists()
+    assert all(path.exists() for path in foreign)
+
+
+def test_a_store_that_cannot_be_read_says_so(tmp_path, monkeypatch, caplog) -> None:
+    store = Store(str(tmp_path))
+    store.put(DIGEST, DATA)
+
+    def away(*_args: object, **_kwargs: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "scandir", away)
+    with pytest.raises(Unavailable, match="does not give its files for now"):
+        list(store.files())
+    assert "cannot be read (its files): OSError: [Errno 5] Input/output error" in caplog.text
+
+
+WHERE = "Could not connect to https://minio.internal:9000/a-bucket/a/path"
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "told"),
+    [
+        ("pipe_file", lambda store: store.put(DIGEST, DATA), "does not take file {}"),
+        ("cat_file", lambda store: store.get(DIGEST), "does not give file {}"),
+        ("info", lambda store: store.find(DIGEST), "does not give file {}"),
+        ("rm_file", lambda store: store.delete(DIGEST), "does not take the removal of file {}"),
+        ("ls", lambda store: list(store.files()), "does not give its files"),
+    ],
+)
+def test_the_log_alone_has_what_an_object_store_says(monkeypatch, caplog, method, call, told) -> None:
+    def away(*_args: object, **_kwargs: object) -> None:
+        raise OSError(WHERE)
+
+    store = Store("memory://a-bucket/prefix")
+    monkeypatch.setattr(MemoryFileSystem, method, away)
+    with pytest.raises(Unavailable) as caught:
+        call(store)
+    assert caught.value.detail == f"the adapter store {told.format(DIGEST)} for now; the hub's log says why"
+    assert WHERE in caplog.text
+
+
+def test_no_answer_tells_where_the_store_is(hub, adapters, monkeypatch, caplog) -> None:
+    """Whether it is full, its files are damaged, or it is away."""
+    url = "/v1/tasks/flowers/versions"
+
+    def failing(*_args: object, **_kwargs: object) -> None:
+        raise OSError(28, "No space left on device", str(hub.store_folder))
+
+    assert hub.http.post(url, content=adapters[0].data, headers=OCTETS).status_code == 201
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        answers = [hub.http.post(url, content=adapters[1].data, headers=OCTETS)]
+    (path,) = hub.store_folder.rglob("*.safetensors")
+    path.write_bytes(b"damaged")
+    answers += [hub.http.get(f"{url}/1/file"), hub.http.post("/v1/tasks/flowers/classify", content=png())]
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "cat_file", failing)
+        patch.setattr(LocalFileSystem, "info", failing)
+        answers += [hub.http.get(f"{url}/1/file"), hub.http.get("/v1/tenants/default/export")]
+    assert [a.status_code for a in answers] == [503] * len(answers)
+    assert all("is damaged" in a.json()["detail"] for a in answers[1:3])
+    assert not [a.text for a in answers if str(hub.store_folder) in a.text or "No space" in a.text]
+    assert caplog.text.count(str(hub.store_folder)) >= len(answers)
