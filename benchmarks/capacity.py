@@ -179,7 +179,7 @@ def _serve(listener: socket.socket, redis_url: str, store: str, name: str) -> No
     import uvicorn
 
     from hub.api.app import make_api
-    from hub.worker_api import Answer, Pass
+    from hub.worker_api import Answer, PassStats
 
     torch.set_num_threads(1)
     accepted = BankLimits(_backbone(name).info(), max_rank=16, max_kernels=8, factor=8)
@@ -192,7 +192,7 @@ def _serve(listener: socket.socket, redis_url: str, store: str, name: str) -> No
             pass
 
         async def classify(self, tenant: str, digest: str, images: list[np.ndarray], weight: float) -> list[Answer]:
-            done = Pass("engine", len(images), 1, 0.0, 0.0, 0.0)
+            done = PassStats("engine", len(images), 1, 0.0, 0.0, 0.0)
             return [Answer(np.full(10, 0.1, np.float32), done) for _ in images]
 
     settings = Settings(backbone=name, redis_url=redis_url, store_url=store)

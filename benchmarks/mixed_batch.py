@@ -4,7 +4,7 @@
 
 A batch of 8 images for 8 adapters goes through `Bank.forward`; beside it, the frozen backbone alone takes the
 same batch (the floor: no adapters at all), and eight merged models take one image each, one after another (what
-serving costs without a bank). A bank computes the frozen part faster than timm (`adapters.serving.prepack`), so there is
+serving costs without a bank). A bank computes the frozen part faster (`adapters.serving.prepack`), so there is
 the `quick` frozen backbone, too, without adapters. And what no code that does not merge can save, the `products`: those
 that KARST adds, each as one plain product of all rows as if the images had one adapter, with nothing around it. Quick
 plus these is the limit on this machine.

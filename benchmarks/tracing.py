@@ -40,7 +40,7 @@ from hub.registry.connection import Database
 from hub.registry.tenants import Tenants
 from hub.schemas import LimitsChange
 from hub.settings import Settings
-from hub.worker_api import Answer, Pass
+from hub.worker_api import Answer, PassStats
 
 from .common import machine, markdown_table, random_adapter, spread
 
@@ -68,7 +68,7 @@ class Instant:
             if origin.traceparent:
                 calls = {origin.traceparent: (0.0, 0.1)}
                 tracing.passed(calls, worker="w", images=len(images), tasks=1, compute_ms=1.0)
-            return [Answer(self._row, Pass("w", len(images), 1, 0.0, 0.1, 1.0)) for _ in images]
+            return [Answer(self._row, PassStats("w", len(images), 1, 0.0, 0.1, 1.0)) for _ in images]
 
 
 class Dropped(SpanExporter):

@@ -1,40 +1,40 @@
-"""The hub's errors. Each knows its HTTP status and its stable code, which ends the problem type's URI.
+"""Error tree of the hub. Each class has an HTTP status and a stable code; the code ends the problem type's URI.
 
 HubError
- |- InvalidRequest       422  a field, a parameter or a body that is not what it should be
- |   |- InvalidImage     422  bytes that are no usable image
- |   `- InvalidAdapter   422  a file that is no valid adapter for this hub
- |- Unauthenticated      401  no key, or one that the hub does not know
- |- Forbidden            403  the key's role may not do this
- |- NotFound             404  no such task, version or alias that the tenant may see
- |- RequestTimeout       408  the body came too slowly
- |- Conflict             409  the change contradicts what is there
- |- TooLarge             413  a body, an image or a file over its limit
- |- LimitReached         429  a limit of the tenant is reached; try again later
- `- Unavailable          503  something the hub needs is away for now; try again
+ |- InvalidRequest       422  a field, a parameter or a body is not valid
+ |   |- InvalidImage     422  the bytes are not a usable image
+ |   `- InvalidAdapter   422  the file is not a valid adapter for this hub
+ |- Unauthenticated      401  the key is missing or unknown
+ |- Forbidden            403  the key's role does not allow the request
+ |- NotFound             404  the tenant sees no such task, version or alias
+ |- RequestTimeout       408  the body arrived too slowly
+ |- Conflict             409  the change contradicts the current state
+ |- TooLarge             413  a body, an image or a file is over its limit
+ |- LimitReached         429  the tenant has reached one of its limits
+ `- Unavailable          503  a part that the hub needs is unavailable
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 TYPE_PREFIX = "urn:karst-hub:problem:"
 
 
 @dataclass(frozen=True)
 class FieldProblem:
-    """One thing that is wrong: `field` names the parameter, JSON field, tensor or metadata entry."""
+    """One fault of a request. `field` names the parameter, JSON field, tensor or metadata entry."""
 
     field: str
     message: str
 
 
 class HubError(Exception):
-    """What a client is told; `problem()` is the RFC 9457 body. Raised only as one of its kinds."""
+    """Base class of all errors that a client sees. Only its subclasses are raised."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
-    title: ClassVar[str] = "The hub failed"
+    title: ClassVar[str] = "Internal server error"
 
     def __init__(self, detail: str, errors: Sequence[FieldProblem] = (), retry_after_s: int | None = None) -> None:
         super().__init__(detail)
@@ -42,11 +42,20 @@ class HubError(Exception):
         self.errors = tuple(errors)
         self.retry_after_s = retry_after_s
 
+    @classmethod
+    def at(cls, field: str, message: str, **options: Any) -> Self:
+        """Return an error about one field. Its detail is "field: message".
+
+        Args:
+            options: further arguments of the class, such as `retry_after_s`.
+        """
+        return cls(f"{field}: {message}", [FieldProblem(field, message)], **options)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.detail, self.errors, self.retry_after_s)
 
     def problem(self) -> dict[str, Any]:
-        """The members of an `application/problem+json` body (RFC 9457, section 3.1)."""
+        """Return the members of an `application/problem+json` body (RFC 9457, section 3.1)."""
         body: dict[str, Any] = {
             "type": TYPE_PREFIX + self.code,
             "title": self.title,
@@ -59,72 +68,72 @@ class HubError(Exception):
 
 
 class InvalidRequest(HubError):
-    """A field, a parameter or a body that is not what it should be; mend the request."""
+    """A field, a parameter or a body is not valid; the client must correct the request."""
 
-    status, code, title = 422, "invalid-request", "The request is not valid"
+    status, code, title = 422, "invalid-request", "Invalid request"
 
 
 class InvalidImage(InvalidRequest):
-    """The bytes are no image that can be classified; send a JPEG, PNG, WebP, BMP, GIF or TIFF."""
+    """The bytes are not an image that the hub can classify."""
 
-    code, title = "invalid-image", "The image cannot be used"
+    code, title = "invalid-image", "Invalid image"
 
 
 class InvalidAdapter(InvalidRequest):
     """The file breaks `karst/1` or does not fit this hub's backbone; `errors` names each tensor or field."""
 
-    code, title = "invalid-adapter", "The adapter cannot be used"
+    code, title = "invalid-adapter", "Invalid adapter"
 
 
 class Unauthenticated(HubError):
-    """There is no `Authorization: Bearer <key>`, or the hub does not know the key."""
+    """The request has no `Authorization: Bearer <key>`, or the hub does not know the key."""
 
-    status, code, title = 401, "unauthenticated", "A valid key is needed"
+    status, code, title = 401, "unauthenticated", "Unauthorized"
 
 
 class Forbidden(HubError):
-    """The key's role may not do this; use an owner's key."""
+    """The key's role does not allow the request."""
 
-    status, code, title = 403, "forbidden", "The key may not do this"
+    status, code, title = 403, "forbidden", "Forbidden"
 
 
 class NotFound(HubError):
-    """Nothing of this name among the tasks, versions and aliases that the tenant may see."""
+    """The tenant sees no task, version or alias of this name."""
 
-    status, code, title = 404, "not-found", "There is no such thing"
+    status, code, title = 404, "not-found", "Not found"
 
 
 class RequestTimeout(HubError):
-    """The request's body came too slowly, or stopped coming; send it again."""
+    """The request's body arrived too slowly or stopped arriving; the client may send it again."""
 
-    status, code, title = 408, "request-timeout", "The request took too long"
+    status, code, title = 408, "request-timeout", "Request timeout"
 
 
 class Conflict(HubError):
-    """The change contradicts what is there, such as deleting a version that an alias points at."""
+    """The change contradicts the current state, such as deleting a version behind an alias."""
 
-    status, code, title = 409, "conflict", "The change contradicts what is there"
+    status, code, title = 409, "conflict", "Conflict"
 
 
 class TooLarge(HubError):
-    """A body, an image or an adapter file over its limit; the detail names the limit."""
+    """A body, an image or an adapter file is over its limit; the detail names the limit."""
 
-    status, code, title = 413, "too-large", "Too large"
+    status, code, title = 413, "too-large", "Content too large"
 
 
 class LimitReached(HubError):
-    """The tenant has reached one of its limits, which the detail names; nothing was done; try again later."""
+    """The tenant has reached one of its limits. The hub has done nothing; the client may retry later."""
 
-    status, code, title = 429, "limit-reached", "A limit of the tenant is reached"
+    status, code, title = 429, "limit-reached", "Too many requests"
 
     def __init__(self, detail: str, errors: Sequence[FieldProblem] = (), retry_after_s: int | None = 1) -> None:
         super().__init__(detail, errors, retry_after_s)
 
 
 class Unavailable(HubError):
-    """Registry, store or workers are away or full for now; nothing was changed; try again after `Retry-After`."""
+    """The registry, the store or the workers are unavailable. The hub has changed nothing; the client may retry."""
 
-    status, code, title = 503, "unavailable", "Unavailable for now"
+    status, code, title = 503, "unavailable", "Service unavailable"
 
     def __init__(self, detail: str, errors: Sequence[FieldProblem] = (), retry_after_s: int | None = 2) -> None:
         super().__init__(detail, errors, retry_after_s)

@@ -1,17 +1,33 @@
-"""What a worker gives for an image, and how it was computed."""
+"""Interface between gateways and workers: the calls, their origin and their answers. No Ray, no HTTP."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from adapters import AdapterError, BankLimits
+
+from .errors import FieldProblem, InvalidAdapter
+
+ROUTING_DIGEST_CHARS = 16  # of a digest that workers report to routers: enough to tell adapters apart
+
+
+class CallOrigin(NamedTuple):
+    """Request behind a call to a worker: for log lines, traces and the list of busy tasks."""
+
+    request_id: str = ""
+    task: str = ""
+    traceparent: str = ""  # W3C trace context; "" where the request is not traced
+
 
 @dataclass(frozen=True)
-class Pass:
-    """The forward pass of an image: who ran it, what shared it, and the milliseconds around it."""
+class PassStats:
+    """Forward pass that computed an image: its worker, its size, and the image's own times."""
 
     worker: str
-    images: int
-    tasks: int
+    images: int  # in the pass
+    tasks: int  # in the pass
     load_ms: float
     queue_ms: float
     compute_ms: float
@@ -19,7 +35,41 @@ class Pass:
 
 @dataclass(frozen=True)
 class Answer:
-    """The probabilities (K,) float32 of one image, and how they were computed."""
+    """Probabilities of one image: float32 (K,), one for each label of the adapter."""
 
     probabilities: np.ndarray
-    computed: Pass
+    computed: PassStats
+
+
+class Workers(Protocol):
+    """All workers of a hub, as a gateway sees them."""
+
+    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
+        """Return one answer for each image, all from one adapter.
+
+        Args:
+            tenant: whose share of the worker's time the images use.
+            digest: sha256 of the adapter's file.
+            images: preprocessed pixels, uint8 (3, H, W).
+            weight: the tenant's share, relative to other tenants.
+
+        Raises:
+            Unavailable: no worker answers, or the adapter cannot be loaded in time.
+            InvalidAdapter: the adapter does not fit the workers' backbone.
+            LimitReached: too many images of the tenant are queued.
+        """
+
+    async def prefetch(self, digest: str) -> None:
+        """Ask a worker to load an adapter before its first call. Never raises."""
+
+    async def limits(self) -> BankLimits:
+        """Return the limits of the workers' banks.
+
+        Raises:
+            Unavailable: no worker is ready.
+        """
+
+
+def invalid_adapter(error: AdapterError) -> InvalidAdapter:
+    """Translate the library's error; each faulty tensor and field keeps its own message."""
+    return InvalidAdapter(str(error), [FieldProblem(p.where, p.message) for p in error.problems])

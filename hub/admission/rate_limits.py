@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from ..errors import FieldProblem, LimitReached, Unavailable
+from ..errors import LimitReached, Unavailable
 from ..registry.cache import RegistryCache
 from ..registry.connection import Database
 from ..registry.tenants import Tenants
@@ -304,4 +304,4 @@ class Limiter:
         purse.counts["refused"] += 1
         named = which.replace("_per_second", " a second").replace("_", " ")
         message = f"the tenant's limit of {getattr(limits, which):g} {named} is reached{more}"
-        return LimitReached(message, [FieldProblem(which, message)], retry_after_s=max(1, math.ceil(wait_s)))
+        return LimitReached.at(which, message, retry_after_s=max(1, math.ceil(wait_s)))

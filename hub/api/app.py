@@ -19,12 +19,13 @@ from ..registry.connection import Database
 from ..registry.tasks import Registry
 from ..registry.tenants import Tenants
 from ..services.administration import Administration
-from ..services.classification import Service, Workers
+from ..services.classification import Service
 from ..services.image_decoding import Images
 from ..services.registration import Changes
 from ..settings import Settings
 from ..storage.remote_sources import Sources
 from ..storage.store import Store
+from ..worker_api import Workers
 from .dependencies import Doors
 from .edge import protect
 from .openapi import finish

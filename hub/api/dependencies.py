@@ -18,7 +18,7 @@ from starlette.routing import Match
 from ..admission.authentication import Access, Caller
 from ..errors import FieldProblem, HubError, InvalidRequest, TooLarge, Unauthenticated
 from ..observability import logs
-from ..worker_api import Pass
+from ..worker_api import PassStats
 from .edge import client_address
 from .upload_guard import belongs_to
 
@@ -118,7 +118,7 @@ async def read_body(request: Request, limit_bytes: int, what: str) -> bytes:
 
 async def limited(request: Request, limit_bytes: int, what: str) -> AsyncGenerator[bytes, None]:
     message = f"the {what} has more than the {limit_bytes} bytes that are allowed"
-    error = TooLarge(message, [FieldProblem("body", message)])
+    error = TooLarge.at("body", message)
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit_bytes:
         raise error
@@ -139,7 +139,7 @@ def parse_json(model: type[Body], body: bytes, most_values: int = MAX_JSON_VALUE
     """
     if body.count(b",") > most_values:
         message = f"the JSON has more than {most_values} values; send images as bytes, not as numbers"
-        raise TooLarge(message, [FieldProblem("body", message)])
+        raise TooLarge.at("body", message)
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -150,10 +150,10 @@ def require_name(alias: str | None) -> None:
     """An alias of digits alone would be taken for a version's number."""
     if alias is not None and alias.isdecimal():
         message = f"{alias!r} is a version's number; an alias needs a letter in it"
-        raise InvalidRequest(message, [FieldProblem("alias", message)])
+        raise InvalidRequest.at("alias", message)
 
 
-def tell(response: Response, passes: Sequence[Pass]) -> None:
+def tell(response: Response, passes: Sequence[PassStats]) -> None:
     """How the answer was computed, in headers; for several images the largest pass and the longest times."""
     response.headers["x-worker"] = passes[0].worker
     response.headers["x-batch-images"] = str(max(p.images for p in passes))

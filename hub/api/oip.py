@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from ..admission.authentication import Caller
 from ..concurrency import Turns
-from ..errors import FieldProblem, TooLarge
+from ..errors import TooLarge
 from ..schemas import LATEST, TASK_PATTERN, Prediction
 from ..services.classification import Service, decode_base64
 from .dependencies import BINARY, JSON, content_type, documented, parse_json, read_body, schema_of, tell
@@ -236,7 +236,7 @@ def _inflated(body: bytes, coding: str, limit_bytes: int) -> bytes:
         raise refused("body", f"is not {coding}: {error}") from error
     if len(plain) > limit_bytes:
         message = f"the body has more than the {limit_bytes} bytes that are allowed when it is decompressed"
-        raise TooLarge(message, [FieldProblem("body", message)])
+        raise TooLarge.at("body", message)
     if not inflater.eof or inflater.unused_data:
         raise refused("body", f"is cut off, or has more than one {coding} stream")
     return plain

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import FieldProblem, InvalidRequest
+from ..errors import InvalidRequest
 from ..schemas import MAX_IMAGES
 from ..services.classification import decode_base64
 
@@ -208,7 +208,7 @@ def write_reply(
 
 
 def refused(field: str, message: str) -> InvalidRequest:
-    return InvalidRequest(f"{field}: {message}", [FieldProblem(field, message)])
+    return InvalidRequest.at(field, message)
 
 
 def _check_kind(tensor: InputTensor) -> None:

@@ -10,7 +10,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..admission.authentication import Caller
 from ..concurrency import Turns
-from ..errors import FieldProblem, InvalidImage, InvalidRequest
+from ..errors import InvalidImage, InvalidRequest
 from ..schemas import (
     LATEST,
     MAX_IMAGES,
@@ -209,7 +209,7 @@ async def _images(request: Request, limit_bytes: int) -> list[tuple[str, bytes]]
     body = await read_body(request, limit_bytes, "body")
     if body[:64].lstrip().startswith(b"{"):  # no kind of image begins so
         message = f"looks like JSON; send it with content-type: {JSON}"
-        raise InvalidImage(f"body: {message}", [FieldProblem("body", message)])
+        raise InvalidImage.at("body", message)
     return [("body", body)]
 
 
@@ -218,14 +218,14 @@ async def _multipart(request: Request, limit_bytes: int) -> list[tuple[str, byte
     try:
         form = await MultiPartParser(request.headers, stream, max_files=MAX_IMAGES, max_fields=MAX_IMAGES).parse()
     except MultiPartException as error:
-        raise InvalidRequest(error.message, [FieldProblem("body", error.message)]) from error
+        raise InvalidRequest.at("body", error.message) from error
     try:
         images = [(name, await part.read()) for name, part in form.multi_items() if not isinstance(part, str)]
     finally:
         await form.close()
     if not images:
         message = "no file part in the form; send each image as a file"
-        raise InvalidRequest(message, [FieldProblem("body", message)])
+        raise InvalidRequest.at("body", message)
     return images
 
 

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel
 
-from ..errors import FieldProblem, InvalidRequest
+from ..errors import InvalidRequest
 from ..schemas import (
     LATEST,
     AuditPage,
@@ -366,4 +366,4 @@ def _count(items: Iterable[Any]) -> int | None:
 
 
 def _refused(field: str, message: str) -> InvalidRequest:
-    return InvalidRequest(message, [FieldProblem(field, message)])
+    return InvalidRequest.at(field, message)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from ..errors import FieldProblem, InvalidImage, InvalidRequest
+from ..errors import InvalidImage, InvalidRequest
 from ..schemas import MAX_IMAGES
 
 if TYPE_CHECKING:  # both are loaded where a caller has such an image, not by every command
@@ -61,7 +61,7 @@ def encode(picture: Picture, field: str) -> bytes:
         else:
             image.save(buffer, "TIFF")
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of a lazily opened file too
-        raise InvalidImage(f"{field}: {error}", [FieldProblem(field, str(error))]) from error
+        raise InvalidImage.at(field, str(error)) from error
     return buffer.getvalue()
 
 
@@ -86,7 +86,7 @@ def portions(items: Iterable[tuple[T, int]], most_bytes: int) -> Iterator[tuple[
         portion_bytes += item_bytes
     if not portion:
         message = "there is no image; give at least one"
-        raise InvalidRequest(message, [FieldProblem("images", message)])
+        raise InvalidRequest.at("images", message)
     yield start, portion
 
 

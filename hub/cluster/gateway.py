@@ -15,8 +15,7 @@ from adapters import BankLimits
 
 from ..errors import HubError, Unavailable
 from ..observability import logs, tracing
-from ..services.classification import Workers
-from ..worker_api import Answer
+from ..worker_api import Answer, Workers
 from .metrics import GatewayMetrics
 from .rendezvous import WARM
 

@@ -25,7 +25,6 @@ Worker = TypeVar("Worker", bound=Hashable)
 OWNERS = 2
 BOUND = 1.25
 SHORT = 3
-PREFIX = 16  # characters of a resident adapter's digest that a worker tells; for routing that is enough
 WARM = ":warm"  # behind a call's digest: only to a worker that is known to hold it, if there is one
 REMEMBERED = 100_000  # adapters whose owners are remembered
 

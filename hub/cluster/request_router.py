@@ -9,7 +9,8 @@ from weakref import WeakValueDictionary
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from .rendezvous import PREFIX, WARM, Owners, ranked
+from ..worker_api import ROUTING_DIGEST_CHARS
+from .rendezvous import WARM, Owners, ranked
 
 SAMPLE = 32  # workers that are looked at for a call, beside the owners; all, up to this many
 
@@ -59,7 +60,7 @@ class OwnersRouter(RequestRouter):
         return [*([replicas[name]] for name in best), [replicas[name] for name in seen if name not in best]]
 
     def _holds(self, worker: ReplicaID, digest: str) -> bool:
-        return digest[:PREFIX] in self._resident.get(worker, ())
+        return digest[:ROUTING_DIGEST_CHARS] in self._resident.get(worker, ())
 
     def _get_pending_request_matching_internal_request_id(
         self, request_metadata: object | None = None

@@ -1,7 +1,7 @@
 """Requests by name: `X-Request-Id`, what is known of the request that runs, and log lines that say it.
 
 The outermost layer of a gateway's application makes an `Asked` for every request; whoever learns more of it (its
-tenant, its task) notes that here. A worker gets the `Origin` of a call with the call. So each log line tells for whom
+tenant, its task) notes that here. A worker gets the `CallOrigin` with the call. So each log line tells for whom
 it was written. No Ray, no HTTP framework.
 """
 
@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple, Protocol
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..worker_api import CallOrigin
 from . import tracing
 
 Format = Literal["json", "text"]
@@ -58,14 +59,6 @@ class About(NamedTuple):
     task: str = ""
     version: int | None = None
     digest: str = ""
-
-
-class Origin(NamedTuple):
-    """Where a call to a worker comes from; small, since it goes with every call."""
-
-    request_id: str = ""
-    task: str = ""
-    traceparent: str = ""  # W3C trace context; "" where nothing is traced
 
 
 class Meter(Protocol):
@@ -122,14 +115,14 @@ def note_error(code: str, field_name: str = "") -> None:
             asked.limit = field_name or "waiting"
 
 
-def origin() -> Origin:
+def origin() -> CallOrigin:
     """What a call to a worker takes along."""
     asked = _asked.get()
-    return Origin(asked.request_id if asked else "", _about.get().task, tracing.traceparent())
+    return CallOrigin(asked.request_id if asked else "", _about.get().task, tracing.traceparent())
 
 
 @contextmanager
-def within(origin: Origin, tenant: str, digest: str) -> Iterator[None]:
+def within(origin: CallOrigin, tenant: str, digest: str) -> Iterator[None]:
     """A worker's work for a call that came from there."""
     was_asked = _asked.set(Asked(origin.request_id, tenant, origin.task, None, digest))
     was_about = _about.set(About(origin.task, None, digest))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..errors import FieldProblem, InvalidAdapter, NotFound
+from ..errors import InvalidAdapter, NotFound
 from ..schemas import LATEST, Sharing, TaskInfo, TaskSummary, VersionInfo
 
 MAX_VERSION_BYTES = 512 * 1024  # of labels, metrics and the rest of a version, which lie in the registry's memory
@@ -40,7 +40,7 @@ class Task:
             return self.aliases[reference]
         known = [*map(str, self.versions), *self.aliases]
         message = f"task {self.name!r} has no version or alias {reference!r}; it has {', '.join(known)}"
-        raise NotFound(message, [FieldProblem("version", message)])
+        raise NotFound.at("version", message)
 
     def version(self, number: int) -> VersionInfo:
         """
@@ -67,7 +67,7 @@ class Task:
 def task_not_found(task: str) -> NotFound:
     """The one answer for a task that is not there, and for one that belongs to somebody else."""
     message = f"there is no task {task!r}"
-    return NotFound(message, [FieldProblem("task", message)])
+    return NotFound.at("task", message)
 
 
 def parse_task(name: str, fields: Mapping[str, str]) -> Task:
@@ -112,7 +112,7 @@ def version_body(version: VersionInfo) -> str:
     text = version.model_dump_json(exclude={"version"})
     if len(text) > MAX_VERSION_BYTES:
         message = f"labels and metrics take {len(text)} bytes; at most {MAX_VERSION_BYTES} are kept"
-        raise InvalidAdapter(message, [FieldProblem("metrics", message)])
+        raise InvalidAdapter.at("metrics", message)
     return text
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import Conflict, FieldProblem, InvalidRequest, LimitReached, NotFound, Unauthenticated, Unavailable
+from ..errors import Conflict, InvalidRequest, LimitReached, NotFound, Unauthenticated, Unavailable
 from ..schemas import LATEST, Sharing, VersionInfo
 from . import scripts
 from .audit import Actor
@@ -261,7 +261,7 @@ class Registry:
                 raise task_not_found(task)
             case ["version", number]:
                 message = f"task {task!r} has no version {number}"
-                raise InvalidRequest(message, [FieldProblem("version", message)])
+                raise InvalidRequest.at("version", message)
             case ["key"] | ["full"]:
                 raise _refused(done)
             case ["nothing"]:
@@ -278,12 +278,12 @@ def _refused(done: Sequence[Any]) -> Exception:
         case ["limit", which, most]:
             named = {"tasks": "tasks", "versions": "versions a task", "stored_bytes": "stored bytes"}[which]
             message = f"the tenant's limit of {named} ({most}) is reached; delete some, or ask an admin for more"
-            return LimitReached(message, [FieldProblem(which, message)], retry_after_s=60)
+            return LimitReached.at(which, message, retry_after_s=60)
         case ["gc"]:
             return Unavailable("the store is removing an old copy of this file; try again", retry_after_s=2)
         case ["full"]:
             message = "the task has as many aliases as it may; delete some"
-            return LimitReached(message, [FieldProblem("alias", message)], retry_after_s=60)
+            return LimitReached.at("alias", message, retry_after_s=60)
     return Unauthenticated("the key or its tenant is no more")
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from ..errors import Conflict, FieldProblem, InvalidRequest, LimitReached, NotFound, Unauthenticated
+from ..errors import Conflict, InvalidRequest, LimitReached, NotFound, Unauthenticated
 from ..schemas import Counted, KeyInfo, LimitsChange, NewKey, TenantInfo, TenantLimits, Usage, UsedNow
 from .audit import Actor
 from .connection import QUICK_S, Database
@@ -140,7 +140,7 @@ class Tenants:
         done = await self._change(_CREATE, tenant, entry, info.model_dump_json(exclude={"tenant"}))
         if not done:
             message = f"there is a tenant {tenant!r} already"
-            raise Conflict(message, [FieldProblem("tenant", message)])
+            raise Conflict.at("tenant", message)
         return info
 
     async def all(self) -> list[TenantInfo]:
@@ -251,7 +251,7 @@ class Tenants:
             until = expires.astimezone(UTC).isoformat(timespec="seconds") if expires is not None else None
         except OverflowError as error:
             message = "is beyond the years 1 to 9999 in UTC"
-            raise InvalidRequest(f"expires: {message}", [FieldProblem("expires", message)]) from error
+            raise InvalidRequest.at("expires", message) from error
         record = KeyRecord(hash_key(key), tenant, role, name, _now(), until)
         entry = by.entry(tenant, "key.create", id=key_id(key), role=role, name=name, expires=until)
         body = json.dumps(asdict(record))
@@ -262,7 +262,7 @@ class Tenants:
             raise LimitReached(f"there are {MOST_KEYS} keys already; revoke some first", retry_after_s=60)
         if done == "ends":
             message = "there is no admin key that never ends; make one without `expires` first"
-            raise Conflict(f"expires: {message}", [FieldProblem("expires", message)])
+            raise Conflict.at("expires", message)
         return NewKey(key=key, **_key_info(key_id(key), record, None).model_dump())
 
     async def revoke(self, by: Actor, tenant: str, id: str) -> None:
@@ -275,10 +275,10 @@ class Tenants:
         done = await self._change(_REVOKE, tenant, by.entry(tenant, "key.revoke", id=id), id, _now())
         if done == "absent":
             message = f"there is no key {id!r}"
-            raise NotFound(message, [FieldProblem("id", message)])
+            raise NotFound.at("id", message)
         if done == "last":
             message = "no other admin key never ends, so this one stays; make one without `expires` first"
-            raise Conflict(message, [FieldProblem("id", message)])
+            raise Conflict.at("id", message)
 
     async def is_old(self) -> bool:
         """Whether the registry was written before there were tenants in it; its files would look like nobody's."""
@@ -311,7 +311,7 @@ def key_id(key: str) -> str:
 def tenant_not_found(tenant: str) -> NotFound:
     """The one answer for a tenant that is not there, and for one that is not the caller's."""
     message = f"there is no tenant {tenant!r}"
-    return NotFound(message, [FieldProblem("tenant", message)])
+    return NotFound.at("tenant", message)
 
 
 def _in_flight(held: Sequence[str]) -> int:

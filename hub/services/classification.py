@@ -7,7 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Coroutine, Iterable, Sequence
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,31 +16,18 @@ from adapters import BankLimits
 from ..admission.authentication import Caller
 from ..admission.rate_limits import Limiter
 from ..concurrency import Turns
-from ..errors import FieldProblem, InvalidAdapter, InvalidImage
+from ..errors import InvalidAdapter, InvalidImage
 from ..observability import logs, tracing
 from ..registry.cache import RegistryCache
 from ..registry.models import Task, task_not_found
 from ..registry.tasks import Registry
 from ..schemas import Classified, Input, Prediction, Result, TaskInfo, TaskSummary, VersionInfo
-from ..worker_api import Answer, Pass
+from ..worker_api import Answer, PassStats, Workers
 from .image_decoding import Images
 
 T = TypeVar("T")
 TENANT_IMAGES = 128  # of one tenant that are decoded or at the workers at once; the others are bytes until then
 CHUNK_BYTES = 2 * 1024**2  # of pixels in one call to a worker; by-value messages to a replica stop at 4 MiB
-
-
-class Workers(Protocol):
-    """The workers as the service sees them; the gateway puts Ray Serve behind it."""
-
-    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
-        """Probabilities for images of one adapter, from a worker that is likely to hold it, in the tenant's turn."""
-
-    async def prefetch(self, digest: str) -> None:
-        """Tell that worker that the adapter will be asked for; never fails."""
-
-    async def limits(self) -> BankLimits:
-        """What the workers' banks accept."""
 
 
 class Service:
@@ -100,7 +87,7 @@ class Service:
         images: Sequence[tuple[str, bytes]],
         top_k: int,
         canary: str | None = None,
-    ) -> tuple[Classified, list[Pass]]:
+    ) -> tuple[Classified, list[PassStats]]:
         """The best labels of images with one task, and how each was computed; raises what `predict` raises."""
         chosen, answers = await self.predict(who, name, version, images, canary)
         body = Classified(
@@ -113,7 +100,7 @@ class Service:
 
     async def classify_inputs(
         self, who: Caller, inputs: Sequence[Input], top_k: int, canary: str | None = None
-    ) -> tuple[list[Result], list[Pass]]:
+    ) -> tuple[list[Result], list[PassStats]]:
         """One image each for several tasks, in one go; raises what `predict` raises, naming the input."""
         encoded = await asyncio.to_thread(decode_base64, [(f"inputs.{i}.image", x.image) for i, x in enumerate(inputs)])
         chosen = [_choose(await self._visible(who, x.task), x.version, canary) for x in inputs]
@@ -248,7 +235,7 @@ def decode_base64(images: Sequence[tuple[str, str]]) -> list[tuple[str, bytes]]:
             out.append((field, base64.b64decode(encoded, validate=True)))
         except ValueError as error:  # binascii.Error, or a character that is not ASCII
             message = f"not base64 (RFC 4648, section 4): {error}"
-            raise InvalidImage(f"{field}: {message}", [FieldProblem(field, message)]) from error
+            raise InvalidImage.at(field, message) from error
     return out
 
 

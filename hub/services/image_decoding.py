@@ -14,7 +14,7 @@ from adapters import ImageError, ImageTooLargeError
 from adapters.data.images import decode_image, eval_transform, needed_px
 
 from ..concurrency import Turns
-from ..errors import FieldProblem, InvalidImage, TooLarge
+from ..errors import InvalidImage, TooLarge
 
 DECODE_S = 10.0
 # A JPEG's scans each pass over the whole picture, and cost the sender a few bytes: 10 MB of them would take hours.
@@ -81,7 +81,7 @@ class Images:
             return checked_pixels(field, image, preprocess)
         if len(image) > self._max_bytes:
             message = f"{len(image)} bytes, but at most {self._max_bytes} are allowed for an image"
-            raise TooLarge(f"{field}: {message}", [FieldProblem(field, message)])
+            raise TooLarge.at(field, message)
         async with AsyncExitStack() as held:
             await held.enter_async_context(self._turns.turn(tenant))
             await self._threads.acquire()
@@ -92,7 +92,7 @@ class Images:
         await asyncio.wait((decode,), timeout=self._decode_s)
         if not decode.done():
             message = f"the image took more than {self._decode_s:g} s to decode; save it again in a simpler form"
-            raise InvalidImage(f"{field}: {message}", [FieldProblem(field, message)])
+            raise InvalidImage.at(field, message)
         return decode.result()
 
     async def _hold(self, held: AsyncExitStack, decode: "asyncio.Future[np.ndarray]") -> None:
@@ -117,9 +117,9 @@ class Images:
                 raise ImageError(f"a JPEG of more than {MAX_JPEG_SCANS} scans; save it again in a simpler form")
             image = decode_image(data, max_pixels=self._max_pixels, needed_px=needed_px(preprocess))
         except ImageTooLargeError as error:
-            raise TooLarge(f"{field}: {error}", [FieldProblem(field, str(error))]) from error
+            raise TooLarge.at(field, str(error)) from error
         except ImageError as error:
-            raise InvalidImage(f"{field}: {error}", [FieldProblem(field, str(error))]) from error
+            raise InvalidImage.at(field, str(error)) from error
         return _transform(json.dumps(preprocess, sort_keys=True))(image).numpy()
 
 
@@ -138,7 +138,7 @@ def checked_pixels(field: str, pixels: np.ndarray, preprocess: Preprocess) -> np
     elif pixels.dtype == np.float32 and not (pixels.min() >= 0 and pixels.max() <= 255):
         message = "pixels outside of 0..255; send them as they are before they are normalised"
     if message:
-        raise InvalidImage(f"{field}: {message}", [FieldProblem(field, message)])
+        raise InvalidImage.at(field, message)
     return np.ascontiguousarray(pixels)
 
 

@@ -8,14 +8,14 @@ from adapters import Adapter, AdapterError, BankLimits
 
 from ..admission.authentication import Caller
 from ..concurrency import Turns
-from ..errors import FieldProblem, InvalidRequest
+from ..errors import InvalidRequest
 from ..registry.cache import RegistryCache
 from ..registry.models import Task
 from ..registry.tasks import Registry
 from ..schemas import LATEST, Registered, Sharing, SourceBody, TaskInfo, VersionInfo
 from ..storage.remote_sources import Sources
 from ..storage.store import OffLoop, Store
-from ..worker.adapter_cache import invalid_adapter
+from ..worker_api import invalid_adapter
 from .classification import Service
 from .tenant_archive import facts
 
@@ -90,7 +90,7 @@ class Changes:
             data = await asyncio.to_thread(self._sources.fetch, body.source)  # may hold its thread for a minute
         if body.digest not in (None, hashlib.sha256(data).hexdigest()):
             message = "the file at the source has another sha256"  # which one is not for everybody to know
-            raise InvalidRequest(message, [FieldProblem("digest", message)])
+            raise InvalidRequest.at("digest", message)
         return await self.register(who, name, data, alias, self._sources.told(body.source))
 
     async def file(self, who: Caller, name: str, reference: str) -> tuple[VersionInfo, bytes]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from adapters import Adapter
 
-from ..errors import FieldProblem, InvalidAdapter, InvalidRequest, TooLarge, Unavailable
+from ..errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
 from ..registry.audit import Actor
 from ..registry.models import Task
 from ..registry.scripts import KEPT_TARGETS
@@ -238,7 +238,7 @@ async def _receive(off_loop: OffLoop, file: IO[bytes], chunks: AsyncIterable[byt
         total += len(chunk)
         if total > max_bytes:
             message = f"the tar has more than the {max_bytes} bytes that are allowed"
-            raise TooLarge(message, [FieldProblem("body", message)])
+            raise TooLarge.at("body", message)
         waiting += chunk
         if len(waiting) >= CHUNK:
             await off_loop(file.write, bytes(waiting))
@@ -351,4 +351,4 @@ def _restored(task: _Task, facts_of: Mapping[str, dict[str, Any]]) -> Task:
 
 
 def _invalid(message: str) -> InvalidRequest:
-    return InvalidRequest(message, [FieldProblem("body", message)])
+    return InvalidRequest.at("body", message)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import fsspec
 import httpx
 
-from ..errors import FieldProblem, InvalidRequest, TooLarge, Unavailable
+from ..errors import InvalidRequest, TooLarge, Unavailable
 
 OBJECT_STORES = ("s3", "gs", "hf")
 MAX_CHARACTERS = 2048
@@ -188,7 +188,7 @@ class Sources:
             data = self._read_object(place)
         if len(data) > self._max_bytes:
             message = f"the file has more than the {self._max_bytes} bytes that are allowed"
-            raise TooLarge(f"source: {message}", [FieldProblem("source", message)])
+            raise TooLarge.at("source", message)
         return data
 
     def told(self, source: str) -> str:
@@ -328,4 +328,4 @@ def _without_secrets(error: Exception) -> str:
 
 
 def _refused(message: str) -> InvalidRequest:
-    return InvalidRequest(f"source: {message}", [FieldProblem("source", message)])
+    return InvalidRequest.at("source", message)

@@ -24,8 +24,9 @@ from torch import Tensor
 from adapters import Adapter, AdapterError, Bank, Packed, Slot
 
 from ..concurrency import Turns
-from ..errors import FieldProblem, HubError, InvalidAdapter, Unavailable
+from ..errors import HubError, Unavailable
 from ..storage.store import Store
+from ..worker_api import invalid_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -335,8 +336,3 @@ class _HostCache:
         while self.size_bytes > self._limit_bytes:
             _, oldest = self._adapters.popitem(last=False)
             self.size_bytes -= oldest.packed.size_bytes
-
-
-def invalid_adapter(error: AdapterError) -> InvalidAdapter:
-    """What a client is told of an adapter that cannot be used: every tensor and field that is wrong."""
-    return InvalidAdapter(str(error), [FieldProblem(p.where, p.message) for p in error.problems])

@@ -17,14 +17,13 @@ from adapters import Bank, BankLimits, load_backbone
 from adapters.data.images import normalise
 
 from ..cluster.metrics import WorkerMetrics
-from ..cluster.rendezvous import PREFIX
 from ..errors import HubError
 from ..observability import logs, tracing
 from ..registry.status import TELL_S, Tally
 from ..schemas import WorkerStatus
 from ..settings import Settings
 from ..storage.store import Store
-from ..worker_api import Answer, Pass
+from ..worker_api import ROUTING_DIGEST_CHARS, Answer, CallOrigin, PassStats
 from .adapter_cache import Resident, Tiers
 from .batch_tuner import Pace
 from .batcher import Batcher
@@ -167,7 +166,7 @@ class Worker:
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Ray Serve asks for this, for the routers: adapters in slots here, and images of the largest pass."""
-        digests = [digest[:PREFIX] for digest in self._tiers.resident_digests()[-TOLD:]]
+        digests = [digest[:ROUTING_DIGEST_CHARS] for digest in self._tiers.resident_digests()[-TOLD:]]
         return {"digests": digests, "batch": self._pace.images}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -192,7 +191,7 @@ class Worker:
         digest: str,
         images: Sequence[np.ndarray],
         weight: float = 1.0,
-        origin: logs.Origin = logs.Origin(),  # noqa: B008 (a tuple)
+        origin: CallOrigin = CallOrigin(),  # noqa: B008 (a tuple)
     ) -> list[Answer]:
         """Probabilities of preprocessed images, all for one adapter.
 
@@ -241,7 +240,7 @@ class Worker:
         calls = {x.traceparent: (x.load_ms, ms) for x, ms in zip(items, queue_ms, strict=True) if x.traceparent}
         tracing.passed(calls, worker=self._name, images=len(items), tasks=tasks, compute_ms=compute_ms)
         return [
-            Answer(row, Pass(self._name, len(items), tasks, item.load_ms, waited_ms, compute_ms))
+            Answer(row, PassStats(self._name, len(items), tasks, item.load_ms, waited_ms, compute_ms))
             for item, row, waited_ms in zip(items, probabilities, queue_ms, strict=True)
         ]
 

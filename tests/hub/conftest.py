@@ -26,7 +26,7 @@ from hub.registry.tenants import Tenants
 from hub.schemas import LimitsChange
 from hub.settings import Settings
 from hub.storage.store import Store
-from hub.worker_api import Answer, Pass
+from hub.worker_api import Answer, PassStats
 from tests.support.asgi import listening
 from tests.support.models import random_adapter
 
@@ -60,7 +60,7 @@ class Engine:
         mean, std = (torch.tensor(adapter.preprocess[name]) for name in ("mean", "std"))
         pixels = normalise(torch.from_numpy(np.stack(images)), mean, std)
         rows = self._bank.forward(pixels, [slot] * len(images))
-        return [Answer(row.softmax(0).numpy(), Pass("engine", len(images), 1, 0.0, 0.0, 0.0)) for row in rows]
+        return [Answer(row.softmax(0).numpy(), PassStats("engine", len(images), 1, 0.0, 0.0, 0.0)) for row in rows]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from hub.errors import Forbidden, Unavailable
 from hub.registry.status import Board, Tally, busiest
 from hub.schemas import Counted, HubStatus, TaskRate, TenantStatus, WorkerStatus
 from hub.worker.batch_tuner import Pace
+from hub.worker_api import CallOrigin
 from tests.hub.conftest import bearer, in_registry
 from tests.support.models import png
 
@@ -144,7 +145,7 @@ def test_a_worker_tells_how_it_is(empty_redis, tmp_path, adapters, monkeypatch) 
         database = Database(empty_redis)
         try:
             await made.limits()  # begins to tell
-            images, origin = [np.zeros((3, 32, 32), np.uint8)] * 3, logs.Origin("r", "digits")
+            images, origin = [np.zeros((3, 32, 32), np.uint8)] * 3, CallOrigin("r", "digits")
             await made.classify("acme", adapters[0].digest, images, 1.0, origin)
             for _ in range(200):
                 told = await Board(database).workers()

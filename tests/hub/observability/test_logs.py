@@ -9,7 +9,8 @@ import uuid
 import pytest
 
 from hub.observability import logs
-from hub.observability.logs import About, Asked, JsonLines, Origin, Requests, TextLines
+from hub.observability.logs import About, Asked, JsonLines, Requests, TextLines
+from hub.worker_api import CallOrigin
 from tests.support.models import png
 
 
@@ -104,7 +105,7 @@ def test_the_known_narrows_to_the_task_that_the_code_works_for(asked) -> None:
 def test_a_worker_logs_for_the_request_that_called(asked) -> None:
     logs.note_task("digits", 2, "d" * 64)
     origin = logs.origin()
-    assert origin == Origin("r-1", "digits", "")
+    assert origin == CallOrigin("r-1", "digits", "")
     with logs.within(origin, "acme", "d" * 64):
         read = json.loads(line(JsonLines(), "x"))
         assert (read["request_id"], read["tenant"], read["task"], read["digest"]) == ("r-1", "acme", "digits", "d" * 64)
