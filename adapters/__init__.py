@@ -7,7 +7,7 @@ packages: `pip install 'karst-hub[train]'`.
 from typing import TYPE_CHECKING, Any
 
 from .backbone import Backbone, BackboneError, BackboneInfo, Site, load_backbone
-from .data.images import DataError, ImageError, ImageTooLargeError
+from .data.errors import DataError, ImageError, ImageTooLargeError
 from .format.errors import AdapterError, Problem
 from .format.file import Adapter
 from .method.config import ConfigError, KarstConfig
@@ -17,7 +17,7 @@ from .serving.slot_memory import Packed
 
 if TYPE_CHECKING:
     from .training.fit import Trained, Watch, fit
-    from .training.train import Recipe
+    from .training.recipe import Recipe
 
 __all__ = [
     "Adapter",

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from adapters import Backbone, BackboneError, load_backbone
 from adapters.backbone import features
-from adapters.data.images import normalised
+from adapters.data.images import normalise_for
 from adapters.format.file import write_atomically
 
 from .accuracy_methods import (
@@ -247,7 +247,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
     for index in batches(len(train), steps, seed):
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(normalised(backbone, train.images[index]))
+            logits = model(normalise_for(backbone, train.images[index]))
         loss = F.cross_entropy(logits.float(), train.targets[index])
         if not loss.isfinite():
             raise FloatingPointError(f"{method}, seed {seed}: the loss is {loss.item()} at learning rate {lr:g}")
@@ -280,7 +280,7 @@ def batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
 def accuracy(model: nn.Module, backbone: Backbone, data: Labelled) -> float:
     """Top-1 accuracy in [0, 1], in float32."""
     right = sum(
-        int((model(normalised(backbone, images)).argmax(1) == targets).sum())
+        int((model(normalise_for(backbone, images)).argmax(1) == targets).sum())
         for images, targets in zip(data.images.split(100), data.targets.split(100), strict=True)
     )
     return right / len(data)
@@ -302,7 +302,7 @@ def linear_probe(backbone: Backbone, task: Task, seed: int) -> float:
 @torch.inference_mode()
 def pooled(backbone: Backbone, data: Labelled) -> Any:
     """Frozen features, (n, D) float32 numpy."""
-    return torch.cat([features(backbone.model, normalised(backbone, x)) for x in data.images.split(100)]).numpy()
+    return torch.cat([features(backbone.model, normalise_for(backbone, x)) for x in data.images.split(100)]).numpy()
 
 
 def write_results(

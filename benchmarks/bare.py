@@ -19,7 +19,7 @@ from timm.models import save_for_hf
 
 from adapters import Adapter, Backbone, Bank, KarstConfig, Slot, load_backbone
 from adapters.backbone import DEMO_NAME, create_model, features
-from adapters.data.images import normalised, preprocess_of
+from adapters.data.images import normalise_for, preprocess_of
 from hub.services.image_decoding import Images
 from hub.settings import Settings
 
@@ -127,7 +127,7 @@ def work_per_second(name: str, files: Sequence[bytes], data: Sequence[bytes], ba
 
     def work() -> None:
         pixels = torch.from_numpy(np.stack(_decoded(name, encoded, threads)))
-        bank.forward(normalised(backbone, pixels), own)
+        bank.forward(normalise_for(backbone, pixels), own)
 
     return batch * _times_per_second(work, seconds)
 

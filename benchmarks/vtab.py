@@ -23,7 +23,7 @@ from rich.table import Table
 from adapters import BackboneError, DataError, load_backbone
 from adapters.format.file import write_atomically
 from adapters.method.config import PRESETS
-from adapters.training.train import Recipe
+from adapters.training.recipe import Recipe
 
 from .vtab_protocol import (
     FEW_SHOT_SETS,

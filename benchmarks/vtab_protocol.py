@@ -20,9 +20,12 @@ import timm
 import torch
 
 from adapters import Backbone, DataError, KarstConfig, load_backbone
-from adapters.data.datasets import read
-from adapters.data.images import ImageSet, Pixels, preprocess_of
-from adapters.training.train import Recipe, accuracy, train_model
+from adapters.data.datasets import read_dataset
+from adapters.data.image_set import DEFAULT_CACHE_BYTES, ImageSet, ImageTensors
+from adapters.data.images import preprocess_of
+from adapters.training.inference import accuracy
+from adapters.training.recipe import Recipe
+from adapters.training.train import train_model
 
 from .common import machine
 
@@ -144,8 +147,8 @@ def run_trial(plan: Plan, trial: Trial, device: str) -> dict[str, Any]:
     if backbone.fingerprint != plan.fingerprint:
         raise DataError(f"the weights on this machine ({backbone.fingerprint[:12]}) are not the ones that were planned")
     is_vtab = trial.shots is None
-    lists = read(trial.source) if is_vtab else read(trial.source, shots=trial.shots, seed=trial.seed)
-    last = read(trial.source, final=True) if is_vtab else lists
+    lists = read_dataset(trial.source) if is_vtab else read_dataset(trial.source, shots=trial.shots, seed=trial.seed)
+    last = read_dataset(trial.source, final=True) if is_vtab else lists
     if last.test is None:
         raise DataError(f"{trial.source}: no test list")
     recipes = [
@@ -243,8 +246,8 @@ def _validated(
     return found
 
 
-def _pixels(backbone: Backbone, images: ImageSet, cache_bytes: int = 4 * 1024**3) -> Pixels:
-    return Pixels(images, preprocess_of(backbone), cache_bytes)
+def _pixels(backbone: Backbone, images: ImageSet, cache_bytes: int = DEFAULT_CACHE_BYTES) -> ImageTensors:
+    return ImageTensors(images, preprocess_of(backbone), cache_bytes)
 
 
 @cache

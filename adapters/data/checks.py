@@ -1,184 +1,226 @@
-"""Label problems, found before training: every image is opened once, and its bytes are compared with the others'.
+"""Checks of a dataset before training: unreadable images, duplicates, conflicting labels and class coverage.
 
-What cannot be right stops here with all of it listed; what only may be wrong is a warning. A benchmark's published
-lists are not to be changed, so that copies in them (Oxford Pets lists images twice, dSprites has the same picture
-under two angles) are warnings, too.
+Every image is decoded once. Duplicates are images with equal bytes. All errors are reported in one message; the rest
+are warnings. Published benchmark lists must stay unchanged, so duplicates in them are warnings: Oxford Pets lists some
+images twice, and dSprites has equal images at two angles.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..training.train import split
-from .datasets import Part, Splits
-from .images import DataError, ImageError, Pixels
+from .datasets import DatasetSplits
+from .errors import DataError, ImageError
+from .image_set import ImageTensors
+from .layouts import Split
+from .splitting import stratified_split
 
-MAX_LISTED = 20
+MAX_LISTED = 20  # images or classes named in one message
 
-Place = tuple[Part, int]  # an image: its part and its index there
+
+class ImageKey(NamedTuple):
+    """An image's split, and its number within the split, from 0."""
+
+    split: Split
+    number: int
 
 
 @dataclass(frozen=True)
-class Checked:
-    """Images that can be trained on, decoded; `warnings` are for a person to read."""
+class CheckedDataset:
+    """Prepared tensors that passed the checks, and the warnings for the user."""
 
-    train: Pixels
-    validation: Pixels | None
-    test: Pixels | None
+    train: ImageTensors
+    validation: ImageTensors | None
+    test: ImageTensors | None
     warnings: tuple[str, ...]
 
 
-def check(
-    splits: Splits,
+def check_dataset(
+    splits: DatasetSplits,
     preprocess: Mapping[str, Any],
     *,
     val_fraction: float = 0.0,
     seed: int = 0,
     skip_bad: bool = False,
     on_image: Callable[[], None] | None = None,
-) -> Checked:
-    """Open every image, look for label problems, and hold out validation images where none are given.
+) -> CheckedDataset:
+    """Decode every image, check the dataset, and hold out validation images if it has no validation split.
 
     Args:
-        val_fraction: share of the training images to hold out if there is no validation set; copies of one image
-            stay on one side. 0 holds out none.
-        seed: of that choice.
-        skip_bad: leave bad images out instead of refusing the set: unreadable ones; of copies in several parts
-            those in the earlier part (a test image is taken out of training, not the other way round); all copies
-            of an image that has two labels.
-        on_image: called after each image, for progress.
+        val_fraction: share of the training images to hold out, in [0, 1). Duplicates of an image stay together.
+            0 holds out none.
+        seed: selects the held-out images.
+        skip_bad: drop bad images instead of raising. These are unreadable images, duplicates across splits (the
+            earlier split's copy, so that a test image leaves the training split), and all copies of an image with
+            two labels.
+        on_image: called after each image.
 
     Raises:
-        DataError: every problem in one message: unreadable images, the same image in two parts or under two labels
-            of one part, fewer than two classes, a class that is tested but never trained, or one with a single
-            image of which validation images are to be held out.
+        DataError: with all problems in one message: unreadable images, duplicates across splits, an image with two
+            labels in one split, fewer than two classes, a class that is validated or tested but not trained, or a
+            class with a single image while validation images are held out.
     """
-    parts = {name: Pixels(images, preprocess) for name, images in splits.parts().items()}
-    digests, unreadable = _open_all(parts, on_image)
-    errors: list[str] = []
-    warnings: list[str] = []
-    dropped: set[Place] = set()
+    tensors = {name: ImageTensors(images, preprocess) for name, images in splits.by_name().items()}
+    digests, unreadable = _decode_all(tensors, on_image)
+    report = _Report(skip_bad)
+    report.add(
+        {key: f"{_name(tensors, key)}: {reason}" for key, reason in unreadable.items()},
+        f"{len(unreadable)} of {len(digests) + len(unreadable)} images cannot be read",
+        "repair them, or leave them out",
+        keep=False,
+    )
+    duplicates = _duplicates(digests)
+    across = _across_splits(tensors, duplicates)
+    report.add(
+        across,
+        f"{len(across)} images are in two splits",
+        "remove one copy, or leave out the earlier split's",
+        keep=splits.published,
+    )
+    conflicting = _conflicting_labels(tensors, duplicates)
+    report.add(
+        conflicting,
+        f"{len(conflicting)} images have two labels",
+        "correct the labels, or leave the images out",
+        keep=splits.published,
+    )
+    if repeated := _repeated(tensors, duplicates, {*across, *conflicting}):
+        report.warnings.append(f"{len(repeated)} images are duplicates within a split:{_listing(repeated)}")
 
-    def found(bad: Mapping[Place, str], what: str, remedy: str, *, keep: bool) -> None:
-        """Errors, unless the images are skipped or kept as they are."""
+    kept = {name: _without(split, name, report.dropped) for name, split in tensors.items()}
+    # An unreadable image that is not dropped gets its index as a digest, so that it counts as a distinct image.
+    train_digests = [
+        digests.get(ImageKey("train", i), str(i).encode())
+        for i in range(len(tensors["train"]))
+        if ImageKey("train", i) not in report.dropped
+    ]
+    holds_out = val_fraction > 0 and "validation" not in kept
+    errors, warnings = _check_classes(kept, train_digests if holds_out else None, splits.published)
+    if report.errors or errors:
+        raise DataError("\n".join([*report.errors, *errors]))
+    train, validation = kept["train"], kept.get("validation")
+    if holds_out:
+        train, validation = _hold_out(train, train_digests, val_fraction, seed)
+    return CheckedDataset(train, validation, kept.get("test"), (*report.warnings, *warnings))
+
+
+class _Report:
+    """The errors and warnings about bad images, and the images to drop."""
+
+    def __init__(self, skip_bad: bool) -> None:
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+        self.dropped: set[ImageKey] = set()
+        self._skip_bad = skip_bad
+
+    def add(self, bad: Mapping[ImageKey, str], problem: str, remedy: str, *, keep: bool) -> None:
+        """Report bad images as an error, or as a warning if they are dropped or (`keep`) used as they are."""
         if not bad:
             return
         listed = _listing(bad.values())
         if keep:
-            warnings.append(f"{what}, kept because the lists are published:{listed}")
-        elif skip_bad:
-            dropped.update(bad)
-            warnings.append(f"{what}, left out:{listed}")
+            self.warnings.append(f"{problem}, kept because the lists are published:{listed}")
+        elif self._skip_bad:
+            self.dropped.update(bad)
+            self.warnings.append(f"{problem}, left out:{listed}")
         else:
-            errors.append(f"{what} ({remedy} with --skip-bad):{listed}")
-
-    found(
-        {place: f"{_name(parts, place)}: {reason}" for place, reason in unreadable.items()},
-        f"{len(unreadable)} of {len(digests) + len(unreadable)} images cannot be read",
-        "leave them out",
-        keep=False,
-    )
-    copies = _copies(digests)
-    leaks = _leaks(parts, copies)
-    found(leaks, f"{len(leaks)} images are in two parts", "leave out the earlier part's", keep=splits.published)
-    two = _two_labels(parts, copies)
-    found(two, f"{len(two)} images are there under two labels", "leave them out", keep=splits.published)
-    if twice := _same_label(parts, copies, {*leaks, *two}):
-        warnings.append(f"{len(twice)} images are copies of others in the same part:{_listing(twice)}")
-
-    kept = {name: _without(pixels, name, dropped) for name, pixels in parts.items()}
-    kept_digests = [  # an unreadable image, where it is not skipped, counts as one of its own
-        digests.get(("train", i), str(i).encode()) for i in range(len(parts["train"])) if ("train", i) not in dropped
-    ]
-    holds_out = val_fraction > 0 and "validation" not in kept
-    more_errors, more_warnings = _class_problems(kept, kept_digests if holds_out else None, splits.published)
-    if errors or more_errors:
-        raise DataError("\n".join([*errors, *more_errors]))
-    train, validation = kept["train"], kept.get("validation")
-    if holds_out:
-        train, validation = _hold_out(train, kept_digests, val_fraction, seed)
-    return Checked(train, validation, kept.get("test"), (*warnings, *more_warnings))
+            self.errors.append(f"{problem} ({remedy} with --skip-bad):{listed}")
 
 
-def _open_all(
-    parts: Mapping[Part, Pixels], on_image: Callable[[], None] | None
-) -> tuple[dict[Place, bytes], dict[Place, str]]:
-    """sha256 of every image that can be decoded, and why the others cannot."""
-    digests: dict[Place, bytes] = {}
-    unreadable: dict[Place, str] = {}
-    for part, pixels in parts.items():
-        for i in range(len(pixels)):
+def _decode_all(
+    tensors: Mapping[Split, ImageTensors], on_image: Callable[[], None] | None
+) -> tuple[dict[ImageKey, bytes], dict[ImageKey, str]]:
+    """Return the sha256 of each image that can be decoded, and the reason for each that cannot."""
+    digests: dict[ImageKey, bytes] = {}
+    unreadable: dict[ImageKey, str] = {}
+    for name, split in tensors.items():
+        for i in range(len(split)):
             try:
-                pixels.decode(i, pixels.images.read(i))
-                digests[part, i] = pixels.digest(i)
+                split.decode(i, split.images.read(i))
+                digests[ImageKey(name, i)] = split.digest(i)
             except ImageError as error:
-                unreadable[part, i] = str(error)
+                unreadable[ImageKey(name, i)] = str(error)
             if on_image is not None:
                 on_image()
     return digests, unreadable
 
 
-def _copies(digests: Mapping[Place, bytes]) -> list[list[Place]]:
-    """Images with the same bytes, each group in the order of the parts."""
-    groups: dict[bytes, list[Place]] = {}
-    for place, digest in digests.items():
-        groups.setdefault(digest, []).append(place)
+def _duplicates(digests: Mapping[ImageKey, bytes]) -> list[list[ImageKey]]:
+    """Return groups of images with equal bytes, each in the order of the splits."""
+    groups: dict[bytes, list[ImageKey]] = {}
+    for key, digest in digests.items():
+        groups.setdefault(digest, []).append(key)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _leaks(parts: Mapping[Part, Pixels], copies: Iterable[list[Place]]) -> dict[Place, str]:
-    """Images of a part that are in a later part, too: the later one's is the one to keep."""
-    found: dict[Place, str] = {}
-    for group in copies:
+def _across_splits(tensors: Mapping[Split, ImageTensors], duplicates: Iterable[list[ImageKey]]) -> dict[ImageKey, str]:
+    """Return the images with a duplicate in a later split. The later copy is the one to keep."""
+    found: dict[ImageKey, str] = {}
+    for group in duplicates:
         last = group[-1]
-        for place in group:
-            if place[0] != last[0]:
-                found[place] = f"{_described(parts, place)} = {_described(parts, last)}"
+        for key in group:
+            if key.split != last.split:
+                found[key] = f"{_described(tensors, key)} = {_described(tensors, last)}"
     return found
 
 
-def _two_labels(parts: Mapping[Part, Pixels], copies: Iterable[list[Place]]) -> dict[Place, str]:
-    """Images of one part that stand there under more than one label."""
-    found: dict[Place, str] = {}
-    for group in copies:
-        for part in parts:
-            here = [place for place in group if place[0] == part]
-            if len({_label(parts, place) for place in here}) > 1:
-                found |= {place: _described(parts, place) for place in here}
+def _conflicting_labels(
+    tensors: Mapping[Split, ImageTensors], duplicates: Iterable[list[ImageKey]]
+) -> dict[ImageKey, str]:
+    """Return the images that have more than one label within a split."""
+    found: dict[ImageKey, str] = {}
+    for group in duplicates:
+        for name in tensors:
+            copies = [key for key in group if key.split == name]
+            if len({_label(tensors, key) for key in copies}) > 1:
+                found |= {key: _described(tensors, key) for key in copies}
     return found
 
 
-def _same_label(parts: Mapping[Part, Pixels], copies: Iterable[list[Place]], known: set[Place]) -> list[str]:
+def _repeated(
+    tensors: Mapping[Split, ImageTensors], duplicates: Iterable[list[ImageKey]], reported: set[ImageKey]
+) -> list[str]:
+    """Describe the duplicates within a split that are not reported yet."""
     found = []
-    for group in copies:
-        first: dict[Part, Place] = {}
-        for place in group:
-            if place not in known and first.setdefault(place[0], place) != place:
-                found.append(f"{_described(parts, place)} = {_name(parts, first[place[0]])}")
+    for group in duplicates:
+        first: dict[Split, ImageKey] = {}
+        for key in group:
+            if key not in reported and first.setdefault(key.split, key) != key:
+                found.append(f"{_described(tensors, key)} = {_name(tensors, first[key.split])}")
     return found
 
 
-def _class_problems(
-    parts: Mapping[Part, Pixels], digests: Sequence[bytes] | None, published: bool
+def _check_classes(
+    tensors: Mapping[Split, ImageTensors], digests: Sequence[bytes] | None, published: bool
 ) -> tuple[list[str], list[str]]:
-    """Errors and warnings about the classes; `digests` of the training images if some are to be held out."""
-    labels = parts["train"].images.labels
+    """Return errors and warnings about the classes.
+
+    Args:
+        digests: of the training images, if validation images are to be held out of them.
+    """
+    labels = tensors["train"].images.labels
     errors: list[str] = []
     warnings: list[str] = []
-    emptied = [name for name, pixels in parts.items() if not len(pixels)]
-    if emptied:
-        return [f"no {' and no '.join(emptied)} images are left"], []
-    targets = parts["train"].images.targets
+    empty = [name for name, split in tensors.items() if not len(split)]
+    if empty:
+        return [f"no {' and no '.join(empty)} images are left; add images that can be read"], []
+    targets = tensors["train"].images.targets
     counts = Counter(targets)
     if len(counts) < 2:
-        errors.append(f"every training image is of class {labels[targets[0]]!r}; a task needs at least 2 classes")
-    held = {target for name, pixels in parts.items() if name != "train" for target in pixels.images.targets}
-    if untrained := sorted(held - set(counts)):
-        line = f"classes without a training image, but with validation or test images: {_names(labels, untrained)}"
-        (warnings if published else errors).append(line)
-    if unseen := sorted(set(range(len(labels))) - set(counts) - held):
-        warnings.append(f"classes without any image: {_names(labels, unseen)}")
+        errors.append(
+            f"all training images have the class {labels[targets[0]]!r}; a task needs at least 2 classes: "
+            "add images of another class"
+        )
+    held_out = {target for name, split in tensors.items() if name != "train" for target in split.images.targets}
+    if untrained := sorted(held_out - set(counts)):
+        line = f"classes with validation or test images, but without training images: {_names(labels, untrained)}"
+        if published:
+            warnings.append(line)
+        else:
+            errors.append(f"{line}; add training images of these classes, or remove the others")
+    if unused := sorted(set(range(len(labels))) - set(counts) - held_out):
+        warnings.append(f"classes without images: {_names(labels, unused)}")
     if digests is None:
         single = sorted(target for target, count in counts.items() if count == 1)
         if single:
@@ -188,39 +230,41 @@ def _class_problems(
         single = sorted(target for target, count in distinct.items() if count == 1)
         if single:
             errors.append(
-                f"classes with one image, which cannot both train and validate: {_names(labels, single)}; add images, "
-                "give validation images (--val), or hold out none (--val-fraction 0)"
+                f"classes with one image, which is too few to train and validate: {_names(labels, single)}; add "
+                "images, give validation images (--val), or hold out none (--val-fraction 0)"
             )
     return errors, warnings
 
 
-def _hold_out(pixels: Pixels, digests: Sequence[bytes], fraction: float, seed: int) -> tuple[Pixels, Pixels]:
-    """Training and validation images, every class in both; copies of one image follow the first of them."""
+def _hold_out(
+    tensors: ImageTensors, digests: Sequence[bytes], fraction: float, seed: int
+) -> tuple[ImageTensors, ImageTensors]:
+    """Split into training and validation images, stratified by class; duplicates follow the first copy."""
     firsts: dict[bytes, int] = {}
     for i, digest in enumerate(digests):
         firsts.setdefault(digest, i)
-    first_of = {pixels.images.paths[i]: digest for digest, i in firsts.items()}
-    _, held = split(pixels.images.subset(list(firsts.values())), fraction, seed)
-    chosen = {first_of[path] for path in held.paths}
-    kept = [i for i, digest in enumerate(digests) if digest not in chosen]
-    return pixels.subset(kept), pixels.subset([i for i, digest in enumerate(digests) if digest in chosen])
+    digest_of = {tensors.images.sources[i]: digest for digest, i in firsts.items()}
+    _, held_out = stratified_split(tensors.images.subset(list(firsts.values())), fraction, seed)
+    selected = {digest_of[source] for source in held_out.sources}
+    kept = [i for i, digest in enumerate(digests) if digest not in selected]
+    return tensors.subset(kept), tensors.subset([i for i, digest in enumerate(digests) if digest in selected])
 
 
-def _without(pixels: Pixels, part: Part, dropped: set[Place]) -> Pixels:
-    return pixels.subset([i for i in range(len(pixels)) if (part, i) not in dropped])
+def _without(tensors: ImageTensors, split: Split, dropped: set[ImageKey]) -> ImageTensors:
+    return tensors.subset([i for i in range(len(tensors)) if ImageKey(split, i) not in dropped])
 
 
-def _label(parts: Mapping[Part, Pixels], place: Place) -> str:
-    images = parts[place[0]].images
-    return images.labels[images.targets[place[1]]]
+def _label(tensors: Mapping[Split, ImageTensors], key: ImageKey) -> str:
+    images = tensors[key.split].images
+    return images.labels[images.targets[key.number]]
 
 
-def _name(parts: Mapping[Part, Pixels], place: Place) -> str:
-    return str(parts[place[0]].images.paths[place[1]])
+def _name(tensors: Mapping[Split, ImageTensors], key: ImageKey) -> str:
+    return str(tensors[key.split].images.sources[key.number])
 
 
-def _described(parts: Mapping[Part, Pixels], place: Place) -> str:
-    return f"{_name(parts, place)} ({place[0]}, {_label(parts, place)})"
+def _described(tensors: Mapping[Split, ImageTensors], key: ImageKey) -> str:
+    return f"{_name(tensors, key)} ({key.split}, {_label(tensors, key)})"
 
 
 def _names(labels: Sequence[str], targets: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
-"""Local sets of Hugging Face's `datasets`: read from disk, never from a hub.
+"""Reader of local datasets in the layouts of Hugging Face's `datasets` library. Nothing is downloaded.
 
-What `save_to_disk` wrote, Parquet files with an image column, or an image folder with a metadata file. Images stay
-encoded and on disk until they are asked for; `datasets` keeps a copy of Parquet files in its own cache.
+Three layouts are read: the output of `save_to_disk`, Parquet files with an image column, and an image folder with a
+metadata file. Images stay encoded and on disk until they are read. `datasets` copies Parquet files into its own cache.
 """
 
 from collections.abc import Iterator
@@ -9,42 +9,46 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .images import DataError, Encoded, ImageError
+from .errors import DataError, ImageError
+from .image_set import EncodedImage
+from .layouts import Rows
 
-PARQUET_FOLDERS = (".", "data")  # where a set's shards lie: `train.parquet`, `data/train-00000-of-00002.parquet`
-METADATA = ("metadata.jsonl", "metadata.csv")  # of an image folder; they have a column `file_name`
+PARQUET_FOLDERS = (".", "data")  # folders of the shards: `train.parquet`, `data/train-00000-of-00002.parquet`
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")  # of an image folder; they have a column `file_name`
+_LABEL_DTYPES = ("string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_METADATA_PROBE_BYTES = 4096  # the start of a metadata file, where its column names are
 
-Rows = list[tuple[Path | Encoded, str]]  # an image and its label
 
-
-def is_local_set(source: Path) -> bool:
-    """Whether this is a folder or a Parquet file that `read_local_set` understands."""
+def is_local_dataset(source: Path) -> bool:
+    """Return whether `read_local_dataset` can read this folder or Parquet file."""
     if source.is_file():
         return source.suffix == ".parquet" and _has_images(source)
     return _is_saved(source) or _has_metadata(source) or bool(_shards(source))
 
 
-def read_local_set(source: Path) -> tuple[dict[str, Rows], tuple[str, ...] | None]:
-    """Every split by its own name, and the class names of a `ClassLabel` in their order, else None.
+def read_local_dataset(source: Path) -> tuple[dict[str, Rows], tuple[str, ...] | None]:
+    """Return the rows of each split, by its own name, and the class names of a `ClassLabel` column, else None.
 
     Raises:
-        DataError: `datasets` is not installed, or there is no one image column and no one label column, or a row
-            has no label.
+        DataError: `datasets` is not installed or cannot read the dataset, the image or label column is missing or
+            ambiguous, the columns of the splits differ, or a row has no label.
     """
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise DataError(f"{source}: a set of this kind needs datasets: pip install 'karst-hub[train]'") from error
+        raise DataError(f"{source}: this dataset needs datasets: pip install 'karst-hub[train]'") from error
     try:
         with _quiet(datasets):
-            found = _load(datasets, source)
+            loaded = _load(datasets, source)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source}: datasets cannot read it: {error}") from error
-    splits = dict(found) if isinstance(found, dict) else {"train": found}
+    splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     features = {name: part.features for name, part in splits.items()}
     first, *others = features.values()
     if any(other != first for other in others):
-        raise DataError(f"{source}: its splits {', '.join(splits)} differ in their columns; they must be the same")
+        raise DataError(
+            f"{source}: the columns of the splits {', '.join(splits)} differ; save all splits with the same columns"
+        )
     image = _image_column(datasets, source, first)
     label = _label_column(datasets, source, first)
     names = tuple(first[label].names) if isinstance(first[label], datasets.ClassLabel) else None
@@ -70,15 +74,17 @@ def _rows(
     rows: Rows = []
     for i, value in enumerate(part[label][:]):
         name = f"{source} ({split}, row {i})"
-        if value is None or (names is not None and not 0 <= value < len(names)):  # -1 is a hidden test label
-            raise DataError(f"{name}: column {label!r} is {value}; every image needs a label")
+        if value is None or (
+            names is not None and not 0 <= value < len(names)
+        ):  # -1 marks a test label that is not published
+            raise DataError(f"{name}: column {label!r} is {value}; add the label, or remove the row")
         text = names[value] if names is not None else str(value)
-        rows.append((Encoded(name, _Row(encoded, image, i)), text))
+        rows.append((EncodedImage(name, _RowReader(encoded, image, i)), text))
     return rows
 
 
-class _Row:
-    """The bytes of one row's image."""
+class _RowReader:
+    """Reader of one row's image bytes."""
 
     def __init__(self, encoded: Any, column: str, index: int) -> None:
         self._encoded, self._column, self._index = encoded, column, index
@@ -86,33 +92,33 @@ class _Row:
     def __call__(self) -> bytes:
         value = self._encoded[self._index][self._column]
         if value is None:
-            raise ImageError(f"column {self._column!r} is empty")
-        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+            raise ImageError(f"column {self._column!r} is empty; add the image, or remove the row")
+        data: bytes | None = value["bytes"]
+        return data if data is not None else Path(value["path"]).read_bytes()
 
 
 def _image_column(datasets: Any, source: Path, features: Any) -> str:
     def holds_images(feature: Any) -> bool:
         return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
 
-    return _one(source, "image", [name for name, feature in features.items() if holds_images(feature)], features)
+    return _single_column(
+        source, "image", [name for name, feature in features.items() if holds_images(feature)], features
+    )
 
 
 def _label_column(datasets: Any, source: Path, features: Any) -> str:
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     plain = [name for name in ("label", "labels") if getattr(features.get(name), "dtype", None) in _LABEL_DTYPES]
-    return _one(source, "label", classes or plain, features)
+    return _single_column(source, "label", classes or plain, features)
 
 
-_LABEL_DTYPES = ("string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-
-
-def _one(source: Path, wanted: str, candidates: list[str], features: Any) -> str:
+def _single_column(source: Path, wanted: str, candidates: list[str], features: Any) -> str:
     if len(candidates) > 1 and wanted in candidates:
         return wanted
     if len(candidates) != 1:
         raise DataError(
             f"{source}: expected one column of {wanted}s, found {', '.join(candidates) or 'none'} among "
-            f"{', '.join(features)}; name the one to use {wanted!r}"
+            f"{', '.join(features)}; rename the column to use to {wanted!r}"
         )
     return candidates[0]
 
@@ -122,17 +128,17 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _has_metadata(folder: Path) -> bool:
-    found = (folder / part / name for part in (".", "train") for name in METADATA)
-    return any(path.is_file() and b"file_name" in path.read_bytes()[:4096] for path in found)
+    candidates = (folder / part / name for part in (".", "train") for name in METADATA_FILES)
+    return any(path.is_file() and b"file_name" in path.read_bytes()[:_METADATA_PROBE_BYTES] for path in candidates)
 
 
 def _shards(folder: Path) -> dict[str, list[Path]]:
-    """Parquet files by the word that their name starts with: `train-00000-of-00002.parquet` is of `train`."""
-    found: dict[str, list[Path]] = {}
+    """Return the Parquet files by split, the first word of their names: `train-00000-of-00002.parquet` is `train`."""
+    shards: dict[str, list[Path]] = {}
     for part in PARQUET_FOLDERS:
         for path in sorted((folder / part).glob("*.parquet")):
-            found.setdefault(path.stem.split("-")[0], []).append(path)
-    return found
+            shards.setdefault(path.stem.split("-")[0], []).append(path)
+    return shards
 
 
 def _has_images(path: Path) -> bool:
@@ -150,13 +156,13 @@ def _has_images(path: Path) -> bool:
 
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """No progress bars of `datasets` among ours, and no word to a hub of what is loaded."""
-    were_off, counts = datasets.are_progress_bars_disabled(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    """Disable the progress bars of `datasets` and its download counts, which would need a network."""
+    were_disabled, counts = datasets.are_progress_bars_disabled(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
-        if not were_off:
+        if not were_disabled:
             datasets.enable_progress_bars()

@@ -1,12 +1,14 @@
-"""Seeded drawings: glyphs for pre-training, and the demo's two drawn tasks, shapes and count.
+"""Seeded drawings: glyphs for pre-training, and the images of the demo tasks `shapes` and `count`.
 
-Everything is drawn four times too large and reduced, so that edges are smooth. Each function takes a
-`numpy.random.Generator` and returns a PIL image: the same seed draws the same image.
+Images are drawn at four times their size and reduced, which gives smooth edges. Each function takes a
+`numpy.random.Generator` and returns a PIL image. The same seed gives the same image.
 """
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 SIDE_PX = 32
@@ -15,10 +17,11 @@ SHAPES = ("circle", "cross", "diamond", "square", "star", "triangle")
 COUNTS = tuple(str(n) for n in range(1, 9))
 
 Point = tuple[float, float]
+Floats = npt.NDArray[np.float64]
 
 
 def shape_image(rng: np.random.Generator, shape: str) -> Image.Image:
-    """One of `SHAPES`, filled or outlined, at a random place, size, angle and pair of colours.
+    """Draw one of `SHAPES`, filled or outlined, at a random position, size, angle and pair of colours.
 
     Raises:
         ValueError: `shape` is not one of `SHAPES`.
@@ -26,7 +29,7 @@ def shape_image(rng: np.random.Generator, shape: str) -> Image.Image:
     image, draw, ink = _canvas(rng)
     radius = rng.uniform(0.22, 0.42)
     centre = rng.uniform(radius, 1 - radius, size=2)
-    # A square turned by 45 degrees is a diamond: keep each within 15 degrees of its own pose.
+    # At most 15 degrees of rotation, otherwise a square could become a diamond (45 degrees).
     angle = rng.uniform(-math.pi / 12, math.pi / 12)
     outline = _scaled((x, y) for x, y in _outline(shape, radius, angle, centre))
     if rng.random() < 0.5:
@@ -37,7 +40,7 @@ def shape_image(rng: np.random.Generator, shape: str) -> Image.Image:
 
 
 def count_image(rng: np.random.Generator, count: int) -> Image.Image:
-    """`count` dots of random sizes that never touch, in one colour.
+    """Draw `count` dots of random sizes and one colour, without contact.
 
     Raises:
         ValueError: `count` is not between 1 and 8.
@@ -57,20 +60,20 @@ def count_image(rng: np.random.Generator, count: int) -> Image.Image:
     return _finish(image, rng)
 
 
-def glyph_strokes(rng: np.random.Generator) -> list[np.ndarray]:
-    """An invented character: 2 to 4 quadratic Bezier strokes, each (3, 2) control points in [0, 1]."""
+def glyph_strokes(rng: np.random.Generator) -> list[Floats]:
+    """Return a random character: 2 to 4 quadratic Bezier strokes, each (3, 2) control points in [0, 1]."""
     strokes = []
     start = rng.uniform(0.15, 0.85, size=2)
     for _ in range(int(rng.integers(2, 5))):
         middle, end = rng.uniform(0.05, 0.95, size=(2, 2))
         strokes.append(np.stack([start, middle, end]))
-        # Most strokes go on where the last one ended, as handwriting does.
+        # As in handwriting, most strokes start at the end of the previous one.
         start = end if rng.random() < 0.7 else rng.uniform(0.15, 0.85, size=2)
     return strokes
 
 
-def glyph_image(rng: np.random.Generator, strokes: list[np.ndarray]) -> Image.Image:
-    """One hand's rendering of a glyph: light ink on black, with shaken control points and its own pen width."""
+def glyph_image(rng: np.random.Generator, strokes: list[Floats]) -> Image.Image:
+    """Draw a glyph in white on black, with noise on its control points and a random pen width."""
     image = Image.new("L", (SIDE_PX * _OVERSAMPLE,) * 2, 0)
     draw = ImageDraw.Draw(image)
     width = int(rng.integers(6, 16))
@@ -78,11 +81,11 @@ def glyph_image(rng: np.random.Generator, strokes: list[np.ndarray]) -> Image.Im
     for stroke in strokes:
         p0, p1, p2 = stroke + rng.normal(0, 0.035, size=(3, 2))
         curve = (1 - t) ** 2 * p0 + 2 * t * (1 - t) * p1 + t**2 * p2
-        draw.line(_scaled(map(tuple, curve)), fill=255, width=width, joint="curve")
+        draw.line(_scaled((x, y) for x, y in curve), fill=255, width=width, joint="curve")
     return image.resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
 
 
-def _outline(shape: str, radius: float, angle: float, centre: np.ndarray) -> list[Point]:
+def _outline(shape: str, radius: float, angle: float, centre: Floats) -> list[Point]:
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     if shape == "circle":
@@ -102,7 +105,7 @@ def _outline(shape: str, radius: float, angle: float, centre: np.ndarray) -> lis
 
 
 def _canvas(rng: np.random.Generator) -> tuple[Image.Image, ImageDraw.ImageDraw, tuple[int, ...]]:
-    """A canvas and an ink that differ by at least 90 of 255 in brightness."""
+    """Return a canvas and an ink colour. Their brightness differs by at least 90 of 255."""
     while True:
         paper, ink = rng.integers(0, 256, size=(2, 3))
         if abs(float(paper.mean()) - float(ink.mean())) >= 90:
@@ -111,12 +114,14 @@ def _canvas(rng: np.random.Generator) -> tuple[Image.Image, ImageDraw.ImageDraw,
     return image, ImageDraw.Draw(image), tuple(int(v) for v in ink)
 
 
-def _scaled(points) -> list[Point]:
+def _scaled(points: Iterable[Point]) -> list[Point]:
+    """Scale points from [0, 1] to pixels of the canvas."""
     side = SIDE_PX * _OVERSAMPLE
     return [(float(x) * side, float(y) * side) for x, y in points]
 
 
 def _finish(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Reduce the canvas to SIDE_PX and add noise."""
     small = np.asarray(image.resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX), dtype=np.float32)
     noisy = small + rng.normal(0, 8, size=small.shape)
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))

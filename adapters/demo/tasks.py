@@ -1,8 +1,8 @@
 """Write the demo's three tasks as image folders: `python -m adapters.demo.tasks OUT`.
 
-`digits` are scikit-learn's handwritten digits; `shapes` and `count` are drawn by `draw.py`. None of them was in
-the backbone's pre-training. Each task becomes OUT/TASK/train and OUT/TASK/test with a folder of PNGs a class, as
-`karst-hub train` reads them. Seeded: the same command writes the same images.
+`digits` are scikit-learn's handwritten digits; `shapes` and `count` are drawn by `draw.py`. The backbone was
+pre-trained on none of them. Each task is written to OUT/TASK/train and OUT/TASK/test, with one folder of PNGs per
+class, as `karst-hub train` reads them. Seeded: the same command writes the same images.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from . import draw
 
-DIGITS_TRAIN = 1000  # of 1,797; the others are the test images
+DIGITS_TRAIN = 1000  # of 1,797; the rest are test images
 DRAWN_TRAIN = 4000
 DRAWN_TEST = 800
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def digits() -> tuple[list[Image.Image], list[str]]:
-    """All 1,797 digits in a seeded order, enlarged from 8 x 8 to 32 x 32 pixels."""
+    """Return all 1,797 digits and labels in a seeded order, enlarged from 8 x 8 to 32 x 32 pixels."""
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.images))
     images = [Image.fromarray((image * 255 / 16).round().astype(np.uint8)) for image in data.images[order]]
@@ -51,14 +51,14 @@ def digits() -> tuple[list[Image.Image], list[str]]:
 def drawn(
     labels: Sequence[str], image: Callable[[np.random.Generator, str], Image.Image], seed: int
 ) -> tuple[list[Image.Image], list[str]]:
-    """Seeded drawings, every label equally often."""
+    """Return seeded drawings and their labels. All labels are equally frequent."""
     rng = np.random.default_rng(seed)
     order = [labels[i % len(labels)] for i in range(DRAWN_TRAIN + DRAWN_TEST)]
     return [image(rng, label) for label in order], order
 
 
 def write(folder: Path, images: Sequence[Image.Image], labels: Sequence[str], train: int) -> None:
-    """The first `train` images into folder/train, the others into folder/test."""
+    """Write the first `train` images to folder/train, the rest to folder/test."""
     numbers: Counter[tuple[str, str]] = Counter()
     for i, (image, label) in enumerate(track(list(zip(images, labels, strict=True)), description=folder.name)):
         split = "train" if i < train else "test"
@@ -69,7 +69,7 @@ def write(folder: Path, images: Sequence[Image.Image], labels: Sequence[str], tr
 
 
 def copy_samples(test: Path, folder: Path) -> None:
-    """The first image of every class, as `<label>-0.png`."""
+    """Copy the first image of each class to `<folder>/<label>-0.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     for label in test.iterdir():
         shutil.copyfile(label / "0000.png", folder / f"{label.name}-0.png")

@@ -1,8 +1,8 @@
-"""What a training leaves behind so that it can go on after Ctrl-C, a kill or a power cut.
+"""Training checkpoints, from which a training resumes after Ctrl-C, a kill or a power failure.
 
-One file, written whole at the end of every epoch: the trained numbers, the optimiser and the schedule, the best epoch
-so far, the history, and what it belongs to. Random numbers need no place in it: every epoch draws its own from the
-recipe's seed and its number (`train.py`), so that a training that went on ends in the same bits.
+One file, replaced atomically at the end of every epoch. It holds the parameters, the optimiser, the schedule, the best
+epoch, the history, and the identity of the training. Random state is not stored: each epoch is seeded from the recipe
+and its number (`devices.seed_epoch`), so that a resumed training ends with the same bits.
 """
 
 import hashlib
@@ -13,22 +13,25 @@ from typing import Any
 
 import torch
 
-from ..data.images import DataError, Pixels, preprocess_of
+from ..data.errors import DataError
+from ..data.image_set import ImageTensors
+from ..data.images import preprocess_of
 from ..format.file import write_atomically
 from ..method.karst import KarstModel
+from .recipe import Recipe
 
 FORMAT = "karst-checkpoint/1"
 
 
-def identity(
-    model: KarstModel, recipe: dict[str, Any], devices: int, train: Pixels, validation: Pixels | None
+def training_identity(
+    model: KarstModel, recipe: Recipe, devices: int, train: ImageTensors, validation: ImageTensors | None
 ) -> dict[str, Any]:
-    """What a checkpoint belongs to: going on with anything else would be another training."""
+    """Return everything that must be equal for a training to resume from a checkpoint, as JSON types."""
     return {
         "format": FORMAT,
         "fingerprint": model.backbone.fingerprint,
         "config": model.config.model_dump(mode="json"),
-        "recipe": json.loads(json.dumps(recipe)),
+        "recipe": recipe.model_dump(mode="json"),
         "number of devices": devices,
         "preprocessing": json.loads(json.dumps(preprocess_of(model.backbone))),
         "training images": _digest(train),
@@ -36,44 +39,45 @@ def identity(
     }
 
 
-def save(path: Path, own: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write a checkpoint so that it is there completely or not at all.
+def save_checkpoint(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write a checkpoint. A reader sees the complete old or new file.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     buffer = io.BytesIO()
-    torch.save({"identity": json.dumps(own), "state": state}, buffer)
+    torch.save({"identity": json.dumps(identity), "state": state}, buffer)
     write_atomically(path, buffer.getvalue())
 
 
-def load(path: Path, own: dict[str, Any]) -> dict[str, Any]:
-    """The state in a checkpoint that belongs to this very training.
+def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the state in a checkpoint of the training with this identity.
 
     Raises:
-        DataError: no such file, no checkpoint, or one of another training; the message says in what they differ.
+        DataError: the file does not exist, is not a checkpoint, or belongs to another training. The message names the
+            differences.
     """
     try:
-        # With weights only: a checkpoint runs no code, whoever made it.
+        # weights_only refuses pickled code, which a crafted file could run otherwise.
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found, state = json.loads(content["identity"]), content["state"]
+        found, state = json.loads(content["identity"]), dict[str, Any](content["state"])
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no checkpoint to go on from; start without --resume") from error
-    except Exception as error:  # damaged pickles raise whatever comes first
-        raise DataError(f"{path}: not a checkpoint of a training; delete it and start anew") from error
-    different = [name for name in own if found.get(name) != own[name]]
+        raise DataError(f"{path}: no checkpoint to resume from; start without --resume") from error
+    except Exception as error:  # a damaged pickle raises almost any exception
+        raise DataError(f"{path}: not a training checkpoint; delete the file and start without --resume") from error
+    different = [name for name in identity if found.get(name) != identity[name]]
     if different:
         raise DataError(
-            f"{path}: belongs to another training, with another {', '.join(different)}; "
-            "give the same options as then, or delete it and start anew"
+            f"{path}: the checkpoint belongs to another training: different {', '.join(different)}; "
+            "repeat the options of that training, or delete the file and start without --resume"
         )
     return state
 
 
-def _digest(pixels: Pixels) -> str:
-    """sha256 (hex) over the files' bytes, targets and labels; the files may lie elsewhere and stay the same."""
-    images = pixels.images
+def _digest(tensors: ImageTensors) -> str:
+    """Return the sha256 (hex) of the image bytes, targets and labels. File paths do not count."""
+    images = tensors.images
     digest = hashlib.sha256(json.dumps([list(images.targets), list(images.labels)]).encode())
     for i in range(len(images)):
-        digest.update(pixels.digest(i))
+        digest.update(tensors.digest(i))
     return digest.hexdigest()

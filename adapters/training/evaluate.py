@@ -1,7 +1,7 @@
-"""How good an adapter is: accuracy, calibration, throughput, and whether its merged form agrees.
+"""Evaluation of an adapter: accuracy, calibration, throughput, and agreement with its merged form.
 
-Two halves. `evaluate` and `compare_merged` run an adapter over labelled images; the rest are pure functions of
-logits and targets. Nothing here trains, and nothing here reads folders or lists.
+`evaluate` and `compare_merged` run an adapter over labelled images. The metrics are pure functions of logits and
+targets.
 
 Axes: n images, K classes.
 """
@@ -17,27 +17,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..backbone import Backbone
-from ..data.images import DataError, ImageSet, Pixels, normalise
+from ..data.errors import DataError
+from ..data.image_set import ImageSet, ImageTensors
+from ..data.images import normalise
 from ..format.file import Adapter
 from ..serving.bank import Bank
 
-BATCH = 64
+BATCH_SIZE = 64
 TOP_K = 5
 ECE_BINS = 15
 RESAMPLES = 1000
-LEVEL = 0.95
-# Of the largest merged logit. Demo adapters differ by 4e-7, 9e-4 and 8e-3: a change of the sums' order, no more.
+CONFIDENCE_LEVEL = 0.95
+# Relative to the largest merged logit. The demo adapters differ by 4e-7, 9e-4 and 8e-3, from the order of summation.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What an adapter said about a set of images.
+    """An adapter's outputs for an image set.
 
     Attributes:
         logits: (n, K) float32 on the CPU.
         targets: (n,) int64 on the CPU.
-        images_per_s: of the forward passes alone: no reading, decoding or normalising of images.
+        images_per_s: images per second of the forward passes, without reading, decoding and normalisation.
     """
 
     logits: Tensor
@@ -47,13 +49,13 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Scores:
-    """The figures of one adapter on one set; accuracies in [0, 1].
+    """The metrics of one adapter on one image set. Accuracies are in [0, 1].
 
     Attributes:
         images: n.
-        top1, top1_interval: accuracy, and its bootstrap interval (`bootstrap_interval`).
-        top5: None with 5 classes or fewer, where it would be 1 whatever the adapter says.
-        per_class: label -> accuracy over the images of that class; None where there is none.
+        top1, top1_interval: accuracy and its confidence interval (`bootstrap_interval`).
+        top5: None with 5 classes or fewer, where it is always 1.
+        per_class: label -> accuracy over the images of the class; None for a class without images.
         ece, nll: `expected_calibration_error` and `negative_log_likelihood`.
     """
 
@@ -68,13 +70,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Merged against unmerged.
+    """Comparison of merged and unmerged logits.
 
     Attributes:
-        largest_difference: of any logit, absolute.
-        largest_logit: absolute, of the merged form.
-        label_changes: images whose best label differs.
-        tolerance: the share of `largest_logit` that `largest_difference` may reach.
+        largest_difference: largest absolute difference of a logit.
+        largest_logit: largest absolute logit of the merged form.
+        label_changes: images whose predicted label differs.
+        tolerance: limit on `largest_difference`, relative to `largest_logit`.
     """
 
     largest_difference: float
@@ -84,27 +86,30 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Whether the largest difference is within the tolerance; a NaN never is."""
+        """Whether the largest difference is within the tolerance. False if a logit is NaN."""
         return self.largest_difference <= self.tolerance * self.largest_logit
 
 
 def evaluate(bank: Bank, adapter: Adapter, images: ImageSet) -> Outputs:
-    """Run an adapter unmerged, by the bank's mixed pass, as the hub serves it.
+    """Run an adapter unmerged through the bank, as the hub serves it.
 
-    It takes one free slot of the bank and gives it back. Images are prepared as the adapter's metadata says.
+    One slot of the bank is used and released. Images are preprocessed according to the adapter's metadata.
 
     Args:
-        images: with the adapter's labels, as `sources.read_part(..., labels=adapter.labels)` gives them.
+        images: with the adapter's labels, as `datasets.read_split(..., labels=adapter.labels)` returns them.
 
     Raises:
         AdapterError, BankFullError: as `Bank.put`.
-        DataError: no images, other labels than the adapter's, or an image that cannot be read.
+        DataError: the set is empty, its labels differ from the adapter's, or an image cannot be read.
     """
     if images.labels != adapter.labels:
-        other = [label for label in images.labels if label not in adapter.labels] or images.labels
-        raise DataError(f"the images' labels {', '.join(other)} are not the adapter's, {', '.join(adapter.labels)}")
+        different = [label for label in images.labels if label not in adapter.labels] or images.labels
+        raise DataError(
+            f"the images have the labels {', '.join(different)}; expected the adapter's labels in its order: "
+            f"{', '.join(adapter.labels)}"
+        )
     if not len(images):
-        raise DataError("no images to evaluate on")
+        raise DataError("no images to evaluate on; expected at least 1")
     slot = bank.put(adapter)
     try:
         return _run(bank.device, adapter, images, lambda pixels: bank.forward(pixels, [slot] * len(pixels)))
@@ -113,11 +118,14 @@ def evaluate(bank: Bank, adapter: Adapter, images: ImageSet) -> Outputs:
 
 
 def compare_merged(backbone: Backbone, adapter: Adapter, images: ImageSet, unmerged: Outputs) -> Agreement:
-    """Run an adapter folded into the backbone's weights over the same images, and compare.
+    """Merge an adapter into a copy of the backbone's weights, run the same images, and compare the logits.
+
+    Args:
+        unmerged: what `evaluate` returned for the same adapter and images.
 
     Raises:
         AdapterError: the adapter does not fit the backbone.
-        DataError: an image that cannot be read.
+        DataError: an image cannot be read.
     """
     model = adapter.merge(backbone)
     merged = _run(backbone.device, adapter, images, lambda pixels: model(pixels.to(backbone.dtype)))
@@ -125,19 +133,19 @@ def compare_merged(backbone: Backbone, adapter: Adapter, images: ImageSet, unmer
 
 
 def scores(logits: Tensor, targets: Tensor, labels: tuple[str, ...], *, seed: int = 0) -> Scores:
-    """Every figure of one set of answers.
+    """Return all metrics of one image set.
 
     Args:
         logits: (n, K), n >= 1.
-        targets: (n,) indices of classes.
-        labels: K names.
-        seed: of the bootstrap.
+        targets: (n,) class indices.
+        labels: K class names.
+        seed: seed of the bootstrap.
     """
-    right = logits.argmax(1) == targets
+    correct = logits.argmax(1) == targets
     return Scores(
         images=len(targets),
-        top1=float(right.double().mean()),
-        top1_interval=bootstrap_interval(right, seed=seed),
+        top1=float(correct.double().mean()),
+        top1_interval=bootstrap_interval(correct, seed=seed),
         top5=top_k_accuracy(logits, targets, TOP_K) if len(labels) > TOP_K else None,
         per_class=dict(zip(labels, per_class_accuracy(logits, targets), strict=True)),
         ece=expected_calibration_error(logits, targets),
@@ -146,56 +154,57 @@ def scores(logits: Tensor, targets: Tensor, labels: tuple[str, ...], *, seed: in
 
 
 def top_k_accuracy(logits: Tensor, targets: Tensor, k: int) -> float:
-    """The share of images whose target is among the k best answers: (n, K), (n,) -> [0, 1]; 1 <= k <= K."""
+    """Return the share of images whose target is among the k largest logits: (n, K), (n,) -> [0, 1]; 1 <= k <= K."""
     best = logits.topk(k, dim=1).indices  # (n, k)
     return float((best == targets[:, None]).any(1).double().mean())
 
 
 def per_class_accuracy(logits: Tensor, targets: Tensor) -> list[float | None]:
-    """For each of K classes, the share of its images that are classified right; None for a class without images."""
+    """Return the accuracy over the images of each of K classes; None for a class without images."""
     classes = logits.shape[1]
     total = torch.bincount(targets, minlength=classes)
-    right = torch.bincount(targets[logits.argmax(1) == targets], minlength=classes)
-    return [r / t if t else None for r, t in zip(right.tolist(), total.tolist(), strict=True)]
+    correct = torch.bincount(targets[logits.argmax(1) == targets], minlength=classes)
+    return [c / t if t else None for c, t in zip(correct.tolist(), total.tolist(), strict=True)]
 
 
 def bootstrap_interval(
-    right: Tensor, *, seed: int, resamples: int = RESAMPLES, level: float = LEVEL
+    correct: Tensor, *, seed: int, resamples: int = RESAMPLES, level: float = CONFIDENCE_LEVEL
 ) -> tuple[float, float]:
-    """The percentile interval of an accuracy over images drawn with replacement (Efron 1979).
+    """Return the percentile bootstrap interval of an accuracy (Efron 1979).
 
-    n images drawn from n of which k are right hold Binomial(n, k / n) right ones: that number is drawn, not the
-    images.
+    Resampling n images with replacement, of which k are classified correctly, gives Binomial(n, k / n) correct ones.
+    That number is sampled directly.
 
     Args:
-        right: (n,) bool, n >= 1.
+        correct: (n,) bool, n >= 1.
+        level: confidence level in (0, 1).
     """
-    n, k = len(right), int(right.sum())
-    drawn = np.random.default_rng(seed).binomial(n, k / n, resamples) / n
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    n, k = len(correct), int(correct.sum())
+    samples = np.random.default_rng(seed).binomial(n, k / n, resamples) / n
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def expected_calibration_error(logits: Tensor, targets: Tensor, bins: int = ECE_BINS) -> float:
-    """The mean gap between confidence and accuracy: (n, K), (n,) -> [0, 1] (Guo et al. 2017, arXiv 1706.04599).
+    """Return the mean gap between confidence and accuracy: (n, K), (n,) -> [0, 1].
 
-    Confidence is the largest softmax probability, binned into equal widths (a, b]; each bin weighs as many images
-    as it holds.
+    Confidence is the largest softmax probability. Bins (a, b] have equal widths and are weighted by their images
+    (Guo et al. 2017, arXiv 1706.04599).
     """
-    confidence, answer = logits.double().softmax(1).max(1)
+    confidence, predicted = logits.double().softmax(1).max(1)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
-    which = torch.bucketize(confidence, edges)  # (n,): 0 .. bins - 1
-    gap = (answer == targets).double() - confidence
-    return float(torch.zeros(bins, dtype=torch.float64).index_add_(0, which, gap).abs().sum() / len(targets))
+    bin_index = torch.bucketize(confidence, edges)  # (n,): 0 .. bins - 1
+    gap = (predicted == targets).double() - confidence
+    return float(torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_index, gap).abs().sum() / len(targets))
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
-    """The mean cross-entropy, in nats."""
+    """Return the mean cross-entropy, in nats."""
     return float(F.cross_entropy(logits.double(), targets))
 
 
 def agreement(unmerged: Tensor, merged: Tensor, tolerance: float) -> Agreement:
-    """How far two sets of logits (n, K) are apart."""
+    """Compare two sets of logits (n, K)."""
     return Agreement(
         largest_difference=float((unmerged.double() - merged.double()).abs().max()),
         largest_logit=float(merged.abs().max()),
@@ -212,21 +221,21 @@ def _run(
     logits: list[Tensor] = []
     targets: list[Tensor] = []
     seconds = 0.0
-    for pixels, target in DataLoader(Pixels(images, adapter.preprocess, cache_bytes=0), BATCH):
+    for pixels, target in DataLoader(ImageTensors(images, adapter.preprocess, cache_bytes=0), BATCH_SIZE):
         prepared = normalise(pixels.to(device), mean, std)
         if not logits:
-            forward(prepared)  # the first pass of a size allocates memory and, on a GPU, chooses kernels
-        _finish(device)
+            forward(prepared)  # not timed: the first pass allocates memory and, on a GPU, selects kernels
+        _synchronize(device)
         start = time.perf_counter()
-        answers = forward(prepared)
-        _finish(device)
+        outputs = forward(prepared)
+        _synchronize(device)
         seconds += time.perf_counter() - start
-        logits.append((answers if isinstance(answers, Tensor) else torch.stack(answers)).float().cpu())
+        logits.append((outputs if isinstance(outputs, Tensor) else torch.stack(outputs)).float().cpu())
         targets.append(target)
     return Outputs(torch.cat(logits), torch.cat(targets), len(images) / seconds)
 
 
-def _finish(device: torch.device) -> None:
-    """Wait for a GPU, which runs behind the caller."""
+def _synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished, otherwise the timer would measure only the launch."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

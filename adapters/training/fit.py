@@ -1,6 +1,6 @@
-"""From labelled images to an adapter file and its report: `adapters.fit`, and all that `karst-hub train` does.
+"""`adapters.fit`: labelled images in, an adapter file and its report out.
 
-Reads, checks, trains, measures and writes. `Watch` is told how it goes, for whoever shows progress.
+The steps: read the dataset, check it and prepare tensors, train, select an epoch, predict, write.
 """
 
 import platform
@@ -10,41 +10,48 @@ from pathlib import Path
 from typing import Any
 
 from ..backbone import Backbone, load_backbone
-from ..data.checks import Checked, check
-from ..data.datasets import Splits, read, read_part
-from ..data.images import DataError, preprocess_of
+from ..data.checks import CheckedDataset, check_dataset
+from ..data.datasets import DatasetSplits, read_dataset, read_split
+from ..data.errors import DataError
+from ..data.images import preprocess_of
 from ..format.file import Adapter
 from ..method.config import KarstConfig
 from ..method.karst import extract
-from .report import Answers, answers, write_report
-from .train import Epoch, Fitted, Recipe, is_first_process, linear_probe, train_model
+from .devices import is_first_process
+from .inference import Predictions, predict
+from .linear_probe import linear_probe
+from .recipe import Recipe
+from .report import write_report
+from .selection import EpochResult
+from .train import TrainedModel, train_model
 
-_NO_CONFIG = KarstConfig()
-_NO_RECIPE = Recipe()
+_DEFAULT_CONFIG = KarstConfig()
+_DEFAULT_RECIPE = Recipe()
+_VERSIONED_PACKAGES = ("karst-hub", "torch", "timm", "numpy", "pillow")  # versions in report.json
 
 
 class Watch:
-    """What happens while an adapter is made; every method may be overridden, and does nothing here."""
+    """Progress callbacks of `fit`. Override any of them; each does nothing by default."""
 
     def reading(self, images: int) -> None:
-        """So many images are about to be opened."""
+        """Called before the images are decoded, with their number."""
 
     def image(self) -> None:
-        """One of them was."""
+        """Called after each decoded image."""
 
-    def checked(self, images: Checked) -> None:
-        """All were, and they can be trained on; `images.warnings` are for a person to read."""
+    def checked(self, images: CheckedDataset) -> None:
+        """Called when the dataset has passed the checks. Show `images.warnings` to the user."""
 
     def step(self, epoch: int, loss: float, accuracy: float) -> None:
-        """One batch was trained on, in the epoch of this number: its mean loss, and its accuracy in [0, 1]."""
+        """Called after each optimiser step: epoch number from 1, the batch's mean loss and accuracy in [0, 1]."""
 
-    def epoch(self, epoch: Epoch) -> None:
-        """One pass over the training images has ended."""
+    def epoch(self, epoch: EpochResult) -> None:
+        """Called after each epoch."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """An adapter, where it and its report are, and the figures that are also in its metadata."""
+    """A trained adapter, its file, its report's folder, and the metrics in its metadata."""
 
     adapter: Adapter
     file: Path
@@ -59,8 +66,8 @@ def fit(
     backbone: str | Backbone = "demo",
     checkpoint: str | Path | None = None,
     device: str = "cpu",
-    config: KarstConfig = _NO_CONFIG,
-    recipe: Recipe = _NO_RECIPE,
+    config: KarstConfig = _DEFAULT_CONFIG,
+    recipe: Recipe = _DEFAULT_RECIPE,
     validation: Path | None = None,
     test: Path | None = None,
     val_fraction: float = 0.2,
@@ -73,39 +80,42 @@ def fit(
     resume: bool = False,
     watch: Watch | None = None,
 ) -> Trained:
-    """Train an adapter on labelled images; write it to `output`, and a report in a folder beside it.
+    """Train an adapter on labelled images. Write it to `output`, and its report to a folder beside it.
 
-    While it trains, `<output>.checkpoint` holds the last epoch's state; it is deleted in the end.
+    During training `<output>.checkpoint` holds the state after the last epoch. It is deleted at the end.
 
     Args:
-        data: images of any kind that `adapters.sources` reads; `shots`, `split_seed` and `final` choose among lists.
-        backbone: a timm name, `demo`, or a backbone that is loaded already; `checkpoint` and `device` as
-            `load_backbone` takes them.
-        validation, test: sets that take the place of those in `data`.
-        val_fraction: of the training images, held out where there is no validation set; 0 takes the last epoch.
-        skip_bad: leave bad images out instead of refusing the set.
-        probe: measure a linear probe on the test images, too.
-        devices: how many GPUs or CPU processes share each batch (`train.train_model`).
-        resume: go on from the checkpoint of a training that was interrupted.
+        data: a dataset in any layout that `data.datasets.read_dataset` reads. `shots`, `split_seed` and `final`
+            select one of several lists.
+        backbone: a timm name, `demo`, or a loaded backbone. `checkpoint` and `device` are those of `load_backbone`.
+        validation, test: datasets that replace the validation and test splits of `data`.
+        val_fraction: share of the training images to hold out if there is no validation split, in [0, 1). With 0
+            the last epoch is selected.
+        skip_bad: drop bad images instead of raising (`data.checks.check_dataset`).
+        probe: also measure a linear probe on the test images.
+        devices: GPUs or CPU processes that share each batch (`train.train_model`).
+        resume: continue an interrupted training from its checkpoint.
 
     Raises:
-        DataError: images or labels that cannot be used, an output that cannot be written, or a checkpoint that is
-            not there (with `resume`), is there (without), or is of another training.
+        DataError: the images or labels cannot be used, the output cannot be written, or the checkpoint does not exist
+            (with `resume`), exists (without), or belongs to another training.
         BackboneError, AdapterError, ConfigError, FloatingPointError: as `load_backbone`, `extract` and `train_model`.
     """
     output = Path(output)
     watch = watch or Watch()
     report = report_folder(output)
-    interrupted = checkpoint_file(output)
-    if interrupted.exists() and not resume:
-        raise DataError(f"{interrupted}: a training was interrupted; go on with --resume, or delete this file")
-    splits = _read(Path(data), validation, test, shots=shots, split_seed=split_seed, final=final, probe=probe)
+    state_file = checkpoint_file(output)
+    if state_file.exists() and not resume:
+        raise DataError(
+            f"{state_file}: checkpoint of an interrupted training; continue with --resume, or delete the file"
+        )
+    splits = _read_splits(Path(data), validation, test, shots=shots, split_seed=split_seed, final=final, probe=probe)
     if isinstance(backbone, Backbone):
         frozen, device = backbone, str(backbone.device)
-    else:  # several processes come by here: each moves its copy to its own device later
+    else:  # with several devices, each process copies the backbone to its own device later
         frozen = load_backbone(backbone, checkpoint, device=device if devices == 1 else "cpu")
-    watch.reading(sum(map(len, splits.parts().values())))
-    images = check(
+    watch.reading(sum(map(len, splits.by_name().values())))
+    images = check_dataset(
         splits,
         preprocess_of(frozen),
         val_fraction=0 if final else val_fraction,
@@ -117,7 +127,7 @@ def fit(
     metrics: dict[str, Any] = {"train_images": len(images.train)}
     if probe and images.test is not None and is_first_process(devices):
         metrics["linear_probe_test_accuracy"] = round(linear_probe(frozen, images.train, images.test), 4)
-    fitted = train_model(
+    trained = train_model(
         frozen,
         images.train,
         config,
@@ -125,45 +135,47 @@ def fit(
         validation=images.validation,
         device=device,
         devices=devices,
-        checkpoint=interrupted,
+        checkpoint=state_file,
         resume=resume,
         on_step=watch.step,
         on_epoch=watch.epoch,
     )
-    measured = _measure(fitted, images)
-    metrics |= _figures(fitted, images, measured) | {"recipe": recipe.model_dump()}
-    adapter = extract(fitted.model, measured.labels, preprocess=preprocess_of(frozen), metrics=metrics)
+    predictions = _predict(trained, images)
+    metrics |= _metrics(trained, images, predictions) | {"recipe": recipe.model_dump()}
+    adapter = extract(trained.model, predictions.labels, preprocess=preprocess_of(frozen), metrics=metrics)
     if is_first_process(devices):
         adapter.write(output)
-        facts = {"adapter": output.name, "data": str(data), "device": device, "seed": recipe.seed}
-        facts |= {"warnings": list(images.warnings), "versions": _versions()} | _facts(adapter) | metrics
-        write_report(report, measured, fitted, images.train.images.targets, facts)
-        interrupted.unlink(missing_ok=True)
+        metadata: dict[str, Any] = {"adapter": output.name, "data": str(data), "device": device, "seed": recipe.seed}
+        metadata |= {"warnings": list(images.warnings), "versions": _versions()} | _described(adapter) | metrics
+        write_report(report, predictions, trained, images.train.images.targets, metadata)
+        state_file.unlink(missing_ok=True)
     return Trained(adapter, output, report, metrics)
 
 
 def report_folder(output: Path) -> Path:
-    """Where the report of an adapter goes: `flowers.report` beside `flowers.safetensors`.
+    """Return the folder of an adapter's report: `flowers.report` beside `flowers.safetensors`.
 
     Raises:
         DataError: the adapter or its report cannot be written there.
     """
     folder = output.with_name(f"{output.name.removesuffix('.safetensors')}.report")
     if not output.absolute().parent.is_dir():
-        raise DataError(f"{output}: the folder {output.absolute().parent} does not exist")
+        raise DataError(f"{output}: the folder {output.absolute().parent} does not exist; create it, or change --out")
     if output.is_dir():
-        raise DataError(f"{output}: is a folder; --out names the file to write")
+        raise DataError(f"{output}: is a folder; --out must name a file")
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder}: is a file, but the report's folder goes there; move it or change --out")
+        raise DataError(
+            f"{folder}: is a file, but the report needs a folder of this name; move the file, or change --out"
+        )
     return folder
 
 
 def checkpoint_file(output: Path) -> Path:
-    """Where the state of a training that is not done yet is kept: `flowers.checkpoint`."""
+    """Return the checkpoint file of a training in progress: `flowers.checkpoint` beside `flowers.safetensors`."""
     return output.with_name(f"{output.name.removesuffix('.safetensors')}.checkpoint")
 
 
-def _read(
+def _read_splits(
     data: Path,
     validation: Path | None,
     test: Path | None,
@@ -172,40 +184,40 @@ def _read(
     split_seed: int,
     final: bool,
     probe: bool,
-) -> Splits:
-    splits = read(data, shots=shots, seed=split_seed, final=final)
+) -> DatasetSplits:
+    splits = read_dataset(data, shots=shots, seed=split_seed, final=final)
     labels = splits.train.labels
     if validation is not None:
-        splits = splits.with_part("validation", read_part(validation, "validation", labels))
+        splits = splits.with_split("validation", read_split(validation, "validation", labels))
     if test is not None:
-        splits = splits.with_part("test", read_part(test, "test", labels))
+        splits = splits.with_split("test", read_split(test, "test", labels))
     if probe and splits.test is None:
-        raise DataError(f"{data}: has no test images, and --probe needs some (--test): a probe is measured on them")
+        raise DataError(f"{data}: no test split, which --probe needs; give test images with --test, or omit --probe")
     return splits
 
 
-def _measure(fitted: Fitted, images: Checked) -> Answers:
-    """On test images if there are some, else on validation images, else on what it was trained on."""
+def _predict(trained: TrainedModel, images: CheckedDataset) -> Predictions:
+    """Predict the test images, else the validation images, else the training images."""
     if images.test is not None:
-        return answers(fitted.model, "test", images.test)
+        return predict(trained.model, images.test, "test")
     if images.validation is not None:
-        return answers(fitted.model, "validation", images.validation)
-    return answers(fitted.model, "train", images.train)
+        return predict(trained.model, images.validation, "validation")
+    return predict(trained.model, images.train, "train")
 
 
-def _figures(fitted: Fitted, images: Checked, measured: Answers) -> dict[str, Any]:
-    chosen = fitted.chosen
-    figures: dict[str, Any] = {"epoch": chosen.number, "train_accuracy": round(chosen.train_accuracy, 4)}
-    if images.validation is not None and chosen.val_accuracy is not None:
-        figures["val_images"] = len(images.validation)
-        figures["val_accuracy"] = round(chosen.val_accuracy, 4)
-    if measured.part == "test":
-        figures["test_images"] = len(measured.targets)
-        figures["test_accuracy"] = round(measured.accuracy, 4)
-    return figures
+def _metrics(trained: TrainedModel, images: CheckedDataset, predictions: Predictions) -> dict[str, Any]:
+    selected = trained.selected
+    metrics: dict[str, Any] = {"epoch": selected.number, "train_accuracy": round(selected.train_accuracy, 4)}
+    if images.validation is not None and selected.val_accuracy is not None:
+        metrics["val_images"] = len(images.validation)
+        metrics["val_accuracy"] = round(selected.val_accuracy, 4)
+    if predictions.split == "test":
+        metrics["test_images"] = len(predictions.targets)
+        metrics["test_accuracy"] = round(predictions.accuracy, 4)
+    return metrics
 
 
-def _facts(adapter: Adapter) -> dict[str, Any]:
+def _described(adapter: Adapter) -> dict[str, Any]:
     return {
         "digest": adapter.digest,
         "backbone": adapter.backbone,
@@ -216,10 +228,10 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("karst-hub", "torch", "timm", "numpy", "pillow"):
+    versions = {"python": platform.python_version()}
+    for name in _VERSIONED_PACKAGES:
         try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a source tree on the path, not installed
-            found[name] = "unknown"
-    return found
+            versions[name] = version(name)
+        except PackageNotFoundError:  # a source tree on the path, without an installed package
+            versions[name] = "unknown"
+    return versions

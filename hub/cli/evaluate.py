@@ -12,8 +12,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from adapters import Adapter, AdapterError, Backbone, Bank, BankLimits, DataError, KarstConfig, Problem, load_backbone
-from adapters.data.datasets import read_part
-from adapters.training.evaluate import BATCH, compare_merged, evaluate, scores
+from adapters.data.datasets import read_split
+from adapters.training.evaluate import BATCH_SIZE, compare_merged, evaluate, scores
 
 Pair = tuple[Path, Path]  # an adapter file and its images
 
@@ -61,7 +61,7 @@ def run(
         the order of `pairs`.
 
     Raises:
-        DataError: as `adapters.sources.read_part`.
+        DataError: as `adapters.data.datasets.read_split`.
         BackboneError, AdapterError: as `load_backbone` and `BankLimits.check`; the message names the adapter's file.
     """
     frozen = load_backbone(backbone, checkpoint, device=device, dtype=getattr(torch, dtype))
@@ -69,7 +69,7 @@ def run(
     for path, data in pairs:  # whatever is wrong is found now, not after hours
         adapter = _read(path, frozen)
         configs.append(adapter.config)
-        sets.append(read_part(data, "test", adapter.labels))
+        sets.append(read_split(data, "test", adapter.labels))
     banks = _banks(frozen, configs)
     rows = []
     with Progress(console=console, transient=True) as progress:
@@ -88,7 +88,7 @@ def run(
         "fingerprint": frozen.fingerprint,
         "device": str(frozen.device),
         "dtype": dtype,
-        "batch_size": BATCH,
+        "batch_size": BATCH_SIZE,
         "seed": seed,
         "rows": rows,
     }

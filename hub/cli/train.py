@@ -11,9 +11,11 @@ from rich.table import Column
 from rich.text import Text
 
 from adapters import KarstConfig, Recipe, Watch, fit
-from adapters.data.checks import Checked
+from adapters.data.checks import CheckedDataset
+from adapters.training.devices import is_first_process
 from adapters.training.fit import checkpoint_file
-from adapters.training.train import Epoch, is_first_process, steps_per_epoch
+from adapters.training.recipe import steps_per_epoch
+from adapters.training.selection import EpochResult
 
 __all__ = ["KarstConfig", "Recipe", "run"]
 
@@ -73,7 +75,7 @@ class _Bar(Watch):
     def image(self) -> None:
         self._progress.advance(self._bar)
 
-    def checked(self, images: Checked) -> None:
+    def checked(self, images: CheckedDataset) -> None:
         for warning in images.warnings:
             self._console.print(f"warning: {warning}", soft_wrap=True)
         count, validation, test = (len(part) if part else 0 for part in (images.train, images.validation, images.test))
@@ -94,7 +96,7 @@ class _Bar(Watch):
         text = f"epoch {epoch}: loss {loss:.3f}, training {accuracy:.1%}{self._validated}"
         self._progress.update(self._bar, advance=self._step_images, description=text)
 
-    def epoch(self, epoch: Epoch) -> None:
+    def epoch(self, epoch: EpochResult) -> None:
         if epoch.val_accuracy is not None:
             self._validated = f", validation {epoch.val_accuracy:.1%}"
         self._progress.update(

@@ -1,5 +1,6 @@
-"""The demo's committed files: sizes, accuracies as claimed, and the claims of the docs."""
+"""The committed files of the demo: their sizes, and the accuracies in their metadata and in the docs."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adapters import Adapter, load_backbone
+from adapters import Adapter, Backbone, load_backbone
 from adapters.data.images import decode_image, eval_transform, needed_px, normalise
 from adapters.demo import draw
 from adapters.demo.tasks import DIGITS_TRAIN, digits
@@ -19,15 +20,16 @@ TASKS = ("digits", "shapes", "count")
 
 
 @pytest.fixture(scope="module")
-def backbone():
+def backbone() -> Backbone:
     return load_backbone("demo")
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_each_adapter_is_small_fits_and_beats_the_linear_probe(backbone, task) -> None:
+def test_demo_adapter_beats_the_linear_probe_when_it_fits_the_backbone(backbone: Backbone, task: str) -> None:
     adapter = Adapter.read(DEMO / f"{task}.safetensors")
     adapter.check(backbone)
     assert len(adapter.data) < 400_000
+    assert adapter.metrics is not None
     accuracy, probe = (adapter.metrics[name] for name in ("test_accuracy", "linear_probe_test_accuracy"))
     assert accuracy > probe + 0.02
     assert f"{accuracy:.1%} | {probe:.1%} |" in DOC.read_text()
@@ -36,7 +38,9 @@ def test_each_adapter_is_small_fits_and_beats_the_linear_probe(backbone, task) -
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_no_label_of_the_samples_changes_where_a_large_jpeg_is_decoded_smaller(task, backbone) -> None:
+def test_demo_adapter_predicts_the_same_label_when_a_large_jpeg_is_decoded_smaller(
+    task: str, backbone: Backbone
+) -> None:
     adapter = Adapter.read(DEMO / f"{task}.safetensors")
     model, transform = adapter.merge(backbone), eval_transform(adapter.preprocess)
     mean, std = (torch.tensor(adapter.preprocess[name]) for name in ("mean", "std"))
@@ -51,25 +55,31 @@ def test_no_label_of_the_samples_changes_where_a_large_jpeg_is_decoded_smaller(t
         assert scores[0].argmax() == scores[1].argmax(), path.name
 
 
-def test_the_backbone_is_small() -> None:
+def test_demo_backbone_is_below_5_mb_when_committed() -> None:
     assert (DEMO / "backbone.safetensors").stat().st_size < 5_000_000
 
 
-def test_digits_accuracy_is_what_its_metadata_claim(backbone) -> None:
+def test_digits_adapter_reaches_the_accuracy_in_its_metadata_when_tested_again(backbone: Backbone) -> None:
     adapter = Adapter.read(DEMO / "digits.safetensors")
-    images, labels = (part[DIGITS_TRAIN:] for part in digits())
+    all_images, all_labels = digits()
+    images, labels = all_images[DIGITS_TRAIN:], all_labels[DIGITS_TRAIN:]
     transform = eval_transform(adapter.preprocess)
     pixels = torch.stack([transform(image.convert("RGB")) for image in images])
     mean, std = (torch.tensor(adapter.preprocess[name]) for name in ("mean", "std"))
     with torch.inference_mode():
-        chosen = adapter.merge(backbone)(normalise(pixels, mean, std)).argmax(1)
-    right = sum(adapter.labels[i] == label for i, label in zip(chosen, labels, strict=True))
-    assert right / len(labels) == pytest.approx(adapter.metrics["test_accuracy"], abs=2e-3)
-    assert right / len(labels) >= 0.96
+        predicted = adapter.merge(backbone)(normalise(pixels, mean, std)).argmax(1)
+    correct = sum(adapter.labels[int(i)] == label for i, label in zip(predicted, labels, strict=True))
+    assert adapter.metrics is not None
+    assert correct / len(labels) == pytest.approx(adapter.metrics["test_accuracy"], abs=2e-3)
+    assert correct / len(labels) >= 0.96
 
 
-def test_drawings_are_seeded() -> None:
-    for image in (lambda rng: draw.shape_image(rng, "star"), lambda rng: draw.count_image(rng, 5)):
+def test_drawing_is_the_same_when_the_seed_is_the_same() -> None:
+    drawings: tuple[Callable[[np.random.Generator], Image.Image], ...] = (
+        lambda rng: draw.shape_image(rng, "star"),
+        lambda rng: draw.count_image(rng, 5),
+    )
+    for image in drawings:
         one, same, other = (np.asarray(image(np.random.default_rng(seed))) for seed in (3, 3, 4))
         assert np.array_equal(one, same)
         assert not np.array_equal(one, other)
@@ -80,7 +90,7 @@ def test_drawings_are_seeded() -> None:
         draw.count_image(np.random.default_rng(0), 9)
 
 
-def test_the_samples_are_images_of_the_backbone_s_size() -> None:
+def test_demo_samples_have_the_backbone_s_size_when_decoded() -> None:
     paths = sorted((DEMO / "samples").rglob("*.png"))
     assert len(paths) == 24
     assert {decode_image(path).size for path in paths} == {(32, 32)}

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from adapters import DataError
-from adapters.data.datasets import read
-from adapters.data.images import Pixels
-from adapters.training.train import accuracy, train_model
+from adapters.data.datasets import read_dataset
+from adapters.data.image_set import ImageTensors
+from adapters.training.inference import accuracy
+from adapters.training.train import train_model
 from benchmarks import vtab, vtab_miniature
 from benchmarks.vtab_protocol import (
     FEW_SHOT_SETS,
@@ -72,18 +73,20 @@ def test_a_trial_is_the_protocol(root) -> None:
 
     backbone = _backbone("demo", None, "cpu")
     preprocess = result["preprocess"]
-    lists, last = read(trial.source), read(trial.source, final=True)
+    lists, last = read_dataset(trial.source), read_dataset(trial.source, final=True)
     assert (len(lists.train), len(lists.validation), len(last.train), len(last.test)) == (16, 4, 20, 8)
 
     def trained(images, lr):
         recipe = chosen_plan.recipe.model_copy(update={"lr": lr, "epochs": 1})
-        return train_model(backbone, Pixels(images, preprocess), chosen_plan.config, recipe).model
+        return train_model(backbone, ImageTensors(images, preprocess), chosen_plan.config, recipe).model
 
-    by_hand = {lr: accuracy(trained(lists.train, lr), Pixels(lists.validation, preprocess)) for lr in (1e-3, 2e-2)}
+    by_hand = {
+        lr: accuracy(trained(lists.train, lr), ImageTensors(lists.validation, preprocess)) for lr in (1e-3, 2e-2)
+    }
     assert {found["lr"]: found["accuracy"] for found in result["validation"]} == by_hand
     best = max(by_hand, key=by_hand.__getitem__)
     assert result["chosen"] == {"lr": best, "epochs": 1}
-    assert result["accuracy"] == accuracy(trained(last.train, best), Pixels(last.test, preprocess))
+    assert result["accuracy"] == accuracy(trained(last.train, best), ImageTensors(last.test, preprocess))
     assert result["images"] == {"train": 20, "test": 8}
     assert (preprocess["mean"], preprocess["std"], preprocess["crop_mode"]) == ([0.5] * 3, [0.5] * 3, "squash")
     assert (result["plan"]["config"]["kernels"], result["plan"]["config"]["rank"]) == (8, 8)

@@ -1,23 +1,26 @@
-"""Every layout becomes the same image sets: the right images, labels and parts; what does not fit is named."""
+"""Dataset layouts: each gives the same image sets; errors name what does not fit."""
 
 import gc
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas
 import pytest
 
 from adapters import DataError
-from adapters.data.datasets import Splits, read, read_part
-from adapters.data.images import Encoded, ImageSet, decode_image
+from adapters.data.datasets import DatasetSplits, read_dataset, read_split
+from adapters.data.image_set import EncodedImage, ImageSet
+from adapters.data.images import decode_image
+from tests.support.image_sets import image_file
 from tests.support.models import png
 
 
 def write(root: Path, *names: str) -> None:
-    """A real image at each path, another picture for each name."""
+    """Write a valid image to each path; its pixels depend on the name."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,19 +28,18 @@ def write(root: Path, *names: str) -> None:
 
 
 def names(images: ImageSet | None, root: Path) -> list[tuple[str, str]]:
-    """(path below root, label) of every image, all of which can be decoded."""
+    """Decode all images; return their paths below root, and their labels."""
     assert images is not None
     assert all(decode_image(images.read(i)).size == (8, 8) for i in range(len(images)))
     return [
-        (str(path.relative_to(root)), images.labels[target])
-        for path, target in zip(images.paths, images.targets, strict=True)
+        (str(image_file(images, i).relative_to(root)), images.labels[target]) for i, target in enumerate(images.targets)
     ]
 
 
 def row_labels(images: ImageSet | None) -> list[str]:
-    """Labels of images that are rows of a table."""
+    """Decode images that are rows of a table; return their labels."""
     assert images is not None
-    assert all(isinstance(path, Encoded) for path in images.paths)
+    assert all(isinstance(source, EncodedImage) for source in images.sources)
     assert all(decode_image(images.read(i)).size == (8, 8) for i in range(len(images)))
     return [images.labels[target] for target in images.targets]
 
@@ -45,41 +47,46 @@ def row_labels(images: ImageSet | None) -> list[str]:
 # Folders
 
 
-def test_a_folder_of_class_folders(tmp_path) -> None:
+def test_read_dataset_gives_one_split_when_a_folder_has_class_folders(tmp_path: Path) -> None:
     write(tmp_path, "cat/0.png", "dog/0.png")
-    splits = read(tmp_path)
+    splits = read_dataset(tmp_path)
     assert names(splits.train, tmp_path) == [("cat/0.png", "cat"), ("dog/0.png", "dog")]
     assert (splits.validation, splits.test, splits.published) == (None, None, False)
 
 
 @pytest.mark.parametrize("validation", ["val", "valid", "validation"])
-def test_class_folders_inside_train_val_and_test(tmp_path, validation) -> None:
+def test_read_dataset_gives_three_splits_when_class_folders_are_inside_split_folders(
+    tmp_path: Path, validation: str
+) -> None:
     write(tmp_path, "train/cat/0.png", "train/dog/0.png", f"{validation}/dog/1.png", "test/cat/2.png")
-    splits = read(tmp_path)
+    splits = read_dataset(tmp_path)
     assert splits.train.labels == ("cat", "dog")
     assert names(splits.validation, tmp_path) == [(f"{validation}/dog/1.png", "dog")]
     assert names(splits.test, tmp_path) == [("test/cat/2.png", "cat")]
 
 
-def test_a_class_may_be_called_train(tmp_path) -> None:
+def test_read_dataset_accepts_a_class_when_its_name_is_train(tmp_path: Path) -> None:
     write(tmp_path, "plane/0.png", "train/0.png")
-    assert read(tmp_path).train.labels == ("plane", "train")
+    assert read_dataset(tmp_path).train.labels == ("plane", "train")
 
 
-def test_split_folders_that_do_not_fit_are_named(tmp_path) -> None:
+def test_read_dataset_names_the_folder_when_split_folders_do_not_fit(tmp_path: Path) -> None:
     write(tmp_path, "train/cat/0.png", "train/dog/0.png", "test/zebra/2.png")
-    with pytest.raises(DataError, match=r"test: classes zebra are not among the task's labels cat, dog$"):
-        read(tmp_path)
+    with pytest.raises(
+        DataError,
+        match=r"test: classes zebra are not among the task's labels cat, dog; rename or remove these folders$",
+    ):
+        read_dataset(tmp_path)
     write(tmp_path, "val/cat/0.png", "valid/cat/1.png")
-    with pytest.raises(DataError, match=r"split 'valid' stands for a part that is there already$"):
-        read(tmp_path)
+    with pytest.raises(DataError, match=r"split 'valid' is a second validation split; merge the two, or remove one$"):
+        read_dataset(tmp_path)
 
 
 # Tables
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_table_of_paths_and_labels(tmp_path, kind) -> None:
+def test_read_dataset_reads_a_table_when_it_has_paths_labels_and_splits(tmp_path: Path, kind: str) -> None:
     write(tmp_path, "images/a b.png", "images/1.png", "images/2.png", "3.png")
     table = pandas.DataFrame(
         {
@@ -90,57 +97,57 @@ def test_a_table_of_paths_and_labels(tmp_path, kind) -> None:
     )
     file = tmp_path / f"list.{kind}"
     table.to_csv(file, index=False) if kind == "csv" else table.to_parquet(file)
-    splits = read(file)
+    splits = read_dataset(file)
     assert splits.train.labels == ("9", "10", "NA")
     assert names(splits.train, tmp_path) == [("images/a b.png", "9"), ("images/1.png", "NA")]
     assert names(splits.validation, tmp_path) == [("images/2.png", "10")]
     assert names(splits.test, tmp_path) == [("3.png", "9")]
 
 
-def test_labels_of_a_csv_stay_text_and_those_of_parquet_may_be_integers(tmp_path) -> None:
+def test_labels_stay_text_when_they_are_in_a_csv_and_may_be_integers_in_parquet(tmp_path: Path) -> None:
     write(tmp_path, "0.png", "1.png")
     (tmp_path / "list.csv").write_text("\ufefflabel,path\n007,0.png\n7,1.png\n", "utf-8")
-    splits = read(tmp_path / "list.csv")
+    splits = read_dataset(tmp_path / "list.csv")
     assert sorted(splits.train.labels) == ["007", "7"]
     assert (splits.validation, splits.test) == (None, None)
     pandas.DataFrame({"path": ["0.png", "1.png"], "label": [10, 9]}).to_parquet(tmp_path / "list.parquet")
-    assert read(tmp_path / "list.parquet").train.labels == ("9", "10")
+    assert read_dataset(tmp_path / "list.parquet").train.labels == ("9", "10")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,class\na.png,x\n", r"list.csv: no column label among path, class$"),
-        ("file\na.png\n", r"list.csv: no column path and no label among file$"),
-        ("path,label\na.png,\n", r"list.csv, row 0: label is empty$"),
-        ("path,label,split\na.png,x,holdout\n", r"list.csv: split 'holdout' is none of train, .*test$"),
-        ("path,label,split\na.png,x,test\n", r"list.csv: no training images, only test$"),
-        ("path,label\n", r"list.csv: no rows in it$"),
+        ("path,class\na.png,x\n", r"list.csv: column label missing; columns found: path, class$"),
+        ("file\na.png\n", r"list.csv: column path and label missing; columns found: file$"),
+        ("path,label\na.png,\n", r"list.csv, row 0: label is empty; fill it in, or remove the row$"),
+        ("path,label,split\na.png,x,holdout\n", r"list.csv: unknown split 'holdout'; expected one of train, .*test$"),
+        ("path,label,split\na.png,x,test\n", r"list.csv: no training split; splits found: test$"),
+        ("path,label\n", r"list.csv: no rows; expected one row per image$"),
         ("", r"list.csv: cannot be read as csv: "),
         ('path,label\n"a.png,x\n', r"list.csv: cannot be read as csv: "),
     ],
 )
-def test_a_csv_that_cannot_be_used_is_named(tmp_path, text, message) -> None:
+def test_read_dataset_names_the_row_or_column_when_a_csv_is_invalid(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(DataError, match=message):
-        read(tmp_path / "list.csv")
+        read_dataset(tmp_path / "list.csv")
 
 
-def test_a_parquet_that_cannot_be_used_is_named(tmp_path) -> None:
+def test_read_dataset_names_the_file_when_a_parquet_table_is_invalid(tmp_path: Path) -> None:
     file = tmp_path / "list.parquet"
     file.write_bytes(b"text")
     with pytest.raises(DataError, match=r"list.parquet: cannot be read as Parquet: "):
-        read(file)
+        read_dataset(file)
     pandas.DataFrame({"path": ["0.png", "1.png"], "label": [1.5, 2.0]}).to_parquet(file)
-    with pytest.raises(DataError, match=r"row 0: label 1.5 is a number with a fraction"):
-        read(file)
+    with pytest.raises(DataError, match=r"row 0: label 1.5 is a fraction; expected text or an integer"):
+        read_dataset(file)
 
 
 # VTAB-1K
 
 
 @pytest.fixture
-def vtab(tmp_path) -> Path:
+def vtab(tmp_path: Path) -> Path:
     root = tmp_path / "caltech101"
     lists = {
         "train800.txt": ["images/train/0.jpg 0", "images/train/with space.jpg 10", "images/train/2.jpg 9"],
@@ -154,49 +161,49 @@ def vtab(tmp_path) -> Path:
     return root
 
 
-def test_vtab_lists(vtab) -> None:
-    splits = read(vtab)
+def test_read_dataset_gives_published_splits_when_a_folder_has_vtab_lists(vtab: Path) -> None:
+    splits = read_dataset(vtab)
     assert splits.published
-    assert splits.train.labels == ("0", "9", "10", "57")  # by number, those of every list
+    assert splits.train.labels == ("0", "9", "10", "57")  # in numeric order, over all lists
     assert names(splits.train, vtab / "images/train") == [("0.jpg", "0"), ("with space.jpg", "10"), ("2.jpg", "9")]
     assert names(splits.validation, vtab / "images/train") == [("3.jpg", "10")]
     assert names(splits.test, vtab / "images/test") == [("0.jpg", "0"), ("1.jpg", "57")]
 
 
-def test_vtab_s_final_run_trains_on_all_1000_and_validates_on_none(vtab) -> None:
-    splits = read(vtab, final=True)
+def test_read_dataset_gives_no_validation_split_when_the_vtab_run_is_final(vtab: Path) -> None:
+    splits = read_dataset(vtab, final=True)
     assert len(splits.train) == 4
     assert splits.validation is None
-    assert splits.test == read(vtab).test
-    assert splits.train.labels == read(vtab).train.labels
+    assert splits.test == read_dataset(vtab).test
+    assert splits.train.labels == read_dataset(vtab).train.labels
 
 
-def test_a_list_that_cannot_be_read_is_named_with_its_line(vtab) -> None:
+def test_read_dataset_names_the_list_and_line_when_a_list_is_invalid(vtab: Path) -> None:
     (vtab / "val200.txt").write_text("images/train/3.jpg 10\n\nimages/train/4.jpg\n")
-    with pytest.raises(DataError, match=r"val200.txt, line 3: expected a path, a space and the number of a class, "):
-        read(vtab)
+    with pytest.raises(DataError, match=r"val200.txt, line 3: expected a path, a space and a class number, "):
+        read_dataset(vtab)
     (vtab / "val200.txt").write_text("elsewhere/3.jpg 10\n")
     with pytest.raises(
-        DataError, match=r"val200.txt: elsewhere/3.jpg and the others it lists are not in .*caltech101$"
+        DataError, match=r"val200.txt: no image found for elsewhere/3.jpg .*; put the images into .*caltech101$"
     ):
-        read(vtab)
+        read_dataset(vtab)
     (vtab / "val200.txt").write_bytes(b"\xff\xfe 1\n")
     with pytest.raises(DataError, match=r"val200.txt: not UTF-8 text"):
-        read(vtab)
+        read_dataset(vtab)
     (vtab / "val200.txt").write_text("\n")
-    with pytest.raises(DataError, match=r"val200.txt: no lines in it"):
-        read(vtab)
+    with pytest.raises(DataError, match=r"val200.txt: no lines; expected"):
+        read_dataset(vtab)
     (vtab / "train800val200.txt").unlink()
     (vtab / "val200.txt").unlink()
-    with pytest.raises(DataError, match=r"no training images, only test; expected train800val200.txt$"):
-        read(vtab, final=True)
+    with pytest.raises(DataError, match=r"no training split; splits found: test; expected train800val200.txt$"):
+        read_dataset(vtab, final=True)
 
 
 # Few-shot
 
 
 def few_shot(annotations: Path, images: Path, prefix: str = "") -> None:
-    """The lists as NOAH has them: Pets' own training lists name each image twice."""
+    """Write lists in NOAH's format. As in its Oxford Pets, one training list names each image twice."""
     lists = {
         "train_meta.list.num_shot_1.seed_0": ["a_1.jpg 0", "a_1.jpg 0", "b_1.jpg 1", "b_1.jpg 1"],
         "train_meta.list.num_shot_2.seed_1": ["a_1.jpg 0", "a_2.jpg 0", "b_1.jpg 1", "b_2.jpg 1"],
@@ -205,36 +212,38 @@ def few_shot(annotations: Path, images: Path, prefix: str = "") -> None:
     }
     annotations.mkdir(parents=True)
     for name, lines in lists.items():
-        lines = [prefix + line for line in lines]
-        write(images, *(line.rpartition(" ")[0] for line in lines))
-        (annotations / name).write_text("\n".join(lines) + "\n")
+        prefixed = [prefix + line for line in lines]
+        write(images, *(line.rpartition(" ")[0] for line in prefixed))
+        (annotations / name).write_text("\n".join(prefixed) + "\n")
 
 
 @pytest.mark.parametrize("below", ["", "images", "jpg"])
-def test_few_shot_lists(tmp_path, below) -> None:
+def test_read_dataset_finds_the_images_when_few_shot_lists_omit_their_folder(tmp_path: Path, below: str) -> None:
     few_shot(tmp_path / "annotations", tmp_path / below, prefix="cars_train/")
-    splits = read(tmp_path, shots=2, seed=1)
+    splits = read_dataset(tmp_path, shots=2, seed=1)
     root = tmp_path / below / "cars_train"
     assert splits.published
     assert names(splits.train, root) == [("a_1.jpg", "0"), ("a_2.jpg", "0"), ("b_1.jpg", "1"), ("b_2.jpg", "1")]
     assert names(splits.validation, root) == [("b_3.jpg", "1")]
     assert names(splits.test, root) == [("a_4.jpg", "0")]
-    assert len(read(tmp_path, shots=1).train) == 4
+    assert len(read_dataset(tmp_path, shots=1).train) == 4
 
 
-def test_few_shot_lists_that_are_kept_apart_from_the_images(tmp_path) -> None:
+def test_read_dataset_finds_the_images_when_few_shot_lists_are_in_few_shot_split(tmp_path: Path) -> None:
     few_shot(tmp_path / "few-shot_split/oxford-pets/annotations", tmp_path / "oxford-pets")
-    splits = read(tmp_path / "few-shot_split/oxford-pets", shots=1)
+    splits = read_dataset(tmp_path / "few-shot_split/oxford-pets", shots=1)
     assert names(splits.test, tmp_path) == [("oxford-pets/a_4.jpg", "0")]
 
 
-def test_a_few_shot_list_must_be_chosen_among_those_that_are_there(tmp_path) -> None:
+def test_read_dataset_names_the_available_lists_when_no_few_shot_list_is_selected(tmp_path: Path) -> None:
     few_shot(tmp_path / "annotations", tmp_path)
-    there = "1 shots with seed 0, 2 shots with seed 1"
-    with pytest.raises(DataError, match=rf"say which few-shot list \(--shots, --split-seed\): {there}$"):
-        read(tmp_path)
-    with pytest.raises(DataError, match=rf"num_shot_2.seed_0: no such list; {there} are there$"):
-        read(tmp_path, shots=2)
+    available = "1 shots with seed 0, 2 shots with seed 1"
+    with pytest.raises(
+        DataError, match=rf"choose a few-shot list with --shots and --split-seed; available: {available}$"
+    ):
+        read_dataset(tmp_path)
+    with pytest.raises(DataError, match=rf"num_shot_2.seed_0: no such list; available: {available}$"):
+        read_dataset(tmp_path, shots=2)
 
 
 # Hugging Face's datasets
@@ -242,22 +251,22 @@ def test_a_few_shot_list_must_be_chosen_among_those_that_are_there(tmp_path) -> 
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat"])})
 
 
-def rows(labels: list, features: datasets.Features | None = FEATURES, first: int = 0) -> datasets.Dataset:
+def rows(labels: list[Any], features: datasets.Features | None = FEATURES, first: int = 0) -> datasets.Dataset:
     images = [{"bytes": png(first + i, size=(8, 8)), "path": None} for i in range(len(labels))]
     return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
-def test_a_saved_dataset(tmp_path) -> None:
+def test_read_dataset_reads_rows_when_a_dataset_was_saved_to_disk(tmp_path: Path) -> None:
     rows([0, 1, 1]).save_to_disk(str(tmp_path / "set"))
-    splits = read(tmp_path / "set")
-    assert splits.train.labels == ("dog", "cat")  # in ClassLabel's own order
+    splits = read_dataset(tmp_path / "set")
+    assert splits.train.labels == ("dog", "cat")  # in the order of ClassLabel
     assert row_labels(splits.train) == ["dog", "cat", "cat"]
     assert splits.train.read(2) == png(2, size=(8, 8))
-    assert str(splits.train.paths[2]) == f"{tmp_path / 'set'} (train, row 2)"
+    assert str(splits.train.sources[2]) == f"{tmp_path / 'set'} (train, row 2)"
     assert (splits.validation, splits.test, splits.published) == (None, None, False)
 
 
-def test_a_saved_dataset_dict_with_text_labels_and_another_column(tmp_path) -> None:
+def test_read_dataset_reads_all_splits_when_a_dataset_dict_was_saved_to_disk(tmp_path: Path) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     parts = {
         "train": rows(["b", "a"], features),
@@ -266,140 +275,147 @@ def test_a_saved_dataset_dict_with_text_labels_and_another_column(tmp_path) -> N
     }
     parts = {name: part.add_column("id", list(range(len(part)))) for name, part in parts.items()}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "set"))
-    splits = read(tmp_path / "set")
+    splits = read_dataset(tmp_path / "set")
     assert splits.train.labels == ("a", "b")
     assert [row_labels(part) for part in (splits.train, splits.validation, splits.test)] == [["b", "a"], ["b"], ["a"]]
 
 
-def test_a_dataset_may_point_to_image_files(tmp_path) -> None:
+def test_read_dataset_reads_image_files_when_a_saved_dataset_points_to_them(tmp_path: Path) -> None:
     write(tmp_path, "0.png", "1.png")
     paths = [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
-    set_ = datasets.Dataset.from_dict({"image": paths, "label": [0, 1]}, features=FEATURES)
-    set_.save_to_disk(str(tmp_path / "set"))
-    splits = read(tmp_path / "set")
+    dataset = datasets.Dataset.from_dict({"image": paths, "label": [0, 1]}, features=FEATURES)
+    dataset.save_to_disk(str(tmp_path / "set"))
+    splits = read_dataset(tmp_path / "set")
     assert row_labels(splits.train) == ["dog", "cat"]
     assert splits.train.read(0) == (tmp_path / "0.png").read_bytes()
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> Iterator[None]:
-    """A cache of the test's own; and nothing may be asked of a network."""
-    asked: list = []
+def offline_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use a separate cache, and fail the test if it opens a network connection."""
+    connections: list[object] = []
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address))
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: connections.append(address))
     yield
-    assert asked == []
+    assert connections == []
 
 
-@pytest.mark.usefixtures("cache")
-def test_parquet_files_as_the_hub_has_them(tmp_path) -> None:
+@pytest.mark.usefixtures("offline_cache")
+def test_read_dataset_reads_shards_when_a_folder_has_parquet_files(tmp_path: Path) -> None:
     root = tmp_path / "set"
     for name, part in (("train-00000-of-00002", rows([1])), ("train-00001-of-00002", rows([0])), ("test", rows([1]))):
         part.to_parquet(str(root / "data" / f"{name}.parquet"))
-    splits = read(root)
+    splits = read_dataset(root)
     assert splits.train.labels == ("dog", "cat")
     assert (row_labels(splits.train), row_labels(splits.test)) == (["cat", "dog"], ["cat"])
-    one = read(root / "data" / "train-00000-of-00002.parquet")
+    one = read_dataset(root / "data" / "train-00000-of-00002.parquet")
     assert row_labels(one.train) == ["cat"]
 
 
 @pytest.fixture
-def leftovers_end():
-    """datasets leaves metadata files open in cycles: they end here, and not as another test's warning."""
+def collect_cycles() -> Iterator[None]:
+    """Close files that `datasets` leaves open in reference cycles; otherwise another test would report them."""
     yield
     gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.usefixtures("cache", "leftovers_end")
-def test_an_image_folder_with_metadata(tmp_path) -> None:
+@pytest.mark.usefixtures("offline_cache", "collect_cycles")
+def test_read_dataset_reads_labels_when_an_image_folder_has_metadata(tmp_path: Path) -> None:
     root = tmp_path / "set"
     write(root, "train/0.png", "train/1.png", "test/2.png")
     (root / "train/metadata.csv").write_text("file_name,label\n0.png,x\n1.png,y\n")
     (root / "test/metadata.csv").write_text("file_name,label\n2.png,y\n")
-    splits = read(root)
+    splits = read_dataset(root)
     assert (row_labels(splits.train), row_labels(splits.test)) == (["x", "y"], ["y"])
 
 
-def test_datasets_that_do_not_fit_are_named(tmp_path) -> None:
+def test_read_dataset_names_the_column_when_a_saved_dataset_does_not_fit(tmp_path: Path) -> None:
     rows([0, 1, -1]).save_to_disk(str(tmp_path / "hidden"))
-    with pytest.raises(DataError, match=r"hidden \(train, row 2\): column 'label' is -1; every image needs a label$"):
-        read(tmp_path / "hidden")
+    with pytest.raises(
+        DataError, match=r"hidden \(train, row 2\): column 'label' is -1; add the label, or remove the row$"
+    ):
+        read_dataset(tmp_path / "hidden")
     rows([0, 1]).remove_columns("image").save_to_disk(str(tmp_path / "no-image"))
-    with pytest.raises(DataError, match=r"expected one column of images, found none among label; name the one to use"):
-        read(tmp_path / "no-image")
+    with pytest.raises(
+        DataError, match=r"expected one column of images, found none among label; rename the column to use"
+    ):
+        read_dataset(tmp_path / "no-image")
     coarse = rows([0, 1]).rename_column("label", "fine").add_column("coarse", [0, 1])
     coarse = coarse.cast_column("coarse", datasets.ClassLabel(names=["a", "b"]))
     coarse.save_to_disk(str(tmp_path / "two-labels"))
     with pytest.raises(DataError, match=r"expected one column of labels, found fine, coarse among image, fine, coarse"):
-        read(tmp_path / "two-labels")
+        read_dataset(tmp_path / "two-labels")
     coarse.rename_column("coarse", "label").save_to_disk(str(tmp_path / "named"))
-    assert read(tmp_path / "named").train.labels == ("a", "b")
+    assert read_dataset(tmp_path / "named").train.labels == ("a", "b")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "state.json").write_text("{}")
     with pytest.raises(DataError, match=r"broken: datasets cannot read it: "):
-        read(tmp_path / "broken")
+        read_dataset(tmp_path / "broken")
 
 
-# Whatever it is
+# Any layout
 
 
-def test_what_is_there_is_said_to_be_unknown_with_all_kinds(tmp_path) -> None:
+def test_read_dataset_names_all_layouts_when_the_layout_is_unknown(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a.png 0\n")
     for source in (tmp_path, tmp_path / "list.txt"):
-        with pytest.raises(
-            DataError, match=r"no set of images that is known here; expected one of:\n  a folder"
-        ) as error:
-            read(source)
+        with pytest.raises(DataError, match=r"unknown dataset layout; expected one of:\n  a folder") as error:
+            read_dataset(source)
         assert all(word in str(error.value) for word in (".csv", "train800.txt", "num_shot_K", "save_to_disk"))
     with pytest.raises(
-        DataError, match=r"^ylecun/mnist: no such folder or file; images are read from this machine only"
+        DataError, match=r"^ylecun/mnist: no such folder or file; datasets are read from this machine, never downloaded"
     ):
-        read(Path("ylecun/mnist"))
+        read_dataset(Path("ylecun/mnist"))
 
 
 @pytest.mark.parametrize(
     ("library", "source"), [("pandas", "list.csv"), ("pyarrow", "list.parquet"), ("datasets", "set")]
 )
-def test_a_library_that_is_not_installed_is_named(tmp_path, monkeypatch, library, source) -> None:
+def test_read_dataset_names_the_extra_when_a_library_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, source: str
+) -> None:
     (tmp_path / "list.csv").write_text("path,label\n0.png,x\n")
     pandas.DataFrame({"path": ["0.png"], "label": ["x"]}).to_parquet(tmp_path / "list.parquet")
     rows([0, 1]).save_to_disk(str(tmp_path / "set"))
-    monkeypatch.setitem(sys.modules, library, None)  # as Python sees a module that is not there
+    monkeypatch.setitem(sys.modules, library, None)  # makes its import raise ModuleNotFoundError
     with pytest.raises(DataError, match=rf"{source}: .* needs {library}: pip install 'karst-hub\[train\]'$"):
-        read(tmp_path / source)
+        read_dataset(tmp_path / source)
 
 
-def test_options_of_another_kind_are_refused(tmp_path) -> None:
+def test_read_dataset_refuses_an_option_when_it_belongs_to_another_layout(tmp_path: Path) -> None:
     write(tmp_path, "cat/0.png", "dog/0.png")
-    with pytest.raises(DataError, match=r"a final run is for VTAB-1K lists"):
-        read(tmp_path, final=True)
-    with pytest.raises(DataError, match=r"shots are for few-shot lists"):
-        read(tmp_path, shots=1)
+    with pytest.raises(DataError, match=r"--final needs a VTAB-1K folder .*; leave out --final$"):
+        read_dataset(tmp_path, final=True)
+    with pytest.raises(DataError, match=r"--shots needs a few-shot folder .*; leave out --shots$"):
+        read_dataset(tmp_path, shots=1)
 
 
-def test_one_more_part_of_any_kind(tmp_path, vtab) -> None:
+def test_read_split_reads_the_split_when_it_has_any_layout(tmp_path: Path, vtab: Path) -> None:
     labels = ("cat", "dog")
     write(tmp_path, "plain/dog/0.png", "parts/train/cat/0.png", "parts/test/cat/1.png", "0.png")
-    assert names(read_part(tmp_path / "plain", "test", labels), tmp_path) == [("plain/dog/0.png", "dog")]
-    assert names(read_part(tmp_path / "parts", "test", labels), tmp_path) == [("parts/test/cat/1.png", "cat")]
-    with pytest.raises(DataError, match=r"parts: has no validation images, only test, train$"):
-        read_part(tmp_path / "parts", "validation", labels)
+    assert names(read_split(tmp_path / "plain", "test", labels), tmp_path) == [("plain/dog/0.png", "dog")]
+    assert names(read_split(tmp_path / "parts", "test", labels), tmp_path) == [("parts/test/cat/1.png", "cat")]
+    with pytest.raises(DataError, match=r"parts: no validation split; splits found: test, train$"):
+        read_split(tmp_path / "parts", "validation", labels)
     (tmp_path / "list.csv").write_text("path,label\n0.png,dog\n")
-    part = read_part(tmp_path / "list.csv", "validation", labels)
+    part = read_split(tmp_path / "list.csv", "validation", labels)
     assert (names(part, tmp_path), part.targets) == ([("0.png", "dog")], (1,))
     rows([0]).save_to_disk(str(tmp_path / "set"))
-    assert read_part(tmp_path / "set", "test", labels).targets == (1,)
-    assert len(read_part(vtab, "test", ("0", "57", "58"))) == 2
+    assert read_split(tmp_path / "set", "test", labels).targets == (1,)
+    assert len(read_split(vtab, "test", ("0", "57", "58"))) == 2
     few_shot(tmp_path / "pets/annotations", tmp_path / "pets")
-    assert read_part(tmp_path / "pets", "validation", ("0", "1")).targets == (1,)
-    with pytest.raises(DataError, match=r"caltech101: labels 0, 57 are not among the task's labels cat, dog$"):
-        read_part(vtab, "test", labels)
+    assert read_split(tmp_path / "pets", "validation", ("0", "1")).targets == (1,)
+    with pytest.raises(
+        DataError,
+        match=r"caltech101: labels 0, 57 are not among the task's labels cat, dog; correct or remove these rows$",
+    ):
+        read_split(vtab, "test", labels)
 
 
-def test_another_test_set_makes_published_lists_one_s_own(vtab) -> None:
-    splits = read(vtab)
-    changed = splits.with_part("test", splits.train)
+def test_with_split_clears_published_when_the_test_split_is_replaced(vtab: Path) -> None:
+    splits = read_dataset(vtab)
+    changed = splits.with_split("test", splits.train)
     assert (changed.test, changed.validation, changed.published) == (splits.train, splits.validation, False)
-    assert list(changed.parts()) == ["train", "validation", "test"]
-    assert list(Splits(splits.train, test=splits.test).parts()) == ["train", "test"]
+    assert list(changed.by_name()) == ["train", "validation", "test"]
+    assert list(DatasetSplits(splits.train, test=splits.test).by_name()) == ["train", "test"]

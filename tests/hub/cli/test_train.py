@@ -89,7 +89,7 @@ def test_validation_images_of_one_s_own(job, tmp_path) -> None:
 def test_a_bad_image_ends_it_before_training_or_is_left_out(job) -> None:
     (job["data"] / "red" / "9.png").write_bytes(b"text")
     with pytest.raises(
-        DataError, match=r"^1 of 11 images cannot be read \(leave them out with --skip-bad\):\n .*9.png"
+        DataError, match=r"^1 of 11 images cannot be read \(repair them, or leave them out with --skip-bad\):\n .*9.png"
     ):
         run(job)
     assert not job["output"].exists()
@@ -101,7 +101,8 @@ def test_a_bad_image_ends_it_before_training_or_is_left_out(job) -> None:
 
 def test_training_images_are_no_test_images(job) -> None:
     with pytest.raises(
-        DataError, match=r"^10 images are in two parts \(leave out the earlier part's with --skip-bad\)"
+        DataError,
+        match=r"^10 images are in two splits \(remove one copy, or leave out the earlier split's with --skip-bad\)",
     ):
         run(dict(job, test=job["data"]))
 
@@ -121,19 +122,19 @@ def test_vtab_lists_and_their_final_run(job) -> None:
 
 
 def test_a_probe_needs_test_images(job) -> None:
-    with pytest.raises(DataError, match=r"data: has no test images, and --probe needs some \(--test\)"):
+    with pytest.raises(DataError, match=r"data: no test split, which --probe needs; give test images with --test"):
         run(dict(job, probe=True))
 
 
 def test_what_cannot_be_written_ends_it_at_once(tmp_path) -> None:
     assert report_folder(tmp_path / "a.safetensors") == tmp_path / "a.report"
     assert report_folder(tmp_path / "a.b") == tmp_path / "a.b.report"
-    with pytest.raises(DataError, match=r"no/a: the folder .*/no does not exist$"):
+    with pytest.raises(DataError, match=r"no/a: the folder .*/no does not exist; create it, or change --out$"):
         report_folder(tmp_path / "no" / "a")
-    with pytest.raises(DataError, match=r"is a folder; --out names the file to write$"):
+    with pytest.raises(DataError, match=r"is a folder; --out must name a file$"):
         report_folder(tmp_path)
     (tmp_path / "a.report").write_text("mine")
-    with pytest.raises(DataError, match=r"a.report: is a file, but the report's folder goes there"):
+    with pytest.raises(DataError, match=r"a.report: is a file, but the report needs a folder of this name"):
         report_folder(tmp_path / "a")
 
 
@@ -239,7 +240,9 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bits(job, tmp_path, numb
     again = command(job, cut)
     _, printed = again.communicate()
     assert again.returncode == 1
-    assert "cut.checkpoint: a training was interrupted; go on with --resume, or delete this file" in printed
+    assert (
+        "cut.checkpoint: checkpoint of an interrupted training; continue with --resume, or delete the file" in printed
+    )
 
     for process in (command(job, cut, "--resume"), command(job, whole)):
         _, printed = process.communicate()
