@@ -1,6 +1,9 @@
 """An easy task with three classes of coloured noise, as prepared tensors."""
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from adapters import Backbone
 from adapters.data.image_set import ImageSet, ImageTensors
@@ -28,3 +31,12 @@ def few(train: ImageTensors) -> ImageTensors:
 @pytest.fixture(scope="session")
 def held_out(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> ImageTensors:
     return ImageTensors(coloured_images(tmp_path_factory.mktemp("test"), count=4, seed=1), preprocess_of(backbone))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Use one thread: on tiny tensors more are no faster, and on a busy machine they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
