@@ -60,7 +60,7 @@ def test_training_resumes_with_the_same_bits_when_its_process_receives_sigint_an
     assert not cut.exists()
     assert checkpoint_file(cut).exists()
 
-    with pytest.raises(DataError, match="cut.checkpoint: checkpoint of an interrupted training; continue with --res"):
+    with pytest.raises(DataError, match=r"cut.checkpoint: checkpoint of an interrupted training; continue with --res"):
         train(data, cut)
     resumed = train(data, cut, resume=True)
     uninterrupted = train(data, tmp_path / "whole.safetensors")
