@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy_report [--results FILE] [--docs FOLDER]
 
-Every number and every verdict in the text is computed from the file; nothing here measures.
+Every number and every verdict in the text is computed from the file.
 """
 
 import argparse
@@ -32,16 +32,16 @@ ABLATIONS = {
 ORIGIN = {
     "digits": "scikit-learn's handwritten digits",
     "fashion": "Fashion-MNIST",
-    "elpv": "electroluminescence images of solar cells, the four grades of defect probability (`elpv-dataset`)",
+    "elpv": "electroluminescence images of solar cells, four grades of defect probability (`elpv-dataset`)",
     "count": "drawn: one to eight dots",
     "orientation": "drawn: a sprite at one of eight angles",
-    "location": "drawn: a sprite's horizontal place in eight bins",
+    "location": "drawn: a sprite's horizontal position in eight bins",
     "shapes": "drawn: geometric shapes",
 }
 
 
 class ReportError(ValueError):
-    """The results file has too few runs for a report; the message says which are missing."""
+    """A results file with too few runs for a report. The message names the missing ones."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Results:
     seeds: tuple[int, ...]
 
     def complete_tasks(self, methods: Iterable[str]) -> tuple[str, ...]:
-        """Tasks that every one of `methods` was run on with every seed."""
+        """Return the tasks with a run of every method and seed."""
         methods = tuple(methods)
         return tuple(
             task
@@ -62,17 +62,17 @@ class Results:
         )
 
     def by_seed(self, method: str, tasks: Sequence[str]) -> list[float]:
-        """The mean over tasks, for each seed."""
+        """Return the mean accuracy over tasks, per seed."""
         return [statistics.fmean(self.accuracy[method, task, seed] for task in tasks) for seed in self.seeds]
 
     def parameters(self, method: str) -> int:
-        """Trained numbers without the head."""
+        """Return the number of trained parameters without the head."""
         return next(run["parameters"] for run in self.file["runs"] if run["method"] == method)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=OUTPUT, help="what benchmarks.accuracy wrote")
+    parser.add_argument("--results", type=Path, default=OUTPUT, help="output of benchmarks.accuracy")
     parser.add_argument("--docs", type=Path, default=DOCS)
     options = parser.parse_args()
     try:
@@ -87,7 +87,8 @@ def main() -> None:
 
 
 def read(path: Path) -> Results:
-    """
+    """Read a results file.
+
     Raises:
         ReportError: fewer than two seeds, or no task with all the main methods.
     """
@@ -95,14 +96,16 @@ def read(path: Path) -> Results:
     accuracy = {(run["method"], run["task"], run["seed"]): 100 * run["accuracy"] for run in file["runs"]}
     results = Results(file, accuracy, tuple(sorted({seed for _, _, seed in accuracy})))
     if len(results.seeds) < 2:
-        raise ReportError(f"{path} has the seeds {results.seeds}; without two there is no noise to compare with")
+        raise ReportError(
+            f"{path} has the seeds {results.seeds}; without two the standard error is unknown; run more seeds"
+        )
     if not results.complete_tasks(MAIN):
         raise ReportError(f"{path}: no task has runs of {', '.join(MAIN)} with each of the seeds {results.seeds}")
     return results
 
 
 def bars(results: Results) -> list[str]:
-    """One line of Markdown for each thing that KARST was to reach, and whether it did."""
+    """Return a line of Markdown per target of KARST, with its verdict."""
     tasks = results.complete_tasks(MAIN)
     lines = []
     for rival in ("LoRA", "LoKr"):
@@ -121,58 +124,59 @@ def bars(results: Results) -> list[str]:
 
 
 def report(results: Results) -> str:
-    """docs/accuracy.md."""
+    """Return the text of docs/accuracy.md."""
     file, tasks = results.file, results.complete_tasks(MAIN)
     images, search, seeds = file["images"], file["search"], len(results.seeds)
     parts = [
         "# Accuracy",
-        "Made by `python -m benchmarks.accuracy_report`; do not edit by hand.",
-        f"KARST beside its peers on one frozen backbone (`{file['backbone']['name']}`, width "
-        f"{file['backbone']['width']}, fingerprint `{file['backbone']['fingerprint'][:12]}`). It is small, takes 32 x "
-        "32 pixels, and was pre-trained on drawings only (`benchmarks/pretrain.py`). So these figures compare methods "
-        "with each other here; they are not the paper's, and no figure of the paper is quoted.",
-        f"Every task has {images['train']} training and {images['validation']} validation images and at most "
-        f"{images['test']} test images. A seed draws the training and validation images from a fixed 1,000, the "
-        "head's and the adapter's start, and the order of the batches; the test images are always the same. All "
-        f"methods take {file['steps']} steps of {file['batch']} images: AdamW, weight decay lr / 10, linear warm-up "
-        "over the first tenth, cosine to lr / 10, no augmentation, no drop path, bfloat16 autocast. The model of the "
-        "last step is tested, once, in float32. The linear probe is a logistic regression whose penalty is chosen on "
-        "the validation images.",
+        "Generated by `python -m benchmarks.accuracy_report`; do not edit.",
+        f"This page compares KARST with other methods on one frozen backbone (`{file['backbone']['name']}`, width "
+        f"{file['backbone']['width']}, fingerprint `{file['backbone']['fingerprint'][:12]}`). The backbone is small, "
+        "takes 32 x 32 pixels, and was pre-trained on drawings only (`benchmarks/pretrain.py`). The figures are this "
+        "project's measurements. None is from the paper.",
+        f"Every task has {images['train']} training images, {images['validation']} validation images and at most "
+        f"{images['test']} test images. The seed selects the training and validation images from a fixed set of "
+        "1,000, the initial values of head and adapter, and the order of the batches. The test images are the same "
+        f"for all seeds. All methods train for {file['steps']} steps of {file['batch']} images: AdamW, weight decay "
+        "lr / 10, linear warm-up over the first tenth, cosine to lr / 10, no augmentation, no drop path, bfloat16 "
+        "autocast. The model of the last step is tested once, in float32. The linear probe is a logistic regression. "
+        "Its penalty is selected on the validation images.",
         "## Tasks",
         markdown_table(
             ["task", "images", "classes", "largest class in the test images"],
             [[t, ORIGIN[t], str(v["classes"]), f"{v['largest_class']:.1%}"] for t, v in file["tasks"].items()],
         ),
-        "`elpv` does not name the modules that its cells come from: one module may have cells in training and test.",
+        "`elpv` does not name the module of a cell. Training and test images may therefore show cells of one module.",
         "## Methods",
-        f"Top-1 test accuracy in percent: mean and standard deviation over {seeds} seeds; the last column is that of "
-        "each seed's mean over tasks. Numbers are the trained ones without the head, which is the same for all.",
+        f"Top-1 test accuracy in percent: mean and standard deviation over {seeds} seeds. The last column is the "
+        "same over each seed's mean over tasks. Parameters are the trained ones without the head, which is equal for "
+        "all methods.",
         _accuracy_table(results, MAIN, tasks),
         *_incomplete(results, MAIN),
-        f"LoRA and LoKr are Hugging Face's peft on KARST's sites (attn.qkv, attn.proj, mlp.fc1, mlp.fc2), with the "
-        f"ranks that come nearest to KARST's {results.parameters(KARST):,} numbers: LoRA "
-        f"{_relative(results, 'LoRA')} (one rank for each kind of layer), LoKr {_relative(results, 'LoKr')}. Both "
-        "have a searched gain, as KARST has. Bias tuning trains every bias of the backbone.",
-        "![Accuracy against trained numbers](img/accuracy.png)",
-        "## The bars",
-        "Noise is one pooled standard error: the root of (variance over seeds of KARST's mean over tasks + the "
-        "rival's) / seeds. With three seeds that is itself a rough figure.",
+        f"LoRA and LoKr are those of Hugging Face's peft, on KARST's sites (attn.qkv, attn.proj, mlp.fc1, mlp.fc2). "
+        f"Their ranks give the numbers of parameters nearest to KARST's {results.parameters(KARST):,}: LoRA "
+        f"{_relative(results, 'LoRA')} (one rank per kind of layer), LoKr {_relative(results, 'LoKr')}. The gain of "
+        "all three methods is searched. Bias tuning trains every bias of the backbone.",
+        "![Accuracy against trained parameters](img/accuracy.png)",
+        "## Targets",
+        "Noise is one pooled standard error: the square root of (variance over seeds of KARST's mean over tasks + "
+        "that of the other method) / seeds. With three seeds it is a rough estimate.",
         "\n".join(bars(results)),
         *_ablation(results),
         *_claims(results),
         "## Learning rates and gains",
-        "The gain multiplies dW: the published KARST code has 1 / r (here 1/8), peft's alpha / r is usually 1. With "
-        "AdamW it is a learning rate of dW apart from the head's, so each of the three is tried with both.",
-        f"One fixed setting a method, the best mean accuracy on the **validation** images of {_words(search['tasks'])} "
-        f"(seed {search['seed']}, {search['steps']} steps a run; of equals the lowest). All KARST variants share "
-        "KARST's. Mean validation accuracy in percent:",
+        "The gain multiplies dW. It is 1 / r in the published KARST code (here 1/8) and usually 1 in peft (alpha / r). "
+        "With AdamW the gain acts as a separate learning rate for dW, so each of the three methods is tried with both.",
+        "Each method has one setting: the one with the best mean accuracy on the **validation** images of "
+        f"{_words(search['tasks'])} (seed {search['seed']}, {search['steps']} steps per run; the lowest rate in a "
+        "tie). All KARST variants use KARST's setting. Mean validation accuracy in percent:",
         _search_table(file),
         *_edges(file),
-        "## Again",
+        "## Reproduction",
         f"```\npython -m benchmarks.pretrain\npython -m benchmarks.accuracy --workers 2 --steps {file['steps']} "
         f"--search-steps {file['search']['steps']}\n"
         "python -m benchmarks.accuracy_report\n```",
-        f"{len(file['runs'])} runs, {sum(r['seconds'] for r in file['runs']) / 3600:.1f} hours of one core "
+        f"{len(file['runs'])} runs took {sum(r['seconds'] for r in file['runs']) / 3600:.1f} hours of one core "
         f"({file['machine']['cpu']}, torch {file['machine']['torch']}, {file['machine']['date'][:10]}). All runs are "
         "in `benchmarks/results/accuracy.json`.",
     ]
@@ -180,7 +184,7 @@ def report(results: Results) -> str:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Accuracy against trained numbers: all methods, and KARST's variants where a task has all of them."""
+    """Plot accuracy against trained parameters: all methods, and KARST's variants for tasks with all of them."""
     ablation_tasks = results.complete_tasks((KARST, *ABLATION))
     figure = Figure(figsize=(11 if ablation_tasks else 6, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -212,7 +216,7 @@ def _points(axes: Axes, results: Results, methods: Sequence[str], tasks: Sequenc
 
 def _finish(axes: Axes, title: str) -> None:
     axes.set_xscale("log")
-    axes.set_xlabel("trained numbers without the head")
+    axes.set_xlabel("trained parameters without the head")
     axes.set_ylabel("test accuracy, %")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
@@ -223,14 +227,17 @@ def _ablation(results: Results) -> list[str]:
     tasks = results.complete_tasks((KARST, *ABLATION))
     if not tasks:
         return ["## KARST's parts", "No task has runs of all variants with all seeds yet."]
-    parts = ["## KARST's parts", "As in the paper: one thing varies, the others stay at the default (N = 2, r = 8)."]
+    parts = [
+        "## KARST's parts",
+        "As in the paper, one setting varies and the others keep their defaults (N = 2, r = 8).",
+    ]
     for title, methods in ABLATIONS.items():
         parts += [f"### {title}", _accuracy_table(results, methods, tasks)]
     return parts + _incomplete(results, (KARST, *ABLATION))
 
 
 def _claims(results: Results) -> list[str]:
-    """What the figures say about the paper's three claims, in words that follow from them."""
+    """Return the section on the paper's claims. Its verdicts follow from the figures."""
     tasks = results.complete_tasks((KARST, *ABLATION))
     if not tasks:
         return []
@@ -238,37 +245,37 @@ def _claims(results: Results) -> list[str]:
         ("Several kernels are better than one", "KARST N=8", "KARST N=1"),
         ("Two kernels are better than one", KARST, "KARST N=1"),
         ("Re-scaling helps", KARST, "KARST none"),
-        ("KARST is better than LoRA at equal numbers", KARST, "LoRA"),
-        ("KARST is better than LoKr, one kernel of higher rank, at equal numbers", KARST, "LoKr"),
+        ("KARST is better than LoRA at equal parameters", KARST, "LoRA"),
+        ("KARST is better than LoKr, one kernel of higher rank, at equal parameters", KARST, "LoKr"),
     )
     lines = []
     for claim, one, other in claims:
         gap, error = _gap(results, one, other, tasks)
-        verdict = "seen here" if gap > error else "the opposite was seen here" if gap < -error else "not decided here"
+        verdict = "confirmed here" if gap > error else "contradicted here" if gap < -error else "undecided here"
         lines.append(f"- {claim}: {verdict} ({one} minus {other} {gap:+.2f} points, standard error {error:.2f}).")
     return [
-        "## What this says about the paper's claims",
+        "## The paper's claims",
         f"On {_words(tasks)}:",
         "\n".join(lines),
-        "It says so of a small backbone, pre-trained on drawings for less than an hour, of short trainings, and "
-        "of one learning rate for all variants; a run at that rate may diverge with many kernels, and counts here as "
-        "what it gave. The paper trains ViT-B/16 of ImageNet-21k for 100 epochs with a rate searched for each task. So "
-        "the paper's claims are neither confirmed nor refuted by it; what can be said is that they do not hold by "
-        "themselves, whatever the recipe.",
+        "These verdicts apply to a small backbone, pre-trained on drawings for less than an hour, to short trainings, "
+        "and to one learning rate for all variants. With many kernels a run at that rate may diverge; its accuracy "
+        "counts all the same. The paper trains ViT-B/16 of ImageNet-21k for 100 epochs, with a rate searched per "
+        "task. The figures therefore neither confirm nor refute the paper. They show that its claims do not hold for "
+        "every recipe.",
     ]
 
 
 def _gap(results: Results, one: str, other: str, tasks: Sequence[str]) -> tuple[float, float]:
-    """Difference of two methods' means over tasks, in points, and its pooled standard error over seeds."""
+    """Return the difference of two methods' means over tasks, in points, and its pooled standard error over seeds."""
     ours, theirs = results.by_seed(one, tasks), results.by_seed(other, tasks)
     error = math.sqrt((statistics.variance(ours) + statistics.variance(theirs)) / len(results.seeds))
     return statistics.fmean(ours) - statistics.fmean(theirs), error
 
 
 def _incomplete(results: Results, methods: Sequence[str]) -> list[str]:
-    """A sentence on tasks that are left out."""
+    """Return a sentence on the tasks that are left out."""
     left = [task for task in results.file["tasks"] if task not in results.complete_tasks(methods)]
-    return [f"Left out, because runs are missing: {_words(left)}."] if left else []
+    return [f"Left out for lack of runs: {_words(left)}."] if left else []
 
 
 def _accuracy_table(results: Results, methods: Sequence[str], tasks: Sequence[str]) -> str:
@@ -276,7 +283,7 @@ def _accuracy_table(results: Results, methods: Sequence[str], tasks: Sequence[st
     for method in methods:
         cells = [_spread(results.by_seed(method, [task])) for task in tasks]
         rows.append([method, f"{results.parameters(method):,}", *cells, _spread(results.by_seed(method, tasks))])
-    return markdown_table(["method", "numbers", *tasks, "mean"], rows)
+    return markdown_table(["method", "parameters", *tasks, "mean"], rows)
 
 
 def _search_table(file: dict[str, Any]) -> str:
@@ -293,7 +300,7 @@ def _search_table(file: dict[str, Any]) -> str:
 
 
 def _edges(file: dict[str, Any]) -> list[str]:
-    """A sentence on rates at the end of their grid, beyond which a better one may lie."""
+    """Return a sentence on rates at an end of the grid, beyond which a better one may exist."""
     edges = [
         method
         for method, settings in file["search"]["grid"].items()
@@ -301,7 +308,7 @@ def _edges(file: dict[str, Any]) -> list[str]:
     ]
     if not edges:
         return []
-    return [f"At an end of the grid, so that a better rate may lie beyond it: {_words(edges)}."]
+    return [f"The selected rate is at an end of the grid, so a better one may exist beyond it: {_words(edges)}."]
 
 
 def _relative(results: Results, method: str) -> str:
