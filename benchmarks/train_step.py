@@ -87,7 +87,7 @@ class MismatchError(RuntimeError):
 class OfficialLinear(nn.Module):
     """A frozen linear layer with KARST in the official form: y = (1 + s1) * ((W0 + dW) x + b0) + s2, dW written out.
 
-    A plain, working version of the published code, which cannot run (KARST.md); the numbers are a `KarstLayer`'s.
+    A plain, working version of the published code, which cannot run (docs/method.md); the numbers are a `KarstLayer`'s.
     """
 
     def __init__(self, linear: nn.Linear, numbers: KarstLayer) -> None:

@@ -54,7 +54,7 @@ FEW_SHOT_SETS = {
 }
 SHOTS = (1, 2, 4, 8, 16)
 SEEDS = (0, 1, 2)
-# The paper's images: resized to a square, not cropped, mean and standard deviation 0.5 (KARST.md).
+# The paper's images: resized to a square, not cropped, mean and standard deviation 0.5 (docs/method.md).
 IMAGES = {
     "interpolation": "bicubic",
     "crop_pct": 1.0,
