@@ -178,7 +178,7 @@ def _backbone(name: str) -> Backbone:
 def _serve(listener: socket.socket, redis_url: str, store: str, name: str) -> None:
     import uvicorn
 
-    from hub.api.app import make_api
+    from hub.api.app import create_app
     from hub.worker_api import Answer, PassStats
 
     torch.set_num_threads(1)
@@ -196,7 +196,7 @@ def _serve(listener: socket.socket, redis_url: str, store: str, name: str) -> No
             return [Answer(np.full(10, 0.1, np.float32), done) for _ in images]
 
     settings = Settings(backbone=name, redis_url=redis_url, store_url=store)
-    config = uvicorn.Config(make_api(settings, Engine()), lifespan="on", log_level="warning", access_log=False)
+    config = uvicorn.Config(create_app(settings, Engine()), lifespan="on", log_level="warning", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])
 
 

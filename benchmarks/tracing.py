@@ -33,9 +33,12 @@ from PIL import Image
 
 from adapters import Backbone, BankLimits, KarstConfig, load_backbone
 from hub.admission.authentication import first_keys
-from hub.api.app import make_api
+from hub.api.app import create_app
 from hub.local.embedded_redis import embedded_redis
-from hub.observability import logs, tracing
+from hub.observability import request_context, tracing
+from hub.observability.log_format import JsonFormatter
+from hub.observability.request_context import RequestContext
+from hub.observability.request_log import RequestLogMiddleware
 from hub.registry.connection import Database
 from hub.registry.tenants import Tenants
 from hub.schemas import LimitsChange
@@ -63,11 +66,11 @@ class Instant:
         pass
 
     async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
-        with tracing.call(len(images)):
-            origin = logs.origin()
+        with tracing.worker_call_span(len(images)):
+            origin = request_context.call_origin()
             if origin.traceparent:
                 calls = {origin.traceparent: (0.0, 0.1)}
-                tracing.passed(calls, worker="w", images=len(images), tasks=1, compute_ms=1.0)
+                tracing.record_pass(calls, worker="w", images=len(images), tasks=1, compute_ms=1.0)
             return [Answer(self._row, PassStats("w", len(images), 1, 0.0, 0.1, 1.0)) for _ in images]
 
 
@@ -80,7 +83,7 @@ class Dropped(SpanExporter):
 
 
 class Switch:
-    """`logs.Meter` that can be off."""
+    """`RequestMetrics` that can be off."""
 
     def __init__(self) -> None:
         from hub.cluster.metrics import GatewayMetrics
@@ -88,9 +91,9 @@ class Switch:
         self._meter = GatewayMetrics()
         self.on = False
 
-    def answered(self, asked: logs.Asked, status: int, seconds: float) -> None:
+    def record(self, context: RequestContext, status: int, seconds: float) -> None:
         if self.on:
-            self._meter.answered(asked, status, seconds)
+            self._meter.record(context, status, seconds)
 
 
 def main() -> None:
@@ -121,13 +124,13 @@ async def measure(backbone: Backbone, rounds: int, requests: int) -> list[dict[s
         settings = Settings(backbone="demo", redis_url=url, store_url=str(folder / "store"), home=folder)
         key = await owner(url)
         meter = Switch()
-        api = make_api(settings, Instant(_limits(backbone), adapter.num_classes))
-        logs.watch(api, meter)
+        api = create_app(settings, Instant(_limits(backbone), adapter.num_classes))
+        app = RequestLogMiddleware(api, meter)
         ways = _ways(meter)
         async with (
             api.router.lifespan_context(api),
             httpx.AsyncClient(
-                transport=httpx.ASGITransport(api), base_url="http://hub", headers={"authorization": f"Bearer {key}"}
+                transport=httpx.ASGITransport(app), base_url="http://hub", headers={"authorization": f"Bearer {key}"}
             ) as http,
         ):
             done = await http.post("/v1/tasks/digits/versions", content=adapter.data)
@@ -154,7 +157,7 @@ def _ways(meter: Switch) -> dict[str, Callable[[bool], None]]:
         provider.add_span_processor(BatchSpanProcessor(Dropped()))
     lines = logging.getLogger("hub.requests")
     handler = logging.StreamHandler(io.StringIO())
-    handler.setFormatter(logs.JsonLines())
+    handler.setFormatter(JsonFormatter())
 
     def counted(on: bool) -> None:
         meter.on = on
@@ -168,8 +171,8 @@ def _ways(meter: Switch) -> dict[str, Callable[[bool], None]]:
         NOTHING: lambda _on: None,
         "metrics": counted,
         "a line a request": logged,
-        "traces, none sampled": lambda on: tracing.use(unsampled if on else None),
-        "traces, all sampled": lambda on: tracing.use(sampled if on else None),
+        "traces, none sampled": lambda on: tracing.use_provider(unsampled if on else None),
+        "traces, all sampled": lambda on: tracing.use_provider(sampled if on else None),
     }
 
 

@@ -162,8 +162,10 @@ class FieldProblemInfo(_Wire):
     message: str
 
 
-class Problem(BaseModel):
-    """An error, as RFC 9457 has it."""
+class ProblemDetails(BaseModel):
+    """An error as RFC 9457 problem details."""
+
+    model_config = ConfigDict(title="Problem")
 
     type: str
     title: str

@@ -1,19 +1,23 @@
-"""A gateway's HTTP application put together: settings and workers -> everything behind its routes. No Ray."""
+"""HTTP application of a gateway: settings and workers -> services, routes and middleware. No Ray."""
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Lifespan
 
 from ..admission.authentication import Access
 from ..admission.rate_limits import Limiter
 from ..concurrency import Turns
 from ..errors import Unavailable
-from ..observability import logs, tracing
+from ..observability import log_format, tracing
+from ..observability.request_log import RequestLogMiddleware, RequestMetrics
 from ..registry.cache import RegistryCache
 from ..registry.connection import Database
 from ..registry.tasks import Registry
@@ -26,38 +30,106 @@ from ..settings import Settings
 from ..storage.remote_sources import Sources
 from ..storage.store import Store
 from ..worker_api import Workers
-from .dependencies import Doors
-from .edge import protect
-from .openapi import finish
-from .tasks import create_api
+from . import openapi
+from .admin import add_admin_routes
+from .dependencies import CallerDependencies
+from .huggingface import add_huggingface_routes
+from .oip import add_oip_routes
+from .problems import add_exception_handlers
+from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEADERS, SecurityHeadersMiddleware
+from .tasks import add_classify_routes, add_health_routes, add_task_routes
+from .upload_guard import BodyMemory, HeaderLimitsMiddleware, UploadGuardMiddleware
 
 T = TypeVar("T")
-SPARE_DECODERS = 3  # times the decoding threads; they start only in the place of one that takes too long
+SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
 TENANT_CALLS = 64
 TENANT_WAITING = 448
 
 
-def make_api(
+class GatewayAPI(FastAPI):
+    """FastAPI application with the hub's middleware, OpenAPI document and problems; routes are added to it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: RequestMetrics | None = None,
+        lifespan: Lifespan[FastAPI] | None = None,
+    ) -> None:
+        """
+        Args:
+            metrics: see `create_app`.
+        """
+        super().__init__(title="karst-hub", lifespan=lifespan, docs_url=None, redoc_url=None)
+        self._settings = settings
+        self._metrics = metrics
+        add_exception_handlers(self)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return the application inside of all its middleware. Starlette calls this at the first request."""
+        settings = self._settings
+        stack = [  # outermost first
+            Middleware(RequestLogMiddleware, self._metrics, server_returns_id=self._metrics is not None),
+            Middleware(SecurityHeadersMiddleware, tls=settings.tls_cert is not None),
+            Middleware(HeaderLimitsMiddleware),
+            *_cors(settings.cors_origins),
+            Middleware(
+                UploadGuardMiddleware,
+                memory=BodyMemory(),
+                route_keeps_bytes=max(settings.max_request_bytes, settings.max_adapter_bytes),
+                behind_haproxy=settings.haproxy,
+            ),
+        ]
+        app = super().build_middleware_stack()  # exceptions -> problems, then the routes
+        for layer in reversed(stack):
+            app = layer.cls(app, *layer.args, **layer.kwargs)
+        return app
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document. FastAPI creates it at the first call and keeps it."""
+        is_new = self.openapi_schema is None
+        document = super().openapi()
+        if is_new:
+            openapi.complete(document)
+        return document
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Return the CORS middleware; nothing without origins, so that browsers refuse replies to other sites."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=CORS_METHODS,
+            allow_headers=CORS_REQUEST_HEADERS,
+            expose_headers=CORS_REPLY_HEADERS,
+        )
+    ]
+
+
+def create_app(
     settings: Settings,
     workers: Workers,
-    meter: logs.Meter | None = None,
+    metrics: RequestMetrics | None = None,
     *,
     tenant_calls: int = TENANT_CALLS,
     tenant_waiting: int = TENANT_WAITING,
-) -> FastAPI:
-    """One gateway's HTTP application with all its collaborators; `state.cache` is what it remembers.
+) -> GatewayAPI:
+    """Return one gateway's HTTP application with all its collaborators. `state.cache` is its registry cache.
 
     Args:
-        settings: with `redis_url` and `store_url` set.
-        meter: counts requests; None: outside of Ray Serve, which else gives every request its id and returns it.
-        tenant_calls: of one tenant that the gateway works on at once.
-        tenant_waiting: that wait for that; more are refused.
+        settings: `redis_url` and `store_url` must be set.
+        metrics: counters of requests in a Ray Serve replica. The application then also configures the process's logs
+            and traces, and leaves the reply's `x-request-id` to Serve. None outside of Ray Serve.
+        tenant_calls: classifications of one tenant that run at once.
+        tenant_waiting: classifications of one tenant that are queued; further ones are refused.
     """
-    if meter is not None:  # this process is the gateway's own
-        logs.start(settings.log_format, settings.log_level)
+    if metrics is not None:
+        log_format.start(settings.log_format, settings.log_level)
         tracing.start(settings.traces_exporter, settings.otlp_protocol)
     threads = max(4, os.cpu_count() or 1)
-    # The store may be slow; images must not wait behind it.
+    # Two pools: otherwise images would wait for calls to a slow store.
     decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode")
     executor = ThreadPoolExecutor(threads, "gateway")
 
@@ -103,38 +175,30 @@ def make_api(
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        beside = {asyncio.create_task(cache.follow()), asyncio.create_task(limiter.run())}
+        background = {asyncio.create_task(cache.follow()), asyncio.create_task(limiter.run())}
         yield
-        while beside:  # again and again: a cancellation that meets a time limit of the Redis client can be lost
-            for task in beside:
+        while background:  # repeated: a timeout of the Redis client can swallow a cancellation
+            for task in background:
                 task.cancel()
-            _, beside = await asyncio.wait(beside, timeout=1)
+            _, background = await asyncio.wait(background, timeout=1)
         with suppress(Unavailable):
             await limiter.settle()
         await database.close()
         decoders.shutdown(wait=False)
         executor.shutdown(wait=False)
-        if meter is not None:
+        if metrics is not None:
             tracing.stop()
 
-    api = create_api(
-        service,
-        changes,
-        administration,
-        Doors(Access(cache, limiter)),
-        Turns(tenant_calls, tenant_calls + tenant_waiting),
-        lifespan,
-        max_request_bytes=settings.max_request_bytes,
-        max_adapter_bytes=settings.max_adapter_bytes,
-    )
-    finish(api)
-    protect(
-        api,
-        kept_bytes=max(settings.max_request_bytes, settings.max_adapter_bytes),
-        direct=settings.haproxy,
-        cors_origins=settings.cors_origins,
-        tls=settings.tls_cert is not None,
-    )
+    api = GatewayAPI(settings, metrics, lifespan)
+    dependencies = CallerDependencies(Access(cache, limiter))
+    limit = Turns(tenant_calls, tenant_calls + tenant_waiting)
+    max_request_bytes = settings.max_request_bytes
+    add_health_routes(api, service)
+    add_task_routes(api, service, changes, dependencies, max_adapter_bytes=settings.max_adapter_bytes)
+    add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
+    add_admin_routes(api, administration, dependencies)
+    add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
+    add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
+    openapi.add_pages(api)
     api.state.cache = cache
-    logs.watch(api, meter, id_is_returned=meter is not None)
     return api

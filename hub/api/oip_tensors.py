@@ -1,7 +1,7 @@
-"""Tensors of the Open Inference Protocol v2: a request's tensor -> images, probabilities -> a reply's tensors. No HTTP.
+"""Tensors of the Open Inference Protocol v2: request tensor -> images, probabilities -> reply tensors. No HTTP.
 
-With two extensions of Triton's: binary data (tensors as bytes after the JSON) and classification (the best classes as
-text). B images, K classes, H and W pixels.
+Two of Triton's extensions are supported: binary data (tensors as bytes after the JSON) and classification (the best
+classes as text). Axes: B images, K classes, H and W pixels.
 """
 
 import json
@@ -17,62 +17,65 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import InvalidRequest
 from ..schemas import MAX_IMAGES
-from ..services.classification import decode_base64
+from .bodies import decode_base64
 
 EXTENSIONS = ("binary_tensor_data", "classification")
-NUMBERS: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}
-ROUNDING = 1e-3  # how far outside 0..1 an FP32 pixel may be and still count as rounded
+PIXEL_DTYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}
+ROUNDING = 1e-3  # an FP32 pixel may be this far outside of 0 to 1, as a rounding error
+NO_SHARED_MEMORY = "the hub does not support shared memory; omit shared_memory_region"
 
-Output = Literal["probabilities", "labels"]
+OutputName = Literal["probabilities", "labels"]
 
 
-class _Asked(BaseModel):
-    """What clients send: types are exact, and what the hub has no use for (sequences, priorities) is passed over."""
+class _RequestModel(BaseModel):
+    """Part of a request. Types are strict; unknown members (sequences, priorities) are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-class InputParameters(_Asked):
+class InputParameters(_RequestModel):
     binary_data_size: int | None = Field(None, ge=0, description="bytes of this tensor after the JSON")
-    shared_memory_region: str | None = Field(None, description="refused: the hub shares no memory with its clients")
+    shared_memory_region: str | None = Field(None, description="refused; shared memory is not supported")
 
 
-class InputTensor(_Asked):
-    """`image`: BYTES [B], image files (in JSON base64). `pixels`: [B, 3, H, W], UINT8 (0 to 255) or FP32 (0 to 1)."""
+class InputTensor(_RequestModel):
+    """`image`: BYTES [B], image files (base64 in JSON). `pixels`: [B, 3, H, W], UINT8 (0 to 255) or FP32 (0 to 1)."""
 
     name: Literal["image", "pixels"]
     shape: list[Annotated[int, Field(ge=1, le=2**31)]] = Field(max_length=8)
     datatype: Literal["BYTES", "UINT8", "FP32"]
     parameters: InputParameters | None = None
-    data: list[Any] | None = Field(None, description="row-major, flat or nested; or binary_data_size in parameters")
+    data: list[Any] | None = Field(None, description="row-major, flat or nested; omit it if binary_data_size is set")
 
 
-class OutputParameters(_Asked):
-    binary_data: bool | None = Field(None, description="as bytes after the JSON")
-    classification: int | None = Field(None, ge=0, description="of probabilities: this many best as score:index:label")
-    shared_memory_region: str | None = Field(None, description="refused: the hub shares no memory with its clients")
+class OutputParameters(_RequestModel):
+    binary_data: bool | None = Field(None, description="send this output as bytes after the JSON")
+    classification: int | None = Field(
+        None, ge=0, description="for probabilities: return this many best classes as score:index:label"
+    )
+    shared_memory_region: str | None = Field(None, description="refused; shared memory is not supported")
 
 
-class OutputRequest(_Asked):
-    name: Output
+class OutputRequest(_RequestModel):
+    name: OutputName
     parameters: OutputParameters | None = None
 
 
-class RequestParameters(_Asked):
-    binary_data_output: bool | None = Field(None, description="all outputs as bytes after the JSON")
+class RequestParameters(_RequestModel):
+    binary_data_output: bool | None = Field(None, description="send all outputs as bytes after the JSON")
 
 
-class InferRequest(_Asked):
-    """One input, `image` or `pixels`; without `outputs` both come back."""
+class InferRequest(_RequestModel):
+    """One input, `image` or `pixels`. Without `outputs` the reply has both outputs."""
 
-    id: str | None = Field(None, description="comes back in the reply")
+    id: str | None = Field(None, description="repeated in the reply")
     parameters: RequestParameters | None = None
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
     outputs: list[OutputRequest] | None = Field(None, max_length=2)
 
 
 class TensorInfo(BaseModel):
-    """A tensor that a task takes or gives; -1 is any size."""
+    """Input or output tensor of a task; -1 stands for any size."""
 
     name: str
     datatype: str
@@ -80,7 +83,7 @@ class TensorInfo(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    """A task, as the protocol describes a model."""
+    """A task as a model of the protocol."""
 
     name: str
     versions: list[str]
@@ -90,7 +93,7 @@ class ModelInfo(BaseModel):
 
 
 class OutputTensor(TensorInfo):
-    """`data` is flat, row-major; or `parameters` has `binary_data_size`."""
+    """Output tensor. `data` is flat and row-major, unless `parameters` has `binary_data_size`."""
 
     parameters: dict[str, int] = {}
     data: list[float | str] = []
@@ -104,16 +107,25 @@ class InferReply(BaseModel):
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """An output that shall come back: as bytes or as JSON; `classes` > 0: so many of the best, as text."""
+class OutputFormat:
+    """Format of one output in the reply.
 
-    name: Output
+    Attributes:
+        binary: bytes after the JSON; False: in the JSON.
+        classes: number of best classes to return as text; 0: all as numbers.
+    """
+
+    name: OutputName
     binary: bool
     classes: int
 
 
 def tensors_of(labels: Sequence[str], input_size: Sequence[int]) -> tuple[list[TensorInfo], list[TensorInfo]]:
-    """What a task takes (one of them; `pixels` as FP32 too) and gives. `input_size` is (3, H, W)."""
+    """Return a task's possible inputs and its outputs. A call has one input; `pixels` may be FP32 as well.
+
+    Args:
+        input_size: (3, H, W) of the adapter.
+    """
     inputs = [
         TensorInfo(name="image", datatype="BYTES", shape=[-1]),
         TensorInfo(name="pixels", datatype="UINT8", shape=[-1, *input_size]),
@@ -126,26 +138,30 @@ def tensors_of(labels: Sequence[str], input_size: Sequence[int]) -> tuple[list[T
 
 
 def read_images(tensor: InputTensor, binary: memoryview) -> list[tuple[str, bytes | np.ndarray]]:
-    """The images of a request's tensor, each with its name for errors.
+    """Return the images of a request's tensor, each with its field name for errors.
 
     Args:
-        binary: what follows the JSON in the body.
+        binary: the body after the JSON.
 
     Returns:
         Image files, or pixels (3, H, W): uint8, or float32 in 0..255.
 
     Raises:
-        InvalidRequest: the tensor is not what its name, its shape or its datatype says.
-        InvalidImage: text that is not base64.
+        InvalidRequest: the data do not match the tensor's name, shape or datatype.
+        InvalidImage: a text is not base64.
     """
     parameters = tensor.parameters or InputParameters()
     claimed = parameters.binary_data_size
     if parameters.shared_memory_region is not None:
-        raise refused(tensor.name, "the hub shares no memory with its clients; send the data itself")
+        raise InvalidRequest.at(tensor.name, NO_SHARED_MEMORY)
     if (tensor.data is None) == (claimed is None):
-        raise refused(tensor.name, "takes either data, or binary_data_size and that many bytes after the JSON")
+        raise InvalidRequest.at(
+            tensor.name, "needs either data, or binary_data_size and that many bytes after the JSON"
+        )
     if (claimed or 0) != len(binary):
-        raise refused(tensor.name, f"binary_data_size is {claimed or 0}, but {len(binary)} bytes follow the JSON")
+        raise InvalidRequest.at(
+            tensor.name, f"binary_data_size is {claimed or 0}, but {len(binary)} bytes follow the JSON"
+        )
     _check_kind(tensor)
     if tensor.datatype != "BYTES":
         pixels = _numbers(tensor, binary).reshape(tensor.shape)  # (B, 3, H, W)
@@ -154,47 +170,47 @@ def read_images(tensor: InputTensor, binary: memoryview) -> list[tuple[str, byte
         return [(f"image.{i}", data) for i, data in enumerate(_byte_strings(tensor, binary))]
     texts = _elements(tensor)
     if set(map(type, texts)) != {str}:
-        raise refused(tensor.name, "in JSON each element is the base64 text of an image file")
+        raise InvalidRequest.at(tensor.name, "data must be base64 texts of image files")
     return [*decode_base64([(f"image.{i}", text) for i, text in enumerate(texts)])]
 
 
-def wanted_outputs(request: InferRequest) -> list[Wanted]:
-    """What shall come back, in the order asked for.
+def requested_outputs(request: InferRequest) -> list[OutputFormat]:
+    """Return the formats of the reply's outputs, in the requested order.
 
     Raises:
-        InvalidRequest: an output twice, or in a form that it does not have.
+        InvalidRequest: an output is requested twice, or in a format that it does not have.
     """
-    everything = [OutputRequest(name="probabilities"), OutputRequest(name="labels")]
+    all_outputs = [OutputRequest(name="probabilities"), OutputRequest(name="labels")]
     binary = bool(request.parameters and request.parameters.binary_data_output)
-    wanted: list[Wanted] = []
-    for output in request.outputs or everything:
+    formats: list[OutputFormat] = []
+    for output in request.outputs or all_outputs:
         parameters = output.parameters or OutputParameters()
-        if output.name in [w.name for w in wanted]:
-            raise refused(output.name, "is asked for twice")
+        if output.name in [f.name for f in formats]:
+            raise InvalidRequest.at(output.name, "is requested twice")
         if parameters.shared_memory_region is not None:
-            raise refused(output.name, "the hub shares no memory with its clients; it sends the data itself")
+            raise InvalidRequest.at(output.name, NO_SHARED_MEMORY)
         if parameters.classification and output.name == "labels":
-            raise refused("labels", "has no classification; ask for that of probabilities")
+            raise InvalidRequest.at("labels", "does not support classification; request it for probabilities")
         chosen = binary if parameters.binary_data is None else parameters.binary_data
-        wanted.append(Wanted(output.name, chosen, parameters.classification or 0))
-    return wanted
+        formats.append(OutputFormat(output.name, chosen, parameters.classification or 0))
+    return formats
 
 
 def write_reply(
-    members: Mapping[str, str], wanted: Sequence[Wanted], labels: Sequence[str], probabilities: np.ndarray
+    members: Mapping[str, str], formats: Sequence[OutputFormat], labels: Sequence[str], probabilities: np.ndarray
 ) -> tuple[bytes, int | None]:
-    """The reply's body.
+    """Return the body of a reply.
 
     Args:
-        members: of the JSON, beside `outputs`.
+        members: members of the JSON besides `outputs`.
         probabilities: (B, K) float32; column k belongs to `labels[k]`.
 
     Returns:
-        The body, and the length of its JSON where bytes follow it.
+        The body, and the length of its JSON; None if no binary data follow the JSON.
     """
     outputs: list[dict[str, Any]] = []
     blobs: list[bytes] = []
-    for output in wanted:
+    for output in formats:
         entry, elements = _output(output, labels, probabilities)
         if output.binary:
             blob = _packed(elements) if isinstance(elements, list) else elements.astype("<f4").tobytes()
@@ -207,50 +223,50 @@ def write_reply(
     return b"".join([text, *blobs]), len(text) if blobs else None
 
 
-def refused(field: str, message: str) -> InvalidRequest:
-    return InvalidRequest.at(field, message)
-
-
 def _check_kind(tensor: InputTensor) -> None:
-    """Datatype and shape as the tensor's name has them; H and W are the adapter's to check."""
+    """Check datatype and shape against the tensor's name. The adapter's H and W are checked with the images."""
     name, shape, datatype = tensor.name, tensor.shape, tensor.datatype
     if (name == "image") != (datatype == "BYTES"):
-        takes = "BYTES, whole image files" if name == "image" else "UINT8 or FP32; image files go into image"
-        raise refused(name, f"datatype is {datatype}, but {name} takes {takes}")
+        expected = "BYTES (image files)" if name == "image" else "UINT8 or FP32; send image files in the input image"
+        raise InvalidRequest.at(name, f"datatype is {datatype}; expected {expected}")
     if name == "image" and len(shape) != 1:
-        raise refused(name, f"shape is {shape}, but image takes [B], an image file each")
+        raise InvalidRequest.at(name, f"shape is {shape}; expected [B], one image file per element")
     if name == "pixels" and (len(shape) != 4 or shape[1] != 3):
-        raise refused(name, f"shape is {shape}, but pixels takes [B, 3, H, W]")
+        raise InvalidRequest.at(name, f"shape is {shape}; expected [B, 3, H, W]")
     if shape[0] > MAX_IMAGES:
-        raise refused(name, f"has {shape[0]} images, but at most {MAX_IMAGES} are allowed in a call")
+        raise InvalidRequest.at(name, f"has {shape[0]} images; a call may have at most {MAX_IMAGES}")
 
 
 def _elements(tensor: InputTensor) -> list[Any]:
-    """The elements of JSON data in row-major order; nested data must be nested as the shape says."""
+    """Return the elements of JSON data in row-major order. Nested data must match the shape."""
     elements = tensor.data or []
     if any(isinstance(x, list) for x in elements):
         rows: list[Any] = [elements]
         for axis, size in enumerate(tensor.shape):
             if not all(isinstance(row, list) and len(row) == size for row in rows):
-                raise refused(tensor.name, f"data is not nested as shape {tensor.shape} says, at axis {axis}")
+                raise InvalidRequest.at(
+                    tensor.name, f"nesting of data does not match shape {tensor.shape} at axis {axis}"
+                )
             rows = list(chain.from_iterable(rows))
         elements = rows
     count = math.prod(tensor.shape)
     if len(elements) != count:
-        raise refused(tensor.name, f"shape {tensor.shape} has {count} elements, but data has {len(elements)}")
+        raise InvalidRequest.at(tensor.name, f"shape {tensor.shape} has {count} elements, but data has {len(elements)}")
     return elements
 
 
 def _numbers(tensor: InputTensor, binary: memoryview) -> np.ndarray:
-    """Flat pixels: uint8, or float32 in 0..255."""
+    """Return flat pixels: uint8, or float32 in 0..255."""
     if tensor.data is not None:
         numbers = _json_numbers(tensor)
     else:
-        dtype = NUMBERS[tensor.datatype]
+        dtype = PIXEL_DTYPES[tensor.datatype]
         size = math.prod(tensor.shape) * dtype.itemsize
         if len(binary) != size:
-            kind = f"shape {tensor.shape} of {tensor.datatype}"
-            raise refused(tensor.name, f"{kind} takes {size} bytes, but binary_data_size is {len(binary)}")
+            message = (
+                f"shape {tensor.shape} of {tensor.datatype} has {size} bytes, but binary_data_size is {len(binary)}"
+            )
+            raise InvalidRequest.at(tensor.name, message)
         numbers = np.frombuffer(binary, dtype)
     return numbers if tensor.datatype == "UINT8" else _scaled(tensor.name, numbers)
 
@@ -260,46 +276,49 @@ def _json_numbers(tensor: InputTensor) -> np.ndarray:
     kinds = set(map(type, numbers))
     if tensor.datatype == "UINT8":
         if kinds != {int} or min(numbers) < 0 or max(numbers) > 255:
-            raise refused(tensor.name, "UINT8 data takes whole numbers from 0 to 255")
+            raise InvalidRequest.at(tensor.name, "UINT8 data must be integers from 0 to 255")
         return np.array(numbers, np.uint8)
     if not kinds <= {int, float}:
-        raise refused(tensor.name, "FP32 data takes numbers")
+        raise InvalidRequest.at(tensor.name, "FP32 data must be numbers")
     try:
         return np.array(numbers, np.float64)
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer too large for a float
         return np.array([math.inf])
 
 
 def _scaled(name: str, numbers: np.ndarray) -> np.ndarray:
-    """0..1 -> float32 in 0..255."""
+    """Return pixels in 0..1 as float32 in 0..255."""
     if not np.isfinite(numbers).all():
-        raise refused(name, "has a value that is not finite (NaN or infinity)")
+        raise InvalidRequest.at(name, "has a non-finite value (NaN or infinity)")
     low, high = numbers.min(), numbers.max()
     if low < -ROUNDING or high > 1 + ROUNDING:
-        takes = "FP32 pixels take 0 to 1, before mean and standard deviation, which the hub applies"
-        raise refused(name, f"has values from {low:.4g} to {high:.4g}, but {takes}")
-    return np.clip(numbers, 0, 1).astype(np.float32) * np.float32(255)
+        expected = "FP32 pixels must be 0 to 1, without normalisation; the hub applies mean and standard deviation"
+        raise InvalidRequest.at(name, f"has values from {low:.4g} to {high:.4g}; {expected}")
+    scaled: np.ndarray = np.clip(numbers, 0, 1).astype(np.float32) * np.float32(255)
+    return scaled
 
 
 def _byte_strings(tensor: InputTensor, binary: memoryview) -> list[bytes]:
-    """The elements of a BYTES tensor: each a length (4 bytes, little-endian) and so many bytes."""
-    elements, at = [], 0
+    """Return the elements of a BYTES tensor. Each is a length (4 bytes, little-endian) and that many bytes."""
+    elements, offset = [], 0
     for i in range(tensor.shape[0]):
-        left = len(binary) - at - 4
-        size = struct.unpack_from("<I", binary, at)[0] if left >= 0 else 0
+        left = len(binary) - offset - 4
+        size = struct.unpack_from("<I", binary, offset)[0] if left >= 0 else 0
         if size > left:
-            raise refused(tensor.name, f"element {i} of {tensor.shape[0]} goes beyond the {len(binary)} bytes sent")
-        elements.append(bytes(binary[at + 4 : at + 4 + size]))
-        at += 4 + size
-    if at != len(binary):
-        raise refused(tensor.name, f"{len(binary) - at} bytes are left after {tensor.shape[0]} elements")
+            message = f"element {i} of {tensor.shape[0]} ends beyond the {len(binary)} bytes of data"
+            raise InvalidRequest.at(tensor.name, message)
+        elements.append(bytes(binary[offset + 4 : offset + 4 + size]))
+        offset += 4 + size
+    if offset != len(binary):
+        message = f"{len(binary) - offset} bytes remain after {tensor.shape[0]} elements"
+        raise InvalidRequest.at(tensor.name, message)
     return elements
 
 
 def _output(
-    output: Wanted, labels: Sequence[str], probabilities: np.ndarray
+    output: OutputFormat, labels: Sequence[str], probabilities: np.ndarray
 ) -> tuple[dict[str, Any], list[str] | np.ndarray]:
-    """An output's description, and its elements: text, or float32 (B, K)."""
+    """Return an output's description and its elements: texts, or float32 (B, K)."""
     count, classes = probabilities.shape
     elements: list[str] | np.ndarray
     if output.name == "labels":

@@ -1,7 +1,7 @@
-"""The OpenAPI document finished, and its interactive page at `/docs`, which needs no network.
+"""OpenAPI document of the hub, and its interactive page at `/docs`, which needs no network.
 
-FastAPI tells of parameters, bodies and good answers; here every operation gets the problems that it may answer with,
-and what belongs to the whole: version, key, groups.
+FastAPI describes parameters and successful replies. This module adds request bodies, problems, reply headers, groups,
+the version and the description of keys.
 """
 
 from collections.abc import Iterator
@@ -12,20 +12,25 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, Response
 
 from ..errors import HubError
-from ..schemas import Problem
+from ..schemas import ProblemDetails
+from .problems import PROBLEM_JSON, PROTOCOL_PATHS
 
-PROBLEM_JSON = "application/problem+json"
+BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 SCHEMA = "#/components/schemas/{model}"
 DESCRIPTION = (
-    "Many tenants' KARST adapters over one frozen backbone. Every error is a problem (RFC 9457). What belongs to "
-    "another tenant is answered as if it were not there."
+    "KARST adapters of many tenants on one frozen backbone. Every error is a problem (RFC 9457). A request for another "
+    "tenant's task gets the same 404 as a request for an unknown task."
 )
-KEY = "An API key, `kh_...`. Owners manage their tenant's tasks, callers only classify, admins manage tenants."
-# The longest prefix wins.
+KEY_DESCRIPTION = (
+    "An API key, `kh_...`. A key with role `owner` manages its tenant's tasks, a key with role `caller` only "
+    "classifies, and an admin key manages tenants."
+)
+# Group of each path, by its longest prefix.
 GROUPS = {
     "/": "hub",
     "/v1/tasks": "tasks",
@@ -40,31 +45,12 @@ GROUPS = {
     "/v2": "Open Inference Protocol v2",
     "/models": "Hugging Face",
 }
-# FastAPI's summaries are the names of functions; these would say too little.
-SUMMARIES = {
-    "Healthz": "Whether the gateway lives",
-    "Readyz": "Whether a worker has its backbone",
-    "Share": "Let all or some tenants use a task",
-    "Register": "Register an adapter file as a version",
-    "Roll Back": "Point an alias at what it pointed at before",
-    "Classify": "Classify images with one task",
-    "Classify Inputs": "Classify images of several tasks",
-    "Collect": "Remove files that no version holds",
-    "Hugging Face": "Classify an image",
-    "Live": "Whether the gateway lives",
-    "Ready": "Whether a worker has its backbone",
-    "Server": "Name, version and extensions of the server",
-    "Model": "Versions, inputs and outputs of a task",
-    "Model Ready": "Whether a task can be called",
-    "Infer": "Classify a batch of images",
-}
-PASS_HEADERS = {
-    "x-worker": "the worker that computed it",
-    "x-batch-images": "images in the largest forward pass that it shared",
-    "x-batch-tasks": "tasks in that pass",
+BATCH_HEADERS = {
+    "x-worker": "worker that computed the reply",
+    "x-batch-images": "images in the largest forward pass of the reply",
+    "x-batch-tasks": "largest number of tasks in a forward pass of the reply",
     "server-timing": "load, queue and compute in milliseconds",
 }
-PROTOCOLS = ("/v2", "/models")  # their problems have `error`, too: the text that their clients look for
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -76,56 +62,74 @@ PAGE = """<!doctype html>
 <script src="docs/start.js"></script>
 </html>
 """
-# A file of its own, since the page's Content-Security-Policy allows no script in the page. No key stays in the browser.
+# A separate file, because the page's Content-Security-Policy forbids inline scripts. The page stores no key in the
+# browser.
 START = """SwaggerUIBundle({
   url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null, persistAuthorization: false,
 });
 """
 ASSETS = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "favicon-32x32.png": "image/png"}
-KEPT = {"cache-control": "public, max-age=86400"}
+CACHED = {"cache-control": "public, max-age=86400"}
 
 
-def finish(api: FastAPI) -> None:
-    """Complete the document, and add `/docs`. The application is made with `docs_url=None, redoc_url=None`."""
-    build = api.openapi
+def schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Return a model's JSON schema without references. A `$ref` of pydantic's would not resolve inside of OpenAPI."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
 
-    def openapi() -> dict[str, Any]:
-        if not api.openapi_schema:
-            finished(build())
-        return build()  # FastAPI keeps the document; it is finished in place
+    def inlined(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inlined(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            node = definitions[node["$ref"].rpartition("/")[2]]
+        return {key: inlined(value) for key, value in node.items()}
 
-    api.openapi = openapi  # type: ignore[method-assign]
-    _add_pages(api)
+    result: dict[str, Any] = inlined(schema)
+    return result
 
 
-def finished(document: dict[str, Any]) -> None:
-    """Finish FastAPI's document in place."""
+def request_body(content: dict[str, dict[str, Any]], *, required: bool = True) -> dict[str, Any]:
+    """Return OpenAPI's `requestBody` for a route that reads its body itself.
+
+    Args:
+        content: media type -> schema.
+    """
+    return {"requestBody": {"required": required, "content": {kind: {"schema": s} for kind, s in content.items()}}}
+
+
+def complete(document: dict[str, Any]) -> None:
+    """Complete FastAPI's document in place."""
     document["info"] |= {"version": version("karst-hub"), "description": DESCRIPTION}
     document["info"]["license"] = {"name": "Apache-2.0", "identifier": "Apache-2.0"}
     components = document["components"]
     for scheme in components["securitySchemes"].values():
-        scheme |= {"description": KEY}
-    for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own form of errors, which nobody sees
+        scheme |= {"description": KEY_DESCRIPTION}
+    for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own errors, which the hub never sends
         components["schemas"].pop(unused, None)
     components["schemas"] |= _problem_schemas()
     groups = set()
     for path, operations in document["paths"].items():
         group = GROUPS[max((prefix for prefix in GROUPS if path.startswith(prefix)), key=len)]
         groups.add(group)
-        schema = "ProtocolProblem" if path.startswith(PROTOCOLS) else "Problem"
         for method, operation in operations.items():
-            good = {status: answer for status, answer in operation["responses"].items() if int(status) < 400}
-            bad = {str(status): _answer(status, schema) for status in _problems(path, method, operation)}
-            operation["responses"] = good | bad
             operation["tags"] = [group]
-            operation["summary"] = SUMMARIES.get(operation["summary"], operation["summary"])
-            if _classifies(path, method):
-                good["200"]["headers"] = {name: _header(text) for name, text in PASS_HEADERS.items()}
+            _complete_responses(path, method, operation)
     document["tags"] = [{"name": group} for group in dict.fromkeys(GROUPS.values()) if group in groups]
 
 
-def _problems(path: str, method: str, operation: dict[str, Any]) -> Iterator[int]:
-    """The statuses of the problems that an operation may answer with."""
+def _complete_responses(path: str, method: str, operation: dict[str, Any]) -> None:
+    schema = "ProtocolProblem" if path.startswith(PROTOCOL_PATHS) else "Problem"
+    replies = {status: reply for status, reply in operation["responses"].items() if int(status) < 400}
+    problems = {str(status): _problem_reply(status, schema) for status in _problem_statuses(path, method, operation)}
+    if _classifies(path, method):
+        replies["200"]["headers"] = {name: _header(text) for name, text in BATCH_HEADERS.items()}
+    operation["responses"] = replies | problems
+
+
+def _problem_statuses(path: str, method: str, operation: dict[str, Any]) -> Iterator[int]:
+    """Yield the statuses of an operation's problems."""
     body, parameters = "requestBody" in operation, operation.get("parameters")
     change = method != "get" and not _classifies(path, method)
     if operation.get("security"):
@@ -137,7 +141,7 @@ def _problems(path: str, method: str, operation: dict[str, Any]) -> Iterator[int
     if body:
         yield 413
     yield 414
-    if body or parameters or path.startswith("/v1"):  # there an unknown query parameter is refused, too
+    if body or parameters or path.startswith("/v1"):  # under /v1 also for unknown query parameters
         yield 422
     yield from (431, 500)
     if operation.get("security") or path.endswith(("/ready", "/readyz")):
@@ -148,16 +152,16 @@ def _classifies(path: str, method: str) -> bool:
     return method == "post" and (path.endswith(("/classify", "/infer")) or path.startswith("/models"))
 
 
-def _answer(status: int, schema: str) -> dict[str, Any]:
-    answer: dict[str, Any] = {
+def _problem_reply(status: int, schema: str) -> dict[str, Any]:
+    reply: dict[str, Any] = {
         "description": _description(status),
         "content": {PROBLEM_JSON: {"schema": {"$ref": SCHEMA.format(model=schema)}}},
     }
     if status == HTTPStatus.UNAUTHORIZED:
-        answer["headers"] = {"www-authenticate": _header("Bearer")}
+        reply["headers"] = {"www-authenticate": _header("Bearer")}
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-        answer["headers"] = {"retry-after": _header("seconds to wait")}
-    return answer
+        reply["headers"] = {"retry-after": _header("seconds to wait before a retry")}
+    return reply
 
 
 def _header(description: str) -> dict[str, Any]:
@@ -166,22 +170,22 @@ def _header(description: str) -> dict[str, Any]:
 
 @cache
 def _description(status: int) -> str:
-    """What it is called, and how the `type` of its problems ends."""
-    codes = [kind.code for kind in _kinds(HubError) if kind.status == status]
-    return HTTPStatus(status).phrase + (f"; its `type` ends in {' or '.join(codes)}" if codes else "")
+    """Return a status's phrase, and the codes that end the `type` of its problems."""
+    codes = [error.code for error in _error_classes(HubError) if error.status == status]
+    return HTTPStatus(status).phrase + (f"; `type` ends in {' or '.join(codes)}" if codes else "")
 
 
-def _kinds(kind: type[HubError]) -> Iterator[type[HubError]]:
-    yield kind
-    for child in kind.__subclasses__():
-        yield from _kinds(child)
+def _error_classes(base: type[HubError]) -> Iterator[type[HubError]]:
+    yield base
+    for child in base.__subclasses__():
+        yield from _error_classes(child)
 
 
 def _problem_schemas() -> dict[str, Any]:
-    """`Problem` and its parts, and the same with `error`."""
-    problem = Problem.model_json_schema(ref_template=SCHEMA)
+    """Return the schemas of `Problem`, of its parts, and of `ProtocolProblem` with the member `error`."""
+    problem = ProblemDetails.model_json_schema(ref_template=SCHEMA)
     parts = problem.pop("$defs")
-    text = {"type": "string", "description": "the same as `detail`"}
+    text = {"type": "string", "description": "copy of `detail`"}
     protocol = problem | {
         "title": "ProtocolProblem",
         "properties": problem["properties"] | {"error": text},
@@ -190,23 +194,25 @@ def _problem_schemas() -> dict[str, Any]:
     return {**parts, "Problem": problem, "ProtocolProblem": protocol}
 
 
-def _add_pages(api: FastAPI) -> None:
+def add_pages(api: FastAPI) -> None:
+    """Add `/docs` and its files."""
+
     @api.get("/docs", include_in_schema=False)
     async def page() -> Response:
         return HTMLResponse(PAGE)
 
     @api.get("/docs/start.js", include_in_schema=False)
     async def start() -> Response:
-        return Response(START, media_type="text/javascript", headers=KEPT)
+        return Response(START, media_type="text/javascript", headers=CACHED)
 
     @api.get("/docs/{name}", include_in_schema=False)
     async def asset(name: str) -> Response:
         if name not in ASSETS:
             raise HTTPException(HTTPStatus.NOT_FOUND)
-        return Response(_asset(name), media_type=ASSETS[name], headers=KEPT)
+        return Response(_asset(name), media_type=ASSETS[name], headers=CACHED)
 
 
 @cache
 def _asset(name: str) -> bytes:
-    """A file of Swagger UI, from the package that brings it along."""
+    """Return a file of Swagger UI from its package."""
     return (files("fastapi_swagger") / "resources" / name).read_bytes()

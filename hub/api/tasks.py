@@ -1,25 +1,21 @@
-"""HTTP: the routes of tasks as a FastAPI application; each says who, what, do, reply."""
+"""Routes of health, tasks, versions, aliases and classification."""
 
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
+from fastapi import Depends, FastAPI, Query, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..admission.authentication import Caller
 from ..concurrency import Turns
-from ..errors import InvalidImage, InvalidRequest
+from ..errors import InvalidRequest
 from ..schemas import (
     LATEST,
-    MAX_IMAGES,
     NAME_PATTERN,
-    TASK_PATTERN,
     AliasChange,
     Classified,
     Health,
     ImagesBody,
+    Input,
     InputsBody,
     Registered,
     Results,
@@ -29,206 +25,187 @@ from ..schemas import (
     TaskList,
     VersionInfo,
 )
-from ..services.administration import Administration
-from ..services.classification import Service, decode_base64
+from ..services.classification import Service
 from ..services.registration import Changes
-from .admin import add_administration
+from .bodies import FORM, JSON, NamedImage, RequestBody, decode_base64, parse_json
 from .dependencies import (
-    BINARY,
-    JSON,
-    MAX_CHANGE_BYTES,
-    Doors,
-    content_type,
-    documented,
-    limited,
-    parse_json,
-    read_body,
-    require_name,
-    schema_of,
-    tell,
-    translate_errors,
+    AliasName,
+    CallerDependencies,
+    CanaryKey,
+    QueryVersion,
+    TaskName,
+    TopK,
+    VersionNumber,
+    VersionReference,
+    add_batch_headers,
 )
-from .oip import add_protocols
+from .openapi import BINARY, request_body, schema_of
 
 ADAPTER_FILE = "application/octet-stream"
-IMAGES_BODY: dict[str, Any] = {
+IMAGES_CONTENT: dict[str, Any] = {
     "image/*": BINARY,
-    "multipart/form-data": {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}},
+    FORM: {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}},
     JSON: schema_of(ImagesBody),
 }
-TaskName = Annotated[str, Path(pattern=TASK_PATTERN, description="`task`, or `tenant:task` of another tenant")]
-AliasName = Annotated[str, Path(pattern=NAME_PATTERN)]
-Number = Annotated[int, Path(ge=1, le=2**53)]
-Reference = Annotated[str, Path(max_length=63, description="a version's number or an alias")]
-Version = Annotated[str, Query(max_length=63, description="a version's number or an alias")]
-TopK = Annotated[int, Query(ge=1, le=1000, description="labels an image")]
-Alias = Annotated[str | None, Query(pattern=NAME_PATTERN, description="an alias to move, beside `latest`")]
-Canary = Annotated[
-    str | None,
-    Header(alias="x-canary-key", max_length=256, description="calls of one key get one version of an alias"),
-]
+MovedAlias = Annotated[str | None, Query(pattern=NAME_PATTERN, description="an alias to move besides `latest`")]
 
 
-def create_api(
-    service: Service,
-    changes: Changes,
-    administration: Administration,
-    doors: Doors,
-    turns: Turns,
-    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
-    *,
-    max_request_bytes: int,
-    max_adapter_bytes: int,
-) -> FastAPI:
-    """The application over its collaborators.
+def add_health_routes(api: FastAPI, service: Service) -> None:
+    """Add the routes that an orchestrator probes."""
 
-    Args:
-        turns: a tenant's classifications at once; their bodies are read when it is their turn.
-        lifespan: what runs while the application does (following change events, closing connections).
-    """
-    api = FastAPI(title="karst-hub", lifespan=lifespan, docs_url=None, redoc_url=None)
-    translate_errors(api)
-    Who = Annotated[Caller, Depends(doors.tenant_key)]
-    Owner = Annotated[Caller, Depends(doors.owner)]
-
-    @api.get("/healthz")
+    @api.get("/healthz", summary="Check that the gateway runs")
     async def healthz() -> Health:
         return Health()
 
-    @api.get("/readyz")
+    @api.get("/readyz", summary="Check that a worker has loaded its backbone")
     async def readyz() -> Health:
         await service.ready()
         return Health()
 
+
+def add_task_routes(
+    api: FastAPI, service: Service, changes: Changes, dependencies: CallerDependencies, *, max_adapter_bytes: int
+) -> None:
+    """Add the routes that read and change tasks."""
+    TenantCaller = Annotated[Caller, Depends(dependencies.tenant_caller)]
+    Owner = Annotated[Caller, Depends(dependencies.owner)]
+    Body = Annotated[RequestBody, Depends(dependencies.body)]
+
     @api.get("/v1/tasks")
-    async def list_tasks(who: Who) -> TaskList:
-        return TaskList(tasks=await service.tasks(who))
+    async def list_tasks(caller: TenantCaller) -> TaskList:
+        return TaskList(tasks=await service.tasks(caller))
 
     @api.get("/v1/tasks/{task}")
-    async def get_task(who: Who, task: TaskName) -> TaskInfo:
-        return await service.task(who, task)
+    async def get_task(caller: TenantCaller, task: TaskName) -> TaskInfo:
+        return await service.task(caller, task)
 
     @api.delete("/v1/tasks/{task}", status_code=204)
-    async def delete_task(who: Owner, task: TaskName) -> None:
-        await changes.delete_task(who, task)
+    async def delete_task(caller: Owner, task: TaskName) -> None:
+        await changes.delete_task(caller, task)
 
-    @api.put("/v1/tasks/{task}/sharing", openapi_extra=documented({JSON: schema_of(Sharing)}))
-    async def share(who: Owner, task: TaskName, request: Request) -> TaskInfo:
-        return await changes.share(who, task, parse_json(Sharing, await read_body(request, MAX_CHANGE_BYTES, "body")))
+    @api.put(
+        "/v1/tasks/{task}/sharing",
+        summary="Share a task with all or some tenants",
+        openapi_extra=request_body({JSON: schema_of(Sharing)}),
+    )
+    async def share(caller: Owner, task: TaskName, body: Body) -> TaskInfo:
+        return await changes.share(caller, task, await body.read_json(Sharing))
 
     @api.post(
         "/v1/tasks/{task}/versions",
+        summary="Register an adapter file as a version",
         status_code=201,
         responses={200: {"model": Registered}},
-        openapi_extra=documented({ADAPTER_FILE: BINARY, JSON: schema_of(SourceBody)}),
+        openapi_extra=request_body({ADAPTER_FILE: BINARY, JSON: schema_of(SourceBody)}),
     )
     async def register(
-        who: Owner, task: TaskName, request: Request, response: Response, alias: Alias = None
+        caller: Owner, task: TaskName, body: Body, response: Response, alias: MovedAlias = None
     ) -> Registered:
-        require_name(alias)
-        if content_type(request) == JSON:
-            source = parse_json(SourceBody, await read_body(request, MAX_CHANGE_BYTES, "body"))
-            registered, created = await changes.register_source(who, task, source, alias)
+        _refuse_version_number(alias)
+        if body.content_type == JSON:
+            registered, created = await changes.register_source(caller, task, await body.read_json(SourceBody), alias)
         else:
-            data = await read_body(request, max_adapter_bytes, "adapter file")
-            registered, created = await changes.register(who, task, data, alias)
+            data = await body.read(max_adapter_bytes, "adapter file")
+            registered, created = await changes.register(caller, task, data, alias)
         response.status_code = 201 if created else 200
         return registered
 
     @api.get("/v1/tasks/{task}/versions/{version}")
-    async def get_version(who: Who, task: TaskName, version: Reference) -> VersionInfo:
-        return await service.version(who, task, version)
+    async def get_version(caller: TenantCaller, task: TaskName, version: VersionReference) -> VersionInfo:
+        return await service.version(caller, task, version)
 
     @api.get(
         "/v1/tasks/{task}/versions/{version}/file",
         response_class=Response,
         responses={200: {"content": {ADAPTER_FILE: {"schema": BINARY}}}},
     )
-    async def get_file(who: Owner, task: TaskName, version: Reference) -> Response:
-        info, data = await changes.file(who, task, version)
+    async def get_file(caller: Owner, task: TaskName, version: VersionReference) -> Response:
+        info, data = await changes.file(caller, task, version)
         name = f"{task.rpartition(':')[2]}-{info.version}.safetensors"
         headers = {"content-disposition": f'attachment; filename="{name}"', "etag": f'"{info.digest}"'}
         return Response(data, media_type=ADAPTER_FILE, headers=headers)
 
     @api.delete("/v1/tasks/{task}/versions/{version}", status_code=204)
-    async def delete_version(who: Owner, task: TaskName, version: Number) -> None:
-        await changes.delete_version(who, task, version)
+    async def delete_version(caller: Owner, task: TaskName, version: VersionNumber) -> None:
+        await changes.delete_version(caller, task, version)
 
-    @api.put("/v1/tasks/{task}/aliases/{alias}", openapi_extra=documented({JSON: schema_of(AliasChange)}))
-    async def set_alias(who: Owner, task: TaskName, alias: AliasName, request: Request) -> TaskInfo:
-        require_name(alias)
-        change = parse_json(AliasChange, await read_body(request, MAX_CHANGE_BYTES, "body"))
-        return await changes.set_alias(who, task, alias, change.targets())
+    @api.put("/v1/tasks/{task}/aliases/{alias}", openapi_extra=request_body({JSON: schema_of(AliasChange)}))
+    async def set_alias(caller: Owner, task: TaskName, alias: AliasName, body: Body) -> TaskInfo:
+        _refuse_version_number(alias)
+        change = await body.read_json(AliasChange)
+        return await changes.set_alias(caller, task, alias, change.targets())
 
     @api.delete("/v1/tasks/{task}/aliases/{alias}", status_code=204)
-    async def delete_alias(who: Owner, task: TaskName, alias: AliasName) -> None:
-        await changes.delete_alias(who, task, alias)
+    async def delete_alias(caller: Owner, task: TaskName, alias: AliasName) -> None:
+        await changes.delete_alias(caller, task, alias)
 
-    @api.post("/v1/tasks/{task}/aliases/{alias}/rollback")
-    async def roll_back(who: Owner, task: TaskName, alias: AliasName) -> TaskInfo:
-        return await changes.roll_back(who, task, alias)
+    @api.post("/v1/tasks/{task}/aliases/{alias}/rollback", summary="Point an alias at its previous target")
+    async def roll_back(caller: Owner, task: TaskName, alias: AliasName) -> TaskInfo:
+        return await changes.roll_back(caller, task, alias)
 
-    @api.post("/v1/tasks/{task}/classify", openapi_extra=documented(IMAGES_BODY))
+
+def add_classify_routes(
+    api: FastAPI,
+    service: Service,
+    dependencies: CallerDependencies,
+    concurrency_limit: Turns,
+    *,
+    max_request_bytes: int,
+) -> None:
+    """Add the routes that classify images.
+
+    Args:
+        concurrency_limit: classifications of one tenant at once. A queued request's body stays unread.
+    """
+    TenantCaller = Annotated[Caller, Depends(dependencies.tenant_caller)]
+    Body = Annotated[RequestBody, Depends(dependencies.body)]
+
+    @api.post(
+        "/v1/tasks/{task}/classify",
+        summary="Classify images with one task",
+        openapi_extra=request_body(IMAGES_CONTENT),
+    )
     async def classify(
-        who: Who,
+        caller: TenantCaller,
         task: TaskName,
-        request: Request,
+        body: Body,
         response: Response,
         top_k: TopK = 5,
-        version: Version = LATEST,
-        canary: Canary = None,
+        version: QueryVersion = LATEST,
+        canary: CanaryKey = None,
     ) -> Classified:
-        async with turns.turn(who.tenant):
-            images = await _images(request, max_request_bytes)
-            classified, passes = await service.classify(who, task, version, images, top_k, canary)
-        tell(response, passes)
+        async with concurrency_limit.turn(caller.tenant):
+            images = await body.read_images(max_request_bytes)
+            classified, stats = await service.classify(caller, task, version, images, top_k, canary)
+        add_batch_headers(response, stats)
         return classified
 
-    @api.post("/v1/classify", openapi_extra=documented({JSON: schema_of(InputsBody)}))
+    @api.post(
+        "/v1/classify",
+        summary="Classify images with several tasks",
+        openapi_extra=request_body({JSON: schema_of(InputsBody)}),
+    )
     async def classify_inputs(
-        who: Who, request: Request, response: Response, top_k: TopK = 5, canary: Canary = None
+        caller: TenantCaller, body: Body, response: Response, top_k: TopK = 5, canary: CanaryKey = None
     ) -> Results:
-        async with turns.turn(who.tenant):
-            body = await run_in_threadpool(parse_json, InputsBody, await read_body(request, max_request_bytes, "body"))
-            results, passes = await service.classify_inputs(who, body.inputs, top_k, canary)
-        tell(response, passes)
+        async with concurrency_limit.turn(caller.tenant):
+            inputs, images = await run_in_threadpool(_parse_inputs, await body.read(max_request_bytes))
+            results, stats = await service.classify_inputs(caller, inputs, images, top_k, canary)
+        add_batch_headers(response, stats)
         return Results(results=results)
 
-    add_administration(api, administration, doors)
-    add_protocols(api, service, doors.tenant_key, turns, max_request_bytes=max_request_bytes)
-    return api
+
+def _parse_inputs(body: bytes) -> tuple[list[Input], list[NamedImage]]:
+    """Return the inputs of a call for several tasks, and their decoded images."""
+    inputs = parse_json(InputsBody, body).inputs
+    return inputs, decode_base64([(f"inputs.{i}.image", x.image) for i, x in enumerate(inputs)])
 
 
-async def _images(request: Request, limit_bytes: int) -> list[tuple[str, bytes]]:
-    """The images of a classification request, each with its field's name: one raw, several as multipart or JSON."""
-    kind = content_type(request)
-    if kind == JSON:
-        return await run_in_threadpool(_images_of_json, await read_body(request, limit_bytes, "body"))
-    if kind == "multipart/form-data":
-        return await _multipart(request, limit_bytes)
-    body = await read_body(request, limit_bytes, "body")
-    if body[:64].lstrip().startswith(b"{"):  # no kind of image begins so
-        message = f"looks like JSON; send it with content-type: {JSON}"
-        raise InvalidImage.at("body", message)
-    return [("body", body)]
+def _refuse_version_number(alias: str | None) -> None:
+    """Refuse an alias of digits. A reference to it would be read as a version's number.
 
-
-async def _multipart(request: Request, limit_bytes: int) -> list[tuple[str, bytes]]:
-    stream = limited(request, limit_bytes, "body")
-    try:
-        form = await MultiPartParser(request.headers, stream, max_files=MAX_IMAGES, max_fields=MAX_IMAGES).parse()
-    except MultiPartException as error:
-        raise InvalidRequest.at("body", error.message) from error
-    try:
-        images = [(name, await part.read()) for name, part in form.multi_items() if not isinstance(part, str)]
-    finally:
-        await form.close()
-    if not images:
-        message = "no file part in the form; send each image as a file"
-        raise InvalidRequest.at("body", message)
-    return images
-
-
-def _images_of_json(body: bytes) -> list[tuple[str, bytes]]:
-    images = parse_json(ImagesBody, body).images
-    return decode_base64([(f"images.{i}", text) for i, text in enumerate(images)])
+    Raises:
+        InvalidRequest: the alias has only digits.
+    """
+    if alias is not None and alias.isdecimal():
+        raise InvalidRequest.at("alias", f"{alias!r} is a version number; use a name with a letter")

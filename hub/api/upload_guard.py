@@ -1,57 +1,143 @@
-"""Request bodies on their way in: how slowly they may come, and how much memory they may hold.
+"""Limits of what a client sends before a route reads it: size of request line and headers, speed and memory of bodies.
 
-This is watched for every route in one place, whether the route reads its body or still waits for its tenant's turn:
-Ray's stock proxy takes all that a client sends into memory at once. How large a body may be is the route's to say.
+The body limits hold for every route, also while a request waits in its tenant's queue: Ray's stock proxy reads a whole
+body into memory at once. The size limit of a body belongs to its route (`bodies`).
 """
 
 import asyncio
-import json
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import HubError, LimitReached, RequestTimeout, Unavailable
-from ..observability import logs
+from .problems import error_response, status_response
+from .security_headers import DISCONNECT_HEADER
 
-IDLE_S = 10.0  # between two chunks
-GRACE_S = 30.0  # then a body must have come at
-BYTES_PER_S = 16 * 1024  # on average; what is slower holds its memory for nothing
-AHEAD_BYTES = 1024**2  # read before the route asks, where the server below can wait
-HELD_BYTES = 1024**3  # of bodies in this gateway's memory
-HELD_BYTES_OF_ONE = HELD_BYTES // 2  # of one tenant's; the others find room
-BODY = "karst_hub.body"  # in a request's scope
-DIRECT = "x-request-disconnect-disabled"  # "?1": Ray hands the connection on as it is; the hub's HAProxy asks for it
+MAX_TARGET_BYTES = 8 * 1024
+MAX_HEADER_BYTES = 16 * 1024  # Ray's HAProxy accepts slightly less, the stock proxy has no limit
+MAX_HEADERS = 100
+READ_AHEAD_BYTES = 1024**2
+BODY_MEMORY_BYTES = 1024**3  # of all tenants in one gateway
+TENANT_BODY_MEMORY_BYTES = BODY_MEMORY_BYTES // 2
+BODY = "karst_hub.body"  # key in the ASGI scope
 
 
-class Bodies:
-    """ASGI middleware that ends a request whose body comes too slowly or holds too much memory, or whose client has
-    gone, wherever the application stands with it."""
+@dataclass(frozen=True)
+class UploadSpeed:
+    """Slowest upload that the gateway accepts.
+
+    Attributes:
+        idle_s: longest pause between two chunks.
+        grace_s: time before `bytes_per_s` applies.
+        bytes_per_s: lowest average; a slower upload would hold its memory for too long.
+    """
+
+    idle_s: float = 10.0
+    grace_s: float = 30.0
+    bytes_per_s: float = 16 * 1024
+
+
+SLOWEST_UPLOAD = UploadSpeed()
+
+
+class HeaderLimitsMiddleware:
+    """ASGI middleware that refuses a request line (414) or headers (431) over their limits."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = _over_header_limits(scope) if scope["type"] == "http" else None
+        await (refusal or self._app)(scope, receive, send)
+
+
+def _over_header_limits(scope: Scope) -> Response | None:
+    headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
+    target_bytes = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    header_bytes = sum(len(name) + len(value) for name, value in headers)
+    if target_bytes > MAX_TARGET_BYTES:
+        status = HTTPStatus.REQUEST_URI_TOO_LONG
+        detail = f"Path and query have {target_bytes} bytes (limit {MAX_TARGET_BYTES})."
+    elif len(headers) > MAX_HEADERS:
+        status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        detail = f"The request has {len(headers)} headers (limit {MAX_HEADERS})."
+    elif header_bytes > MAX_HEADER_BYTES:
+        status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        detail = f"The request's headers have {header_bytes} bytes (limit {MAX_HEADER_BYTES})."
+    else:
+        return None
+    return status_response(status, detail, scope["path"], {"connection": "close"})
+
+
+class BodyMemory:
+    """Bytes of request bodies in this gateway's memory, in total and by tenant."""
+
+    def __init__(
+        self, limit_bytes: int = BODY_MEMORY_BYTES, tenant_limit_bytes: int = TENANT_BODY_MEMORY_BYTES
+    ) -> None:
+        self._limit_bytes = limit_bytes
+        self._tenant_limit_bytes = tenant_limit_bytes
+        self._by_tenant: Counter[str] = Counter()
+        self.total_bytes = 0
+
+    def of(self, tenant: str) -> int:
+        """Return the bytes of one tenant's bodies."""
+        return self._by_tenant[tenant]
+
+    def change(self, tenant: str, by_bytes: int) -> None:
+        """Add or release bytes.
+
+        Raises:
+            LimitReached: the tenant's bodies would exceed its limit; nothing changes.
+            Unavailable: all bodies would exceed the gateway's limit; nothing changes.
+        """
+        if by_bytes > 0 and self._by_tenant[tenant] + by_bytes > self._tenant_limit_bytes:
+            raise LimitReached(
+                f"The tenant's unfinished request bodies exceed {self._tenant_limit_bytes} bytes of this gateway's "
+                "memory. Send fewer requests at once."
+            )
+        if by_bytes > 0 and self.total_bytes + by_bytes > self._limit_bytes:
+            raise Unavailable(f"Unfinished request bodies fill this gateway's {self._limit_bytes} bytes. Retry later.")
+        self.total_bytes += by_bytes
+        self._by_tenant[tenant] += by_bytes
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]
+
+
+class UploadGuardMiddleware:
+    """ASGI middleware that ends a request whose body is too slow or takes too much memory, or whose client is gone.
+
+    It cancels the route at whatever it awaits.
+    """
 
     def __init__(
         self,
         app: ASGIApp,
         *,
-        kept_bytes: int,
-        direct: bool,
-        idle_s: float = IDLE_S,
-        grace_s: float = GRACE_S,
-        bytes_per_s: float = BYTES_PER_S,
-        held_bytes: int = HELD_BYTES,
-        held_bytes_of_one: int = HELD_BYTES_OF_ONE,
+        memory: BodyMemory,
+        route_keeps_bytes: int,
+        behind_haproxy: bool,
+        speed: UploadSpeed = SLOWEST_UPLOAD,
+        read_ahead_bytes: int = READ_AHEAD_BYTES,
     ) -> None:
         """
         Args:
-            kept_bytes: the most that a route keeps of a body in memory.
-            direct: whether the header `DIRECT` is believed; not behind Ray's stock proxy, which reads on all the same.
-            bytes_per_s: the least on average, after `grace_s`.
+            route_keeps_bytes: most bytes of a body that a route keeps in memory.
+            behind_haproxy: the proxy can pause an upload, so that unread bytes stay in the network. Ray's stock proxy
+                reads on and must not be believed.
+            read_ahead_bytes: unread bytes at which the guard pauses an upload behind HAProxy.
         """
         self._app = app
-        self._kept_bytes = kept_bytes
-        self._direct = direct
-        self._times = (idle_s, grace_s, bytes_per_s)
-        self._held = Held(held_bytes, held_bytes_of_one)
+        self._memory = memory
+        self._route_keeps_bytes = route_keeps_bytes
+        self._behind_haproxy = behind_haproxy
+        self._speed = speed
+        self._read_ahead_bytes = read_ahead_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
@@ -60,112 +146,89 @@ class Bodies:
             return
         started = finished = False
 
-        async def noted(message: Message) -> None:
+        async def observed_send(message: Message) -> None:
             nonlocal started, finished
             started = True
             finished = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
-        waits = self._direct and headers.get(DIRECT) == "?1"
-        scope[BODY] = body = _Body(receive, self._held, self._kept_bytes, AHEAD_BYTES if waits else None)
-        reading = asyncio.create_task(body.read(*self._times))
-        answering = asyncio.create_task(_run(self._app, scope, body.receive, noted))
+        pauses = self._behind_haproxy and headers.get(DISCONNECT_HEADER) == "?1"
+        body = _Body(receive, self._memory, self._route_keeps_bytes, self._read_ahead_bytes if pauses else None)
+        scope[BODY] = body
+        upload = asyncio.create_task(body.read(self._speed))
+        reply = asyncio.create_task(_run(self._app, scope, body.receive, observed_send))
         try:
-            await asyncio.wait((reading, answering), return_when=asyncio.FIRST_COMPLETED)
-            if answering.done() or finished:
-                await answering
+            await asyncio.wait((upload, reply), return_when=asyncio.FIRST_COMPLETED)
+            if reply.done() or finished:
+                await reply
             else:
-                await reading  # why the body is refused; or else the client has gone, and nobody wants the answer
+                await upload  # raises the refusal; without one the client has disconnected
         except HubError as error:
-            await _end(answering)
+            await _cancel(reply)
             if not started:
-                await refusal(error)(scope, receive, send)
+                await error_response(error, scope["path"], close=True)(scope, receive, send)
         finally:
             try:
-                await _end(reading)
-                await _end(answering)
-            finally:  # also where this request is itself cancelled once more
-                body.forget()
+                await _cancel(upload)
+                await _cancel(reply)
+            finally:  # runs also if this request is cancelled a second time; otherwise its bytes would stay counted
+                body.release()
 
 
-def belongs_to(scope: Scope, tenant: str) -> None:
-    """A request's key was checked: from now on its body counts as the tenant's.
+def claim_body(scope: Scope, tenant: str) -> None:
+    """Count the request's body as the tenant's from now on, and start to read it. Authentication calls this.
 
     Raises:
-        LimitReached: the tenant's bodies hold as much memory as may be.
+        LimitReached: the tenant's bodies hold as much memory as they may.
     """
     if BODY in scope:
-        scope[BODY].belongs_to(tenant)
-
-
-class Held:
-    """Bytes of request bodies in memory, all of them and by tenant."""
-
-    def __init__(self, most: int, most_of_one: int) -> None:
-        self._most = most
-        self._most_of_one = most_of_one
-        self._by_tenant: Counter[str] = Counter()
-        self.total = 0
-
-    def change(self, tenant: str, by: int) -> None:
-        """
-        Raises:
-            LimitReached: more than one tenant may hold; nothing was changed.
-            Unavailable: more than this gateway may hold; nothing was changed.
-        """
-        if by > 0 and self._by_tenant[tenant] + by > self._most_of_one:
-            raise LimitReached(f"the tenant's request bodies hold {self._most_of_one} bytes of memory; no more may be")
-        if by > 0 and self.total + by > self._most:
-            raise Unavailable("this gateway's memory for request bodies is full; try again")
-        self.total += by
-        self._by_tenant[tenant] += by
-        if not self._by_tenant[tenant]:
-            del self._by_tenant[tenant]
+        scope[BODY].claim(tenant)
 
 
 class _Body:
-    """One request's body between server and application; counted from its first byte to the end of the request."""
+    """Body of one request between server and application; its bytes count until the request ends."""
 
-    def __init__(self, receive: Receive, held: Held, kept_bytes: int, ahead_bytes: int | None) -> None:
+    def __init__(
+        self, receive: Receive, memory: BodyMemory, route_keeps_bytes: int, read_ahead_bytes: int | None
+    ) -> None:
         self._receive = receive
-        self._held = held
-        self._kept_bytes = kept_bytes
-        self._ahead_bytes = ahead_bytes  # None: the server has it in memory already, so count it
+        self._memory = memory
+        self._route_keeps_bytes = route_keeps_bytes
+        self._read_ahead_bytes = read_ahead_bytes  # None: the proxy holds the body in memory anyway
         self._messages: asyncio.Queue[Message] = asyncio.Queue()
         self._wanted = asyncio.Event()
         self._taken = asyncio.Event()
-        self._unread = self._read = 0
-        self._tenant = ""  # not known yet
-        self._counted = 0
+        self._unread_bytes = self._read_bytes = 0
+        self._tenant = ""  # unknown until the key is checked
+        self._counted_bytes = 0
 
-    async def read(self, idle_s: float, grace_s: float, bytes_per_s: float) -> None:
-        """Take the body as it comes, from when its key was checked on; then wait until the client has gone.
+    async def read(self, speed: UploadSpeed) -> None:
+        """Receive the body once it is claimed, then wait until the client disconnects.
 
         Raises:
-            RequestTimeout: nothing for `idle_s`, or less than `bytes_per_s` on average after the first `grace_s`.
-            LimitReached, Unavailable: no memory for more of it.
+            RequestTimeout: the upload is slower than `speed`.
+            LimitReached, Unavailable: no memory for more of the body.
         """
         clock = asyncio.get_running_loop().time
         await self._wanted.wait()
         start = clock()
         more = True
         while more:
-            while self._ahead_bytes is not None and self._unread > self._ahead_bytes:
-                before = clock()
-                self._taken.clear()
-                await self._taken.wait()
-                start += clock() - before  # not the client's time
-            size = self._unread + self._read
-            idle, slow = clock() + idle_s, start + grace_s + size / bytes_per_s
+            pause_start = clock()
+            await self._wait_for_route()
+            start += clock() - pause_start  # otherwise a slow route would count as a slow client
+            received = self._unread_bytes + self._read_bytes
+            idle, slow = clock() + speed.idle_s, start + speed.grace_s + received / speed.bytes_per_s
             try:
                 async with asyncio.timeout_at(min(idle, slow)):
                     message = await self._receive()
             except TimeoutError:
-                what = f"nothing came for {idle_s:g} s" if idle < slow else f"less than {bytes_per_s:g} bytes a second"
-                raise RequestTimeout(f"the body came too slowly: {what}, after {size} bytes") from None
+                too_slow = f"under {speed.bytes_per_s:g} bytes per second"
+                reason = f"no data for {speed.idle_s:g} s" if idle < slow else too_slow
+                raise RequestTimeout(f"The request body is too slow: {reason}, after {received} bytes.") from None
             if message["type"] == "http.disconnect":
                 return
-            self._unread += len(message.get("body", b""))
+            self._unread_bytes += len(message.get("body", b""))
             self._count()
             self._messages.put_nowait(message)
             more = message.get("more_body", False)
@@ -173,50 +236,50 @@ class _Body:
             pass
 
     async def receive(self) -> Message:
-        """The next part of the body. That the client has gone is not told: the route ends where it stands. Starlette
-        would raise an error, which counts and is logged as the hub's own."""
+        """Return the body's next part to the route.
+
+        A disconnect is never returned, because the guard cancels the route instead. Starlette would raise an error for
+        it, which counts and is logged as an error of the hub.
+        """
         self._wanted.set()
         message = await self._messages.get()
         size = len(message.get("body", b""))
-        self._unread, self._read = self._unread - size, self._read + size
+        self._unread_bytes, self._read_bytes = self._unread_bytes - size, self._read_bytes + size
         self._count()
         self._taken.set()
         return message
 
-    def belongs_to(self, tenant: str) -> None:
+    def claim(self, tenant: str) -> None:
         self._wanted.set()
-        self.forget()
+        self.release()
         self._tenant = tenant
         self._count()
 
-    def forget(self) -> None:
-        self._held.change(self._tenant, -self._counted)
-        self._counted = 0
+    def release(self) -> None:
+        self._memory.change(self._tenant, -self._counted_bytes)
+        self._counted_bytes = 0
+
+    async def _wait_for_route(self) -> None:
+        """Pause the upload while the route has more than `read_ahead_bytes` to read."""
+        while self._read_ahead_bytes is not None and self._unread_bytes > self._read_ahead_bytes:
+            self._taken.clear()
+            await self._taken.wait()
 
     def _count(self) -> None:
-        """What is unread, and what a route may have kept of the rest."""
-        size = self._unread + min(self._read, self._kept_bytes)
-        self._held.change(self._tenant, size - self._counted)
-        self._counted = size
-
-
-def refusal(error: HubError) -> Response:
-    """The connection ends with it: the rest of the body would have to be read before another request."""
-    logs.note_error(error.code)
-    headers = {"connection": "close"}
-    if error.retry_after_s is not None:
-        headers["retry-after"] = str(error.retry_after_s)
-    return Response(json.dumps(error.problem()), error.status, headers, "application/problem+json")
+        """Count unread bytes, and as many read bytes as the route may have kept."""
+        size = self._unread_bytes + min(self._read_bytes, self._route_keeps_bytes)
+        self._memory.change(self._tenant, size - self._counted_bytes)
+        self._counted_bytes = size
 
 
 async def _run(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     await app(scope, receive, send)
 
 
-async def _end(task: asyncio.Task[None]) -> None:
-    """Cancel a task that still runs, and wait for its end; how it ended is of no more interest."""
+async def _cancel(task: asyncio.Task[None]) -> None:
+    """Cancel a running task and wait for its end. Its result and its exception are dropped."""
     if not task.done():
         task.cancel()
         await asyncio.wait((task,))
     if not task.cancelled():
-        task.exception()  # else asyncio complains that nobody asked
+        task.exception()  # otherwise asyncio logs that the exception was never retrieved

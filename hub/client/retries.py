@@ -10,7 +10,7 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 from ..errors import TYPE_PREFIX, FieldProblem, HubError, LimitReached, TooLarge, Unauthenticated, Unavailable
-from ..schemas import Problem
+from ..schemas import ProblemDetails
 
 BLIND_TRIES = 4  # where nobody says when to come back
 MOST_BACKOFF_S = 2.0
@@ -29,7 +29,7 @@ def error_of(response: httpx.Response, first: int = 0) -> HubError:
     retry_after_s = _seconds(response.headers.get("retry-after", ""))
     by_status = _BY_STATUS.get(response.status_code, HubError)
     try:
-        problem = Problem.model_validate_json(response.content)
+        problem = ProblemDetails.model_validate_json(response.content)
     except ValueError:
         return by_status(f"HTTP {response.status_code}: {response.text[:200]}", (), retry_after_s)
 

@@ -8,7 +8,7 @@ import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from ..api.app import make_api
+from ..api.app import create_app
 from ..settings import Settings
 from ..storage.store import Store
 from ..worker.prewarming import Warmth
@@ -67,7 +67,7 @@ def build(settings: Settings) -> serve.Application:
     )(Gateway)
     warmth = Warmth(settings.redis_url, settings.pinned)
     workers = worker.bind(settings, Store(settings.store_url), warmth, partial(_sharing, settings.max_workers))
-    return gateway.bind(partial(make_api, settings), workers, settings.min_workers == 0)
+    return gateway.bind(partial(create_app, settings), workers, settings.min_workers == 0)
 
 
 def _sharing(most_workers: int) -> int:

@@ -14,7 +14,8 @@ from ray.serve.handle import DeploymentHandle
 from adapters import BankLimits
 
 from ..errors import HubError, Unavailable
-from ..observability import logs, tracing
+from ..observability import request_context, tracing
+from ..observability.request_log import RequestMetrics
 from ..worker_api import Answer, Workers
 from .metrics import GatewayMetrics
 from .rendezvous import WARM
@@ -39,8 +40,8 @@ class ServeWorkers:
         self._limits: BankLimits | None = None
 
     async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
-        with tracing.call(len(images)):
-            call = tenant, digest, images, weight, logs.origin()
+        with tracing.worker_call_span(len(images)):
+            call = tenant, digest, images, weight, request_context.call_origin()
             answers = await self._call(self._near(digest).answer, *call)
             if isinstance(answers, Unavailable):  # this worker cannot load the adapter; another one may hold it
                 answers = await self._call(self._near(digest + WARM).answer, *call)
@@ -105,7 +106,9 @@ class _Lost(Unavailable):
 class Gateway:
     """Puts `make`'s application in front of the workers."""
 
-    def __init__(self, make: Callable[[Workers, logs.Meter], FastAPI], worker: DeploymentHandle, to_zero: bool) -> None:
+    def __init__(
+        self, make: Callable[[Workers, RequestMetrics], FastAPI], worker: DeploymentHandle, to_zero: bool
+    ) -> None:
         self._make = make
         self._workers = ServeWorkers(worker, to_zero)
 

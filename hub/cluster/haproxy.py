@@ -38,7 +38,7 @@ TOO_MANY = json.dumps(
         "detail": f"more than {CALLS_OF_A_KEY} calls with this key are under way; try again",
     }
 )
-# The same as `edge.STEERING` and `edge.REQUEST_ID`.
+# The same as `RAY_HEADERS` and `RAY_REQUEST_ID` in `api.security_headers`.
 STEERING = ("x-request-timeout-seconds", "serve_multiplexed_model_id", "serve-multiplexed-model-id", "x-session-id")
 REQUEST_ID = "^[A-Za-z0-9_.:-]{1,128}$"
 

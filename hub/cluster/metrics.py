@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ray.serve import metrics
 
-from ..observability.logs import Asked
+from ..observability.request_context import RequestContext
 from ..worker.adapter_cache import Tiers
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -126,32 +126,32 @@ class Names:
 
 
 class GatewayMetrics:
-    """`logs.Meter`: counts requests when they are over. In a Serve replica, which adds its own tags."""
+    """`RequestMetrics`: counts requests when they are over. In a Serve replica, which adds its own tags."""
 
     def __init__(self) -> None:
         self._counters, _, self._histograms = _made(GATEWAY)
         self._tenants = Names(NAMED_TENANTS)
         self._tasks = Names(NAMED_TASKS)
 
-    def answered(self, asked: Asked, status: int, seconds: float) -> None:
+    def record(self, context: RequestContext, status: int, seconds: float) -> None:
         """A request is over; what was not a classification that succeeded is counted, and not timed."""
-        tenant = self._tenants.label(asked.tenant) if asked.tenant else NOBODY
+        tenant = self._tenants.label(context.tenant) if context.tenant else NOBODY
         tags = {"tenant": tenant}
         self._counters["karst_requests"].inc(1, tags | {"status": f"{status // 100}xx"})
         if status >= 400:
-            self._counters["karst_errors"].inc(1, tags | {"type": asked.error or f"http-{status}"})
-            if asked.limit:
-                self._counters["karst_limits_hit"].inc(1, tags | {"limit": asked.limit})
+            self._counters["karst_errors"].inc(1, tags | {"type": context.error or f"http-{status}"})
+            if context.limit:
+                self._counters["karst_limits_hit"].inc(1, tags | {"limit": context.limit})
             return
-        for task, images in asked.images.items():
-            named = self._tasks.label(f"{asked.tenant}/{task}", images)
+        for task, images in context.images.items():
+            named = self._tasks.label(f"{context.tenant}/{task}", images)
             label = OTHER if named == OTHER or tenant == OTHER else task
             self._counters["karst_images"].inc(images, tags | {"task": label})
-        if asked.images:
+        if context.images:
             self._histograms["karst_request_seconds"].observe(seconds, tags)
             for name in TIMES:
-                if name in asked.times_s:
-                    self._histograms[f"karst_{name}_seconds"].observe(asked.times_s[name], tags)
+                if name in context.times_s:
+                    self._histograms[f"karst_{name}_seconds"].observe(context.times_s[name], tags)
 
 
 class WorkerMetrics:

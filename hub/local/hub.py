@@ -138,7 +138,8 @@ def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
     # Whom uvicorn believes about the client's address.
     environment["FORWARDED_ALLOW_IPS"] = LOOPBACK if settings.haproxy else ",".join(settings.trusted_proxies)
     if not settings.haproxy:
-        return environment | {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "hub.api.edge:stock_proxy"}
+        middleware = "hub.api.security_headers:stock_proxy_middleware"
+        return environment | {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": middleware}
     haproxy = {
         "BINARY_PATH": _haproxy(settings, settings.host, run_folder),
         "TIMEOUT_CLIENT_S": 60,

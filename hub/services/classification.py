@@ -1,7 +1,6 @@
 """What the hub does with tasks: classify, and tell of them. No HTTP, no Ray: routes call it, tests too."""
 
 import asyncio
-import base64
 import hashlib
 import random
 from collections import defaultdict
@@ -16,8 +15,8 @@ from adapters import BankLimits
 from ..admission.authentication import Caller
 from ..admission.rate_limits import Limiter
 from ..concurrency import Turns
-from ..errors import InvalidAdapter, InvalidImage
-from ..observability import logs, tracing
+from ..errors import InvalidAdapter
+from ..observability import request_context, tracing
 from ..registry.cache import RegistryCache
 from ..registry.models import Task, task_not_found
 from ..registry.tasks import Registry
@@ -73,7 +72,7 @@ class Service:
             Unavailable: no worker, or the adapter cannot be loaded for now.
         """
         chosen = _choose(await self._visible(who, name), version, canary)
-        logs.note_task(name, chosen.version, chosen.digest)
+        request_context.note_task(name, chosen.version, chosen.digest)
         async with self._limiter.images(who.tenant, len(images)) as weight, self._turns.turn(who.tenant, len(images)):
             with tracing.span("decode", images=len(images)):
                 pixels = await self._images.pixels(who.tenant, [(field, x, chosen.preprocess) for field, x in images])
@@ -99,10 +98,18 @@ class Service:
         return body, [answer.computed for answer in answers]
 
     async def classify_inputs(
-        self, who: Caller, inputs: Sequence[Input], top_k: int, canary: str | None = None
+        self,
+        who: Caller,
+        inputs: Sequence[Input],
+        images: Sequence[tuple[str, bytes]],
+        top_k: int,
+        canary: str | None = None,
     ) -> tuple[list[Result], list[PassStats]]:
-        """One image each for several tasks, in one go; raises what `predict` raises, naming the input."""
-        encoded = await asyncio.to_thread(decode_base64, [(f"inputs.{i}.image", x.image) for i, x in enumerate(inputs)])
+        """One image each for several tasks, in one go; raises what `predict` raises, naming the input.
+
+        Args:
+            images: the inputs' encoded images, each with its field's name.
+        """
         chosen = [_choose(await self._visible(who, x.task), x.version, canary) for x in inputs]
         # Images of one adapter go to a worker together; their answers come back to their own places.
         members = defaultdict(list)
@@ -111,7 +118,7 @@ class Service:
         async with self._limiter.images(who.tenant, len(inputs)) as weight, self._turns.turn(who.tenant, len(inputs)):
             with tracing.span("decode", images=len(inputs)):
                 pixels = await self._images.pixels(
-                    who.tenant, [(field, data, c.preprocess) for (field, data), c in zip(encoded, chosen, strict=True)]
+                    who.tenant, [(field, data, c.preprocess) for (field, data), c in zip(images, chosen, strict=True)]
                 )
             groups = await together(
                 self._ask(who.tenant, inputs[at[0]].task, chosen[at[0]], [pixels[i] for i in at], weight)
@@ -193,14 +200,14 @@ class Service:
     async def _ask(
         self, tenant: str, task: str, chosen: VersionInfo, pixels: Sequence[np.ndarray], weight: float
     ) -> list[Answer]:
-        logs.note_task(task, chosen.version, chosen.digest)
+        request_context.note_task(task, chosen.version, chosen.digest)
         size = max(1, CHUNK_BYTES // max(p.nbytes for p in pixels))
         chunks = [pixels[i : i + size] for i in range(0, len(pixels), size)]
         answers = await together(self._workers.classify(tenant, chosen.digest, chunk, weight) for chunk in chunks)
         for answer in chain(*answers):
             if not np.isfinite(answer.probabilities).all():
                 raise InvalidAdapter("the adapter's numbers overflow on this image; train it anew and register that")
-        logs.note_answers(task, len(pixels))
+        request_context.note_images(task, len(pixels))
         return [*chain(*answers)]
 
 
@@ -220,23 +227,6 @@ def best(labels: Sequence[str], probabilities: np.ndarray, top_k: int) -> list[P
     """The `top_k` likeliest labels, best first; equal scores in the order of the labels."""
     order = np.argsort(-probabilities, kind="stable")[:top_k]
     return [Prediction(label=labels[i], score=float(probabilities[i])) for i in order]
-
-
-def decode_base64(images: Sequence[tuple[str, str]]) -> list[tuple[str, bytes]]:
-    """Base64 text -> bytes; a `data:` URL's header is skipped.
-
-    Raises:
-        InvalidImage: not base64; names the field.
-    """
-    out = []
-    for field, text in images:
-        encoded = text.partition(",")[2] if text.startswith("data:") else text
-        try:
-            out.append((field, base64.b64decode(encoded, validate=True)))
-        except ValueError as error:  # binascii.Error, or a character that is not ASCII
-            message = f"not base64 (RFC 4648, section 4): {error}"
-            raise InvalidImage.at(field, message) from error
-    return out
 
 
 def _choose(task: Task, reference: str, canary: str | None = None) -> VersionInfo:

@@ -18,7 +18,7 @@ from adapters.data.images import normalise
 
 from ..cluster.metrics import WorkerMetrics
 from ..errors import HubError
-from ..observability import logs, tracing
+from ..observability import log_format, request_context, tracing
 from ..registry.status import TELL_S, Tally
 from ..schemas import WorkerStatus
 from ..settings import Settings
@@ -60,7 +60,7 @@ class Worker:
         Args:
             sharing: tells how many workers have torch's threads of this node between them.
         """
-        logs.start(settings.log_format, settings.log_level)
+        log_format.start(settings.log_format, settings.log_level)
         tracing.start(settings.traces_exporter, settings.otlp_protocol)
         self._started = time.monotonic()
         self._threads = max(1, torch.get_num_threads() // sharing())
@@ -209,7 +209,7 @@ class Worker:
         """
         self._stay_warm()
         began = time.perf_counter()
-        with logs.within(origin, tenant, digest):
+        with request_context.use_origin(origin, tenant, digest):
             async with self._tiers.lease(digest, tenant) as adapter:
                 self._used.add(digest)
                 self._tally.note_images(tenant, origin.task, len(images))
@@ -238,7 +238,7 @@ class Worker:
         self._metrics.note(len(items), tasks, max(queue_ms), compute_ms)
         self._tally.note_pass(len(items), tasks)
         calls = {x.traceparent: (x.load_ms, ms) for x, ms in zip(items, queue_ms, strict=True) if x.traceparent}
-        tracing.passed(calls, worker=self._name, images=len(items), tasks=tasks, compute_ms=compute_ms)
+        tracing.record_pass(calls, worker=self._name, images=len(items), tasks=tasks, compute_ms=compute_ms)
         return [
             Answer(row, PassStats(self._name, len(items), tasks, item.load_ms, waited_ms, compute_ms))
             for item, row, waited_ms in zip(items, probabilities, queue_ms, strict=True)

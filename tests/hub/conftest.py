@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from adapters import Adapter, Backbone, Bank, BankLimits, Slot, load_backbone
 from adapters.data.images import normalise
 from hub.admission.authentication import FirstKeys, first_keys
-from hub.api.app import make_api as assembled
+from hub.api.app import create_app
 from hub.errors import Conflict
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
@@ -97,13 +97,13 @@ class Hub:
         return sorted(p.name for p in self.store_folder.rglob("*") if p.is_file())
 
     def registered(self) -> dict[str, str]:
-        """Everything in Redis but the keys, as text: equal before and after means unchanged."""
+        """Everything in Redis except keys and counters of use, as text: equal before and after means unchanged."""
         client = redis.Redis.from_url(self.redis_url, decode_responses=True)
         try:
             names = [name for name in client.keys("karst:t:*") if isinstance(name, str)]
             kinds = {name: client.type(name) for name in names}
             read = {"hash": client.hgetall, "set": client.smembers, "string": client.get, "stream": client.xlen}
-            return {n: str(read[kinds[n]](n)) for n in sorted(names) if not n.endswith((":rate", ":flight", ":counts"))}
+            return {n: str(read[kinds[n]](n)) for n in sorted(names) if not n.endswith((":rate", ":flight", ":counts", ":settled"))}
         finally:
             client.close()
 
@@ -167,7 +167,7 @@ def make_api(redis_url: str, store_folder: Path, engine: Engine, **settings: obj
         "max_image_pixels": MAX_IMAGE_PIXELS,
         "max_adapter_bytes": MAX_ADAPTER_BYTES,
     } | settings
-    return assembled(Settings(**settings), engine, tenant_calls=4, tenant_waiting=4)  # type: ignore[arg-type]
+    return create_app(Settings(**settings), engine, tenant_calls=4, tenant_waiting=4)  # type: ignore[arg-type]
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -1,18 +1,20 @@
-"""Every route, every role, own and foreign and absent things: a table made from the OpenAPI document.
-
-A route that is added without a row in `ROUTES` fails here.
-"""
+"""Access of every role to every route, and to another tenant's tasks. A route without a row in `ROUTES` fails here."""
 
 import base64
+from typing import Any
 
 import pytest
 
-from tests.hub.conftest import OCTETS, bearer
+from adapters import Adapter
+from tests.hub.conftest import OCTETS, Hub, bearer
 from tests.support.models import png
+from tests.support.protocols import Reply
+
+Headers = dict[str, str]
 
 TASK = "flowers"
-# What a route needs: `open` nothing, `tenant` any key of a tenant, `owner` an owner's, `manager` an owner of the tenant
-# in the path or an admin, `admin` an admin's.
+# Key that a route needs: `open` none, `tenant` any key of a tenant, `owner` an owner's key, `manager` an admin's key or
+# that of an owner of the tenant in the path, `admin` an admin's key.
 ROUTES = {
     "GET /healthz": "open",
     "GET /readyz": "open",
@@ -60,8 +62,8 @@ ROUTES = {
     "POST /v2/models/{task}/versions/{version}/infer": "tenant",
 }
 ROLES = ("none", "wrong", "admin", "owner", "caller", "foreign owner", "foreign caller")
-# role -> what each need answers: a status that refuses, or 0 for "let in".
-REFUSED = {
+# role -> needed key -> status of the refusal; 0: no refusal.
+REFUSALS = {
     "none": {"open": 0, "tenant": 401, "owner": 401, "manager": 401, "admin": 401},
     "wrong": {"open": 0, "tenant": 401, "owner": 401, "manager": 401, "admin": 401},
     "admin": {"open": 0, "tenant": 403, "owner": 403, "manager": 0, "admin": 0},
@@ -72,12 +74,13 @@ REFUSED = {
 }
 
 
-def operations(hub) -> list[str]:
+def operations(hub: Hub) -> list[str]:
+    """Return "METHOD path" of each operation in the OpenAPI document."""
     paths = hub.http.get("/openapi.json").json()["paths"]
     return [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
 
 
-BODIES = {
+BODIES: dict[str, dict[str, Any]] = {
     "sharing": {"json": {"public": True}},
     "aliases/{alias}": {"json": {"version": 1}},
     "infer": {
@@ -90,22 +93,25 @@ BODIES = {
 }
 
 
-def ask(hub, operation: str, headers, *, task: str = TASK, tenant: str = "default", query: str = ""):
-    """A request that means well: what it asks for may be there or not."""
+def send(
+    hub: Hub, operation: str, headers: Headers, *, task: str = TASK, tenant: str = "default", query: str = ""
+) -> Reply:
+    """Send a valid request. Its task, version, alias, tenant or key need not exist."""
     method, path = operation.split(" ")
     version = "1" if method == "DELETE" or "/v2/" in path else "latest"
     parts = {"task": task, "version": version, "alias": "stable", "tenant": tenant, "id": "0" * 16}
-    body = {} if method in ("GET", "DELETE") else {"content": png()}
+    body: dict[str, Any] = {} if method in ("GET", "DELETE") else {"content": png()}
     body = next((b for end, b in BODIES.items() if path.endswith(end) and body), body)
     return hub.http.request(method, path.format(**parts) + query, headers=headers, **body)
 
 
-def test_the_table_has_every_route(hub) -> None:
+def test_the_table_has_every_route(hub: Hub) -> None:
     assert sorted(ROUTES) == sorted(operations(hub))
 
 
 @pytest.fixture
-def keys(hub, adapters) -> dict[str, dict[str, str]]:
+def keys(hub: Hub, adapters: list[Adapter]) -> dict[str, Headers]:
+    """The header of a key of each role; the hub has the task `flowers`."""
     hub.http.post(f"/v1/tasks/{TASK}/versions", content=adapters[0].data, headers=OCTETS)
     return {
         "none": {"authorization": ""},
@@ -119,52 +125,54 @@ def keys(hub, adapters) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_every_route_for_a_role(hub, keys, role) -> None:
-    # Reading routes first, deleting ones last, so that what they name is there for the others.
+def test_a_role_reaches_only_its_routes(hub: Hub, keys: dict[str, Headers], role: str) -> None:
+    # Reads first and deletes last: otherwise a delete would remove the task that other requests need.
     for operation in sorted(ROUTES, key=lambda o: (o.startswith("DELETE"), o.startswith(("PUT", "PATCH")), o)):
-        expected = REFUSED[role][ROUTES[operation]]
-        answer = ask(hub, operation, keys[role])
+        expected = REFUSALS[role][ROUTES[operation]]
+        reply = send(hub, operation, keys[role])
         if expected:
-            assert answer.status_code == expected, (operation, answer.text)
-            assert answer.headers["content-type"] == "application/problem+json"
+            assert reply.status_code == expected, (operation, reply.text)
+            assert reply.headers["content-type"] == "application/problem+json"
         else:
-            assert answer.status_code not in (401, 403, 500, 503), (operation, answer.text)
+            assert reply.status_code not in (401, 403, 500, 503), (operation, reply.text)
 
 
-def test_a_misspelt_query_parameter_is_refused_by_every_route_of_ours(hub, keys) -> None:
+def test_every_route_under_v1_refuses_an_unknown_query_parameter(hub: Hub, keys: dict[str, Headers]) -> None:
     paths = hub.http.get("/openapi.json").json()["paths"]
     for operation, need in sorted(ROUTES.items(), key=lambda item: item[0].startswith("DELETE")):
         method, path = operation.split(" ")
-        who = "admin" if need == "admin" else "owner"
-        answer = ask(hub, operation, keys[who], query="?topk=3")
+        role = "admin" if need == "admin" else "owner"
+        reply = send(hub, operation, keys[role], query="?topk=3")
         if not path.startswith("/v1/"):
-            assert answer.status_code != 422, (operation, answer.text)
+            assert reply.status_code != 422, (operation, reply.text)
             continue
         known = sorted(p["name"] for p in paths[path][method.lower()].get("parameters", ()) if p["in"] == "query")
-        assert answer.status_code == 422, operation
-        assert answer.json()["type"].endswith(":invalid-request")
-        said = f"unknown query parameter; this route takes {', '.join(known) or 'none'}"
-        assert answer.json()["errors"] == [{"field": "topk", "message": said}]
-        assert ask(hub, operation, keys["wrong"], query="?topk=3").status_code == 401
-    assert ask(hub, "POST /v1/tasks/{task}/classify", keys["owner"], query="?top_k=1&version=1").status_code == 200
+        assert reply.status_code == 422, operation
+        assert reply.json()["type"].endswith(":invalid-request")
+        message = f"unknown query parameter; this route accepts {', '.join(known) or 'none'}"
+        assert reply.json()["errors"] == [{"field": "topk", "message": message}]
+        assert send(hub, operation, keys["wrong"], query="?topk=3").status_code == 401
+    assert send(hub, "POST /v1/tasks/{task}/classify", keys["owner"], query="?top_k=1&version=1").status_code == 200
 
 
 @pytest.mark.parametrize("role", ["owner", "caller", "admin"])
-def test_foreign_and_absent_tasks_and_tenants_are_answered_alike(hub, keys, adapters, role) -> None:
+def test_tasks_and_tenants_of_others_get_the_same_replies_as_unknown_ones(
+    hub: Hub, keys: dict[str, Headers], adapters: list[Adapter], role: str
+) -> None:
     foreign = keys["foreign owner"]
     hub.http.post("/v1/tasks/trees/versions", content=adapters[1].data, headers=OCTETS | foreign)
     for operation, need in ROUTES.items():
         if "{task}" in operation:
-            answers = [ask(hub, operation, keys[role], task=f"foreign:{name}") for name in ("trees", "nothing")]
-            expected = REFUSED[role][need] or (None if operation.endswith("/versions") else 404)
+            replies = [send(hub, operation, keys[role], task=f"foreign:{name}") for name in ("trees", "nothing")]
+            expected = REFUSALS[role][need] or (None if operation.endswith("/versions") else 404)
         elif "{tenant}" in operation and role != "admin":
-            answers = [ask(hub, operation, keys[role], tenant=name) for name in ("foreign", "nothing")]
+            replies = [send(hub, operation, keys[role], tenant=name) for name in ("foreign", "nothing")]
             expected = 403 if need == "admin" else 404
         else:
             continue
-        texts = [a.text.replace("trees", "nothing").replace("foreign'", "nothing'") for a in answers]
-        assert answers[0].status_code == answers[1].status_code, operation
+        texts = [reply.text.replace("trees", "nothing").replace("foreign'", "nothing'") for reply in replies]
+        assert replies[0].status_code == replies[1].status_code, operation
         assert texts[0] == texts[1], operation
         if expected is not None:
-            assert answers[0].status_code == expected, (operation, answers[0].text)
+            assert replies[0].status_code == expected, (operation, replies[0].text)
     assert hub.http.get("/v1/tasks/trees", headers=foreign).status_code == 200

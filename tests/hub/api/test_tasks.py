@@ -1,34 +1,40 @@
-"""The HTTP contract: registration, classification, aliases, deletion, and every error as a problem."""
+"""Tasks over HTTP: registration, versions, aliases, classification, deletion, and the problem of every error."""
 
 import base64
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 
-from adapters import load_backbone
-from tests.hub.conftest import MAX_ADAPTER_BYTES, MAX_IMAGE_BYTES, OCTETS
+from adapters import Adapter, Backbone, load_backbone
+from adapters.data.images import decode_image, eval_transform, normalise
+from hub.api.problems import PROBLEM_JSON
+from tests.hub.conftest import MAX_ADAPTER_BYTES, MAX_IMAGE_BYTES, OCTETS, Hub, bearer
 from tests.support.models import bomb_png, png, random_adapter, with_metadata, with_tensors
+from tests.support.protocols import Reply
 
-PROBLEM = "application/problem+json"
 
-
-def register(hub, task, adapter, **params):
+def register(hub: Hub, task: str, adapter: Adapter, **params: str) -> Reply:
     return hub.http.post(f"/v1/tasks/{task}/versions", content=adapter.data, params=params, headers=OCTETS)
 
 
-def problem_of(response, status):
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == PROBLEM
-    body = response.json()
+def problem_of(reply: Reply, status: int) -> dict[str, Any]:
+    """Return the body of a reply that must be a problem with this status."""
+    assert reply.status_code == status, reply.text
+    assert reply.headers["content-type"] == PROBLEM_JSON
+    body: dict[str, Any] = reply.json()
     assert {"type", "title", "status", "detail"} <= set(body)
     assert body["status"] == status
     return body
 
 
-def expected_label(backbone, adapter, image):
-    import torch
+def fields_of(problem: dict[str, Any]) -> list[str]:
+    return [error["field"] for error in problem["errors"]]
 
-    from adapters.data.images import decode_image, eval_transform, normalise
 
+def best_label(backbone: Backbone, adapter: Adapter, image: bytes) -> tuple[str, float]:
+    """Return label and score of an image by the model with merged weights."""
     pixels = eval_transform(adapter.preprocess)(decode_image(image))[None]
     mean, std = (torch.tensor(adapter.preprocess[name]) for name in ("mean", "std"))
     with torch.inference_mode():
@@ -36,27 +42,29 @@ def expected_label(backbone, adapter, image):
     return adapter.labels[int(scores.argmax())], float(scores.max())
 
 
-def test_register_then_classify_gives_the_merged_model_s_answer(hub, backbone, adapters) -> None:
+def test_a_registered_adapter_classifies_as_the_merged_model(
+    hub: Hub, backbone: Backbone, adapters: list[Adapter]
+) -> None:
     made = register(hub, "flowers", adapters[0])
     assert made.status_code == 201
     assert made.json() | {"task": "flowers", "version": 1, "digest": adapters[0].digest} == made.json()
     assert made.json()["labels"] == list(adapters[0].labels)
     assert hub.engine.prefetched == [adapters[0].digest]
 
-    answer = hub.http.post("/v1/tasks/flowers/classify", content=png(), headers={"content-type": "image/png"})
-    assert answer.status_code == 200
-    body = answer.json()
+    reply = hub.http.post("/v1/tasks/flowers/classify", content=png(), headers={"content-type": "image/png"})
+    assert reply.status_code == 200
+    body = reply.json()
     assert set(body) == {"task", "version", "digest", "predictions"}
-    label, score = expected_label(backbone, adapters[0], png())
+    label, score = best_label(backbone, adapters[0], png())
     assert body["predictions"][0][0]["label"] == label
     assert body["predictions"][0][0]["score"] == pytest.approx(score, abs=1e-4)
     scores = [p["score"] for p in body["predictions"][0]]
     assert scores == sorted(scores, reverse=True)
-    assert answer.headers["x-batch-images"] == "1"
-    assert answer.headers["server-timing"].startswith("load;dur=")
+    assert reply.headers["x-batch-images"] == "1"
+    assert reply.headers["server-timing"].startswith("load;dur=")
 
 
-def test_three_kinds_of_body_give_the_same_answer(hub, adapters) -> None:
+def test_raw_multipart_and_json_bodies_get_the_same_predictions(hub: Hub, adapters: list[Adapter]) -> None:
     register(hub, "flowers", adapters[0])
     images = [png(1), png(2)]
     url = "/v1/tasks/flowers/classify"
@@ -69,7 +77,7 @@ def test_three_kinds_of_body_give_the_same_answer(hub, adapters) -> None:
             assert [p["score"] for p in got] == pytest.approx([p["score"] for p in want], abs=1e-5)
 
 
-def test_one_call_for_several_tasks(hub, backbone, adapters) -> None:
+def test_one_call_classifies_with_several_tasks(hub: Hub, backbone: Backbone, adapters: list[Adapter]) -> None:
     for i, adapter in enumerate(adapters[:3]):
         register(hub, f"task{i}", adapter)
     order = [2, 0, 1, 0, 2]
@@ -77,10 +85,10 @@ def test_one_call_for_several_tasks(hub, backbone, adapters) -> None:
     results = hub.http.post("/v1/classify", json={"inputs": inputs}).json()["results"]
     for i, (result, n) in enumerate(zip(results, order, strict=True)):
         assert (result["task"], result["digest"]) == (f"task{n}", adapters[n].digest)
-        assert result["predictions"][0]["label"] == expected_label(backbone, adapters[n], png(i))[0]
+        assert result["predictions"][0]["label"] == best_label(backbone, adapters[n], png(i))[0]
 
 
-def test_the_same_bytes_are_the_same_version_and_new_bytes_a_new_one(hub, adapters) -> None:
+def test_only_new_bytes_become_a_new_version(hub: Hub, adapters: list[Adapter]) -> None:
     assert register(hub, "flowers", adapters[0], alias="stable").status_code == 201
     assert register(hub, "flowers", adapters[1]).json()["version"] == 2
     again = register(hub, "flowers", adapters[0])
@@ -93,26 +101,26 @@ def test_the_same_bytes_are_the_same_version_and_new_bytes_a_new_one(hub, adapte
     }
 
 
-def test_versions_aliases_and_canaries_choose_the_adapter(hub, adapters) -> None:
+def test_versions_and_aliases_select_the_adapter(hub: Hub, adapters: list[Adapter]) -> None:
     for adapter in adapters[:3]:
         register(hub, "flowers", adapter)
     url = "/v1/tasks/flowers/classify"
 
     def version_of(reference: str) -> int:
-        return hub.http.post(url, content=png(), params={"version": reference}).json()["version"]
+        return int(hub.http.post(url, content=png(), params={"version": reference}).json()["version"])
 
     assert hub.http.put("/v1/tasks/flowers/aliases/stable", json={"version": 2}).status_code == 200
     assert [version_of(r) for r in ("1", "stable", "latest")] == [1, 2, 3]
     hub.http.put("/v1/tasks/flowers/aliases/canary", json={"weights": {"1": 1, "3": 1}})
     assert {version_of("canary") for _ in range(40)} == {1, 3}
-    body = problem_of(hub.http.put("/v1/tasks/flowers/aliases/stable", json={"version": 9}), 422)
-    assert body["detail"] == "task 'flowers' has no version 9"
+    problem = problem_of(hub.http.put("/v1/tasks/flowers/aliases/stable", json={"version": 9}), 422)
+    assert "version 9" in problem["detail"]
     problem_of(hub.http.put("/v1/tasks/flowers/aliases/stable", json={}), 422)
     problem_of(hub.http.put("/v1/tasks/flowers/aliases/7", json={"version": 1}), 422)
     assert version_of("stable") == 2
 
 
-def test_the_file_comes_back_byte_for_byte(hub, adapters) -> None:
+def test_a_download_has_the_bytes_of_the_upload(hub: Hub, adapters: list[Adapter]) -> None:
     register(hub, "flowers", adapters[0])
     file = hub.http.get("/v1/tasks/flowers/versions/latest/file")
     assert file.content == adapters[0].data
@@ -120,174 +128,171 @@ def test_the_file_comes_back_byte_for_byte(hub, adapters) -> None:
     assert hub.http.get("/v1/tasks/flowers/versions/1").json()["digest"] == adapters[0].digest
 
 
-def test_deleting(hub, adapters) -> None:
+def test_a_version_can_be_deleted_when_no_alias_points_at_it(hub: Hub, adapters: list[Adapter]) -> None:
     register(hub, "flowers", adapters[0])
     register(hub, "flowers", adapters[1])
-    body = problem_of(hub.http.delete("/v1/tasks/flowers/versions/2"), 409)
-    assert "alias 'latest' of task 'flowers' points at version 2" in body["detail"]
+    problem = problem_of(hub.http.delete("/v1/tasks/flowers/versions/2"), 409)
+    assert "'latest'" in problem["detail"]
     assert hub.http.delete("/v1/tasks/flowers/versions/1").status_code == 204
     problem_of(hub.http.post("/v1/tasks/flowers/classify", content=png(), params={"version": "1"}), 404)
     assert hub.http.delete("/v1/tasks/flowers").status_code == 204
     problem_of(hub.http.delete("/v1/tasks/flowers"), 404)
     problem_of(hub.http.post("/v1/tasks/flowers/classify", content=png()), 404)
     assert hub.http.get("/v1/tasks").json() == {"tasks": []}
-    assert register(hub, "flowers", adapters[0]).json()["version"] == 3  # numbers are never given twice
+    assert register(hub, "flowers", adapters[0]).json()["version"] == 3  # numbers are not reused
 
 
-def test_keys(hub, adapters) -> None:
-    register(hub, "flowers", adapters[0])
-    for header in ({"authorization": ""}, {"authorization": "Bearer kh_wrong"}, {"authorization": f"Basic {hub.key}"}):
-        answer = hub.http.get("/v1/tasks", headers=header)
-        problem_of(answer, 401)
-        assert answer.headers["www-authenticate"] == "Bearer"
+def test_a_request_gets_401_without_a_valid_key(hub: Hub) -> None:
+    for header in ({"authorization": ""}, bearer("kh_wrong"), {"authorization": f"Basic {hub.key}"}):
+        reply = hub.http.get("/v1/tasks", headers=header)
+        problem_of(reply, 401)
+        assert reply.headers["www-authenticate"] == "Bearer"
     assert hub.http.get("/healthz", headers={"authorization": ""}).json() == {"status": "ok"}
     assert hub.http.get("/readyz", headers={"authorization": ""}).json() == {"status": "ok"}
 
 
-IMAGES = {
-    "text": (b"hello", 422, "body: not an image; expected one of JPEG, PNG, WEBP, BMP, GIF, TIFF"),
-    "empty": (b"", 422, "body: 0 bytes; expected an image file"),
-    "truncated": (png()[:600], 422, "body: the image cannot be decoded:"),
-    "bomb": (bomb_png(), 413, "pixels that are allowed; not decoded"),
-    "pixels": (bomb_png(2000), 413, "body: 2000 x 2000 pixels, but at most 1000000 are allowed"),
-    "bytes": (png(size=(300, 300)), 413, f"at most {MAX_IMAGE_BYTES} are allowed for an image"),
-    "body": (b"x" * (5 * MAX_IMAGE_BYTES), 413, "the body has more than the 800000 bytes that are allowed"),
+INVALID_IMAGES = {
+    "text": (b"hello", 422, "not an image"),
+    "empty": (b"", 422, "0 bytes"),
+    "truncated": (png()[:600], 422, "cannot be decoded"),
+    "decompression bomb": (bomb_png(), 413, "pixels"),
+    "too many pixels": (bomb_png(2000), 413, "2000 x 2000 pixels"),
+    "too many bytes": (png(size=(300, 300)), 413, f"{MAX_IMAGE_BYTES}"),
+    "too large a body": (b"x" * (5 * MAX_IMAGE_BYTES), 413, "the body exceeds the limit of 800000 bytes"),
 }
 
 
-@pytest.mark.parametrize("case", IMAGES)
-def test_images_that_are_refused(hub, adapters, case) -> None:
-    data, status, detail = IMAGES[case]
+def test_an_invalid_image_gets_a_problem_about_the_body(
+    hub: Hub, adapters: list[Adapter], subtests: pytest.Subtests
+) -> None:
     register(hub, "flowers", adapters[0])
-    body = problem_of(hub.http.post("/v1/tasks/flowers/classify", content=data), status)
-    assert detail in body["detail"]
-    assert body["errors"][0]["field"] == "body"
+    for case, (data, status, detail) in INVALID_IMAGES.items():
+        with subtests.test(case):
+            problem = problem_of(hub.http.post("/v1/tasks/flowers/classify", content=data), status)
+            assert detail in problem["detail"]
+            assert fields_of(problem) == ["body"]
 
 
-def test_a_chunked_body_is_refused_as_soon_as_it_is_too_large(hub, adapters) -> None:
+def test_a_chunked_body_gets_413_when_it_exceeds_the_limit(hub: Hub, adapters: list[Adapter]) -> None:
     register(hub, "flowers", adapters[0])
     chunks = (b"x" * 100_000 for _ in range(50))
     problem_of(hub.http.post("/v1/tasks/flowers/classify", content=chunks), 413)
 
 
-def test_bad_bodies_name_the_field(hub, adapters) -> None:
+def test_an_invalid_body_gets_a_problem_about_its_field(hub: Hub, adapters: list[Adapter]) -> None:
     register(hub, "flowers", adapters[0])
     url = "/v1/tasks/flowers/classify"
     good = base64.b64encode(png()).decode()
-    for options, field in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"json": {"images": [good, "?"]}}, "images.1"),
         ({"json": {"images": []}}, "images"),
         ({"json": {"pictures": [good]}}, "images"),
         ({"content": "{", "headers": {"content-type": "application/json"}}, "body"),
         ({"files": {"a": ("a.png", b"text")}}, "a"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, "body"),
+        ({"data": {"a": "text"}, "files": {}}, "body"),
         ({"content": png(), "params": {"top_k": 0}}, "top_k"),
-    ]:
-        body = problem_of(hub.http.post(url, **options), 422)
-        assert body["errors"][0]["field"] == field, body
-    inputs = [{"task": "flowers", "image": good}, {"task": "flowers", "image": base64.b64encode(b"no").decode()}]
-    assert problem_of(hub.http.post("/v1/classify", json={"inputs": inputs}), 422)["errors"][0]["field"] == (
-        "inputs.1.image"
-    )
-    inputs[1] = {"task": "absent", "image": good}
-    assert problem_of(hub.http.post("/v1/classify", json={"inputs": inputs}), 404)["detail"] == (
-        "there is no task 'absent'"
-    )
+    ]
+    for options, field in cases:
+        problem = problem_of(hub.http.post(url, **options), 422)
+        assert fields_of(problem)[0] == field, problem
 
 
-def test_json_without_its_content_type_is_told_so(hub, adapters) -> None:
+def test_an_invalid_input_of_several_gets_a_problem_about_its_field(hub: Hub, adapters: list[Adapter]) -> None:
+    register(hub, "flowers", adapters[0])
+    good, text = (base64.b64encode(data).decode() for data in (png(), b"no image"))
+    for task, image, status, field in (
+        ("flowers", text, 422, "inputs.1.image"),
+        ("flowers", "?", 422, "inputs.1.image"),
+        ("absent", good, 404, "task"),
+    ):
+        inputs = [{"task": "flowers", "image": good}, {"task": task, "image": image}]
+        problem = problem_of(hub.http.post("/v1/classify", json={"inputs": inputs}), status)
+        assert fields_of(problem) == [field]
+
+
+def test_json_gets_a_hint_when_its_content_type_is_missing(hub: Hub, adapters: list[Adapter]) -> None:
     hub.http.post("/v1/tasks/a/versions", content=adapters[0].data)
     for kind in ("application/x-www-form-urlencoded", "application/octet-stream", ""):
-        answer = hub.http.post("/v1/tasks/a/classify", content=b'\n {"images": []}', headers={"content-type": kind})
-        assert answer.status_code == 422
-        assert answer.json()["type"].endswith(":invalid-image")
-        assert answer.json()["errors"] == [
-            {"field": "body", "message": "looks like JSON; send it with content-type: application/json"}
-        ]
+        reply = hub.http.post("/v1/tasks/a/classify", content=b'\n {"images": []}', headers={"content-type": kind})
+        problem = problem_of(reply, 422)
+        assert problem["type"].endswith(":invalid-image")
+        message = "the body looks like JSON; send it with Content-Type: application/json"
+        assert problem["errors"] == [{"field": "body", "message": message}]
+        assert problem["detail"] == f"body: {message}"
 
 
-def test_unknown_things_are_404_and_bad_names_422(hub, adapters) -> None:
+def test_unknown_tasks_get_404_and_invalid_names_get_422(hub: Hub, adapters: list[Adapter]) -> None:
     register(hub, "flowers", adapters[0])
-    assert problem_of(hub.http.get("/v1/tasks/trees"), 404)["detail"] == "there is no task 'trees'"
-    body = problem_of(hub.http.post("/v1/tasks/flowers/classify", content=png(), params={"version": "old"}), 404)
-    assert body["detail"] == "task 'flowers' has no version or alias 'old'; it has 1, latest"
+    problem = problem_of(hub.http.get("/v1/tasks/trees"), 404)
+    assert "'trees'" in problem["detail"]
+    problem = problem_of(hub.http.post("/v1/tasks/flowers/classify", content=png(), params={"version": "old"}), 404)
+    assert "'old'" in problem["detail"]
     for name in ("Flowers", "-x", "a" * 64, "fl%20owers"):
-        body = problem_of(register(hub, name, adapters[0]), 422)
-        assert body["errors"][0]["field"] == "task"
-        assert "does not match ^([a-z0-9][a-z0-9_-]{0,62}:)?[a-z0-9][a-z0-9_-]{0,62}$" in body["detail"]
+        problem = problem_of(register(hub, name, adapters[0]), 422)
+        assert fields_of(problem) == ["task"]
+        assert "does not match ^([a-z0-9][a-z0-9_-]{0,62}:)?[a-z0-9][a-z0-9_-]{0,62}$" in problem["detail"]
     problem_of(hub.http.get("/v3"), 404)
     problem_of(hub.http.post("/v1/tasks"), 405)
 
 
-def bad_adapters(backbone, adapter):
-    import torch
-
+def invalid_adapters(backbone: Backbone, adapter: Adapter) -> Iterator[tuple[str, bytes, str]]:
+    """Yield name, bytes and the field of the expected problem."""
     tensors = dict(adapter.tensors)
     layer = "blocks.0.mlp.fc1"
     torch.manual_seed(5)
     foreign = random_adapter(load_backbone("demo", pretrained=False), rank=4)
-    yield "text", b"no", "file", "not a safetensors file"
-    yield "empty", b"", "file", "not a safetensors file: 0 bytes"
-    yield "truncated", adapter.data[:-100], "file", "truncated"
-    yield (
-        "shape",
-        with_tensors(adapter, tensors | {f"{layer}.karst_b": torch.zeros(2, 8, 3)}),
-        f"{layer}.karst_b",
-        "takes",
-    )
-    yield "dtype", with_tensors(adapter, tensors | {"head.bias": torch.zeros(3).double()}), "head.bias", "dtype F64"
-    yield "nan", with_tensors(adapter, tensors | {"head.bias": torch.full((3,), torch.nan)}), "head.bias", "not finite"
     absent = {n: t for n, t in tensors.items() if n != f"{layer}.karst_a"}
-    yield "missing", with_tensors(adapter, absent), f"{layer}.karst_a", "is missing"
-    yield "extra", with_tensors(adapter, tensors | {"extra": torch.zeros(1)}), "extra", "is no tensor of a karst/1 file"
-    yield "labels", with_metadata(adapter, labels='["a", "a", "b"]'), "labels", "must be unique"
-    yield "count", with_metadata(adapter, labels='["a", "b"]'), "head.weight", "expected (2, D) for 2 labels"
-    yield "foreign", foreign.data, "fingerprint", "was trained on backbone 'demo' with fingerprint"
-    yield "rank", random_adapter(backbone, rank=9).data, "blocks.0.attn.proj.karst_a", "rank 9, but at most 8"
-    yield "large", adapter.data + b"\0" * MAX_ADAPTER_BYTES, "body", f"more than the {MAX_ADAPTER_BYTES} bytes"
+    yield "text", b"no", "file"
+    yield "empty", b"", "file"
+    yield "truncated", adapter.data[:-100], "file"
+    yield "shape", with_tensors(adapter, tensors | {f"{layer}.karst_b": torch.zeros(2, 8, 3)}), f"{layer}.karst_b"
+    yield "dtype", with_tensors(adapter, tensors | {"head.bias": torch.zeros(3).double()}), "head.bias"
+    yield "nan", with_tensors(adapter, tensors | {"head.bias": torch.full((3,), torch.nan)}), "head.bias"
+    yield "missing tensor", with_tensors(adapter, absent), f"{layer}.karst_a"
+    yield "unknown tensor", with_tensors(adapter, tensors | {"extra": torch.zeros(1)}), "extra"
+    yield "repeated label", with_metadata(adapter, labels='["a", "a", "b"]'), "labels"
+    yield "too few labels", with_metadata(adapter, labels='["a", "b"]'), "head.weight"
+    yield "other backbone", foreign.data, "fingerprint"
+    yield "rank", random_adapter(backbone, rank=9).data, "blocks.0.attn.proj.karst_a"
+    yield "too large", adapter.data + b"\0" * MAX_ADAPTER_BYTES, "body"
 
 
-def test_bad_adapters_change_nothing_and_say_what_is_wrong(hub, backbone, adapters) -> None:
+def test_an_invalid_adapter_gets_a_problem_and_changes_nothing(
+    hub: Hub, backbone: Backbone, adapters: list[Adapter]
+) -> None:
     register(hub, "flowers", adapters[0])
     before = hub.stored(), hub.registered()
-    for case, data, field, message in bad_adapters(backbone, adapters[0]):
-        answer = hub.http.post("/v1/tasks/flowers/versions", content=data, headers=OCTETS)
-        body = problem_of(answer, 413 if case == "large" else 422)
-        assert field in [e["field"] for e in body["errors"]], (case, body)
-        assert message in body["detail"], (case, body)
+    for case, data, field in invalid_adapters(backbone, adapters[0]):
+        reply = hub.http.post("/v1/tasks/flowers/versions", content=data, headers=OCTETS)
+        problem = problem_of(reply, 413 if case == "too large" else 422)
+        assert field in fields_of(problem), (case, problem)
+        assert field in problem["detail"], (case, problem)
         assert (hub.stored(), hub.registered()) == before, case
 
 
-def test_an_unforeseen_error_shows_no_traceback(hub, adapters) -> None:
+def test_an_unexpected_error_shows_no_traceback(hub: Hub, adapters: list[Adapter]) -> None:
     register(hub, "flowers", adapters[0])
-    hub.engine.slots[adapters[0].digest] = None  # what no worker would do
-    body = problem_of(hub.http.post("/v1/tasks/flowers/classify", content=png()), 500)
-    assert body["detail"] == "an unforeseen error; the hub's log has it"
+    hub.engine.slots[adapters[0].digest] = None  # type: ignore[assignment]  # breaks the engine
+    problem = problem_of(hub.http.post("/v1/tasks/flowers/classify", content=png()), 500)
+    assert problem["type"].endswith(":internal")
+    assert problem["detail"].startswith("An unexpected error occurred.")
 
 
-def test_no_body_is_read_before_the_key_is_checked(hub) -> None:
+def test_a_body_is_not_read_before_the_key_is_checked(hub: Hub) -> None:
     for method, path in (
         ("PUT", "/v1/tasks/flowers/aliases/stable"),
         ("POST", "/v1/tasks/flowers/versions"),
         ("POST", "/v1/tasks/flowers/classify"),
         ("POST", "/v1/classify"),
     ):
-        taken = []
-
-        def chunks(taken=taken):
-            for _ in range(100):
-                taken.append(1)
-                yield b"{" * 1000
-
-        problem_of(hub.http.request(method, path, content=chunks(), headers={"authorization": "Bearer kh_wrong"}), 401)
-    body = b"{" * 100_000
-    assert (
-        "more than the 65536 bytes"
-        in problem_of(hub.http.put("/v1/tasks/flowers/aliases/stable", content=body), 413)["detail"]
-    )
+        chunks = (b"{" * 1000 for _ in range(100))
+        problem_of(hub.http.request(method, path, content=chunks, headers=bearer("kh_wrong")), 401)
+    reply = hub.http.put("/v1/tasks/flowers/aliases/stable", content=b"{" * 100_000)
+    assert problem_of(reply, 413)["detail"] == "body: the body exceeds the limit of 65536 bytes"
 
 
-def test_odd_texts_are_answered_as_what_they_are(hub, adapters) -> None:
+def test_unusual_texts_get_a_problem_instead_of_an_internal_error(hub: Hub, adapters: list[Adapter]) -> None:
     register(hub, "flowers", adapters[0])
     url = "/v1/tasks/flowers/classify"
     problem_of(hub.http.post(url, json={"images": ["ä"]}), 422)
@@ -301,26 +306,9 @@ def test_odd_texts_are_answered_as_what_they_are(hub, adapters) -> None:
     problem_of(hub.http.post(url, content=surrogate, headers=kind), 422)
 
 
-def test_an_adapter_that_overflows_is_named(hub, adapters) -> None:
-    import torch
-
-    huge = adapters[0].tensors | {"head.weight": torch.full_like(adapters[0].tensors["head.weight"], 3e38)}
+def test_an_adapter_that_overflows_gets_422(hub: Hub, adapters: list[Adapter]) -> None:
+    huge = dict(adapters[0].tensors) | {"head.weight": torch.full_like(adapters[0].tensors["head.weight"], 3e38)}
     data = with_tensors(adapters[0], huge)
     assert hub.http.post("/v1/tasks/huge/versions", content=data, headers=OCTETS).status_code == 201
-    body = problem_of(hub.http.post("/v1/tasks/huge/classify", content=png()), 422)
-    assert body["detail"].startswith("the adapter's numbers overflow")
-
-
-def test_openapi_tells_of_keys_bodies_and_problems(hub) -> None:
-    spec = hub.http.get("/openapi.json").json()
-    assert spec["openapi"].startswith("3.1")
-    for path, methods in spec["paths"].items():
-        for method, operation in methods.items():
-            opened = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
-            assert bool(operation.get("security")) == (path not in opened), path
-            takes_a_body = method in ("post", "put", "patch") and not path.endswith("/rollback")
-            assert ("requestBody" in operation) == takes_a_body, path
-            problems = {status for status in operation["responses"] if int(status) >= 400}
-            assert {"401", "403", "404", "429", "503"} <= problems or path in opened, path
-            assert "422" in problems or not (takes_a_body or operation.get("parameters")), path
-            assert all("application/problem+json" in operation["responses"][s]["content"] for s in problems)
+    problem = problem_of(hub.http.post("/v1/tasks/huge/classify", content=png()), 422)
+    assert problem["type"].endswith(":invalid-adapter")

@@ -126,14 +126,14 @@ def test_a_tenant_that_is_no_more_is_left_out(hub) -> None:
 
 
 def test_a_worker_tells_how_it_is(empty_redis, tmp_path, adapters, monkeypatch) -> None:
-    from hub.observability import logs
+    from hub.observability import log_format
     from hub.settings import Settings
     from hub.storage.store import Store
     from hub.worker.prewarming import Warmth
     from hub.worker.replica import Worker
 
     monkeypatch.setattr(Pace, "note", lambda *_: None)
-    monkeypatch.setattr(logs, "start", lambda *_: None)
+    monkeypatch.setattr(log_format, "start", lambda *_: None)
     monkeypatch.setattr("hub.worker.replica.TELL_S", 0.05)
     store = Store(str(tmp_path))
     store.put(adapters[0].digest, adapters[0].data)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from hub.observability.logs import Asked
+from hub.observability.request_context import RequestContext
 from hub.worker.adapter_cache import Counts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, at import
@@ -58,7 +58,7 @@ def test_a_classification_is_counted_and_timed(recorded) -> None:
 
     meter = GatewayMetrics()
     times = {"load": 0.1, "queue": 0.2, "compute": 0.3}
-    meter.answered(Asked("r", "acme", images={"digits": 3, "other:shapes": 1}, times_s=times), 200, 0.7)
+    meter.record(RequestContext("r", "acme", images={"digits": 3, "other:shapes": 1}, times_s=times), 200, 0.7)
     assert recorded.sums() == {
         ("karst_requests", "acme", "2xx"): 1,
         ("karst_images", "acme", "digits"): 3,
@@ -74,10 +74,10 @@ def test_a_refusal_is_counted_by_its_type_and_limit(recorded) -> None:
     from hub.cluster.metrics import GatewayMetrics
 
     meter = GatewayMetrics()
-    meter.answered(Asked("r", "acme", error="limit-reached", limit="images_per_second"), 429, 0.1)
-    meter.answered(Asked("r", error="unauthenticated"), 401, 0.1)
-    meter.answered(Asked("r"), 499, 0.1)
-    meter.answered(Asked("r", "acme"), 204, 0.1)
+    meter.record(RequestContext("r", "acme", error="limit-reached", limit="images_per_second"), 429, 0.1)
+    meter.record(RequestContext("r", error="unauthenticated"), 401, 0.1)
+    meter.record(RequestContext("r"), 499, 0.1)
+    meter.record(RequestContext("r", "acme"), 204, 0.1)
     assert recorded.sums() == {
         ("karst_requests", "acme", "4xx"): 1,
         ("karst_errors", "acme", "limit-reached"): 1,
@@ -94,7 +94,7 @@ def test_labels_are_bounded_however_many_tenants_and_tasks_come(recorded) -> Non
 
     meter = GatewayMetrics()
     for i in range(5000):
-        meter.answered(Asked("r", f"t{i}", images={f"task{i}": 1}), 200, 0.1)
+        meter.record(RequestContext("r", f"t{i}", images={f"task{i}": 1}), 200, 0.1)
     tenants = {name[1] for name in recorded.values if name[0] == "karst_requests"}
     pairs = {name[1:] for name in recorded.values if name[0] == "karst_images"}
     assert len(tenants) <= NAMED_TENANTS + 1
@@ -155,8 +155,8 @@ def test_rays_own_metrics_take_them() -> None:
     worker.note(1, 1, 0.0, 0.0)
     worker.refresh()
     meter = GatewayMetrics()
-    meter.answered(Asked("r", "acme", images={"digits": 1}, times_s={"load": 0.0}), 200, 0.1)
-    meter.answered(Asked("r", error="limit-reached", limit="waiting"), 429, 0.1)
+    meter.record(RequestContext("r", "acme", images={"digits": 1}, times_s={"load": 0.0}), 200, 0.1)
+    meter.record(RequestContext("r", error="limit-reached", limit="waiting"), 429, 0.1)
 
 
 def names_in(expression: str) -> Iterator[tuple[str, set[str]]]:

@@ -1,0 +1,90 @@
+"""Route for clients of Hugging Face's image classification, such as `huggingface_hub.InferenceClient`."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, FastAPI, Response
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+from starlette.concurrency import run_in_threadpool
+
+from ..admission.authentication import Caller
+from ..concurrency import Turns
+from ..schemas import LATEST, Prediction
+from ..services.classification import Service
+from .bodies import JSON, NamedImage, RequestBody, decode_base64, parse_json
+from .dependencies import CallerDependencies, CanaryKey, QueryVersion, TaskName, add_batch_headers
+from .openapi import BINARY, request_body, schema_of
+
+OCTETS = "application/octet-stream"
+MAX_JSON_VALUES = 100
+DEFAULT_TOP_K = 5
+
+
+def _only_softmax(function: Any) -> Any:
+    if function in ("sigmoid", "none"):
+        message = "the hub returns probabilities only; omit function_to_apply, or send softmax"
+        raise PydanticCustomError("not_supported", message)
+    return function
+
+
+class HuggingFaceParameters(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    top_k: int | None = Field(None, ge=1, le=1000, description=f"labels in the reply; default {DEFAULT_TOP_K}")
+    function_to_apply: Annotated[Literal["softmax"] | None, BeforeValidator(_only_softmax)] = None
+
+
+class HuggingFaceBody(BaseModel):
+    """One image as base64 text."""
+
+    model_config = ConfigDict(strict=True)
+
+    inputs: str
+    parameters: HuggingFaceParameters | None = None
+
+
+def add_huggingface_routes(
+    api: FastAPI,
+    service: Service,
+    dependencies: CallerDependencies,
+    concurrency_limit: Turns,
+    *,
+    max_request_bytes: int,
+) -> None:
+    """Add `/models/{task}` to an application.
+
+    Args:
+        concurrency_limit: classifications of one tenant at once. A queued request's body stays unread.
+        max_request_bytes: limit of a body, before and after decompression.
+    """
+    TenantCaller = Annotated[Caller, Depends(dependencies.tenant_caller)]
+    Body = Annotated[RequestBody, Depends(dependencies.body)]
+
+    @api.post(
+        "/models/{task}",
+        summary="Classify an image",
+        openapi_extra=request_body({"image/*": BINARY, OCTETS: BINARY, JSON: schema_of(HuggingFaceBody)}),
+    )
+    async def hugging_face(
+        caller: TenantCaller,
+        task: TaskName,
+        body: Body,
+        response: Response,
+        version: QueryVersion = LATEST,
+        canary: CanaryKey = None,
+    ) -> list[Prediction]:
+        async with concurrency_limit.turn(caller.tenant):
+            data = await body.read_decompressed(max_request_bytes)
+            is_json = body.content_type == JSON
+            image, top_k = await run_in_threadpool(_parse, data) if is_json else (("body", data), DEFAULT_TOP_K)
+            classified, stats = await service.classify(caller, task, version, [image], top_k, canary)
+        add_batch_headers(response, stats)
+        return classified.predictions[0]
+
+
+def _parse(body: bytes) -> tuple[NamedImage, int]:
+    """Return the image of a JSON body, and the number of labels in the reply."""
+    request = parse_json(HuggingFaceBody, body, MAX_JSON_VALUES)
+    [image] = decode_base64([("inputs", request.inputs)])
+    top_k = request.parameters.top_k if request.parameters else None
+    return image, top_k or DEFAULT_TOP_K
