@@ -1,4 +1,4 @@
-"""What goes over the wire, shared by gateway and client."""
+"""JSON bodies of the HTTP API under /v1, shared by gateway and client."""
 
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ MAX_IMAGES = 64
 
 
 def _number(value: Any) -> Any:
-    """Pydantic would take text and booleans, too; its strict integers would refuse 1.0, which JSON writes for 1."""
+    """Refuse text and booleans, which pydantic would convert. Its strict integers would refuse 1.0, a JSON number."""
     if isinstance(value, bool | str):
         raise PydanticCustomError("number_type", "Input should be a number")
     return value
@@ -21,16 +21,16 @@ def _number(value: Any) -> Any:
 NUMBER = BeforeValidator(_number)
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 TaskName = Annotated[str, Field(pattern=TASK_PATTERN)]
-VersionNumber = Annotated[int, Field(ge=1, le=2**53)]  # as far as every JSON reader counts exactly
+VersionNumber = Annotated[int, Field(ge=1, le=2**53)]  # largest integer that every JSON parser reads exactly
 Reference = Annotated[str, Field(max_length=63)]  # a version's number or an alias
 Weight = Annotated[int, Field(ge=1, le=1_000_000), NUMBER]
 
 
-class _Wire(BaseModel):
+class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class VersionInfo(_Wire):
+class VersionInfo(_Body):
     """One immutable version of a task."""
 
     version: int
@@ -46,40 +46,41 @@ class VersionInfo(_Wire):
 
 
 class Registered(VersionInfo):
-    """The answer to a registration."""
+    """Reply to a registration."""
 
     task: str
 
 
-class Sharing(_Wire):
-    """Who beside its own tenant may see a task and classify with it, as `tenant:task`: all tenants, or some."""
+class Sharing(_Body):
+    """Tenants that may see a task and classify with it as `tenant:task`, besides the task's own tenant."""
 
     public: Annotated[bool, Field(strict=True)] = False
     tenants: list[Name] = Field(default=[], max_length=1000)
 
     def allows(self, tenant: str) -> bool:
+        """Return whether another tenant may use the task."""
         return self.public or tenant in self.tenants
 
 
-class TaskInfo(_Wire):
-    """A task with its versions, and what each alias points at: version -> weight."""
+class TaskInfo(_Body):
+    """A task with its versions and aliases. An alias maps versions to weights."""
 
     task: str
     labels: list[str]
     versions: list[VersionInfo]
     aliases: dict[str, dict[int, int]]
-    sharing: Sharing | None = None  # the owner's to know
+    sharing: Sharing | None = None  # only in replies to the task's own tenant
 
 
-class SourceBody(_Wire):
-    """Where the hub finds an adapter file by itself, and what its sha256 must be."""
+class SourceBody(_Body):
+    """URL of an adapter file that the hub downloads, and the sha256 that the file must have."""
 
     source: Annotated[str, Field(min_length=1, max_length=2048)]
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 
-class TaskSummary(_Wire):
-    """A task in a list."""
+class TaskSummary(_Body):
+    """One task of a list."""
 
     task: str
     latest: int | None
@@ -87,12 +88,12 @@ class TaskSummary(_Wire):
     aliases: dict[str, dict[int, int]]
 
 
-class TaskList(_Wire):
+class TaskList(_Body):
     tasks: list[TaskSummary]
 
 
-class AliasChange(_Wire):
-    """Where an alias shall point: one version, or several with weights (a canary)."""
+class AliasChange(_Body):
+    """New target of an alias: one version, or several versions with weights (a canary)."""
 
     version: Annotated[VersionNumber, NUMBER] | None = None
     weights: Annotated[dict[VersionNumber, Weight], Field(min_length=1)] | None = None
@@ -100,29 +101,29 @@ class AliasChange(_Wire):
     @model_validator(mode="after")
     def _one_of_both(self) -> "AliasChange":
         if (self.version is None) == (self.weights is None):
-            raise ValueError("give either version or weights")
+            raise ValueError("set either version or weights, not both")
         return self
 
     def targets(self) -> dict[int, int]:
-        """Version -> weight."""
+        """Return version -> weight."""
         return self.weights if self.weights is not None else {self.version: 1}  # type: ignore[dict-item]
 
 
-class Prediction(_Wire):
+class Prediction(_Body):
     """A label and its probability."""
 
     label: str
     score: float
 
 
-class ImagesBody(_Wire):
-    """Images as base64 text, RFC 4648 section 4."""
+class ImagesBody(_Body):
+    """Images as base64 texts (RFC 4648, section 4)."""
 
     images: list[str] = Field(min_length=1, max_length=MAX_IMAGES)
 
 
-class Classified(_Wire):
-    """The answer to one task's classification: for each image its best labels, best first."""
+class Classified(_Body):
+    """Reply to a classification with one task: for each image its best labels, best first."""
 
     task: str
     version: int
@@ -130,20 +131,20 @@ class Classified(_Wire):
     predictions: list[list[Prediction]]
 
 
-class Input(_Wire):
-    """One image for one task."""
+class Input(_Body):
+    """One image and its task."""
 
     task: TaskName
     image: str
     version: Reference = LATEST
 
 
-class InputsBody(_Wire):
+class InputsBody(_Body):
     inputs: list[Input] = Field(min_length=1, max_length=MAX_IMAGES)
 
 
-class Result(_Wire):
-    """One input's answer."""
+class Result(_Body):
+    """Predictions of one input."""
 
     task: str
     version: int
@@ -151,13 +152,13 @@ class Result(_Wire):
     predictions: list[Prediction]
 
 
-class Results(_Wire):
-    """The answer to a call for several tasks, in the order of its inputs."""
+class Results(_Body):
+    """Reply to a classification with several tasks, in the order of its inputs."""
 
     results: list[Result]
 
 
-class FieldProblemInfo(_Wire):
+class FieldProblemInfo(_Body):
     field: str
     message: str
 
@@ -174,24 +175,24 @@ class ProblemDetails(BaseModel):
     errors: list[FieldProblemInfo] = []
 
 
-class Health(_Wire):
+class Health(_Body):
     status: Literal["ok"] = "ok"
 
 
-class TenantLimits(_Wire):
-    """What a tenant may use, over all gateways."""
+class TenantLimits(_Body):
+    """Limits of a tenant over all gateways."""
 
-    requests_per_second: float = Field(200.0, ge=1e-3, le=1e6, description="calls of any kind")
-    images_per_second: float = Field(1000.0, ge=1e-3, le=1e7)
-    images_in_flight: int = Field(1024, ge=1, le=10**6, description="images accepted and not yet answered")
-    tasks: int = Field(1000, ge=0, le=10**7)
-    versions: int = Field(100, ge=0, le=10**5, description="versions a task")
-    stored_bytes: int = Field(10 * 1024**3, ge=0, le=10**14, description="bytes of all versions' adapter files")
-    weight: float = Field(1.0, ge=0.01, le=100, description="share of a busy worker beside other tenants'")
+    requests_per_second: float = Field(200.0, ge=1e-3, le=1e6, description="requests of any kind per second")
+    images_per_second: float = Field(1000.0, ge=1e-3, le=1e7, description="classified images per second")
+    images_in_flight: int = Field(1024, ge=1, le=10**6, description="images of unfinished requests")
+    tasks: int = Field(1000, ge=0, le=10**7, description="tasks of the tenant")
+    versions: int = Field(100, ge=0, le=10**5, description="versions per task")
+    stored_bytes: int = Field(10 * 1024**3, ge=0, le=10**14, description="bytes of the adapter files of all versions")
+    weight: float = Field(1.0, ge=0.01, le=100, description="share of a busy worker relative to other tenants")
 
 
-class LimitsChange(_Wire):
-    """Limits to change; the others stay."""
+class LimitsChange(_Body):
+    """Limits to change; an omitted limit keeps its value."""
 
     requests_per_second: Annotated[float, Field(ge=1e-3, le=1e6), NUMBER] | None = None
     images_per_second: Annotated[float, Field(ge=1e-3, le=1e7), NUMBER] | None = None
@@ -202,30 +203,31 @@ class LimitsChange(_Wire):
     weight: Annotated[float, Field(ge=0.01, le=100), NUMBER] | None = None
 
     def on(self, limits: TenantLimits) -> TenantLimits:
+        """Return the limits after the change."""
         return limits.model_copy(update=self.model_dump(exclude_none=True))
 
 
-class TenantInfo(_Wire):
+class TenantInfo(_Body):
     tenant: str
     created: str
     limits: TenantLimits
 
 
-class TenantList(_Wire):
+class TenantList(_Body):
     tenants: list[TenantInfo]
 
 
-class NewTenant(_Wire):
+class NewTenant(_Body):
     tenant: Name
     limits: LimitsChange = LimitsChange()
 
 
-class TenantChange(_Wire):
+class TenantChange(_Body):
     limits: LimitsChange
 
 
-class KeyInfo(_Wire):
-    """What is known of a key; never the key itself. Times are RFC 3339."""
+class KeyInfo(_Body):
+    """Facts about a key without the key itself. Times are RFC 3339."""
 
     id: str
     name: str
@@ -235,54 +237,54 @@ class KeyInfo(_Wire):
     last_used: str | None
 
 
-class KeyList(_Wire):
+class KeyList(_Body):
     keys: list[KeyInfo]
 
 
-class AdminKeyRequest(_Wire):
-    """A new admin key."""
+class AdminKeyRequest(_Body):
+    """Request for a new admin key."""
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
     expires: Annotated[AwareDatetime, Field(strict=True)] | None = None
 
 
 class KeyRequest(AdminKeyRequest):
-    """A new key of a tenant."""
+    """Request for a new key of a tenant."""
 
     role: Literal["owner", "caller"] = "caller"
 
 
 class NewKey(KeyInfo):
-    """A key that was made just now: the one time that it is shown."""
+    """A new key. No later reply contains the key again."""
 
     key: str
 
 
-class UsedNow(_Wire):
-    """What a tenant has and does at this moment."""
+class UsedNow(_Body):
+    """Current use of a tenant."""
 
     tasks: int
     stored_bytes: int
     images_in_flight: int
 
 
-class Counted(_Wire):
-    """What a tenant has done since it was made."""
+class Counted(_Body):
+    """Counters of a tenant since its creation."""
 
     requests: int
     images: int
     refused: int
 
 
-class Usage(_Wire):
+class Usage(_Body):
     tenant: str
     limits: TenantLimits
     used: UsedNow
     counted: Counted
 
 
-class AuditEntry(_Wire):
-    """A change: when, by which key, from where, and what. `address` is the sender's as the gateway saw it."""
+class AuditEntry(_Body):
+    """One change: its time, its key, the client's address as the gateway saw it, and the action."""
 
     id: str
     at: str
@@ -295,23 +297,23 @@ class AuditEntry(_Wire):
     detail: dict[str, Any]
 
 
-class AuditPage(_Wire):
-    """Changes, oldest first; `next` is the `after` of the next page, None at the end."""
+class AuditPage(_Body):
+    """Changes, oldest first. `next` is the parameter `after` of the next page; null on the last page."""
 
     entries: list[AuditEntry]
     next: str | None
 
 
-class TaskRate(_Wire):
-    """A task, as the tenant that calls it names it, and what it has at this moment."""
+class TaskRate(_Body):
+    """Current rate of a task, under the name that the calling tenant uses."""
 
     tenant: str
     task: str
     images_per_second: float
 
 
-class WorkerStatus(_Wire):
-    """What a worker does at this moment, and what it did since it started."""
+class WorkerStatus(_Body):
+    """Current state of a worker, and its counters since its start."""
 
     worker: str
     uptime_s: float
@@ -320,11 +322,11 @@ class WorkerStatus(_Wire):
     slots_used: int
     host_bytes: int
     host_limit_bytes: int
-    waiting: int  # images
+    waiting: int  # queued images
     images_per_second: float
     images_per_pass: float
     adapters_per_pass: float
-    tasks: list[TaskRate]  # the busiest
+    tasks: list[TaskRate]  # the busiest tasks
     hits: int
     loads: int
     load_s: float
@@ -332,28 +334,28 @@ class WorkerStatus(_Wire):
     failures: int
 
 
-class TenantStatus(_Wire):
-    """A tenant that did something in the last minute."""
+class TenantStatus(_Body):
+    """A tenant with requests in the last minute."""
 
     tenant: str
     images_in_flight: int
     counted: Counted
 
 
-class HubStatus(_Wire):
-    """What the hub does at this moment."""
+class HubStatus(_Body):
+    """Current state of the hub."""
 
     workers: list[WorkerStatus]
     tasks: list[TaskRate]  # the busiest over all workers
     tenants: list[TenantStatus]
 
 
-class GcRequest(_Wire):
-    older_than_s: Annotated[int, Field(ge=0, le=10**9, description="age of a file that may go"), NUMBER] = 3600
+class GcRequest(_Body):
+    older_than_s: Annotated[int, Field(ge=0, le=10**9, description="delete only older files"), NUMBER] = 3600
 
 
-class Collected(_Wire):
-    """What a collection removed, and what it left."""
+class Collected(_Body):
+    """Result of a garbage collection: deleted files, their bytes, and remaining files."""
 
     removed: int
     bytes: int

@@ -103,7 +103,9 @@ class Hub:
             names = [name for name in client.keys("karst:t:*") if isinstance(name, str)]
             kinds = {name: client.type(name) for name in names}
             read = {"hash": client.hgetall, "set": client.smembers, "string": client.get, "stream": client.xlen}
-            return {n: str(read[kinds[n]](n)) for n in sorted(names) if not n.endswith((":rate", ":flight", ":counts", ":settled"))}
+            # Counters of use: the limits' background task writes them at any time.
+            counters = (":rate", ":flight", ":counts", ":settled")
+            return {n: str(read[kinds[n]](n)) for n in sorted(names) if not n.endswith(counters)}
         finally:
             client.close()
 
