@@ -56,7 +56,7 @@ class RequestBody:
         return b"".join([chunk async for chunk in self.stream(limit_bytes, subject)])
 
     async def stream(self, limit_bytes: int, subject: str = "body") -> AsyncGenerator[bytes, None]:
-        """Yield the body in chunks; raises what `read` raises."""
+        """Yield the body in chunks. Raises the errors of `read`."""
         error = TooLarge.at("body", f"the {subject} exceeds the limit of {limit_bytes} bytes")
         declared = self._request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit_bytes:
@@ -70,11 +70,13 @@ class RequestBody:
         await self._recheck_key()
 
     async def read_json(self, model: type[Model], limit_bytes: int = MAX_CHANGE_BYTES) -> Model:
-        """Return the body as a model; raises what `read` and `parse_json` raise."""
+        """Return the body as a model. Raises the errors of `read` and of `parse_json`."""
         return parse_json(model, await self.read(limit_bytes))
 
     async def read_decompressed(self, limit_bytes: int) -> bytes:
-        """Return the whole body, decompressed if it has a `Content-Encoding`; raises what `read` and `inflate` raise.
+        """Return the whole body, decompressed if it has a `Content-Encoding`.
+
+        Raises the errors of `read` and of `inflate`.
 
         Args:
             limit_bytes: limit of the body both before and after decompression.
@@ -149,7 +151,7 @@ def decode_base64(images: Sequence[tuple[str, str]]) -> list[NamedImage]:
 
 
 def inflate(body: bytes, coding: str, limit_bytes: int) -> bytes:
-    """Return a decompressed body. Decompression stops at the limit, whatever the rest would become.
+    """Return a decompressed body. Decompression stops at the limit.
 
     Raises:
         InvalidRequest: unknown coding, or the body is not one whole stream of it.

@@ -75,7 +75,7 @@ class InferRequest(_RequestModel):
 
 
 class TensorInfo(BaseModel):
-    """Input or output tensor of a task; -1 stands for any size."""
+    """Input or output tensor of a task; -1 means any size."""
 
     name: str
     datatype: str

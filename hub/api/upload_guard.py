@@ -1,4 +1,4 @@
-"""Limits of what a client sends before a route reads it: size of request line and headers, speed and memory of bodies.
+"""Limits of every request: size of its line and headers, and speed and memory of its upload.
 
 The body limits hold for every route, also while a request waits in its tenant's queue: Ray's stock proxy reads a whole
 body into memory at once. The size limit of a body belongs to its route (`bodies`).
@@ -110,9 +110,9 @@ class BodyMemory:
 
 
 class UploadGuardMiddleware:
-    """ASGI middleware that ends a request whose body is too slow or takes too much memory, or whose client is gone.
+    """ASGI middleware that ends a request with a slow or large upload, or with a disconnected client.
 
-    It cancels the route at whatever it awaits.
+    It cancels the route wherever the route waits.
     """
 
     def __init__(

@@ -45,11 +45,6 @@ _request: ContextVar[RequestContext | None] = ContextVar("karst_hub_request", de
 _adapter: ContextVar[AdapterContext] = ContextVar("karst_hub_adapter", default=AdapterContext())  # noqa: B039 (a tuple)
 
 
-def current() -> RequestContext | None:
-    """Return the context of the current request; None outside of a request."""
-    return _request.get()
-
-
 @contextmanager
 def use(context: RequestContext) -> Iterator[None]:
     """Make a context the current one inside the `with` block."""
