@@ -1,7 +1,7 @@
-"""KARST adapters for frozen timm backbones: train, read and write, and serve many at once.
+"""KARST adapters for frozen timm backbones: train them, read and write their files, serve many in one batch.
 
-A library of its own: torch, timm and safetensors, no server. Training (`fit`, `Recipe`, `Watch`) needs more
-packages: `pip install 'karst-hub[train]'`.
+The library needs torch, timm and safetensors, and no server. Training (`fit`, `Recipe`, `Watch`) needs more packages:
+`pip install 'karst-hub[train]'`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from .backbone import Backbone, BackboneError, BackboneInfo, Site, load_backbone
 from .data.errors import DataError, ImageError, ImageTooLargeError
 from .format.errors import AdapterError, Problem
 from .format.file import Adapter
+from .format.layouts import LayoutCache
 from .method.config import ConfigError, KarstConfig
 from .method.karst import KarstModel, attach, extract
 from .serving.bank import Bank, BankFullError, BankLimits, Slot
@@ -34,6 +35,7 @@ __all__ = [
     "ImageTooLargeError",
     "KarstConfig",
     "KarstModel",
+    "LayoutCache",
     "Packed",
     "Problem",
     "Recipe",
@@ -49,7 +51,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Training's names, on first use: whoever only serves needs none of its packages."""
+    """Import the training names on first use, since a process that only serves lacks their packages."""
     if name not in ("Recipe", "Trained", "Watch", "fit"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .training import fit as fitting

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from adapters import Backbone, Bank, KarstConfig, load_backbone
 from adapters.backbone import Site, features
 from adapters.method import kronecker
-from adapters.serving.prepack import quicken
+from adapters.serving.prepack import prepack_layers
 
 from .common import machine, random_adapter, spread
 
@@ -82,7 +82,7 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
     slots = [bank.put(adapter) for adapter in adapters]
     pixels = torch.randn(BATCH, *backbone.input_size, generator=torch.Generator().manual_seed(0))
     quick = backbone.clone()
-    quicken(quick, backbone.sites)
+    prepack_layers(quick, backbone.sites)
 
     def run_merged() -> list[Tensor]:
         return [model(image)[0] for model, image in zip(merged, pixels.split(1), strict=True)]

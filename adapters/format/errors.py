@@ -1,32 +1,33 @@
-"""What is wrong with an adapter, as an error that names every tensor and field."""
+"""The error for an invalid adapter, which names every wrong tensor and field."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_SHOWN = 5  # problems in the message, which goes into log lines
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with an adapter: `where` is a tensor, a metadata field, or `file`."""
+    """One defect of an adapter: `where` is a tensor, a metadata field, an option, or `file`."""
 
     where: str
     message: str
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be used as it is; `problems` names each tensor or field and what would be right."""
+    """An adapter that cannot be used; `problems` has one entry per wrong tensor or field."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
-        super().__init__("; ".join(f"{p.where}: {p.message}" for p in self.problems[:5]) + _more(self.problems))
+        more = len(self.problems) - _SHOWN
+        text = "; ".join(f"{p.where}: {p.message}" for p in self.problems[:_SHOWN])
+        super().__init__(text + (f"; and {more} more" if more > 0 else ""))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.problems,)
 
 
 def file_error(message: str) -> AdapterError:
+    """Return an error about the file as a whole."""
     return AdapterError([Problem("file", message)])
-
-
-def _more(problems: Sequence[Problem]) -> str:
-    return f"; and {len(problems) - 5} more" if len(problems) > 5 else ""

@@ -1,7 +1,7 @@
-"""One adapter <-> one safetensors file, format `karst/1`: read, validate, write, fold into a backbone.
+"""One adapter in one safetensors file of format `karst/1`: read, validate, write, merge into a backbone.
 
-Everything that comes from outside is checked here, in two steps: `Adapter.read` (whatever the file alone can
-tell) and `Adapter.check` (whether it fits a backbone). Both collect all problems before they complain.
+Validation has two steps: `Adapter.read` checks the file alone, `Adapter.check` checks it against a backbone. Both
+collect all problems before they raise.
 """
 
 import copy
@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -27,7 +27,8 @@ from ..backbone import Backbone, BackboneInfo
 from ..method import kronecker
 from ..method.config import KarstConfig
 from .errors import AdapterError, Problem, file_error
-from .header import Layout, read_header
+from .header import parse_header, read_header
+from .layouts import Layout, LayoutCache
 from .validate import (
     FORMAT,
     KRONECKER,
@@ -42,19 +43,20 @@ from .validate import (
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A validated adapter; immutable, named by its digest.
+    """A validated, immutable adapter, identified by its digest.
 
     Attributes:
         data: the whole file.
-        digest: sha256 of `data`, hex.
+        digest: SHA-256 of `data`, 64 hex digits.
         config: kernels, rank, factor, gain, re-scaling.
-        backbone: the timm name it was trained on; `fingerprint` says which weights.
-        labels: K names, in the order of the head's rows.
+        backbone: timm name of the backbone that it was trained on.
+        fingerprint: SHA-256 of that backbone's weights, 64 hex digits.
+        labels: K class names, in the order of the head's rows.
         preprocess: input_size, interpolation, mean, std, crop_pct, crop_mode, as in timm's data config.
-        layout: how its tensors lie in the file.
-        metrics: figures that its maker stored, or None.
+        layout: names, shapes and order of the tensors in `data`.
+        metrics: figures that the producer stored, or None.
         created: RFC 3339 time, or None.
-        producer: what wrote the file, or None.
+        producer: program that wrote the file, or None.
     """
 
     data: bytes
@@ -71,26 +73,36 @@ class Adapter:
 
     @property
     def num_classes(self) -> int:
+        """Number of labels, K."""
         return len(self.labels)
 
     @classmethod
-    def read(cls, source: str | Path | bytes, *, max_bytes: int | None = None) -> "Adapter":
+    def read(
+        cls, source: str | Path | bytes, *, max_bytes: int | None = None, layouts: LayoutCache | None = None
+    ) -> "Adapter":
         """Read and validate a file or its bytes.
 
+        Args:
+            max_bytes: size limit of the file; None is no limit.
+            layouts: cache of valid layouts; a file with a known layout loads without checks of each tensor.
+
         Raises:
-            AdapterError: not there, too large, not safetensors, truncated, or anything in it breaks `karst/1`.
+            AdapterError: the file does not exist, is too large, truncated, or breaks a rule of `karst/1`.
         """
         data = source if isinstance(source, bytes) else _read_bytes(Path(source), max_bytes)
         if max_bytes is not None and len(data) > max_bytes:
-            raise file_error(f"{len(data)} bytes, but at most {max_bytes} are allowed")
-        header = read_header(data)
+            raise file_error(f"has {len(data)} bytes, but at most {max_bytes} are allowed")
+        raw = read_header(data)
         digest = hashlib.sha256(data).hexdigest()
-        if header.layout is not None:
-            fields, problems = parse_metadata(header.metadata)
-            adapter = cls(data=data, digest=digest, layout=header.layout, **fields) if not problems else None
-            if adapter and adapter._right() in header.layout.right_with and all_finite(adapter.numbers):
-                return adapter
-        # Not known to be right: look at every tensor, and collect what is wrong.
+        known = layouts.find(raw.tensors_text) if layouts is not None and raw.tensors_text is not None else None
+        if known is not None and raw.metadata is not None and len(data) == raw.data_start + known.data_bytes:
+            fields, problems = parse_metadata(raw.metadata)
+            if not problems and _valid_with(fields) == known.valid_with:
+                adapter = cls(data=data, digest=digest, layout=known, **fields)
+                if all_finite(adapter.numbers):
+                    return adapter
+        # Unknown layout or invalid file: check every tensor, and collect all problems.
+        header = parse_header(raw, len(data))
         try:
             tensors = dict(sorted(safetensors.torch.load(data).items()))
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -99,10 +111,17 @@ class Adapter:
         problems += check_tensors(tensors, fields.get("config"), fields.get("labels"))
         if problems:
             raise AdapterError(problems)
-        layout = header.learn(tensors, len(data) - header.start)
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        layout = Layout(
+            tensors={name: tuple(tensors[name].shape) for name in header.names},
+            dtype=dtypes.pop() if len(dtypes) == 1 else None,
+            data_bytes=len(data) - raw.data_start,
+            valid_with=_valid_with(fields),
+        )
+        if layouts is not None and raw.tensors_text is not None:
+            layouts.add(raw.tensors_text, layout)
         adapter = cls(data=data, digest=digest, layout=layout, **fields)
-        layout.right_with[:] = [adapter._right()]
-        vars(adapter)["tensors"] = tensors
+        vars(adapter)["tensors"] = tensors  # fills the cached property: otherwise `tensors` would parse them again
         return adapter
 
     @classmethod
@@ -118,18 +137,25 @@ class Adapter:
         metrics: Mapping[str, Any] | None = None,
         created: str | None = None,
     ) -> "Adapter":
-        """Make an adapter of numbers; the same arguments (with `created`) give the same bytes.
+        """Return an adapter with these tensors; equal arguments, `created` included, give equal bytes.
+
+        Args:
+            tensors: name -> numbers, as docs/adapter-file.md lists them; float32, float16 or bfloat16, on the CPU.
+            labels: K unique names, in the order of the head's rows.
+            preprocess: the six fields of timm's data config that callers' images need.
+            metrics: JSON-able figures to store.
+            created: RFC 3339 time; None is now.
 
         Raises:
             AdapterError: the result would not be a valid file.
         """
-        shape = config.model_dump(mode="json", exclude={"gain"}) | {"gain": config.effective_gain}
-        for name in OPTIONAL_CONFIG:  # in the file only where they say something
-            if not shape[name]:
-                del shape[name]
+        values = config.model_dump(mode="json", exclude={"gain"}) | {"gain": config.effective_gain}
+        for name in OPTIONAL_CONFIG:  # left out at their defaults, so that older readers accept the file
+            if not values[name]:
+                del values[name]
         metadata = {
             "format": FORMAT,
-            "config": _json(shape),
+            "config": _json(values),
             "backbone": backbone,
             "fingerprint": fingerprint,
             "labels": _json(list(labels)),
@@ -142,37 +168,36 @@ class Adapter:
         return cls.read(_serialise(tensors, metadata))
 
     def write(self, path: str | Path) -> None:
-        """Write the file so that it is there completely or not at all."""
+        """Write the file atomically.
+
+        Raises:
+            OSError: as `write_atomically`.
+        """
         write_atomically(Path(path), self.data)
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
-        """File name of a tensor -> its numbers (F32, F16 or BF16, on the CPU)."""
+        """Tensors by their name in the file, sorted; float32, float16 or bfloat16, on the CPU."""
         return dict(sorted(safetensors.torch.load(self.data).items()))
 
     @property
     def numbers(self) -> Tensor:
-        """All numbers of the file in the order in which they lie there: 1-D, float32."""
+        """All numbers in the order of their bytes: 1-D, float32."""
         if self.layout.dtype is None:
             return torch.cat([self.tensors[name].flatten().float() for name in self.layout.tensors])
-        raw = bytearray(memoryview(self.data)[-self.layout.data_bytes :])  # torch wants bytes that may be written to
+        raw = bytearray(memoryview(self.data)[-self.layout.data_bytes :])  # torch warns about read-only buffers
         return torch.frombuffer(raw, dtype=self.layout.dtype).float()
 
     @cached_property
     def layers(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Module path of a layer -> its tensors by their last name (`karst_c`, `scale`, ...); the head is not in it."""
+        """Tensors by the module path of their layer, then by their last name (`karst_c`, ...); without the head."""
         return by_layer(self.tensors)
 
-    def _right(self) -> object:
-        """What of the metadata decides, beside the layout, whether the tensors are right (`check_tensors`)."""
-        config = self.config
-        return config.kernels, config.rank, config.rescale, config.norms, len(self.labels)
-
     def check(self, backbone: BackboneInfo) -> None:
-        """Make sure that the adapter was made for this backbone and fits it.
+        """Check that the adapter was trained on this backbone and that every tensor fits it.
 
         Raises:
-            AdapterError: another fingerprint, a layer that the backbone does not have, or sides that differ.
+            AdapterError: the fingerprint differs, the backbone lacks a layer, or a size differs.
         """
         if self.fingerprint != backbone.fingerprint:
             raise AdapterError(
@@ -194,26 +219,32 @@ class Adapter:
             elif layer in norms:
                 problems += check_norm_fits(norms[layer], parts)
             else:
-                problems.append(Problem(layer, f"backbone {backbone.name!r} has no such adaptable layer"))
+                problems.append(
+                    Problem(layer, f"backbone {backbone.name!r} has no such adaptable layer; remove its tensors")
+                )
         width = self.tensors["head.weight"].shape[1]
         if width != backbone.width:
             problems.append(
-                Problem("head.weight", f"has {width} columns, but the backbone has {backbone.width} features")
+                Problem(
+                    "head.weight",
+                    f"has {width} columns, but the backbone has {backbone.width} features; train the head again",
+                )
             )
         if list(self.preprocess["input_size"]) != list(backbone.input_size):
             problems.append(
                 Problem(
                     "preprocess",
-                    f"input_size is {self.preprocess['input_size']}, the backbone takes {list(backbone.input_size)}",
+                    f"input_size is {self.preprocess['input_size']}, but the backbone takes "
+                    f"{list(backbone.input_size)}; train with that size",
                 )
             )
         if problems:
             raise AdapterError(problems)
 
     def merge(self, backbone: Backbone) -> nn.Module:
-        """A plain timm module of its own with this adapter and its head folded in: pixels (B, 3, H, W) -> (B, K).
+        """Return a new timm module with this adapter and its head merged in: pixels (B, 3, H, W) -> logits (B, K).
 
-        W = diag(1 + s1) (W0 + dW) diag(1 + s1_in), b = (1 + s1) (b0 + (W0 + dW) s2_in) + s2 (KARST.md).
+        W = diag(1 + s1) (W0 + dW) diag(1 + s1_in), b = (1 + s1) (b0 + (W0 + dW) s2_in) + s2; see docs/method.md.
 
         Raises:
             AdapterError: as `check`.
@@ -228,10 +259,10 @@ class Adapter:
                     modules[layer].weight.copy_(parts["norm_weight"])
                     modules[layer].bias.copy_(parts["norm_bias"])
                 else:
-                    _fold(modules[layer], parts, self.config)
+                    _merge_layer(modules[layer], parts, self.config)
             model.reset_classifier(self.num_classes)
             heads = model.get_classifier()
-            # A distilled DeiT averages the answers of two heads; twice the same head is this adapter's.
+            # A distilled DeiT averages the logits of two heads, so both get the adapter's head.
             for head in heads if isinstance(heads, tuple) else (heads,):
                 head.to(device=backbone.device, dtype=backbone.dtype)
                 head.weight.copy_(self.tensors["head.weight"])
@@ -240,7 +271,7 @@ class Adapter:
 
 
 def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors by the module path of their layer, and there by their last name; without the head."""
+    """Return tensors by the module path of their layer, then by their last name; without the head."""
     out: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
@@ -250,10 +281,10 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there completely or not at all, and still there after a power cut.
+    """Write a file through a temporary name, so that readers see all of it or none; it survives a power cut.
 
     Raises:
-        OSError: no such folder, no permission, disk full; nothing is left behind.
+        OSError: the folder does not exist or is not writable, or the disk is full; no file is left behind.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -268,13 +299,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the name, too, survives a power cut
+        os.fsync(folder)  # otherwise a power cut could lose the file's name
     finally:
         os.close(folder)
 
 
-def _fold(linear: nn.Linear, parts: dict[str, Tensor], config: KarstConfig) -> None:
-    """Everything in float64, and cast once at the end: this is the reference for whatever is faster."""
+def _valid_with(fields: Mapping[str, Any]) -> Hashable:
+    """Return the metadata values that `check_tensors` depends on, besides the layout."""
+    config = fields["config"]
+    return config.kernels, config.rank, config.rescale, config.norms, len(fields["labels"])
+
+
+def _merge_layer(linear: nn.Linear, parts: dict[str, Tensor], config: KarstConfig) -> None:
+    """Merge in float64 and cast once at the end: faster implementations are tested against this one."""
     weight = linear.weight.double()
     bias = linear.bias.double() if linear.bias is not None else weight.new_zeros(weight.shape[0])
     if "karst_c" in parts:
@@ -295,20 +332,20 @@ def _read_bytes(path: Path, max_bytes: int | None) -> bytes:
     try:
         size = path.stat().st_size
         if max_bytes is not None and size > max_bytes:
-            raise file_error(f"{path}: {size} bytes, but at most {max_bytes} are allowed")
+            raise file_error(f"{path}: has {size} bytes, but at most {max_bytes} are allowed")
         return path.read_bytes()
     except OSError as error:
         raise file_error(f"{path}: {error.strerror or error}") from error
 
 
 def _serialise(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """safetensors bytes with a sorted header: its own writer puts metadata in an order that changes from run to run."""
+    """Return safetensors bytes with sorted metadata: the library's own order changes from run to run."""
     raw = safetensors.torch.save(dict(tensors), metadata=metadata)
     length = struct.unpack("<Q", raw[:8])[0]
     header = json.loads(raw[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as safetensors does it
+    text += b" " * (-len(text) % 8)  # safetensors aligns the tensors to 8 bytes
     return struct.pack("<Q", len(text)) + text + raw[8 + length :]
 
 
@@ -319,5 +356,5 @@ def _json(value: Any) -> str:
 def _own_version() -> str:
     try:
         return version("karst-hub")
-    except PackageNotFoundError:  # a source tree on the path, not installed
+    except PackageNotFoundError:  # a source tree that is not installed
         return "unknown"

@@ -1,17 +1,16 @@
-"""Many adapters beside one frozen backbone: slots for them, and a forward pass over a batch that mixes them.
+"""Many adapters beside one frozen backbone: slots, and a forward pass over a batch of mixed adapters.
 
 Axes: B images, T tokens of an image (rows of a layer's input that belong to it), K classes, D features.
 
-Nothing is merged. Each adapted layer computes its frozen product once for the whole batch; KARST's part is a
-batched product over images (`kronecker.add_`, with numbers of its own for every image), added in place. The
-numbers come out of the `Stacks` once a pass.
+No adapter is merged. Each adapted layer computes its frozen product once for the whole batch. KARST's part is a
+batched product over images (`kronecker.add_`, with separate numbers for each image), added in place. The numbers are
+gathered from the `SlotMemory` once per batch.
 """
 
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +19,20 @@ from torch import Tensor, nn
 from ..backbone import Backbone, BackboneError, BackboneInfo, Site, features
 from ..format.errors import AdapterError, Problem
 from ..format.file import Adapter
-from ..format.header import Layout
+from ..format.layouts import LayoutCache
 from ..method import kronecker
-from .prepack import quicken
-from .slot_memory import Packed, SiteNumbers, Stacks
+from .prepack import prepack_layers
+from .slot_memory import Packed, PackingPlan, SiteNumbers, SlotMemory
 
-ROUNDING = 1e-4  # of the largest feature, between two ways to compute the same in float32
+ROUNDING = 1e-4  # of the largest feature, between two float32 implementations of the same model
 
 
 class BankFullError(RuntimeError):
-    """Every slot is taken: evict one first."""
+    """All slots of a bank are in use; evict an adapter first."""
 
 
 class Slot(NamedTuple):
-    """Where an adapter is in a bank; every `put` is a new generation, so that an old `Slot` is never taken for it."""
+    """Handle of an adapter in a bank; each `put` has a new generation, so a stale handle never matches."""
 
     number: int
     generation: int
@@ -41,7 +40,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class _Resident:
-    """What is in a slot, beside the numbers in the stacks."""
+    """The parts of an adapter in a slot that are not in the slot memory."""
 
     generation: int
     kernels: int
@@ -54,22 +53,22 @@ class _Resident:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """The batch that is under way: the numbers of each site, and which sites any of its adapters changes.
+class _Batch:
+    """Numbers of the batch in the current forward pass, and the sites that any of its adapters changes.
 
-    A batch of one adapter has its numbers B times, too: a product an image was faster than one over all rows, whose
-    long thin matrices leave the cache.
+    A batch with one adapter repeats its numbers B times: one product per image is faster than one product over all
+    rows, whose long thin matrices do not fit the processor's cache.
     """
 
     numbers: dict[str, SiteNumbers]
     kronecker: frozenset[str]
     rescaled: frozenset[str]
-    norms: dict[str, tuple[Tensor, Tensor]]  # weight and bias, (B, 1, d), where any adapter has its own
+    norms: dict[str, tuple[Tensor, Tensor]]  # weight and bias, (B, 1, d), where any adapter tunes the norm
 
 
 @dataclass(frozen=True)
 class BankLimits:
-    """What a bank accepts; holds no weights, so that whoever receives adapters can check them far from any bank."""
+    """Sizes that a bank accepts; holds no weights, so that a process without a bank can check adapters."""
 
     backbone: BackboneInfo
     max_rank: int
@@ -77,11 +76,10 @@ class BankLimits:
     factor: int
 
     def check(self, adapter: Adapter) -> None:
-        """Make sure that an adapter can be put into the bank.
+        """Check that an adapter fits the bank.
 
         Raises:
-            AdapterError: another backbone, more kernels or a larger rank than the bank has room for, or another
-                factor.
+            AdapterError: the adapter has another backbone or factor, too many kernels, or too large a rank.
         """
         adapter.check(self.backbone)
         sites = {site.name: site for site in self.backbone.sites}
@@ -94,20 +92,31 @@ class BankLimits:
             _, *wanted = self.shapes(sites[name])[0]
             if kernels > self.max_kernels:
                 problems.append(
-                    Problem(f"{name}.karst_c", f"{kernels} kernels, but at most {self.max_kernels} fit here")
+                    Problem(
+                        f"{name}.karst_c",
+                        f"has {kernels} kernels, but at most {self.max_kernels} fit; train with fewer kernels",
+                    )
                 )
             if rank > self.max_rank:
-                problems.append(Problem(f"{name}.karst_a", f"rank {rank}, but at most {self.max_rank} fits here"))
-            if sides != wanted:
-                found, right = (" x ".join(map(str, pair)) for pair in (sides, wanted))
                 problems.append(
-                    Problem(f"{name}.karst_c", f"C is {found}, but it must be {right} here (factor {self.factor})")
+                    Problem(
+                        f"{name}.karst_a",
+                        f"has rank {rank}, but at most {self.max_rank} fits; train with a smaller rank",
+                    )
+                )
+            if sides != wanted:
+                found, expected = (" x ".join(map(str, pair)) for pair in (sides, wanted))
+                problems.append(
+                    Problem(
+                        f"{name}.karst_c",
+                        f"has sides {found}, expected {expected}; train with factor {self.factor}",
+                    )
                 )
         if problems:
             raise AdapterError(problems)
 
     def shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The shapes of the largest C, A and B that a site takes."""
+        """Return the shapes of the largest C, A and B that fit a site."""
         return kronecker.shapes(
             site.d_in, site.d_out, site.splits, kernels=self.max_kernels, rank=self.max_rank, factor=self.factor
         )
@@ -116,25 +125,40 @@ class BankLimits:
 class Bank:
     """Device memory for the adapters of one backbone, in a fixed number of slots.
 
-    Threads may `put`, `evict` and `forward` at once: forward passes run one at a time, a `put` writes only to a
-    slot that nobody has yet. A slot must not be evicted while a forward pass uses it.
+    Threads may call `put`, `evict` and `forward` at once: forward passes run one at a time, and `put` writes only to
+    a free slot. The caller must not evict a slot during a forward pass that uses it.
+
+    Attributes:
+        slots: number of slots.
+        device: of the backbone and of all slots.
+        dtype: of the backbone and of all slots.
+        limits: sizes that the bank accepts.
+        layouts: pass it to `Adapter.read`, so that files with a known layout load and pack faster.
     """
 
     def __init__(
-        self, backbone: Backbone, slots: int = 64, max_rank: int = 16, max_kernels: int = 8, factor: int = 8
+        self,
+        backbone: Backbone,
+        slots: int = 64,
+        max_rank: int = 16,
+        max_kernels: int = 8,
+        factor: int = 8,
+        *,
+        layouts: LayoutCache | None = None,
     ) -> None:
-        """Allocate the stacks and check that an adapter of zeros changes no bit of what the backbone computes.
+        """Allocate all slots, and check that an adapter of zeros leaves the backbone's features bit-identical.
 
         Args:
-            backbone: never changed. Layers that a CPU wants in another order are copied, so let go of it.
-            slots: how many adapters fit at once.
+            backbone: not changed. A CPU bank holds its own copy of most weights, so drop this object to save memory.
+            slots: number of adapters that fit at once.
             max_rank: the largest R of an adapter; smaller ones are padded with zeros.
-            max_kernels: the largest N of an adapter; likewise.
-            factor: the p = q of its adapters (where it divides the layer's sides).
+            max_kernels: the largest N of an adapter; smaller ones are padded with zeros.
+            factor: p = q of all adapters, where it divides the layer's sides.
+            layouts: cache of layouts that other code shares; None makes a new one.
 
         Raises:
-            ValueError: a size below 1.
-            BackboneError: this model computes something else beside a bank, so it cannot be served by one.
+            ValueError: a size is below 1.
+            BackboneError: the model computes other features in a bank, so a bank cannot serve it.
         """
         for name, value in (("slots", slots), ("max_rank", max_rank), ("max_kernels", max_kernels)):
             if value < 1:
@@ -142,18 +166,19 @@ class Bank:
         self.slots = slots
         self.device, self.dtype = backbone.device, backbone.dtype
         self.limits = BankLimits(backbone.info(), max_rank=max_rank, max_kernels=max_kernels, factor=factor)
-        self._fit: WeakKeyDictionary[Layout, tuple[object, ...]] = WeakKeyDictionary()
+        self.layouts = LayoutCache() if layouts is None else layouts
+        self._plan_key = object()  # of this bank's plans in the cache; `self` would keep the bank in memory
         self._residents: dict[int, _Resident] = {}
         self._generation = 0
         self._free = list(range(slots - 1, -1, -1))
         self._slots_lock = threading.Lock()
         self._forward_lock = threading.Lock()
-        self._pass: _Pass | None = None
+        self._batch: _Batch | None = None
         self._model = backbone.clone()
-        quicken(self._model, backbone.sites)
-        self._stacks = Stacks(backbone, slots, max_rank=max_rank, max_kernels=max_kernels, factor=factor)
+        prepack_layers(self._model, backbone.sites)
+        self._memory = SlotMemory(backbone, slots, max_rank=max_rank, max_kernels=max_kernels, factor=factor)
         for site in backbone.sites:
-            adapted = _AdaptedLinear(self._model.get_submodule(site.name), site, lambda: self._pass)
+            adapted = _AdaptedLinear(self._model.get_submodule(site.name), site, lambda: self._batch)
             self._model.set_submodule(site.name, adapted)
         modules = dict(self._model.named_modules())
         for norm in backbone.norms:
@@ -167,24 +192,36 @@ class Bank:
 
     @property
     def free(self) -> int:
-        """How many slots are free."""
+        """Number of free slots."""
         return len(self._free)
 
     @torch.inference_mode()
     def pack(self, adapter: Adapter) -> Packed:
-        """An adapter as `put` takes it without further work: checked, in the bank's order and dtype.
+        """Check an adapter, and return it in the bank's order and dtype, ready for `put`.
 
         Raises:
             AdapterError: as `BankLimits.check`.
         """
-        about = adapter.fingerprint, *adapter.preprocess["input_size"]  # all that `check` looks at beside the layout
-        if self._fit.get(adapter.layout) != about:
-            self.limits.check(adapter)
-            self._fit[adapter.layout] = about
-        return self._stacks.pack(adapter)
+        return self._memory.pack(adapter, self._plan(adapter))
+
+    def _plan(self, adapter: Adapter) -> PackingPlan:
+        """Check the adapter and make its packing plan, or take both from the cache.
+
+        Raises:
+            AdapterError: as `BankLimits.check`.
+        """
+        # All values that `BankLimits.check` reads, besides the layout.
+        checked = adapter.fingerprint, *adapter.preprocess["input_size"]
+        known: tuple[object, PackingPlan] | None = self.layouts.result(adapter.layout, self._plan_key)
+        if known is not None and known[0] == checked:
+            return known[1]
+        self.limits.check(adapter)
+        plan = self._memory.plan(adapter.layout)
+        self.layouts.add_result(adapter.layout, self._plan_key, (checked, plan), plan.source.nbytes)
+        return plan
 
     def put(self, adapter: Adapter | Packed) -> Slot:
-        """Write an adapter into a free slot, over everything that the slot held.
+        """Write an adapter into a free slot, which it overwrites completely.
 
         Raises:
             AdapterError: as `BankLimits.check`.
@@ -193,7 +230,7 @@ class Bank:
         packed = adapter if isinstance(adapter, Packed) else self.pack(adapter)
         with self._slots_lock:
             if not self._free:
-                raise BankFullError(f"all {self.slots} slots are taken")
+                raise BankFullError(f"all {self.slots} slots are in use; evict an adapter first")
             number = self._free.pop()
             self._generation += 1
             slot = Slot(number, self._generation)
@@ -203,14 +240,14 @@ class Bank:
             with self._slots_lock:
                 self._free.append(number)
             raise
-        self._residents[number] = resident  # from here on it can be seen
+        self._residents[number] = resident  # only now can `forward` use it
         return slot
 
     def evict(self, slot: Slot) -> None:
-        """Give a slot back.
+        """Free a slot.
 
         Raises:
-            KeyError: what it held is gone already.
+            KeyError: the adapter was evicted before.
         """
         with self._slots_lock:
             if self._resident(slot) is None:
@@ -220,91 +257,98 @@ class Bank:
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
-        """One pass of the backbone, every image with its own adapter.
+        """Run the backbone once, each image with its own adapter.
 
         Args:
             pixels: (B, 3, H, W), normalised.
-            slots: B slots, as `put` gave them; image i is classified by the adapter in `slots[i]`.
+            slots: B slots that `put` returned; the adapter in `slots[i]` classifies image i.
 
         Returns:
             B tensors of logits, image i's of shape (K_i,), in the backbone's dtype on its device.
 
         Raises:
-            ValueError: not as many slots as images, or a slot whose adapter is gone.
+            ValueError: the numbers of slots and images differ, or a slot's adapter was evicted.
         """
         if len(slots) != len(pixels):
-            raise ValueError(f"{len(pixels)} images need as many slots, got {len(slots)}")
+            raise ValueError(f"got {len(pixels)} images and {len(slots)} slots; pass one slot per image")
         residents = [r for r in map(self._resident, slots) if r is not None]
         if len(residents) < len(slots):
-            gone = sorted({slot.number for slot in slots if self._resident(slot) is None})
-            raise ValueError(f"no adapter, or another one, in slot {', '.join(map(str, gone))}")
+            stale = sorted({slot.number for slot in slots if self._resident(slot) is None})
+            raise ValueError(f"the adapter in slot {', '.join(map(str, stale))} was evicted; put it again")
         if not residents:
             return []
         index = torch.tensor([slot.number for slot in slots], device=self.device)
         norms = frozenset().union(*(r.norms for r in residents))
         with self._forward_lock:
-            self._pass = _Pass(
-                numbers=self._stacks.gather(
+            self._batch = _Batch(
+                numbers=self._memory.gather(
                     index,
                     kernels=max(r.kernels for r in residents),
                     rank=max(r.rank for r in residents),
                 ),
                 kronecker=frozenset().union(*(r.kronecker for r in residents)),
                 rescaled=frozenset().union(*(r.rescaled for r in residents)),
-                norms={n: own for n, own in self._stacks.gather_norms(index).items() if n in norms} if norms else {},
+                norms={n: own for n, own in self._memory.gather_norms(index).items() if n in norms} if norms else {},
             )
             try:
                 pooled = features(self._model, pixels.to(device=self.device, dtype=self.dtype))
             finally:
-                self._pass = None
+                self._batch = None
         return [
             torch.addmv(resident.head_bias, resident.head_weight, row)
             for resident, row in zip(residents, pooled.unbind(), strict=True)
         ]
 
     @torch.inference_mode()
-    def rehearse(self, pixels: Tensor, kernels: int, rank: int) -> Tensor:
-        """The work of a mixed pass with an adapter of zeros for every image; before the first `put` only.
+    def warm_up(self, pixels: Tensor, kernels: int, rank: int) -> Tensor:
+        """Compute a mixed batch with an adapter of zeros for each image, to measure or warm up a worker.
 
         Args:
             pixels: (B, 3, H, W), normalised, on the device.
-            kernels, rank: of the work; as many as there is room for. The rank is even.
+            kernels: at most the bank's `max_kernels`.
+            rank: an even number, at most the bank's `max_rank`.
 
         Returns:
             The frozen backbone's pooled features, (B, D).
+
+        Raises:
+            RuntimeError: an adapter was put before, so slot 0 may not be zeros.
         """
         if self._generation:
-            raise RuntimeError("a slot may hold an adapter by now")
+            raise RuntimeError("warm_up needs an unused bank, but an adapter was put already; call it before `put`")
         index = torch.zeros(len(pixels), dtype=torch.int64, device=self.device)
         every = frozenset(site.name for site in self.limits.backbone.sites)
         with self._forward_lock:
-            self._pass = _Pass(self._stacks.gather(index, kernels, rank), every, every, norms={})
+            self._batch = _Batch(self._memory.gather(index, kernels, rank), every, every, norms={})
             try:
                 return features(self._model, pixels)
             finally:
-                self._pass = None
+                self._batch = None
 
     @torch.inference_mode()
     def _check_identity(self, backbone: Backbone) -> None:
-        """One probe image (KARST.md, "Hooking timm models"); leaves an adapter of zeros in slot 0 for `rehearse`."""
-        self._stacks.write(0, self._stacks.pack(None))
+        """Compare a probe image's features (docs/method.md); slot 0 then holds an adapter of zeros for `warm_up`."""
+        self._memory.write(0, self._memory.pack_zeros())
         height, width = self.input_size[1:]
         pixels = torch.linspace(-1, 1, 3 * height * width, device=self.device, dtype=self.dtype)
         pixels = pixels.view(1, 3, height, width)
-        zeros = self.rehearse(pixels, kernels=1, rank=2)
+        zeros = self.warm_up(pixels, kernels=1, rank=2)
         frozen = features(backbone.model, pixels)
         near = torch.allclose(zeros, frozen, rtol=0, atol=ROUNDING * float(frozen.abs().max()))
         if not near or not torch.equal(zeros, features(self._model, pixels)):
-            raise BackboneError(f"backbone {backbone.name!r} cannot be served from a bank: zeros change its features")
+            raise BackboneError(
+                f"a bank cannot serve backbone {backbone.name!r}: an adapter of zeros changes its features; "
+                "use another timm model (docs/backbones.md)"
+            )
 
     def _resident(self, slot: Slot) -> _Resident | None:
-        """What `put` left in this slot, unless it is gone."""
+        """Return the adapter that `put` wrote for this handle, or None after its eviction."""
         found = self._residents.get(slot.number)
         return found if found is not None and found.generation == slot.generation else None
 
     @torch.inference_mode()
     def _write(self, slot: Slot, packed: Packed) -> _Resident:
-        weight, bias = self._stacks.write(slot.number, packed)
+        weight, bias = self._memory.write(slot.number, packed)
         return _Resident(
             generation=slot.generation,
             kernels=packed.kernels,
@@ -318,26 +362,29 @@ class Bank:
 
     def _hook_norm(self, norm: nn.Module, name: str) -> None:
         def tune(layer: Any, args: tuple[Tensor, ...], _y: Tensor) -> Tensor | None:
-            current = self._pass
+            current = self._batch
             if current is None or name not in current.norms:
                 return None
             weight, bias = current.norms[name]
-            return _rescaled(F.layer_norm(args[0], layer.normalized_shape, eps=layer.eps), weight, bias, in_place=True)
+            y = F.layer_norm(args[0], layer.normalized_shape, eps=layer.eps)
+            return _rescaled(y, weight, bias, in_place=True)
 
         norm.register_forward_hook(tune)
 
 
 class _AdaptedLinear(nn.Module):
-    """A site: its frozen layer, and what KARST adds for every image of the pass that is under way."""
+    """A site: its frozen layer, plus KARST's part for each image of the current batch."""
 
-    def __init__(self, frozen: nn.Module, site: Site, current: Callable[[], _Pass | None]) -> None:
+    def __init__(self, frozen: nn.Module, site: Site, current: Callable[[], _Batch | None]) -> None:
         super().__init__()
-        self._forward = frozen.forward  # there are no hooks, and these calls are many and short
+        self._forward: Callable[[Tensor], Tensor] = (
+            frozen.forward
+        )  # skips `nn.Module.__call__`: there are no hooks, and the calls are many and short
         self._site = site
         self._current = current
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B.., d_in) -> (B.., d_out)"""
+        """Map (B.., d_in) to (B.., d_out)."""
         current, site = self._current(), self._site
         if current is None:
             return self._forward(x)
@@ -354,6 +401,7 @@ class _AdaptedLinear(nn.Module):
 
 
 def _rescaled(x: Tensor, scale: Tensor, shift: Tensor, *, in_place: bool = False) -> Tensor:
-    """x * scale + shift with each image's own vectors: x (B.., d), scale and shift (B, 1, d)."""
+    """Return x * scale + shift with separate vectors per image: x (B.., d), scale and shift (B, 1, d)."""
     rows = x.reshape(len(scale), -1, x.shape[-1])  # (B, T, d)
-    return torch.addcmul(shift, rows, scale, out=rows if in_place else None).view(x.shape)
+    y: Tensor = torch.addcmul(shift, rows, scale, out=rows if in_place else None)
+    return y.view(x.shape)

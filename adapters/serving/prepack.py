@@ -1,8 +1,7 @@
-"""The frozen layers of a model that only serves, in the form in which its device computes them fastest.
+"""Frozen layers in the memory format that a CPU computes fastest.
 
-On a CPU in float32, `F.linear` reads the weights as they lie; oneDNN is faster when they lie in the order of its own
-blocks, and frozen weights need to be brought there only once. The hidden activation of an MLP is computed in place.
-Both change rounding at most.
+On a CPU in float32, oneDNN multiplies faster when the weights lie in its own blocked format. Frozen weights are
+converted once. The hidden activation of an MLP is computed in place. Both change only rounding.
 """
 
 from collections.abc import Sequence
@@ -12,24 +11,24 @@ from torch import Tensor, nn
 
 from ..backbone import Site
 
-_MLP = ["fc1", "act", "drop1", "norm", "fc2", "drop2"]  # timm's: nobody else has what `act` gets
+_MLP = ["fc1", "act", "drop1", "norm", "fc2", "drop2"]  # timm's Mlp, where only `act` reads the output of `fc1`
 
 
-def quicken(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Exchange the sites of a model, and the activations between them.
+def prepack_layers(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Replace the sites of a model, and the activations between them, by faster ones that share no weight.
 
-    Its weights are shared with nobody afterwards, so whoever lets go of the original model has them in memory once.
-    No autograd, and no `to` of another device or dtype.
+    The weights are then in memory once, as soon as the caller drops the original model. The result has no autograd
+    and cannot be moved to another device or dtype.
 
     Args:
-        model: changed in place; none of its weights are.
-        sites: each is called by the model's forward pass, and does not only lend its weight.
+        model: its modules are replaced, its weights are not changed.
+        sites: layers that the forward pass calls, instead of only reading their weight.
     """
     for site in sites:
         parent_name, _, name = site.name.rpartition(".")
         parent = model.get_submodule(parent_name)
         linear = parent.get_submodule(name)
-        if type(linear) is nn.Linear and _prepacks(linear.weight):
+        if type(linear) is nn.Linear and _can_prepack(linear.weight):
             setattr(parent, name, _PrepackedLinear(linear))
         in_mlp = name == "fc1" and [child for child, _ in parent.named_children()] == _MLP
         if in_mlp and type(parent.act) is nn.GELU:
@@ -37,28 +36,32 @@ def quicken(model: nn.Module, sites: Sequence[Site]) -> None:
 
 
 class _PrepackedLinear(nn.Module):
-    """A frozen linear layer by oneDNN's inner product, with the operator that torch.compile takes for it."""
+    """A frozen linear layer on oneDNN's inner product, with the operator that torch.compile emits."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        # Plain attributes: the packed weight is opaque, so it cannot be a parameter or buffer.
+        # Plain attributes: the packed weight is opaque, so it can be neither a parameter nor a buffer.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self._bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out)"""
-        return torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, "none", [], "")
+        """Map (..., d_in) to (..., d_out)."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, "none", [], "")
+        return y
 
 
 class _InPlaceGELU(nn.Module):
+    """GELU that overwrites its input."""
+
     def __init__(self, approximate: str) -> None:
         super().__init__()
         self._approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.aten.gelu_.default(x, approximate=self._approximate)
+        y: Tensor = torch.ops.aten.gelu_.default(x, approximate=self._approximate)
+        return y
 
 
-def _prepacks(weight: Tensor) -> bool:
+def _can_prepack(weight: Tensor) -> bool:
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     return on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -308,7 +308,7 @@ class Tiers:
             Unavailable, InvalidAdapter: as `lease`.
         """
         try:
-            adapter = Adapter.read(self._store.get(digest))
+            adapter = Adapter.read(self._store.get(digest), layouts=self._bank.layouts)
             packed = self._bank.pack(adapter)
         except AdapterError as error:
             raise invalid_adapter(error) from error

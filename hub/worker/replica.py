@@ -125,7 +125,7 @@ class Worker:
         logger.info("at most %s images a pass", self._pace)
 
     def _rehearse_once(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self._bank.rehearse(pixels, kernels=2, rank=8).cpu()  # waits for a GPU
+        return self._bank.warm_up(pixels, kernels=2, rank=8).cpu()  # waits for a GPU
 
     def _timed(self, images: int, work: Callable[[], Result]) -> Result:
         """What `work`, a pass that waits for the device, gives; its time is noted."""

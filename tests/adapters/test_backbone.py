@@ -74,13 +74,13 @@ def test_the_fingerprint_is_written_out() -> None:
     assert fingerprint(layer) == hashlib.sha256(bias + weight).hexdigest()
 
 
-def test_the_fingerprint_is_stable(backbone) -> None:
+def test_the_fingerprint_is_stable(backbone: Backbone) -> None:
     torch.manual_seed(0)
     assert load_backbone("demo", pretrained=False).fingerprint == backbone.fingerprint
     assert fingerprint(backbone.model) == backbone.fingerprint
 
 
-def test_the_fingerprint_changes_with_every_weight(small) -> None:
+def test_the_fingerprint_changes_with_every_weight(small: Backbone) -> None:
     model = create_model("test_vit")
     model.load_state_dict(small.model.state_dict())
     seen = {fingerprint(model)}
@@ -107,7 +107,7 @@ def test_a_cast_keeps_the_fingerprint() -> None:
     assert half.dtype == torch.bfloat16
 
 
-def test_a_backbone_is_frozen_and_says_what_fits_it(backbone) -> None:
+def test_a_backbone_is_frozen_and_says_what_fits_it(backbone: Backbone) -> None:
     assert not backbone.model.training
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
     assert (backbone.name, backbone.input_size, backbone.width) == ("demo", (3, 32, 32), 128)
@@ -123,14 +123,14 @@ def test_a_backbone_is_frozen_and_says_what_fits_it(backbone) -> None:
     assert len(backbone.sites) == 6 * 4
 
 
-def test_info_has_no_weights(backbone) -> None:
+def test_info_has_no_weights(backbone: Backbone) -> None:
     info = backbone.info()
     assert len(pickle.dumps(info)) < 10_000
     assert (info.fingerprint, info.sites) == (backbone.fingerprint, backbone.sites)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin"])
-def test_a_checkpoint_gives_the_same_backbone(small, tmp_path, suffix) -> None:
+def test_a_checkpoint_gives_the_same_backbone(small: Backbone, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"weights{suffix}"
     save = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
     save(small.model.state_dict(), path)
@@ -139,7 +139,7 @@ def test_a_checkpoint_gives_the_same_backbone(small, tmp_path, suffix) -> None:
     assert same_outputs(loaded, small)
 
 
-def test_a_google_npz_gives_the_same_backbone(small, tmp_path) -> None:
+def test_a_google_npz_gives_the_same_backbone(small: Backbone, tmp_path: Path) -> None:
     path = tmp_path / "ViT.npz"
     np.savez(path, **google_layout(small.model))
     loaded = load_backbone("test_vit", path)
@@ -147,7 +147,7 @@ def test_a_google_npz_gives_the_same_backbone(small, tmp_path) -> None:
     assert same_outputs(loaded, small)
 
 
-def test_a_half_precision_checkpoint_is_read_as_float32(small, tmp_path) -> None:
+def test_a_half_precision_checkpoint_is_read_as_float32(small: Backbone, tmp_path: Path) -> None:
     path = tmp_path / "half.safetensors"
     safetensors.torch.save_file({name: t.half() for name, t in small.model.state_dict().items()}, path)
     loaded = load_backbone("test_vit", str(path))
@@ -155,7 +155,7 @@ def test_a_half_precision_checkpoint_is_read_as_float32(small, tmp_path) -> None
     assert torch.equal(loaded.model.cls_token, small.model.cls_token.half().float())
 
 
-def test_the_head_of_a_checkpoint_is_left_out(small, tmp_path) -> None:
+def test_the_head_of_a_checkpoint_is_left_out(small: Backbone, tmp_path: Path) -> None:
     path = tmp_path / "classifier.pth"
     torch.save(small.model.state_dict() | {"head.weight": torch.ones(10, 64), "head.bias": torch.ones(10)}, path)
     assert load_backbone("test_vit", path).fingerprint == fingerprint(small.model)
@@ -172,7 +172,7 @@ class Code:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
-def test_a_pickle_with_code_is_refused_unexecuted(tmp_path, suffix) -> None:
+def test_a_pickle_with_code_is_refused_unexecuted(tmp_path: Path, suffix: str) -> None:
     path, trace = tmp_path / f"evil{suffix}", tmp_path / "trace"
     torch.save({"cls_token": Code(trace)}, path)
     with pytest.raises(BackboneError, match=rf"^checkpoint .*evil{suffix}: [Ww]eights.only"):
@@ -182,7 +182,7 @@ def test_a_pickle_with_code_is_refused_unexecuted(tmp_path, suffix) -> None:
     assert trace.exists()  # it was no harmless file
 
 
-def test_an_npz_with_code_is_refused_unexecuted(tmp_path) -> None:
+def test_an_npz_with_code_is_refused_unexecuted(tmp_path: Path) -> None:
     path, trace = tmp_path / "evil.npz", tmp_path / "trace"
     np.savez(path, **{"embedding/kernel": np.array([Code(trace)], dtype=object)})
     with pytest.raises(BackboneError, match=r"^checkpoint .*evil.npz: Object arrays cannot be loaded"):
@@ -197,12 +197,12 @@ def test_an_unknown_name_is_refused() -> None:
         load_backbone("vit_tny")
 
 
-def test_a_missing_file_is_named(tmp_path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"^checkpoint .*none.safetensors: no such file$"):
         load_backbone("test_vit", tmp_path / "none.safetensors")
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path) -> None:
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.h5"
     path.write_bytes(b"anything")
     with pytest.raises(BackboneError, match=r"weights.h5: the file must end in one of .safetensors, .pth, .*, .npz$"):
@@ -210,7 +210,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".npz"])
-def test_a_damaged_checkpoint_is_named(tmp_path, suffix) -> None:
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"damaged{suffix}"
     path.write_bytes(b"no weights at all")
     with pytest.raises(BackboneError, match=rf"^checkpoint .*damaged{suffix}: .+"):
@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, suffix) -> None:
         ({"norm.bias": torch.ones(3)}, r": Error\(s\) in loading state_dict for VisionTransformer"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_named(small, tmp_path, change, message) -> None:
+def test_a_checkpoint_that_does_not_fit_is_named(small: Backbone, tmp_path: Path, change, message: str) -> None:
     path = tmp_path / "odd.safetensors"
     state = small.model.state_dict() | change
     safetensors.torch.save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
@@ -239,14 +239,14 @@ def test_a_checkpoint_that_does_not_fit_is_named(small, tmp_path, change, messag
 @pytest.mark.parametrize(
     "gone", ["cls", "Transformer/encoderblock_5/LayerNorm_0/scale", "Transformer/encoder_norm/bias"]
 )
-def test_an_npz_with_a_part_missing_is_named(small, tmp_path, gone) -> None:
+def test_an_npz_with_a_part_missing_is_named(small: Backbone, tmp_path: Path, gone: str) -> None:
     path = tmp_path / "part.npz"
     np.savez(path, **{name: array for name, array in google_layout(small.model).items() if name != gone})
     with pytest.raises(BackboneError, match=rf"^checkpoint .*part.npz: .*{gone}"):
         load_backbone("test_vit", path)
 
 
-def test_an_npz_that_leaves_weights_at_their_start_is_refused(backbone, tmp_path) -> None:
+def test_an_npz_that_leaves_weights_at_their_start_is_refused(backbone: Backbone, tmp_path: Path) -> None:
     """timm's reader fills what it knows, and the demo's last norm stands where it does not look."""
     path = tmp_path / "pooled.npz"
     np.savez(path, **google_layout(backbone.model))
@@ -254,7 +254,7 @@ def test_an_npz_that_leaves_weights_at_their_start_is_refused(backbone, tmp_path
         load_backbone("demo", path)
 
 
-def test_an_npz_of_a_deeper_model_is_refused(small, tmp_path) -> None:
+def test_an_npz_of_a_deeper_model_is_refused(small: Backbone, tmp_path: Path) -> None:
     weights = google_layout(small.model)
     deeper = {name.replace("block_5", "block_6"): a for name, a in weights.items() if "block_5" in name}
     path = tmp_path / "deeper.npz"
@@ -268,7 +268,7 @@ def test_a_model_without_karst_s_layers_is_refused() -> None:
         load_backbone("test_resnet", pretrained=False)
 
 
-def test_a_model_that_goes_round_its_qkv_is_refused_with_the_sites(monkeypatch) -> None:
+def test_a_model_that_goes_round_its_qkv_is_refused_with_the_sites(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapters.backbone._call_every_qkv", lambda model: None)
     with pytest.raises(BackboneError) as refusal:
         load_backbone("eva02_tiny_patch14_224", pretrained=False)
@@ -278,7 +278,7 @@ def test_a_model_that_goes_round_its_qkv_is_refused_with_the_sites(monkeypatch) 
     )
 
 
-def test_a_model_that_mixes_up_the_rows_of_images_is_refused(monkeypatch) -> None:
+def test_a_model_that_mixes_up_the_rows_of_images_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows_of_all_images_by_turns(self, x):
         return self.fc2(self.act(self.fc1(x.transpose(0, 1)))).transpose(0, 1)
 
@@ -288,7 +288,7 @@ def test_a_model_that_mixes_up_the_rows_of_images_is_refused(monkeypatch) -> Non
 
 
 @pytest.mark.parametrize(("name", "splits"), [("eva02_tiny_patch14_224", 3), ("vit_tiny_patch16_224", 3)])
-def test_sites_of_a_family(name, splits) -> None:
+def test_sites_of_a_family(name: str, splits: int) -> None:
     backbone = load_backbone(name, pretrained=False)
     qkv = next(site for site in backbone.sites if site.name == "blocks.0.attn.qkv")
     assert (qkv.splits, qkv.stage) == (splits, None)
@@ -300,7 +300,7 @@ def test_swin_s_sites_know_their_stage() -> None:
     assert [site.stage for site in backbone.sites] == [0] * 8 + [1] * 8 + [2] * 24 + [3] * 8
 
 
-def test_a_clone_shares_every_weight_and_no_module(backbone) -> None:
+def test_a_clone_shares_every_weight_and_no_module(backbone: Backbone) -> None:
     clone = backbone.clone()
     ours, theirs = backbone.model.state_dict(), clone.state_dict()
     assert ours.keys() == theirs.keys()
@@ -308,7 +308,7 @@ def test_a_clone_shares_every_weight_and_no_module(backbone) -> None:
     assert not set(map(id, backbone.model.modules())) & set(map(id, clone.modules()))
 
 
-def test_a_hook_on_a_clone_does_not_reach_the_backbone(backbone) -> None:
+def test_a_hook_on_a_clone_does_not_reach_the_backbone(backbone: Backbone) -> None:
     pixels = random_pixels(backbone, 1)
     with torch.inference_mode():
         before = features(backbone.model, pixels)
@@ -318,7 +318,7 @@ def test_a_hook_on_a_clone_does_not_reach_the_backbone(backbone) -> None:
         assert torch.equal(features(backbone.model, pixels), before)
 
 
-def test_drop_path_rises_over_the_blocks_of_a_clone_only(backbone) -> None:
+def test_drop_path_rises_over_the_blocks_of_a_clone_only(backbone: Backbone) -> None:
     blocks = backbone.clone(drop_path=0.5).blocks
     assert isinstance(blocks[0].drop_path1, nn.Identity)
     for part in ("drop_path1", "drop_path2"):

@@ -1,4 +1,4 @@
-"""Adapter files made wrong: bits, bytes, lengths, and everything that the header's JSON says. Seeded."""
+"""Seeded mutations of adapter files: bits, bytes, lengths, and the JSON of the header."""
 
 import json
 import struct
@@ -29,6 +29,7 @@ NUMBERS = [b"\x00\x00\x80\x7f", b"\x00\x00\xc0\x7f", b"\x00\x00\x80\xff", b"\xff
 
 
 def mutated(files: list[bytes], seed: int, index: int) -> bytes:
+    """Return file `index` of a seed: one of the files with one to five mutations."""
     random = np.random.default_rng([seed, index])
     data = files[random.integers(len(files))]
     for _ in range(random.choice([1, 1, 1, 2, 3, 5])):
@@ -72,9 +73,9 @@ def repeat(random: Random, data: bytes) -> bytes:
     return data[:end] + data[start:]
 
 
-def lie_about_the_header(random: Random, data: bytes) -> bytes:
+def falsify_header_length(random: Random, data: bytes) -> bytes:
     length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
-    lies = [
+    lengths = [
         0,
         1,
         7,
@@ -89,11 +90,11 @@ def lie_about_the_header(random: Random, data: bytes) -> bytes:
         2**63,
         2**64 - 1,
     ]
-    return struct.pack("<Q", max(0, lies[random.integers(len(lies))]) % 2**64) + data[8:]
+    return struct.pack("<Q", max(0, lengths[random.integers(len(lengths))]) % 2**64) + data[8:]
 
 
 def put_numbers(random: Random, data: bytes) -> bytes:
-    """NaN, infinity and the like somewhere behind the header."""
+    """Write NaN, infinity or another edge value over a number after the header."""
     header, payload = _split(data)
     if len(payload) < 4:
         return data
@@ -105,12 +106,12 @@ def put_numbers(random: Random, data: bytes) -> bytes:
 
 
 def change_json(random: Random, data: bytes) -> bytes:
-    """Something odd in place of any value of the header."""
+    """Replace, remove or add a value anywhere in the header."""
     return _edited(data, lambda header: _change(random, header))
 
 
 def change_entry(random: Random, data: bytes) -> bytes:
-    """A tensor's dtype, shape or offsets: wrong, huge, overlapping, exchanged with another's."""
+    """Change a tensor's dtype, shape or offsets: wrong, huge, overlapping, or another tensor's."""
 
     def edit(header: Any) -> None:
         names = [name for name, entry in header.items() if isinstance(entry, dict) and name != "__metadata__"]
@@ -135,7 +136,7 @@ def change_entry(random: Random, data: bytes) -> bytes:
 
 
 def change_metadata(random: Random, data: bytes) -> bytes:
-    """Inside the JSON texts of the metadata: config, labels, preprocess, metrics."""
+    """Change a value inside the metadata's JSON strings: config, labels, preprocess, metrics."""
 
     def edit(header: Any) -> None:
         metadata = header.get("__metadata__")
@@ -157,7 +158,7 @@ def change_metadata(random: Random, data: bytes) -> bytes:
 
 
 def put_text(random: Random, data: bytes) -> bytes:
-    """Into the header's text: keys twice, deep nesting, numbers that are none."""
+    """Insert text into the header: duplicate keys, deep nesting, invalid numbers."""
     header, payload = _split(data)
     marks = [i for i, byte in enumerate(header) if byte in b",:{["]
     if not marks:
@@ -175,7 +176,7 @@ MUTATIONS: list[Mutation] = [
     cut,
     append,
     repeat,
-    lie_about_the_header,
+    falsify_header_length,
     put_numbers,
     change_json,
     change_json,
@@ -188,7 +189,7 @@ MUTATIONS: list[Mutation] = [
 
 
 def _reach(random: Random, size: int) -> int:
-    """Half of the changes hit the first 200 bytes, which say most."""
+    """Return the end of the range to change: half of the time the first 200 bytes, which have the header's start."""
     return size if random.random() < 0.5 else min(size, 200)
 
 
@@ -202,7 +203,7 @@ def _joined(header: bytes, payload: bytes) -> bytes:
 
 
 def _edited(data: bytes, edit: Callable[[Any], None]) -> bytes:
-    """The file with its header edited; as it is where the header is no JSON object any more."""
+    """Return the file with an edited header; unchanged where the header is not a JSON object."""
     header, payload = _split(data)
     try:
         value = json.loads(header)
@@ -215,7 +216,7 @@ def _edited(data: bytes, edit: Callable[[Any], None]) -> bytes:
 
 
 def _change(random: Random, value: Any) -> None:
-    """Change, remove or add one thing somewhere inside."""
+    """Change, remove or add one value at any depth."""
     while isinstance(value, dict | list) and value:
         keys = sorted(value) if isinstance(value, dict) else range(len(value))
         key = keys[random.integers(len(keys))]

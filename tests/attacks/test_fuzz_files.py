@@ -1,14 +1,15 @@
-"""A short run of `make fuzz` over adapter files, and how much memory a large file takes."""
+"""A short run of `make fuzz` over adapter files, and the peak memory of a large file."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.attacks.mutations import mutated
 from tests.fuzz_files import Outcome, corpus, in_processes, report
 
-# Peak memory of a process that reads a large file, in times the file.
+# Prints the peak memory of a process that reads a large file, as a multiple of the file's size.
 READ_LARGE = """
 import resource, sys
 from pathlib import Path
@@ -35,27 +36,27 @@ print((peak() - before) * 1024 / len(data) + 1)
 """
 
 
-def test_two_thousand_mutated_files(tmp_path) -> None:
+def test_read_accepts_or_refuses_two_thousand_mutated_files(tmp_path: Path) -> None:
     outcome = in_processes(2000, seed=1, jobs=1, keep=tmp_path)
     assert not outcome.failures, "\n".join(report(outcome))
     assert outcome.read + outcome.refused == 2000
-    # The mutations reach both ends: many refusals for many reasons, and files that are still good.
+    # The mutations must produce both: refusals for many reasons, and files that are still valid.
     assert outcome.read > 50
     assert len(outcome.messages) > 40
 
 
-def test_a_file_of_a_seed_is_always_the_same_one() -> None:
+def test_mutated_returns_the_same_file_when_seed_and_index_are_equal() -> None:
     files = corpus()
     assert mutated(files, 3, 17) == mutated(files, 3, 17)
     assert mutated(files, 3, 17) != mutated(files, 3, 18)
 
 
-def test_the_report_names_failures() -> None:
+def test_the_report_names_a_failure() -> None:
     text = "\n".join(report(Outcome(read=1, failures={7: "took too long"})))
     assert "FAILED: file 7: took too long" in text
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-def test_a_large_file_takes_twice_its_own_memory_at_most() -> None:
+def test_read_needs_at_most_twice_the_memory_of_a_large_file() -> None:
     done = subprocess.run([sys.executable, "-c", READ_LARGE], capture_output=True, text=True, timeout=120, check=True)
     assert float(done.stdout) < 2.1

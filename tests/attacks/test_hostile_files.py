@@ -1,8 +1,9 @@
-"""Hostile adapter files, byte by byte: each is refused with an AdapterError that says where, and by nothing else."""
+"""Hostile adapter files: `Adapter.read` refuses each with an `AdapterError` that names the tensor or field."""
 
 import json
 import struct
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters import Adapter, AdapterError
-from adapters.format.header import _layouts
+from adapters import Adapter, AdapterError, LayoutCache
 from tests.support.models import PREPROCESS as SMALL
 
 DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int32": "I32"}
@@ -42,7 +42,7 @@ def raw(header: bytes, payload: bytes = b"") -> bytes:
 
 
 def pack(tensors: Mapping[str, np.ndarray], metadata: Any = METADATA, **entries: Any) -> bytes:
-    """A safetensors file; `entries` are put into its header as they are."""
+    """Return a safetensors file; `entries` go into its header unchanged."""
     header: dict[str, Any] = {"__metadata__": metadata}
     payload = b""
     for name, array in tensors.items():
@@ -57,7 +57,7 @@ def pack(tensors: Mapping[str, np.ndarray], metadata: Any = METADATA, **entries:
 
 
 def arrays(**changed: Any) -> dict[str, np.ndarray]:
-    """The tensors of a good file, with some (by the last part of their name) replaced, or left out where None."""
+    """Return the tensors of a good file; `changed` replaces some by the last part of their name, None removes one."""
     out = {}
     for name, shape in SHAPES.items():
         array = changed.get(name.split(".")[-1], np.full(shape, 0.25, np.float32))
@@ -85,7 +85,7 @@ def with_value(name: str, value: float) -> bytes:
 
 
 def with_header(change: Callable[[dict[str, Any]], None]) -> bytes:
-    """A good file with a header that lies."""
+    """Return a good file with a changed header."""
     length = struct.unpack("<Q", GOOD[:8])[0]
     header = json.loads(GOOD[8 : 8 + length])
     change(header)
@@ -103,7 +103,7 @@ GOOD = pack(arrays())
 NESTED = "[" * 100_000 + "]" * 100_000
 FC2 = "blocks.0.mlp.fc2"
 
-LYING_BYTES = {
+WRONG_BYTES = {
     "nothing": (b"", "file: not a safetensors file: 0 bytes are too few for its header"),
     "seven bytes": (GOOD[:7], "file: not a safetensors file: 7 bytes are too few"),
     "no safetensors": (
@@ -116,14 +116,17 @@ LYING_BYTES = {
     ),
     "a header of 10 GB": (
         struct.pack("<Q", 10 * 1024**3) + GOOD[8:],
-        "file: not a safetensors file, or its header is too long: it claims 10737418240 bytes, at most 4194304",
+        "file: not a safetensors file, or its header is too long: the header claims 10737418240 bytes, at most 4194304",
     ),
-    "a header of 2^64 - 1": (struct.pack("<Q", 2**64 - 1) + GOOD[8:], "file: .*it claims 18446744073709551615 bytes"),
-    "a truncated header": (GOOD[:300], "file: truncated: the header claims .* bytes, the file has 292 after"),
+    "a header of 2^64 - 1": (
+        struct.pack("<Q", 2**64 - 1) + GOOD[8:],
+        "file: .*the header claims 18446744073709551615 bytes",
+    ),
+    "a truncated header": (GOOD[:300], "file: truncated: the header claims .* bytes, but only 292 follow"),
     "truncated tensors": (GOOD[:-1], "file: truncated: its tensors need .* bytes, but the file has"),
     "bytes after the tensors": (GOOD + b"\0", "file: not a valid safetensors file: .*incomplete metadata"),
     "an empty header": (raw(b""), "file: not a safetensors file: its header is not valid JSON"),
-    "a header that is a list": (raw(b"[]"), "file: not a safetensors file: its header is not a JSON object"),
+    "a header that is a list": (raw(b"[]"), "file: not a safetensors file: its header must be a JSON object"),
     "a header that is not UTF-8": (raw(b'{"\xff": 1}'), "file: not a safetensors file: its header is not valid JSON"),
     "a header in UTF-16": (raw("{}".encode("utf-16")), "file: not a safetensors file: its header is not valid JSON"),
     "a nested header": (raw(NESTED.encode()), "file: .*its header is not valid JSON .maximum recursion depth"),
@@ -134,10 +137,16 @@ LYING_BYTES = {
     ),
     "a tensor twice": (
         raw(b'{"head.bias": {"dtype": "F32"}, "head.bias": {"dtype": "F32"}}'),
-        "file: .*not valid JSON .'head.bias' stands twice",
+        "file: .*not valid JSON .the key 'head.bias' appears twice",
     ),
-    "metadata twice": (raw(b'{"__metadata__": {}, "__metadata__": {}}'), "file: .*'__metadata__' stands twice"),
-    "a field twice": (raw(b'{"__metadata__": {"format": "a", "format": "b"}}'), "file: .*'format' stands twice"),
+    "metadata twice": (
+        raw(b'{"__metadata__": {}, "__metadata__": {}}'),
+        "file: .*the key '__metadata__' appears twice",
+    ),
+    "a field twice": (
+        raw(b'{"__metadata__": {"format": "a", "format": "b"}}'),
+        "file: .*the key 'format' appears twice",
+    ),
     "overlapping tensors": (
         with_header(of("head.bias", "data_offsets", [0, 8])),
         "file: not a valid safetensors file: .*invalid offset for tensor `.*`",
@@ -160,105 +169,156 @@ LYING_BYTES = {
         with_header(of("head.bias", "shape", [2**40, 2**40])),
         "file: not a valid safetensors file",
     ),
-    "a tensor that is a number": (pack(arrays(), spare=1), "spare: dtype None is not one of F32, F16, BF16"),
-    "a tensor without dtype": (pack(arrays(), spare={}), "spare: dtype None is not one of F32, F16, BF16"),
-    "a dtype that is a list": (pack(arrays(), spare={"dtype": ["F32"]}), r"spare: dtype \['F32'\] is not one of"),
+    "a tensor that is a number": (pack(arrays(), spare=1), "spare: has dtype None, expected one of F32, F16, BF16"),
+    "a tensor without dtype": (pack(arrays(), spare={}), "spare: has dtype None, expected one of F32, F16, BF16"),
+    "a dtype that is a list": (
+        pack(arrays(), spare={"dtype": ["F32"]}),
+        r"spare: has dtype \['F32'\], expected one of",
+    ),
     "a header of very many values": (
         raw(b'{"a": [' + b"[]," * 150_000 + b"[]]}"),
-        "file: its header has more than 150000 values",
+        "file: its header has too many values; at most 150000 are allowed",
     ),
     "too many tensors": (
         pack({}, **{f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10_001)}),
-        "file: 10001 tensors, but at most 10000 are allowed",
+        "file: has 10001 tensors, but at most 10000 are allowed",
     ),
 }
 
 WRONG_METADATA = {
-    "none": (pack(arrays(), {}), "format: missing from the metadata: a safetensors file, but no karst/1 adapter$"),
+    "none": (pack(arrays(), {}), "format: is missing from the metadata, so this is not a karst/1 file; convert it"),
     "none of ours": (
         pack({"w": np.zeros(1, np.float32)}, {"note": "{}"}),
-        "format: missing from the metadata: a safetensors file, but no karst/1 adapter$",
+        "format: is missing from the metadata, so this is not a karst/1 file; convert it",
     ),
     "of transformers": (
         pack({"w": np.zeros(1, np.float32)}, {"format": "pt"}),
-        "format: is 'pt'; this reader knows 'karst/1'$",
+        "format: is 'pt', expected 'karst/1'; convert it",
     ),
-    "a list": (pack(arrays(), ["format"]), "__metadata__: must be an object of strings"),
-    "null": (pack(arrays(), None), "__metadata__: must be an object of strings"),
-    "a number": (pack(arrays(), METADATA | {"format": 1}), "__metadata__: must be an object of strings"),
-    "an object": (pack(arrays(), METADATA | {"config": CONFIG}), "__metadata__: must be an object of strings"),
-    "another format": (with_metadata(format="karst/2"), "format: is 'karst/2'; this reader knows 'karst/1'"),
-    "a short fingerprint": (with_metadata(fingerprint="abc"), "fingerprint: must be a sha256 in 64 lower-case hex"),
-    "a newline in the fingerprint": (with_metadata(fingerprint="0" * 64 + "\n"), "fingerprint: must be a sha256"),
-    "config no JSON": (with_metadata(config="{"), "config: Expecting property name"),
-    "config a list": (with_metadata(config="[]"), "config: must be a JSON object with exactly factor, gain, kernels"),
-    "config nested": (with_metadata(config=NESTED), "config: maximum recursion depth exceeded"),
-    "a field of config missing": (with_metadata(config='{"rank": 2}'), "config: must be a JSON object with exactly"),
-    "a field of config more": (with_config(alpha=1), "config: must be a JSON object with exactly"),
-    "a field of config twice": (with_metadata(config='{"rank": 2, "rank": 3}'), "config: 'rank' stands twice"),
-    "a rank bomb": (with_config(rank=10**9), "config: rank: Input should be less than or equal to 1024"),
-    "a kernel bomb": (with_config(kernels=10**9), "config: kernels: Input should be less than or equal to 256"),
-    "a factor of 0": (with_config(factor=0), "config: factor: Input should be greater than or equal to 1"),
-    "a rank as text": (with_config(rank="2"), "config: rank: Input should be a valid integer"),
-    "no gain": (with_config(gain=None), "config: must be a JSON object with exactly .*, gain a number"),
-    "a negative gain": (with_config(gain=-1), "config: gain: Input should be greater than 0"),
-    "a gain of NaN": (with_config(gain=float("nan")), "config: NaN is not a JSON number"),
-    "a gain beyond a float": (with_metadata(config=json.dumps(CONFIG).replace("0.5", "1e999")), "config: .*"),
-    "a gain of 400 digits": (with_config(gain=10**400), "config: gain: "),
-    "an unknown re-scaling": (with_config(rescale="all"), "config: rescale: Input should be 'channel', 'scalar' or"),
+    "a list": (pack(arrays(), ["format"]), "__metadata__: must be a JSON object whose values are all strings"),
+    "null": (pack(arrays(), None), "__metadata__: must be a JSON object whose values are all strings"),
+    "a number": (
+        pack(arrays(), METADATA | {"format": 1}),
+        "__metadata__: must be a JSON object whose values are all strings",
+    ),
+    "an object": (
+        pack(arrays(), METADATA | {"config": CONFIG}),
+        "__metadata__: must be a JSON object whose values are all strings",
+    ),
+    "another format": (with_metadata(format="karst/2"), "format: is 'karst/2', expected 'karst/1'"),
+    "a short fingerprint": (
+        with_metadata(fingerprint="abc"),
+        "fingerprint: is 'abc', expected a SHA-256 digest of 64 lower-case hex digits",
+    ),
+    "a newline in the fingerprint": (
+        with_metadata(fingerprint="0" * 64 + "\n"),
+        "fingerprint: is '0000.*expected a SHA-256",
+    ),
+    "config no JSON": (with_metadata(config="{"), "config: is not valid JSON .Expecting property name"),
+    "config a list": (with_metadata(config="[]"), "config: is .., expected a JSON object with factor, gain, kernels"),
+    "config nested": (with_metadata(config=NESTED), "config: is not valid JSON .maximum recursion depth exceeded"),
+    "a field of config missing": (
+        with_metadata(config='{"rank": 2}'),
+        "config: has wrong keys .missing factor, gain, kernels, rescale., expected factor, gain, kernels, rank,",
+    ),
+    "a field of config more": (with_config(alpha=1), "config: has wrong keys .unknown 'alpha'."),
+    "a field of config twice": (
+        with_metadata(config='{"rank": 2, "rank": 3}'),
+        "config: is not valid JSON .the key 'rank' appears twice",
+    ),
+    "a rank bomb": (with_config(rank=10**9), "config: rank is .*: Input should be less than or equal to 1024"),
+    "a kernel bomb": (
+        with_config(kernels=10**9),
+        "config: kernels is 1000000000: Input should be less than or equal to 256",
+    ),
+    "a factor of 0": (with_config(factor=0), "config: factor is 0: Input should be greater than or equal to 1"),
+    "a rank as text": (with_config(rank="2"), "config: rank is .*: Input should be a valid integer"),
+    "no gain": (with_config(gain=None), "config: gain is null, expected a positive number"),
+    "a negative gain": (with_config(gain=-1), "config: gain is -1: Input should be greater than 0"),
+    "a gain of NaN": (with_config(gain=float("nan")), "config: is not valid JSON .NaN is not a JSON number"),
+    "a gain beyond a float": (
+        with_metadata(config=json.dumps(CONFIG).replace("0.5", "1e999")),
+        "config: is not valid JSON",
+    ),
+    "a gain of 400 digits": (with_config(gain=10**400), "config: gain is 1000.*"),
+    "an unknown re-scaling": (
+        with_config(rescale="all"),
+        "config: rescale is 'all': Input should be 'channel', 'scalar' or",
+    ),
     "labels no list": (
         with_metadata(labels='{"a": 1}'),
-        "labels: must be a JSON list of at least one non-empty string",
+        "labels: is .*, expected a JSON list of at least one non-empty string",
     ),
-    "no labels": (with_metadata(labels="[]"), "labels: must be a JSON list of at least one non-empty string"),
-    "an empty label": (with_metadata(labels='["", "a"]'), "labels: must be a JSON list of at least one non-empty"),
-    "a label that is a number": (with_metadata(labels='["a", 1]'), "labels: must be a JSON list of at least one"),
-    "labels twice": (with_metadata(labels='["a", "a"]'), "labels: labels must be unique, but 'a' stand more than once"),
-    "labels nested": (with_metadata(labels=NESTED), "labels: maximum recursion depth exceeded"),
+    "no labels": (with_metadata(labels="[]"), "labels: is .*, expected a JSON list of at least one non-empty string"),
+    "an empty label": (
+        with_metadata(labels='["", "a"]'),
+        "labels: is .*, expected a JSON list of at least one non-empty",
+    ),
+    "a label that is a number": (
+        with_metadata(labels='["a", 1]'),
+        "labels: is .*, expected a JSON list of at least one",
+    ),
+    "labels twice": (with_metadata(labels='["a", "a"]'), "labels: must be unique, but 'a' appear more than once"),
+    "labels nested": (with_metadata(labels=NESTED), "labels: is not valid JSON .maximum recursion depth exceeded"),
     "half a surrogate in a label": (with_metadata(labels='["a", "\\ud800"]'), "labels: .*surrogates not allowed"),
     "more labels than the head has": (
         with_metadata(labels='["a", "b", "c"]'),
         r"head.weight: has shape \(2, 4\), expected \(3, D\) for 3 labels; head.bias: has shape \(2,\), expected",
     ),
-    "metrics a list": (with_metadata(metrics="[]"), "metrics: must be a JSON object"),
-    "metrics nested": (with_metadata(metrics=NESTED), "metrics: maximum recursion depth exceeded"),
+    "metrics a list": (with_metadata(metrics="[]"), "metrics: is .., expected a JSON object"),
+    "metrics nested": (with_metadata(metrics=NESTED), "metrics: is not valid JSON .maximum recursion depth exceeded"),
     "metrics nested deeper than others can read": (
         with_metadata(metrics='{"a": ' + "[" * 150 + "]" * 150 + "}"),
-        "metrics: must be nested at most 32 deep",
+        "metrics: has 151 levels of nesting, but at most 32 are allowed",
     ),
     "metrics with a number beyond a float": (
         with_metadata(metrics='{"a": 1e999}'),
-        "metrics: 1e999 is not a JSON number that fits a float",
+        "metrics: is not valid JSON .1e999 is not a JSON number that fits a float",
     ),
-    "preprocess a list": (with_metadata(preprocess="[]"), "preprocess: must be a JSON object with exactly input_size"),
-    "four channels": (with_preprocess(input_size=[4, 32, 32]), "preprocess: input_size must have 3 channels, not 4"),
+    "preprocess a list": (with_metadata(preprocess="[]"), "preprocess: is .., expected a JSON object with crop_mode"),
+    "four channels": (with_preprocess(input_size=[4, 32, 32]), "preprocess: input_size has 4 channels, expected 3"),
     "an input of 0 pixels": (
         with_preprocess(input_size=[3, 0, 32]),
-        "preprocess: input_size must be .channels, height",
+        "preprocess: input_size is .*, expected .channels, height",
     ),
-    "a huge input": (with_preprocess(input_size=[3, 10**6, 10**6]), "preprocess: input_size .* at most 4096"),
-    "a side that is true": (with_preprocess(input_size=[3, True, 32]), "preprocess: input_size must be"),
-    "a mean of two": (with_preprocess(mean=[0, 0]), "preprocess: mean must be three numbers"),
-    "a mean of 400 digits": (with_preprocess(mean=[10**400, 0, 0]), "preprocess: mean must be from 0 to 1"),
-    "a negative mean": (with_preprocess(mean=[0, -1, 0]), "preprocess: mean must be from 0 to 1, as pixels are"),
+    "a huge input": (with_preprocess(input_size=[3, 10**6, 10**6]), "preprocess: input_size .* each from 1 to 4096"),
+    "a side that is true": (with_preprocess(input_size=[3, True, 32]), "preprocess: input_size is .*True"),
+    "a mean of two": (with_preprocess(mean=[0, 0]), "preprocess: mean is .*, expected three numbers"),
+    "a mean of 400 digits": (
+        with_preprocess(mean=[10**400, 0, 0]),
+        "preprocess: mean is .*, expected values from 0 to 1",
+    ),
+    "a negative mean": (with_preprocess(mean=[0, -1, 0]), "preprocess: mean is .*, expected values from 0 to 1"),
     "a mean beyond a float": (
         with_metadata(preprocess=json.dumps(PREPROCESS).replace("0.5", "1e999")),
-        "preprocess: 1e999 is not a JSON number that fits a float",
+        "preprocess: is not valid JSON .1e999 is not a JSON number that fits a float",
     ),
-    "a mean of text": (with_preprocess(mean=["a", 0, 0]), "preprocess: mean must be three numbers"),
-    "a std of 0": (with_preprocess(std=[1, 0, 1]), "preprocess: std must be at least 0.0001 and at most 10000"),
-    "a std of 400 digits": (with_preprocess(std=[1, 10**400, 1]), "preprocess: std must be at least"),
-    "a std that a float32 makes 0": (with_preprocess(std=[1, 1e-300, 1]), "preprocess: std must be at least"),
+    "a mean of text": (with_preprocess(mean=["a", 0, 0]), "preprocess: mean is .*, expected three numbers"),
+    "a std of 0": (
+        with_preprocess(std=[1, 0, 1]),
+        "preprocess: std is .1, 0, 1., expected values from 0.0001 to 10000",
+    ),
+    "a std of 400 digits": (with_preprocess(std=[1, 10**400, 1]), "preprocess: std is .*, expected values from"),
+    "a std that a float32 makes 0": (
+        with_preprocess(std=[1, 1e-300, 1]),
+        "preprocess: std is .*, expected values from",
+    ),
     "a crop that enlarges images a thousandfold": (
         with_preprocess(crop_pct=0.001),
-        "preprocess: crop_pct must be at least 0.5",
+        "preprocess: crop_pct is 0.001, expected a number from 0.5 to 2",
     ),
-    "a crop of 0": (with_preprocess(crop_pct=0), "preprocess: crop_pct must be"),
-    "an unknown interpolation": (with_preprocess(interpolation="sinc"), "preprocess: interpolation must be one of"),
-    "an interpolation that is a list": (with_preprocess(interpolation=[]), r"preprocess: interpolation .* not \[\]"),
+    "a crop of 0": (with_preprocess(crop_pct=0), "preprocess: crop_pct is 0, expected"),
+    "an unknown interpolation": (
+        with_preprocess(interpolation="sinc"),
+        "preprocess: interpolation is 'sinc', expected one of",
+    ),
+    "an interpolation that is a list": (
+        with_preprocess(interpolation=[]),
+        r"preprocess: interpolation is \[\], expected one of",
+    ),
     "an unknown crop": (
         with_preprocess(crop_mode="all"),
-        "preprocess: crop_mode must be one of center, squash, border",
+        "preprocess: crop_mode is 'all', expected one of center, squash, border",
     ),
 }
 
@@ -266,21 +326,27 @@ WRONG_TENSORS = {
     "NaN": (with_value(f"{FC2}.karst_a", np.nan), f"{FC2}.karst_a: has a value that is not finite"),
     "infinity": (with_value("head.weight", np.inf), "head.weight: has a value that is not finite"),
     "minus infinity": (with_value(f"{FC2}.shift", -np.inf), f"{FC2}.shift: has a value that is not finite"),
-    "F64": (pack(arrays(bias=np.zeros(2, np.float64))), "head.bias: dtype F64 is not one of F32, F16, BF16"),
-    "I32": (pack(arrays(karst_c=np.zeros((1, 2, 2), np.int32))), f"{FC2}.karst_c: dtype I32 is not one of"),
-    "no head": (pack(arrays(weight=None, bias=None)), "head.weight: is missing; head.bias: is missing"),
+    "F64": (pack(arrays(bias=np.zeros(2, np.float64))), "head.bias: has dtype F64, expected one of F32, F16, BF16"),
+    "I32": (pack(arrays(karst_c=np.zeros((1, 2, 2), np.int32))), f"{FC2}.karst_c: has dtype I32, expected one of"),
+    "no head": (
+        pack(arrays(weight=None, bias=None)),
+        "head.weight: is missing; .*; head.bias: is missing; an adapter needs",
+    ),
     "no bias": (pack(arrays(bias=None)), "head.bias: is missing"),
-    "no A": (pack(arrays(karst_a=None)), f"{FC2}.karst_a: is missing, while {FC2}.karst_c is there"),
-    "no C and B": (pack(arrays(karst_c=None, karst_b=None)), f"{FC2}.karst_c, {FC2}.karst_b: is missing, while"),
-    "no shift": (pack(arrays(shift=None)), f"{FC2}.shift: is missing, while {FC2}.scale is there"),
+    "no A": (pack(arrays(karst_a=None)), f"{FC2}.karst_a: is missing, but {FC2}.karst_c is present"),
+    "no C and B": (pack(arrays(karst_c=None, karst_b=None)), f"{FC2}.karst_c, {FC2}.karst_b: is missing, but"),
+    "no shift": (pack(arrays(shift=None)), f"{FC2}.shift: is missing, but {FC2}.scale is present"),
     "an extra tensor": (
         pack(arrays() | {f"{FC2}.weight": np.zeros((2, 2), np.float32)}),
-        f"{FC2}.weight: is no tensor of a karst/1 file; it has head.weight, head.bias and <layer>.karst_c",
+        f"{FC2}.weight: is not a tensor of a karst/1 file .head.weight, head.bias, <layer>.karst_c",
     ),
-    "a tensor without a layer": (pack(arrays() | {"scale": np.zeros(1, np.float32)}), "scale: is no tensor of a karst"),
+    "a tensor without a layer": (
+        pack(arrays() | {"scale": np.zeros(1, np.float32)}),
+        "scale: is not a tensor of a karst",
+    ),
     "re-scaling of the head": (
         pack(arrays() | {f"head.{part}": np.zeros(1, np.float32) for part in ("scale", "shift")}),
-        "head.scale: is no tensor of a karst/1 file; .*; head.shift: is no tensor",
+        "head.scale: is not a tensor of a karst/1 file .*; head.shift: is not a tensor",
     ),
     "C of two axes": (
         pack(arrays(karst_c=np.zeros((2, 2), np.float32))),
@@ -294,74 +360,85 @@ WRONG_TENSORS = {
     "a head of one axis": (pack(arrays(weight=np.zeros(2, np.float32))), r"head.weight: has shape \(2,\), expected"),
     "a bias that is a scalar": (pack(arrays(bias=np.zeros((), np.float32))), r"head.bias: has shape \(\), expected"),
     "fewer rows than labels": (pack(arrays(weight=np.zeros((1, 4), np.float32))), r"head.weight: has shape \(1, 4\)"),
-    "kernels unlike config": (with_config(kernels=2), rf"{FC2}.karst_\*: have 1, 1, 1 kernels, config says 2"),
+    "kernels unlike config": (
+        with_config(kernels=2),
+        rf"{FC2}.karst_\*: have 1, 1, 1 kernels \(C, A, B\), expected config.kernels = 2",
+    ),
     "kernels unlike each other": (
         pack(arrays(karst_b=np.zeros((2, 2, 3), np.float32))),
-        rf"{FC2}.karst_\*: have 1, 1, 2 kernels, config says 1",
+        rf"{FC2}.karst_\*: have 1, 1, 2 kernels \(C, A, B\), expected config.kernels = 1",
     ),
-    "a rank over config": (with_config(rank=1), rf"{FC2}.karst_\*: have ranks 2 \(A\) and 2 \(B\), config says 1"),
+    "a rank over config": (
+        with_config(rank=1),
+        rf"{FC2}.karst_\*: have ranks 2 \(A\) and 2 \(B\), expected equal ranks up to config.rank = 1",
+    ),
     "ranks unlike each other": (
         pack(arrays(karst_b=np.zeros((1, 1, 3), np.float32))),
-        rf"{FC2}.karst_\*: have ranks 2 \(A\) and 1 \(B\), config says 2",
+        rf"{FC2}.karst_\*: have ranks 2 \(A\) and 1 \(B\), expected equal ranks up to config.rank = 2",
     ),
-    "re-scaling against config": (with_config(rescale="none"), f"{FC2}: has re-scaling tensors, but config says"),
+    "re-scaling against config": (
+        with_config(rescale="none"),
+        f"{FC2}: has re-scaling tensors, but config.rescale is none; remove them",
+    ),
 }
 
 HOSTILE = {
     f"{group}: {name}": case
-    for group, cases in (("bytes", LYING_BYTES), ("metadata", WRONG_METADATA), ("tensors", WRONG_TENSORS))
+    for group, cases in (("bytes", WRONG_BYTES), ("metadata", WRONG_METADATA), ("tensors", WRONG_TENSORS))
     for name, case in cases.items()
 }
 
 
-def test_the_good_file_is_good() -> None:
+def test_read_accepts_the_good_file() -> None:
     adapter = Adapter.read(GOOD)
     assert adapter.labels == ("cat", "dog")
     assert {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()} == SHAPES
 
 
-@pytest.mark.parametrize("met_before", [False, True])
+@pytest.mark.parametrize("layout_known", [False, True])
 @pytest.mark.parametrize(("data", "message"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_file_is_refused_by_name(data, message, met_before) -> None:
-    """Also where a good file with the same tensors was read before, and much is known of it."""
-    _layouts.clear()
-    if met_before:
-        Adapter.read(GOOD)
+def test_read_names_the_defect_of_a_hostile_file(data: bytes, message: str, layout_known: bool) -> None:
+    """A known layout skips checks, so the cases run with and without a cached layout of the good file."""
+    layouts = LayoutCache()
+    if layout_known:
+        Adapter.read(GOOD, layouts=layouts)
     with pytest.raises(AdapterError, match=f"^{message}") as refusal:
-        Adapter.read(data)
+        Adapter.read(data, layouts=layouts)
     assert refusal.value.problems
-    str(refusal.value).encode()  # a message that cannot be sent would be an error of its own
+    assert len(str(refusal.value).encode()) < 2000  # a lone surrogate would not encode
 
 
 @pytest.mark.parametrize("field", ["config", "backbone", "fingerprint", "labels", "preprocess"])
-def test_a_missing_field_is_named(field) -> None:
-    with pytest.raises(AdapterError, match=f"^{field}: missing from the metadata of a karst/1 file$"):
+def test_read_names_a_missing_field(field: str) -> None:
+    with pytest.raises(AdapterError, match=f"^{field}: is missing from the metadata; add it"):
         Adapter.read(pack(arrays(), {k: v for k, v in METADATA.items() if k != field}))
 
 
-def test_all_problems_are_collected_and_the_message_stays_short() -> None:
+def test_read_collects_all_problems_in_a_short_message() -> None:
     with pytest.raises(AdapterError, match=r"; and 3 more$") as refusal:
         Adapter.read(pack({f"t{i}": np.zeros(1, np.float32) for i in range(6)}))
     assert [p.where for p in refusal.value.problems] == [*(f"t{i}" for i in range(6)), "head.weight", "head.bias"]
 
 
-def test_a_large_file_is_refused_before_it_is_read(tmp_path) -> None:
+def test_read_refuses_a_large_file_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "huge.safetensors"
     with path.open("wb") as f:
-        f.truncate(10 * 1024**4)  # sparse: 10 TB that nobody could read
-    with pytest.raises(AdapterError, match=r"huge.safetensors: 10995116277760 bytes, but at most 1000000 are allowed"):
+        f.truncate(10 * 1024**4)  # a sparse file of 10 TB
+    with pytest.raises(
+        AdapterError, match=r"huge.safetensors: has 10995116277760 bytes, but at most 1000000 are allowed"
+    ):
         Adapter.read(path, max_bytes=1_000_000)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(deadline=None)
 @given(data=st.data())
-def test_any_mutation_is_read_or_refused(data) -> None:
+def test_read_accepts_or_refuses_any_mutation(data: st.DataObject) -> None:
     mutated = bytearray(GOOD)
     for _ in range(data.draw(st.integers(0, 4))):
         at = data.draw(st.integers(0, len(mutated) - 1))
         mutated[at] = data.draw(st.integers(0, 255))
     end = data.draw(st.sampled_from([len(mutated)] * 3 + [None]))
-    read_or_refused(bytes(mutated[: data.draw(st.integers(0, len(mutated))) if end is None else end]))
+    assert_read_or_refused(bytes(mutated[: data.draw(st.integers(0, len(mutated))) if end is None else end]))
 
 
 BEYOND = st.sampled_from([10**400, 1e300, 1e-300, "\ud800", "a" * 300])
@@ -372,28 +449,28 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(
     name=st.sampled_from(sorted(SHAPES)), key=st.sampled_from(["dtype", "shape", "data_offsets", "more"]), value=JSON
 )
-def test_any_header_entry_is_read_or_refused(name, key, value) -> None:
-    read_or_refused(with_header(of(name, key, value)))
+def test_read_accepts_or_refuses_any_header_entry(name: str, key: str, value: Any) -> None:
+    assert_read_or_refused(with_header(of(name, key, value)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(field=st.sampled_from(["config", "labels", "preprocess", "metrics"]), value=JSON)
-def test_any_metadata_is_read_or_refused(field, value) -> None:
-    read_or_refused(with_metadata(**{field: json.dumps(value)}))
+def test_read_accepts_or_refuses_any_metadata(field: str, value: Any) -> None:
+    assert_read_or_refused(with_metadata(**{field: json.dumps(value)}))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(name=st.sampled_from(sorted(CONFIG)), part=st.sampled_from(sorted(PREPROCESS)), value=JSON)
-def test_any_value_of_config_and_preprocess_is_read_or_refused(name, part, value) -> None:
-    read_or_refused(with_config(**{name: value}))
-    read_or_refused(with_preprocess(**{part: value}))
+def test_read_accepts_or_refuses_any_config_and_preprocess_value(name: str, part: str, value: Any) -> None:
+    assert_read_or_refused(with_config(**{name: value}))
+    assert_read_or_refused(with_preprocess(**{part: value}))
 
 
-def read_or_refused(data: bytes) -> None:
+def assert_read_or_refused(data: bytes) -> None:
     try:
         adapter = Adapter.read(data)
     except AdapterError as refusal:

@@ -1,4 +1,4 @@
-"""Nothing that the service reads can run code: no pickle in `hub`; `.pth` only in the training tools, as weights."""
+"""No file that the service reads can run code: `hub` has no pickle, and only training tools read `.pth`, as weights."""
 
 import ast
 from pathlib import Path
@@ -16,7 +16,7 @@ TRAINING_TOOLS = {
     "adapters.training.fit",
     "adapters.training.train",
 }
-READ_THEM = {"hub/cli/adapters.py", "hub/cli/train.py"}  # commands; neither gateway nor worker
+COMMANDS = {"hub/cli/adapters.py", "hub/cli/train.py"}  # neither gateway nor worker imports the training tools
 
 
 def files(package: str) -> dict[str, ast.Module]:
@@ -45,13 +45,13 @@ def keywords(call: ast.Call) -> dict[str | None, str]:
     return {k.arg: ast.unparse(k.value) for k in call.keywords}
 
 
-def test_the_hub_imports_nothing_that_runs_what_it_reads() -> None:
+def test_the_hub_imports_no_module_that_can_run_code_from_a_file() -> None:
     for file, tree in files("hub").items():
         assert not {m.split(".")[0] for m in modules(tree)} & RUNS_CODE, file
         assert not [name(c) for c in calls(tree) if name(c) in ("torch.load", "eval", "exec", "compile")], file
 
 
-def test_pickles_are_read_as_weights_only_and_only_by_the_training_tools() -> None:
+def test_only_the_training_tools_read_pickles_and_only_as_weights() -> None:
     found = {}
     for file, tree in files("adapters").items():
         assert not {m.split(".")[0] for m in modules(tree)} & RUNS_CODE, file
@@ -61,19 +61,19 @@ def test_pickles_are_read_as_weights_only_and_only_by_the_training_tools() -> No
     assert found == {file: {"True"} for file in WEIGHTS}
 
 
-def test_no_array_is_read_with_pickle() -> None:
+def test_no_array_is_loaded_with_pickle() -> None:
     for package in ("hub", "adapters"):
         for file, tree in files(package).items():
             assert not [c for c in calls(tree) if keywords(c).get("allow_pickle", "False") != "False"], file
             assert not [name(c) for c in calls(tree) if name(c).endswith(("read_pickle", "load_pickle"))], file
 
 
-def test_the_service_does_without_the_training_tools() -> None:
+def test_only_commands_import_the_training_tools() -> None:
     users = {file for file, tree in files("hub").items() if modules(tree) & TRAINING_TOOLS}
-    assert users == READ_THEM
+    assert users == COMMANDS
 
 
-def test_no_command_goes_through_a_shell() -> None:
+def test_no_subprocess_uses_a_shell() -> None:
     for package in ("hub", "adapters"):
         for file, tree in files(package).items():
             assert not [c for c in calls(tree) if keywords(c).get("shell", "False") != "False"], file

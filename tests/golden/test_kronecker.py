@@ -1,4 +1,4 @@
-"""The math against numpy's kron, written out from the paper's equation in float64."""
+"""The Kronecker functions against numpy's kron, from the paper's equation in float64."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from adapters.method import kronecker
 
 
 def written_out(c: np.ndarray, a: np.ndarray, b: np.ndarray, gain: float) -> np.ndarray:
-    """dW = g * sum_i C_i (kron) (A_i B_i), the splits of the output stacked."""
+    """Return dW = g * sum_i C_i (kron) (A_i B_i), with the splits stacked along the output."""
     kernels, splits = a.shape[:2]
     return np.concatenate(
         [gain * sum(np.kron(c[i], a[i, s] @ b[i]) for i in range(kernels)) for s in range(splits)], axis=0
@@ -18,7 +18,7 @@ def written_out(c: np.ndarray, a: np.ndarray, b: np.ndarray, gain: float) -> np.
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("kernels", [1, 2, 5])
 @pytest.mark.parametrize(("d_in", "d_out", "factor"), [(24, 24, 4), (32, 64, 8), (20, 30, 8), (7, 12, 8)])
-def test_delta_and_apply_are_the_paper_s_sum(splits, kernels, d_in, d_out, factor) -> None:
+def test_delta_and_apply_equal_the_paper_s_sum(splits: int, kernels: int, d_in: int, d_out: int, factor: int) -> None:
     rng = np.random.default_rng(0)
     shapes = kronecker.shapes(d_in, d_out * splits, splits, kernels=kernels, rank=3, factor=factor)
     c, a, b = (rng.normal(size=shape) for shape in shapes)
@@ -35,7 +35,7 @@ def test_delta_and_apply_are_the_paper_s_sum(splits, kernels, d_in, d_out, facto
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(5,), (2, 5), (2, 3, 4)])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_linear_has_the_gradients_of_dw_written_out(splits, rows, bias) -> None:
+def test_linear_has_the_gradients_of_the_explicit_dw(splits: int, rows: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
     shapes = kronecker.shapes(24, 16 * splits, splits, kernels=3, rank=3, factor=8)
     numbers = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -51,7 +51,7 @@ def test_linear_has_the_gradients_of_dw_written_out(splits, rows, bias) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(expected, [x, *numbers], upstream))
 
 
-def test_linear_under_autocast_computes_in_its_dtype_and_keeps_the_gradients_dtype() -> None:
+def test_linear_computes_in_autocast_s_dtype_and_keeps_float32_gradients() -> None:
     torch.manual_seed(0)
     shapes = kronecker.shapes(64, 64, 1, kernels=2, rank=4, factor=8)
     numbers = [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -70,12 +70,12 @@ def test_linear_under_autocast_computes_in_its_dtype_and_keeps_the_gradients_dty
     ("dim", "factor", "expected"),
     [(768, 8, (8, 96)), (768, 96, (8, 96)), (768, 1, (1, 768)), (20, 8, (4, 5)), (7, 8, (1, 7)), (64, 8, (8, 8))],
 )
-def test_factorise(dim, factor, expected) -> None:
+def test_factorise_returns_the_closest_divisor_pair(dim: int, factor: int, expected: tuple[int, int]) -> None:
     assert kronecker.factorise(dim, factor) == expected
 
 
-def test_trainable_numbers_are_the_paper_s() -> None:
-    """ViT-B/16 without its head, scalar re-scaling: 1,204,296 for N = 8, 301,128 for N = 2 (KARST.md)."""
+def test_the_number_of_trainable_numbers_equals_the_documented_one() -> None:
+    """ViT-B/16 without its head, scalar re-scaling: 1,204,296 for N = 8, 301,128 for N = 2 (docs/method.md)."""
     for kernels, total in [(8, 1_204_296), (2, 301_128), (1, 150_600)]:
         count = 0
         for d_in, d_out, splits in [(768, 2304, 3), (768, 768, 1), (768, 3072, 1), (3072, 768, 1)]:

@@ -1,30 +1,35 @@
-"""`Adapter.merge` against KARST.md's formulas, written out with numpy in float64."""
+"""`Adapter.merge` against the formulas of docs/method.md, written out with numpy in float64."""
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from adapters import extract, load_backbone
+from adapters import Backbone, extract, load_backbone
 from tests.golden.test_kronecker import written_out
 from tests.support.models import random_adapter, random_model, random_pixels, small_swin
 
 
 @pytest.fixture(scope="module")
-def backbone():
+def backbone() -> Backbone:
     torch.manual_seed(0)
     return load_backbone("demo", pretrained=False, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("rescale", ["none", "scalar", "channel"])
 @pytest.mark.parametrize("layer", ["blocks.1.attn.qkv", "blocks.2.attn.proj", "blocks.0.mlp.fc1", "blocks.5.mlp.fc2"])
-def test_merged_layer_is_the_formula(backbone, layer, rescale) -> None:
+def test_a_merged_layer_equals_the_formula(backbone: Backbone, layer: str, rescale: str) -> None:
     adapter = random_adapter(backbone, rescale=rescale, kernels=3, rank=4, gain=0.5)
     parts = {name: t.double().numpy() for name, t in adapter.layers[layer].items()}
     frozen = backbone.model.get_submodule(layer)
+    assert isinstance(frozen, nn.Linear)
     w0, b0 = frozen.weight.double().numpy(), frozen.bias.double().numpy()
     merged = adapter.merge(backbone).get_submodule(layer)
+    assert isinstance(merged, nn.Linear)
 
     x = np.random.default_rng(1).normal(size=(6, w0.shape[1]))
     adapted = x
@@ -43,7 +48,7 @@ def test_merged_layer_is_the_formula(backbone, layer, rescale) -> None:
 
 
 @pytest.mark.parametrize("config", [{}, {"rescale": "scalar", "norms": True}, {"stage_ranks": (1, 2, 3, 8)}])
-def test_training_form_equals_merged(tmp_path, config) -> None:
+def test_the_training_model_equals_the_merged_model(tmp_path: Path, config: dict[str, Any]) -> None:
     torch.manual_seed(0)
     backbone = small_swin(tmp_path) if "stage_ranks" in config else load_backbone("demo", pretrained=False)
     model = random_model(backbone, kernels=2, **config)
@@ -53,8 +58,8 @@ def test_training_form_equals_merged(tmp_path, config) -> None:
         torch.testing.assert_close(model(pixels), merged(pixels), atol=1e-4, rtol=0)
 
 
-def test_a_deep_copy_of_the_training_form_has_numbers_of_its_own() -> None:
-    """As kept by whoever averages weights, or keeps the best epoch."""
+def test_a_deep_copy_of_the_training_model_shares_no_numbers() -> None:
+    """A training loop that averages weights or keeps the best epoch needs such a copy."""
     torch.manual_seed(0)
     backbone = load_backbone("demo", pretrained=False)
     model = random_model(backbone, kernels=2)

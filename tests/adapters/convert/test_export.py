@@ -24,27 +24,27 @@ LABELS = ["Katze", "собака", 'cat, "big"']
 
 
 @pytest.fixture(scope="module")
-def adapter(backbone) -> Adapter:
+def adapter(backbone: Backbone) -> Adapter:
     """Everything that an adapter can have: kernels, re-scaling of channels, norms."""
     return random_adapter(backbone, classes=3, labels=LABELS, kernels=2, rank=4, rescale="channel", norms=True)
 
 
-def served(backbone, adapter, pixels) -> torch.Tensor:
+def served(backbone: Backbone, adapter: Adapter, pixels: torch.Tensor) -> torch.Tensor:
     bank = Bank(backbone, slots=1)
     return torch.stack(bank.forward(pixels, [bank.put(adapter)] * len(pixels)))
 
 
-def close(found, expected) -> None:
+def close(found, expected: tuple[int, int]) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_the_reference_is_what_the_bank_serves(backbone, adapter) -> None:
+def test_the_reference_is_what_the_bank_serves(backbone: Backbone, adapter: Adapter) -> None:
     pixels = random_pixels(backbone, 3)
     with torch.inference_mode():
         close(export.unmerged(adapter, backbone)(pixels), served(backbone, adapter, pixels))
 
 
-def test_a_timm_checkpoint(backbone, adapter, tmp_path) -> None:
+def test_a_timm_checkpoint(backbone: Backbone, adapter: Adapter, tmp_path: Path) -> None:
     adapter.write(tmp_path / "in.safetensors")
     report = convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "timm", backbone)
     assert report["largest_relative_difference"] < 1e-4
@@ -60,7 +60,7 @@ def test_a_timm_checkpoint(backbone, adapter, tmp_path) -> None:
     assert metadata["adapter"] == adapter.digest
 
 
-def test_timms_own_create_model_takes_the_checkpoint(tmp_path) -> None:
+def test_timms_own_create_model_takes_the_checkpoint(tmp_path: Path) -> None:
     """A model of timm's registry, by name, as the docs say; the demo's is none."""
     backbone = load_backbone("test_vit", pretrained=False)
     adapter = random_adapter(backbone, classes=4)
@@ -72,7 +72,7 @@ def test_timms_own_create_model_takes_the_checkpoint(tmp_path) -> None:
         close(model(pixels), served(backbone, adapter, pixels))
 
 
-def test_an_onnx_file(backbone, adapter, tmp_path, capfd) -> None:
+def test_an_onnx_file(backbone: Backbone, adapter: Adapter, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     adapter.write(tmp_path / "in.safetensors")
     report = convert(tmp_path / "in.safetensors", tmp_path / "out.onnx", "onnx", backbone)
     assert report["largest_relative_difference"] < 1e-4
@@ -90,7 +90,9 @@ def test_an_onnx_file(backbone, adapter, tmp_path, capfd) -> None:
 
 
 @pytest.mark.parametrize("to", ["timm", "onnx"])
-def test_a_merge_that_differs_is_never_written(backbone, adapter, tmp_path, monkeypatch, to) -> None:
+def test_a_merge_that_differs_is_never_written(
+    backbone: Backbone, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
     """The check is a real one: with one merged weight off, nothing is written and what was there stays."""
     merge = Adapter.merge
 
@@ -109,7 +111,7 @@ def test_a_merge_that_differs_is_never_written(backbone, adapter, tmp_path, monk
     assert {path.name for path in tmp_path.iterdir()} == {"in.safetensors", out.name}
 
 
-def test_an_adapter_of_another_backbone_is_refused(adapter, tmp_path) -> None:
+def test_an_adapter_of_another_backbone_is_refused(adapter: Adapter, tmp_path: Path) -> None:
     torch.manual_seed(9)
     other = load_backbone("demo", pretrained=False)
     adapter.write(tmp_path / "in.safetensors")
@@ -117,14 +119,16 @@ def test_an_adapter_of_another_backbone_is_refused(adapter, tmp_path) -> None:
         convert(tmp_path / "in.safetensors", tmp_path / "out.onnx", "onnx", other)
 
 
-def test_without_onnx_it_says_what_to_install(backbone, adapter, tmp_path, monkeypatch) -> None:
+def test_without_onnx_it_says_what_to_install(
+    backbone: Backbone, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     adapter.write(tmp_path / "in.safetensors")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'karst-hub\[onnx\]'"):
         convert(tmp_path / "in.safetensors", tmp_path / "out.onnx", "onnx", backbone)
 
 
-def test_the_command(tmp_path, monkeypatch) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo = Path(adapters.__file__).parent / "demo" / "digits.safetensors"
     out = tmp_path / "digits-timm.safetensors"
     run = ["convert", str(demo), "--backbone", "demo", "--out"]

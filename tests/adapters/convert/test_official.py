@@ -18,7 +18,7 @@ ST = {"attn.proj": ("attn.st_proj", "attn.st_x"), "mlp.fc2": ("mlp.st_h", None)}
 
 
 @pytest.fixture(scope="module")
-def swin(tmp_path_factory):
+def swin(tmp_path_factory: pytest.TempPathFactory):
     """A Swin of two stages, small enough for a test, from a folder as timm saves it."""
     torch.manual_seed(3)
     model = timm.models.SwinTransformer(
@@ -42,17 +42,27 @@ def swin(tmp_path_factory):
 
 
 @pytest.fixture
-def labels(tmp_path):
+def labels(tmp_path: Path):
     path = tmp_path / "labels.json"
     path.write_text('["cat", "dog", "owl"]')
     return path
 
 
-def role(site) -> str:
+def role(site: Site) -> str:
     return ".".join(site.name.split(".")[-2:])
 
 
-def official(backbone, *, kernels=2, rank=4, suffix="ka", fc2_suffix=None, shared=False, head="head", rank_of=None):
+def official(
+    backbone: Backbone,
+    *,
+    kernels: int = 2,
+    rank: int = 4,
+    suffix: str = "ka",
+    fc2_suffix=None,
+    shared=False,
+    head="head",
+    rank_of=None,
+):
     """The state dict that a mended run of the official code saves, random."""
     generator = torch.Generator().manual_seed(5)
 
@@ -78,7 +88,7 @@ def official(backbone, *, kernels=2, rank=4, suffix="ka", fc2_suffix=None, share
     return state
 
 
-def delta(state, key, multiplier):
+def delta(state, key: str, multiplier: float):
     """dW from the official names, kernel by kernel with numpy's kron."""
     total, g = 0, 0
     while f"{key}.w2_group_b.{g}" in state:
@@ -93,14 +103,14 @@ def delta(state, key, multiplier):
     return torch.from_numpy(total).float()
 
 
-def mended_forward(backbone, state, pixels, *, multiplier=1.0, norms=(), head="head"):
+def mended_forward(backbone: Backbone, state, pixels: torch.Tensor, *, multiplier: float = 1.0, norms=(), head="head"):
     """The paper's forward pass from an official state dict: nothing of this project's but the frozen backbone."""
     model = backbone.clone()
     for name in norms:
         norm = model.get_submodule(name)
         norm.weight, norm.bias = (torch.nn.Parameter(state[f"{name}.{part}"]) for part in ("weight", "bias"))
 
-    def hook(site):
+    def hook(site: Site):
         block = site.name.removesuffix(role(site))
         first = f"{block}{NAMES[role(site)]}_"
         key = next(k for k in state if k.startswith(first) and k.endswith(".w2_group_b.0"))
@@ -123,7 +133,7 @@ def mended_forward(backbone, state, pixels, *, multiplier=1.0, norms=(), head="h
         return F.linear(pooled, state[f"{head}.weight"], state[f"{head}.bias"])
 
 
-def came_in(backbone, state, tmp_path, labels, suffix="pth", **options):
+def came_in(backbone: Backbone, state, tmp_path: Path, labels, suffix: str = "pth", **options):
     path = tmp_path / f"official.{suffix}"
     if suffix == "safetensors":
         safetensors.torch.save_file({n: t.contiguous() for n, t in state.items()}, path)
@@ -134,14 +144,14 @@ def came_in(backbone, state, tmp_path, labels, suffix="pth", **options):
     return Adapter.read(tmp_path / "out.safetensors"), report
 
 
-def agree(adapter, backbone, expected, pixels):
+def agree(adapter: Adapter, backbone: Backbone, expected: tuple[int, int], pixels: torch.Tensor):
     with torch.no_grad():
         torch.testing.assert_close(adapter.merge(backbone)(pixels), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("multiplier", [1.0, 0.7])
-def test_vit_of_the_vtab_script(backbone, tmp_path, labels, multiplier, suffix) -> None:
+def test_vit_of_the_vtab_script(backbone: Backbone, tmp_path: Path, labels, multiplier: float, suffix: str) -> None:
     state = official(backbone, kernels=3)
     adapter, report = came_in(backbone, state, tmp_path, labels, suffix, multiplier=multiplier)
     assert (report["config"]["kernels"], report["config"]["rescale"], report["ignored"]) == (3, "scalar", 0)
@@ -152,7 +162,7 @@ def test_vit_of_the_vtab_script(backbone, tmp_path, labels, multiplier, suffix) 
 
 
 @pytest.mark.parametrize("suffix", ["karst", "lokr"])
-def test_vit_of_the_few_shot_script_with_norms(backbone, tmp_path, labels, suffix) -> None:
+def test_vit_of_the_few_shot_script_with_norms(backbone: Backbone, tmp_path: Path, labels, suffix: str) -> None:
     state = official(backbone, suffix=suffix)
     frozen = backbone.model.state_dict()
     tuned = ["blocks.0.norm1", "blocks.4.norm2"]
@@ -166,8 +176,8 @@ def test_vit_of_the_few_shot_script_with_norms(backbone, tmp_path, labels, suffi
     agree(adapter, backbone, mended_forward(backbone, state, pixels, norms=tuned), pixels)
 
 
-def test_swin_with_ranks_by_stage_and_a_name_of_its_own(swin, tmp_path, labels) -> None:
-    def ranks(site):
+def test_swin_with_ranks_by_stage_and_a_name_of_its_own(swin: Backbone, tmp_path: Path, labels) -> None:
+    def ranks(site: Site):
         return 2 if site.name.startswith("layers.0.") else 4
 
     state = official(swin, fc2_suffix="kar", head="head.fc", rank_of=ranks)
@@ -178,14 +188,14 @@ def test_swin_with_ranks_by_stage_and_a_name_of_its_own(swin, tmp_path, labels) 
     agree(adapter, swin, mended_forward(swin, state, pixels, head="head.fc"), pixels)
 
 
-def test_one_c_for_all_kernels(backbone, tmp_path, labels) -> None:
+def test_one_c_for_all_kernels(backbone: Backbone, tmp_path: Path, labels) -> None:
     state = official(backbone, shared=True)
     adapter, _ = came_in(backbone, state, tmp_path, labels)
     pixels = random_pixels(backbone, 3)
     agree(adapter, backbone, mended_forward(backbone, state, pixels), pixels)
 
 
-def test_a_prefix_a_full_state_dict_and_alphas(backbone, tmp_path, labels) -> None:
+def test_a_prefix_a_full_state_dict_and_alphas(backbone: Backbone, tmp_path: Path, labels) -> None:
     state = official(backbone)
     for i in range(6):
         state[f"blocks.{i}.mlp.fc1_ka.alpha"] = torch.tensor(float(2 + i % 2))
@@ -198,7 +208,7 @@ def test_a_prefix_a_full_state_dict_and_alphas(backbone, tmp_path, labels) -> No
     agree(adapter, backbone, mended_forward(backbone, bare, pixels), pixels)
 
 
-def test_weights_of_another_backbone_are_refused(backbone, tmp_path, labels) -> None:
+def test_weights_of_another_backbone_are_refused(backbone: Backbone, tmp_path: Path, labels) -> None:
     state = official(backbone) | {"blocks.0.mlp.fc1.weight": torch.ones(512, 128)}
     with pytest.raises(AdapterError, match=r"blocks\.0\.mlp\.fc1\.weight: differs from backbone 'demo'"):
         came_in(backbone, state, tmp_path, labels)
@@ -225,7 +235,9 @@ def test_weights_of_another_backbone_are_refused(backbone, tmp_path, labels) -> 
         ({"head.weight": None}, "head", "no classifier"),
     ],
 )
-def test_what_is_wrong_is_refused_by_name(backbone, tmp_path, labels, change, where, message) -> None:
+def test_what_is_wrong_is_refused_by_name(
+    backbone: Backbone, tmp_path: Path, labels, change, where: str, message: str
+) -> None:
     state = official(backbone)
     for name, shape in change.items():
         if shape is None:
@@ -239,12 +251,12 @@ def test_what_is_wrong_is_refused_by_name(backbone, tmp_path, labels, change, wh
 
 
 @pytest.mark.parametrize("multiplier", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_multiplier_is_a_positive_number(backbone, tmp_path, labels, multiplier) -> None:
+def test_a_multiplier_is_a_positive_number(backbone: Backbone, tmp_path: Path, labels, multiplier: float) -> None:
     with pytest.raises(AdapterError, match=r"--multiplier: is .*; expected a positive number"):
         came_in(backbone, official(backbone), tmp_path, labels, multiplier=multiplier)
 
 
-def test_labels_must_be_there_and_fit(backbone, tmp_path, labels) -> None:
+def test_labels_must_be_there_and_fit(backbone: Backbone, tmp_path: Path, labels) -> None:
     with pytest.raises(AdapterError, match="give them with --labels"):
         came_in(backbone, official(backbone), tmp_path, None)
     labels.write_text("cat\ndog\n")
@@ -262,7 +274,9 @@ class Code:
         return print, ("ran",)
 
 
-def test_files_that_are_no_tensors_are_refused(backbone, tmp_path, labels, capsys) -> None:
+def test_files_that_are_no_tensors_are_refused(
+    backbone: Backbone, tmp_path: Path, labels, capsys: pytest.CaptureFixture[str]
+) -> None:
     cases = {
         "code.pth": (Code(), "cannot be read as tensors only"),
         "list.pth": ([torch.ones(1)], "holds a list, expected a dictionary"),

@@ -23,13 +23,13 @@ CLASSES = 3
 
 
 @pytest.fixture
-def labels(tmp_path):
+def labels(tmp_path: Path):
     path = tmp_path / "labels.txt"
     path.write_text("cat\n\ndog\nowl\n")
     return path
 
 
-def timm_model(backbone):
+def timm_model(backbone: Backbone):
     """A model of its own with the backbone's weights and a random head."""
     torch.manual_seed(1)
     model = create_model("demo", num_classes=CLASSES)
@@ -37,7 +37,7 @@ def timm_model(backbone):
     return model.eval()
 
 
-def lokr(backbone, folder, **options):
+def lokr(backbone: Backbone, folder: Path, **options):
     """A trained LoKr as peft saves it, and the model that it was saved from."""
     options = {"r": 4, "alpha": 6, "target_modules": UNFUSED, "modules_to_save": ["head"]} | options
     model = peft.get_peft_model(timm_model(backbone), peft.LoKrConfig(**options)).eval()
@@ -50,14 +50,14 @@ def lokr(backbone, folder, **options):
     return model
 
 
-def agree(model, adapter_file, backbone):
+def agree(model, adapter_file, backbone: Backbone):
     pixels = random_pixels(backbone, 3)
     with torch.no_grad():
         expected, found = model(pixels), Adapter.read(adapter_file).merge(backbone)(pixels)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def weights_agree(model, adapter_file, backbone, layers):
+def weights_agree(model, adapter_file, backbone: Backbone, layers):
     """dW itself, layer by layer: logits may hide what is wrong with one."""
     adapter = Adapter.read(adapter_file)
     found = adapter.layers
@@ -85,7 +85,7 @@ def weights_agree(model, adapter_file, backbone, layers):
     ],
     ids=["plain", "decompose_both", "w2 whole", "square root", "patterns"],
 )
-def test_a_lokr_comes_in_exactly(backbone, tmp_path, labels, options) -> None:
+def test_a_lokr_comes_in_exactly(backbone: Backbone, tmp_path: Path, labels, options) -> None:
     model = lokr(backbone, tmp_path / "lokr", **options)
     report = convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
     assert report["source"] == "peft LoKr folder"
@@ -99,7 +99,9 @@ def test_a_lokr_comes_in_exactly(backbone, tmp_path, labels, options) -> None:
 
 @pytest.mark.parametrize(("factor", "kernels"), [(8, 9), (6, 3), (12, 3), (-1, 9), (1, 9)])
 @pytest.mark.parametrize("rank", [3, 100])
-def test_a_fused_qkv_comes_in_exactly(backbone, tmp_path, labels, factor, kernels, rank) -> None:
+def test_a_fused_qkv_comes_in_exactly(
+    backbone: Backbone, tmp_path: Path, labels, factor: int, kernels: int, rank: int
+) -> None:
     model = lokr(backbone, tmp_path / "lokr", target_modules=["attn.qkv", "mlp.fc1"], decompose_factor=factor, r=rank)
     report = convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
     assert report["config"]["kernels"] == kernels
@@ -107,22 +109,22 @@ def test_a_fused_qkv_comes_in_exactly(backbone, tmp_path, labels, factor, kernel
     agree(model, tmp_path / "out.safetensors", backbone)
 
 
-def test_what_a_hub_needs_is_said(backbone, tmp_path, labels) -> None:
+def test_what_a_hub_needs_is_said(backbone: Backbone, tmp_path: Path, labels) -> None:
     lokr(backbone, tmp_path / "good", target_modules=["attn.qkv"], decompose_factor=8)
     report = convert(tmp_path / "good", tmp_path / "good.safetensors", "karst", backbone, labels=labels)
     assert "HUB_MAX_KERNELS of at least 9 and HUB_MAX_RANK of at least 4" in report["serving"]
     good, pixels = Adapter.read(tmp_path / "good.safetensors"), random_pixels(backbone, 2)
-    with pytest.raises(AdapterError, match="9 kernels, but at most 8 fit here"):
+    with pytest.raises(AdapterError, match="has 9 kernels, but at most 8 fit"):
         Bank(backbone, slots=1, max_kernels=8, max_rank=4).put(good)
     bank = Bank(backbone, slots=1, max_kernels=9, max_rank=4)
     served = torch.stack(bank.forward(pixels, [bank.put(good)] * 2))
     torch.testing.assert_close(served, good.merge(backbone)(pixels), rtol=1e-4, atol=1e-4)
     lokr(backbone, tmp_path / "odd", decompose_factor=4)
     report = convert(tmp_path / "odd", tmp_path / "odd.safetensors", "karst", backbone, labels=labels)
-    assert report["serving"].startswith("no hub can serve it (blocks.0.attn.proj.karst_c: C is 4 x 4")
+    assert report["serving"].startswith("no hub can serve it (blocks.0.attn.proj.karst_c: has sides 4 x 4")
 
 
-def test_tuned_norms_come_in(backbone, tmp_path, labels) -> None:
+def test_tuned_norms_come_in(backbone: Backbone, tmp_path: Path, labels) -> None:
     options = {"r": 4, "alpha": 4, "target_modules": UNFUSED, "decompose_factor": 8}
     model = peft.get_peft_model(
         timm_model(backbone), peft.LoKrConfig(**options, modules_to_save=["head", "blocks.1.norm1"])
@@ -138,7 +140,7 @@ def test_tuned_norms_come_in(backbone, tmp_path, labels) -> None:
     agree(model, tmp_path / "out.safetensors", backbone)
 
 
-def test_a_head_from_a_file(backbone, tmp_path, labels) -> None:
+def test_a_head_from_a_file(backbone: Backbone, tmp_path: Path, labels) -> None:
     model = lokr(backbone, tmp_path / "lokr", decompose_factor=8, modules_to_save=None)
     with pytest.raises(AdapterError, match="no classifier"):
         convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
@@ -155,7 +157,7 @@ def test_a_head_from_a_file(backbone, tmp_path, labels) -> None:
     agree(model, tmp_path / "out.safetensors", backbone)
 
 
-def edited(folder, **changes):
+def edited(folder: Path, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -170,7 +172,9 @@ def edited(folder, **changes):
         ({"rank_pattern": {"fc(": 3}}, r"rank_pattern: 'fc\(' is no regular expression"),
     ],
 )
-def test_a_config_that_means_something_else_is_refused(backbone, tmp_path, labels, changes, message) -> None:
+def test_a_config_that_means_something_else_is_refused(
+    backbone: Backbone, tmp_path: Path, labels, changes, message: str
+) -> None:
     lokr(backbone, tmp_path / "lokr", decompose_factor=8)
     edited(tmp_path / "lokr", **changes)
     with pytest.raises(AdapterError, match=message):
@@ -178,13 +182,13 @@ def test_a_config_that_means_something_else_is_refused(backbone, tmp_path, label
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_what_karst_does_not_adapt_is_refused_by_name(backbone, tmp_path, labels) -> None:
+def test_what_karst_does_not_adapt_is_refused_by_name(backbone: Backbone, tmp_path: Path, labels) -> None:
     lokr(backbone, tmp_path / "lokr", target_modules=["mlp.fc1", "patch_embed.proj"], decompose_factor=8)
     with pytest.raises(AdapterError, match=r"patch_embed\.proj\.lokr_\w+: KARST adapts no layer 'patch_embed\.proj'"):
         convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
 
 
-def test_tensors_that_do_not_fit_are_refused_by_name(backbone, tmp_path, labels) -> None:
+def test_tensors_that_do_not_fit_are_refused_by_name(backbone: Backbone, tmp_path: Path, labels) -> None:
     lokr(backbone, tmp_path / "lokr", decompose_factor=8)
     path = tmp_path / "lokr" / "adapter_model.safetensors"
     state = safetensors.torch.load_file(path)
@@ -203,7 +207,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(backbone, tmp_path, labels)
     }
 
 
-def exportable(backbone, rank=4, **config) -> Adapter:
+def exportable(backbone: Backbone, rank: int = 4, **config) -> Adapter:
     """An adapter with one kernel, without re-scaling and without the fused layers."""
     adapter = random_adapter(backbone, classes=CLASSES, kernels=1, rank=rank, rescale="none", **config)
     return Adapter.create(
@@ -216,13 +220,13 @@ def exportable(backbone, rank=4, **config) -> Adapter:
     )
 
 
-def loaded_by_peft(backbone, folder):
+def loaded_by_peft(backbone: Backbone, folder: Path):
     return peft.PeftModel.from_pretrained(timm_model(backbone), folder).eval()
 
 
 # Rank 9 leaves the w2 of fc1 and fc2 in two parts (32 / 2 < 64 / 2), and makes that of proj (16 x 16) whole.
 @pytest.mark.parametrize(("rank", "factor"), [(4, 8), (9, 8), (40, 8), (4, 4)])
-def test_out_to_a_lokr_that_peft_loads_and_back(backbone, tmp_path, rank, factor) -> None:
+def test_out_to_a_lokr_that_peft_loads_and_back(backbone: Backbone, tmp_path: Path, rank: int, factor: int) -> None:
     adapter = exportable(backbone, rank, factor=factor)
     adapter.write(tmp_path / "in.safetensors")
     convert(tmp_path / "in.safetensors", tmp_path / "lokr", "lokr", backbone)
@@ -238,7 +242,7 @@ def test_out_to_a_lokr_that_peft_loads_and_back(backbone, tmp_path, rank, factor
         assert all(torch.equal(again.tensors[name], tensor) for name, tensor in adapter.tensors.items())
 
 
-def test_layers_of_different_ranks_go_out(backbone, tmp_path) -> None:
+def test_layers_of_different_ranks_go_out(backbone: Backbone, tmp_path: Path) -> None:
     adapter = exportable(backbone)
     tensors = dict(adapter.tensors)
     for name in ("blocks.1.mlp.fc1", "blocks.3.mlp.fc1"):
@@ -260,7 +264,7 @@ def test_layers_of_different_ranks_go_out(backbone, tmp_path) -> None:
         ({"kernels": 1, "rescale": "none", "norms": True}, "norm_weight: tunes a norm layer"),
     ],
 )
-def test_what_no_lokr_holds_is_refused(backbone, tmp_path, config, message) -> None:
+def test_what_no_lokr_holds_is_refused(backbone: Backbone, tmp_path: Path, config, message: str) -> None:
     random_adapter(backbone, rank=4, **config).write(tmp_path / "in.safetensors")
     with pytest.raises(AdapterError) as caught:
         convert(tmp_path / "in.safetensors", tmp_path / "lokr", "lokr", backbone)
@@ -269,7 +273,7 @@ def test_what_no_lokr_holds_is_refused(backbone, tmp_path, config, message) -> N
 
 
 @pytest.mark.parametrize(("kernels", "rank", "exact"), [(1, 4, 32), (2, 4, 64), (3, 8, 128)])
-def test_an_exact_lora_and_its_rank(backbone, tmp_path, kernels, rank, exact) -> None:
+def test_an_exact_lora_and_its_rank(backbone: Backbone, tmp_path: Path, kernels: int, rank: int, exact: int) -> None:
     """N q r, or the smaller side of the layer (128), if that is less; the fused qkv is no exception."""
     random_adapter(backbone, classes=CLASSES, kernels=kernels, rank=rank, rescale="none").write(
         tmp_path / "in.safetensors"
@@ -281,7 +285,7 @@ def test_an_exact_lora_and_its_rank(backbone, tmp_path, kernels, rank, exact) ->
     agree(loaded_by_peft(backbone, tmp_path / "lora"), tmp_path / "in.safetensors", backbone)
 
 
-def test_a_lora_cut_to_a_rank_states_its_error(backbone, tmp_path) -> None:
+def test_a_lora_cut_to_a_rank_states_its_error(backbone: Backbone, tmp_path: Path) -> None:
     adapter = random_adapter(backbone, classes=CLASSES, kernels=2, rank=4, rescale="none")
     adapter.write(tmp_path / "in.safetensors")
     report = convert(tmp_path / "in.safetensors", tmp_path / "lora", "lora", backbone, rank=8)
@@ -302,7 +306,7 @@ def test_a_lora_cut_to_a_rank_states_its_error(backbone, tmp_path) -> None:
     assert f"{report['error']:.2e}" in (tmp_path / "lora" / "README.md").read_text()
 
 
-def test_a_rescaled_adapter_is_no_lora(backbone, tmp_path) -> None:
+def test_a_rescaled_adapter_is_no_lora(backbone: Backbone, tmp_path: Path) -> None:
     random_adapter(backbone, rescale="channel").write(tmp_path / "in.safetensors")
     with pytest.raises(
         AdapterError,
@@ -323,13 +327,15 @@ def test_a_rescaled_adapter_is_no_lora(backbone, tmp_path) -> None:
         ("zip", {}, "--to: is 'zip'"),
     ],
 )
-def test_options_that_would_change_nothing_are_refused(backbone, tmp_path, to, options, message) -> None:
+def test_options_that_would_change_nothing_are_refused(
+    backbone: Backbone, tmp_path: Path, to: str, options, message: str
+) -> None:
     exportable(backbone).write(tmp_path / "in.safetensors")
     with pytest.raises(AdapterError, match=message):
         convert(tmp_path / "in.safetensors", tmp_path / "out", to, backbone, **options)
 
 
-def test_a_folder_that_is_there_stays(backbone, tmp_path) -> None:
+def test_a_folder_that_is_there_stays(backbone: Backbone, tmp_path: Path) -> None:
     exportable(backbone).write(tmp_path / "in.safetensors")
     (tmp_path / "mine").mkdir()
     with pytest.raises(AdapterError, match="mine exists"):
@@ -344,7 +350,7 @@ def test_our_factorisation_is_pefts() -> None:
         assert _peft_side(dim, factor) == factorization(dim, factor)[0], (dim, factor)
 
 
-def test_a_rank_that_is_not_the_config_s_is_refused(backbone, tmp_path, labels) -> None:
+def test_a_rank_that_is_not_the_config_s_is_refused(backbone: Backbone, tmp_path: Path, labels) -> None:
     """dW is scaled by alpha / r: with another r it would be another dW."""
     lokr(backbone, tmp_path / "lokr")
     path = tmp_path / "lokr" / "adapter_config.json"
@@ -353,7 +359,7 @@ def test_a_rank_that_is_not_the_config_s_is_refused(backbone, tmp_path, labels) 
         convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
 
 
-def test_preprocessing_goes_out_and_comes_back(backbone, tmp_path) -> None:
+def test_preprocessing_goes_out_and_comes_back(backbone: Backbone, tmp_path: Path) -> None:
     adapter = random_adapter(backbone, kernels=1, rank=4, rescale="none", sites=("*.attn.proj", "*.mlp.*"))
     squashed = adapter.preprocess | {"crop_mode": "squash", "mean": [0.4, 0.5, 0.6]}
     (tmp_path / "own.safetensors").write_bytes(with_metadata(adapter, preprocess=json.dumps(squashed)))
@@ -369,13 +375,13 @@ def test_preprocessing_goes_out_and_comes_back(backbone, tmp_path) -> None:
         convert(tmp_path / "lokr", tmp_path / "again.safetensors", "karst", backbone, preprocess=other)
 
 
-def test_labels_with_a_byte_order_mark(tmp_path) -> None:
+def test_labels_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")
     assert read_labels(tmp_path / "labels.txt") == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(("to", "name"), [("timm", "own.safetensors"), ("onnx", "own.safetensors")])
-def test_the_source_is_never_written_over(backbone, tmp_path, to, name) -> None:
+def test_the_source_is_never_written_over(backbone: Backbone, tmp_path: Path, to: str, name: str) -> None:
     random_adapter(backbone, kernels=1, rank=2).write(tmp_path / "own.safetensors")
     with pytest.raises(AdapterError, match=r"--out: .*own.safetensors is what is read"):
         convert(tmp_path / "own.safetensors", tmp_path / name, to, backbone)
