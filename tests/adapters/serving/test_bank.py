@@ -70,26 +70,32 @@ def empty_bank(backbone: Backbone) -> Bank:
 @settings(max_examples=settings().max_examples // 5, deadline=None)
 @given(data=st.data())
 def test_forward_equals_the_merged_models_after_any_history_of_put_and_evict(
-    adapters: list[Adapter], references: list[nn.Module], empty_bank: Bank, data: st.DataObject
+    backbone: Backbone,
+    adapters: list[Adapter],
+    references: list[nn.Module],
+    empty_bank: Bank,
+    data: st.DataObject,
 ) -> None:
-    bank = empty_bank
     resident: list[tuple[Slot, int]] = []  # a slot, and the index of its adapter
-    for _ in range(data.draw(st.integers(1, 5))):
-        if bank.free == 0 or (resident and data.draw(st.booleans())):
-            slot, _ = resident.pop(data.draw(st.integers(0, len(resident) - 1)))
-            bank.evict(slot)
-        which = data.draw(st.integers(0, len(adapters) - 1))
-        resident.append((bank.put(adapters[which]), which))
+    try:
+        for _ in range(data.draw(st.integers(1, 5))):
+            if len(resident) == empty_bank.slots or (resident and data.draw(st.booleans())):
+                slot, _ = resident.pop(data.draw(st.integers(0, len(resident) - 1)))
+                empty_bank.evict(slot)
+            which = data.draw(st.integers(0, len(adapters) - 1))
+            resident.append((empty_bank.put(adapters[which]), which))
 
-        batch = [resident[i] for i in data.draw(st.lists(st.integers(0, len(resident) - 1), min_size=1, max_size=6))]
-        pixels = random_pixels(backbone, len(batch), seed=data.draw(st.integers(0, 100)))
-        logits = bank.forward(pixels, [slot for slot, _ in batch])
-        for i, (_, which) in enumerate(batch):
-            with torch.inference_mode():
-                alone = references[which](pixels[i : i + 1])[0]
-            torch.testing.assert_close(logits[i], alone, atol=1e-4, rtol=0)
-    for slot, _ in resident:
-        bank.evict(slot)
+            chosen = data.draw(st.lists(st.integers(0, len(resident) - 1), min_size=1, max_size=6))
+            batch = [resident[i] for i in chosen]
+            pixels = random_pixels(backbone, len(batch), seed=data.draw(st.integers(0, 100)))
+            logits = empty_bank.forward(pixels, [slot for slot, _ in batch])
+            for i, (_, which) in enumerate(batch):
+                with torch.inference_mode():
+                    alone = references[which](pixels[i : i + 1])[0]
+                torch.testing.assert_close(logits[i], alone, atol=1e-4, rtol=0)
+    finally:
+        for slot, _ in resident:
+            empty_bank.evict(slot)
 
 
 def test_a_reused_slot_has_no_numbers_of_its_former_adapter(
