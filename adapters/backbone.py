@@ -1,7 +1,7 @@
-"""The frozen backbone: load a timm model, name its weights by a fingerprint, list the sites that KARST adapts.
+"""The frozen backbone: a timm model, its fingerprint, and the sites that KARST adapts.
 
-Nothing here knows of adapters. A backbone is never changed once loaded: whoever wants to adapt it takes a
-`Backbone.clone()`, which has modules of its own and shares every weight.
+A loaded backbone never changes. Code that adapts it uses `Backbone.clone()`, which has its own modules and shares
+every weight.
 """
 
 import copy
@@ -15,20 +15,21 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.layers import DropPath
+from timm.data.config import resolve_model_data_config
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 DEMO_NAME = "demo"
 DEMO_CHECKPOINT = Path(__file__).parent / "demo" / "backbone.safetensors"
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 
-# The last two parts of a layer's module path, and what KARST does there (KARST.md, "Where it is applied").
+# The last two parts of a layer's module path -> the re-scaling of that site (docs/method.md).
 _ROLES = {
     "attn.qkv": {"rescale_out": False, "rescale_in": False},
     "attn.proj": {"rescale_out": True, "rescale_in": True},
     "mlp.fc1": {"rescale_out": False, "rescale_in": False},
     "mlp.fc2": {"rescale_out": True, "rescale_in": False},
-    # Where a model keeps apart what others fuse (EVA-02): the same, one product each.
+    # EVA-02 has separate layers where other models have a fused one; each gets one product.
     "attn.q_proj": {"rescale_out": False, "rescale_in": False},
     "attn.k_proj": {"rescale_out": False, "rescale_in": False},
     "attn.v_proj": {"rescale_out": False, "rescale_in": False},
@@ -39,17 +40,21 @@ _STAGE = re.compile(r"(?:^|\.)(?:layers|stages)\.(\d+)\.")
 
 
 class BackboneError(ValueError):
-    """The backbone cannot be loaded or cannot be adapted; the message names the model, the file or the sites."""
+    """A backbone that cannot be loaded or adapted; the message names the model, the file or the sites."""
 
 
 @dataclass(frozen=True)
 class Site:
     """One linear layer that an adapter may change.
 
-    `name` is its module path (`blocks.0.attn.qkv`); `splits` is 3 for a fused qkv and 1 elsewhere;
-    `rescale_out` and `rescale_in` say whether KARST re-scales the layer's output and its input
-    (the input of `attn.proj` is the attention context); `stage` counts from 0 in a backbone with stages (Swin),
-    and is None in others.
+    Attributes:
+        name: module path, such as `blocks.0.attn.qkv`.
+        d_in: number of input channels.
+        d_out: number of output channels.
+        splits: 3 for a fused qkv, 1 elsewhere.
+        rescale_out: whether KARST re-scales the layer's output.
+        rescale_in: whether KARST re-scales the layer's input, which is the attention context of `attn.proj`.
+        stage: counted from 0 in a backbone with stages (Swin); None in others.
     """
 
     name: str
@@ -63,7 +68,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Norm:
-    """One LayerNorm that an adapter may tune: its module path (`blocks.0.norm1`) and its number of channels."""
+    """One LayerNorm that an adapter may tune: its module path, such as `blocks.0.norm1`, and its number of channels."""
 
     name: str
     width: int
@@ -71,15 +76,15 @@ class Norm:
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """What identifies a backbone and what its adapters must fit, without its weights.
+    """Identity and sizes of a backbone, without its weights.
 
     Attributes:
         name: the timm name, or `demo`.
-        fingerprint: sha256 (hex) over the sorted names, dtypes, shapes and bytes of its weights as loaded,
-            before any cast: a hub that serves in bfloat16 takes adapters trained in float32.
+        fingerprint: SHA-256 (hex) over the sorted names, dtypes, shapes and bytes of its weights as loaded,
+            before any cast, so a bank in bfloat16 accepts adapters trained in float32.
         data_config: timm's `resolve_model_data_config`: input_size, interpolation, mean, std, crop_pct, crop_mode.
         sites: the layers that KARST can adapt, in the order of the model's modules.
-        norms: the norm layers that an adapter can tune, likewise.
+        norms: the norm layers that an adapter can tune, in the order of the model's modules.
         width: D, the number of pooled features.
     """
 
@@ -93,32 +98,40 @@ class BackboneInfo:
     @property
     def input_size(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image, in pixels."""
-        return tuple(self.data_config["input_size"])
+        channels, height, width = self.data_config["input_size"]
+        return channels, height, width
 
     def info(self) -> "BackboneInfo":
-        """The same without weights: small, and safe to send elsewhere."""
+        """Return a copy without weights, small enough to send to other processes."""
         return BackboneInfo(self.name, self.fingerprint, self.data_config, self.sites, self.norms, self.width)
 
 
 @dataclass(frozen=True)
 class Backbone(BackboneInfo):
-    """A frozen timm model in eval mode: `model` was built with `num_classes=0`; its weights must not be changed."""
+    """A frozen timm model in eval mode, built with `num_classes=0`; its weights must not change."""
 
     model: Any  # nn.Module; timm's forward_features and forward_head are not in nn.Module's type
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Device of the weights."""
+        return self._first_parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        """Dtype of the weights."""
+        return self._first_parameter.dtype
+
+    @property
+    def _first_parameter(self) -> Tensor:
+        parameter: Tensor = next(self.model.parameters())
+        return parameter
 
     def clone(self, drop_path: float = 0.0) -> Any:
-        """A module tree of its own over the same weight storage, for hooks and (in training) stochastic depth.
+        """Return new modules over the same weight storage, for hooks and (in training) stochastic depth.
 
         Args:
-            drop_path: the rate at the last block; it rises linearly from 0 at the first, as timm does.
+            drop_path: rate at the last block; it rises linearly from 0 at the first block, as in timm.
         """
         shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         model = copy.deepcopy(self.model, memo=shared)
@@ -138,16 +151,16 @@ def load_backbone(
     """Load a timm model, frozen, without its classifier.
 
     Args:
-        name: `demo`, or anything that `timm.create_model` takes (also `hf-hub:...` and `local-dir:...`).
-        checkpoint: a local `.safetensors`, `.pth` (read with weights only) or Google `.npz` file. Without it
-            the demo's own weights are used, or timm's pretrained ones (which needs a network or a cache).
-        device: where the weights go.
-        dtype: what they are cast to after the fingerprint was taken; None keeps them as loaded.
+        name: `demo`, or a name for `timm.create_model`, including `hf-hub:...` and `local-dir:...`.
+        checkpoint: a local `.safetensors`, `.pth` (read with weights only) or Google `.npz` file. None takes the
+            demo's own weights, or timm's pretrained ones, which need a network or a cache.
+        device: of the weights.
+        dtype: of the weights, cast after the fingerprint; None keeps the loaded dtype.
         pretrained: False leaves a model without checkpoint at its random weights (benchmarks and tests).
 
     Raises:
-        BackboneError: unknown name, weights that are missing or do not fit, or a model whose linear layers
-            KARST cannot reach.
+        BackboneError: the name is unknown, weights are missing or do not fit, or KARST cannot reach the
+            model's linear layers.
     """
     if name == DEMO_NAME and checkpoint is None and pretrained:
         checkpoint = DEMO_CHECKPOINT
@@ -162,7 +175,7 @@ def load_backbone(
             f"backbone {name!r} has none of the layers that KARST adapts ({', '.join(sorted(_ROLES))}); "
             "use a vision transformer or a Swin transformer of timm"
         )
-    data_config = timm.data.resolve_model_data_config(model)
+    data_config = resolve_model_data_config(model)
     found = fingerprint(model)
     model.to(device=device, dtype=dtype)
     norms = _probe(name, model, sites, tuple(data_config["input_size"]))
@@ -170,10 +183,10 @@ def load_backbone(
 
 
 def create_model(name: str, *, num_classes: int = 0, pretrained: bool = False) -> Any:
-    """The timm module for a backbone name, `demo` included, in training mode and with timm's own initial weights.
+    """Return the timm module for a backbone name, `demo` included, in training mode with timm's initial weights.
 
     Raises:
-        BackboneError: timm does not know the name, or cannot get its pretrained weights.
+        BackboneError: timm does not know the name, or cannot download its pretrained weights.
     """
     try:
         if name == DEMO_NAME:
@@ -188,12 +201,13 @@ def create_model(name: str, *, num_classes: int = 0, pretrained: bool = False) -
 
 
 def features(model: Any, pixels: Tensor) -> Tensor:
-    """Pooled features before any classifier: (B, 3, H, W) -> (B, D)."""
-    return model.forward_head(model.forward_features(pixels), pre_logits=True)
+    """Map normalised pixels (B, 3, H, W) to the pooled features before the classifier, (B, D)."""
+    pooled: Tensor = model.forward_head(model.forward_features(pixels), pre_logits=True)
+    return pooled
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 (hex) over the sorted names, dtypes, shapes and bytes of a model's weights."""
+    """Return the SHA-256 (hex) over the sorted names, dtypes, shapes and bytes of a model's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         data = tensor.detach().cpu().contiguous()
@@ -203,11 +217,13 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def find_sites(model: nn.Module) -> tuple[Site, ...]:
-    """The linear layers of a model whose path says that KARST adapts them."""
+    """Return the linear layers of a model that KARST adapts, recognised by their module path."""
     sites = []
     for name, module in model.named_modules():
         role = ".".join(name.split(".")[-2:])
-        if isinstance(module, nn.Linear) and role in _ROLES and "rel_pos" not in name:  # an MLP of positions, not rows
+        if (
+            isinstance(module, nn.Linear) and role in _ROLES and "rel_pos" not in name
+        ):  # that MLP's rows are positions, not tokens
             splits = 3 if role == "attn.qkv" and module.out_features % 3 == 0 else 1
             stage = _STAGE.search(name)
             sites.append(
@@ -224,7 +240,7 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
 
 
 def _call_every_qkv(model: nn.Module) -> None:
-    """BEiT, EVA and Swin v2 with q and v biases of their own go round `qkv.forward`, unless told to add them after."""
+    """Make BEiT, EVA and Swin v2 with separate q and v biases call `qkv.forward`, which they bypass by default."""
     for module in model.modules():
         if getattr(module, "qkv_bias_separate", None) is False:
             setattr(module, "qkv_bias_separate", True)  # noqa: B010 (not in nn.Module's type)
@@ -275,10 +291,10 @@ def _load_weights(model: Any, path: Path) -> None:
 
 
 def _load_npz(model: Any, path: Path) -> tuple[list[str], list[str]]:
-    """Google's layout, by timm's reader, which says nothing of parameters without numbers or of blocks too many.
+    """Load Google's layout with timm's reader, which ignores missing parameters and surplus blocks.
 
     Returns:
-        The model's parameters that the file left alone, and the file's blocks that the model does not have.
+        The model's parameters that the file did not set, and the file's blocks that the model lacks.
     """
     before = {name: parameter._version for name, parameter in model.named_parameters()}
     model.load_pretrained(str(path))
@@ -290,13 +306,15 @@ def _load_npz(model: Any, path: Path) -> tuple[list[str], list[str]]:
 
 
 def _checkpoint_filter(model: Any) -> Any:
-    """timm's own translation of foreign checkpoint layouts (DINOv2, CLIP, ...) for a model's family, if it has one."""
+    """Return timm's translation of foreign checkpoint layouts (DINOv2, CLIP) for the model's family, or None."""
     return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
 
 
 def _probe(name: str, model: Any, sites: tuple[Site, ...], input_size: tuple[int, ...]) -> tuple[Norm, ...]:
-    """Run an image alone and beside another, and refuse a model that goes round its own layers or mixes up the rows
-    of different images (KARST.md, "Hooking timm models").
+    """Run one image alone and in a batch of two, and check that a bank can adapt each site (docs/method.md).
+
+    Raises:
+        BackboneError: the model bypasses a site, or a site gets the rows of several images interleaved.
 
     Returns:
         The norm layers that an adapter can tune.
@@ -318,23 +336,25 @@ def _probe(name: str, model: Any, sites: tuple[Site, ...], input_size: tuple[int
             f"backbone {name!r} cannot be adapted: its forward pass does not call these layers exactly once: "
             + ", ".join(unreached)
         )
-    mixed_up = [site.name for site in sites if not _first_of_two(alone[modules[site.name]], beside[modules[site.name]])]
-    if mixed_up:
+    interleaved = [
+        site.name for site in sites if not _first_of_two(alone[modules[site.name]], beside[modules[site.name]])
+    ]
+    if interleaved:
         raise BackboneError(
-            f"backbone {name!r} cannot be adapted: these layers do not get the rows of one image after those of "
-            "another: " + ", ".join(mixed_up)
+            f"backbone {name!r} cannot be adapted: these layers get the rows of several images interleaved: "
+            + ", ".join(interleaved)
         )
     return tuple(
         norm
         for norm in norms
         if alone[modules[norm.name]]
-        and alone[modules[norm.name]][0].shape[-1] == norm.width  # else the channels are on another axis
+        and alone[modules[norm.name]][0].shape[-1] == norm.width  # otherwise the channels are on another axis
         and _first_of_two(alone[modules[norm.name]], beside[modules[norm.name]])
     )
 
 
 def _inputs(model: Any, watched: list[nn.Module], pixels: Tensor) -> dict[nn.Module, list[Tensor]]:
-    """What each of these modules is given, call by call, in a pass over (B, 3, H, W) pixels."""
+    """Return the inputs of each watched module, one per call, in a forward pass over pixels (B, 3, H, W)."""
     given: dict[nn.Module, list[Tensor]] = {module: [] for module in watched}
     hooks = [module.register_forward_pre_hook(lambda m, args: given[m].append(args[0])) for module in watched]
     try:
@@ -347,7 +367,7 @@ def _inputs(model: Any, watched: list[nn.Module], pixels: Tensor) -> dict[nn.Mod
 
 
 def _first_of_two(alone: list[Tensor], beside: list[Tensor]) -> bool:
-    """Is the first half of the rows what the image has alone, but for rounding?"""
+    """Return whether the first half of the rows equals the rows of the image alone, except for rounding."""
     for own, both in zip(alone, beside, strict=True):
         if both.numel() != 2 * own.numel():
             return False
@@ -366,5 +386,5 @@ def _set_drop_path(model: nn.Module, rate: float) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, in one line."""
+    """Return the first line of another library's error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

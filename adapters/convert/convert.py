@@ -1,9 +1,8 @@
-"""Bridges to other tools: anything that can be read -> an `Adapter` -> anything that can be written.
+"""Conversion from and to other tools, by way of an `Adapter`.
 
-Sources: a `karst/1` file, a peft LoKr folder (`peft_files.py`), an official-style checkpoint (`official.py`).
+Sources: a `karst/1` file, a peft LoKr folder (`peft.py`), an official-style checkpoint (`official.py`).
 Targets: `karst/1`, a peft LoKr or LoRA folder, and the merged model as a timm checkpoint or ONNX (`export.py`).
-What cannot be done exactly is refused, and says why; only a LoRA of a chosen rank is approximate, and states its
-error.
+An inexact conversion is refused with a reason, except a LoRA of a chosen rank, which reports its error.
 """
 
 import json
@@ -25,15 +24,14 @@ from ..format.file import Adapter, write_atomically
 from ..format.validate import FORMAT
 from ..serving.bank import BankLimits
 from .export import to_onnx, to_timm
-from .importing import assemble, read_head, read_labels, read_preprocess
+from .importing import build_adapter, read_head, read_labels, read_preprocess
 from .official import read_official
 from .peft import CONFIG, WEIGHTS, lokr_files, lora_files, read_lokr
 
 TARGETS = ("karst", "lokr", "lora", "timm", "onnx")
 Kind = Literal["karst/1 file", "peft LoKr folder", "official checkpoint"]
 LABELS, PREPROCESS = "labels.json", "preprocess.json"
-# The factor of every bank of the hub.
-_HUB_FACTOR = 8
+_HUB_FACTOR = 8  # of all banks in a hub
 
 
 def convert(
@@ -48,29 +46,29 @@ def convert(
     multiplier: float | None = None,
     rank: int | None = None,
 ) -> dict[str, Any]:
-    """Read one source, write one target, completely or not at all.
+    """Read one source and write one target atomically.
 
     Args:
-        source: its kind is recognised (`kind_of`).
-        output: a file that may be there already, or (`lokr`, `lora`) a folder that must not.
+        source: `detect_kind` recognises its kind.
+        output: a file, which is replaced; for `lokr` and `lora` a folder, which must not exist.
         to: one of `TARGETS`.
-        backbone: the one that the source was trained on, in float32 on the CPU.
-        labels: class names, as `read_labels` takes them; needed where the source has none.
-        head: a classifier, as `read_head` takes it, instead of the source's.
-        preprocess: JSON file of what the source's images went through; without it what our own export wrote beside
-            it, or the backbone's own. The answer says what was taken.
-        multiplier: of an official checkpoint; 1 if it is not given.
-        rank: of a LoRA that is cut; without it the LoRA is exact.
+        backbone: the source's own backbone, in float32 on the CPU.
+        labels: file of class names for `read_labels`; required where the source has none.
+        head: file of a classifier for `read_head`, instead of the source's.
+        preprocess: JSON file of the timm data config of the source's images. None takes the `preprocess.json` that
+            an earlier export wrote beside the source, or else the backbone's own; the report has it.
+        multiplier: of an official checkpoint; None is 1.
+        rank: of a LoRA; None is exact.
 
     Returns:
-        What was found and written, JSON-able.
+        A JSON-able report of the source and the target.
 
     Raises:
-        AdapterError: the source cannot be used, the target cannot hold it, or an option means nothing here.
-        ModuleNotFoundError: ONNX, and its packages are not installed.
+        AdapterError: the source is invalid, the target cannot hold it, or an option does not apply.
+        ModuleNotFoundError: the target is ONNX, and its packages are not installed.
         OSError: the output cannot be written.
     """
-    kind = kind_of(source)
+    kind = detect_kind(source)
     files = {"labels": labels, "head": head, "preprocess": preprocess}
     _check_options(kind, to, source, output, files, multiplier=multiplier, rank=rank)
     adapter, ignored = _read(kind, source, backbone, files, 1.0 if multiplier is None else multiplier)
@@ -87,7 +85,7 @@ def convert(
     if to == "lokr":
         config, tensors = lokr_files(adapter, backbone)
         report |= {"rank": config["r"], "decompose_factor": config["decompose_factor"]}
-        _write_folder(output, config, tensors, adapter, "the same numbers as the adapter; nothing is approximated")
+        _write_folder(output, config, tensors, adapter, "the same numbers as the adapter, without approximation")
         return report
     if to == "lora":
         config, tensors, errors = lora_files(adapter, backbone, rank)
@@ -98,14 +96,14 @@ def convert(
             "largest_error": errors.largest,
             "largest_error_layer": errors.largest_layer,
         }
-        how = "cut by its singular values" if errors.cut else "exact but for float32"
+        how = "cut by its singular values" if errors.cut else "exact except for float32 rounding"
         _write_folder(
             output,
             config,
             tensors,
             adapter,
             f"rank {report['rank']}, {how}; relative Frobenius error of dW {errors.overall:.2e} over all layers, "
-            f"{errors.largest:.2e} at most in one ({errors.largest_layer})",
+            f"at most {errors.largest:.2e} in one layer ({errors.largest_layer})",
         )
         return report
     data, difference = (to_timm if to == "timm" else to_onnx)(adapter, backbone)
@@ -113,11 +111,11 @@ def convert(
     return report | {"bytes": len(data), "largest_relative_difference": difference}
 
 
-def kind_of(source: Path) -> Kind:
-    """What a source is: a folder with `adapter_config.json`, a safetensors file that says `karst/1`, or else official.
+def detect_kind(source: Path) -> Kind:
+    """Return the kind of a source: a folder with `adapter_config.json`, a `karst/1` file, or else official.
 
     Raises:
-        AdapterError: not there, a folder without a config, or a safetensors file that cannot be read.
+        AdapterError: the source does not exist, is a folder without a config, or an unreadable safetensors file.
     """
     if source.is_dir():
         if not (source / CONFIG).is_file():
@@ -145,33 +143,42 @@ def _check_options(
     multiplier: float | None,
     rank: int | None,
 ) -> None:
-    """
+    """Check the options of `convert`.
+
     Raises:
-        AdapterError: an option that would change nothing, or a target that makes no sense.
+        AdapterError: an option has no effect for this source and target, or a target is invalid.
     """
     problems = []
     if to not in TARGETS:
         problems.append(Problem("--to", f"is {to!r}; expected one of {', '.join(TARGETS)}"))
     if kind == "karst/1 file":
         if to == "karst":
-            problems.append(Problem("--to", f"the source is a {FORMAT} file already; choose another target"))
-        problems += [Problem(f"--{name}", f"a {FORMAT} file has its own") for name, file in files.items() if file]
+            problems.append(
+                Problem("--to", f"is karst, but the source is a {FORMAT} file already; choose another target")
+            )
+        problems += [
+            Problem(f"--{name}", f"does not apply, since a {FORMAT} file has its own; leave it out")
+            for name, file in files.items()
+            if file
+        ]
     if any(path is not None and output.resolve() == path.resolve() for path in (source, *files.values())):
-        problems.append(Problem("--out", f"{output} is what is read; write to another place"))
+        problems.append(Problem("--out", f"{output} is an input file; write to another path"))
     if multiplier is not None and kind != "official checkpoint":
-        problems.append(Problem("--multiplier", f"is for official checkpoints, and the source is a {kind}"))
+        problems.append(
+            Problem("--multiplier", f"applies to official checkpoints, but the source is a {kind}; leave it out")
+        )
     elif multiplier is not None and not 0 < multiplier < math.inf:
-        problems.append(Problem("--multiplier", f"is {multiplier}; expected a positive number"))
+        problems.append(Problem("--multiplier", f"is {multiplier}, expected a positive number"))
     if rank is not None and to != "lora":
-        problems.append(Problem("--rank", "is for --to lora"))
+        problems.append(Problem("--rank", "applies to --to lora only; leave it out"))
     elif rank is not None and rank < 1:
-        problems.append(Problem("--rank", f"is {rank}; expected at least 1"))
-    if to in ("karst", "timm") and output.suffix != ".safetensors":  # timm goes by the suffix
+        problems.append(Problem("--rank", f"is {rank}, expected at least 1"))
+    if to in ("karst", "timm") and output.suffix != ".safetensors":  # timm chooses its reader by the suffix
         problems.append(Problem("--out", f"{output} must end in .safetensors"))
     if to == "onnx" and output.suffix != ".onnx":
         problems.append(Problem("--out", f"{output} must end in .onnx"))
     if to in ("lokr", "lora") and output.exists():
-        problems.append(Problem("--out", f"{output} exists; a peft folder is written to a new one"))
+        problems.append(Problem("--out", f"{output} exists; choose a new folder"))
     if problems:
         raise AdapterError(problems)
 
@@ -179,48 +186,48 @@ def _check_options(
 def _read(
     kind: Kind, source: Path, backbone: Backbone, files: Mapping[str, Path | None], multiplier: float
 ) -> tuple[Adapter, int]:
-    """The source as an adapter, and how many of its tensors said nothing of it."""
+    """Return the source as an adapter, and the number of its ignored tensors."""
     if kind == "karst/1 file":
         adapter = Adapter.read(source)
         adapter.check(backbone)
         return adapter, 0
     labels, preprocess, head = files["labels"], files["preprocess"], files["head"]
     if kind == "peft LoKr folder":
-        numbers = read_lokr(source, backbone)
-        labels = labels or _if_there(source / LABELS)
-        preprocess = preprocess or _if_there(source / PREPROCESS)
+        imported = read_lokr(source, backbone)
+        labels = labels or _if_file(source / LABELS)
+        preprocess = preprocess or _if_file(source / PREPROCESS)
     else:
-        numbers = read_official(source, backbone, multiplier)
+        imported = read_official(source, backbone, multiplier)
     if head is not None:
-        numbers.others |= read_head(head)
-    adapter = assemble(
+        imported.others |= read_head(head)
+    adapter = build_adapter(
         backbone,
-        numbers,
+        imported,
         read_labels(labels) if labels is not None else None,
         read_preprocess(preprocess) if preprocess is not None else None,
     )
-    return adapter, numbers.ignored
+    return adapter, imported.ignored
 
 
-def _if_there(path: Path) -> Path | None:
-    """What our own export wrote beside the numbers."""
+def _if_file(path: Path) -> Path | None:
+    """Return the path of a file that an earlier export wrote, or None where it does not exist."""
     return path if path.is_file() else None
 
 
 def _serving(adapter: Adapter, backbone: Backbone) -> str:
-    """What a hub needs to serve the adapter: its own settings, or why it cannot."""
+    """Return the settings that a hub needs to serve the adapter, or why no hub can."""
     config = adapter.config
     try:
         BankLimits(backbone.info(), max_rank=config.rank, max_kernels=config.kernels, factor=_HUB_FACTOR).check(adapter)
     except AdapterError as error:
-        return f"no hub can serve it ({error}); `--to timm` and `--to onnx` can export it"
+        return f"no hub can serve it ({error}); export it with --to timm or --to onnx"
     return f"a hub with HUB_MAX_KERNELS of at least {config.kernels} and HUB_MAX_RANK of at least {config.rank}"
 
 
 def _write_folder(
     path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], adapter: Adapter, how: str
 ) -> None:
-    """A peft folder, there completely or not at all."""
+    """Write a peft folder atomically."""
     files = {
         CONFIG: json.dumps(config, indent=2).encode(),
         WEIGHTS: safetensors.torch.save(dict(tensors), metadata={"format": "pt"}),
@@ -240,7 +247,7 @@ def _write_folder(
 
 
 def _readme(config: Mapping[str, Any], adapter: Adapter, how: str) -> str:
-    if adapter.backbone == DEMO_NAME:  # no name of timm's
+    if adapter.backbone == DEMO_NAME:  # timm does not know the name
         imports = "import timm\nfrom adapters.backbone import DEMO_CHECKPOINT, create_model"
         base = f"""base = create_model("demo", num_classes={adapter.num_classes})
 timm.models.load_checkpoint(base, str(DEMO_CHECKPOINT), strict=False)"""
@@ -260,5 +267,5 @@ model = PeftModel.from_pretrained(base, "this folder").eval()
 ```
 
 The base must have exactly the weights that the adapter was trained on (fingerprint {adapter.fingerprint}).
-`{LABELS}` has the class names in the order of the logits, `{PREPROCESS}` what images must go through.
+`{LABELS}` has the class names in the order of the logits, `{PREPROCESS}` the size and normalisation of images.
 """

@@ -1,7 +1,6 @@
-"""Merged export: an adapter folded into its backbone, as a timm checkpoint or as ONNX.
+"""Export of an adapter merged into its backbone, as a timm checkpoint or as ONNX.
 
-Either is bytes that were loaded again and compared with the adapter beside the frozen backbone, unmerged; whoever
-writes them writes what was checked.
+Each function loads its own result again and compares its logits with the unmerged adapter's before it returns.
 """
 
 import contextlib
@@ -21,22 +20,22 @@ from ..format.file import Adapter
 from ..format.validate import KRONECKER
 from ..method import kronecker
 
-# The largest difference between two ways to compute logits in float32, as a part of the largest logit.
+# Largest allowed difference between two float32 implementations, relative to the largest logit.
 TOLERANCE = 1e-3
 _PROBES = 4
 
 
 def to_timm(adapter: Adapter, backbone: Backbone) -> tuple[bytes, float]:
-    """A safetensors checkpoint for `timm.create_model(name, num_classes=K, checkpoint_path=...)`.
+    """Return a safetensors checkpoint for `timm.create_model(name, num_classes=K, checkpoint_path=...)`.
 
-    Its metadata holds labels, preprocess, and the digest of the adapter.
+    Its metadata has the labels, preprocess, and the digest of the adapter.
 
     Returns:
-        The file, and its largest difference to the adapter's logits on probe images, relative to the largest logit.
+        The file, and the largest difference of its logits on probe images, relative to the largest logit.
 
     Raises:
-        AdapterError: the adapter is not this backbone's, timm's model has no place for the merged weights, or the
-            logits differ by more than `TOLERANCE`.
+        AdapterError: the adapter is of another backbone, timm's model lacks a merged weight, or the logits differ by
+            more than `TOLERANCE`.
     """
     merged = adapter.merge(backbone)
     state = {name: tensor.contiguous() for name, tensor in merged.state_dict().items()}
@@ -46,17 +45,19 @@ def to_timm(adapter: Adapter, backbone: Backbone) -> tuple[bytes, float]:
         model.load_state_dict(safetensors.torch.load(data), strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise file_error(f"timm's {backbone.name!r} does not take the merged weights ({reason}); use onnx") from error
+        raise file_error(
+            f"timm's {backbone.name!r} does not accept the merged weights ({reason}); use --to onnx"
+        ) from error
     return data, _compare("the timm checkpoint", model, adapter, backbone)
 
 
 def to_onnx(adapter: Adapter, backbone: Backbone) -> tuple[bytes, float]:
-    """One ONNX file: `pixels` (batch, 3, H, W) float32, normalised, to `logits` (batch, K); any batch size.
+    """Return one ONNX file: `pixels` (batch, 3, H, W) float32, normalised, to `logits` (batch, K); any batch size.
 
-    Its metadata holds labels, preprocess (with mean and std), and the digest of the adapter.
+    Its metadata has the labels, preprocess (with mean and std), and the digest of the adapter.
 
     Returns:
-        The file, and the largest difference as `to_timm` gives it; onnxruntime computes here.
+        The file, and the largest difference as in `to_timm`, computed with onnxruntime.
 
     Raises:
         ModuleNotFoundError: onnx, onnxscript or onnxruntime is not installed; the message says what to install.
@@ -71,7 +72,7 @@ def to_onnx(adapter: Adapter, backbone: Backbone) -> tuple[bytes, float]:
     merged = adapter.merge(backbone)
     try:
         with contextlib.redirect_stdout(None), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's and its libraries' own, about themselves
+            warnings.simplefilter("ignore")  # deprecations inside the exporter, which the caller cannot act on
             program = torch.onnx.export(
                 merged,
                 (_probes(backbone, 2),),
@@ -89,12 +90,14 @@ def to_onnx(adapter: Adapter, backbone: Backbone) -> tuple[bytes, float]:
         data = proto.SerializeToString()
     except Exception as error:  # torch's exporter, onnx and protobuf each have their own kinds
         raise file_error(
-            f"the merged {backbone.name!r} cannot be exported to one ONNX file: {first_line(error)}"
+            f"the merged {backbone.name!r} cannot be exported to one ONNX file: {first_line(error)}; use --to timm"
         ) from error
     try:
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own kinds
-        raise file_error(f"onnxruntime does not take the exported {backbone.name!r}: {first_line(error)}") from error
+        raise file_error(
+            f"onnxruntime does not load the exported {backbone.name!r}: {first_line(error)}; use --to timm"
+        ) from error
 
     def run(pixels: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"pixels": pixels.numpy()})[0])
@@ -103,9 +106,9 @@ def to_onnx(adapter: Adapter, backbone: Backbone) -> tuple[bytes, float]:
 
 
 def unmerged(adapter: Adapter, backbone: Backbone) -> Callable[[Tensor], Tensor]:
-    """The adapter beside the frozen backbone, whatever its sides: pixels (B, 3, H, W) -> logits (B, K).
+    """Return a function from pixels (B, 3, H, W) to logits (B, K), with one unmerged adapter of any factor.
 
-    Slow and plain, one adapter for the whole batch: what merged exports are compared with.
+    It is slow and simple, as the reference for merged exports.
 
     Raises:
         AdapterError: as `Adapter.check`.
@@ -138,10 +141,10 @@ def _hook(module: Any, own: dict[str, Tensor], gain: float) -> None:
 
 
 def _compare(what: str, other: Callable[[Tensor], Tensor], adapter: Adapter, backbone: Backbone) -> float:
-    """The largest relative difference, over two batch sizes.
+    """Return the largest relative difference over two batch sizes.
 
     Raises:
-        AdapterError: more than `TOLERANCE`.
+        AdapterError: the difference exceeds `TOLERANCE`.
     """
     reference, largest = unmerged(adapter, backbone), 0.0
     with torch.inference_mode():
@@ -150,10 +153,10 @@ def _compare(what: str, other: Callable[[Tensor], Tensor], adapter: Adapter, bac
             expected = reference(pixels)
             difference = float((other(pixels) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
             largest = max(largest, difference)
-            if not difference <= TOLERANCE:  # a NaN, too
+            if not difference <= TOLERANCE:  # true for NaN
                 raise file_error(
                     f"{what} was not written: its logits differ from the adapter's by {difference:.1e} of the largest "
-                    f"logit, and {TOLERANCE:.0e} is allowed"
+                    f"logit, but at most {TOLERANCE:.0e} is allowed; use another target"
                 )
     return largest
 

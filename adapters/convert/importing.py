@@ -1,7 +1,7 @@
-"""Numbers that another tool trained -> an `Adapter`: what every reader of a foreign format shares.
+"""Parts that every importer of a foreign format shares.
 
-It reads tensor files, finds the classifier and the tuned norm layers, and puts Kronecker layers together; what a
-tensor's name means is `peft_files.py`'s and `official.py`'s to say.
+They read tensor files, find the classifier and the tuned norm layers, and build the `Adapter`. `peft.py` and
+`official.py` interpret the tensors' names.
 """
 
 import json
@@ -27,8 +27,8 @@ _PICKLED = (".pth", ".pt", ".bin")
 
 
 @dataclass(frozen=True)
-class Layer:
-    """dW of one layer, as `kronecker.delta` takes it: C (N, p, q), A (N, S, a, r), B (N, r, b), and its own gain."""
+class KroneckerLayer:
+    """dW of one layer, as `kronecker.delta` takes it: C (N, p, q), A (N, S, a, r), B (N, r, b), and its gain."""
 
     c: Tensor
     a: Tensor
@@ -37,41 +37,41 @@ class Layer:
 
 
 @dataclass
-class Numbers:
-    """What was found in a foreign file.
+class ImportedTensors:
+    """The contents of a foreign file.
 
     Attributes:
         layers: site -> its dW.
         others: tensors under their `karst/1` names: head, re-scaling, norms.
-        ignored: how many of the file's tensors say nothing of the adapter, such as the backbone's own weights.
+        ignored: number of tensors that are not the adapter's, such as the backbone's weights.
     """
 
-    layers: dict[str, Layer] = field(default_factory=dict)
+    layers: dict[str, KroneckerLayer] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
     ignored: int = 0
 
 
-def assemble(
+def build_adapter(
     backbone: Backbone,
-    numbers: Numbers,
+    imported: ImportedTensors,
     labels: Sequence[str] | None,
     preprocess: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """One `karst/1` adapter of layers that may differ in rank, gain and number of kernels; nothing is approximated.
+    """Return one exact `karst/1` adapter of layers that may differ in rank, gain and number of kernels.
 
-    Kernels that a layer lacks are zeros. The file has one gain: where layers differ in it, C carries it.
+    Kernels that a layer lacks are zeros. The file has one gain, so where layers differ in it, C is multiplied by it.
 
     Args:
         labels: K names, in the order of the head's rows.
-        preprocess: what the source's images went through; None takes the backbone's own data config.
+        preprocess: timm data config of the source's images; None takes the backbone's own.
 
     Raises:
-        AdapterError: no layers, no head, no labels, or numbers that do not fit the backbone.
+        AdapterError: layers, head or labels are missing, or tensors do not fit the backbone.
     """
     problems = []
-    if not numbers.layers:
-        problems.append(Problem("file", "has no adapted layer in it"))
-    if "head.weight" not in numbers.others or "head.bias" not in numbers.others:
+    if not imported.layers:
+        problems.append(Problem("file", "has no adapted layer; choose a file with adapter tensors"))
+    if "head.weight" not in imported.others or "head.bias" not in imported.others:
         problems.append(
             Problem("head", "the source has no classifier (weight and bias); give it with --head FILE.safetensors")
         )
@@ -79,14 +79,14 @@ def assemble(
         problems.append(Problem("labels", "the source has no class names; give them with --labels FILE"))
     if problems or labels is None:
         raise AdapterError(problems)
-    layers = numbers.layers.values()
+    layers = imported.layers.values()
     kernels = max(len(layer.c) for layer in layers)
     gains = {layer.gain for layer in layers}
     gain = gains.pop() if len(gains) == 1 else 1.0
     if gain <= 0:
         gain = 1.0
-    tensors = dict(numbers.others)
-    for name, layer in numbers.layers.items():
+    tensors = dict(imported.others)
+    for name, layer in imported.layers.items():
         c = layer.c if layer.gain == gain else (layer.c.double() * layer.gain).to(layer.c.dtype)
         for part, tensor in (("karst_c", c), ("karst_a", layer.a), ("karst_b", layer.b)):
             missing = tensor.new_zeros(kernels - len(tensor), *tensor.shape[1:])
@@ -95,15 +95,15 @@ def assemble(
         config = KarstConfig(
             kernels=kernels,
             rank=max(layer.b.shape[1] for layer in layers),
-            factor=_factor(backbone, numbers.layers),
+            factor=_factor(backbone, imported.layers),
             gain=gain,
-            rescale=_rescale(numbers.others),
-            norms=any(name.endswith(".norm_weight") for name in numbers.others),
+            rescale=_rescale(imported.others),
+            norms=any(name.endswith(".norm_weight") for name in imported.others),
         )
     except ValidationError as error:
         first = error.errors()[0]
         raise AdapterError(
-            [Problem(str(first["loc"][0]), f"would be {first['input']}, which no adapter may have: {first['msg']}")]
+            [Problem(str(first["loc"][0]), f"would be {first['input']}, which karst/1 does not allow: {first['msg']}")]
         ) from error
     adapter = Adapter.create(
         {name: tensor.float().contiguous() for name, tensor in tensors.items()},
@@ -118,10 +118,10 @@ def assemble(
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file or of a torch pickle (weights only); on the CPU.
+    """Return the tensors of a safetensors file or a torch pickle (weights only), on the CPU.
 
     Raises:
-        AdapterError: another suffix, not there, not readable, or code in the pickle.
+        AdapterError: the suffix is unknown, the file does not exist or is unreadable, or the pickle has code.
     """
     if path.suffix != ".safetensors" and path.suffix not in _PICKLED:
         raise file_error(f"{path}: the file must end in one of .safetensors, {', '.join(_PICKLED)}")
@@ -131,43 +131,44 @@ def read_tensors(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles raise whatever comes first
+    except Exception as error:  # damaged pickles raise many kinds
         raise file_error(f"{path}: cannot be read as tensors only: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise file_error(f"{path}: holds a {type(found).__name__}, expected a dictionary of tensors (a state dict)")
-    for key in ("state_dict", "model"):  # what training loops wrap a state dict in
+    for key in ("state_dict", "model"):  # training loops nest the state dict under these keys
         if isinstance(found.get(key), Mapping):
             found = found[key]
     return {str(name): value for name, value in found.items()}
 
 
 def read_labels(path: Path) -> list[str]:
-    """Class names from a file: a JSON list of strings, or one name a line (blank lines are skipped).
+    """Return class names from a file: a JSON list of strings, or one name per line without blank lines.
 
     Raises:
-        AdapterError: not there, not UTF-8, or JSON of another kind.
+        AdapterError: the file does not exist, is not UTF-8, or has other JSON.
     """
     try:
         text = path.read_text("utf-8-sig")
     except OSError as error:
         raise file_error(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise file_error(f"{path}: is not UTF-8 text; expected one label a line, or a JSON list") from error
+        raise file_error(f"{path}: is not UTF-8 text; expected one label per line, or a JSON list") from error
     if not text.lstrip().startswith("["):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        found = json.loads(text)
+        found: list[Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise file_error(f"{path}: starts with [ but is not valid JSON ({error})") from error
     if not all(isinstance(label, str) for label in found):
         raise file_error(f"{path}: must be a JSON list of strings")
-    return found
+    return [str(label) for label in found]
 
 
 def read_json(path: Path) -> Any:
-    """
+    """Return the value of a JSON file.
+
     Raises:
-        AdapterError: not there, or not JSON.
+        AdapterError: the file does not exist or is not valid JSON.
     """
     try:
         return json.loads(path.read_text("utf-8-sig"))
@@ -178,10 +179,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_preprocess(path: Path) -> dict[str, Any]:
-    """A JSON object as adapter files have it under `preprocess`; `Adapter.create` checks what is in it.
+    """Return the JSON object of a preprocess file; `Adapter.create` validates its fields.
 
     Raises:
-        AdapterError: not there, or not a JSON object.
+        AdapterError: the file does not exist or is not a JSON object.
     """
     found = read_json(path)
     if not isinstance(found, dict):
@@ -190,38 +191,38 @@ def read_preprocess(path: Path) -> dict[str, Any]:
 
 
 def read_head(path: Path) -> dict[str, Tensor]:
-    """A classifier from a file with `weight` (K, D) and `bias` (K,), under its `karst/1` names.
+    """Return a classifier, by its `karst/1` names, from a file with `weight` (K, D) and `bias` (K,).
 
     Raises:
-        AdapterError: not readable, or other tensors in it.
+        AdapterError: the file is unreadable or has other tensors.
     """
     found = read_tensors(path)
     if set(found) != {"weight", "bias"} or not all(isinstance(t, Tensor) for t in found.values()):
-        raise file_error(f"{path}: must have exactly the tensors weight (K, D) and bias (K,), not {sorted(found)[:5]}")
+        raise file_error(f"{path}: has the tensors {sorted(found)[:5]}, expected exactly weight (K, D) and bias (K,)")
     return {f"head.{name}": tensor for name, tensor in found.items()}
 
 
 def classifier_name(backbone: Backbone) -> str:
-    """Where a model of this kind has its classifier when it has one: `head`, or `head.fc` (Swin).
+    """Return the module path of the classifier in a model of this kind: `head`, or `head.fc` (Swin).
 
     Raises:
-        AdapterError: it has two (a distilled DeiT).
+        AdapterError: the model has two classifiers (a distilled DeiT).
     """
     model = backbone.clone()
     model.reset_classifier(1)
     classifier = model.get_classifier()
     if isinstance(classifier, tuple):
-        raise file_error(f"backbone {backbone.name!r} has {len(classifier)} classifiers; an adapter has one head")
-    return next(name for name, module in model.named_modules() if module is classifier)
+        raise file_error(
+            f"backbone {backbone.name!r} has {len(classifier)} classifiers, an adapter has one; use another backbone"
+        )
+    return str(next(name for name, module in model.named_modules() if module is classifier))
 
 
-def take_own_weights(backbone: Backbone, state: Mapping[str, Any], numbers: Numbers) -> list[Problem]:
-    """Sort the tensors that have a name of the model itself: its head, tuned norms, frozen weights, and the rest.
-
-    Changes `numbers`: head and tuned norms go to `others`, the rest is counted in `ignored`.
+def take_model_weights(backbone: Backbone, state: Mapping[str, Any], imported: ImportedTensors) -> list[Problem]:
+    """Add the head and tuned norms of a state dict to `imported.others`, and count the rest in `imported.ignored`.
 
     Returns:
-        Frozen weights that are not this backbone's, and norm layers that it does not have.
+        Problems: frozen weights that differ from the backbone's, and norm layers that it lacks.
     """
     problems: list[Problem] = []
     heads = {f"{path}.{part}": f"head.{part}" for path in ("head", classifier_name(backbone)) for part in _PARTS}
@@ -231,27 +232,35 @@ def take_own_weights(backbone: Backbone, state: Mapping[str, Any], numbers: Numb
     for name, value in state.items():
         path, _, part = name.rpartition(".")
         if not isinstance(value, Tensor):
-            numbers.ignored += 1
+            imported.ignored += 1
         elif name in heads:
-            numbers.others[heads[name]] = value
+            imported.others[heads[name]] = value
         elif name not in frozen:
             if "norm" in path.rpartition(".")[2] and part in _PARTS:
-                problems.append(Problem(name, f"backbone {backbone.name!r} has no such norm layer"))
-            numbers.ignored += 1
+                problems.append(Problem(name, f"backbone {backbone.name!r} has no such norm layer; remove it"))
+            imported.ignored += 1
         elif value.shape != frozen[name].shape:
             found, right = tuple(value.shape), tuple(frozen[name].shape)
-            problems.append(Problem(name, f"has shape {found}, but backbone {backbone.name!r} has {right} there"))
+            problems.append(
+                Problem(
+                    name,
+                    f"has shape {found}, but backbone {backbone.name!r} has {right}; give the source's own backbone",
+                )
+            )
         elif path in norms and not torch.equal(value, frozen[name].to(value.dtype)):
             tuned.add(path)
         else:
             if not torch.allclose(value.float(), frozen[name].to(value.dtype).float(), rtol=1e-3, atol=1e-6):
                 problems.append(
-                    Problem(name, f"differs from backbone {backbone.name!r}: the source was trained on other weights")
+                    Problem(
+                        name,
+                        f"differs from backbone {backbone.name!r}; give the weights that the source was trained on",
+                    )
                 )
-            numbers.ignored += 1
+            imported.ignored += 1
     for path in tuned:
         for part in _PARTS:  # a file may have only one of the two
-            numbers.others[f"{path}.norm_{part}"] = state.get(f"{path}.{part}", frozen[f"{path}.{part}"]).float()
+            imported.others[f"{path}.norm_{part}"] = state.get(f"{path}.{part}", frozen[f"{path}.{part}"]).float()
     return problems
 
 
@@ -263,8 +272,8 @@ def _rescale(others: Mapping[str, Tensor]) -> Any:
     return "none" if not sizes else "scalar" if sizes == {1} else "channel"
 
 
-def _factor(backbone: Backbone, layers: Mapping[str, Layer]) -> int:
-    """The factor that gives every layer the sides of its C, or, if there is none, the largest side."""
+def _factor(backbone: Backbone, layers: Mapping[str, KroneckerLayer]) -> int:
+    """Return the factor that gives each layer the sides of its C, or the largest side where no factor does."""
     sites = {site.name: site for site in backbone.sites}
     sides = {side for layer in layers.values() for side in layer.c.shape[1:]}
 

@@ -1,8 +1,7 @@
-"""Hugging Face peft folders: LoKr in, LoKr and LoRA out. peft itself is not needed.
+"""Import of LoKr and export of LoKr and LoRA in Hugging Face peft folders, without peft itself.
 
-A folder has `adapter_config.json` and `adapter_model.safetensors`. What is said here of peft was read in its source,
-release 0.21 (`tuners/lokr/layer.py`): dW = alpha / r * kron(w1, w2), and r, alpha by regular expressions on the
-layers' names.
+A folder has `adapter_config.json` and `adapter_model.safetensors`. The rules follow the source of peft 0.21
+(`tuners/lokr/layer.py`): dW = alpha / r * kron(w1, w2), with r and alpha by regular expressions on the layers' names.
 """
 
 import math
@@ -20,24 +19,24 @@ from ..format.errors import AdapterError, Problem, file_error
 from ..format.file import Adapter
 from ..format.validate import KRONECKER, NORM
 from ..method import kronecker
-from .importing import Layer, Numbers, classifier_name, read_json, read_tensors, take_own_weights
+from .importing import ImportedTensors, KroneckerLayer, classifier_name, read_json, read_tensors, take_model_weights
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LOKR = re.compile(r"(?P<layer>.+)\.lokr_(?P<part>w1|w1_a|w1_b|w2|w2_a|w2_b)")
-# Options of peft that change what the numbers mean, and that its LoKr has not (or has for convolutions only).
+# Options of peft that change the meaning of the numbers and that no linear LoKr has.
 _REFUSED = ("use_rslora", "use_dora")
 
 
-def read_lokr(folder: Path, backbone: Backbone) -> Numbers:
-    """The numbers of a peft LoKr folder, exactly; `decompose_both` and a whole w2 too.
+def read_lokr(folder: Path, backbone: Backbone) -> ImportedTensors:
+    """Return the tensors of a peft LoKr folder without approximation, including `decompose_both` and a whole w2.
 
-    A fused qkv is one LoKr in peft and three products in `karst/1`: it becomes several kernels (`_split`).
+    A fused qkv is one LoKr in peft and three products in `karst/1`, so it becomes several kernels (`_split`).
 
     Raises:
-        AdapterError: no such folder or files, another method than LoKr, convolutions, other layers than KARST's,
-            or tensors that do not fit; each is named.
+        AdapterError: a file is missing, the method is not LoKr, a layer is a convolution or not adapted by KARST, or a
+            tensor does not fit.
     """
     config = _read_config(folder / CONFIG)
     state = {name.removeprefix(_PREFIX): value for name, value in read_tensors(folder / WEIGHTS).items()}
@@ -50,44 +49,47 @@ def read_lokr(folder: Path, backbone: Backbone) -> Numbers:
             found.setdefault(match["layer"], {})[match["part"]] = value.float()
         elif match:
             problems.append(
-                Problem(name, f"KARST adapts no layer {match['layer']!r} of backbone {backbone.name!r}; leave it out")
+                Problem(
+                    name, f"KARST adapts no layer {match['layer']!r} of backbone {backbone.name!r}; train without it"
+                )
             )
         elif "lokr_" in name:
-            problems.append(Problem(name, "cannot be converted: it belongs to a convolution (use_effective_conv2d)"))
+            problems.append(
+                Problem(
+                    name,
+                    "belongs to a convolution (use_effective_conv2d), which KARST does not adapt; train without it",
+                )
+            )
         else:
             rest[name] = value
-    numbers = Numbers()
-    problems += take_own_weights(backbone, rest, numbers)
+    imported = ImportedTensors()
+    problems += take_model_weights(backbone, rest, imported)
     for layer, parts in found.items():
         rank, alpha = (_of_layer(config, key, layer) for key in ("r", "alpha"))
         wrong = _problems(sites[layer], parts, rank)
         problems += wrong
         if not wrong:
-            numbers.layers[layer] = _layer(sites[layer], parts, alpha / rank)
+            imported.layers[layer] = _layer(sites[layer], parts, alpha / rank)
     if problems:
         raise AdapterError(problems)
-    return numbers
+    return imported
 
 
 def lokr_files(adapter: Adapter, backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of a peft LoKr folder that computes exactly what the adapter does.
+    """Return the config and the tensors of a peft LoKr folder that equals the adapter exactly.
 
     Raises:
-        AdapterError: the adapter is none: several kernels, a fused qkv, re-scaling, norms, or sides of C that peft
-            would not choose.
+        AdapterError: no LoKr equals the adapter: it has several kernels, a fused qkv, re-scaling, norms, or sides of C
+            that peft cannot choose.
     """
     adapter.check(backbone)
     problems = _not_in_a_delta(adapter, "LoKr")
     layers = _kronecker_layers(adapter)
     if adapter.config.kernels > 1:
-        problems.append(
-            Problem("config", f"has {adapter.config.kernels} kernels; a LoKr has one (LoRA takes them: --to lora)")
-        )
+        problems.append(Problem("config", f"has {adapter.config.kernels} kernels, but a LoKr has one; use --to lora"))
     for name, (_, a, _) in layers.items():
         if a.shape[1] > 1:
-            problems.append(
-                Problem(f"{name}.karst_a", f"has {a.shape[1]} splits; a LoKr of a fused layer has one (--to lora)")
-            )
+            problems.append(Problem(f"{name}.karst_a", f"has {a.shape[1]} splits, but a LoKr has one; use --to lora"))
     if problems:
         raise AdapterError(problems)
     sides = {name: (c.shape[1] * a.shape[2], c.shape[2] * b.shape[2], c) for name, (c, a, b) in layers.items()}
@@ -96,7 +98,7 @@ def lokr_files(adapter: Adapter, backbone: Backbone) -> tuple[dict[str, Any], di
             factor
             for factor in (adapter.config.factor, -1, *sorted({s for _, _, c in sides.values() for s in c.shape[1:]}))
             if all(
-                (_peft_side(d_out, factor), _peft_side(d_in, factor)) == tuple(c.shape[1:])
+                (peft_side(d_out, factor), peft_side(d_in, factor)) == tuple(c.shape[1:])
                 for d_out, d_in, c in sides.values()
             )
         ),
@@ -105,7 +107,12 @@ def lokr_files(adapter: Adapter, backbone: Backbone) -> tuple[dict[str, Any], di
     if factor is None:
         found = ", ".join(sorted({f"{c.shape[1]} x {c.shape[2]}" for _, _, c in sides.values()}))
         raise AdapterError(
-            [Problem("config.factor", f"C is {found}; peft has one decompose_factor, and none gives these sides")]
+            [
+                Problem(
+                    "config.factor",
+                    f"gives C sides of {found}, which no single decompose_factor of peft gives; use --to lora",
+                )
+            ]
         )
     state = {}
     for name, (c, a, b) in layers.items():
@@ -113,7 +120,7 @@ def lokr_files(adapter: Adapter, backbone: Backbone) -> tuple[dict[str, Any], di
         state[f"{name}.lokr_w1"] = c[0]
         if rank < max(a.shape[2], b.shape[2]) / 2:
             state |= {f"{name}.lokr_w2_a": a[0, 0], f"{name}.lokr_w2_b": b[0]}
-        else:  # peft keeps w2 whole from here on
+        else:  # peft stores w2 whole for such ranks
             state[f"{name}.lokr_w2"] = (a[0, 0].double() @ b[0].double()).float()
     ranks = {name: b.shape[1] for name, (_, _, b) in layers.items()}
     gain = adapter.config.effective_gain
@@ -131,10 +138,14 @@ def lokr_files(adapter: Adapter, backbone: Backbone) -> tuple[dict[str, Any], di
 
 @dataclass(frozen=True)
 class LoraErrors:
-    """What a LoRA of an adapter costs: its ranks, and the relative Frobenius error of dW.
+    """Ranks and relative Frobenius errors of dW of a LoRA.
 
-    `cut` says whether any layer has less than its exact rank; `overall` is over all layers together, `largest` that
-    of the layer that suffers most.
+    Attributes:
+        ranks: rank of each layer.
+        cut: whether any layer has less than its exact rank.
+        overall: error over all layers together.
+        largest: largest error of one layer.
+        largest_layer: name of that layer.
     """
 
     ranks: dict[str, int]
@@ -147,16 +158,16 @@ class LoraErrors:
 def lora_files(
     adapter: Adapter, backbone: Backbone, rank: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor], LoraErrors]:
-    """The config and the tensors of a peft LoRA folder, and what it costs.
+    """Return the config and the tensors of a peft LoRA folder, and its errors.
 
-    kron(C, A B) = kron(C, A) kron(I_q, B): exact with rank N q r, or with the layer's smaller side if that is less.
+    kron(C, A B) = kron(C, A) kron(I_q, B), so rank N q r is exact, as is the layer's smaller side.
 
     Args:
-        rank: cut every layer to this rank by its singular values (the best that there is); None is exact.
+        rank: each layer is cut to this rank by its singular values, which is the closest; None is exact.
 
     Raises:
-        ValueError: a rank below 1.
-        AdapterError: re-scaling (which scales W0 too) or norms, which no LoRA has.
+        ValueError: the rank is below 1.
+        AdapterError: the adapter has re-scaling or norms, which no LoRA has.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
@@ -190,12 +201,16 @@ def lora_files(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
+    config: dict[str, Any] = read_json(path)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LOKR":
-        raise file_error(f"{path}: peft_type is {kind!r}; only a LoKr ('LOKR') is exactly a KARST adapter")
+        raise file_error(
+            f"{path}: peft_type is {kind!r}; expected 'LOKR', the one method that is exactly a KARST adapter"
+        )
     problems = [
-        Problem(f"{CONFIG}: {name}", "is set; a LoKr with it is not converted") for name in _REFUSED if config.get(name)
+        Problem(f"{CONFIG}: {name}", "is set, which no linear LoKr supports; unset it and train again")
+        for name in _REFUSED
+        if config.get(name)
     ]
     for name in ("r", "alpha"):
         values = [config.get(name), *_pattern(config, name, problems).values()]
@@ -213,30 +228,35 @@ def _pattern(config: Mapping[str, Any], name: str, problems: list[Problem]) -> d
     key = {"r": "rank_pattern", "alpha": "alpha_pattern"}[name]
     pattern = config.get(key) or {}
     if not isinstance(pattern, dict):
-        problems.append(Problem(f"{CONFIG}: {key}", "must be an object of layer names and numbers"))
+        problems.append(Problem(f"{CONFIG}: {key}", "must be a JSON object of layer names and numbers"))
         return {}
     for expression in pattern:
         try:
             re.compile(expression)
         except re.error as error:
-            problems.append(Problem(f"{CONFIG}: {key}", f"{expression!r} is no regular expression: {error}"))
+            problems.append(
+                Problem(f"{CONFIG}: {key}", f"{expression!r} is not a regular expression ({error}); correct it")
+            )
     return pattern
 
 
 def _of_layer(config: Mapping[str, Any], name: str, layer: str) -> float:
-    """r or alpha of a layer, as peft's `get_pattern_key` finds it: the first expression that ends the name wins."""
+    """Return r or alpha of a layer, like peft's `get_pattern_key`: the first expression that ends the name wins."""
     for expression, value in _pattern(config, name, []).items():
         if re.match(rf"(.*\.)?({expression})$", layer):
-            return value
-    return config[name]
+            return float(value)
+    return float(config[name])
 
 
 def _problems(site: Site, parts: Mapping[str, Tensor], rank: float) -> list[Problem]:
-    """What keeps the parts of one LoKr from being a dW of the site."""
+    """Return the first problem of a LoKr's tensors for the site."""
     for side in ("w1", "w2"):
         if set(parts) & {side, f"{side}_a", f"{side}_b"} not in ({side}, {f"{side}_a", f"{side}_b"}):
             return [
-                Problem(f"{site.name}.lokr_{side}", f"must be there, or else lokr_{side}_a and lokr_{side}_b; not both")
+                Problem(
+                    f"{site.name}.lokr_{side}",
+                    f"is missing or duplicate; store lokr_{side}, or lokr_{side}_a and lokr_{side}_b",
+                )
             ]
     flat = [name for name, tensor in parts.items() if tensor.ndim != 2]
     if flat:
@@ -248,7 +268,11 @@ def _problems(site: Site, parts: Mapping[str, Tensor], rank: float) -> list[Prob
             continue
         a, b = parts[f"{side}_a"], parts[f"{side}_b"]
         if a.shape[1] != b.shape[0]:
-            return [Problem(f"{site.name}.lokr_{side}_b", f"has {b.shape[0]} rows, lokr_{side}_a {a.shape[1]} columns")]
+            return [
+                Problem(
+                    f"{site.name}.lokr_{side}_b", f"has {b.shape[0]} rows, but lokr_{side}_a has {a.shape[1]} columns"
+                )
+            ]
         if b.shape[0] != rank:  # the gain is alpha / r
             return [Problem(f"{site.name}.lokr_{side}_b", f"has {b.shape[0]} rows, but {CONFIG} says r = {rank}")]
         shapes.append((a.shape[0], b.shape[1]))
@@ -257,13 +281,13 @@ def _problems(site: Site, parts: Mapping[str, Tensor], rank: float) -> list[Prob
         return [
             Problem(
                 f"{site.name}.lokr_w1",
-                f"gives a {p * rows} x {q * columns} matrix together with w2, the layer is {site.d_out} x {site.d_in}",
+                f"gives a {p * rows} x {q * columns} matrix with w2, but the layer is {site.d_out} x {site.d_in}",
             )
         ]
     return []
 
 
-def _layer(site: Site, parts: Mapping[str, Tensor], gain: float) -> Layer:
+def _layer(site: Site, parts: Mapping[str, Tensor], gain: float) -> KroneckerLayer:
     c = parts["w1"] if "w1" in parts else parts["w1_a"] @ parts["w1_b"]
     if "w2" in parts:
         w2 = parts["w2"]
@@ -273,16 +297,16 @@ def _layer(site: Site, parts: Mapping[str, Tensor], gain: float) -> Layer:
     return _split(c, a, b, gain, site.splits)
 
 
-def _split(c: Tensor, a: Tensor, b: Tensor, gain: float, splits: int) -> Layer:
-    """One product over all splits, C (P, q), A (a', r), B (r, b), as kernels that stay within a split each.
+def _split(c: Tensor, a: Tensor, b: Tensor, gain: float, splits: int) -> KroneckerLayer:
+    """Return one product over all splits, C (P, q), A (a', r), B (r, b), as kernels within one split each.
 
-    The splits' borders may cut through a block of A. Cut A into J parts that no border cuts: rows of dW are then
-    P J blocks, block g with row g // J of C and part g % J of A. Split s takes P J / S blocks in a row, and those
-    with part j are one kernel: its C has their rows and zeros elsewhere, its A is part j in split s and zeros in the
-    others. S J kernels, 3 for a qkv if 3 divides P, else 9.
+    The splits' borders may cut through a block of A. So A is cut into J parts that no border cuts. The rows of dW are
+    then P J blocks: block g has row g // J of C and part g % J of A. Split s has P J / S consecutive blocks, and its
+    blocks with part j are one kernel. The kernel's C has their rows and zeros elsewhere; its A is part j in split s
+    and zeros in the others. That makes S J kernels: 3 for a qkv if 3 divides P, else 9.
     """
     if splits == 1:
-        return Layer(c[None], a[None, None], b[None], gain)
+        return KroneckerLayer(c[None], a[None, None], b[None], gain)
     part = math.gcd(len(a), len(c) * len(a) // splits)
     parts = a.split(part)
     blocks = len(c) * len(parts) // splits
@@ -292,11 +316,11 @@ def _split(c: Tensor, a: Tensor, b: Tensor, gain: float, splits: int) -> Layer:
         for j, own in enumerate(parts):
             cs.append(c[block // len(parts)] * (block % len(parts) == j)[:, None])
             rows.append(torch.stack([own if t == s else torch.zeros_like(own) for t in range(splits)]))
-    return Layer(torch.stack(cs), torch.stack(rows), b.expand(len(cs), *b.shape), gain)
+    return KroneckerLayer(torch.stack(cs), torch.stack(rows), b.expand(len(cs), *b.shape), gain)
 
 
 def _exact_lora(c: Tensor, a: Tensor, b: Tensor, gain: float, dw: Tensor) -> tuple[Tensor, Tensor]:
-    """(d_out, R) and (R, d_in) whose product is dW."""
+    """Return (d_out, R) and (R, d_in) whose product is dW."""
     kernels, _, q = c.shape
     splits, rank = a.shape[1], b.shape[1]
     d_out, d_in = dw.shape
@@ -309,10 +333,10 @@ def _exact_lora(c: Tensor, a: Tensor, b: Tensor, gain: float, dw: Tensor) -> tup
 
 
 def _kronecker_layers(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Layer -> C, A, B in float32.
+    """Return C, A, B in float32 by layer.
 
     Raises:
-        AdapterError: there is none.
+        AdapterError: no layer has a dW.
     """
     found = {
         name: tuple(parts[part].float() for part in KRONECKER)
@@ -320,12 +344,12 @@ def _kronecker_layers(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor, Tenso
         if KRONECKER[0] in parts
     }
     if not found:
-        raise file_error("the adapter has no layer with a dW; there is nothing that peft could load")
+        raise file_error("has no layer with a dW, so peft could load nothing; use --to timm or --to onnx")
     return found  # type: ignore[return-value]
 
 
 def _not_in_a_delta(adapter: Adapter, what: str) -> list[Problem]:
-    """Tensors of an adapter that no dW holds."""
+    """Return the tensors of an adapter that are not part of any dW."""
     reasons = {
         "scale": "re-scales the whole layer, frozen weights included",
         "in_scale": "re-scales the layer's input",
@@ -335,15 +359,15 @@ def _not_in_a_delta(adapter: Adapter, what: str) -> list[Problem]:
     for part, reason in reasons.items():
         names = [name for name in adapter.tensors if name.rpartition(".")[2] == part]
         if names:
-            others = f" (and so do {len(names) - 1} others)" if len(names) > 1 else ""
+            others = f" (like {len(names) - 1} other tensors)" if len(names) > 1 else ""
             problems.append(
-                Problem(names[0], f"{reason}{others}, which a {what} cannot do; `--to timm` or `--to onnx` can")
+                Problem(names[0], f"{reason}{others}, which a {what} cannot do; use --to timm or --to onnx")
             )
     return problems
 
 
-def _peft_side(dim: int, factor: int) -> int:
-    """The first of the two numbers in peft's `factorization(dim, factor)`."""
+def peft_side(dim: int, factor: int) -> int:
+    """Return the first number of peft's `factorization(dim, factor)`."""
     if factor > 0 and dim % factor == 0:
         return factor
     highest = dim if factor == -1 else factor
@@ -353,7 +377,7 @@ def _peft_side(dim: int, factor: int) -> int:
 def _config(
     kind: str, ranks: Mapping[str, int], alphas: Mapping[str, float], backbone: Backbone, *, alpha: str
 ) -> dict[str, Any]:
-    """What all methods of peft have in common; r and alpha are those of most layers, patterns name the others."""
+    """Return the config fields of all peft methods; r and alpha are the most frequent, patterns name the others."""
     most = max(ranks.values(), key=list(ranks.values()).count)
     usual = next(alphas[name] for name, rank in ranks.items() if rank == most)
     return {

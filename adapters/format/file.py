@@ -250,7 +250,7 @@ class Adapter:
             AdapterError: as `check`.
         """
         self.check(backbone)
-        model = copy.deepcopy(backbone.model)
+        model: Any = copy.deepcopy(backbone.model)
         modules = dict(model.named_modules())
         with torch.no_grad():
             for layer, parts in self.layers.items():
@@ -267,7 +267,8 @@ class Adapter:
                 head.to(device=backbone.device, dtype=backbone.dtype)
                 head.weight.copy_(self.tensors["head.weight"])
                 head.bias.copy_(self.tensors["head.bias"])
-        return model.eval().requires_grad_(False)
+        merged: nn.Module = model.eval().requires_grad_(False)
+        return merged
 
 
 def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -1,7 +1,7 @@
-"""The trainable form: KARST around a frozen backbone, and out again as an `Adapter`.
+"""The trainable form: KARST layers around a frozen backbone.
 
-`attach` wraps, a training loop of any kind trains, `extract` takes the numbers out. The frozen weights are the
-backbone's own: they are shared, never copied and never changed.
+`attach` makes the model, a training loop trains it, `extract` returns the trained numbers as an `Adapter`. The model
+shares the backbone's frozen weights and does not change them.
 """
 
 import math
@@ -20,9 +20,9 @@ from .config import ConfigError, KarstConfig
 
 
 class KarstModel(nn.Module):
-    """A frozen backbone, KARST on its sites and a new linear head; made by `attach`.
+    """A frozen backbone with KARST on its sites and a new linear head; `attach` makes it.
 
-    Only what is trained is registered: `parameters()` and `state_dict()` hold no frozen weight.
+    Only trained numbers are registered: `parameters()` and `state_dict()` hold no frozen weight.
     """
 
     frozen: Any  # the cloned timm module
@@ -35,32 +35,35 @@ class KarstModel(nn.Module):
         self.layers = nn.ModuleDict()
         frozen = backbone.clone(drop_path=drop_path)
         modules = dict(frozen.named_modules())
-        for site in config.chosen(backbone.sites):
+        for site in config.select(backbone.sites):
             layer = KarstLayer(site, config).to(backbone.device)
             layer.replace(modules[site.name])
             self.layers[_key(site.name)] = layer
         self.norms = nn.ModuleDict()
-        for norm in config.chosen(backbone.norms) if config.norms else ():
+        for norm in config.select(backbone.norms) if config.norms else ():
             tuned = KarstNorm(modules[norm.name])
             tuned.replace(modules[norm.name])
             self.norms[_key(norm.name)] = tuned
         if not self.adapted:
             patterns = ", ".join(config.sites or ())
-            raise ConfigError(f"sites {patterns} name none of the layers, such as {backbone.sites[0].name}")
-        # A plain attribute: as a submodule it would put the frozen weights into parameters() and state_dict().
+            raise ConfigError(
+                f"sites is {patterns}, which matches no layer; layers are named like {backbone.sites[0].name}"
+            )
+        # A plain attribute: a submodule would add the frozen weights to parameters() and state_dict().
         self.__dict__["frozen"] = frozen
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pixels -> (B, K) logits."""
-        return self.head(features(self.frozen, pixels).to(self.head.weight.dtype))
+        """Map normalised pixels (B, 3, H, W) to logits (B, K)."""
+        logits: Tensor = self.head(features(self.frozen, pixels).to(self.head.weight.dtype))
+        return logits
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """Module paths of the layers and norms that are trained."""
+        """Module paths of the trained layers and norms."""
         return tuple(key.replace("/", ".") for key in (*self.layers, *self.norms))
 
     def train(self, mode: bool = True) -> "KarstModel":
-        """Training mode reaches the stochastic depth of the frozen model's adapted blocks, and nothing else of it."""
+        """Set training mode; in the frozen model it affects only the stochastic depth of adapted blocks."""
         super().train(mode)
         for path, module in self.frozen.named_modules():
             if type(module).__name__ == "DropPath":
@@ -69,7 +72,7 @@ class KarstModel(nn.Module):
         return self
 
     def tensors(self) -> dict[str, Tensor]:
-        """The trained numbers under their names in a `karst/1` file; a scale is 1 + s1."""
+        """Return the trained numbers by their names in a `karst/1` file; a scale is 1 + s1."""
         out = {"head.weight": self.head.weight, "head.bias": self.head.bias}
         for key, layer in (*self.layers.items(), *self.norms.items()):
             assert isinstance(layer, KarstLayer | KarstNorm)  # noqa: S101 (for the type checker)
@@ -78,7 +81,7 @@ class KarstModel(nn.Module):
 
 
 class KarstLayer(nn.Module):
-    """The numbers of one adapted layer: y = (1 + s1) * ((W0 + dW) x + b0) + s2."""
+    """The trainable numbers of one adapted layer: y = (1 + s1) * ((W0 + dW) x + b0) + s2."""
 
     def __init__(self, site: Site, config: KarstConfig) -> None:
         super().__init__()
@@ -93,7 +96,7 @@ class KarstLayer(nn.Module):
             factor=config.factor,
         )
         self.c, self.a, self.b = (nn.Parameter(torch.empty(size)) for size in sizes)
-        # Each C_i and A_i on its own: Kaiming-uniform looks at the last two axes of one matrix.
+        # One matrix at a time: the initialiser computes its fan-in from a single matrix.
         for matrix in (*self.c.unbind(), *self.a.flatten(0, 1).unbind()):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
         nn.init.zeros_(self.b)
@@ -105,12 +108,12 @@ class KarstLayer(nn.Module):
             self.in_s1, self.in_s2 = (_zeros(site.d_in if config.rescale == "channel" else 1) for _ in range(2))
 
     def replace(self, linear: nn.Linear) -> None:
-        """Make a linear layer of a cloned backbone compute the adapted output."""
-        # A partial of a method and not a closure: a deep copy of the model then has its own numbers.
+        """Make a linear layer of a cloned backbone return the adapted output."""
+        # A partial of a method instead of a closure: otherwise a deep copy of the model would share its numbers.
         linear.forward = partial(self._adapted, linear)  # type: ignore[method-assign]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Names and numbers as in a `karst/1` file, whose one gain is that of the largest rank."""
+        """Return names and numbers as in a `karst/1` file, whose single gain belongs to the largest rank."""
         out: dict[str, Tensor] = {
             "karst_c": self.c * (self.gain / self.file_gain),
             "karst_a": self.a,
@@ -130,23 +133,23 @@ class KarstLayer(nn.Module):
 
 
 class KarstNorm(nn.Module):
-    """The weight and bias of one norm layer, starting at the frozen ones."""
+    """The trainable weight and bias of one norm layer, initialised with the frozen ones."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
         self.weight, self.bias = (nn.Parameter(t.detach().float().clone()) for t in (norm.weight, norm.bias))
 
     def replace(self, norm: nn.LayerNorm) -> None:
-        """Put these numbers in the place of a cloned backbone's own."""
+        """Make a norm layer of a cloned backbone use these numbers."""
         norm.weight, norm.bias = self.weight, self.bias
 
     def tensors(self) -> dict[str, Tensor]:
-        """Names and numbers as in a `karst/1` file."""
+        """Return names and numbers as in a `karst/1` file."""
         return {"norm_weight": self.weight, "norm_bias": self.bias}
 
 
 def new_head(backbone: Backbone, num_classes: int) -> nn.Linear:
-    """A linear head at its start: small random weights, no bias."""
+    """Return an untrained linear head: small random weights, zero bias."""
     head = nn.Linear(backbone.width, num_classes, device=backbone.device)
     nn.init.trunc_normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
@@ -154,16 +157,16 @@ def new_head(backbone: Backbone, num_classes: int) -> nn.Linear:
 
 
 def attach(backbone: Backbone, config: KarstConfig, num_classes: int, *, drop_path: float = 0.0) -> KarstModel:
-    """A model to train: the frozen backbone with KARST on every site and a new head for `num_classes`.
+    """Return a model to train: the frozen backbone with KARST on its sites and a new head for `num_classes`.
 
-    At the start it computes what the frozen backbone computes: B, s1 and s2 are zero.
+    Its initial features equal the frozen backbone's, since B, s1 and s2 are zero.
 
     Args:
-        drop_path: stochastic depth while training; the paper's recipe has 0.1.
+        drop_path: rate of stochastic depth in training; 0.1 in the paper's recipe.
 
     Raises:
         ValueError: `num_classes` is below 1.
-        ConfigError: `config.stage_ranks` has no rank for a stage of the backbone, or `config.sites` names no layer.
+        ConfigError: `config.stage_ranks` has no rank for a stage of the backbone, or `config.sites` matches no layer.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -178,16 +181,16 @@ def extract(
     metrics: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Adapter:
-    """The trained numbers of a model as an adapter: what `Adapter.write` puts in a file.
+    """Return the trained numbers of a model as an adapter.
 
     Args:
         labels: K unique names, in the order of the head's rows.
-        preprocess: what callers' images need; None takes the backbone's own data config.
-        metrics: JSON-able figures to keep with the adapter, such as its accuracy.
-        dtype: float32, float16 or bfloat16, of the tensors in the file.
+        preprocess: timm data config for callers' images; None takes the backbone's own.
+        metrics: JSON-able figures to store, such as the accuracy.
+        dtype: of the tensors in the file: float32, float16 or bfloat16.
 
     Raises:
-        AdapterError: labels or numbers that no adapter file may have (duplicate labels, a NaN, ...).
+        AdapterError: labels or numbers are invalid, such as duplicate labels or NaN.
     """
     return Adapter.create(
         {name: tensor.to(dtype).cpu().contiguous() for name, tensor in model.tensors().items()},
@@ -201,7 +204,7 @@ def extract(
 
 
 def _key(path: str) -> str:
-    """A module path as torch takes it for a submodule's name."""
+    """Return a module path as a valid name of a torch submodule, which must not contain dots."""
     return path.replace(".", "/")
 
 

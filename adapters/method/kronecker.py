@@ -1,4 +1,4 @@
-"""The math of KARST as pure functions (arXiv 2502.06779, section 2; notation of KARST.md).
+"""The formulas of KARST as pure functions (arXiv 2502.06779, section 2; docs/method.md).
 
     dW = g * sum_i C_i (kron) (A_i B_i)
 
@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CACHED = 2**20  # numbers of an output that are still in the cache when they are read again
+_CACHED = 2**20  # a layer output of up to so many numbers stays in the processor's cache
 
 
 def factorise(dim: int, factor: int) -> tuple[int, int]:
-    """Split a dimension in two: (factor, dim / factor), smaller first, if factor divides it; else the divisor
-    pair closest to it.
+    """Split a dimension into (factor, dim / factor), smaller first; where factor does not divide it, into the
+    divisor pair closest to it.
 
     >>> factorise(768, 8), factorise(768, 96), factorise(20, 8)
     ((8, 96), (8, 96), (4, 5))
@@ -33,14 +33,14 @@ def factorise(dim: int, factor: int) -> tuple[int, int]:
 def shapes(
     d_in: int, d_out: int, splits: int, *, kernels: int, rank: int, factor: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The shapes of C, A and B for one layer."""
+    """Return the shapes of C, A and B for one layer."""
     p, a = factorise(d_out // splits, factor)
     q, b = factorise(d_in, factor)
     return (kernels, p, q), (kernels, splits, a, rank), (kernels, rank, b)
 
 
 def delta(c: Tensor, a: Tensor, b: Tensor, gain: float = 1.0) -> Tensor:
-    """dW written out: (d_out, d_in), splits stacked along the output. The reference for everything else."""
+    """Return dW explicitly: (d_out, d_in), splits stacked along the output. Faster forms are tested against it."""
     m = torch.einsum("nsar,nrb->nsab", a, b)
     w = torch.einsum("npq,nsab->spaqb", c, m)  # C outermost: row = p * a_size + a, column = q * b_size + b
     splits, p, rows, q, columns = w.shape
@@ -48,7 +48,7 @@ def delta(c: Tensor, a: Tensor, b: Tensor, gain: float = 1.0) -> Tensor:
 
 
 def apply(x: Tensor, c: Tensor, a: Tensor, b: Tensor, gain: float = 1.0) -> Tensor:
-    """dW x without writing dW out, the vec trick: (C kron M) x = vec(C X M^T). Plain; `add_` is the fast one.
+    """Return dW x without an explicit dW, by (C kron M) x = vec(C X M^T); `add_` is faster.
 
     Args:
         x: (..., d_in)
@@ -65,25 +65,25 @@ def apply(x: Tensor, c: Tensor, a: Tensor, b: Tensor, gain: float = 1.0) -> Tens
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, c: Tensor, a: Tensor, b: Tensor, gain: float = 1.0
 ) -> Tensor:
-    """(W0 + dW) x + b0 for training: W0 and b0 are frozen; x, C, A and B have gradients.
+    """Return (W0 + dW) x + b0 for training: W0 and b0 are frozen; x, C, A and B have gradients.
 
-    The forward pass and the gradient of x write W0 + dW out: next to a batch's rows it is small. The gradients of C,
-    A and B use the vec trick: through dW they would need the product of all rows with all rows, as much work as the
-    forward pass, and that only to be summed up into a few numbers.
+    The forward pass and the gradient of x use an explicit W0 + dW, which is small beside a batch's rows. The gradients
+    of C, A and B use the vec trick: through dW they would cost as much as the forward pass.
 
     Args:
-        x: (..., d_in); with more than two axes, the first is a batch.
+        x: (..., d_in); with more than two axes, the first is the batch.
         weight: (d_out, d_in)
         bias: (d_out,)
 
     Returns:
         (..., d_out), in the weight's dtype or autocast's.
     """
-    return _Linear.apply(x, weight, bias, c, a, b, gain)
+    y: Tensor = _Linear.apply(x, weight, bias, c, a, b, gain)
+    return y
 
 
 class _Linear(torch.autograd.Function):
-    """See `linear`."""
+    """The autograd function of `linear`."""
 
     @staticmethod
     def forward(
@@ -92,25 +92,29 @@ class _Linear(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x = x.to(dtype)
-        ctx.save_for_backward(x, weight, c, a, b)  # not W0 + dW, which takes more memory than time
+        ctx.save_for_backward(
+            x, weight, c, a, b
+        )  # W0 + dW is computed again: storing it costs more memory than it saves time
         ctx.gain = gain
-        return F.linear(x, _written(weight, c, a, b, gain, dtype), None if bias is None else bias.to(dtype))
+        return F.linear(x, _explicit_weight(weight, c, a, b, gain, dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, c, a, b = ctx.saved_tensors
-        dx = dy @ _written(weight, c, a, b, ctx.gain, dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = dy @ _explicit_weight(weight, c, a, b, ctx.gain, dy.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, None, *_gradients(x, dy, c, a, b, ctx.gain), None
 
 
-def _written(weight: Tensor, c: Tensor, a: Tensor, b: Tensor, gain: float, dtype: torch.dtype) -> Tensor:
+def _explicit_weight(weight: Tensor, c: Tensor, a: Tensor, b: Tensor, gain: float, dtype: torch.dtype) -> Tensor:
     return (weight + delta(c, a, b, gain)).to(dtype)
 
 
 def _gradients(x: Tensor, dy: Tensor, c: Tensor, a: Tensor, b: Tensor, gain: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of C, A and B by the vec trick. An image at a time, so that long sums over rows become short ones.
+    """Return the gradients of C, A and B by the vec trick, one image at a time, so that sums over rows stay short.
 
-    x (B.., d_in), dy (B.., d_out) of one dtype; the sums over images are in the parameters' own.
+    Args:
+        x: (B.., d_in)
+        dy: (B.., d_out), of the same dtype. Sums over images are in the dtype of the parameters.
     """
     kernels, p, q = c.shape
     _, splits, a_size, rank = a.shape
@@ -137,17 +141,17 @@ def _gradients(x: Tensor, dy: Tensor, c: Tensor, a: Tensor, b: Tensor, gain: flo
 
 
 def _each(matrix: Tensor, images: int) -> Tensor:
-    """The same matrix for every image, without a copy."""
+    """Return the matrix repeated for each image, as a view."""
     return matrix.expand(images, *matrix.shape)
 
 
 def add_(y: Tensor, x: Tensor, c: Tensor, a: Tensor, b: Tensor, splits: int) -> None:
-    """y += dW x in place, where each of B images has a dW of its own; no autograd.
+    """Add dW x to y in place, with a separate dW for each of B images; no autograd.
 
     Args:
-        y: (B.., d_out), contiguous; rows are image-major, whatever the axes.
-        x: (B.., d_in), likewise.
-        c: (B N, 2 q, 2 p), as `double_` makes it, with the gain in it.
+        y: (B.., d_out), contiguous, with image-major rows.
+        x: (B.., d_in), with image-major rows.
+        c: (B N, 2 q, 2 p), as `double_` writes it, multiplied by the gain.
         a: (B, N R, S a).
         b: (B, N R, b), with an even R.
     """
@@ -157,23 +161,23 @@ def add_(y: Tensor, x: Tensor, c: Tensor, a: Tensor, b: Tensor, splits: int) -> 
     if splits == 1:
         y.view(images, -1, a_size).baddbmm_(h, a)
         return
-    # y's rows have the splits outside p, so it takes an addition of its own.
+    # In y's rows the splits are outside p, so the product cannot be added directly.
     if y.numel() <= _CACHED:
         out = torch.bmm(h, a).view(images, -1, y.shape[-1] // columns, splits, a_size)  # (B, T, p, S, a)
         y.view(images, -1, splits, y.shape[-1] // columns, a_size).add_(out.transpose(2, 3))
         return
     y = y.view(images, -1, splits, y.shape[-1] // splits)  # (B, T, S, p a)
-    for s, part in enumerate(a.split(a_size, dim=2)):  # one at a time stays in the cache
+    for s, part in enumerate(a.split(a_size, dim=2)):  # one split at a time stays in the cache
         y[:, :, s] += torch.bmm(h, part).view(images, -1, y.shape[3])
 
 
 def double_(out: Tensor, c: Tensor) -> None:
-    """Write C transposed and twice on a diagonal, so that one product takes two rows.
+    """Write C transposed, twice on a block diagonal, so that one product handles two rows.
 
-    Half of the numbers are zeros, and yet it is three times as fast: MKL is poor at matrices with 8 columns.
+    Half of the numbers are zeros, but the product is three times as fast: MKL is slow for matrices of 8 columns.
 
     Args:
-        out: (N, 2 q, 2 p), of zeros.
+        out: (N, 2 q, 2 p), all zeros.
         c: (N, p, q)
     """
     own = c.transpose(1, 2)
@@ -183,9 +187,15 @@ def double_(out: Tensor, c: Tensor) -> None:
 
 
 def _mix(x: Tensor, c: Tensor, b: Tensor) -> Tensor:
-    """What A multiplies: B, then C. Rows are the last axis in between, so that nothing needs to be permuted.
+    """Apply B, then C. Rows are the last axis in between, so no permutation is needed.
 
-    x (B, T q, b), c (B N, 2 q, 2 p) or (B N, q, p), b (B, N R, b) -> (B, T p, N R), a transposed view.
+    Args:
+        x: (B, T q, b)
+        c: (B N, 2 q, 2 p) or (B N, q, p)
+        b: (B, N R, b)
+
+    Returns:
+        (B, T p, N R), a transposed view; A multiplies it next.
     """
     images, ranks, _ = b.shape
     h = torch.bmm(b, x.transpose(1, 2))  # (B, N R, T q)

@@ -1,14 +1,15 @@
-"""A backbone is loaded whole or refused by name, known by its fingerprint, and never changed."""
+"""Loading, fingerprint, sites and clones of a backbone."""
 
 import hashlib
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import nn
 
 from adapters import Backbone, BackboneError, load_backbone
@@ -21,7 +22,7 @@ def small() -> Backbone:
     """timm's smallest ViT with the layout of Google's checkpoints: one class token, one last norm."""
     torch.manual_seed(3)
     backbone = load_backbone("test_vit", pretrained=False)
-    with torch.no_grad():  # norms and biases start at constants, which would hide a mix-up
+    with torch.no_grad():  # norms and biases start at constants, which would hide swapped weights
         for parameter in backbone.model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return backbone
@@ -33,8 +34,8 @@ def same_outputs(one: Backbone, other: Backbone) -> bool:
         return torch.equal(features(one.model, pixels), features(other.model, pixels))
 
 
-def google_layout(model: nn.Module) -> dict[str, np.ndarray]:
-    """The weights of a timm ViT under the names and shapes of `ViT-B_16.npz`."""
+def google_layout(model: Any) -> dict[str, Any]:
+    """Return the weights of a timm ViT by the names and shapes of `ViT-B_16.npz`."""
     w = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     heads = model.blocks[0].attn.num_heads
     width = w["cls_token"].shape[-1]
@@ -64,7 +65,7 @@ def google_layout(model: nn.Module) -> dict[str, np.ndarray]:
     return out
 
 
-def test_the_fingerprint_is_written_out() -> None:
+def test_the_fingerprint_equals_the_documented_digest() -> None:
     layer = nn.Linear(2, 1)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, -2.0]]))
@@ -74,13 +75,13 @@ def test_the_fingerprint_is_written_out() -> None:
     assert fingerprint(layer) == hashlib.sha256(bias + weight).hexdigest()
 
 
-def test_the_fingerprint_is_stable(backbone: Backbone) -> None:
+def test_the_fingerprint_is_equal_when_the_weights_are_equal(backbone: Backbone) -> None:
     torch.manual_seed(0)
     assert load_backbone("demo", pretrained=False).fingerprint == backbone.fingerprint
     assert fingerprint(backbone.model) == backbone.fingerprint
 
 
-def test_the_fingerprint_changes_with_every_weight(small: Backbone) -> None:
+def test_the_fingerprint_changes_when_any_weight_changes(small: Backbone) -> None:
     model = create_model("test_vit")
     model.load_state_dict(small.model.state_dict())
     seen = {fingerprint(model)}
@@ -91,15 +92,19 @@ def test_the_fingerprint_changes_with_every_weight(small: Backbone) -> None:
     assert len(seen) == 1 + len(tensors)
 
 
-def test_the_fingerprint_knows_dtype_shape_and_name() -> None:
-    models = [nn.Linear(4, 4, bias=False), nn.Linear(2, 8, bias=False), nn.Linear(4, 4, bias=False).half()]
-    models.append(nn.Sequential(nn.Linear(4, 4, bias=False)))
+def test_the_fingerprint_changes_when_dtype_shape_or_name_change() -> None:
+    models: list[nn.Module] = [
+        nn.Linear(4, 4, bias=False),
+        nn.Linear(2, 8, bias=False),
+        nn.Linear(4, 4, bias=False).half(),
+    ]
+    models += [nn.Sequential(nn.Linear(4, 4, bias=False))]
     for model in models:
         nn.init.zeros_(next(model.parameters()))
     assert len({fingerprint(model) for model in models}) == 4
 
 
-def test_a_cast_keeps_the_fingerprint() -> None:
+def test_the_fingerprint_does_not_change_when_the_weights_are_cast() -> None:
     torch.manual_seed(0)
     half = load_backbone("demo", pretrained=False, dtype=torch.bfloat16)
     torch.manual_seed(0)
@@ -107,7 +112,7 @@ def test_a_cast_keeps_the_fingerprint() -> None:
     assert half.dtype == torch.bfloat16
 
 
-def test_a_backbone_is_frozen_and_says_what_fits_it(backbone: Backbone) -> None:
+def test_a_backbone_is_frozen_and_lists_its_sites(backbone: Backbone) -> None:
     assert not backbone.model.training
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
     assert (backbone.name, backbone.input_size, backbone.width) == ("demo", (3, 32, 32), 128)
@@ -130,7 +135,7 @@ def test_info_has_no_weights(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin"])
-def test_a_checkpoint_gives_the_same_backbone(small: Backbone, tmp_path: Path, suffix: str) -> None:
+def test_load_reads_a_checkpoint(small: Backbone, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"weights{suffix}"
     save = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
     save(small.model.state_dict(), path)
@@ -139,7 +144,7 @@ def test_a_checkpoint_gives_the_same_backbone(small: Backbone, tmp_path: Path, s
     assert same_outputs(loaded, small)
 
 
-def test_a_google_npz_gives_the_same_backbone(small: Backbone, tmp_path: Path) -> None:
+def test_load_reads_a_google_npz(small: Backbone, tmp_path: Path) -> None:
     path = tmp_path / "ViT.npz"
     np.savez(path, **google_layout(small.model))
     loaded = load_backbone("test_vit", path)
@@ -147,7 +152,7 @@ def test_a_google_npz_gives_the_same_backbone(small: Backbone, tmp_path: Path) -
     assert same_outputs(loaded, small)
 
 
-def test_a_half_precision_checkpoint_is_read_as_float32(small: Backbone, tmp_path: Path) -> None:
+def test_load_casts_a_half_precision_checkpoint_to_float32(small: Backbone, tmp_path: Path) -> None:
     path = tmp_path / "half.safetensors"
     safetensors.torch.save_file({name: t.half() for name, t in small.model.state_dict().items()}, path)
     loaded = load_backbone("test_vit", str(path))
@@ -155,7 +160,7 @@ def test_a_half_precision_checkpoint_is_read_as_float32(small: Backbone, tmp_pat
     assert torch.equal(loaded.model.cls_token, small.model.cls_token.half().float())
 
 
-def test_the_head_of_a_checkpoint_is_left_out(small: Backbone, tmp_path: Path) -> None:
+def test_load_ignores_the_head_of_a_checkpoint(small: Backbone, tmp_path: Path) -> None:
     path = tmp_path / "classifier.pth"
     torch.save(small.model.state_dict() | {"head.weight": torch.ones(10, 64), "head.bias": torch.ones(10)}, path)
     assert load_backbone("test_vit", path).fingerprint == fingerprint(small.model)
@@ -167,42 +172,43 @@ class Code:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Path.write_text, (self.path, "executed")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
-def test_a_pickle_with_code_is_refused_unexecuted(tmp_path: Path, suffix: str) -> None:
+def test_load_refuses_a_pickle_with_code_and_does_not_run_it(tmp_path: Path, suffix: str) -> None:
     path, trace = tmp_path / f"evil{suffix}", tmp_path / "trace"
     torch.save({"cls_token": Code(trace)}, path)
     with pytest.raises(BackboneError, match=rf"^checkpoint .*evil{suffix}: [Ww]eights.only"):
         load_backbone("test_vit", path)
     assert not trace.exists()
     torch.load(path, weights_only=False)
-    assert trace.exists()  # it was no harmless file
+    assert trace.exists()  # the file does run code
 
 
-def test_an_npz_with_code_is_refused_unexecuted(tmp_path: Path) -> None:
+def test_load_refuses_an_npz_with_code_and_does_not_run_it(tmp_path: Path) -> None:
     path, trace = tmp_path / "evil.npz", tmp_path / "trace"
-    np.savez(path, **{"embedding/kernel": np.array([Code(trace)], dtype=object)})
+    arrays: dict[str, Any] = {"embedding/kernel": np.array([Code(trace)], dtype=object)}
+    np.savez(path, **arrays)
     with pytest.raises(BackboneError, match=r"^checkpoint .*evil.npz: Object arrays cannot be loaded"):
         load_backbone("test_vit", path)
     assert not trace.exists()
 
 
-def test_an_unknown_name_is_refused() -> None:
+def test_load_names_an_unknown_model() -> None:
     with pytest.raises(BackboneError, match=r"^cannot load backbone 'vit_tny': Unknown model .*give a timm model name"):
         load_backbone("vit_tny", pretrained=False)
     with pytest.raises(BackboneError, match=r"^cannot load pretrained weights of backbone 'vit_tny'"):
         load_backbone("vit_tny")
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_load_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"^checkpoint .*none.safetensors: no such file$"):
         load_backbone("test_vit", tmp_path / "none.safetensors")
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_load_refuses_an_unknown_suffix(tmp_path: Path) -> None:
     path = tmp_path / "weights.h5"
     path.write_bytes(b"anything")
     with pytest.raises(BackboneError, match=r"weights.h5: the file must end in one of .safetensors, .pth, .*, .npz$"):
@@ -210,7 +216,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".npz"])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, suffix: str) -> None:
+def test_load_names_a_damaged_checkpoint(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"damaged{suffix}"
     path.write_bytes(b"no weights at all")
     with pytest.raises(BackboneError, match=rf"^checkpoint .*damaged{suffix}: .+"):
@@ -228,7 +234,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, suffix: str) -> None:
         ({"norm.bias": torch.ones(3)}, r": Error\(s\) in loading state_dict for VisionTransformer"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_named(small: Backbone, tmp_path: Path, change, message: str) -> None:
+def test_load_names_a_checkpoint_that_does_not_fit(
+    small: Backbone, tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+) -> None:
     path = tmp_path / "odd.safetensors"
     state = small.model.state_dict() | change
     safetensors.torch.save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
@@ -239,22 +247,22 @@ def test_a_checkpoint_that_does_not_fit_is_named(small: Backbone, tmp_path: Path
 @pytest.mark.parametrize(
     "gone", ["cls", "Transformer/encoderblock_5/LayerNorm_0/scale", "Transformer/encoder_norm/bias"]
 )
-def test_an_npz_with_a_part_missing_is_named(small: Backbone, tmp_path: Path, gone: str) -> None:
+def test_load_names_the_missing_part_of_an_npz(small: Backbone, tmp_path: Path, gone: str) -> None:
     path = tmp_path / "part.npz"
     np.savez(path, **{name: array for name, array in google_layout(small.model).items() if name != gone})
     with pytest.raises(BackboneError, match=rf"^checkpoint .*part.npz: .*{gone}"):
         load_backbone("test_vit", path)
 
 
-def test_an_npz_that_leaves_weights_at_their_start_is_refused(backbone: Backbone, tmp_path: Path) -> None:
-    """timm's reader fills what it knows, and the demo's last norm stands where it does not look."""
+def test_load_refuses_an_npz_that_does_not_set_every_weight(backbone: Backbone, tmp_path: Path) -> None:
+    """timm's reader does not look for the demo's last norm, and would leave it untrained."""
     path = tmp_path / "pooled.npz"
     np.savez(path, **google_layout(backbone.model))
     with pytest.raises(BackboneError, match=r"pooled.npz does not fit .* missing \['fc_norm.weight', 'fc_norm.bias'\]"):
         load_backbone("demo", path)
 
 
-def test_an_npz_of_a_deeper_model_is_refused(small: Backbone, tmp_path: Path) -> None:
+def test_load_refuses_an_npz_of_a_deeper_model(small: Backbone, tmp_path: Path) -> None:
     weights = google_layout(small.model)
     deeper = {name.replace("block_5", "block_6"): a for name, a in weights.items() if "block_5" in name}
     path = tmp_path / "deeper.npz"
@@ -263,12 +271,12 @@ def test_an_npz_of_a_deeper_model_is_refused(small: Backbone, tmp_path: Path) ->
         load_backbone("test_vit", path)
 
 
-def test_a_model_without_karst_s_layers_is_refused() -> None:
+def test_load_refuses_a_model_without_sites() -> None:
     with pytest.raises(BackboneError, match=r"^backbone 'test_resnet' has none of the layers that KARST adapts .attn"):
         load_backbone("test_resnet", pretrained=False)
 
 
-def test_a_model_that_goes_round_its_qkv_is_refused_with_the_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_names_the_sites_when_the_model_bypasses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapters.backbone._call_every_qkv", lambda model: None)
     with pytest.raises(BackboneError) as refusal:
         load_backbone("eva02_tiny_patch14_224", pretrained=False)
@@ -278,24 +286,24 @@ def test_a_model_that_goes_round_its_qkv_is_refused_with_the_sites(monkeypatch: 
     )
 
 
-def test_a_model_that_mixes_up_the_rows_of_images_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rows_of_all_images_by_turns(self, x):
+def test_load_refuses_a_model_when_it_interleaves_the_rows_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interleaved(self: Any, x: torch.Tensor) -> Any:
         return self.fc2(self.act(self.fc1(x.transpose(0, 1)))).transpose(0, 1)
 
-    monkeypatch.setattr("timm.layers.Mlp.forward", rows_of_all_images_by_turns)
-    with pytest.raises(BackboneError, match=r"do not get the rows of one image after those of another: blocks.0.mlp"):
+    monkeypatch.setattr("timm.layers.Mlp.forward", interleaved)
+    with pytest.raises(BackboneError, match=r"get the rows of several images interleaved: blocks.0.mlp"):
         load_backbone("test_vit", pretrained=False)
 
 
 @pytest.mark.parametrize(("name", "splits"), [("eva02_tiny_patch14_224", 3), ("vit_tiny_patch16_224", 3)])
-def test_sites_of_a_family(name: str, splits: int) -> None:
+def test_sites_and_norms_match_the_family(name: str, splits: int) -> None:
     backbone = load_backbone(name, pretrained=False)
     qkv = next(site for site in backbone.sites if site.name == "blocks.0.attn.qkv")
     assert (qkv.splits, qkv.stage) == (splits, None)
     assert [norm.name for norm in backbone.norms][-2:] == ["blocks.11.norm2", "norm" if "vit_t" in name else "fc_norm"]
 
 
-def test_swin_s_sites_know_their_stage() -> None:
+def test_swin_sites_have_their_stage() -> None:
     backbone = load_backbone("swin_tiny_patch4_window7_224", pretrained=False)
     assert [site.stage for site in backbone.sites] == [0] * 8 + [1] * 8 + [2] * 24 + [3] * 8
 
@@ -308,7 +316,7 @@ def test_a_clone_shares_every_weight_and_no_module(backbone: Backbone) -> None:
     assert not set(map(id, backbone.model.modules())) & set(map(id, clone.modules()))
 
 
-def test_a_hook_on_a_clone_does_not_reach_the_backbone(backbone: Backbone) -> None:
+def test_a_hook_on_a_clone_does_not_change_the_backbone(backbone: Backbone) -> None:
     pixels = random_pixels(backbone, 1)
     with torch.inference_mode():
         before = features(backbone.model, pixels)

@@ -65,7 +65,7 @@ def cut(random: Random, data: bytes) -> bytes:
 
 
 def append(random: Random, data: bytes) -> bytes:
-    return data + random.bytes(random.integers(1, 64))
+    return data + random.bytes(int(random.integers(1, 64)))
 
 
 def repeat(random: Random, data: bytes) -> bytes:
@@ -99,7 +99,7 @@ def put_numbers(random: Random, data: bytes) -> bytes:
     if len(payload) < 4:
         return data
     at = random.integers(0, len(payload) // 4) * 4
-    return data[: 8 + len(header)] + payload[:at] + random.choice(NUMBERS) + payload[at + 4 :]
+    return data[: 8 + len(header)] + payload[:at] + NUMBERS[random.integers(len(NUMBERS))] + payload[at + 4 :]
 
 
 # The header

@@ -25,11 +25,11 @@ def test_delta_and_apply_equal_the_paper_s_sum(splits: int, kernels: int, d_in: 
     expected = written_out(c, a, b, gain=0.7)
     assert expected.shape == (d_out * splits, d_in)
 
-    tensors = [torch.from_numpy(t) for t in (c, a, b)]
-    np.testing.assert_allclose(kronecker.delta(*tensors, 0.7), expected, atol=1e-6, rtol=0)
+    ct, at, bt = (torch.from_numpy(t) for t in (c, a, b))
+    np.testing.assert_allclose(kronecker.delta(ct, at, bt, 0.7), expected, atol=1e-6, rtol=0)
 
     x = rng.normal(size=(2, 5, d_in))
-    np.testing.assert_allclose(kronecker.apply(torch.from_numpy(x), *tensors, 0.7), x @ expected.T, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(kronecker.apply(torch.from_numpy(x), ct, at, bt, 0.7), x @ expected.T, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -38,29 +38,29 @@ def test_delta_and_apply_equal_the_paper_s_sum(splits: int, kernels: int, d_in: 
 def test_linear_has_the_gradients_of_the_explicit_dw(splits: int, rows: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
     shapes = kronecker.shapes(24, 16 * splits, splits, kernels=3, rank=3, factor=8)
-    numbers = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    c, a, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     x = torch.randn(*rows, 24, dtype=torch.float64, requires_grad=True)
-    weight, b0 = torch.randn(16 * splits, 24, dtype=torch.float64), torch.randn(16 * splits, dtype=torch.float64)
-    b0 = b0 if bias else None
+    weight = torch.randn(16 * splits, 24, dtype=torch.float64)
+    b0 = torch.randn(16 * splits, dtype=torch.float64) if bias else None
     upstream = torch.randn(*rows, 16 * splits, dtype=torch.float64)
 
-    y = kronecker.linear(x, weight, b0, *numbers, 0.7)
-    found = torch.autograd.grad(y, [x, *numbers], upstream)
-    expected = torch.nn.functional.linear(x, weight + kronecker.delta(*numbers, 0.7), b0)
+    y = kronecker.linear(x, weight, b0, c, a, b, 0.7)
+    found = torch.autograd.grad(y, [x, c, a, b], upstream)
+    expected = torch.nn.functional.linear(x, weight + kronecker.delta(c, a, b, 0.7), b0)
     torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(found, torch.autograd.grad(expected, [x, *numbers], upstream))
+    torch.testing.assert_close(found, torch.autograd.grad(expected, [x, c, a, b], upstream))
 
 
 def test_linear_computes_in_autocast_s_dtype_and_keeps_float32_gradients() -> None:
     torch.manual_seed(0)
     shapes = kronecker.shapes(64, 64, 1, kernels=2, rank=4, factor=8)
-    numbers = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    c, a, b = (torch.randn(shape, requires_grad=True) for shape in shapes)
     x, weight = torch.randn(2, 9, 64), torch.randn(64, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        y = kronecker.linear(x, weight, None, *numbers)
+        y = kronecker.linear(x, weight, None, c, a, b)
     assert y.dtype == torch.bfloat16
-    rough = torch.autograd.grad(y.float().square().sum(), numbers)
-    exact = torch.autograd.grad(kronecker.linear(x, weight, None, *numbers).square().sum(), numbers)
+    rough = torch.autograd.grad(y.float().square().sum(), [c, a, b])
+    exact = torch.autograd.grad(kronecker.linear(x, weight, None, c, a, b).square().sum(), [c, a, b])
     for one, other in zip(rough, exact, strict=True):
         assert one.dtype == torch.float32
         assert (one - other).norm() < 0.02 * other.norm()

@@ -1,8 +1,9 @@
-"""Merged export: what is written is loaded again by real timm and real onnxruntime, and computes what the bank does."""
+"""Merged export: timm and onnxruntime load the files and compute the logits of the bank."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -13,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import adapters
-from adapters import Adapter, AdapterError, Bank, load_backbone
+from adapters import Adapter, AdapterError, Backbone, Bank, load_backbone
 from adapters.backbone import create_model
 from adapters.convert import export
 from adapters.convert.convert import convert
@@ -25,7 +26,7 @@ LABELS = ["Katze", "собака", 'cat, "big"']
 
 @pytest.fixture(scope="module")
 def adapter(backbone: Backbone) -> Adapter:
-    """Everything that an adapter can have: kernels, re-scaling of channels, norms."""
+    """Return an adapter with every optional part: kernels, re-scaling of channels, norms."""
     return random_adapter(backbone, classes=3, labels=LABELS, kernels=2, rank=4, rescale="channel", norms=True)
 
 
@@ -34,17 +35,17 @@ def served(backbone: Backbone, adapter: Adapter, pixels: torch.Tensor) -> torch.
     return torch.stack(bank.forward(pixels, [bank.put(adapter)] * len(pixels)))
 
 
-def close(found, expected: tuple[int, int]) -> None:
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_the_reference_is_what_the_bank_serves(backbone: Backbone, adapter: Adapter) -> None:
+def test_unmerged_equals_the_bank(backbone: Backbone, adapter: Adapter) -> None:
     pixels = random_pixels(backbone, 3)
     with torch.inference_mode():
-        close(export.unmerged(adapter, backbone)(pixels), served(backbone, adapter, pixels))
+        assert_close(export.unmerged(adapter, backbone)(pixels), served(backbone, adapter, pixels))
 
 
-def test_a_timm_checkpoint(backbone: Backbone, adapter: Adapter, tmp_path: Path) -> None:
+def test_timm_loads_the_exported_checkpoint(backbone: Backbone, adapter: Adapter, tmp_path: Path) -> None:
     adapter.write(tmp_path / "in.safetensors")
     report = convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "timm", backbone)
     assert report["largest_relative_difference"] < 1e-4
@@ -52,7 +53,7 @@ def test_a_timm_checkpoint(backbone: Backbone, adapter: Adapter, tmp_path: Path)
     timm.models.load_checkpoint(model, str(tmp_path / "out.safetensors"), strict=True)
     pixels = random_pixels(backbone, 3)
     with torch.inference_mode():
-        close(model.eval()(pixels), served(backbone, adapter, pixels))
+        assert_close(model.eval()(pixels), served(backbone, adapter, pixels))
     with safetensors.safe_open(tmp_path / "out.safetensors", "pt") as opened:
         metadata = opened.metadata()
     assert json.loads(metadata["labels"]) == LABELS
@@ -60,8 +61,8 @@ def test_a_timm_checkpoint(backbone: Backbone, adapter: Adapter, tmp_path: Path)
     assert metadata["adapter"] == adapter.digest
 
 
-def test_timms_own_create_model_takes_the_checkpoint(tmp_path: Path) -> None:
-    """A model of timm's registry, by name, as the docs say; the demo's is none."""
+def test_timm_create_model_loads_the_checkpoint_by_path(tmp_path: Path) -> None:
+    """The documented call; the demo backbone is not in timm's registry."""
     backbone = load_backbone("test_vit", pretrained=False)
     adapter = random_adapter(backbone, classes=4)
     adapter.write(tmp_path / "in.safetensors")
@@ -69,20 +70,27 @@ def test_timms_own_create_model_takes_the_checkpoint(tmp_path: Path) -> None:
     model = timm.create_model("test_vit", num_classes=4, checkpoint_path=str(tmp_path / "out.safetensors")).eval()
     pixels = random_pixels(backbone, 2)
     with torch.inference_mode():
-        close(model(pixels), served(backbone, adapter, pixels))
+        assert_close(model(pixels), served(backbone, adapter, pixels))
 
 
-def test_an_onnx_file(backbone: Backbone, adapter: Adapter, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_onnxruntime_runs_the_exported_file_with_any_batch_size(
+    backbone: Backbone, adapter: Adapter, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     adapter.write(tmp_path / "in.safetensors")
     report = convert(tmp_path / "in.safetensors", tmp_path / "out.onnx", "onnx", backbone)
     assert report["largest_relative_difference"] < 1e-4
-    assert capfd.readouterr().out == ""  # `--json` is for scripts
-    assert {path.name for path in tmp_path.iterdir()} == {"in.safetensors", "out.onnx"}  # one file, no data beside it
+    assert capfd.readouterr().out == ""  # otherwise `--json` would not be valid JSON
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "in.safetensors",
+        "out.onnx",
+    }  # one file, without a data file beside it
 
     session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
     for count in (1, 2, 5):
         pixels = random_pixels(backbone, count)
-        close(torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0]), served(backbone, adapter, pixels))
+        assert_close(
+            torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0]), served(backbone, adapter, pixels)
+        )
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["labels"]) == LABELS
     assert json.loads(metadata["preprocess"]) == adapter.preprocess
@@ -90,14 +98,14 @@ def test_an_onnx_file(backbone: Backbone, adapter: Adapter, tmp_path: Path, capf
 
 
 @pytest.mark.parametrize("to", ["timm", "onnx"])
-def test_a_merge_that_differs_is_never_written(
+def test_convert_writes_no_file_when_the_merged_logits_differ(
     backbone: Backbone, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
-    """The check is a real one: with one merged weight off, nothing is written and what was there stays."""
+    """With one wrong merged weight, an existing output stays."""
     merge = Adapter.merge
 
-    def off(self, onto):
-        model = merge(self, onto)
+    def off(self: Adapter, onto: Backbone) -> Any:
+        model: Any = merge(self, onto)
         model.blocks[3].mlp.fc1.weight[0] += 1
         return model
 
@@ -111,7 +119,7 @@ def test_a_merge_that_differs_is_never_written(
     assert {path.name for path in tmp_path.iterdir()} == {"in.safetensors", out.name}
 
 
-def test_an_adapter_of_another_backbone_is_refused(adapter: Adapter, tmp_path: Path) -> None:
+def test_convert_refuses_an_adapter_of_another_backbone(adapter: Adapter, tmp_path: Path) -> None:
     torch.manual_seed(9)
     other = load_backbone("demo", pretrained=False)
     adapter.write(tmp_path / "in.safetensors")
@@ -119,7 +127,7 @@ def test_an_adapter_of_another_backbone_is_refused(adapter: Adapter, tmp_path: P
         convert(tmp_path / "in.safetensors", tmp_path / "out.onnx", "onnx", other)
 
 
-def test_without_onnx_it_says_what_to_install(
+def test_convert_names_the_package_to_install_when_onnx_is_missing(
     backbone: Backbone, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -128,7 +136,7 @@ def test_without_onnx_it_says_what_to_install(
         convert(tmp_path / "in.safetensors", tmp_path / "out.onnx", "onnx", backbone)
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_convert_command_writes_a_file_and_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo = Path(adapters.__file__).parent / "demo" / "digits.safetensors"
     out = tmp_path / "digits-timm.safetensors"
     run = ["convert", str(demo), "--backbone", "demo", "--out"]

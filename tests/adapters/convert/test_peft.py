@@ -1,8 +1,9 @@
-"""peft folders in and out, against the real peft on a real timm model: the same logits on both sides."""
+"""Import and export of peft folders: equal logits in peft and in this project, on a timm model."""
 
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -10,11 +11,11 @@ import safetensors.torch
 import torch
 from peft.tuners.lokr.layer import factorization
 
-from adapters import Adapter, AdapterError, Bank
+from adapters import Adapter, AdapterError, Backbone, Bank
 from adapters.backbone import create_model
 from adapters.convert.convert import convert
 from adapters.convert.importing import read_labels
-from adapters.convert.peft import _peft_side
+from adapters.convert.peft import peft_side
 from adapters.method import kronecker
 from tests.support.models import random_adapter, random_pixels, with_metadata
 
@@ -23,24 +24,24 @@ CLASSES = 3
 
 
 @pytest.fixture
-def labels(tmp_path: Path):
+def labels(tmp_path: Path) -> Path:
     path = tmp_path / "labels.txt"
     path.write_text("cat\n\ndog\nowl\n")
     return path
 
 
-def timm_model(backbone: Backbone):
-    """A model of its own with the backbone's weights and a random head."""
+def timm_model(backbone: Backbone) -> Any:
+    """Return a new model with the backbone's weights and a random head."""
     torch.manual_seed(1)
     model = create_model("demo", num_classes=CLASSES)
     model.load_state_dict(backbone.model.state_dict(), strict=False)
     return model.eval()
 
 
-def lokr(backbone: Backbone, folder: Path, **options):
-    """A trained LoKr as peft saves it, and the model that it was saved from."""
-    options = {"r": 4, "alpha": 6, "target_modules": UNFUSED, "modules_to_save": ["head"]} | options
-    model = peft.get_peft_model(timm_model(backbone), peft.LoKrConfig(**options)).eval()
+def lokr(backbone: Backbone, folder: Path, **options: Any) -> Any:
+    """Save a random LoKr with peft, and return its model."""
+    arguments: dict[str, Any] = {"r": 4, "alpha": 6, "target_modules": UNFUSED, "modules_to_save": ["head"], **options}
+    model: Any = peft.get_peft_model(timm_model(backbone), peft.LoKrConfig(**arguments)).eval()
     torch.manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -50,21 +51,21 @@ def lokr(backbone: Backbone, folder: Path, **options):
     return model
 
 
-def agree(model, adapter_file, backbone: Backbone):
+def assert_logits(model: Any, adapter_file: Path, backbone: Backbone) -> None:
     pixels = random_pixels(backbone, 3)
     with torch.no_grad():
         expected, found = model(pixels), Adapter.read(adapter_file).merge(backbone)(pixels)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def weights_agree(model, adapter_file, backbone: Backbone, layers):
-    """dW itself, layer by layer: logits may hide what is wrong with one."""
+def assert_weights(model: Any, adapter_file: Path, backbone: Backbone, layers: list[str]) -> None:
+    """Compare dW layer by layer, since logits may hide an error in one layer."""
     adapter = Adapter.read(adapter_file)
     found = adapter.layers
     modules = dict(model.base_model.model.named_modules())
     for layer in layers:
-        parts = [found[layer][part].double() for part in ("karst_c", "karst_a", "karst_b")]
-        dw = kronecker.delta(*parts, adapter.config.effective_gain)
+        c, a, b = (found[layer][part].double() for part in ("karst_c", "karst_a", "karst_b"))
+        dw = kronecker.delta(c, a, b, adapter.config.effective_gain)
         expected = modules[layer].get_delta_weight("default").double()
         assert expected.abs().max() > 1e-3
         torch.testing.assert_close(dw, expected, rtol=1e-5, atol=1e-6)
@@ -85,31 +86,31 @@ def weights_agree(model, adapter_file, backbone: Backbone, layers):
     ],
     ids=["plain", "decompose_both", "w2 whole", "square root", "patterns"],
 )
-def test_a_lokr_comes_in_exactly(backbone: Backbone, tmp_path: Path, labels, options) -> None:
+def test_import_of_a_lokr_is_exact(backbone: Backbone, tmp_path: Path, labels: Path, options: dict[str, Any]) -> None:
     model = lokr(backbone, tmp_path / "lokr", **options)
     report = convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
     assert report["source"] == "peft LoKr folder"
     assert report["config"]["kernels"] == 1
     assert Adapter.read(tmp_path / "out.safetensors").labels == ("cat", "dog", "owl")
-    weights_agree(
+    assert_weights(
         model, tmp_path / "out.safetensors", backbone, [f"blocks.{i}.{name}" for i in (0, 5) for name in UNFUSED]
     )
-    agree(model, tmp_path / "out.safetensors", backbone)
+    assert_logits(model, tmp_path / "out.safetensors", backbone)
 
 
 @pytest.mark.parametrize(("factor", "kernels"), [(8, 9), (6, 3), (12, 3), (-1, 9), (1, 9)])
 @pytest.mark.parametrize("rank", [3, 100])
-def test_a_fused_qkv_comes_in_exactly(
-    backbone: Backbone, tmp_path: Path, labels, factor: int, kernels: int, rank: int
+def test_import_of_a_fused_qkv_is_exact(
+    backbone: Backbone, tmp_path: Path, labels: Path, factor: int, kernels: int, rank: int
 ) -> None:
     model = lokr(backbone, tmp_path / "lokr", target_modules=["attn.qkv", "mlp.fc1"], decompose_factor=factor, r=rank)
     report = convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
     assert report["config"]["kernels"] == kernels
-    weights_agree(model, tmp_path / "out.safetensors", backbone, ["blocks.1.attn.qkv", "blocks.1.mlp.fc1"])
-    agree(model, tmp_path / "out.safetensors", backbone)
+    assert_weights(model, tmp_path / "out.safetensors", backbone, ["blocks.1.attn.qkv", "blocks.1.mlp.fc1"])
+    assert_logits(model, tmp_path / "out.safetensors", backbone)
 
 
-def test_what_a_hub_needs_is_said(backbone: Backbone, tmp_path: Path, labels) -> None:
+def test_the_report_names_the_settings_that_a_hub_needs(backbone: Backbone, tmp_path: Path, labels: Path) -> None:
     lokr(backbone, tmp_path / "good", target_modules=["attn.qkv"], decompose_factor=8)
     report = convert(tmp_path / "good", tmp_path / "good.safetensors", "karst", backbone, labels=labels)
     assert "HUB_MAX_KERNELS of at least 9 and HUB_MAX_RANK of at least 4" in report["serving"]
@@ -124,9 +125,9 @@ def test_what_a_hub_needs_is_said(backbone: Backbone, tmp_path: Path, labels) ->
     assert report["serving"].startswith("no hub can serve it (blocks.0.attn.proj.karst_c: has sides 4 x 4")
 
 
-def test_tuned_norms_come_in(backbone: Backbone, tmp_path: Path, labels) -> None:
-    options = {"r": 4, "alpha": 4, "target_modules": UNFUSED, "decompose_factor": 8}
-    model = peft.get_peft_model(
+def test_import_keeps_tuned_norms(backbone: Backbone, tmp_path: Path, labels: Path) -> None:
+    options: dict[str, Any] = {"r": 4, "alpha": 4, "target_modules": UNFUSED, "decompose_factor": 8}
+    model: Any = peft.get_peft_model(
         timm_model(backbone), peft.LoKrConfig(**options, modules_to_save=["head", "blocks.1.norm1"])
     ).eval()
     with torch.no_grad():
@@ -137,10 +138,10 @@ def test_tuned_norms_come_in(backbone: Backbone, tmp_path: Path, labels) -> None
     convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
     adapter = Adapter.read(tmp_path / "out.safetensors")
     assert [n for n in adapter.layers if "norm" in n] == ["blocks.1.norm1"]
-    agree(model, tmp_path / "out.safetensors", backbone)
+    assert_logits(model, tmp_path / "out.safetensors", backbone)
 
 
-def test_a_head_from_a_file(backbone: Backbone, tmp_path: Path, labels) -> None:
+def test_import_takes_the_head_from_a_file(backbone: Backbone, tmp_path: Path, labels: Path) -> None:
     model = lokr(backbone, tmp_path / "lokr", decompose_factor=8, modules_to_save=None)
     with pytest.raises(AdapterError, match="no classifier"):
         convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
@@ -154,10 +155,10 @@ def test_a_head_from_a_file(backbone: Backbone, tmp_path: Path, labels) -> None:
         labels=labels,
         head=tmp_path / "head.safetensors",
     )
-    agree(model, tmp_path / "out.safetensors", backbone)
+    assert_logits(model, tmp_path / "out.safetensors", backbone)
 
 
-def edited(folder: Path, **changes):
+def edited(folder: Path, **changes: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -169,11 +170,11 @@ def edited(folder: Path, **changes):
         ({"use_rslora": True}, "use_rslora: is set"),
         ({"alpha": "8"}, "alpha: is '8'; expected a number"),
         ({"r": 0}, "r: is 0; expected a whole number of at least 1"),
-        ({"rank_pattern": {"fc(": 3}}, r"rank_pattern: 'fc\(' is no regular expression"),
+        ({"rank_pattern": {"fc(": 3}}, r"rank_pattern: 'fc\(' is not a regular expression"),
     ],
 )
-def test_a_config_that_means_something_else_is_refused(
-    backbone: Backbone, tmp_path: Path, labels, changes, message: str
+def test_import_refuses_an_unsupported_config(
+    backbone: Backbone, tmp_path: Path, labels: Path, changes: dict[str, Any], message: str
 ) -> None:
     lokr(backbone, tmp_path / "lokr", decompose_factor=8)
     edited(tmp_path / "lokr", **changes)
@@ -182,13 +183,13 @@ def test_a_config_that_means_something_else_is_refused(
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_what_karst_does_not_adapt_is_refused_by_name(backbone: Backbone, tmp_path: Path, labels) -> None:
+def test_import_names_a_layer_that_karst_does_not_adapt(backbone: Backbone, tmp_path: Path, labels: Path) -> None:
     lokr(backbone, tmp_path / "lokr", target_modules=["mlp.fc1", "patch_embed.proj"], decompose_factor=8)
     with pytest.raises(AdapterError, match=r"patch_embed\.proj\.lokr_\w+: KARST adapts no layer 'patch_embed\.proj'"):
         convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
 
 
-def test_tensors_that_do_not_fit_are_refused_by_name(backbone: Backbone, tmp_path: Path, labels) -> None:
+def test_import_names_tensors_that_do_not_fit(backbone: Backbone, tmp_path: Path, labels: Path) -> None:
     lokr(backbone, tmp_path / "lokr", decompose_factor=8)
     path = tmp_path / "lokr" / "adapter_model.safetensors"
     state = safetensors.torch.load_file(path)
@@ -207,8 +208,8 @@ def test_tensors_that_do_not_fit_are_refused_by_name(backbone: Backbone, tmp_pat
     }
 
 
-def exportable(backbone: Backbone, rank: int = 4, **config) -> Adapter:
-    """An adapter with one kernel, without re-scaling and without the fused layers."""
+def exportable(backbone: Backbone, rank: int = 4, **config: Any) -> Adapter:
+    """Return an adapter with one kernel, without re-scaling and fused layers."""
     adapter = random_adapter(backbone, classes=CLASSES, kernels=1, rank=rank, rescale="none", **config)
     return Adapter.create(
         {name: tensor for name, tensor in adapter.tensors.items() if ".qkv." not in name},
@@ -220,17 +221,17 @@ def exportable(backbone: Backbone, rank: int = 4, **config) -> Adapter:
     )
 
 
-def loaded_by_peft(backbone: Backbone, folder: Path):
+def loaded_by_peft(backbone: Backbone, folder: Path) -> Any:
     return peft.PeftModel.from_pretrained(timm_model(backbone), folder).eval()
 
 
 # Rank 9 leaves the w2 of fc1 and fc2 in two parts (32 / 2 < 64 / 2), and makes that of proj (16 x 16) whole.
 @pytest.mark.parametrize(("rank", "factor"), [(4, 8), (9, 8), (40, 8), (4, 4)])
-def test_out_to_a_lokr_that_peft_loads_and_back(backbone: Backbone, tmp_path: Path, rank: int, factor: int) -> None:
+def test_export_to_a_lokr_round_trips_through_peft(backbone: Backbone, tmp_path: Path, rank: int, factor: int) -> None:
     adapter = exportable(backbone, rank, factor=factor)
     adapter.write(tmp_path / "in.safetensors")
     convert(tmp_path / "in.safetensors", tmp_path / "lokr", "lokr", backbone)
-    agree(loaded_by_peft(backbone, tmp_path / "lokr"), tmp_path / "in.safetensors", backbone)
+    assert_logits(loaded_by_peft(backbone, tmp_path / "lokr"), tmp_path / "in.safetensors", backbone)
 
     convert(tmp_path / "lokr", tmp_path / "again.safetensors", "karst", backbone)
     again = Adapter.read(tmp_path / "again.safetensors")
@@ -238,11 +239,11 @@ def test_out_to_a_lokr_that_peft_loads_and_back(backbone: Backbone, tmp_path: Pa
     assert again.config.factor == factor
     pixels = random_pixels(backbone, 2)
     torch.testing.assert_close(again.merge(backbone)(pixels), adapter.merge(backbone)(pixels), rtol=1e-5, atol=1e-5)
-    if rank == 4:  # nothing was multiplied out: the very numbers
+    if rank == 4:  # w2 stays in two parts, so the numbers are equal
         assert all(torch.equal(again.tensors[name], tensor) for name, tensor in adapter.tensors.items())
 
 
-def test_layers_of_different_ranks_go_out(backbone: Backbone, tmp_path: Path) -> None:
+def test_export_keeps_different_ranks(backbone: Backbone, tmp_path: Path) -> None:
     adapter = exportable(backbone)
     tensors = dict(adapter.tensors)
     for name in ("blocks.1.mlp.fc1", "blocks.3.mlp.fc1"):
@@ -252,19 +253,21 @@ def test_layers_of_different_ranks_go_out(backbone: Backbone, tmp_path: Path) ->
     Adapter.create(tensors, **fields).write(tmp_path / "in.safetensors")
     for to in ("lokr", "lora"):
         convert(tmp_path / "in.safetensors", tmp_path / to, to, backbone)
-        agree(loaded_by_peft(backbone, tmp_path / to), tmp_path / "in.safetensors", backbone)
+        assert_logits(loaded_by_peft(backbone, tmp_path / to), tmp_path / "in.safetensors", backbone)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"kernels": 2, "rescale": "none"}, "has 2 kernels; a LoKr has one"),
+        ({"kernels": 2, "rescale": "none"}, "has 2 kernels, but a LoKr has one"),
         ({"kernels": 1, "rescale": "none"}, "blocks.0.attn.qkv.karst_a: has 3 splits"),
         ({"kernels": 1, "rescale": "scalar"}, "blocks.0.attn.proj.in_scale: re-scales the layer's input"),
         ({"kernels": 1, "rescale": "none", "norms": True}, "norm_weight: tunes a norm layer"),
     ],
 )
-def test_what_no_lokr_holds_is_refused(backbone: Backbone, tmp_path: Path, config, message: str) -> None:
+def test_export_to_a_lokr_refuses_an_adapter_that_is_none(
+    backbone: Backbone, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
     random_adapter(backbone, rank=4, **config).write(tmp_path / "in.safetensors")
     with pytest.raises(AdapterError) as caught:
         convert(tmp_path / "in.safetensors", tmp_path / "lokr", "lokr", backbone)
@@ -273,7 +276,9 @@ def test_what_no_lokr_holds_is_refused(backbone: Backbone, tmp_path: Path, confi
 
 
 @pytest.mark.parametrize(("kernels", "rank", "exact"), [(1, 4, 32), (2, 4, 64), (3, 8, 128)])
-def test_an_exact_lora_and_its_rank(backbone: Backbone, tmp_path: Path, kernels: int, rank: int, exact: int) -> None:
+def test_export_to_a_lora_is_exact_at_the_documented_rank(
+    backbone: Backbone, tmp_path: Path, kernels: int, rank: int, exact: int
+) -> None:
     """N q r, or the smaller side of the layer (128), if that is less; the fused qkv is no exception."""
     random_adapter(backbone, classes=CLASSES, kernels=kernels, rank=rank, rescale="none").write(
         tmp_path / "in.safetensors"
@@ -282,10 +287,10 @@ def test_an_exact_lora_and_its_rank(backbone: Backbone, tmp_path: Path, kernels:
     assert (report["rank"], report["exact"]) == (exact, True)
     assert report["largest_error"] < 1e-6
     assert f"rank {exact}, exact" in (tmp_path / "lora" / "README.md").read_text()
-    agree(loaded_by_peft(backbone, tmp_path / "lora"), tmp_path / "in.safetensors", backbone)
+    assert_logits(loaded_by_peft(backbone, tmp_path / "lora"), tmp_path / "in.safetensors", backbone)
 
 
-def test_a_lora_cut_to_a_rank_states_its_error(backbone: Backbone, tmp_path: Path) -> None:
+def test_export_to_a_lora_reports_its_error_when_it_is_cut(backbone: Backbone, tmp_path: Path) -> None:
     adapter = random_adapter(backbone, classes=CLASSES, kernels=2, rank=4, rescale="none")
     adapter.write(tmp_path / "in.safetensors")
     report = convert(tmp_path / "in.safetensors", tmp_path / "lora", "lora", backbone, rank=8)
@@ -294,7 +299,8 @@ def test_a_lora_cut_to_a_rank_states_its_error(backbone: Backbone, tmp_path: Pat
     model = loaded_by_peft(backbone, tmp_path / "lora").base_model.model
     lost, whole, errors = 0.0, 0.0, {}
     for name, parts in adapter.layers.items():
-        dw = kronecker.delta(*(parts[p].double() for p in ("karst_c", "karst_a", "karst_b")), 1 / 4)
+        c, a, b = (parts[p].double() for p in ("karst_c", "karst_a", "karst_b"))
+        dw = kronecker.delta(c, a, b, 1 / 4)
         kept = dict(model.named_modules())[name].get_delta_weight("default").double()
         least = torch.linalg.svdvals(dw)[8:].norm()  # Eckart and Young: no matrix of rank 8 is closer
         torch.testing.assert_close((dw - kept).norm(), least, rtol=1e-4, atol=0)
@@ -302,15 +308,15 @@ def test_a_lora_cut_to_a_rank_states_its_error(backbone: Backbone, tmp_path: Pat
         lost, whole = lost + float(least**2), whole + float(dw.norm() ** 2)
     assert report["error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
     assert report["largest_error"] == pytest.approx(max(errors.values()), rel=1e-4)
-    assert report["largest_error_layer"] == max(errors, key=errors.get)
+    assert report["largest_error_layer"] == max(errors, key=lambda name: errors[name])
     assert f"{report['error']:.2e}" in (tmp_path / "lora" / "README.md").read_text()
 
 
-def test_a_rescaled_adapter_is_no_lora(backbone: Backbone, tmp_path: Path) -> None:
+def test_export_to_a_lora_refuses_re_scaling(backbone: Backbone, tmp_path: Path) -> None:
     random_adapter(backbone, rescale="channel").write(tmp_path / "in.safetensors")
     with pytest.raises(
         AdapterError,
-        match=r"re-scales the whole layer, frozen weights included \(and so do 11 others\), which a LoRA cannot",
+        match=r"re-scales the whole layer, frozen weights included \(like 11 other tensors\), which a LoRA cannot",
     ):
         convert(tmp_path / "in.safetensors", tmp_path / "lora", "lora", backbone)
 
@@ -319,23 +325,23 @@ def test_a_rescaled_adapter_is_no_lora(backbone: Backbone, tmp_path: Path) -> No
     ("to", "options", "message"),
     [
         ("karst", {}, "is a karst/1 file already"),
-        ("timm", {"rank": 3}, "--rank: is for --to lora"),
-        ("lora", {"multiplier": 2.0}, "--multiplier: is for official checkpoints"),
-        ("timm", {"labels": Path("labels.txt")}, "--labels: a karst/1 file has its own"),
-        ("lora", {"rank": 0}, "--rank: is 0; expected at least 1"),
+        ("timm", {"rank": 3}, "--rank: applies to --to lora only"),
+        ("lora", {"multiplier": 2.0}, "--multiplier: applies to official checkpoints"),
+        ("timm", {"labels": Path("labels.txt")}, "--labels: does not apply"),
+        ("lora", {"rank": 0}, "--rank: is 0, expected at least 1"),
         ("timm", {}, "out must end in .safetensors"),
         ("zip", {}, "--to: is 'zip'"),
     ],
 )
-def test_options_that_would_change_nothing_are_refused(
-    backbone: Backbone, tmp_path: Path, to: str, options, message: str
+def test_convert_refuses_options_that_do_not_apply(
+    backbone: Backbone, tmp_path: Path, to: str, options: dict[str, Any], message: str
 ) -> None:
     exportable(backbone).write(tmp_path / "in.safetensors")
     with pytest.raises(AdapterError, match=message):
         convert(tmp_path / "in.safetensors", tmp_path / "out", to, backbone, **options)
 
 
-def test_a_folder_that_is_there_stays(backbone: Backbone, tmp_path: Path) -> None:
+def test_convert_keeps_an_existing_folder(backbone: Backbone, tmp_path: Path) -> None:
     exportable(backbone).write(tmp_path / "in.safetensors")
     (tmp_path / "mine").mkdir()
     with pytest.raises(AdapterError, match="mine exists"):
@@ -343,15 +349,15 @@ def test_a_folder_that_is_there_stays(backbone: Backbone, tmp_path: Path) -> Non
     assert list((tmp_path / "mine").iterdir()) == []
 
 
-def test_our_factorisation_is_pefts() -> None:
+def test_peft_side_equals_peft_s_factorization() -> None:
     chosen = random.Random(0)
     for _ in range(500):
         dim, factor = chosen.randint(1, 400), chosen.choice([-1, chosen.randint(1, 60)])
-        assert _peft_side(dim, factor) == factorization(dim, factor)[0], (dim, factor)
+        assert peft_side(dim, factor) == factorization(dim, factor)[0], (dim, factor)
 
 
-def test_a_rank_that_is_not_the_config_s_is_refused(backbone: Backbone, tmp_path: Path, labels) -> None:
-    """dW is scaled by alpha / r: with another r it would be another dW."""
+def test_import_refuses_a_rank_that_differs_from_the_config(backbone: Backbone, tmp_path: Path, labels: Path) -> None:
+    """dW is scaled by alpha / r, so another r gives another dW."""
     lokr(backbone, tmp_path / "lokr")
     path = tmp_path / "lokr" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
@@ -359,7 +365,7 @@ def test_a_rank_that_is_not_the_config_s_is_refused(backbone: Backbone, tmp_path
         convert(tmp_path / "lokr", tmp_path / "out.safetensors", "karst", backbone, labels=labels)
 
 
-def test_preprocessing_goes_out_and_comes_back(backbone: Backbone, tmp_path: Path) -> None:
+def test_preprocess_round_trips_through_a_peft_folder(backbone: Backbone, tmp_path: Path) -> None:
     adapter = random_adapter(backbone, kernels=1, rank=4, rescale="none", sites=("*.attn.proj", "*.mlp.*"))
     squashed = adapter.preprocess | {"crop_mode": "squash", "mean": [0.4, 0.5, 0.6]}
     (tmp_path / "own.safetensors").write_bytes(with_metadata(adapter, preprocess=json.dumps(squashed)))
@@ -375,13 +381,13 @@ def test_preprocessing_goes_out_and_comes_back(backbone: Backbone, tmp_path: Pat
         convert(tmp_path / "lokr", tmp_path / "again.safetensors", "karst", backbone, preprocess=other)
 
 
-def test_labels_with_a_byte_order_mark(tmp_path: Path) -> None:
+def test_read_labels_accepts_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")
     assert read_labels(tmp_path / "labels.txt") == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(("to", "name"), [("timm", "own.safetensors"), ("onnx", "own.safetensors")])
-def test_the_source_is_never_written_over(backbone: Backbone, tmp_path: Path, to: str, name: str) -> None:
+def test_convert_refuses_to_overwrite_its_source(backbone: Backbone, tmp_path: Path, to: str, name: str) -> None:
     random_adapter(backbone, kernels=1, rank=2).write(tmp_path / "own.safetensors")
     with pytest.raises(AdapterError, match=r"--out: .*own.safetensors is what is read"):
         convert(tmp_path / "own.safetensors", tmp_path / name, to, backbone)

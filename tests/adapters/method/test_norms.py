@@ -69,7 +69,7 @@ def test_a_model_with_norms_starts_at_the_backbone_s_norms(backbone: Backbone) -
 def test_read_refuses_invalid_norm_tensors(
     tuned: Adapter, change: dict[str, torch.Tensor | None], where: str, message: str
 ) -> None:
-    tensors = {name: tensor for name, tensor in (tuned.tensors | change).items() if tensor is not None}
+    tensors = {name: tensor for name, tensor in {**tuned.tensors, **change}.items() if tensor is not None}
     with pytest.raises(AdapterError, match=f"{where}: {message}"):
         Adapter.read(with_tensors(tuned, tensors))
 
@@ -95,7 +95,7 @@ def test_read_refuses_invalid_norm_tensors(
 def test_check_refuses_norms_when_they_do_not_fit_the_backbone(
     backbone: Backbone, tuned: Adapter, change: dict[str, torch.Tensor], message: str
 ) -> None:
-    adapter = Adapter.read(with_tensors(tuned, tuned.tensors | change))
+    adapter = Adapter.read(with_tensors(tuned, {**tuned.tensors, **change}))
     with pytest.raises(AdapterError, match=message):
         adapter.check(backbone)
 

@@ -17,7 +17,7 @@ from tests.support.models import random_pixels, small_swin
 
 @pytest.fixture
 def prepacked(backbone: Backbone) -> nn.Module:
-    model = backbone.clone()
+    model: nn.Module = backbone.clone()
     prepack_layers(model, backbone.sites)
     return model
 
