@@ -286,7 +286,7 @@ def test_import_names_a_wrong_tensor(
 def test_import_refuses_a_multiplier_that_is_not_positive(
     backbone: Backbone, tmp_path: Path, labels: Path, multiplier: float
 ) -> None:
-    with pytest.raises(AdapterError, match=r"--multiplier: is .*; expected a positive number"):
+    with pytest.raises(AdapterError, match=r"--multiplier: is .*, expected a positive number"):
         imported(backbone, official(backbone), tmp_path, labels, multiplier=multiplier)
 
 

@@ -389,5 +389,5 @@ def test_read_labels_accepts_a_byte_order_mark(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("to", "name"), [("timm", "own.safetensors"), ("onnx", "own.safetensors")])
 def test_convert_refuses_to_overwrite_its_source(backbone: Backbone, tmp_path: Path, to: str, name: str) -> None:
     random_adapter(backbone, kernels=1, rank=2).write(tmp_path / "own.safetensors")
-    with pytest.raises(AdapterError, match=r"--out: .*own.safetensors is what is read"):
+    with pytest.raises(AdapterError, match=r"--out: .*own.safetensors is an input file"):
         convert(tmp_path / "own.safetensors", tmp_path / name, to, backbone)

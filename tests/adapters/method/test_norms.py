@@ -144,7 +144,7 @@ def test_each_stage_has_its_own_rank_and_gain(tmp_path: Path) -> None:
 
 
 def test_attach_raises_when_stage_ranks_do_not_match_the_backbone(backbone: Backbone, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="stage_ranks has 2 ranks, but the backbone has a layer outside of any stage"):
+    with pytest.raises(ConfigError, match="stage_ranks has 2 ranks, but the backbone has a layer in no stage"):
         attach(backbone, KarstConfig(rank=4, stage_ranks=(2, 4)), 3)
     with pytest.raises(ConfigError, match="stage_ranks has 2 ranks, but the backbone has a layer in stage 2, counted"):
         attach(small_swin(tmp_path), KarstConfig(rank=4, stage_ranks=(2, 4)), 3)
