@@ -293,7 +293,9 @@ def test_a_config_that_does_not_suit_the_backbone_ends_in_one_line(job, tmp_path
     process = command(job, tmp_path / "x.safetensors", "--sites", "layers.*")
     _, errors = process.communicate()
     assert process.returncode == 1
-    assert errors.splitlines()[-1] == ("error: sites layers.* name none of the layers, such as blocks.0.attn.qkv")
+    assert errors.splitlines()[-1] == (
+        "error: sites is layers.*, which matches no layer; layers are named like blocks.0.attn.qkv"
+    )
 
 
 def test_one_device_writes_whatever_the_environment_says(job, tmp_path, monkeypatch) -> None:
