@@ -193,9 +193,9 @@ def create_model(name: str, *, num_classes: int = 0, pretrained: bool = False) -
             return _create_demo(num_classes)
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
     except Exception as error:  # timm and its hub client raise many kinds
-        what = "pretrained weights of " if pretrained else ""
+        kind = "pretrained weights of " if pretrained else ""
         raise BackboneError(
-            f"cannot load {what}backbone {name!r}: {first_line(error)} "
+            f"cannot load {kind}backbone {name!r}: {first_line(error)} "
             "(give a timm model name, or a local checkpoint file if there is no network)"
         ) from error
 

@@ -60,7 +60,7 @@ def to_onnx(adapter: Adapter, backbone: Backbone) -> tuple[bytes, float]:
         The file, and the largest difference as in `to_timm`, computed with onnxruntime.
 
     Raises:
-        ModuleNotFoundError: onnx, onnxscript or onnxruntime is not installed; the message says what to install.
+        ModuleNotFoundError: onnx, onnxscript or onnxruntime is not installed; the message names the extra to install.
         AdapterError: as `to_timm`, or the model is too large for one ONNX file (2 GB) or cannot be exported.
     """
     try:
@@ -140,7 +140,7 @@ def _hook(module: Any, own: dict[str, Tensor], gain: float) -> None:
     module.register_forward_hook(after)
 
 
-def _compare(what: str, other: Callable[[Tensor], Tensor], adapter: Adapter, backbone: Backbone) -> float:
+def _compare(target: str, other: Callable[[Tensor], Tensor], adapter: Adapter, backbone: Backbone) -> float:
     """Return the largest relative difference over two batch sizes.
 
     Raises:
@@ -155,7 +155,7 @@ def _compare(what: str, other: Callable[[Tensor], Tensor], adapter: Adapter, bac
             largest = max(largest, difference)
             if not difference <= TOLERANCE:  # true for NaN
                 raise file_error(
-                    f"{what} was not written: its logits differ from the adapter's by {difference:.1e} of the largest "
+                    f"{target} was not written: its logits differ from the adapter's by {difference:.1e} of the largest "
                     f"logit, but at most {TOLERANCE:.0e} is allowed; use another target"
                 )
     return largest

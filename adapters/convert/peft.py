@@ -348,7 +348,7 @@ def _kronecker_layers(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor, Tenso
     return found  # type: ignore[return-value]
 
 
-def _not_in_a_delta(adapter: Adapter, what: str) -> list[Problem]:
+def _not_in_a_delta(adapter: Adapter, method: str) -> list[Problem]:
     """Return the tensors of an adapter that are not part of any dW."""
     reasons = {
         "scale": "re-scales the whole layer, frozen weights included",
@@ -361,7 +361,7 @@ def _not_in_a_delta(adapter: Adapter, what: str) -> list[Problem]:
         if names:
             others = f" (like {len(names) - 1} other tensors)" if len(names) > 1 else ""
             problems.append(
-                Problem(names[0], f"{reason}{others}, which a {what} cannot do; use --to timm or --to onnx")
+                Problem(names[0], f"{reason}{others}, which a {method} cannot do; use --to timm or --to onnx")
             )
     return problems
 

@@ -70,7 +70,7 @@ def read_header(data: bytes) -> RawHeader:
 
 
 def parse_header(raw: RawHeader, file_bytes: int) -> Header:
-    """Parse the whole header, and check what the safetensors parser does not: duplicates, dtypes, truncation.
+    """Parse the whole header, and check duplicates, dtypes and truncation, which safetensors does not.
 
     Args:
         file_bytes: length of the whole file.

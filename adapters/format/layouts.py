@@ -75,7 +75,7 @@ class LayoutCache:
                 self._layouts[header_text] = layout
 
     def result(self, layout: Layout, owner: object) -> Any:
-        """Return what this owner added for the layout, or None."""
+        """Return this owner's result for the layout, or None."""
         with self._lock:
             entry = self._results.get((layout, owner))
         return None if entry is None else entry[0]

@@ -21,7 +21,7 @@ from .errors import AdapterError, Problem
 from .header import load_json
 
 FORMAT = "karst/1"
-SMALL_BYTES, MAX_JOINED = 64 * 1024, 256  # smaller tensors are checked together, at most so many at once
+SMALL_BYTES, MAX_JOINED = 64 * 1024, 256  # up to 256 tensors below 64 KiB are checked together
 KRONECKER = ("karst_c", "karst_a", "karst_b")
 # Axes of each tensor of a layer, as in docs/adapter-file.md.
 _AXES = {

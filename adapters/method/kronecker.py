@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CACHED = 2**20  # a layer output of up to so many numbers stays in the processor's cache
+_CACHED = 2**20  # numbers; a layer output up to this size stays in the processor's cache
 
 
 def factorise(dim: int, factor: int) -> tuple[int, int]:

@@ -58,7 +58,7 @@ class PackingPlan(NamedTuple):
     """Where each number of a row comes from, for adapters of one layout."""
 
     source: Tensor  # int32, as long as `Packed.flat`: indices into (0, the file's numbers, the default numbers)
-    c_numbers: int  # the first so many are C's, which the gain multiplies
+    c_numbers: int  # count of C's numbers, at the start; the gain multiplies them
     sizes: dict[str, Any]  # the other fields of `Packed`
 
 
@@ -207,8 +207,8 @@ class SlotMemory:
         """Return the numbers of each site, by name, for the slots in `index` (B,).
 
         Args:
-            kernels: the first so many are gathered.
-            rank: the first so many are gathered; an even number.
+            kernels: count of kernels to gather, from the first.
+            rank: count of ranks to gather, from the first; an even number.
         """
         c = self._c[:, :kernels].index_select(0, index).flatten(0, 1)  # (B N, sum of 4 q p)
         factors = self._factors[:, :kernels, :rank].index_select(0, index).flatten(1, 2)  # (B, N R, sum of S a + b)

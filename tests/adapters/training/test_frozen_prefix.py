@@ -65,7 +65,7 @@ def test_drop_path_applies_to_adapted_blocks_only_when_sites_exclude_blocks(back
 
 
 def test_attach_refuses_sites_when_they_match_no_layer(backbone: Backbone) -> None:
-    with pytest.raises(ValueError, match=r"sites blocks.9.* "):
+    with pytest.raises(ValueError, match=r"sites is blocks.9.*, which matches no layer"):
         attach(backbone, KarstConfig(sites=("blocks.9.*",)), 3)
 
 
