@@ -155,8 +155,8 @@ def _compare(target: str, other: Callable[[Tensor], Tensor], adapter: Adapter, b
             largest = max(largest, difference)
             if not difference <= TOLERANCE:  # true for NaN
                 raise file_error(
-                    f"{target} was not written: its logits differ from the adapter's by {difference:.1e} of the largest "
-                    f"logit, but at most {TOLERANCE:.0e} is allowed; use another target"
+                    f"{target} was not written: its logits differ from the adapter's by {difference:.1e} of the "
+                    f"largest logit, but at most {TOLERANCE:.0e} is allowed; use another target"
                 )
     return largest
 
