@@ -187,7 +187,7 @@ def calibrate(one: dict[str, float], constants: dict[str, Any]) -> Times:
         store_load_s=load["read_and_pack_cpu_ms"] / 1e3,
         gateway_s=(cpu_ms - pass_ms) / 1e3,
     )
-    # A worker takes no larger batch than is quicker, an image, than any smaller one (`hub.pace`).
+    # A worker takes no larger batch than is quicker, an image, than any smaller one (`hub.worker.batch_tuner`).
     return replace(times, batch_size=quick_batch(times))
 
 

@@ -84,7 +84,7 @@ class Times:
     wire_s: float = 0.0  # of a call that no CPU is busy with
     cores: float | None = None
     threads: int = 1
-    threads_from_s: float = 0.02  # a shorter pass has one thread, as `hub.pace` finds best beside gateways
+    threads_from_s: float = 0.02  # a shorter pass has one thread, as `batch_tuner` finds best beside gateways
     start_s: float = 20.0  # a worker from the decision to its first call
 
     def forward_s(self, images: int) -> float:

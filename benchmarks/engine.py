@@ -1,4 +1,4 @@
-"""A thousand adapters against one: the worker's whole engine (tiers, batcher, bank) without Ray and HTTP.
+"""A thousand adapters against one: the worker's whole engine (adapter cache, batcher, bank) without Ray and HTTP.
 
     python -m benchmarks.engine [--backbone vit_tiny_patch16_224] [--scenarios many zipf ...] [--rounds 5]
 
@@ -74,16 +74,17 @@ async def compare(
 ) -> list[dict[str, Any]]:
     """Throughput of two kinds of traffic by turns, and their p99."""
     rounds: list[tuple[Driven, Driven]] = []
+    reads = site.store.reads
     for _ in track(range(1 + site.rounds), name):  # the first warms up
         base = await drive(worker, site, itertools.islice(against, site.images))
         rounds.append((await drive(worker, site, itertools.islice(traffic, site.images)), base))
     ratios = [one.rate / base.rate for one, base in rounds[1:]]
     tails = [one.p99 / base.p99 for one, base in rounds[1:]]
-    counts = worker._tiers.counts
+    status = worker.status()
     return [
         row(f"{name}: images a second", ratios, bar, at_least=True)
         | {"images_a_second": spread([one.rate for one, _ in rounds[1:]])}
-        | {"hits": counts.hits, "loads": counts.loads, "store_reads": counts.store_reads},
+        | {"hits": status.hits, "loads": status.loads, "store_reads": site.store.reads - reads},
         row(f"{name}: p99", tails, 2.0 if name.startswith("twice") else None),
     ]
 
@@ -176,14 +177,14 @@ async def memory(site: Site) -> list[dict[str, Any]]:
 
     async def load() -> None:
         for _ in range(loads // 10):
-            await worker._tiers.prefetch(next(turns))
+            await worker.prefetch(next(turns))
 
     load_mb = await _grown(load)
     return [
         row(f"MB that {cycles} put/evict cycles added after the first tenth", [put_mb[-1] - put_mb[0]] * 2, 5.0)
         | {"mb": put_mb},
         row(f"MB that {loads} loads added after the first tenth", [load_mb[-1] - load_mb[0]] * 2, 5.0)
-        | {"mb": load_mb, "loads": worker._tiers.counts.loads},
+        | {"mb": load_mb, "loads": worker.status().loads},
     ]
 
 

@@ -86,9 +86,10 @@ class Switch:
     """`RequestMetrics` that can be off."""
 
     def __init__(self) -> None:
-        from hub.cluster.metrics import GatewayMetrics
+        from hub.cluster.gateway_metrics import GatewayMetrics
+        from hub.cluster.ray_compat import ray_metrics
 
-        self._meter = GatewayMetrics()
+        self._meter = GatewayMetrics(ray_metrics())
         self.on = False
 
     def record(self, context: RequestContext, status: int, seconds: float) -> None:

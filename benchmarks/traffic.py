@@ -18,12 +18,13 @@ from safetensors.torch import save_model
 
 from adapters import Adapter, Backbone, KarstConfig
 from adapters.data.images import normalise
+from hub.cluster.ray_compat import ray_metrics
 from hub.errors import LimitReached
 from hub.registry.status import Board
 from hub.schemas import WorkerStatus
 from hub.settings import Settings
 from hub.storage.store import Store
-from hub.worker.prewarming import Warmth
+from hub.worker.prewarming import Prewarming
 from hub.worker.replica import Worker
 
 from .common import copy_of, random_adapter
@@ -35,12 +36,24 @@ DISTINCT = 8  # adapters with numbers of their own; the others differ in their m
 TOLERANCE = 1e-4
 
 
+class CountingStore(Store):
+    """A store that counts its reads."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.reads = 0
+
+    def get(self, digest: str) -> bytes:
+        self.reads += 1
+        return super().get(digest)
+
+
 class Site:
     """What the scenarios share: a backbone, a store that grows, sizes."""
 
     def __init__(self, backbone: Backbone, folder: Path, rounds: int, images: int, scale: float) -> None:
         self.backbone, self.rounds, self.images = backbone, rounds, images
-        self.store = Store(str(folder / "store"))
+        self.store = CountingStore(str(folder / "store"))
         self._scale = scale
         self._checkpoint = folder / "backbone.safetensors"
         save_model(backbone.model, str(self._checkpoint))
@@ -75,7 +88,7 @@ class Site:
             batch_size=BATCH,
             **settings,
         )
-        worker = Worker(made, self.store, _Cold(), sharing=lambda: 1)
+        worker = Worker(made, self.store, _Cold(), lambda: 1, ray_metrics)
         answers = await asyncio.gather(
             *(worker.classify("check", digest, [self.pixels[0]]) for digest in self.digests(min(4, slots)))
         )
@@ -91,7 +104,7 @@ class Site:
         return worker
 
 
-class _Cold(Warmth):
+class _Cold(Prewarming):
     """Nothing was busy before, and nobody is told."""
 
     def __init__(self) -> None:
@@ -100,14 +113,14 @@ class _Cold(Warmth):
     async def pinned(self) -> dict[str, str]:
         return {}
 
-    async def busy(self, limit: int) -> list[str]:
+    async def recent_digests(self, limit: int) -> list[str]:
         return []
 
-    async def note(self, digests: Iterable[str]) -> None:
+    async def record_digests(self, digests: Iterable[str]) -> None:
         pass
 
     @asynccontextmanager
-    async def board(self) -> AsyncIterator[Board]:
+    async def status_board(self) -> AsyncIterator[Board]:
         yield _Silent()
 
 

@@ -11,10 +11,11 @@ from ray.serve.config import RequestRouterConfig
 from ..api.app import create_app
 from ..settings import Settings
 from ..storage.store import Store
-from ..worker.prewarming import Warmth
+from ..worker.prewarming import Prewarming
 from ..worker.replica import Worker
 from .autoscaling import scale
 from .gateway import Gateway
+from .ray_compat import ray_metrics
 from .request_router import OwnersRouter
 
 NAME = "karst-hub"
@@ -65,8 +66,9 @@ def build(settings: Settings) -> serve.Application:
         logging_config=LOGGING,
         **scale(settings.min_gateways, settings.max_gateways, *delays),
     )(Gateway)
-    warmth = Warmth(settings.redis_url, settings.pinned)
-    workers = worker.bind(settings, Store(settings.store_url), warmth, partial(_sharing, settings.max_workers))
+    prewarming = Prewarming(settings.redis_url, settings.pinned)
+    workers_per_node = partial(_sharing, settings.max_workers)
+    workers = worker.bind(settings, Store(settings.store_url), prewarming, workers_per_node, ray_metrics)
     return gateway.bind(partial(create_app, settings), workers, settings.min_workers == 0)
 
 

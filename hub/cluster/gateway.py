@@ -17,7 +17,8 @@ from ..errors import HubError, Unavailable
 from ..observability import request_context, tracing
 from ..observability.request_log import RequestMetrics
 from ..worker_api import Answer, Workers
-from .metrics import GatewayMetrics
+from .gateway_metrics import GatewayMetrics
+from .ray_compat import ray_metrics
 from .rendezvous import WARM
 
 logger = logging.getLogger(__name__)
@@ -113,4 +114,4 @@ class Gateway:
         self._workers = ServeWorkers(worker, to_zero)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return self._make(self._workers, GatewayMetrics())
+        return self._make(self._workers, GatewayMetrics(ray_metrics()))

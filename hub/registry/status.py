@@ -5,20 +5,17 @@
     active         zset    tenant -> when a gateway last counted something for it (see `limits`)
 
 A worker that has not written for ten seconds is gone. So this works over any number of nodes, and through HTTP with an
-admin key alone; what Prometheus keeps for weeks is in `telemetry`.
+admin key alone; what Prometheus keeps for weeks is in `observability.metrics`.
 """
 
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ..schemas import HubStatus, TaskRate, TenantStatus, WorkerStatus
 from .connection import Database
 from .tenants import Tenants
 
-TELL_S = 2.0
-MOST_TASKS = 20  # named by a worker, and by the hub
-KEPT_TASKS = 1000  # counted between two times that it writes
+MOST_TASKS = 20
 MOST_TENANTS = 100  # the ones active last
 ACTIVE_S = 60
 
@@ -38,42 +35,6 @@ else
   redis.call('ZADD', 'karst:workers:at', now, ARGV[1])
 end
 """.replace("LOST", "10")
-
-
-class Tally:
-    """What a worker did since it last told."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._begin()
-
-    def _begin(self) -> None:
-        self._since = self._clock()
-        self._passes = self._images = self._adapters = 0
-        self._by_task: Counter[tuple[str, str]] = Counter()
-
-    def note_pass(self, images: int, adapters: int) -> None:
-        self._passes += 1
-        self._images += images
-        self._adapters += adapters
-
-    def note_images(self, tenant: str, task: str, images: int) -> None:
-        """Images that a call brought; `task` as its tenant names it."""
-        name = tenant, task
-        if name in self._by_task or len(self._by_task) < KEPT_TASKS:
-            self._by_task[name] += images
-
-    def told(self) -> tuple[float, float, float, list[TaskRate]]:
-        """Images a second, images a pass, adapters a pass, and the busiest tasks; the next tally begins."""
-        seconds = max(1e-3, self._clock() - self._since)
-        tasks = [
-            TaskRate(tenant=tenant, task=task, images_per_second=n / seconds)
-            for (tenant, task), n in self._by_task.most_common(MOST_TASKS)
-        ]
-        passes = max(1, self._passes)
-        found = self._images / seconds, self._images / passes, self._adapters / passes, tasks
-        self._begin()
-        return found
 
 
 class Board:

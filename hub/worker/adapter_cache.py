@@ -1,338 +1,388 @@
-"""Where an adapter's numbers are on a worker: store -> host memory -> bank slot.
+"""Adapters of one worker: store -> host memory -> bank slot.
 
-Whoever classifies takes a lease on an adapter: it is in a slot for as long as the lease lasts. A cold adapter is
-loaded in a thread, once however many wait for it; they are parked, for a bounded time, and nobody else waits. The
-least recently used adapter without a lease gives up its slot; it stays in host memory while there is room.
+A call takes a lease on an adapter. The adapter stays in its slot until the last lease ends. A call for a cold adapter
+waits, for a bounded time, while one load serves all calls for that adapter; other calls do not wait. A load that
+needs a slot evicts the least recently used adapter without a lease. An evicted adapter stays in host memory while
+there is room.
 
-An adapter is absent, loading (`_loads`), resident (`_residents`), or its last load failed and it is left alone for a
-while (`_failures`).
+    ABSENT -> LOADING -> RESIDENT -> ABSENT               evicted: no leases
+                 |           |
+                 v           v
+              FAILED     DRAINING -> ABSENT               takes no new leases, evicted when its last lease ends
+                 |
+                 v
+              LOADING (first call after a pause) or ABSENT (no call for a long time)
 """
 
 import asyncio
 import copy
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum, auto
 
-import torch
 from torch import Tensor
 
-from adapters import Adapter, AdapterError, Bank, Packed, Slot
+from adapters import Bank, Slot
 
 from ..concurrency import Turns
 from ..errors import HubError, Unavailable
-from ..storage.store import Store
-from ..worker_api import invalid_adapter
+from .host_cache import HostCache
 
 logger = logging.getLogger(__name__)
 
-TENANT_LOADS = 4  # of one tenant at once; so no crowd of cold adapters stands before another tenant's
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+TENANT_LOADS = 4  # loads of one tenant at once; otherwise one tenant's cold adapters delay those of all others
+MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0  # after a failed load; the pause doubles with each failure
 
 
-@dataclass(frozen=True)
-class _Host:
-    """An adapter in host memory, ready for a slot."""
+class State(Enum):
+    """State of an adapter on this worker."""
 
-    packed: Packed
-    mean: Tensor  # (3,) float32
-    std: Tensor  # (3,)
+    ABSENT = auto()
+    LOADING = auto()
+    RESIDENT = auto()  # in a slot
+    DRAINING = auto()  # in a slot, and takes no new leases
+    FAILED = auto()  # the last load failed
 
 
-@dataclass
+_NEXT_STATES = {
+    State.ABSENT: {State.LOADING},
+    State.LOADING: {State.RESIDENT, State.FAILED},
+    State.RESIDENT: {State.DRAINING, State.ABSENT},
+    State.DRAINING: {State.ABSENT},
+    State.FAILED: {State.LOADING, State.ABSENT},
+}
+
+
+@dataclass(frozen=True, eq=False)
 class Resident:
-    """An adapter in a slot, with what its images need."""
+    """An adapter in a slot, with the normalisation of its images."""
 
     digest: str
     slot: Slot
-    mean: Tensor
-    std: Tensor
-    leases: int
-    draining: bool = False  # it takes no more leases, and gives up its slot with its last one
+    mean: Tensor  # (3,) float32
+    std: Tensor  # (3,) float32
+
+
+@dataclass(eq=False)
+class _Entry:
+    """All that the cache knows of one adapter. Only `AdapterCache._change` sets the state."""
+
+    digest: str
+    state: State = State.ABSENT
+    resident: Resident | None = None  # RESIDENT, DRAINING
+    leases: int = 0  # RESIDENT, DRAINING
+    error: HubError | None = None  # FAILED
+    pause_s: float = 0.0  # after the last failure in a row
+    retry_at_s: float = 0.0  # FAILED
+    waits_for: str = ""  # LOADING, DRAINING: for the error text of a call whose wait times out
+    # Calls that wait for the next state: a resident with a lease for the call, an error, or None to look again.
+    waiters: "list[asyncio.Future[Resident | None]]" = field(default_factory=list)
 
 
 @dataclass
-class _Load:
-    """A load under way: how many callers wait for it, for what it waits itself, and what came of it."""
-
-    waiters: int = 0
-    waits_for: str = "its file"
-    task: "asyncio.Task[Resident] | None" = None
-    resident: Resident | None = None
-
-
-@dataclass
-class _Failure:
-    """Why a load failed, and until when nobody tries again."""
-
-    error: HubError
-    pause_s: float
-    until: float
-
-
-@dataclass
-class Counts:
-    """What has happened since the worker started."""
+class CacheCounts:
+    """Events since the worker started."""
 
     hits: int = 0
     loads: int = 0
     load_s: float = 0.0
-    store_reads: int = 0
     evictions: int = 0
     failures: int = 0
 
 
-class Tiers:
-    """The adapters of one worker. Its methods run on one event loop."""
+class AdapterCache:
+    """Adapters in the slots of one worker. Runs on one event loop."""
 
     def __init__(
         self,
         bank: Bank,
-        store: Store,
+        host: HostCache,
         *,
-        reads: Executor,
-        puts: Executor,
-        host_cache_bytes: int,
+        writer: Executor,
         wait_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
-            reads: where files are read; those that wait for the store must not hold up `puts`.
-            puts: where slots are written.
-            wait_s: how long a caller is parked, while its adapter loads, before it is told to come back.
+            writer: writes slots. Not the threads that read files, since a slow store must not delay other loads.
+            wait_s: longest time that a call waits for its adapter.
+            clock: seconds; for pauses after failures, and durations of loads.
         """
         self._bank = bank
-        self._store = store
-        self._reads, self._puts = reads, puts
+        self._host = host
+        self._writer = writer
         self._wait_s = wait_s
         self._clock = clock
-        self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
-        self._loads: dict[str, _Load] = {}
-        self._failures: dict[str, _Failure] = {}
+        self._entries: dict[str, _Entry] = {}  # all but ABSENT
+        self._residents: OrderedDict[str, _Entry] = OrderedDict()  # RESIDENT, least recently used first
+        self._draining = 0  # DRAINING adapters
+        self._slots_taken = 0  # by RESIDENT and DRAINING adapters, and by loads that write one
+        self._slot_queue: deque[asyncio.Future[None]] = deque()  # loads that wait for a slot
         self._pinned: frozenset[str] = frozenset()
-        self._turns = Turns(TENANT_LOADS)
-        self._host = _HostCache(host_cache_bytes)
-        self._released = asyncio.Event()
-        self._writing = 0  # slots promised to loads that have not finished
-        self._draining = 0  # slots of adapters that take no more leases
-        self.reserving = 0  # loads that wait for a slot
-        self.counts = Counts()
+        self._tenant_loads = Turns(TENANT_LOADS)
+        self._load_tasks: set[asyncio.Task[None]] = set()  # otherwise a running task may be garbage-collected
+        self.counts = CacheCounts()
 
     @property
-    def resident(self) -> int:
-        """How many slots hold an adapter."""
+    def resident_count(self) -> int:
+        """Number of adapters that calls can lease without waiting."""
         return len(self._residents)
 
+    @property
+    def loads_without_slot(self) -> int:
+        """Number of loads that wait for a slot."""
+        return len(self._slot_queue)
+
     def resident_digests(self) -> list[str]:
-        """The adapters in slots, the one used last at the end."""
+        """Return the adapters in slots, least recently used first."""
         return list(self._residents)
 
-    @property
-    def host_bytes(self) -> int:
-        return self._host.size_bytes
+    def state(self, digest: str) -> State:
+        """Return the state of an adapter."""
+        entry = self._entries.get(digest)
+        return State.ABSENT if entry is None else entry.state
 
     @asynccontextmanager
     async def lease(self, digest: str, tenant: str = "") -> AsyncIterator[Resident]:
         """Hold an adapter in its slot.
 
         Args:
-            tenant: who asks; only so many loads of a tenant run at once.
+            tenant: the caller; at most `TENANT_LOADS` loads of a tenant run at once.
 
         Raises:
-            Unavailable: the store does not give the file, or the adapter was not in a slot in time.
+            Unavailable: the store cannot return the file, or the adapter is not in a slot within `wait_s`.
             InvalidAdapter: the file does not fit this worker's backbone.
         """
-        resident = self._residents.get(digest)
-        if resident is not None:
+        entry = self._entries.get(digest)
+        if entry is not None and entry.state is State.RESIDENT:
             self.counts.hits += 1
-            resident.leases += 1
+            resident = self._leased(entry)
         else:
-            resident = await self._parked(digest, tenant)
+            resident = await self._wait(digest, tenant)
         try:
-            if not resident.draining:
-                self._residents.move_to_end(digest)
             yield resident
         finally:
             self.release([resident])
 
-    def keep(self, residents: Iterable[Resident]) -> None:
-        """One more lease on each, for whoever already has one."""
+    def retain(self, residents: Iterable[Resident]) -> None:
+        """Add a lease to each of these leased adapters."""
         for resident in residents:
-            resident.leases += 1
+            self._entries[resident.digest].leases += 1
 
     def release(self, residents: Iterable[Resident]) -> None:
-        """Give back a lease on each."""
+        """End a lease on each of these adapters."""
         for resident in residents:
-            resident.leases -= 1
-            if resident.draining and not resident.leases:
-                self._draining -= 1
-                self._evict(resident)
-        self._released.set()
+            entry = self._entries[resident.digest]
+            entry.leases -= 1
+            if entry.state is State.DRAINING and not entry.leases:
+                self._change(entry, State.ABSENT)
+        self._hand_out_slots()
 
     def pin(self, digests: Sequence[str]) -> None:
-        """Never take the slots of these adapters, once they have one, and of no others; one slot is always left."""
-        fit = self._bank.slots - 1
-        if len(set(digests)) > fit:
-            logger.warning("%d adapters are pinned, but only the first %d can be", len(set(digests)), fit)
-        self._pinned = frozenset(list(dict.fromkeys(digests))[:fit])
+        """Replace the set of adapters that are never evicted. One slot always stays evictable."""
+        unique = list(dict.fromkeys(digests))
+        limit = self._bank.slots - 1
+        if len(unique) > limit:
+            logger.warning("only the first %d of %d pinned adapters keep a slot; raise HUB_SLOTS", limit, len(unique))
+        self._pinned = frozenset(unique[:limit])
 
     def preload(self, digest: str) -> None:
-        """Load an adapter before anything else happens here; blocks.
+        """Load an adapter into a free slot before the first call; blocks the thread.
 
         Raises:
             Unavailable, InvalidAdapter: as `lease`.
         """
-        host = self._read(digest)
-        self._host.put(digest, host)
-        self._residents[digest] = Resident(digest, self._bank.put(host.packed), host.mean, host.std, leases=0)
+        host = self._host.load_now(digest)
+        slot = self._bank.put(host.packed)
+        self._slots_taken += 1
+        entry = self._entries.setdefault(digest, _Entry(digest))
+        self._change(entry, State.LOADING)
+        self._change(entry, State.RESIDENT, resident=Resident(digest, slot, host.mean, host.std))
 
     async def prefetch(self, digest: str) -> None:
-        """Load an adapter that will be asked for soon; a failure is left for whoever asks."""
+        """Load an adapter before its first call. A failure is left to that call."""
         try:
             async with self.lease(digest):
                 pass
         except HubError:
             pass
 
-    async def _parked(self, digest: str, tenant: str) -> Resident:
-        """Wait for the one load of an adapter; the resident comes with this caller's lease already counted."""
-        failure = self._failures.get(digest)
-        if failure is not None and self._clock() < failure.until:
-            raise copy.copy(failure.error)
-        load = self._loads.get(digest)
-        if load is None:
-            load = self._loads[digest] = _Load()
-            load.task = asyncio.create_task(self._load(digest, load, tenant))
-            # Whoever waits gets its error; where nobody waits any more, it is no news.
-            load.task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        assert load.task is not None  # noqa: S101 (for the type checker)
-        load.waiters += 1
-        try:
-            async with asyncio.timeout(self._wait_s):
-                # Shielded: a caller that goes away must not take the load from the others.
-                return await asyncio.shield(load.task)
-        except (asyncio.CancelledError, TimeoutError) as error:
-            load.waiters -= 1
-            if load.resident is not None:
-                self.release([load.resident])
-            if isinstance(error, asyncio.CancelledError):
-                raise
-            raise Unavailable(f"the adapter is not loaded yet, it waits for {load.waits_for}; try again") from error
+    def _change(
+        self,
+        entry: _Entry,
+        state: State,
+        *,
+        resident: Resident | None = None,
+        error: HubError | None = None,
+    ) -> None:
+        """Change the state of an adapter, and all that follows from it. No other code sets a state.
 
-    async def _load(self, digest: str, load: _Load, tenant: str) -> Resident:
-        loop = asyncio.get_running_loop()
-        began = self._clock()
-        try:
-            async with self._turns.turn(tenant):
-                host = self._host.get(digest)
-                if host is None:
-                    self.counts.store_reads += 1
-                    host = await loop.run_in_executor(self._reads, self._read, digest)
-                    self._host.put(digest, host)
-                load.waits_for = f"a slot: all {self._bank.slots} of this worker are in use"
-                await self._reserve()
-                try:
-                    slot = await loop.run_in_executor(self._puts, self._bank.put, host.packed)
-                finally:
-                    self._writing -= 1
-            # In one step with the leases of all who wait: nobody can take the slot before they use it.
-            load.resident = self._residents[digest] = Resident(digest, slot, host.mean, host.std, load.waiters)
-            self._failures.pop(digest, None)
-            self.counts.loads += 1
-            took_s = self._clock() - began
-            self.counts.load_s += took_s
-            logger.debug("adapter %s loaded in %.1f ms", digest, took_s * 1000)
-            return load.resident
-        except HubError as error:
-            logger.warning("adapter %s could not be loaded: %s", digest, error)
-            self._note_failure(digest, error)
-            raise
-        except Exception as error:  # a device without memory, ...
-            logger.exception("adapter %s could not be loaded", digest)
-            failure = Unavailable("the adapter could not be loaded; the hub's log says why")
-            self._note_failure(digest, failure)
-            raise failure from error
-        finally:
-            del self._loads[digest]
-            self._released.set()  # it failed, or nobody waits for it any more: either way a slot may be free
-
-    async def _reserve(self) -> None:
-        """Promise a slot to a load, taking it from the least recently used adapter where none is free.
-
-        Where all are in use, and would stay so while requests for them come, the least recently used one drains.
+        Args:
+            resident: the adapter in its slot, for RESIDENT.
+            error: the reason, for FAILED.
         """
-        self.reserving += 1
-        try:
-            while len(self._residents) + self._draining + self._writing >= self._bank.slots:
-                unpinned = [r for r in self._residents.values() if r.digest not in self._pinned]
-                idle = next((r for r in unpinned if not r.leases), None)
-                if idle is not None:
-                    del self._residents[idle.digest]
-                    self._evict(idle)
-                    continue
-                if unpinned and self._draining < self.reserving:
-                    unpinned[0].draining = True
-                    del self._residents[unpinned[0].digest]
-                    self._draining += 1
-                self._released.clear()
-                await self._released.wait()
-            self._writing += 1
-        finally:
-            self.reserving -= 1
+        if state not in _NEXT_STATES[entry.state]:
+            raise RuntimeError(f"adapter {entry.digest}: no change from {entry.state.name} to {state.name}")
+        before = entry.state
+        self._draining += (state is State.DRAINING) - (before is State.DRAINING)
+        entry.state, entry.error = state, error
+        if before is State.RESIDENT:
+            del self._residents[entry.digest]
 
-    def _evict(self, resident: Resident) -> None:
-        self._bank.evict(resident.slot)
-        self.counts.evictions += 1
-        self._host.get(resident.digest)  # it was of use until now
+        if state is State.LOADING:
+            entry.waits_for = "its file"
+        elif state is State.RESIDENT:
+            entry.resident, entry.pause_s = resident, 0.0
+            self._residents[entry.digest] = entry
+            # The leases of all waiting calls are taken here, otherwise the adapter could be evicted before their use.
+            self._wake(entry, lambda: self._leased(entry))
+        elif state is State.DRAINING:
+            entry.waits_for = "the end of the running batches that still use its slot"
+        elif state is State.FAILED:
+            assert error is not None  # noqa: S101 (for the type checker)
+            self.counts.failures += 1
+            entry.pause_s = min(2 * entry.pause_s, MAX_PAUSE_S) if entry.pause_s else MIN_PAUSE_S
+            entry.retry_at_s = self._clock() + entry.pause_s
+            self._wake(entry, lambda: copy.copy(error))
+        elif state is State.ABSENT:
+            if entry.resident is not None:
+                self._bank.evict(entry.resident.slot)
+                self._slots_taken -= 1
+                self.counts.evictions += 1
+                self._host.mark_used(entry.digest)
+                entry.resident = None
+            del self._entries[entry.digest]
+            self._wake(entry, lambda: None)
 
-    def _note_failure(self, digest: str, error: HubError) -> None:
-        """Longer and longer pauses, so that a file that is gone or damaged costs the store little."""
-        self.counts.failures += 1
-        now = self._clock()
-        for stale in [d for d, failure in self._failures.items() if now > failure.until + LONGEST_PAUSE_S]:
-            del self._failures[stale]
-        before = self._failures.get(digest)
-        pause_s = FIRST_PAUSE_S if before is None else min(2 * before.pause_s, LONGEST_PAUSE_S)
-        self._failures[digest] = _Failure(error, pause_s, now + pause_s)
-        logger.error("adapter %s could not be loaded, nor is it tried for %g s: %s", digest, pause_s, error)
+    def _wake(self, entry: _Entry, outcome: "Callable[[], Resident | HubError | None]") -> None:
+        """Give each waiting call an outcome of its own."""
+        for waiter in entry.waiters:
+            if waiter.done():  # its call timed out or was cancelled
+                continue
+            result = outcome()
+            if isinstance(result, HubError):
+                waiter.set_exception(result)
+            else:
+                waiter.set_result(result)
+        entry.waiters.clear()
 
-    def _read(self, digest: str) -> _Host:
-        """Store -> host memory, in a thread.
+    def _leased(self, entry: _Entry) -> Resident:
+        """Return a RESIDENT adapter with one more lease, as the most recently used one."""
+        assert entry.resident is not None  # noqa: S101 (for the type checker)
+        entry.leases += 1
+        self._residents.move_to_end(entry.digest)
+        return entry.resident
+
+    async def _wait(self, digest: str, tenant: str) -> Resident:
+        """Return a leased adapter that was not RESIDENT, loading it if no other call does.
 
         Raises:
             Unavailable, InvalidAdapter: as `lease`.
         """
+        waits_for = ""
         try:
-            adapter = Adapter.read(self._store.get(digest), layouts=self._bank.layouts)
-            packed = self._bank.pack(adapter)
-        except AdapterError as error:
-            raise invalid_adapter(error) from error
-        mean, std = (torch.tensor(adapter.preprocess[name], dtype=torch.float32) for name in ("mean", "std"))
-        return _Host(packed, mean, std)
+            async with asyncio.timeout(self._wait_s):
+                while True:
+                    entry = self._entries.setdefault(digest, _Entry(digest))
+                    if entry.state is State.RESIDENT:
+                        return self._leased(entry)
+                    if entry.error is not None and self._clock() < entry.retry_at_s:
+                        raise copy.copy(entry.error)
+                    if entry.state in (State.ABSENT, State.FAILED):
+                        self._change(entry, State.LOADING)
+                        task = asyncio.create_task(self._load(entry, tenant))
+                        self._load_tasks.add(task)
+                        task.add_done_callback(self._load_tasks.discard)
+                    try:
+                        resident = await self._next_outcome(entry)
+                    finally:
+                        waits_for = entry.waits_for
+                    if resident is not None:
+                        return resident
+        except TimeoutError as error:
+            raise Unavailable(f"The adapter is not loaded yet: it waits for {waits_for}. Retry later.") from error
 
+    async def _next_outcome(self, entry: _Entry) -> Resident | None:
+        """Wait for `_wake`. A call that is cancelled meanwhile gives back its lease."""
+        waiter: asyncio.Future[Resident | None] = asyncio.get_running_loop().create_future()
+        entry.waiters.append(waiter)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if not waiter.cancelled() and waiter.exception() is None and (resident := waiter.result()) is not None:
+                self.release([resident])
+            raise
 
-class _HostCache:
-    """Adapters in host memory, at most so many bytes; least recently used out."""
+    async def _load(self, entry: _Entry, tenant: str) -> None:
+        """Load an adapter: LOADING -> RESIDENT or FAILED."""
+        loop = asyncio.get_running_loop()
+        started_s = self._clock()
+        digest = entry.digest
+        try:
+            async with self._tenant_loads.turn(tenant):
+                host = await self._host.load(digest)
+                entry.waits_for = f"a slot (all {self._bank.slots} slots of this worker are in use)"
+                await self._take_slot()
+                try:
+                    slot = await loop.run_in_executor(self._writer, self._bank.put, host.packed)
+                except BaseException:
+                    self._slots_taken -= 1
+                    raise
+            self._change(entry, State.RESIDENT, resident=Resident(digest, slot, host.mean, host.std))
+            took_s = self._clock() - started_s
+            self.counts.loads += 1
+            self.counts.load_s += took_s
+            logger.debug("adapter %s loaded in %.1f ms", digest, took_s * 1000)
+        except HubError as error:
+            self._fail(entry, error)
+            logger.error("adapter %s cannot be loaded, next try after %g s: %s", digest, entry.pause_s, error)
+        except Exception:  # such as a device without free memory
+            self._fail(entry, Unavailable("The adapter cannot be loaded. The reason is in the hub's log."))
+            logger.exception("adapter %s cannot be loaded, next try after %g s", digest, entry.pause_s)
+        finally:
+            self._hand_out_slots()
 
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self.size_bytes = 0
-        self._adapters: OrderedDict[str, _Host] = OrderedDict()
+    def _fail(self, entry: _Entry, error: HubError) -> None:
+        """Change to FAILED, and forget the failures that no call retried for `MAX_PAUSE_S`."""
+        now_s = self._clock()
+        for other in list(self._entries.values()):
+            if other.state is State.FAILED and now_s > other.retry_at_s + MAX_PAUSE_S:
+                self._change(other, State.ABSENT)
+        self._change(entry, State.FAILED, error=error)
 
-    def get(self, digest: str) -> _Host | None:
-        adapter = self._adapters.get(digest)
-        if adapter is not None:
-            self._adapters.move_to_end(digest)
-        return adapter
+    async def _take_slot(self) -> None:
+        """Wait for a slot; loads get slots in the order in which they asked."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._slot_queue.append(turn)
+        self._hand_out_slots()
+        await turn
 
-    def put(self, digest: str, adapter: _Host) -> None:
-        self._adapters[digest] = adapter
-        self.size_bytes += adapter.packed.size_bytes
-        while self.size_bytes > self._limit_bytes:
-            _, oldest = self._adapters.popitem(last=False)
-            self.size_bytes -= oldest.packed.size_bytes
+    def _hand_out_slots(self) -> None:
+        """Give slots to waiting loads, and evict adapters for them."""
+        while self._slot_queue and self._free_slot():
+            turn = self._slot_queue.popleft()
+            if not turn.done():  # its load was cancelled
+                self._slots_taken += 1
+                turn.set_result(None)
+
+    def _free_slot(self) -> bool:
+        """Return whether a slot is free, after an eviction if necessary.
+
+        If every adapter is leased, one adapter for each waiting load drains: the least recently used one. Otherwise
+        adapters in constant use would never free a slot.
+        """
+        if self._slots_taken < self._bank.slots:
+            return True
+        evictable = [entry for digest, entry in self._residents.items() if digest not in self._pinned]
+        idle = next((entry for entry in evictable if not entry.leases), None)
+        if idle is not None:
+            self._change(idle, State.ABSENT)
+            return True
+        for entry in evictable[: max(0, len(self._slot_queue) - self._draining)]:
+            self._change(entry, State.DRAINING)
+        return False

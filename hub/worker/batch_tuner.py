@@ -1,107 +1,122 @@
-"""How many images a forward pass should have, and how many threads: learned from the passes themselves.
+"""Batch size and thread count of forward passes, learned from the measured passes.
 
-A GPU wants many images; on a CPU a few large ones fill the cores, and more would only make all wait longer. A second
-thread helps while a core is free, and hinders while a gateway has it. Neither is known when a worker starts, beside
-everything else that starts with it, nor does it stay as it is.
+A GPU needs many images per pass. On a CPU a few images fill the cores, and a larger pass only adds waiting time. A
+second thread helps while a core is free, and slows a pass down while a gateway uses that core. None of this is known
+when a worker starts, and all of it changes with the load of the machine.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
-GAIN = 1.05  # how much faster, an image, a larger pass must be to be worth its size
-TRY = 16  # passes until what is as good as the best is tried again; what is worse, later
-FASTER, SLOWER = 0.5, 0.1  # what one pass changes of what is known: others' work only ever makes a pass slower
-# Beside tenants who send little, who wait for all of a pass: so many times as long as the shortest it may take at most,
-# and so much faster, an image, it must be.
-PATIENCE, WORTH = 2.0, 1.5
-SHOCK = 1.5  # no pass counts as more times slower than is known: something else had the machine
+from .fair_queue import BatchSize
+
+MIN_SPEEDUP = 1.05  # per image; a size that is not this much faster than a smaller one is not worth its waiting time
+RETRY_PASSES = 16  # passes until an alternative as fast as the best one is measured again
+WEIGHT_IF_FASTER, WEIGHT_IF_SLOWER = 0.5, 0.1  # of one measurement in the moving average
+MAX_SLOWDOWN = 1.5  # a measurement counts as at most this many times the average: another process had the cores
+# A short pass, while tenants with few images wait for passes of a heavy tenant:
+SHORT_MAX_DURATION = 2.0  # at most this many times as long as a pass of the smallest size, and
+SHORT_MIN_SPEEDUP = 1.5  # per image at least this many times as fast
 
 
-class Pace:
-    """Knows milliseconds an image by size of the pass (powers of two) and number of threads.
+class BatchTuner:
+    """Moving average of the milliseconds per image, by batch size (powers of two) and thread count.
+
+    Explore/exploit rule. The tuner exploits the smallest size whose cost per image is within `MIN_SPEEDUP` of the
+    lowest cost, with the thread count that is fastest for that size. It explores the next smaller size, the next
+    larger size and the other thread counts: at once if an alternative has never been measured, else after
+    `RETRY_PASSES * ratio**3` passes, where `ratio` is its cost divided by the cost of the exploited choice. So an
+    alternative that costs twice as much takes part in one of 128 passes. Averages fall fast and rise slowly
+    (`WEIGHT_IF_FASTER`, `WEIGHT_IF_SLOWER`), because other load on the machine can only make a pass slower.
+
+    One thread records passes and chooses thread counts; any thread may read the attributes.
 
     Attributes:
-        images: the smallest pass that is nearly as fast, an image, as any.
-        next_images: the most that the next one should have: mostly that, now and then the size above or below, to see
-            whether things have changed.
+        sizes: the batch sizes, ascending.
+        best_size: the exploited size.
+        next_size: size limits of the next batch; `full` is `best_size` or the size to explore.
     """
 
-    def __init__(self, most: int, threads: Sequence[int]) -> None:
+    def __init__(self, max_images: int, threads: Sequence[int]) -> None:
         """
         Args:
-            most: images of the largest pass.
-            threads: the numbers to choose from.
+            max_images: largest batch size.
+            threads: thread counts to choose from.
         """
-        self.sizes = [*(2**k for k in range(most.bit_length()) if 2**k < most), most]
-        self.images = self.next_images = most
+        self.sizes: list[int] = [*(2**k for k in range(max_images.bit_length()) if 2**k < max_images), max_images]
+        self.best_size = max_images
+        self.next_size = BatchSize(max_images, max_images)
         self._threads = tuple(dict.fromkeys(threads))
-        self._image_ms: dict[tuple[int, int], float] = {}
-        self._rest: dict[Hashable, float] = {}
+        self._image_ms: dict[tuple[int, int], float] = {}  # (size, threads) -> average
+        self._passes_left: dict[Hashable, float] = {}  # alternative -> passes until it is explored
 
-    def most(self, uneven: bool) -> int:
-        """Images of the next pass at most.
-
-        Args:
-            uneven: whether some tenants send many more images than others at this time.
-        """
-        known = self._known()
-        if not uneven or not known:
-            return self.next_images
-        shortest = min(known)
-        most_ms, worth_ms = PATIENCE * shortest * known[shortest], known[shortest] / WORTH
-        quick = [size for size, ms in known.items() if size * ms <= most_ms and ms <= worth_ms]
-        return min(self.next_images, max(quick, default=shortest))
-
-    def threads(self, images: int) -> int:
-        """For a pass of so many images: the best number, now and then another."""
+    def choose_threads(self, images: int) -> int:
+        """Return the thread count for a pass of this many images: the fastest one, or one to explore."""
         size = self._size(images)
-        known = {n: self._image_ms[size, n] for n in self._threads if (size, n) in self._image_ms}
-        best = min(known, key=known.__getitem__, default=self._threads[0])
+        measured = {n: self._image_ms[size, n] for n in self._threads if (size, n) in self._image_ms}
+        best = min(measured, key=measured.__getitem__, default=self._threads[0])
         for n in self._threads:
-            if n != best and self._is_due((size, n), known[n] / known[best] if n in known else 0):
+            if n != best and self._is_due((size, n), measured[n] / measured[best] if n in measured else None):
                 return n
         return best
 
-    def note(self, images: int, threads: int, ms: float) -> None:
-        """A pass took so many milliseconds."""
-        way = self._size(images), threads
-        known = self._image_ms.get(way, ms / images)
-        change = min(ms / images, SHOCK * known) - known
-        self._image_ms[way] = known + change * (FASTER if change < 0 else SLOWER)
-        fastest = self._known()
-        self.images = self.next_images = _best(fastest)
-        place = self.sizes.index(self.images)
-        for size in self.sizes[max(0, place - 1) : place + 2]:
-            if size != self.images and self._is_due(size, fastest.get(size, 0) / fastest[self.images]):
-                self.next_images = size
-                return
+    def record(self, images: int, threads: int, duration_ms: float) -> None:
+        """Add one measured pass."""
+        choice = self._size(images), threads
+        measured_ms = duration_ms / images
+        average = self._image_ms.get(choice, measured_ms)
+        change = min(measured_ms, MAX_SLOWDOWN * average) - average
+        self._image_ms[choice] = average + change * (WEIGHT_IF_FASTER if change < 0 else WEIGHT_IF_SLOWER)
+        costs = self.costs()
+        self.best_size = _smallest_fast_size(costs)
+        full = self._size_to_explore(costs) or self.best_size
+        self.next_size = BatchSize(full, min(full, _short_size(costs)))
 
-    def settled(self) -> bool:
-        """Whether two sizes are known that are larger than the best, so that still larger ones need not be tried."""
-        known = self._known()
-        return sum(size > _best(known) for size in known) >= 2
-
-    def __str__(self) -> str:
-        return f"{self.images} of {self._known()} (ms an image)"
-
-    def _known(self) -> dict[int, float]:
-        """Milliseconds an image of each size that was tried, with the best number of threads; small sizes first."""
-        known: dict[int, float] = {}
-        # `sorted` copies before anything else runs: the thread of the passes notes while the batcher's loop asks.
+    def costs(self) -> dict[int, float]:
+        """Return the milliseconds per image of each measured size with its fastest thread count, ascending by size."""
+        costs: dict[int, float] = {}
         for (size, _), ms in sorted(self._image_ms.items()):
-            known[size] = min(ms, known.get(size, ms))
-        return known
+            costs[size] = min(ms, costs.get(size, ms))
+        return costs
+
+    def is_settled(self) -> bool:
+        """Return whether two sizes above the best one are measured, so that larger ones need no trial at start."""
+        return sum(size > self.best_size for size in self.costs()) >= 2
+
+    def _size_to_explore(self, costs: dict[int, float]) -> int | None:
+        place = self.sizes.index(self.best_size)
+        for size in self.sizes[max(0, place - 1) : place + 2]:
+            ratio = costs[size] / costs[self.best_size] if size in costs else None
+            if size != self.best_size and self._is_due(size, ratio):
+                return size
+        return None
 
     def _size(self, images: int) -> int:
+        """Return the smallest size that holds the images."""
         return next(size for size in self.sizes if size >= images)
 
-    def _is_due(self, way: Hashable, ratio: float) -> bool:
-        """Whether what took `ratio` times as long is tried again now; 0, not known, at once."""
-        self._rest[way] = self._rest.get(way, TRY) - 1 if ratio else 0
-        if self._rest[way] > 0:
-            return False
-        self._rest[way] = TRY * ratio**3
-        return True
+    def _is_due(self, alternative: Hashable, ratio: float | None) -> bool:
+        """Count one pass, and return whether the alternative is explored now.
+
+        Args:
+            ratio: the alternative's cost divided by the best cost; None if it was never measured.
+        """
+        if ratio is None:
+            self._passes_left[alternative] = 0.0
+            return True
+        left = self._passes_left.get(alternative, RETRY_PASSES) - 1
+        due = left <= 0
+        self._passes_left[alternative] = RETRY_PASSES * ratio**3 if due else left
+        return due
 
 
-def _best(known: Mapping[int, float]) -> int:
-    return next(size for size, ms in known.items() if ms <= GAIN * min(known.values()))
+def _smallest_fast_size(costs: dict[int, float]) -> int:
+    threshold = MIN_SPEEDUP * min(costs.values())
+    return next(size for size, ms in costs.items() if ms <= threshold)
+
+
+def _short_size(costs: dict[int, float]) -> int:
+    """Return the largest size that meets both limits of a short pass, or the smallest measured size."""
+    smallest = min(costs)
+    max_ms = SHORT_MAX_DURATION * smallest * costs[smallest]
+    max_image_ms = costs[smallest] / SHORT_MIN_SPEEDUP
+    return max((size for size, ms in costs.items() if size * ms <= max_ms and ms <= max_image_ms), default=smallest)

@@ -1,4 +1,4 @@
-"""What a worker should have in its slots before anybody asks: pinned tasks, and what was busy of late."""
+"""Adapters that a worker loads before their first call: pinned tasks, and adapters that any worker used recently."""
 
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -11,66 +11,67 @@ from ..registry.tasks import Registry
 from ..schemas import LATEST
 
 
-class Warmth:
-    """Asks the registry, and tells it. Small and without connections, so that it can be sent to a worker."""
+class Prewarming:
+    """The registry as a worker uses it. Holds no connection, so that Serve can pickle it for a worker."""
 
     def __init__(self, redis_url: str, pinned: Sequence[str]) -> None:
         """
         Args:
-            pinned: `tenant/task` or `tenant/task@version`, a number or an alias.
+            pinned: `tenant/task` or `tenant/task@version`; the version is a number or an alias.
         """
         self._redis_url = redis_url
         self._pinned = tuple(pinned)
 
     async def pinned(self) -> dict[str, str]:
-        """Pinned name -> digest, for every name that there is.
+        """Return the digest of each version of the pinned tasks. Tasks that are not registered yet are left out.
+
+        Returns:
+            `name:number` -> digest, where the name is as given and the number is the version's.
 
         Raises:
             Unavailable: the registry does not answer.
         """
-        out: dict[str, str] = {}
-        async with self._registry() as registry:
+        digests: dict[str, str] = {}
+        async with self._connection() as connection:
+            registry = Registry(connection)
             for name in self._pinned:
                 path, _, version = name.partition("@")
                 tenant, _, task = path.partition("/")
                 try:
                     found = await registry.task(tenant, task)
-                    out |= {f"{name}:{n}": found.versions[n].digest for n in found.targets(version or LATEST)}
+                    digests |= {f"{name}:{n}": found.versions[n].digest for n in found.targets(version or LATEST)}
                 except NotFound:
-                    continue  # not registered yet
-        return out
+                    continue
+        return digests
 
-    async def busy(self, limit: int) -> list[str]:
-        """Digests that any worker used, latest first.
-
-        Raises:
-            Unavailable: the registry does not answer.
-        """
-        async with self._registry() as registry:
-            return await registry.busy(limit)
-
-    async def note(self, digests: Iterable[str]) -> None:
-        """These were used just now.
+    async def recent_digests(self, limit: int) -> list[str]:
+        """Return the adapters that any worker used, the most recent first.
 
         Raises:
             Unavailable: the registry does not answer.
         """
-        async with self._registry() as registry:
-            await registry.note_busy(digests, time.time())
+        async with self._connection() as connection:
+            return await Registry(connection).busy(limit)
+
+    async def record_digests(self, digests: Iterable[str]) -> None:
+        """Store that this worker used these adapters just now.
+
+        Raises:
+            Unavailable: the registry does not answer.
+        """
+        async with self._connection() as connection:
+            await Registry(connection).note_busy(digests, time.time())
 
     @asynccontextmanager
-    async def board(self) -> AsyncIterator[Board]:
-        """Where a worker tells how it is, for as long as the context lasts."""
-        database = Database(self._redis_url)
-        try:
-            yield Board(database)
-        finally:
-            await database.close()
+    async def status_board(self) -> AsyncIterator[Board]:
+        """Open the place of the workers' status reports."""
+        async with self._connection() as connection:
+            yield Board(connection)
 
     @asynccontextmanager
-    async def _registry(self) -> AsyncIterator[Registry]:
-        database = Database(self._redis_url)
+    async def _connection(self) -> AsyncIterator[Database]:
+        connection = Database(self._redis_url)
         try:
-            yield Registry(database)
+            yield connection
         finally:
-            await database.close()
+            await connection.close()

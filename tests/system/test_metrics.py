@@ -113,9 +113,9 @@ def test_only_replicas_listen_beyond_loopback(used) -> None:
 
 
 def test_every_metric_is_on_rays_page(used) -> None:
-    from hub.cluster.metrics import GATEWAY, WORKER
+    from hub.observability.metrics import ALL
 
-    wanted = {name for m in (*GATEWAY, *WORKER) if m.name not in RARE for name in m.exported()}
+    wanted = {name for m in ALL if m.name not in RARE for name in m.exported_names()}
     until = time.monotonic() + SCRAPE_S
     while True:
         page = httpx.get(used.metrics_url).text
@@ -125,7 +125,7 @@ def test_every_metric_is_on_rays_page(used) -> None:
             break
         assert time.monotonic() < until, (missing, images)
         time.sleep(1)
-    known = {name for m in (*GATEWAY, *WORKER) for name in m.exported()}
+    known = {name for m in ALL for name in m.exported_names()}
     assert set(re.findall(r"^(ray_karst_\w+)\{", page, re.MULTILINE)) <= known
     assert total(page, "ray_karst_errors_total", type="not-found") == 1
     assert total(page, "ray_karst_request_seconds_count", tenant="default") == 3

@@ -6,7 +6,6 @@ import json
 from itertools import count
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from rich.console import Console
 
@@ -14,10 +13,8 @@ from hub.cli import top
 from hub.cli.top import Look, headline, rates_of, screen
 from hub.client import endpoints as calls
 from hub.errors import Forbidden, Unavailable
-from hub.registry.status import Board, Tally, busiest
+from hub.registry.status import Board, busiest
 from hub.schemas import Counted, HubStatus, TaskRate, TenantStatus, WorkerStatus
-from hub.worker.batch_tuner import Pace
-from hub.worker_api import CallOrigin
 from tests.hub.conftest import bearer, in_registry
 from tests.support.models import png
 
@@ -38,32 +35,6 @@ def shown(look: Look, before: Look | None = None) -> str:
     console = Console(file=io.StringIO(), width=200)
     console.print(screen(look, before))
     return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def test_a_tally_is_a_rate_and_begins_anew() -> None:
-    now = 0.0
-    tally = Tally(lambda: now)
-    for images, adapters in ((4, 2), (8, 4)):
-        tally.note_pass(images, adapters)
-    tally.note_images("acme", "digits", 9)
-    tally.note_images("acme", "shapes", 3)
-    now = 2.0
-    rate, images, adapters, tasks = tally.told()
-    assert (rate, images, adapters) == (6.0, 6.0, 3.0)
-    assert [(t.tenant, t.task, t.images_per_second) for t in tasks] == [
-        ("acme", "digits", 4.5),
-        ("acme", "shapes", 1.5),
-    ]
-    now = 4.0
-    assert tally.told() == (0.0, 0.0, 0.0, [])
-
-
-def test_a_tally_of_many_tasks_stays_small() -> None:
-    tally = Tally()
-    for i in range(5000):
-        tally.note_images("t", f"task{i}", 1)
-    assert len(tally._by_task) == 1000
-    assert len(tally.told()[3]) == 20
 
 
 def test_workers_are_there_until_they_are_silent(empty_redis) -> None:
@@ -123,44 +94,6 @@ def test_a_tenant_that_is_no_more_is_left_out(hub) -> None:
 
     in_registry(hub.redis_url, use)
     assert "gone" not in [t["tenant"] for t in hub.http.get("/v1/status", headers=hub.admin).json()["tenants"]]
-
-
-def test_a_worker_tells_how_it_is(empty_redis, tmp_path, adapters, monkeypatch) -> None:
-    from hub.observability import log_format
-    from hub.settings import Settings
-    from hub.storage.store import Store
-    from hub.worker.prewarming import Warmth
-    from hub.worker.replica import Worker
-
-    monkeypatch.setattr(Pace, "note", lambda *_: None)
-    monkeypatch.setattr(log_format, "start", lambda *_: None)
-    monkeypatch.setattr("hub.worker.replica.TELL_S", 0.05)
-    store = Store(str(tmp_path))
-    store.put(adapters[0].digest, adapters[0].data)
-    made = Worker(Settings(backbone="demo", slots=2, home=tmp_path), store, Warmth(empty_redis, []), sharing=lambda: 1)
-
-    async def use():
-        from hub.registry.connection import Database
-
-        database = Database(empty_redis)
-        try:
-            await made.limits()  # begins to tell
-            images, origin = [np.zeros((3, 32, 32), np.uint8)] * 3, CallOrigin("r", "digits")
-            await made.classify("acme", adapters[0].digest, images, 1.0, origin)
-            for _ in range(200):
-                told = await Board(database).workers()
-                if told and told[0].loads:
-                    return told[0]
-                await asyncio.sleep(0.05)
-        finally:
-            for task in (made._telling, made._keeping_warm):
-                task.cancel()
-                await asyncio.wait((task,))
-            await database.close()
-
-    told = asyncio.run(use())
-    assert (told.slots, told.slots_used, told.loads, told.waiting) == (2, 1, 1, 0)
-    assert told.worker == made._name
 
 
 def test_the_screen_says_it_all() -> None:

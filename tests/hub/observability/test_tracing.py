@@ -15,9 +15,9 @@ import pytest
 from adapters import Adapter
 from hub.observability import log_format, request_context, tracing
 from hub.observability.tracing import TracingError
-from hub.worker.batch_tuner import Pace
 from tests.hub.conftest import Hub
 from tests.support.models import png
+from tests.support.workers import fix_batch_size, make_worker
 
 Spans = Callable[[], dict[str, list[Any]]]
 PARENT = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
@@ -169,18 +169,14 @@ def test_a_worker_records_spans_of_traced_calls_only(
 ) -> None:
     import numpy as np
 
-    from hub.settings import Settings
     from hub.storage.store import Store
-    from hub.worker.prewarming import Warmth
-    from hub.worker.replica import Worker
 
-    monkeypatch.setattr(Pace, "note", lambda *_: None)
+    fix_batch_size(monkeypatch)
     monkeypatch.setattr(log_format, "start", lambda *_: None)
     store = Store(str(tmp_path))
     for adapter in adapters[:2]:
         store.put(adapter.digest, adapter.data)
-    settings = Settings(backbone="demo", slots=2, batch_wait_ms=50, home=tmp_path)
-    worker = Worker(settings, store, Warmth(empty_redis, []), sharing=lambda: 1)
+    worker = make_worker(empty_redis, store, tmp_path)
     image = np.zeros((3, 32, 32), np.uint8)
 
     async def one(digest: str, traced: bool) -> str:

@@ -22,7 +22,7 @@ from hub.registry.tenants import Tenants
 from hub.schemas import LimitsChange, Sharing, TenantInfo, VersionInfo
 from hub.services.tenant_archive import export_tenant, facts, import_tenant
 from hub.storage.store import Store
-from hub.worker.adapter_cache import invalid_adapter
+from hub.worker_api import invalid_adapter
 from tests.hub.conftest import OCTETS, running
 from tests.support.models import png, with_metadata
 

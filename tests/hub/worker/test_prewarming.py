@@ -1,4 +1,4 @@
-"""What a worker is told to have ready: pinned tasks by name, and what was used last."""
+"""Prewarming: the digests of pinned tasks, and the adapters that workers used last."""
 
 import asyncio
 
@@ -6,8 +6,9 @@ import pytest
 
 from hub.errors import Unavailable
 from hub.registry.audit import OPERATOR
+from hub.registry.tasks import Registry
 from hub.schemas import VersionInfo
-from hub.worker.prewarming import Warmth
+from hub.worker.prewarming import Prewarming
 from tests.hub.registry.test_tasks import with_registry
 
 
@@ -18,37 +19,41 @@ def version(digest: str) -> VersionInfo:
     )  # fmt: skip
 
 
-def test_pinned_names_follow_their_aliases(empty_redis) -> None:
-    async def use(registry):
+def test_pinned_names_follow_their_aliases(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
         for digest in ("d1", "d2"):
             await registry.register(OPERATOR, "team", "flowers", version(digest), ["latest"])
         await registry.set_alias(OPERATOR, "team", "flowers", "both", {1: 90, 2: 10})
         await registry.register(OPERATOR, "other", "flowers", version("d3"), ["latest"])
-        warmth = Warmth(empty_redis, ["team/flowers", "team/flowers@both", "team/flowers@1", "team/absent", "x/y@9"])
-        pinned = await warmth.pinned()
-        assert sorted(pinned.values()) == ["d1", "d1", "d2", "d2"]
-        assert pinned["team/flowers:2"] == "d2"
+        names = ["team/flowers", "team/flowers@both", "team/flowers@1", "team/absent", "x/y@9"]
+        pinned = await Prewarming(empty_redis, names).pinned()
+        assert pinned == {
+            "team/flowers:2": "d2",
+            "team/flowers@both:1": "d1",
+            "team/flowers@both:2": "d2",
+            "team/flowers@1:1": "d1",
+        }
 
     with_registry(empty_redis, use, tenants=("team", "other"))
 
 
-def test_busy_is_what_was_used_last(empty_redis, monkeypatch) -> None:
-    async def use():
-        warmth = Warmth(empty_redis, [])
-        now = 1000.0
-        monkeypatch.setattr("time.time", lambda: now)
-        await warmth.note(["a", "b"])
-        now = 1001.0
-        await warmth.note(["b", "c"])
-        now = 999.0  # a worker whose clock is late takes nothing back
-        await warmth.note(["c"])
-        await warmth.note([])
-        assert set(await warmth.busy(2)) == {"b", "c"}
-        assert (await warmth.busy(10))[2:] == ["a"]
+def test_recent_digests_are_ordered_by_their_last_use(empty_redis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use() -> None:
+        prewarming = Prewarming(empty_redis, [])
+        now_s = 1000.0
+        monkeypatch.setattr("time.time", lambda: now_s)
+        await prewarming.record_digests(["a", "b"])
+        now_s = 1001.0
+        await prewarming.record_digests(["b", "c"])
+        now_s = 999.0  # the clock of another worker is late; its report does not replace a later one
+        await prewarming.record_digests(["c"])
+        await prewarming.record_digests([])
+        assert set(await prewarming.recent_digests(2)) == {"b", "c"}
+        assert (await prewarming.recent_digests(10))[2:] == ["a"]
 
     asyncio.run(use())
 
 
-def test_a_registry_that_is_away_is_said() -> None:
+def test_prewarming_is_unavailable_when_the_registry_does_not_answer() -> None:
     with pytest.raises(Unavailable):
-        asyncio.run(Warmth("redis://127.0.0.1:1", ["a/b"]).pinned())
+        asyncio.run(Prewarming("redis://127.0.0.1:1", ["a/b"]).pinned())

@@ -1,52 +1,50 @@
-"""The worker without a cluster: its batches mix tasks, and a caller that goes away takes nothing from the others."""
+"""The worker without a cluster: mixed batches, cancelled calls, status, prewarming."""
 
 import asyncio
 import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hub.errors import Unavailable
-from hub.settings import Settings
+from adapters import Adapter
+from hub.errors import HubError, Unavailable
+from hub.registry.connection import Database
+from hub.registry.status import Board
 from hub.storage.store import Store
-from hub.worker.batch_tuner import Pace
-from hub.worker.prewarming import Warmth
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, at import
+from hub.worker.prewarming import Prewarming
+from hub.worker.replica import Worker
+from hub.worker_api import CallOrigin
+from tests.support.workers import PassGate, fix_batch_size, make_worker
 
 
 @pytest.fixture
-def store(tmp_path, adapters) -> Store:
-    store = Store(str(tmp_path))
+def store(tmp_path: Path, adapters: list[Adapter]) -> Store:
+    store = Store(str(tmp_path / "store"))
     for adapter in adapters:
         store.put(adapter.digest, adapter.data)
     return store
 
 
 @pytest.fixture
-def make_worker(empty_redis, tmp_path, store, monkeypatch):
-    from hub.worker.replica import Worker
-
-    monkeypatch.setattr(Pace, "note", lambda *_: None)  # whatever this machine is quick at
-
-    def make():
-        settings = Settings(backbone="demo", slots=2, batch_wait_ms=50, home=tmp_path)
-        return Worker(settings, store, Warmth(empty_redis, []), sharing=lambda: 1)
-
-    return make
+def worker(empty_redis: str, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Worker:
+    fix_batch_size(monkeypatch)
+    return make_worker(empty_redis, store, tmp_path)
 
 
-@pytest.fixture
-def worker(make_worker):
-    return make_worker()
-
-
-def images(count: int, seed: int = 0) -> list[np.ndarray]:
+def images(count: int, seed: int = 0) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
     return list(np.random.default_rng(seed).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8))
 
 
-def test_adapters_share_a_pass_and_get_their_own_answers(worker, adapters) -> None:
-    async def use():
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0)
+
+
+def test_adapters_share_a_pass_and_each_call_gets_its_own_answers(worker: Worker, adapters: list[Adapter]) -> None:
+    async def use() -> None:
         alone = [await worker.classify("t", a.digest, images(2, i)) for i, a in enumerate(adapters[:2])]
         calls = (worker.classify("t", a.digest, images(2, i)) for i, a in enumerate(adapters[:2]))
         together = await asyncio.gather(*calls)
@@ -57,28 +55,32 @@ def test_adapters_share_a_pass_and_get_their_own_answers(worker, adapters) -> No
     asyncio.run(use())
 
 
-def test_the_slot_of_a_caller_that_goes_away_stays_until_its_pass_is_over(worker, adapters) -> None:
-    """A third adapter wants the slot while the pass runs: it must wait, and all answers are right."""
+def test_a_slot_keeps_its_adapter_until_its_pass_ends_when_the_call_is_cancelled(
+    worker: Worker, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third adapter needs the slot while the pass runs: its load waits, and all answers are right."""
     a, b, c = (adapter.digest for adapter in adapters[:3])
 
-    async def use():
-        right = {d: (await worker.classify("t", d, images(16)))[0].probabilities for d in (a, b, c, a, b)}
-        for _ in range(10):
-            gone, stays = (asyncio.create_task(worker.classify("t", d, images(16))) for d in (a, b))
-            while worker._batcher.waiting or not worker._batcher._running:
-                await asyncio.sleep(0)
-            third = asyncio.create_task(worker.classify("t", c, images(1)))
-            gone.cancel()
-            np.testing.assert_allclose((await stays)[0].probabilities, right[b], atol=1e-5)
-            np.testing.assert_allclose((await third)[0].probabilities, right[c], atol=1e-5)
-            with pytest.raises(asyncio.CancelledError):
-                await gone
+    async def use() -> None:
+        expected = {d: (await worker.classify("t", d, images(16)))[0].probabilities for d in (a, b, c, a, b)}
+        gate = PassGate(monkeypatch)
+        gone, stays = (asyncio.create_task(worker.classify("t", d, images(16))) for d in (a, b))
+        await until(gate.started.is_set)
+        third = asyncio.create_task(worker.classify("t", c, images(1)))
+        await asyncio.sleep(0)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        assert not third.done()
+        gate.open.set()
+        np.testing.assert_allclose((await stays)[0].probabilities, expected[b], atol=1e-5)
+        np.testing.assert_allclose((await third)[0].probabilities, expected[c], atol=1e-5)
 
     asyncio.run(use())
 
 
-def test_a_worker_tells_what_it_holds_and_what_is_under_way(worker, adapters) -> None:
-    async def use():
+def test_a_worker_reports_its_adapters_and_images_to_serve(worker: Worker, adapters: list[Adapter]) -> None:
+    async def use() -> None:
         await worker.classify("t", adapters[0].digest, images(1))
         idle = worker.record_autoscaling_stats()
         assert idle == {"images": 0.0, "batch": 32.0}
@@ -92,47 +94,96 @@ def test_a_worker_tells_what_it_holds_and_what_is_under_way(worker, adapters) ->
     asyncio.run(use())
 
 
-def test_images_of_a_caller_that_goes_away_are_not_computed(worker, adapters) -> None:
-    async def use():
+def test_queued_images_are_not_computed_when_their_call_is_cancelled(
+    worker: Worker, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use() -> None:
         digest = adapters[0].digest
+        gate = PassGate(monkeypatch)
         running = asyncio.create_task(worker.classify("t", digest, images(1)))
-        while not worker._batcher._running:
-            await asyncio.sleep(0)
+        await until(gate.started.is_set)
         gone, stays = (asyncio.create_task(worker.classify("t", digest, images(3))) for _ in range(2))
-        while worker._batcher.waiting < 6:
-            await asyncio.sleep(0)
+        await until(lambda: worker.status().waiting == 6)
         gone.cancel()
+        gate.open.set()
         await running
         assert {answer.computed.images for answer in await stays} == {3}
 
     asyncio.run(use())
 
 
-def test_a_worker_starts_with_what_was_busy(make_worker, adapters, store) -> None:
+def test_a_new_worker_has_the_recently_used_adapters(
+    worker: Worker, empty_redis: str, tmp_path: Path, adapters: list[Adapter], store: Store
+) -> None:
     a, b = (adapter.digest for adapter in adapters[:2])
 
-    async def use(worker):
+    async def use() -> None:
         for digest in (a, b):
             await worker.classify("t", digest, images(1))
-        await worker._warmth.note(worker._used | {"0" * 64})  # the last one is in no store
+        await worker.refresh_prewarming()
 
-    asyncio.run(use(make_worker()))
-    worker = make_worker()
-    store.get = None  # nobody reads it any more
-    assert worker._tiers.resident == 2
-    asyncio.run(worker.classify("t", a, images(1)))
+    asyncio.run(use())
+    another = make_worker(empty_redis, store, tmp_path)
+    store.delete(a)
+    assert another.status().slots_used == 2
+    asyncio.run(another.classify("t", a, images(1)))  # needs no file
 
 
-def test_an_adapter_that_cannot_be_had_fails_only_its_own_callers(worker, adapters) -> None:
-    async def use():
+def test_a_new_worker_starts_when_a_recently_used_adapter_is_not_in_the_store(
+    worker: Worker, empty_redis: str, tmp_path: Path, adapters: list[Adapter], store: Store
+) -> None:
+    asyncio.run(Prewarming(empty_redis, []).record_digests([adapters[0].digest, "0" * 64]))
+    assert make_worker(empty_redis, store, tmp_path).status().slots_used == 1
+
+
+def test_used_adapters_are_reported_later_when_the_registry_was_unavailable(
+    worker: Worker, empty_redis: str, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use() -> None:
+        await worker.classify("t", adapters[0].digest, images(1))
+        with monkeypatch.context() as without_redis:
+            without_redis.setattr(Prewarming, "record_digests", Prewarming("redis://127.0.0.1:1", []).record_digests)
+            with pytest.raises(Unavailable):
+                await worker.refresh_prewarming()
+        await worker.refresh_prewarming()
+        assert await Prewarming(empty_redis, []).recent_digests(1) == [adapters[0].digest]
+
+    asyncio.run(use())
+
+
+def test_a_worker_reports_its_status_to_the_registry(
+    worker: Worker, empty_redis: str, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hub.worker.replica.STATUS_INTERVAL_S", 0.02)
+
+    async def use() -> None:
+        await worker.check_health()  # starts the reports
+        await worker.classify("acme", adapters[0].digest, images(3), 1.0, CallOrigin("r", "digits"))
+        connection = Database(empty_redis)
+        try:
+            while not (found := await Board(connection).workers()) or not found[0].loads:
+                await asyncio.sleep(0.01)
+        finally:
+            await connection.close()
+        (reported,) = found
+        assert (reported.slots, reported.slots_used, reported.loads, reported.waiting) == (2, 1, 1, 0)
+        assert reported.worker == worker.status().worker
+
+    asyncio.run(use())
+
+
+def test_an_unavailable_adapter_fails_only_its_own_callers(worker: Worker, adapters: list[Adapter]) -> None:
+    async def use() -> None:
         bad, good = await asyncio.gather(
             worker.classify("t", "0" * 64, images(1)),
             worker.classify("t", adapters[0].digest, images(1)),
             return_exceptions=True,
         )
         assert isinstance(bad, Unavailable)
+        assert not isinstance(good, BaseException)
         assert len(good[0].probabilities) == adapters[0].num_classes
-        told = pickle.loads(pickle.dumps(await worker.answer("t", "0" * 64, images(1))))  # as it goes to the gateway
-        assert (type(told), told.problem()) == (Unavailable, bad.problem())
+        answer = pickle.loads(pickle.dumps(await worker.answer("t", "0" * 64, images(1))))  # as Serve sends it
+        assert isinstance(answer, HubError)
+        assert (type(answer), answer.problem()) == (Unavailable, bad.problem())
 
     asyncio.run(use())

@@ -1,0 +1,43 @@
+"""Metrics of one gateway, recorded at the end of each request."""
+
+from ..observability.request_context import RequestContext
+from ..observability.metrics import GATEWAY, OTHER, BoundedLabel, MetricTypes, make_instruments
+
+MAX_TENANT_LABELS = MAX_TASK_LABELS = 50
+NO_TENANT = "none"  # label value of requests with an admin key or without a valid key
+TIMED_PARTS = ("load", "queue", "compute")
+
+
+class GatewayMetrics:
+    """Counts and times of a gateway's requests. Ray Serve adds the replica's own labels."""
+
+    def __init__(self, types: MetricTypes) -> None:
+        """Create the metrics. In a Serve replica, because Serve adds the labels of the replica that creates them."""
+        self._counters, _, self._histograms = make_instruments(GATEWAY, types)
+        self._tenants = BoundedLabel(MAX_TENANT_LABELS)
+        self._tasks = BoundedLabel(MAX_TASK_LABELS)
+
+    def record(self, context: RequestContext, status: int, seconds: float) -> None:
+        """Record a request. Only successful classifications are timed.
+
+        Args:
+            status: of the HTTP answer.
+            seconds: from the first byte to the answer.
+        """
+        tenant = self._tenants.value(context.tenant) if context.tenant else NO_TENANT
+        tags = {"tenant": tenant}
+        self._counters["karst_requests"].inc(1, tags | {"status": f"{status // 100}xx"})
+        if status >= 400:
+            self._counters["karst_errors"].inc(1, tags | {"type": context.error or f"http-{status}"})
+            if context.limit:
+                self._counters["karst_limits_hit"].inc(1, tags | {"limit": context.limit})
+            return
+        for task, images in context.images.items():
+            value = self._tasks.value(f"{context.tenant}/{task}", images)
+            label = OTHER if OTHER in (value, tenant) else task
+            self._counters["karst_images"].inc(images, tags | {"task": label})
+        if context.images:
+            self._histograms["karst_request_seconds"].observe(seconds, tags)
+            for part in TIMED_PARTS:
+                if part in context.times_s:
+                    self._histograms[f"karst_{part}_seconds"].observe(context.times_s[part], tags)
