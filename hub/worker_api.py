@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adapters import AdapterError, BankLimits
 
@@ -37,14 +38,16 @@ class PassStats:
 class Answer:
     """Probabilities of one image: float32 (K,), one for each label of the adapter."""
 
-    probabilities: np.ndarray
+    probabilities: NDArray[np.float32]
     computed: PassStats
 
 
 class Workers(Protocol):
     """All workers of a hub, as a gateway sees them."""
 
-    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
+    async def classify(
+        self, tenant: str, digest: str, images: Sequence[NDArray[np.uint8]], weight: float
+    ) -> list[Answer]:
         """Return one answer for each image, all from one adapter.
 
         Args:

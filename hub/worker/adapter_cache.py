@@ -342,7 +342,7 @@ class AdapterCache:
             self._fail(entry, error)
             logger.error("adapter %s cannot be loaded, next try after %g s: %s", digest, entry.pause_s, error)
         except Exception:  # such as a device without free memory
-            self._fail(entry, Unavailable("The adapter cannot be loaded. The reason is in the hub's log."))
+            self._fail(entry, Unavailable("The adapter cannot be loaded. Retry later; the hub's log has the reason."))
             logger.exception("adapter %s cannot be loaded, next try after %g s", digest, entry.pause_s)
         finally:
             self._hand_out_slots()

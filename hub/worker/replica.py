@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from adapters import Bank, BankLimits, load_backbone
 from adapters.data.images import normalise
@@ -47,7 +48,7 @@ TRIALS_PER_SIZE, TRIALS_TIMEOUT_S = 4, 5.0  # trial passes of a new worker
 class Item:
     """One image of a batch."""
 
-    pixels: np.ndarray[Any, np.dtype[np.uint8]]  # (3, H, W)
+    pixels: NDArray[np.uint8]  # (3, H, W)
     adapter: Resident
     load_ms: float
     queued_at_s: float  # of time.perf_counter()
@@ -199,7 +200,7 @@ class Worker:
         self,
         tenant: str,
         digest: str,
-        images: Sequence[np.ndarray[Any, Any]],
+        images: Sequence[NDArray[np.uint8]],
         weight: float = 1.0,
         origin: CallOrigin = CallOrigin(),  # noqa: B008 (a tuple)
     ) -> list[Answer]:
@@ -295,7 +296,7 @@ class Worker:
             for item, row, ms in zip(items, probabilities, queue_ms, strict=True)
         ]
 
-    async def _forward(self, items: list[Item]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    async def _forward(self, items: list[Item]) -> list[NDArray[np.float32]]:
         """Return the probabilities of each image, float32 (K,)."""
         loop = asyncio.get_running_loop()
         if self._copy_thread is None:
@@ -311,7 +312,7 @@ class Worker:
         std = torch.stack([item.adapter.std for item in items]).to(device)
         return normalise(pixels, mean, std)
 
-    def _compute(self, items: list[Item], pixels: torch.Tensor) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    def _compute(self, items: list[Item], pixels: torch.Tensor) -> list[NDArray[np.float32]]:
         slots = [item.adapter.slot for item in items]
         return self._run_timed(
             len(items), lambda: [row.float().softmax(0).cpu().numpy() for row in self._bank.forward(pixels, slots)]

@@ -4,10 +4,10 @@ import asyncio
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from adapters import Adapter
 from hub.errors import HubError, Unavailable
@@ -34,7 +34,7 @@ def worker(empty_redis: str, tmp_path: Path, store: Store, monkeypatch: pytest.M
     return make_worker(empty_redis, store, tmp_path)
 
 
-def images(count: int, seed: int = 0) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+def images(count: int, seed: int = 0) -> list[NDArray[np.uint8]]:
     return list(np.random.default_rng(seed).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8))
 
 
