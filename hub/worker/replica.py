@@ -340,12 +340,14 @@ class Worker:
 
 
 async def _repeat(step: Callable[[], Awaitable[None]], interval_s: float, name: str, level: int) -> None:
-    """Run a step for ever. A failed step is logged and does not end the repetition.
+    """Run a step until the task is cancelled. A failed step is logged and does not end the repetition.
 
     Args:
         level: of the log line for an error of the hub, such as an unavailable registry.
     """
-    while True:
+    task = asyncio.current_task()
+    # redis-py drops a cancellation that arrives while it connects; without this check the task would never end.
+    while task is None or not task.cancelling():
         try:
             await step()
         except HubError as error:

@@ -1,6 +1,8 @@
 """A worker without a cluster, over a real Redis and a real store."""
 
+import asyncio
 import threading
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,25 @@ def make_worker(redis_url: str, store: Store, home: Path) -> Worker:
     """Return a worker with the demo backbone and two slots."""
     settings = Settings(backbone="demo", slots=2, batch_wait_ms=50, home=home)
     return Worker(settings, store, Prewarming(redis_url, []), lambda: 1, Recorder().types)
+
+
+def run(use: Callable[[], Awaitable[None]]) -> None:
+    """Run a test on an event loop, and end the worker's periodic tasks before the loop closes.
+
+    A task that is cancelled while it connects to Redis starts another one, which needs the loop a little longer.
+    """
+
+    async def run_and_end() -> None:
+        try:
+            await use()
+        finally:
+            periodic = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in periodic:
+                task.cancel()
+            if periodic:
+                await asyncio.wait(periodic)
+
+    asyncio.run(run_and_end())
 
 
 def fix_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from hub.storage.store import Store
 from hub.worker.prewarming import Prewarming
 from hub.worker.replica import Worker
 from hub.worker_api import CallOrigin
-from tests.support.workers import PassGate, fix_batch_size, make_worker
+from tests.support.workers import PassGate, fix_batch_size, make_worker, run
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_adapters_share_a_pass_and_each_call_gets_its_own_answers(worker: Worker
             np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
         assert {(a.computed.images, a.computed.tasks) for group in together for a in group} == {(4, 2)}
 
-    asyncio.run(use())
+    run(use)
 
 
 def test_a_slot_keeps_its_adapter_until_its_pass_ends_when_the_call_is_cancelled(
@@ -76,7 +76,7 @@ def test_a_slot_keeps_its_adapter_until_its_pass_ends_when_the_call_is_cancelled
         np.testing.assert_allclose((await stays)[0].probabilities, expected[b], atol=1e-5)
         np.testing.assert_allclose((await third)[0].probabilities, expected[c], atol=1e-5)
 
-    asyncio.run(use())
+    run(use)
 
 
 def test_a_worker_reports_its_adapters_and_images_to_serve(worker: Worker, adapters: list[Adapter]) -> None:
@@ -91,7 +91,7 @@ def test_a_worker_reports_its_adapters_and_images_to_serve(worker: Worker, adapt
         assert worker.record_autoscaling_stats() == idle
         assert worker.record_routing_stats() == {"digests": [adapters[0].digest[:16]], "batch": 32}
 
-    asyncio.run(use())
+    run(use)
 
 
 def test_queued_images_are_not_computed_when_their_call_is_cancelled(
@@ -109,7 +109,7 @@ def test_queued_images_are_not_computed_when_their_call_is_cancelled(
         await running
         assert {answer.computed.images for answer in await stays} == {3}
 
-    asyncio.run(use())
+    run(use)
 
 
 def test_a_new_worker_has_the_recently_used_adapters(
@@ -122,11 +122,15 @@ def test_a_new_worker_has_the_recently_used_adapters(
             await worker.classify("t", digest, images(1))
         await worker.refresh_prewarming()
 
-    asyncio.run(use())
+    run(use)
     another = make_worker(empty_redis, store, tmp_path)
     store.delete(a)
     assert another.status().slots_used == 2
-    asyncio.run(another.classify("t", a, images(1)))  # needs no file
+
+    async def use_again() -> None:
+        await another.classify("t", a, images(1))  # needs no file
+
+    run(use_again)
 
 
 def test_a_new_worker_starts_when_a_recently_used_adapter_is_not_in_the_store(
@@ -148,7 +152,7 @@ def test_used_adapters_are_reported_later_when_the_registry_was_unavailable(
         await worker.refresh_prewarming()
         assert await Prewarming(empty_redis, []).recent_digests(1) == [adapters[0].digest]
 
-    asyncio.run(use())
+    run(use)
 
 
 def test_a_worker_reports_its_status_to_the_registry(
@@ -169,7 +173,7 @@ def test_a_worker_reports_its_status_to_the_registry(
         assert (reported.slots, reported.slots_used, reported.loads, reported.waiting) == (2, 1, 1, 0)
         assert reported.worker == worker.status().worker
 
-    asyncio.run(use())
+    run(use)
 
 
 def test_an_unavailable_adapter_fails_only_its_own_callers(worker: Worker, adapters: list[Adapter]) -> None:
@@ -186,4 +190,4 @@ def test_an_unavailable_adapter_fails_only_its_own_callers(worker: Worker, adapt
         assert isinstance(answer, HubError)
         assert (type(answer), answer.problem()) == (Unavailable, bad.problem())
 
-    asyncio.run(use())
+    run(use)
