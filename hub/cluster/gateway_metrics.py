@@ -1,7 +1,7 @@
 """Metrics of one gateway, recorded at the end of each request."""
 
-from ..observability.request_context import RequestContext
 from ..observability.metrics import GATEWAY, OTHER, BoundedLabel, MetricTypes, make_instruments
+from ..observability.request_context import RequestContext
 
 MAX_TENANT_LABELS = MAX_TASK_LABELS = 50
 NO_TENANT = "none"  # label value of requests with an admin key or without a valid key

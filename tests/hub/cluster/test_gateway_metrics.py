@@ -4,8 +4,8 @@ import pytest
 
 from hub.cluster.gateway_metrics import MAX_TASK_LABELS, MAX_TENANT_LABELS, GatewayMetrics
 from hub.cluster.ray_compat import ray_metrics
-from hub.observability.request_context import RequestContext
 from hub.observability.metrics import ALL, make_instruments
+from hub.observability.request_context import RequestContext
 from tests.support.metrics import Recorder
 
 
