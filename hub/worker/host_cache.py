@@ -77,7 +77,7 @@ class HostCache:
 
     def _read(self, digest: str) -> HostAdapter:
         try:
-            adapter = Adapter.read(self._store.get(digest))
+            adapter = Adapter.read(self._store.get(digest), layouts=self._bank.layouts)
             packed = self._bank.pack(adapter)
         except AdapterError as error:
             raise invalid_adapter(error) from error
