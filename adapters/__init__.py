@@ -13,7 +13,8 @@ from .format.file import Adapter
 from .format.layouts import LayoutCache
 from .method.config import ConfigError, KarstConfig
 from .method.karst import KarstModel, attach, extract
-from .serving.bank import Bank, BankFullError, BankLimits, Slot
+from .serving.bank import Bank, BankFullError, Slot
+from .serving.limits import BankLimits
 from .serving.slot_memory import Packed
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import Backbone, BackboneError, BackboneInfo, Site, features
-from ..format.errors import AdapterError, Problem
+from ..backbone import Backbone, BackboneError, Site, features
 from ..format.file import Adapter
 from ..format.layouts import LayoutCache
 from ..method import kronecker
+from .limits import BankLimits
 from .prepack import prepack_layers
 from .slot_memory import Packed, PackingPlan, SiteNumbers, SlotMemory
 
@@ -64,62 +64,6 @@ class _Batch:
     kronecker: frozenset[str]
     rescaled: frozenset[str]
     norms: dict[str, tuple[Tensor, Tensor]]  # weight and bias, (B, 1, d), where any adapter tunes the norm
-
-
-@dataclass(frozen=True)
-class BankLimits:
-    """Sizes that a bank accepts; holds no weights, so that a process without a bank can check adapters."""
-
-    backbone: BackboneInfo
-    max_rank: int
-    max_kernels: int
-    factor: int
-
-    def check(self, adapter: Adapter) -> None:
-        """Check that an adapter fits the bank.
-
-        Raises:
-            AdapterError: the adapter has another backbone or factor, too many kernels, or too large a rank.
-        """
-        adapter.check(self.backbone)
-        sites = {site.name: site for site in self.backbone.sites}
-        problems = []
-        for name, parts in adapter.layers.items():
-            if "karst_c" not in parts:
-                continue
-            kernels, *sides = parts["karst_c"].shape
-            rank = parts["karst_a"].shape[3]
-            _, *wanted = self.shapes(sites[name])[0]
-            if kernels > self.max_kernels:
-                problems.append(
-                    Problem(
-                        f"{name}.karst_c",
-                        f"has {kernels} kernels, but at most {self.max_kernels} fit; train with fewer kernels",
-                    )
-                )
-            if rank > self.max_rank:
-                problems.append(
-                    Problem(
-                        f"{name}.karst_a",
-                        f"has rank {rank}, but at most {self.max_rank} fits; train with a smaller rank",
-                    )
-                )
-            if sides != wanted:
-                found, expected = (" x ".join(map(str, pair)) for pair in (sides, wanted))
-                problems.append(
-                    Problem(
-                        f"{name}.karst_c",
-                        f"has sides {found}, expected {expected}; train with factor {self.factor}",
-                    )
-                )
-        if problems:
-            raise AdapterError(problems)
-
-    def shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of the largest C, A and B that fit a site."""
-        return kronecker.shapes(
-            site.d_in, site.d_out, site.splits, kernels=self.max_kernels, rank=self.max_rank, factor=self.factor
-        )
 
 
 class Bank:
