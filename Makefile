@@ -30,6 +30,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/lua.py
 	$(BIN)/python .ci/audit.py
 
 bench: $(INSTALLED)

@@ -20,8 +20,9 @@ import anyio
 from hub.local.embedded_redis import embedded_redis
 from hub.local.hub import free_port, local_hub
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import Database
-from hub.registry.tenants import OWNER, Tenants
+from hub.registry.connection import RegistryConnection
+from hub.registry.keys import OWNER, KeyRegistry
+from hub.registry.tenants import TenantRegistry
 from hub.schemas import LimitsChange
 from hub.settings import Settings
 
@@ -89,12 +90,12 @@ def main() -> None:
 
 async def _keys(url: str) -> dict[str, str]:
     """An owner's key of each tenant; their limits are above all that a benchmark asks for."""
-    database = Database(url)
-    tenants = Tenants(database)
+    database = RegistryConnection(url)
+    tenants = TenantRegistry(database)
     keys = {}
     for tenant in TENANTS:
         await tenants.create(OPERATOR, tenant, NO_LIMITS)
-        keys[tenant] = (await tenants.add_key(OPERATOR, tenant, OWNER, "benchmark")).key
+        keys[tenant] = (await KeyRegistry(database).create(OPERATOR, tenant, OWNER, "benchmark")).key
     await database.close()
     return keys
 

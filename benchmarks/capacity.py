@@ -41,7 +41,7 @@ from rich.console import Console
 from adapters import Adapter, Backbone, Bank, BankLimits, KarstConfig, load_backbone
 from hub.client.client import Client
 from hub.registry.audit import OPERATOR
-from hub.registry.tenants import OWNER, Tenants
+from hub.registry.keys import OWNER, KeyRegistry
 from hub.settings import Settings
 
 from . import bare
@@ -114,7 +114,7 @@ def gateway() -> dict[str, Any]:
         pictures = bare.pictures(backbone.input_size[1], 16)
         forms = httpx.Request("POST", "http://hub", files=[("image", (str(i), p)) for i, p in enumerate(pictures)])
         with server() as one, tempfile.TemporaryDirectory() as store, listening(one.url, store, name) as (port, pid):
-            key = run(one.url, lambda db: Tenants(db).add_key(OPERATOR, TENANT, OWNER, "benchmark")).key
+            key = run(one.url, lambda db: KeyRegistry(db).create(OPERATOR, TENANT, OWNER, "benchmark")).key
             with Client(f"http://127.0.0.1:{port}", key) as client:
                 client.register("task", random_adapter(backbone, SMALL).data)
             head = {"authorization": f"Bearer {key}"}

@@ -20,9 +20,11 @@ import redis
 from hub.admission.rate_limits import _SETTLE, _TAKE
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import Database
-from hub.registry.tasks import Registry
-from hub.registry.tenants import Tenants
+from hub.registry.connection import RegistryConnection
+from hub.registry.events import EventLog
+from hub.registry.status import StatusBoard
+from hub.registry.tasks import TaskRegistry
+from hub.registry.tenants import TenantRegistry
 from hub.schemas import LATEST, LimitsChange, TenantInfo, VersionInfo
 
 TENANT = "capacity"
@@ -55,18 +57,18 @@ def server() -> Iterator[Server]:
     """With one tenant that has no limits to speak of."""
     with tempfile.TemporaryDirectory() as home, embedded_redis(Path(home)) as url:
         client = redis.Redis.from_url(url, decode_responses=True)
-        run(url, lambda database: Tenants(database).create(OPERATOR, TENANT, NO_LIMITS))
+        run(url, lambda database: TenantRegistry(database).create(OPERATOR, TENANT, NO_LIMITS))
         try:
             yield Server(url, client)
         finally:
             client.close()
 
 
-def run(url: str, use: Callable[[Database], Awaitable[Any]]) -> Any:
+def run(url: str, use: Callable[[RegistryConnection], Awaitable[Any]]) -> Any:
     """`use(database)` on a loop of its own."""
 
     async def within() -> Any:
-        database = Database(url)
+        database = RegistryConnection(url)
         try:
             return await use(database)
         finally:
@@ -92,7 +94,7 @@ def version(number: int, classes: int = 10) -> VersionInfo:
     )
 
 
-async def register(registry: Registry, first: int, count: int, classes: int = 10, at_once: int = AT_ONCE) -> None:
+async def register(registry: TaskRegistry, first: int, count: int, classes: int = 10, at_once: int = AT_ONCE) -> None:
     """So many new tasks."""
     numbers = iter(range(first, first + count))
 
@@ -106,7 +108,7 @@ async def register(registry: Registry, first: int, count: int, classes: int = 10
 def registry() -> dict[str, Any]:
     """Operations one kind after another, by `AT_ONCE` callers on one loop, which is itself most of the wall time."""
 
-    def timed(server: Server, count: int, work: Callable[[Database], Awaitable[Any]]) -> dict[str, float]:
+    def timed(server: Server, count: int, work: Callable[[RegistryConnection], Awaitable[Any]]) -> dict[str, float]:
         before, began = server.cpu_s(), time.perf_counter()
         run(server.url, work)
         seconds, cpu_s = time.perf_counter() - began, server.cpu_s() - before
@@ -124,22 +126,24 @@ def registry() -> dict[str, Any]:
     out: dict[str, Any] = {}
     with server() as one:
         n = 5_000
-        out["register, fsync always"] = timed(one, n, lambda db: register(Registry(db), 0, n))
+        out["register, fsync always"] = timed(one, n, lambda db: register(TaskRegistry(db), 0, n))
         one.ask.config_set("appendfsync", "everysec")
-        made = run(one.url, lambda db: Tenants(db).get(TENANT)).created
-        out["register, fsync every second"] = timed(one, n, lambda db: register(Registry(db), n, n))
-        works: dict[str, Callable[[Database], Callable[[int], Awaitable[Any]]]] = {
-            "read a task": lambda db: lambda i: Registry(db).task(TENANT, f"task-{i}"),
-            "move an alias": lambda db: lambda i: Registry(db).set_alias(OPERATOR, TENANT, f"task-{i}", "x", {1: 1}),
+        made = run(one.url, lambda db: TenantRegistry(db).get(TENANT)).created
+        out["register, fsync every second"] = timed(one, n, lambda db: register(TaskRegistry(db), n, n))
+        works: dict[str, Callable[[RegistryConnection], Callable[[int], Awaitable[Any]]]] = {
+            "read a task": lambda db: lambda i: TaskRegistry(db).task(TENANT, f"task-{i}"),
+            "move an alias": lambda db: (
+                lambda i: TaskRegistry(db).set_alias(OPERATOR, TENANT, f"task-{i}", "x", {1: 1})
+            ),
             "settle a tenant's counts": lambda db: (
-                lambda i: db.run(_SETTLE, TENANT, f"gateway{i % 300}", "8:0", i + 1, made, "requests:1", "images:1")
+                lambda i: db.evaluate(_SETTLE, TENANT, f"gateway{i % 300}", "8:0", i + 1, made, *COUNTS)
             ),
             "note 64 busy adapters": lambda db: (
-                lambda i: Registry(db).note_busy([f"{i * 64 + k:064d}" for k in range(64)], time.time())
+                lambda i: StatusBoard(db).record_digests([f"{i * 64 + k:064d}" for k in range(64)], time.time())
             ),
         }
         for gateways in GATEWAYS:
-            taker = run(one.url, lambda db, name=f"of-{gateways}": Tenants(db).create(OPERATOR, name, NO_LIMITS))
+            taker = run(one.url, lambda db, name=f"of-{gateways}": TenantRegistry(db).create(OPERATOR, name, NO_LIMITS))
             works[f"take a lot of a limit, {gateways} gateways"] = _takes(taker, gateways)
         for name, work in works.items():
             count = n // 5 if "busy" in name else n
@@ -147,12 +151,15 @@ def registry() -> dict[str, Any]:
     return out
 
 
-def _takes(of: TenantInfo, gateways: int) -> Callable[[Database], Callable[[int], Awaitable[Any]]]:
+COUNTS = "requests:1", "images:1"
+
+
+def _takes(of: TenantInfo, gateways: int) -> Callable[[RegistryConnection], Callable[[int], Awaitable[Any]]]:
     """Tokens and permits of a tenant, for each of so many gateways in turn."""
     limits = NO_LIMITS.model_dump()
     rates = [limits[name] for name in ("requests_per_second", "images_per_second", "images_in_flight")]
     needed = 1, 0, 0, 1, 0, 0, 0, 0
-    return lambda db: lambda i: db.run(_TAKE, of.tenant, f"{i % gateways}", *rates, *needed, of.created)
+    return lambda db: lambda i: db.evaluate(_TAKE, of.tenant, f"{i % gateways}", *rates, *needed, of.created)
 
 
 def events() -> dict[str, Any]:
@@ -162,11 +169,11 @@ def events() -> dict[str, Any]:
         with server() as one, follower(one.url, followers) as pipe:
             one.ask.config_set("appendfsync", "everysec")  # so that a slow disk is not in it
             before = one.cpu_s()
-            issued = run(one.url, lambda db: _paced(Registry(db), PACED, 0.05))
+            issued = run(one.url, lambda db: _paced(TaskRegistry(db), PACED, 0.05))
             heard = _heard(pipe, PACED)
             cpu_s, before = one.cpu_s() - before, one.cpu_s()
             began = time.perf_counter()
-            run(one.url, lambda db: register(Registry(db), PACED, FAST))
+            run(one.url, lambda db: register(TaskRegistry(db), PACED, FAST))
             seconds = _heard(pipe, FAST)[-1] - began
             ms = [1e3 * (at - since) for at, since in zip(heard, issued, strict=True)]
             out[f"{followers} followers"] = {
@@ -183,7 +190,7 @@ def events() -> dict[str, Any]:
     return out
 
 
-async def _paced(registry: Registry, count: int, pause_s: float) -> list[float]:
+async def _paced(registry: TaskRegistry, count: int, pause_s: float) -> list[float]:
     issued = []
     for i in range(count):
         issued.append(time.perf_counter())
@@ -216,20 +223,20 @@ def _follow(url: str, count: int, pipe: Pipe) -> None:
     async def main() -> None:
         seen: dict[str, int] = {}
         done: list[float] = []
-        databases = [Database(url) for _ in range(count)]
+        databases = [RegistryConnection(url) for _ in range(count)]
 
-        async def one(registry: Registry) -> None:
-            last = (await registry.event_span())[1]
+        async def one(log: EventLog) -> None:
+            last = (await log.span())[1]
             started.append(None)
             while True:
-                for event in await registry.events(last, 2000):
+                for event in await log.read(last, 2000):
                     last = event.id
                     seen[last] = seen.get(last, 0) + 1
                     if seen[last] == count:
                         done.append(time.perf_counter())  # CLOCK_MONOTONIC: the same in every process
 
         started: list[None] = []
-        tasks = [asyncio.create_task(one(Registry(database))) for database in databases]
+        tasks = [asyncio.create_task(one(EventLog(database))) for database in databases]
         while len(started) < count:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
@@ -255,7 +262,7 @@ def memory() -> dict[str, Any]:
         one.ask.config_set("appendfsync", "no")
         empty, there = one.ask.info("memory")["used_memory"], 0
         for count in TASKS:
-            run(one.url, lambda db, there=there, count=count: register(Registry(db), there, count - there))
+            run(one.url, lambda db, there=there, count=count: register(TaskRegistry(db), there, count - there))
             there = count
             streams = sum(one.ask.memory_usage(key, samples=0) for key in one.ask.scan_iter("karst:*", _type="stream"))
             used = one.ask.info("memory")["used_memory"] - empty
@@ -265,16 +272,16 @@ def memory() -> dict[str, Any]:
                 "used_bytes": used,
             }
         tracemalloc.start()
-        cached = run(one.url, lambda db: _read(Registry(db), 1_000))
+        cached = run(one.url, lambda db: _read(TaskRegistry(db), 1_000))
         out["gateway_cache_bytes_a_task"] = tracemalloc.get_traced_memory()[0] / len(cached)
         tracemalloc.stop()
     with server() as one:
         before = one.ask.info("memory")["used_memory"]
-        run(one.url, lambda db: register(Registry(db), 0, 200, classes=1_000))
+        run(one.url, lambda db: register(TaskRegistry(db), 0, 200, classes=1_000))
         streams = sum(one.ask.memory_usage(key, samples=0) for key in one.ask.scan_iter("karst:*", _type="stream"))
         out["redis_bytes_a_task, 1000 labels"] = (one.ask.info("memory")["used_memory"] - before - streams) / 200
     return out
 
 
-async def _read(registry: Registry, count: int) -> list[Any]:
+async def _read(registry: TaskRegistry, count: int) -> list[Any]:
     return [await registry.task(TENANT, f"task-{i}") for i in range(count)]

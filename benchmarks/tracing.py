@@ -32,15 +32,16 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from PIL import Image
 
 from adapters import Backbone, BankLimits, KarstConfig, load_backbone
-from hub.admission.authentication import first_keys
 from hub.api.app import create_app
+from hub.local.bootstrap import create_first_keys
 from hub.local.embedded_redis import embedded_redis
 from hub.observability import request_context, tracing
 from hub.observability.log_format import JsonFormatter
 from hub.observability.request_context import RequestContext
 from hub.observability.request_log import RequestLogMiddleware
-from hub.registry.connection import Database
-from hub.registry.tenants import Tenants
+from hub.registry.connection import RegistryConnection
+from hub.registry.keys import KeyRegistry
+from hub.registry.tenants import TenantRegistry
 from hub.schemas import LimitsChange
 from hub.settings import Settings
 from hub.worker_api import Answer, PassStats
@@ -192,12 +193,12 @@ async def owner(url: str) -> str:
     """An owner's key of the new registry's tenant, whose rates no benchmark reaches."""
     from hub.registry.audit import OPERATOR
 
-    database = Database(url)
+    database = RegistryConnection(url)
     try:
-        keys = await first_keys(Tenants(database))
+        keys = await create_first_keys(TenantRegistry(database), KeyRegistry(database))
         assert keys.owner is not None
         rates = LimitsChange(requests_per_second=1e6, images_per_second=1e6)
-        await Tenants(database).change_limits(OPERATOR, "default", rates)
+        await TenantRegistry(database).change_limits(OPERATOR, "default", rates)
         return keys.owner
     finally:
         await database.close()

@@ -20,7 +20,7 @@ from adapters import Adapter, Backbone, KarstConfig
 from adapters.data.images import normalise
 from hub.cluster.ray_compat import ray_metrics
 from hub.errors import LimitReached
-from hub.registry.status import Board
+from hub.registry.status import StatusBoard
 from hub.schemas import WorkerStatus
 from hub.settings import Settings
 from hub.storage.store import Store
@@ -120,17 +120,17 @@ class _Cold(Prewarming):
         pass
 
     @asynccontextmanager
-    async def status_board(self) -> AsyncIterator[Board]:
+    async def status_board(self) -> AsyncIterator[StatusBoard]:
         yield _Silent()
 
 
-class _Silent(Board):
+class _Silent(StatusBoard):
     """Takes what a worker tells, and asks no Redis."""
 
     def __init__(self) -> None:
         pass
 
-    async def tell(self, status: WorkerStatus) -> None:
+    async def report(self, status: WorkerStatus) -> None:
         pass
 
 

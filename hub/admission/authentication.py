@@ -3,15 +3,13 @@
 import time
 from dataclasses import dataclass
 
-from ..errors import Conflict, Forbidden, Unauthenticated
-from ..registry.audit import OPERATOR, Actor
+from ..errors import Forbidden, Unauthenticated
+from ..registry.audit import Actor
 from ..registry.cache import RegistryCache
+from ..registry.keys import ADMIN, OWNER, key_id
 from ..registry.models import task_not_found
-from ..registry.tenants import ADMIN, OWNER, Tenants, key_id, tenant_not_found
-from ..schemas import LimitsChange
+from ..registry.tenants import tenant_not_found
 from .rate_limits import Limiter
-
-DEFAULT_TENANT = "default"
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class Access:
         if record is None:
             raise Unauthenticated("the hub does not know this key")
         now_s = time.time()
-        if record.expired(now_s):
+        if record.is_expired(now_s):
             raise Unauthenticated(f"the key's time was over at {record.expires}; ask for a new one")
         id = key_id(key)
         self._limiter.note_key(id, now_s)
@@ -115,31 +113,5 @@ class Access:
             Unavailable: the registry does not answer, and the key is not known here.
         """
         record = await self._cache.key(authorization.partition(" ")[2].strip())
-        if record is None or record.expired(time.time()):
+        if record is None or record.is_expired(time.time()):
             raise Unauthenticated("the key ended while its request came in")
-
-
-@dataclass(frozen=True)
-class FirstKeys:
-    """The keys that a start made, each shown once; None where there was one already."""
-
-    admin: str | None
-    owner: str | None
-
-
-async def first_keys(tenants: Tenants) -> FirstKeys:
-    """Make the default tenant with an owner's key in a new registry, and an admin key where there is none that lasts.
-
-    They are shown to whoever starts the hub: only their hashes are kept.
-    """
-    owner = None
-    admins = await tenants.keys("")
-    if not admins and not await tenants.all():
-        try:
-            await tenants.create(OPERATOR, DEFAULT_TENANT, LimitsChange())
-        except Conflict:  # another hub over the same registry starts at this moment
-            return FirstKeys(None, None)
-        owner = (await tenants.add_key(OPERATOR, DEFAULT_TENANT, OWNER, "first key")).key
-    lasting = any(key.expires is None for key in admins)
-    admin = (await tenants.add_key(OPERATOR, "", ADMIN, "first admin key")).key if not lasting else None
-    return FirstKeys(admin, owner)

@@ -19,11 +19,12 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import LimitReached, Unavailable
 from ..registry.cache import RegistryCache
-from ..registry.connection import Database
-from ..registry.tenants import Tenants
+from ..registry.connection import RegistryConnection
+from ..registry.keys import KeyRegistry
 from ..schemas import TenantLimits
 
 logger = logging.getLogger(__name__)
@@ -134,10 +135,10 @@ class _Purse:
 class Limiter:
     """One gateway's part of every tenant's limits. `run` must run beside it."""
 
-    def __init__(self, database: Database, cache: RegistryCache, tenants: Tenants) -> None:
+    def __init__(self, database: RegistryConnection, cache: RegistryCache, keys: KeyRegistry) -> None:
         self._db = database
         self._cache = cache
-        self._tenants = tenants
+        self._keys = keys
         self._name = uuid.uuid4().hex[:12]
         self._purses: dict[str, _Purse] = {}
         self._used_keys: dict[str, float] = {}
@@ -194,7 +195,7 @@ class Limiter:
         if self._used_keys:
             used, self._used_keys = self._used_keys, {}
             try:
-                await self._tenants.note_used(used)
+                await self._keys.record_use(used)
             except BaseException:
                 self._used_keys = used | self._used_keys
                 raise
@@ -214,8 +215,8 @@ class Limiter:
             held = f"{purse.permits}:{purse.in_flight}" if purse.permits else ""
             counts = (f"{name}:{n}" for name, n in purse.pending.items())
             # Requests wait for `taking`, too. A lot that arrived after all counts once.
-            lot = held, purse.lot, purse.created, *counts
-            await self._db.run(_SETTLE, tenant, self._name, *lot, within_s=TAKE_S)
+            lot: tuple[str | int, ...] = held, purse.lot, purse.created, *counts
+            await self._db.evaluate(_SETTLE, tenant, self._name, *lot, timeout_s=TAKE_S)
             purse.pending = {}
         busy = purse.permits or purse.in_flight or purse.taking.locked() or purse.spent
         if idle and not busy and self._purses.get(tenant) is purse:
@@ -231,7 +232,7 @@ class Limiter:
             purse.spent = True
             if await self._fill(tenant, info.limits, purse, requests, images):
                 return purse, info.limits
-            self._cache.forget_tenant(tenant)  # it was deleted, and this gateway did not hear of it yet
+            self._cache.invalidate_tenant(tenant)  # it was deleted, and this gateway did not hear of it yet
         raise Unavailable("the tenant is being made anew; try again")
 
     async def _fill(self, tenant: str, limits: TenantLimits, purse: _Purse, requests: int, images: int) -> bool:
@@ -259,7 +260,7 @@ class Limiter:
         if images > limits.images_in_flight:
             raise self._refuse(purse, limits, "images_in_flight", 60.0, f"; this call alone has {images}")
         try:
-            taken = await self._db.run(
+            taken: Any = await self._db.evaluate(
                 _TAKE,
                 tenant,
                 self._name,
@@ -270,7 +271,7 @@ class Limiter:
                 purse.permits,
                 purse.in_flight,
                 purse.created,
-                within_s=TAKE_S,
+                timeout_s=TAKE_S,
             )
         except Unavailable:
             self._fill_alone(purse, limits, requests, images)

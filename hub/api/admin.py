@@ -9,7 +9,7 @@ from fastapi import Depends, FastAPI, Path, Query, Request
 from fastapi.responses import StreamingResponse
 
 from ..admission.authentication import Caller
-from ..registry.tenants import ADMIN
+from ..registry.keys import ADMIN
 from ..schemas import (
     NAME_PATTERN,
     AdminKeyRequest,
@@ -85,12 +85,12 @@ def add_admin_routes(api: FastAPI, administration: Administration, dependencies:
 
     @api.get("/v1/tenants/{tenant}/keys")
     async def list_keys(_caller: Manager, tenant: TenantName) -> KeyList:
-        return KeyList(keys=await tenants.keys(tenant))
+        return KeyList(keys=await administration.keys.list_keys(tenant))
 
     @api.post("/v1/tenants/{tenant}/keys", status_code=201, openapi_extra=request_body({JSON: schema_of(KeyRequest)}))
     async def create_key(caller: Manager, tenant: TenantName, body: Body) -> NewKey:
         new = await body.read_json(KeyRequest)
-        return await tenants.add_key(caller, tenant, new.role, new.name, new.expires)
+        return await administration.keys.create(caller, tenant, new.role, new.name, new.expires)
 
     @api.delete("/v1/tenants/{tenant}/keys/{id}", status_code=204)
     async def revoke_key(caller: Manager, tenant: TenantName, id: KeyId) -> None:
@@ -119,12 +119,12 @@ def add_admin_routes(api: FastAPI, administration: Administration, dependencies:
 
     @api.get("/v1/admin/keys")
     async def list_admin_keys(_caller: Admin) -> KeyList:
-        return KeyList(keys=await tenants.keys(""))
+        return KeyList(keys=await administration.keys.list_keys(""))
 
     @api.post("/v1/admin/keys", status_code=201, openapi_extra=request_body({JSON: schema_of(AdminKeyRequest)}))
     async def create_admin_key(caller: Admin, body: Body) -> NewKey:
         new = await body.read_json(AdminKeyRequest)
-        return await tenants.add_key(caller, "", ADMIN, new.name, new.expires)
+        return await administration.keys.create(caller, "", ADMIN, new.name, new.expires)
 
     @api.delete("/v1/admin/keys/{id}", status_code=204)
     async def revoke_admin_key(caller: Admin, id: KeyId) -> None:

@@ -18,10 +18,14 @@ from ..concurrency import Turns
 from ..errors import Unavailable
 from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
+from ..registry.audit import AuditLog
 from ..registry.cache import RegistryCache
-from ..registry.connection import Database
-from ..registry.tasks import Registry
-from ..registry.tenants import Tenants
+from ..registry.connection import RegistryConnection
+from ..registry.events import EventLog
+from ..registry.keys import KeyRegistry
+from ..registry.status import StatusBoard
+from ..registry.tasks import TaskRegistry
+from ..registry.tenants import TenantRegistry
 from ..services.administration import Administration
 from ..services.classification import Service
 from ..services.image_decoding import Images
@@ -136,10 +140,11 @@ def create_app(
     def off_loop(function: Callable[..., T], *args: Any) -> Awaitable[T]:
         return asyncio.get_running_loop().run_in_executor(executor, function, *args)
 
-    database = Database(str(settings.redis_url))
-    registry, tenants, store = Registry(database), Tenants(database), Store(str(settings.store_url))
-    cache = RegistryCache(registry, tenants)
-    limiter = Limiter(database, cache, tenants)
+    database = RegistryConnection(str(settings.redis_url))
+    registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
+    store = Store(str(settings.store_url))
+    cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))
+    limiter = Limiter(database, cache, keys)
     service = Service(
         registry=registry,
         cache=cache,
@@ -163,9 +168,11 @@ def create_app(
         max_adapter_bytes=settings.max_adapter_bytes,
     )
     administration = Administration(
-        database=database,
         registry=registry,
         tenants=tenants,
+        keys=keys,
+        audit=AuditLog(database),
+        status=StatusBoard(database),
         cache=cache,
         store=store,
         changes=changes,

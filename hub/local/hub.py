@@ -26,16 +26,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
-from ..admission.authentication import FirstKeys, first_keys
 from ..cli import output as console
 from ..cluster.haproxy import Edge, command
 from ..errors import Unavailable
 from ..registry.audit import OPERATOR
-from ..registry.connection import Database
-from ..registry.tenants import ADMIN, Tenants
+from ..registry.connection import RegistryConnection
+from ..registry.keys import ADMIN, KeyRegistry
+from ..registry.tenants import TenantRegistry
 from ..settings import Settings
 from ..storage.remote_sources import Sources
 from ..storage.store import Store
+from .bootstrap import FirstKeys, create_first_keys
 from .embedded_redis import embedded_redis, url_of_running
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
         except (RuntimeError, TimeoutError) as error:  # Serve's own, with a worker's traceback in its text
             raise StartError(f"Ray Serve could not start the hub: {_reason(error)}") from error
         # Last: a key made by a start that then failed would never be shown.
-        keys = asyncio.run(_with_database(redis_url, lambda database: first_keys(Tenants(database))))
+        keys = asyncio.run(_with_database(redis_url, lambda db: create_first_keys(TenantRegistry(db), KeyRegistry(db))))
         scheme, host = "https" if settings.tls_cert else "http", settings.host
         yield LocalHub(f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}", keys)
 
@@ -114,7 +115,7 @@ def new_admin_key(settings: Settings) -> str:
                 url = stack.enter_context(embedded_redis(settings.home))
             except StartError:  # a hub runs there
                 url = url_of_running(settings.home)
-        made = asyncio.run(_with_database(url, lambda db: Tenants(db).add_key(OPERATOR, "", ADMIN, "made by hand")))
+        made = asyncio.run(_with_database(url, lambda db: KeyRegistry(db).create(OPERATOR, "", ADMIN, "made by hand")))
         return made.key
 
 
@@ -337,16 +338,16 @@ def _check_registry(url: str) -> None:
         raise StartError(f"HUB_REDIS_URL={url}: {error.detail}") from error
 
 
-async def _check_age(database: Database) -> None:
-    if await Tenants(database).is_old():
+async def _check_age(database: RegistryConnection) -> None:
+    if await TenantRegistry(database).has_outdated_format():
         raise StartError(
             "the registry is of an older karst-hub, which kept keys in another form; begin with an empty one "
             "(another HUB_HOME, or HUB_REDIS_URL) and register the adapters again"
         )
 
 
-async def _with_database(url: str, use: Callable[[Database], Awaitable[T]]) -> T:
-    database = Database(url)
+async def _with_database(url: str, use: Callable[[RegistryConnection], Awaitable[T]]) -> T:
+    database = RegistryConnection(url)
     try:
         return await use(database)
     finally:

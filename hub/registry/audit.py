@@ -1,4 +1,4 @@
-"""Who changed what, when and from where: entries in Redis streams, one of each tenant and one of the whole hub."""
+"""The audit: which key changed what, when and from which address. One Redis stream per tenant and one for the hub."""
 
 import json
 from dataclasses import dataclass
@@ -6,12 +6,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..schemas import AuditEntry, AuditPage
-from .connection import Database
+from .connection import RegistryConnection, as_entries, tenant_key
+from .scripts import AUDIT
 
 
 @dataclass(frozen=True)
 class Actor:
-    """Whoever makes a change: a key (its public id, its name, its role) and the address it came from."""
+    """The author of a change: a key (its public id, its name, its role) and the client's address."""
 
     key: str
     name: str
@@ -19,35 +20,42 @@ class Actor:
     address: str
 
     def entry(self, tenant: str, action: str, **detail: Any) -> str:
-        """The audit's JSON for a change that this one makes in a tenant (`''`: in the hub itself)."""
-        who = {"key": self.key, "name": self.name, "role": self.role, "address": self.address}
-        return json.dumps(who | {"tenant": tenant, "action": action, "detail": detail})
+        """Return the audit entry, as JSON, of a change by this actor in a tenant (`''`: in the hub itself)."""
+        author = {"key": self.key, "name": self.name, "role": self.role, "address": self.address}
+        return json.dumps(author | {"tenant": tenant, "action": action, "detail": detail})
 
 
 OPERATOR = Actor("", "operator", "admin", "the hub's own machine")
 
 
-async def read_audit(
-    database: Database, tenant: str | None, after: str, count: int, *, admins: bool = False
-) -> AuditPage:
-    """Changes in a tenant, or in the whole hub (None), oldest first.
+class AuditLog:
+    """Audit entries of all tenants. Every method raises `Unavailable` if Redis does not answer."""
 
-    Args:
-        admins: of the whole hub only what admins did, which is kept apart, so that no tenant can push it out.
-        after: the id of the last entry that is known; `0` begins at the oldest that is kept.
+    def __init__(self, connection: RegistryConnection) -> None:
+        self._connection = connection
 
-    Raises:
-        Unavailable: Redis does not answer.
-    """
-    whole = "karst:audit:admins" if admins else "karst:audit"
-    stream = whole if tenant is None else f"karst:t:{tenant}:audit"
-    found = await database.do(database.redis.xrange(stream, min=f"({after}", count=count + 1))
-    entries = [
-        AuditEntry(
-            id=id,
-            at=datetime.fromtimestamp(int(id.partition("-")[0]) / 1000, UTC).isoformat(timespec="milliseconds"),
-            **json.loads(fields["entry"]),
-        )
-        for id, fields in found[:count]
-    ]
-    return AuditPage(entries=entries, next=entries[-1].id if len(found) > count else None)
+    async def append(self, entry: str) -> None:
+        """Append an entry of the hub itself. Changes of the registry append their own."""
+        await self._connection.change(AUDIT, "append", tenant="", entry=entry)
+
+    async def read(self, tenant: str | None, after: str, count: int, *, admins: bool = False) -> AuditPage:
+        """Return a page of entries of a tenant, or of the whole hub (None), oldest first.
+
+        Args:
+            after: the id of the last known entry; `0` starts at the oldest kept entry.
+            admins: of the whole hub, only changes by admins. They have their own stream, so that entries of tenants
+                cannot push them out.
+        """
+        hub_stream = "karst:audit:admins" if admins else "karst:audit"
+        stream = hub_stream if tenant is None else tenant_key(tenant, "audit")
+        redis = self._connection.redis
+        found = as_entries(await self._connection.execute(redis.xrange(stream, min=f"({after}", count=count + 1)))
+        entries = [
+            AuditEntry(
+                id=id,
+                at=datetime.fromtimestamp(int(id.partition("-")[0]) / 1000, UTC).isoformat(timespec="milliseconds"),
+                **json.loads(fields["entry"]),
+            )
+            for id, fields in found[:count]
+        ]
+        return AuditPage(entries=entries, next=entries[-1].id if len(found) > count else None)

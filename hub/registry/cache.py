@@ -1,178 +1,172 @@
-"""What a gateway remembers of the registry, kept true by change events.
+"""A gateway's cache of tasks, keys and tenants, kept current by change events.
 
-Reads of known tasks and keys need no Redis, so classification goes on while it is away. What was read while an
-event came in is answered but not remembered, so nothing stale can stay. A gateway that has not heard from the
-registry for five minutes honours no key any more: one of them may be revoked by now.
+Reads of cached tasks and keys need no Redis, so classification continues while Redis is unavailable. A value that was
+read while an event arrived is returned but not cached; otherwise the cache could keep a stale value. A gateway that
+got no answer from the registry for five minutes rejects all keys, since one of them may be revoked.
 """
 
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
-from typing import Generic, TypeVar
+from typing import TypeVar
+
+from cachetools import LRUCache
 
 from ..errors import Unavailable
 from ..schemas import TenantInfo
+from .events import Event, EventLog
+from .keys import KeyRecord, KeyRegistry, key_id
 from .models import Task
-from .tasks import Registry
-from .tenants import KeyRecord, Tenants, key_id
+from .tasks import TaskRegistry
+from .tenants import TenantRegistry
 
 logger = logging.getLogger(__name__)
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
-WAIT_MS, RETRY_S = 500, 0.25  # with a reconnect still less than two seconds
-MOST_TASKS, MOST_KEYS, MOST_TENANTS = 20_000, 20_000, 20_000
-TRUSTED_S = 300.0
-
-
-class _Remembered(Generic[K, V]):
-    """The values used last."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._values: OrderedDict[K, V] = OrderedDict()
-
-    def get(self, key: K) -> V | None:
-        if key in self._values:
-            self._values.move_to_end(key)
-        return self._values.get(key)
-
-    def put(self, key: K, value: V) -> None:
-        self._values[key] = value
-        if len(self._values) > self._most:
-            self._values.popitem(last=False)
-
-    def drop(self, fits: Callable[[K, V], bool]) -> None:
-        for key in [key for key, value in self._values.items() if fits(key, value)]:
-            del self._values[key]
-
-    def pop(self, key: K) -> None:
-        self._values.pop(key, None)
-
-    def clear(self) -> None:
-        self._values.clear()
+EVENT_WAIT_MS = 500
+RETRY_INTERVAL_S = 0.25  # so that a change reaches every gateway within two seconds, a reconnection included
+MAX_TASKS, MAX_KEYS, MAX_TENANTS = 20_000, 20_000, 20_000
+KEY_TRUST_S = 300.0
 
 
 class RegistryCache:
-    """Tasks, keys and tenants by name, in memory."""
+    """Tasks, keys and tenants by name, in the memory of one gateway. `follow` must run beside it."""
 
-    def __init__(self, registry: Registry, tenants: Tenants) -> None:
-        self._registry = registry
-        self._tenants_there = tenants
-        self._tasks: _Remembered[tuple[str, str], Task] = _Remembered(MOST_TASKS)
-        self._keys: _Remembered[str, KeyRecord] = _Remembered(MOST_KEYS)
-        self._tenants: _Remembered[str, TenantInfo] = _Remembered(MOST_TENANTS)
-        self._changes = 0  # counts events; a read that spans one is not remembered
+    def __init__(
+        self,
+        *,
+        tasks: TaskRegistry,
+        keys: KeyRegistry,
+        tenants: TenantRegistry,
+        events: EventLog,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._task_registry = tasks
+        self._key_registry = keys
+        self._tenant_registry = tenants
+        self._events = events
+        self._clock = clock
+        self._tasks: LRUCache[tuple[str, str], Task] = LRUCache(MAX_TASKS)
+        self._keys: LRUCache[str, KeyRecord] = LRUCache(MAX_KEYS)
+        self._tenants: LRUCache[str, TenantInfo] = LRUCache(MAX_TENANTS)
+        self._invalidations = 0  # a value that was read across an invalidation is not cached
         self._following = False
-        self._heard_s = time.monotonic()
+        self._last_contact_s = clock()
 
     async def task(self, tenant: str, name: str) -> Task:
-        """
-        Raises:
-            NotFound: the tenant has no such task.
-            Unavailable: not known here, and the registry does not answer.
-        """
-        found = await self._known(self._tasks, (tenant, name), lambda: self._registry.task(tenant, name))
-        return _there(found)
+        """Return a tenant's task.
 
-    def known_task(self, tenant: str, name: str) -> Task | None:
-        """The task if it is remembered."""
+        Raises:
+            NotFound: the task does not exist.
+            Unavailable: the task is not cached, and the registry does not answer.
+        """
+        return await self._read(self._tasks, (tenant, name), lambda: self._task_registry.task(tenant, name))
+
+    def cached_task(self, tenant: str, name: str) -> Task | None:
+        """Return a tenant's task if it is cached."""
         return self._tasks.get((tenant, name))
 
     async def key(self, key: str) -> KeyRecord | None:
-        """The record of a key; None if the hub does not know it.
+        """Return the record of a key, or None if the hub does not know it.
 
         Raises:
-            Unavailable: not known here, and the registry does not answer; or it did not for too long.
+            Unavailable: the key is not cached, and the registry does not answer; or it did not answer for too long.
         """
-        if time.monotonic() - self._heard_s > TRUSTED_S:
-            raise Unavailable("the registry has not answered for minutes, so that no key can be trusted")
-        found = await self._known(self._keys, key_id(key), lambda: self._tenants_there.key(key))
-        return found if found is not None and found.is_of(key) else None
+        if self._clock() - self._last_contact_s > KEY_TRUST_S:
+            message = (
+                f"The registry has not answered for {KEY_TRUST_S:g} s, so no API key can be verified. Retry later."
+            )
+            raise Unavailable(message)
+        id = key_id(key)
+        record = self._keys.get(id)
+        if record is None:
+            invalidations = self._invalidations
+            record = await self._key_registry.find(key)
+            if record is not None:
+                self._store(self._keys, id, record, invalidations)
+        return record if record is not None and record.matches(key) else None
 
     async def tenant(self, tenant: str) -> TenantInfo:
-        """
+        """Return a tenant.
+
         Raises:
-            NotFound: no such tenant.
-            Unavailable: not known here, and the registry does not answer.
+            NotFound: the tenant does not exist.
+            Unavailable: the tenant is not cached, and the registry does not answer.
         """
-        found = await self._known(self._tenants, tenant, lambda: self._tenants_there.get(tenant))
-        return _there(found)
+        return await self._read(self._tenants, tenant, lambda: self._tenant_registry.get(tenant))
 
-    def forget(self, tenant: str, name: str) -> None:
-        """Read this task anew next time: it was changed."""
-        self._changes += 1
-        self._tasks.pop((tenant, name))
+    def invalidate_task(self, tenant: str, name: str) -> None:
+        """Drop a task that was changed."""
+        self._invalidations += 1
+        self._tasks.pop((tenant, name), None)
 
-    def forget_tenant(self, tenant: str) -> None:
-        """Read everything of this tenant anew."""
-        self._changes += 1
-        self._tenants.pop(tenant)
-        self._tasks.drop(lambda key, _task: key[0] == tenant)
-        self._keys.drop(lambda _id, record: record.tenant == tenant)
+    def invalidate_tenant(self, tenant: str) -> None:
+        """Drop a tenant with its tasks and keys."""
+        self._invalidations += 1
+        self._tenants.pop(tenant, None)
+        for task in [task for task in self._tasks if task[0] == tenant]:
+            del self._tasks[task]
+        for id in [id for id, record in self._keys.items() if record.tenant == tenant]:
+            del self._keys[id]
 
-    def forget_key(self, id: str) -> None:
-        """Read this key anew next time."""
-        self._changes += 1
-        self._keys.pop(id)
+    def invalidate_key(self, id: str) -> None:
+        """Drop a key that was changed."""
+        self._invalidations += 1
+        self._keys.pop(id, None)
 
     async def follow(self) -> None:
-        """Read change events for ever; runs as a task of the gateway's own. Remembers nothing before its start."""
+        """Read change events until cancelled. Nothing is cached before the first contact with the registry."""
         last: str | None = None
         while True:
             try:
-                oldest, newest = await self._registry.event_span()
-                if last is None or not _order(oldest) <= _order(last) <= _order(newest):
-                    self._forget_all()  # the first start, or events were missed: a lost stream, a long absence
+                oldest, newest = await self._events.span()
+                if last is None or not _position(oldest) <= _position(last) <= _position(newest):
+                    self._clear()  # at the start, and after lost events: a new stream or a long absence
                     last = newest
                 self._following = True
                 while True:
-                    self._heard_s = time.monotonic()
-                    for event in await self._registry.events(last, WAIT_MS):
-                        self._note(event.kind, event.tenant, event.name)
+                    self._last_contact_s = self._clock()
+                    for event in await self._events.read(last, EVENT_WAIT_MS):
+                        self._invalidate(event)
                         last = event.id
             except Unavailable as error:
-                logger.warning("change events: %s; known tasks are served from memory", error.detail)
-            except Exception:  # whatever it is, a gateway that no longer follows must not remember
-                logger.exception("change events")
+                logger.warning("change events are unavailable, cached tasks stay in use: %s", error.detail)
+            except Exception:  # any error: without events the cache would become stale
+                logger.exception("change events failed, the cache is cleared")
                 self._following, last = False, None
-                self._forget_all()
-            await asyncio.sleep(RETRY_S)
+                self._clear()
+            await asyncio.sleep(RETRY_INTERVAL_S)
 
-    def _note(self, kind: str, tenant: str, name: str) -> None:
-        match kind:
+    def _invalidate(self, event: Event) -> None:
+        match event.kind:
             case "task":
-                self.forget(tenant, name)
+                self.invalidate_task(event.tenant, event.name)
             case "key":
-                self.forget_key(name)
+                self.invalidate_key(event.name)
             case _:
-                self.forget_tenant(name)
+                self.invalidate_tenant(event.name)
 
-    async def _known(self, memory: _Remembered[K, V], key: K, read: Callable[[], Awaitable[V | None]]) -> V | None:
-        found = memory.get(key)
-        if found is not None:
-            return found
-        before = self._changes
-        value = await read()
-        if value is not None and self._following and self._changes == before:
-            memory.put(key, value)
+    async def _read(self, cache: LRUCache[K, V], key: K, read: Callable[[], Awaitable[V]]) -> V:
+        value = cache.get(key)
+        if value is None:
+            invalidations = self._invalidations
+            value = await read()
+            self._store(cache, key, value, invalidations)
         return value
 
-    def _forget_all(self) -> None:
-        self._changes += 1
+    def _store(self, cache: LRUCache[K, V], key: K, value: V, invalidations: int) -> None:
+        if self._following and self._invalidations == invalidations:
+            cache[key] = value
+
+    def _clear(self) -> None:
+        self._invalidations += 1
         self._tasks.clear()
         self._keys.clear()
         self._tenants.clear()
 
 
-def _there(value: V | None) -> V:
-    """What the registry raises for, where it is not there."""
-    assert value is not None  # noqa: S101
-    return value
-
-
-def _order(event_id: str) -> tuple[int, int]:
-    millis, _, sequence = event_id.partition("-")
-    return int(millis), int(sequence or 0)
+def _position(event_id: str) -> tuple[int, int]:
+    milliseconds, _, sequence = event_id.partition("-")
+    return int(milliseconds), int(sequence or 0)

@@ -1,150 +1,187 @@
-"""One Redis: the names of its keys, scripts that change several at once, and calls that fail as the hub's errors.
+"""The connection to Redis: key names, connection pool, typed replies, errors of the hub.
 
-Scripts name keys that they find in others, so this is one Redis (with its replicas), not a Redis Cluster.
-All keys stand under `karst:`; `{tenant}` and `{task}` are names, which hold no colon:
+A Lua script may access keys that it reads from other keys. So the registry is one Redis with its replicas, and Redis
+Cluster is not supported. All keys start with `karst:`. Names of tenants and tasks contain no colon.
 
     tenants                     hash    tenant -> JSON {created, limits}
-    keys                        hash    id of an API key -> JSON {hash, tenant, role, name, created, expires}
+    keys                        hash    id of an API key -> JSON of a `KeyRecord`
     admins                      set     ids of admin keys
-    used                        hash    id of an API key -> when it was used last, in seconds since 1970
-    public                      set     `tenant:task` of each task that every tenant may use
-    digests                     hash    digest -> how many versions hold it
-    gc:{digest}                 string  stands while a file that nobody holds is being removed
-    events                      stream  tenant, kind (task, key, tenant), name of each change
-    audit                       stream  tenant, JSON of each change
-    audit:admins                stream  the same of admins' changes alone, which no tenant can push out
-    workers                     hash    worker -> JSON of how it is, see `status`
-    workers:at                  zset    worker -> when it wrote that, in seconds since 1970
-    active                      zset    tenant -> when it did something, in the last hour, in seconds since 1970
-    busy                        zset    digests that a worker used of late -> when, in seconds since 1970
-    t:{tenant}:tasks            set     names of the tasks
-    t:{tenant}:numbers          hash    task -> its last version number; outlives the task, so none is given twice
-    t:{tenant}:task:{task}      hash    see `registry`
-    t:{tenant}:bytes            string  bytes of all versions
-    t:{tenant}:keys             set     ids of its API keys
-    t:{tenant}:shared           set     `tenant:task` of each task that others share with this tenant by name
+    used                        hash    id of an API key -> its last use, in seconds since 1970
+    public                      set     `tenant:task` of each task that all tenants may use
+    digests                     hash    digest -> number of versions that refer to the file
+    gc:{digest}                 string  exists while a garbage collection may remove the file
+    events                      stream  tenant, kind (task, key, tenant) and name of each change
+    audit                       stream  tenant and JSON of each change
+    audit:admins                stream  the same for changes by admins only
+    workers                     hash    worker -> JSON of a `WorkerStatus`
+    workers:at                  zset    worker -> time of its last report, in seconds since 1970 by Redis' clock
+    active                      zset    tenant -> its last request within an hour, in seconds since 1970
+    busy                        zset    digest -> last use by a worker, in seconds since 1970
+    t:{tenant}:tasks            set     names of the tenant's tasks
+    t:{tenant}:numbers          hash    task -> its last version number; outlives the task, so no number is used twice
+    t:{tenant}:task:{task}      hash    see `models`
+    t:{tenant}:bytes            string  size of all versions' files, in bytes
+    t:{tenant}:keys             set     ids of the tenant's API keys
+    t:{tenant}:shared           set     `tenant:task` of each task that another tenant shares with this tenant by name
     t:{tenant}:audit            stream  JSON of each change
-    t:{tenant}:rate             hash    see `limits`
-    t:{tenant}:flight           hash    see `limits`
-    t:{tenant}:settled          hash    see `limits`
+    t:{tenant}:rate             hash    see `admission/rate_limits`
+    t:{tenant}:flight           hash    see `admission/rate_limits`
+    t:{tenant}:settled          hash    see `admission/rate_limits`
     t:{tenant}:counts           hash    requests, images, refused
 """
 
 import asyncio
+import json
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError, ResponseError
 
-from ..errors import Unavailable
+from ..errors import Unauthenticated, Unavailable
+from .scripts import ChangeReply, LuaScript
 
 T = TypeVar("T")
-PREFIX = "karst:"
-MOST_CONNECTIONS = 64  # of one process; more calls wait for one
-PROBE_S = 0.25
-QUICK_S = 1.0  # for a read that a request waits for
-KEPT_EVENTS = 100_000
-KEPT_AUDIT = 100_000  # of a tenant, and of the whole hub
-
-# What every change begins and ends with. entry: the audit's JSON. A key that was revoked while its request came in
-# changes nothing.
-_CHANGED = """
-local function revoked(entry)
-  local key = cjson.decode(entry)['key']
-  return key ~= '' and redis.call('HEXISTS', 'karst:keys', key) == 0
-end
-
-local function changed(tenant, kind, name, entry)
-  redis.call('XADD', 'karst:events', 'MAXLEN', '~', EVENTS, '*', 'tenant', tenant, 'kind', kind, 'name', name)
-  redis.call('XADD', 'karst:audit', 'MAXLEN', '~', AUDIT, '*', 'tenant', tenant, 'entry', entry)
-  if cjson.decode(entry)['role'] == 'admin' then
-    redis.call('XADD', 'karst:audit:admins', 'MAXLEN', '~', AUDIT, '*', 'tenant', tenant, 'entry', entry)
-  end
-  if tenant ~= '' then
-    redis.call('XADD', 'karst:t:' .. tenant .. ':audit', 'MAXLEN', '~', AUDIT, '*', 'tenant', tenant, 'entry', entry)
-  end
-end
-""".replace("EVENTS", str(KEPT_EVENTS)).replace("AUDIT", str(KEPT_AUDIT))
+MAX_CONNECTIONS = 64  # per process; further commands wait for a free connection
+POOL_TIMEOUT_S = 2
+CONNECT_TIMEOUT_S = 2
+SOCKET_TIMEOUT_S = 5
+PROBE_INTERVAL_S = 0.25
+READ_TIMEOUT_S = 1.0  # for a read that a request waits for
 
 
-class Database:
-    """Calls to Redis; every method raises `Unavailable` where it does not answer.
+class RegistryConnection:
+    """A connection pool to the registry's Redis. Every method raises `Unavailable` if Redis does not answer.
 
-    Once it did not, calls fail at once, and a probe asks until it answers: a Redis that hangs costs the calls that
-    were under way, and no others.
+    After the first failure, commands fail at once until a probe succeeds. Otherwise each request would wait for the
+    socket timeout of a Redis that hangs.
     """
 
     def __init__(self, url: str) -> None:
-        """Connects when first asked.
+        """Prepare the pool. The first command connects."""
+        options: dict[str, Any] = {
+            "decode_responses": True,
+            "socket_timeout": SOCKET_TIMEOUT_S,
+            "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        }
+        pool = BlockingConnectionPool.from_url(url, max_connections=MAX_CONNECTIONS, timeout=POOL_TIMEOUT_S, **options)
+        self.redis = Redis.from_pool(pool)
+        # For change events and probes; otherwise many requests could take all connections from them.
+        self.dedicated = Redis.from_url(url, **options)
+        self._scripts: dict[str, AsyncScript] = {}
+        self._probe: asyncio.Task[None] | None = None
+
+    async def execute(self, command: Awaitable[T], *, timeout_s: float | None = None, dedicated: bool = False) -> T:
+        """Await a command of `redis` or `dedicated`, or a pipeline's `execute`, and return its reply.
 
         Args:
-            url: of Redis.
+            timeout_s: shorter than the socket timeout.
+            dedicated: the command belongs to `dedicated`; it runs even while a probe waits for Redis.
         """
-        common: dict[str, Any] = {"decode_responses": True, "socket_timeout": 5, "socket_connect_timeout": 2}
-        pool = BlockingConnectionPool.from_url(url, max_connections=MOST_CONNECTIONS, timeout=2, **common)
-        # Any: with `decode_responses` all that comes back is str, which redis-py's types do not know.
-        self.redis: Any = Redis.from_pool(pool)
-        self.apart: Any = Redis.from_url(url, **common)  # events and probes: no crowd takes their connections
-        self._scripts: dict[str, Any] = {}
-        self._probing: asyncio.Task[None] | None = None
-
-    async def do(self, call: Awaitable[T], *, within_s: float | None = None, apart: bool = False) -> T:
-        """The answer to a command of `redis` (or of `apart`), or to a pipeline's `execute`.
-
-        Args:
-            within_s: the longest wait, shorter than the socket's.
-        """
-        if self._probing is not None and not apart:
-            if asyncio.iscoroutine(call):
-                call.close()  # else Python complains that nobody awaited it
-            raise Unavailable("the registry does not answer; it is waited for")
+        if self._probe is not None and not dedicated:
+            if asyncio.iscoroutine(command):
+                command.close()  # otherwise Python warns that it was never awaited
+            raise Unavailable("The registry (Redis) does not answer. Retry later.")
         try:
-            async with asyncio.timeout(within_s):
-                return await call
-        except ResponseError as error:  # it answers, and does not want this
-            raise Unavailable(f"the registry refused: {type(error).__name__}") from error
+            async with asyncio.timeout(timeout_s):
+                return await command
+        except ResponseError as error:
+            raise Unavailable(f"The registry (Redis) rejected a command: {type(error).__name__}.") from error
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
-            if self._probing is None and not apart:
-                self._probing = asyncio.create_task(self._probe())
-            raise Unavailable(f"the registry does not answer: {type(error).__name__}") from error
+            if self._probe is None and not dedicated:
+                self._probe = asyncio.create_task(self._probe_until_available())
+            message = f"The registry (Redis) does not answer: {type(error).__name__}. Retry later."
+            raise Unavailable(message) from error
 
-    async def change(self, script: str, *args: Any) -> Any:
-        """Run a script of `registry` or `tenants`: all of it or nothing. It sees `args` as ARGV, and `changed`."""
-        return await self.run(_CHANGED + script, *args)
+    async def evaluate(self, text: str, *arguments: str | float, timeout_s: float | None = None) -> object:
+        """Run a Lua script with these arguments as ARGV. Redis gets its text once, then only its SHA-1."""
+        script = self._scripts.get(text)
+        if script is None:
+            script = self._scripts[text] = self.redis.register_script(text)
+        return await self.execute(script(args=arguments), timeout_s=timeout_s)
 
-    async def run(self, script: str, *args: Any, within_s: float | None = None) -> Any:
-        """Run a script that changes nothing that is remembered elsewhere."""
-        known = self._scripts.get(script)
-        if known is None:  # sent once, then named by its hash
-            known = self._scripts[script] = self.redis.register_script(script)
-        return await self.do(known(args=args), within_s=within_s)
+    async def call(self, script: LuaScript, function: str, *, timeout_s: float | None = None, **argument: Any) -> str:
+        """Call a function of a script with one JSON object. Return its reply, a JSON text."""
+        return as_text(await self.evaluate(script.text, function, json.dumps(argument), timeout_s=timeout_s))
 
-    async def note(self, entry: str) -> None:
-        """An audit entry of the hub's own, for what is no change of the registry."""
-        for stream in ("karst:audit", "karst:audit:admins"):
-            await self.do(self.redis.xadd(stream, {"tenant": "", "entry": entry}, maxlen=KEPT_AUDIT))
+    async def change(self, script: LuaScript, function: str, **argument: Any) -> ChangeReply:
+        """Call a function that changes the registry completely or not at all.
 
-    async def ping(self) -> None:
-        """
         Raises:
-            Unavailable: Redis does not answer.
+            Unauthenticated: the caller's key was revoked while the request was in flight.
         """
-        await self.do(self.redis.ping())
+        reply = ChangeReply.model_validate_json(await self.call(script, function, **argument))
+        if reply.outcome == "revoked":
+            raise Unauthenticated("The API key was revoked while the request was in flight. Use another key.")
+        return reply
 
     async def close(self) -> None:
-        if self._probing is not None:
-            self._probing.cancel()
+        if self._probe is not None:
+            self._probe.cancel()
         await self.redis.aclose()
-        await self.apart.aclose()
+        await self.dedicated.aclose()
 
-    async def _probe(self) -> None:
+    async def _probe_until_available(self) -> None:
         try:
             while True:
                 try:
-                    await self.apart.ping()
-                    return  # a lost connection only: closed again within a millisecond
+                    # Another command: a type checker takes `ping` for a plain value.
+                    await self.dedicated.time()
+                    return
                 except (RedisError, OSError):
-                    await asyncio.sleep(PROBE_S)
+                    await asyncio.sleep(PROBE_INTERVAL_S)
         finally:
-            self._probing = None
+            self._probe = None
+
+
+def tenant_key(tenant: str, name: str) -> str:
+    """Return the name of one of a tenant's keys."""
+    return f"karst:t:{tenant}:{name}"
+
+
+def as_text(reply: object) -> str:
+    """Return a reply that is a text. With `decode_responses` redis-py returns str and never bytes."""
+    if not isinstance(reply, str):
+        raise TypeError(f"Redis returned {type(reply).__name__}, not a text")
+    return reply
+
+
+def as_optional_text(reply: object) -> str | None:
+    """Return a reply that is a text or nothing."""
+    return None if reply is None else as_text(reply)
+
+
+def as_integer(reply: object) -> int:
+    """Return a reply that is an integer, or a boolean that stands for one."""
+    if not isinstance(reply, int):
+        raise TypeError(f"Redis returned {type(reply).__name__}, not an integer")
+    return int(reply)
+
+
+def as_texts(reply: object) -> list[str]:
+    """Return a reply that is a list or a set of texts."""
+    if not isinstance(reply, list | set):
+        raise TypeError(f"Redis returned {type(reply).__name__}, not a list or a set")
+    return [as_text(value) for value in reply]
+
+
+def as_optional_texts(reply: object) -> list[str | None]:
+    """Return a reply that is a list of texts or nothing, such as that of HMGET."""
+    if not isinstance(reply, list):
+        raise TypeError(f"Redis returned {type(reply).__name__}, not a list")
+    return [as_optional_text(value) for value in reply]
+
+
+def as_hash(reply: object) -> dict[str, str]:
+    """Return a reply that is a hash."""
+    if not isinstance(reply, dict):
+        raise TypeError(f"Redis returned {type(reply).__name__}, not a hash")
+    return {as_text(name): as_text(value) for name, value in reply.items()}
+
+
+def as_entries(reply: object) -> list[tuple[str, dict[str, str]]]:
+    """Return a reply that is a list of a stream's entries: (id, fields)."""
+    if not isinstance(reply, list):
+        raise TypeError(f"Redis returned {type(reply).__name__}, not a list")
+    return [(as_text(id), as_hash(fields)) for id, fields in reply]

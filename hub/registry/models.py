@@ -1,4 +1,12 @@
-"""A task as the registry has it, and the Redis hash that it is kept in (`scripts` has the hash's fields)."""
+"""A task, and the Redis hash in which the registry stores it.
+
+v:N        JSON of version N without its number
+d:DIGEST   N
+a:ALIAS    JSON {N: weight}: the alias's targets
+h:ALIAS    JSON [JSON {N: weight}, ...]: its former targets, oldest first
+share      JSON of the `Sharing`
+n          the number of versions
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,31 +15,38 @@ from dataclasses import dataclass, field
 from ..errors import InvalidAdapter, NotFound
 from ..schemas import LATEST, Sharing, TaskInfo, TaskSummary, VersionInfo
 
-MAX_VERSION_BYTES = 512 * 1024  # of labels, metrics and the rest of a version, which lie in the registry's memory
+MAX_VERSION_BYTES = 512 * 1024  # of a version's JSON, which the registry holds in memory
 NOT_SHARED = Sharing()
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task as the registry has it: version number -> version, alias -> {number: weight}, both in order."""
+    """A task of the registry.
+
+    Attributes:
+        versions: number -> version, in order.
+        aliases: alias -> {number: weight}, in order.
+        history: alias -> former targets, oldest first.
+        last_number: the highest number that was ever assigned; 0 outside a dump.
+    """
 
     name: str
     versions: Mapping[int, VersionInfo]
     aliases: Mapping[str, Mapping[int, int]]
     sharing: Sharing = NOT_SHARED
-    history: Mapping[str, Sequence[Mapping[int, int]]] = field(default_factory=dict)  # of each alias, oldest first
-    last_number: int = 0  # the highest that was ever given; only in a dump
+    history: Mapping[str, Sequence[Mapping[int, int]]] = field(default_factory=dict)
+    last_number: int = 0
 
     @property
     def current(self) -> VersionInfo:
-        """The version that `latest` points at."""
+        """The version of the alias `latest`."""
         return self.versions[max(self.aliases.get(LATEST) or self.versions)]
 
     def targets(self, reference: str) -> Mapping[int, int]:
-        """What a version's number or an alias stands for: number -> weight.
+        """Return the versions of a reference, a version's number or an alias: number -> weight.
 
         Raises:
-            NotFound: neither a version nor an alias of this task.
+            NotFound: the task has no such version or alias.
         """
         number = {str(n): n for n in self.versions}.get(reference)
         if number is not None:
@@ -43,13 +58,15 @@ class Task:
         raise NotFound.at("version", message)
 
     def version(self, number: int) -> VersionInfo:
-        """
+        """Return a version by its number.
+
         Raises:
-            NotFound: no such version.
+            NotFound: the task has no such version.
         """
         return self.versions[next(iter(self.targets(str(number))))]
 
     def info(self) -> TaskInfo:
+        """Return the task as clients see it."""
         return TaskInfo(
             task=self.name,
             labels=self.current.labels,
@@ -59,43 +76,45 @@ class Task:
         )
 
     def summary(self) -> TaskSummary:
+        """Return the task as clients see it in a list."""
         aliases = {alias: dict(targets) for alias, targets in self.aliases.items()}
         latest = max(aliases[LATEST]) if LATEST in aliases else None
         return TaskSummary(task=self.name, latest=latest, classes=len(self.current.labels), aliases=aliases)
 
 
 def task_not_found(task: str) -> NotFound:
-    """The one answer for a task that is not there, and for one that belongs to somebody else."""
-    message = f"there is no task {task!r}"
-    return NotFound.at("task", message)
+    """Return the same error for a task that does not exist and for one that the client may not see."""
+    return NotFound.at("task", f"there is no task {task!r}")
 
 
 def parse_task(name: str, fields: Mapping[str, str]) -> Task:
+    """Return the task of a Redis hash."""
     versions: dict[int, str] = {}
-    aliases, history = {}, {}
+    aliases: dict[str, dict[int, int]] = {}
+    history: dict[str, list[dict[int, int]]] = {}
     for key, value in fields.items():
         kind, _, rest = key.partition(":")
         if kind == "v":
             versions[int(rest)] = value
         elif kind == "a":
-            aliases[rest] = _targets(value)
+            aliases[rest] = _parse_targets(value)
         elif kind == "h":
-            history[rest] = [_targets(text) for text in json.loads(value)]
+            history[rest] = [_parse_targets(text) for text in json.loads(value)]
     sharing = Sharing.model_validate_json(fields["share"]) if "share" in fields else NOT_SHARED
     return Task(name, _Versions(versions), dict(sorted(aliases.items())), sharing, history)
 
 
 class _Versions(Mapping[int, VersionInfo]):
-    """Versions by number, each read from its JSON when it is asked for: most tasks are asked for one."""
+    """Versions by number. Each JSON text is parsed at its first access, since most requests need one version only."""
 
     def __init__(self, texts: Mapping[int, str]) -> None:
         self._texts = dict(sorted(texts.items()))
-        self._read: dict[int, VersionInfo] = {}
+        self._parsed: dict[int, VersionInfo] = {}
 
     def __getitem__(self, number: int) -> VersionInfo:
-        if number not in self._read:
-            self._read[number] = VersionInfo(version=number, **json.loads(self._texts[number]))
-        return self._read[number]
+        if number not in self._parsed:
+            self._parsed[number] = VersionInfo(version=number, **json.loads(self._texts[number]))
+        return self._parsed[number]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._texts)
@@ -105,29 +124,31 @@ class _Versions(Mapping[int, VersionInfo]):
 
 
 def version_body(version: VersionInfo) -> str:
-    """
+    """Return the stored JSON of a version.
+
     Raises:
-        InvalidAdapter: more than a registry keeps of one.
+        InvalidAdapter: the JSON is too long.
     """
     text = version.model_dump_json(exclude={"version"})
     if len(text) > MAX_VERSION_BYTES:
-        message = f"labels and metrics take {len(text)} bytes; at most {MAX_VERSION_BYTES} are kept"
+        message = f"labels and metrics take {len(text)} bytes (limit {MAX_VERSION_BYTES}); shorten them"
         raise InvalidAdapter.at("metrics", message)
     return text
 
 
-def _targets(text: str) -> dict[int, int]:
-    return {int(n): int(weight) for n, weight in sorted(json.loads(text).items(), key=lambda item: int(item[0]))}
-
-
 def task_fields(task: Task) -> dict[str, str]:
-    """The task's hash: what `parse_task` reads."""
-
-    def written(targets: Mapping[int, int]) -> str:
-        return json.dumps({str(n): targets[n] for n in sorted(targets)}, separators=(",", ":"))
-
+    """Return the Redis hash of a task, which `parse_task` reads."""
     fields = {"share": task.sharing.model_dump_json(), "n": str(len(task.versions))}
     for number, version in task.versions.items():
         fields |= {f"v:{number}": version_body(version), f"d:{version.digest}": str(number)}
-    fields |= {f"a:{alias}": written(targets) for alias, targets in task.aliases.items()}
-    return fields | {f"h:{alias}": json.dumps([written(t) for t in past]) for alias, past in task.history.items()}
+    fields |= {f"a:{alias}": _targets_body(targets) for alias, targets in task.aliases.items()}
+    histories = {alias: [_targets_body(targets) for targets in former] for alias, former in task.history.items()}
+    return fields | {f"h:{alias}": json.dumps(former) for alias, former in histories.items()}
+
+
+def _parse_targets(text: str) -> dict[int, int]:
+    return {int(n): int(weight) for n, weight in sorted(json.loads(text).items(), key=lambda item: int(item[0]))}
+
+
+def _targets_body(targets: Mapping[int, int]) -> str:
+    return json.dumps({str(n): targets[n] for n in sorted(targets)}, separators=(",", ":"))

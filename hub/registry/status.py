@@ -1,85 +1,83 @@
-"""What a hub does at this moment: each worker writes it down every two seconds, an admin reads it all in one call.
+"""The hub's current state: each worker reports its status every two seconds, and an admin reads all of it in one call.
 
-    workers        hash    worker -> JSON of `WorkerStatus`
-    workers:at     zset    worker -> when it wrote, in seconds since 1970 by Redis' clock
-    active         zset    tenant -> when a gateway last counted something for it (see `limits`)
-
-A worker that has not written for ten seconds is gone. So this works over any number of nodes, and through HTTP with an
-admin key alone; what Prometheus keeps for weeks is in `observability.metrics`.
+A report expires after ten seconds. So the state covers any number of nodes and needs only HTTP and an admin key.
+Prometheus metrics are the place for history.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from ..schemas import HubStatus, TaskRate, TenantStatus, WorkerStatus
-from .connection import Database
-from .tenants import Tenants
+from .connection import RegistryConnection, as_optional_texts, as_texts
+from .scripts import STATUS
+from .tenants import TenantRegistry
 
-MOST_TASKS = 20
-MOST_TENANTS = 100  # the ones active last
-ACTIVE_S = 60
-
-# ARGV: worker, its JSON ('' to leave)
-_TELL = """
-local now = tonumber(redis.call('TIME')[1])
-for _, name in ipairs(redis.call('ZRANGEBYSCORE', 'karst:workers:at', '-inf', now - LOST)) do
-  redis.call('HDEL', 'karst:workers', name)
-  redis.call('ZREM', 'karst:workers:at', name)
-end
-if ARGV[1] == '' then return redis.call('HVALS', 'karst:workers') end
-if ARGV[2] == '' then
-  redis.call('HDEL', 'karst:workers', ARGV[1])
-  redis.call('ZREM', 'karst:workers:at', ARGV[1])
-else
-  redis.call('HSET', 'karst:workers', ARGV[1], ARGV[2])
-  redis.call('ZADD', 'karst:workers:at', now, ARGV[1])
-end
-""".replace("LOST", "10")
+REPORT_EXPIRY_S = 10
+MAX_TASKS = 20  # in the hub's list of the busiest tasks
+MAX_TENANTS = 100  # in the hub's list of active tenants, the latest first
+ACTIVE_S = 60  # a tenant is active for so long after a request
+MAX_RECENT_DIGESTS = 10_000
 
 
-class Board:
-    """The place in Redis where workers write how they are. Every method raises `Unavailable` where it is away."""
+class StatusBoard:
+    """Status reports of workers in Redis. Every method raises `Unavailable` if Redis does not answer."""
 
-    def __init__(self, database: Database) -> None:
-        self._db = database
+    def __init__(self, connection: RegistryConnection) -> None:
+        self._connection = connection
+        self._redis = connection.redis
 
-    async def tell(self, status: WorkerStatus) -> None:
-        """This worker is so now; who has not told for ten seconds is taken off."""
-        await self._db.run(_TELL, status.worker, status.model_dump_json())
-
-    async def leave(self, worker: str) -> None:
-        """This worker stops."""
-        await self._db.run(_TELL, worker, "")
+    async def report(self, status: WorkerStatus) -> None:
+        """Store a worker's status and delete expired reports."""
+        body = status.model_dump_json()
+        await self._connection.call(STATUS, "report", worker=status.worker, report=body, expiry_s=REPORT_EXPIRY_S)
 
     async def workers(self) -> list[WorkerStatus]:
-        """Every worker that is there, by name."""
-        found = await self._db.run(_TELL, "", "")
-        # One of another version of the hub may have more to tell.
-        told = [WorkerStatus.model_validate_json(text, extra="ignore") for text in found]
-        return sorted(told, key=lambda worker: worker.worker)
+        """Return every worker with an unexpired report, by name."""
+        oldest = await self._now_s() - REPORT_EXPIRY_S
+        command = self._redis.zrangebyscore("karst:workers:at", f"({oldest}", "+inf")
+        names = as_texts(await self._connection.execute(command))
+        if not names:
+            return []
+        reports = as_optional_texts(await self._connection.execute(self._redis.hmget("karst:workers", names)))
+        # A worker of a newer hub may report more fields.
+        workers = [WorkerStatus.model_validate_json(text, extra="ignore") for text in reports if text is not None]
+        return sorted(workers, key=lambda worker: worker.worker)
 
-    async def read(self, tenants: Tenants) -> HubStatus:
-        """Workers, and the tenants that did something in the last minute, at most a hundred."""
+    async def read(self, tenants: TenantRegistry) -> HubStatus:
+        """Return workers, the busiest tasks, and the tenants of the last minute."""
         workers = await self.workers()
-        seconds, _ = await self._db.do(self._db.redis.time())
-        names = await self._db.do(
-            self._db.redis.zrevrangebyscore("karst:active", "+inf", seconds - ACTIVE_S, start=0, num=MOST_TENANTS)
-        )
-        return HubStatus(workers=workers, tasks=busiest(workers), tenants=await self._tenants(tenants, names))
-
-    async def _tenants(self, tenants: Tenants, names: Sequence[str]) -> list[TenantStatus]:
-        used = await tenants.in_use(names)
-        return [
-            TenantStatus(tenant=name, images_in_flight=flight, counted=counted)
-            for name, (flight, counted) in zip(names, used, strict=True)
+        oldest = await self._now_s() - ACTIVE_S
+        command = self._redis.zrevrangebyscore("karst:active", "+inf", oldest, start=0, num=MAX_TENANTS)
+        names = as_texts(await self._connection.execute(command))
+        active = [
+            TenantStatus(tenant=name, images_in_flight=images, counted=counted)
+            for name, (images, counted) in zip(names, await tenants.activity(names), strict=True)
             if counted is not None
         ]
+        return HubStatus(workers=workers, tasks=busiest_tasks(workers), tenants=active)
+
+    async def recent_digests(self, limit: int) -> list[str]:
+        """Return the digests of adapters that workers used, the latest first."""
+        return as_texts(await self._connection.execute(self._redis.zrange("karst:busy", 0, limit - 1, desc=True)))
+
+    async def record_digests(self, digests: Iterable[str], now_s: float) -> None:
+        """Store that a worker used these adapters, at a time in seconds since 1970."""
+        if times := dict.fromkeys(digests, now_s):
+            await self._connection.execute(self._redis.zadd("karst:busy", times, gt=True))
+            command = self._redis.zremrangebyrank("karst:busy", 0, -MAX_RECENT_DIGESTS - 1)
+            await self._connection.execute(command)
+
+    async def _now_s(self) -> int:
+        """Return the time by Redis' clock, which all nodes share, in seconds since 1970."""
+        seconds, _ = await self._connection.execute(self._redis.time())
+        return seconds
 
 
-def busiest(workers: Sequence[WorkerStatus]) -> list[TaskRate]:
-    """Tasks over all workers, the busiest first."""
-    rates: Counter[tuple[str, str]] = Counter()
+def busiest_tasks(workers: Sequence[WorkerStatus]) -> list[TaskRate]:
+    """Return the tasks with the most images per second over all workers, the busiest first."""
+    rates: defaultdict[tuple[str, str], float] = defaultdict(float)
     for worker in workers:
         for task in worker.tasks:
-            rates[task.tenant, task.task] += task.images_per_second  # type: ignore[assignment]
-    return [TaskRate(tenant=t, task=name, images_per_second=n) for (t, name), n in rates.most_common(MOST_TASKS)]
+            rates[task.tenant, task.task] += task.images_per_second
+    busiest = sorted(rates.items(), key=lambda item: item[1], reverse=True)[:MAX_TASKS]
+    return [TaskRate(tenant=tenant, task=task, images_per_second=rate) for (tenant, task), rate in busiest]

@@ -1,41 +1,36 @@
-"""The truth about tasks, versions and aliases, in Redis. Every change is one script: all of it or nothing.
+"""Tasks, versions and aliases in Redis.
 
-A change tells an event, which names the task, and leaves an entry in the audit.
+Every change is one atomic script. It publishes a change event that names the task, and it leaves an audit entry.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from ..errors import Conflict, InvalidRequest, LimitReached, NotFound, Unauthenticated, Unavailable
+from ..errors import Conflict, HubError, InvalidRequest, LimitReached, Unavailable
 from ..schemas import LATEST, Sharing, VersionInfo
-from . import scripts
 from .audit import Actor
-from .connection import QUICK_S, Database
+from .connection import READ_TIMEOUT_S, RegistryConnection, as_hash, as_optional_text, as_texts, tenant_key
 from .models import NOT_SHARED, Task, parse_task, task_fields, task_not_found, version_body
+from .scripts import TASKS, ChangeReply
+from .tenants import tenant_not_found
 
-KEPT_BUSY = 10_000
-MOST_SHARED = 1000  # tasks of others in a tenant's list
-COLLECTED_S = 60  # the longest that the store may take to remove a file
-
-
-@dataclass(frozen=True)
-class Event:
-    """A change: what kind of thing (task, key, tenant), whose, its name, and where it stands in the stream."""
-
-    id: str
-    tenant: str
-    kind: str
-    name: str
+MAX_ALIASES = 100  # per task
+MAX_ALIAS_HISTORY = 20  # former targets kept per alias
+MAX_SHARED_TASKS = 1000  # tasks of other tenants in a tenant's list
+CLAIM_S = 60  # how long a garbage collection claims a file that it removes
 
 
-class Registry:
-    """Reads and atomic changes of tasks; every method may raise `Unavailable` where Redis does not answer."""
+class TaskRegistry:
+    """Reads and atomic changes of tasks. Every method raises `Unavailable` if Redis does not answer.
 
-    def __init__(self, database: Database) -> None:
-        self._db = database
-        self._redis = database.redis
+    Every change raises `Unauthenticated` if the actor's key was revoked in the meantime.
+    """
+
+    def __init__(self, connection: RegistryConnection) -> None:
+        self._connection = connection
+        self._redis = connection.redis
 
     async def register(
         self,
@@ -49,243 +44,249 @@ class Registry:
         """Add a version, or find the one with this digest, and move the aliases to it, in one step.
 
         Args:
-            version: its number is ignored; the registry gives it.
-            source: where the hub has the file from, without secrets, for the audit; None: it was sent.
+            version: its number is ignored; the registry assigns one.
+            source: the file's origin without secrets, for the audit; None: the client sent the file.
 
         Returns:
-            The version as it is kept, and whether it is new.
+            The stored version, and whether it is new.
 
         Raises:
-            LimitReached: of tasks, of versions a task, or of stored bytes.
-            Unavailable: the store's file of this digest is being removed; nothing was changed.
+            InvalidAdapter: labels and metrics are too long.
+            NotFound: the tenant does not exist.
+            LimitReached: the limit of tasks, versions per task, stored bytes or aliases.
+            Unavailable: a garbage collection removes the file of this digest; nothing was changed.
         """
-        body = version_body(version)
-        told = {"task": task, "digest": version.digest, "aliases": list(aliases)}
+        details = {"task": task, "digest": version.digest, "aliases": list(aliases)}
         if source is not None:
-            told["source"] = source
-        entry = by.entry(tenant, "version.register", **told)
-        done = await self._db.change(
-            scripts.REGISTER, tenant, task, entry, version.digest, body, version.size_bytes, *aliases
+            details["source"] = source
+        reply = await self._connection.change(
+            TASKS,
+            "register",
+            tenant=tenant,
+            task=task,
+            entry=by.entry(tenant, "version.register", **details),
+            digest=version.digest,
+            version=version_body(version),
+            size_bytes=version.size_bytes,
+            aliases=list(aliases),
+            max_aliases=MAX_ALIASES,
+            max_history=MAX_ALIAS_HISTORY,
         )
-        if isinstance(done[0], str):
-            raise _refused(done)
-        return VersionInfo(version=done[0], **json.loads(done[2])), bool(done[1])
+        if reply.outcome != "done":
+            raise _refusal(reply, tenant)
+        return VersionInfo(version=reply.number, **json.loads(reply.text)), reply.created
 
-    async def must_have_room(self, by: Actor, tenant: str, task: str, digest: str, size_bytes: int) -> None:
-        """Whether a version could be registered, before its file is kept; raises what `register` raises."""
-        entry = by.entry(tenant, "version.register")
-        done = await self._db.change(scripts.ROOM, tenant, task, entry, digest, "", size_bytes)
-        if done[0] != "room":
-            raise _refused(done)
+    async def check_quota(self, by: Actor, tenant: str, task: str, digest: str, size_bytes: int) -> None:
+        """Check whether a version could be registered, before its file is stored. Raise the errors of `register`."""
+        reply = await self._connection.change(
+            TASKS,
+            "check_quota",
+            tenant=tenant,
+            task=task,
+            entry=by.entry(tenant, "version.register"),
+            digest=digest,
+            size_bytes=size_bytes,
+            aliases=[],
+            max_aliases=MAX_ALIASES,
+        )
+        if reply.outcome != "done":
+            raise _refusal(reply, tenant)
 
     async def task(self, tenant: str, task: str) -> Task:
-        """
+        """Return a task of a tenant.
+
         Raises:
-            NotFound: the tenant has no such task.
+            NotFound: the task does not exist.
         """
-        fields = await self._db.do(self._redis.hgetall(_task(tenant, task)), within_s=QUICK_S)
+        command = self._redis.hgetall(_task_key(tenant, task))
+        fields = as_hash(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
         if not fields:
             raise task_not_found(task)
         return parse_task(task, fields)
 
     async def tasks(self, tenant: str) -> list[Task]:
-        """All tasks of a tenant, by name."""
-        names = sorted(await self._db.do(self._redis.smembers(f"karst:t:{tenant}:tasks")))
-        return [task for _, task in await self._read([(tenant, name) for name in names])]
+        """Return all tasks of a tenant, by name."""
+        names = as_texts(await self._connection.execute(self._redis.smembers(tenant_key(tenant, "tasks"))))
+        return [task for _, task in await self._read([(tenant, name) for name in sorted(names)])]
 
     async def shared_with(self, tenant: str) -> list[tuple[str, Task]]:
-        """The tasks that others share with a tenant, each with its owner."""
-        named = await self._db.do(self._redis.sunion("karst:public", f"karst:t:{tenant}:shared"))
-        places = ((owner, task) for owner, _, task in (name.partition(":") for name in named))
-        pairs = sorted(place for place in places if place[0] != tenant)[:MOST_SHARED]
-        return [(owner, task) for owner, task in await self._read(pairs) if task.sharing.allows(tenant)]
+        """Return the tasks that other tenants share with this tenant: (owner, task)."""
+        command = self._redis.sunion(["karst:public", tenant_key(tenant, "shared")])
+        names = [name.partition(":") for name in as_texts(await self._connection.execute(command))]
+        foreign = sorted((owner, task) for owner, _, task in names if owner != tenant)[:MAX_SHARED_TASKS]
+        return [(owner, task) for owner, task in await self._read(foreign) if task.sharing.allows(tenant)]
 
     async def sharing(self, tenant: str, task: str) -> Sharing:
-        """With whom a task is shared; a task that is not there is shared with nobody, and takes as long to say so."""
-        found = await self._db.do(self._redis.hget(_task(tenant, task), "share"), within_s=QUICK_S)
-        return Sharing.model_validate_json(found) if found else NOT_SHARED
+        """Return a task's sharing. A task that does not exist is not shared, and its lookup takes as long."""
+        command = self._redis.hget(_task_key(tenant, task), "share")
+        text = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
+        return Sharing.model_validate_json(text) if text else NOT_SHARED
 
     async def share(self, by: Actor, tenant: str, task: str, sharing: Sharing) -> Task:
-        """
+        """Replace a task's sharing and return the task.
+
         Raises:
-            NotFound: no such task.
+            NotFound: the task does not exist.
         """
-        told = {"public": sharing.public, "tenants": sharing.tenants[:20], "count": len(sharing.tenants)}
-        entry = by.entry(tenant, "task.share", task=task, sharing=told)
-        await self._change_task(scripts.SHARE, tenant, task, entry, sharing.model_dump_json())
+        details = {"public": sharing.public, "tenants": sharing.tenants[:20], "count": len(sharing.tenants)}
+        entry = by.entry(tenant, "task.share", task=task, sharing=details)
+        await self._change("share", tenant, task, entry, sharing=sharing.model_dump_json())
         return await self.task(tenant, task)
 
     async def set_alias(self, by: Actor, tenant: str, task: str, alias: str, targets: Mapping[int, int]) -> Task:
-        """Point an alias at versions; returns the task as it is then.
+        """Point an alias at versions and return the task.
+
+        Args:
+            targets: version number -> weight.
 
         Raises:
-            NotFound: no such task.
-            InvalidRequest: a version that the task does not have.
+            NotFound: the task does not exist.
+            InvalidRequest: a version does not exist.
+            LimitReached: the task has the maximum number of aliases.
         """
-        numbers = [str(n) for n in sorted(targets)]
-        body = json.dumps({n: targets[int(n)] for n in numbers}, separators=(",", ":"))
-        entry = by.entry(tenant, "alias.set", task=task, alias=alias, targets=json.loads(body))
-        await self._change_task(scripts.SET_ALIAS, tenant, task, entry, alias, body, *numbers)
+        weights = {str(number): targets[number] for number in sorted(targets)}
+        await self._change(
+            "set_alias",
+            tenant,
+            task,
+            by.entry(tenant, "alias.set", task=task, alias=alias, targets=weights),
+            alias=alias,
+            targets=json.dumps(weights, separators=(",", ":")),
+            numbers=list(weights),
+            max_aliases=MAX_ALIASES,
+            max_history=MAX_ALIAS_HISTORY,
+        )
         return await self.task(tenant, task)
 
     async def roll_back(self, by: Actor, tenant: str, task: str, alias: str) -> Task:
-        """Point an alias at what it pointed at before; again, and it goes back one more.
+        """Point an alias at its former targets and return the task. A second call goes back one more step.
 
         Raises:
-            NotFound: no such task or alias.
-            Conflict: it pointed at nothing before that is still there.
+            NotFound: the task or the alias does not exist.
+            Conflict: no former targets still exist.
         """
         entry = by.entry(tenant, "alias.roll-back", task=task, alias=alias)
         (await self.task(tenant, task)).targets(alias)
-        await self._change_task(scripts.ROLL_BACK, tenant, task, entry, alias)
+        reply = await self._change("roll_back", tenant, task, entry, alias=alias)
+        if reply.outcome == "no_history":
+            message = f"Alias {alias!r} of task {task!r} has no former target that still exists. Set the alias instead."
+            raise Conflict(message)
         return await self.task(tenant, task)
 
     async def delete_alias(self, by: Actor, tenant: str, task: str, alias: str) -> None:
-        """
+        """Delete an alias.
+
         Raises:
-            NotFound: no such task or alias.
-            Conflict: `latest`, which every task has.
+            NotFound: the task or the alias does not exist.
+            Conflict: the alias is `latest`, which every task has.
         """
         (await self.task(tenant, task)).targets(alias)
         if alias == LATEST:
-            raise Conflict(f"every task has the alias {LATEST!r}; move it, or delete the task")
+            raise Conflict(f"Cannot delete alias {LATEST!r}, which every task has. Move it, or delete the task.")
         entry = by.entry(tenant, "alias.delete", task=task, alias=alias)
-        await self._change_task(scripts.DELETE_ALIAS, tenant, task, entry, alias)
+        await self._change("delete_alias", tenant, task, entry, alias=alias)
 
     async def delete_task(self, by: Actor, tenant: str, task: str) -> None:
-        """
+        """Delete a task with its versions and aliases.
+
         Raises:
-            NotFound: no such task.
+            NotFound: the task does not exist.
         """
-        await self._change_task(scripts.DELETE_TASK, tenant, task, by.entry(tenant, "task.delete", task=task))
+        await self._change("delete", tenant, task, by.entry(tenant, "task.delete", task=task))
 
     async def delete_version(self, by: Actor, tenant: str, task: str, number: int) -> None:
-        """
+        """Delete a version.
+
         Raises:
-            NotFound: no such task or version.
-            Conflict: an alias points at it.
+            NotFound: the task or the version does not exist.
+            Conflict: an alias points at the version.
         """
         (await self.task(tenant, task)).version(number)
         entry = by.entry(tenant, "version.delete", task=task, version=number)
-        await self._change_task(scripts.DELETE_VERSION, tenant, task, entry, str(number))
+        reply = await self._change("delete_version", tenant, task, entry, number=str(number))
+        if reply.outcome == "alias_in_use":
+            raise Conflict(
+                f"Cannot delete: alias {reply.names[0]!r} of task {task!r} points at version {number}. "
+                "Move the alias to another version first, or delete the task."
+            )
 
     async def dump(self, tenant: str) -> list[Task]:
-        """All tasks with what `restore` needs."""
-        numbers = await self._db.do(self._redis.hgetall(f"karst:t:{tenant}:numbers"))
+        """Return all tasks with all that `restore` needs."""
+        command = self._redis.hgetall(tenant_key(tenant, "numbers"))
+        numbers = as_hash(await self._connection.execute(command))
         return [replace(task, last_number=int(numbers.get(task.name, 0))) for task in await self.tasks(tenant)]
 
     async def restore(self, by: Actor, tenant: str, tasks: Sequence[Task]) -> None:
-        """Make tasks as another hub had them, all or none.
+        """Create tasks from a dump, all of them or none.
 
         Raises:
-            Conflict: some of them are there.
-            LimitReached: of tasks, of versions a task, or of stored bytes.
-            Unavailable: a file is being removed from the store just now.
+            NotFound: the tenant does not exist.
+            Conflict: some of the tasks exist.
+            LimitReached: the limit of tasks, versions per task or stored bytes.
+            Unavailable: a garbage collection removes one of the files.
         """
         body = [
             {
                 "name": task.name,
-                "last": max([task.last_number, *task.versions]),
+                "last_number": max([task.last_number, *task.versions]),
                 "fields": task_fields(task),
-                "held": [{"digest": v.digest, "bytes": v.size_bytes} for v in task.versions.values()],
-                "share": task.sharing.model_dump_json(),
+                "versions": [{"digest": v.digest, "size_bytes": v.size_bytes} for v in task.versions.values()],
+                "sharing": task.sharing.model_dump_json(),
             }
             for task in tasks
         ]
         shared = [task.name for task in tasks if task.sharing != NOT_SHARED]
         entry = by.entry(tenant, "tenant.import", tasks=[task.name for task in tasks][:100], shared=shared[:100])
-        done = await self._db.change(scripts.RESTORE, tenant, entry, json.dumps(body))
-        if done[0] == "there":
-            raise Conflict(f"the tenant has these tasks already: {', '.join(done[1:])}; delete them first")
-        if done[0] == "tenant":
-            raise NotFound(f"there is no tenant {tenant!r}")
-        if done[0] != "done":
-            raise _refused(done)
+        reply = await self._connection.change(TASKS, "restore", tenant=tenant, entry=entry, tasks=body)
+        if reply.outcome == "exists":
+            raise Conflict(f"Cannot replace existing tasks: {', '.join(reply.names)}. Delete them first.")
+        if reply.outcome != "done":
+            raise _refusal(reply, tenant)
 
     async def claim_orphan(self, digest: str) -> bool:
-        """Whether no version holds this digest; if so none can begin to for a minute, which outlives the removal."""
-        script = """
-        if redis.call('HEXISTS', 'karst:digests', ARGV[1]) == 1 then return 0 end
-        redis.call('SET', 'karst:gc:' .. ARGV[1], '1', 'EX', ARGV[2])
-        return 1
+        """Claim a file for removal, unless a version refers to it. Return whether the claim succeeded.
+
+        No version can refer to the file until the claim expires after a minute, which is longer than a removal takes.
         """
-        return bool(await self._db.run(script, digest, COLLECTED_S))
-
-    async def busy(self, limit: int) -> list[str]:
-        """Digests that workers used, latest first."""
-        found: list[str] = await self._db.do(self._redis.zrange("karst:busy", 0, limit - 1, desc=True))
-        return found
-
-    async def note_busy(self, digests: Iterable[str], now_s: float) -> None:
-        """Workers used these at this time, in seconds since 1970."""
-        if scores := dict.fromkeys(digests, now_s):
-            await self._db.do(self._redis.zadd("karst:busy", scores, gt=True))
-            await self._db.do(self._redis.zremrangebyrank("karst:busy", 0, -KEPT_BUSY - 1))
-
-    async def ping(self) -> None:
-        """
-        Raises:
-            Unavailable: Redis does not answer.
-        """
-        await self._db.ping()
-
-    async def event_span(self) -> tuple[str, str]:
-        """The ids of the oldest and the newest event that are kept; `0-0` where there are none."""
-        oldest = await self._db.do(self._db.apart.xrange("karst:events", count=1), within_s=1, apart=True)
-        newest = await self._db.do(self._db.apart.xrevrange("karst:events", count=1), within_s=1, apart=True)
-        return (oldest[0][0], newest[0][0]) if oldest and newest else ("0-0", "0-0")
-
-    async def events(self, after: str, wait_ms: int) -> list[Event]:
-        """Events after an id, oldest first; waits up to `wait_ms` for the first."""
-        call = self._db.apart.xread({"karst:events": after}, block=wait_ms, count=1000)
-        reply = await self._db.do(call, within_s=wait_ms / 1000 + 0.5, apart=True)
-        return [Event(id=id, **fields) for _, entries in reply or [] for id, fields in entries]
+        reply = await self._connection.change(TASKS, "claim_orphan", digest=digest, duration_s=CLAIM_S)
+        return reply.outcome == "done"
 
     async def _read(self, names: Sequence[tuple[str, str]]) -> list[tuple[str, Task]]:
-        """Tasks by (tenant, name), each with its tenant; without those that went away meanwhile."""
+        """Return tasks by (tenant, name), each with its tenant, without those deleted in the meantime."""
         pipeline = self._redis.pipeline(transaction=False)
         for tenant, name in names:
-            pipeline.hgetall(_task(tenant, name))
-        found = await self._db.do(pipeline.execute())
-        return [(tenant, parse_task(n, fields)) for (tenant, n), fields in zip(names, found, strict=True) if fields]
+            pipeline.hgetall(_task_key(tenant, name))
+        replies = [as_hash(reply) for reply in await self._connection.execute(pipeline.execute())]
+        return [(tenant, parse_task(n, fields)) for (tenant, n), fields in zip(names, replies, strict=True) if fields]
 
-    async def _change_task(self, script: str, tenant: str, task: str, *args: str) -> None:
-        """
-        Raises:
-            NotFound: no such task, or what `args` name is gone.
-            Conflict, InvalidRequest: as the callers say.
-        """
-        done = await self._db.change(script, tenant, task, *args)
-        match done:
-            case ["absent"]:
+    async def _change(self, function: str, tenant: str, task: str, entry: str, **argument: Any) -> ChangeReply:
+        """Call a function of `lua/tasks.lua`. Raise its errors, except those of one function only."""
+        reply = await self._connection.change(TASKS, function, tenant=tenant, task=task, entry=entry, **argument)
+        match reply.outcome:
+            case "absent":
                 raise task_not_found(task)
-            case ["version", number]:
-                message = f"task {task!r} has no version {number}"
-                raise InvalidRequest.at("version", message)
-            case ["key"] | ["full"]:
-                raise _refused(done)
-            case ["nothing"]:
-                raise Conflict(f"alias {args[1]!r} of task {task!r} pointed at nothing before that is still there")
-            case ["alias", alias]:
-                raise Conflict(
-                    f"alias {alias!r} of task {task!r} points at version {args[1]}; move it to another version "
-                    "first, or delete the whole task"
-                )
+            case "no_version":
+                raise InvalidRequest.at("version", f"task {task!r} has no version {reply.names[0]}")
+            case "aliases_full":
+                raise _refusal(reply, tenant)
+        return reply
 
 
-def _refused(done: Sequence[Any]) -> Exception:
-    match done:
-        case ["limit", which, most]:
-            named = {"tasks": "tasks", "versions": "versions a task", "stored_bytes": "stored bytes"}[which]
-            message = f"the tenant's limit of {named} ({most}) is reached; delete some, or ask an admin for more"
-            return LimitReached.at(which, message, retry_after_s=60)
-        case ["gc"]:
-            return Unavailable("the store is removing an old copy of this file; try again", retry_after_s=2)
-        case ["full"]:
-            message = "the task has as many aliases as it may; delete some"
+def _refusal(reply: ChangeReply, tenant: str) -> HubError:
+    match reply.outcome:
+        case "limit":
+            nouns = {"tasks": "tasks", "versions": "versions per task", "stored_bytes": "stored bytes"}
+            message = f"too many {nouns[reply.limit]} (limit {reply.maximum}); delete some or ask an admin to raise it"
+            return LimitReached.at(reply.limit, message, retry_after_s=60)
+        case "aliases_full":
+            message = f"too many aliases of this task (limit {MAX_ALIASES}); delete some"
             return LimitReached.at("alias", message, retry_after_s=60)
-    return Unauthenticated("the key or its tenant is no more")
+        case "removing":
+            return Unavailable(
+                "Cannot register: the store is removing an old copy of this file. Try again.", retry_after_s=2
+            )
+    return tenant_not_found(tenant)
 
 
-def _task(tenant: str, task: str) -> str:
-    return f"karst:t:{tenant}:task:{task}"
+def _task_key(tenant: str, task: str) -> str:
+    return tenant_key(tenant, f"task:{task}")

@@ -2,12 +2,12 @@
 
 from collections.abc import AsyncIterable
 
-from ..registry.audit import Actor, read_audit
+from ..registry.audit import Actor, AuditLog
 from ..registry.cache import RegistryCache
-from ..registry.connection import Database
-from ..registry.status import Board
-from ..registry.tasks import Registry
-from ..registry.tenants import Tenants
+from ..registry.keys import KeyRegistry
+from ..registry.status import StatusBoard
+from ..registry.tasks import TaskRegistry
+from ..registry.tenants import TenantRegistry
 from ..schemas import AuditPage, Collected, HubStatus, LimitsChange, TaskList, TenantInfo
 from ..storage.store import OffLoop, Store
 from .garbage_collection import collect
@@ -21,9 +21,11 @@ class Administration:
     def __init__(
         self,
         *,
-        database: Database,
-        registry: Registry,
-        tenants: Tenants,
+        registry: TaskRegistry,
+        tenants: TenantRegistry,
+        keys: KeyRegistry,
+        audit: AuditLog,
+        status: StatusBoard,
         cache: RegistryCache,
         store: Store,
         changes: Changes,
@@ -31,7 +33,9 @@ class Administration:
         max_adapter_bytes: int,
     ) -> None:
         self.tenants = tenants
-        self._db = database
+        self.keys = keys
+        self._audit = audit
+        self._status = status
         self._registry = registry
         self._cache = cache
         self._store = store
@@ -41,20 +45,20 @@ class Administration:
 
     async def change_limits(self, by: Actor, tenant: str, limits: LimitsChange) -> TenantInfo:
         info = await self.tenants.change_limits(by, tenant, limits)
-        self._cache.forget_tenant(tenant)
+        self._cache.invalidate_tenant(tenant)
         return info
 
     async def delete(self, by: Actor, tenant: str) -> None:
         await self.tenants.delete(by, tenant)
-        self._cache.forget_tenant(tenant)
+        self._cache.invalidate_tenant(tenant)
 
     async def revoke(self, by: Actor, tenant: str, id: str) -> None:
-        await self.tenants.revoke(by, tenant, id)
-        self._cache.forget_key(id)
+        await self.keys.revoke(by, tenant, id)
+        self._cache.invalidate_key(id)
 
     async def status(self) -> HubStatus:
         """What workers and tenants do at this moment."""
-        return await Board(self._db).read(self.tenants)
+        return await self._status.read(self.tenants)
 
     async def audit(self, tenant: str | None, after: str, count: int, *, admins: bool = False) -> AuditPage:
         """Changes in a tenant, or in the whole hub (None), all or only those of admins.
@@ -64,7 +68,7 @@ class Administration:
         """
         if tenant is not None:
             await self.tenants.get(tenant)
-        return await read_audit(self._db, tenant, after, count, admins=admins)
+        return await self._audit.read(tenant, after, count, admins=admins)
 
     async def export(self, tenant: str) -> Export:
         """
@@ -88,12 +92,12 @@ class Administration:
             tar,
             self._max_adapter_bytes,
         )
-        self._cache.forget_tenant(tenant)
+        self._cache.invalidate_tenant(tenant)
         return TaskList(tasks=[task.summary() for task in tasks])
 
     async def collect(self, by: Actor, older_than_s: float) -> Collected:
         """Remove files that no version holds."""
-        await self._db.note(by.entry("", "store.collect.begin", older_than_s=older_than_s))
+        await self._audit.append(by.entry("", "store.collect.begin", older_than_s=older_than_s))
         done = await collect(self._registry, self._store, self._off_loop, older_than_s)
-        await self._db.note(by.entry("", "store.collect", removed=done.removed, bytes=done.bytes))
+        await self._audit.append(by.entry("", "store.collect", removed=done.removed, bytes=done.bytes))
         return done

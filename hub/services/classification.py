@@ -19,7 +19,7 @@ from ..errors import InvalidAdapter
 from ..observability import request_context, tracing
 from ..registry.cache import RegistryCache
 from ..registry.models import Task, task_not_found
-from ..registry.tasks import Registry
+from ..registry.tasks import TaskRegistry
 from ..schemas import Classified, Input, Prediction, Result, TaskInfo, TaskSummary, VersionInfo
 from ..worker_api import Answer, PassStats, Workers
 from .image_decoding import Images
@@ -35,7 +35,7 @@ class Service:
     def __init__(
         self,
         *,
-        registry: Registry,
+        registry: TaskRegistry,
         cache: RegistryCache,
         limiter: Limiter,
         images: Images,
@@ -181,7 +181,7 @@ class Service:
         """
         owner, task = who.place(name)
         if owner != who.tenant:
-            known = self._cache.known_task(owner, task)
+            known = self._cache.cached_task(owner, task)
             if known is None or not known.sharing.allows(who.tenant):
                 await self._must_be_shared(who, name)
         return await self._cache.task(owner, task)

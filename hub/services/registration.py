@@ -11,7 +11,7 @@ from ..concurrency import Turns
 from ..errors import InvalidRequest
 from ..registry.cache import RegistryCache
 from ..registry.models import Task
-from ..registry.tasks import Registry
+from ..registry.tasks import TaskRegistry
 from ..schemas import LATEST, Registered, Sharing, SourceBody, TaskInfo, VersionInfo
 from ..storage.remote_sources import Sources
 from ..storage.store import OffLoop, Store
@@ -28,7 +28,7 @@ class Changes:
     def __init__(
         self,
         *,
-        registry: Registry,
+        registry: TaskRegistry,
         cache: RegistryCache,
         store: Store,
         sources: Sources,
@@ -65,13 +65,13 @@ class Changes:
         task = who.own(name)
         adapter = await self.check(data)
         # A limit that is reached, or a registry that is away, shall leave no orphan in the store.
-        await self._registry.must_have_room(who, who.tenant, task, adapter.digest, len(data))
+        await self._registry.check_quota(who, who.tenant, task, adapter.digest, len(data))
         await self._off_loop(self._store.put, adapter.digest, data)
         registered = datetime.now(UTC).isoformat(timespec="milliseconds")
         version = VersionInfo(version=0, registered=registered, **facts(adapter))  # the registry gives the number
         aliases = [LATEST] if alias in (None, LATEST) else [LATEST, alias]
         kept, created = await self._registry.register(who, who.tenant, task, version, aliases, source)
-        self._cache.forget(who.tenant, task)
+        self._cache.invalidate_task(who.tenant, task)
         prefetch = asyncio.create_task(self._service.prefetch(adapter.digest))
         self._background.add(prefetch)  # the loop itself keeps no task alive
         prefetch.add_done_callback(self._background.discard)
@@ -109,7 +109,7 @@ class Changes:
     async def delete_alias(self, who: Caller, name: str, alias: str) -> None:
         task = who.own(name)
         await self._registry.delete_alias(who, who.tenant, task, alias)
-        self._cache.forget(who.tenant, task)
+        self._cache.invalidate_task(who.tenant, task)
 
     async def share(self, who: Caller, name: str, sharing: Sharing) -> TaskInfo:
         return self._changed(who, await self._registry.share(who, who.tenant, who.own(name), sharing))
@@ -117,12 +117,12 @@ class Changes:
     async def delete_task(self, who: Caller, name: str) -> None:
         task = who.own(name)
         await self._registry.delete_task(who, who.tenant, task)
-        self._cache.forget(who.tenant, task)
+        self._cache.invalidate_task(who.tenant, task)
 
     async def delete_version(self, who: Caller, name: str, number: int) -> None:
         task = who.own(name)
         await self._registry.delete_version(who, who.tenant, task, number)
-        self._cache.forget(who.tenant, task)
+        self._cache.invalidate_task(who.tenant, task)
 
     async def check(self, data: bytes) -> Adapter:
         """An adapter file as this hub could serve it.
@@ -134,7 +134,7 @@ class Changes:
         return await self._off_loop(self._check, await self._service.limits(), data)
 
     def _changed(self, who: Caller, task: Task) -> TaskInfo:
-        self._cache.forget(who.tenant, task.name)
+        self._cache.invalidate_task(who.tenant, task.name)
         return task.info()
 
     def _check(self, limits: BankLimits, data: bytes) -> Adapter:

@@ -21,8 +21,7 @@ from adapters import Adapter
 from ..errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
 from ..registry.audit import Actor
 from ..registry.models import Task
-from ..registry.scripts import KEPT_TARGETS
-from ..registry.tasks import Registry
+from ..registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
 from ..schemas import LATEST, Name, Sharing, TenantInfo, TenantLimits, VersionInfo, VersionNumber, Weight
 from ..storage.store import FILE, OffLoop, Store
 
@@ -49,7 +48,7 @@ class _Task(_Strict):
     last_number: Annotated[int, Field(ge=1, le=10**12)]
     versions: list[VersionInfo] = Field(min_length=1)
     aliases: dict[Name, Targets]
-    history: dict[Name, Annotated[list[Targets], Field(max_length=KEPT_TARGETS)]]
+    history: dict[Name, Annotated[list[Targets], Field(max_length=MAX_ALIAS_HISTORY)]]
     sharing: Sharing
 
     @model_validator(mode="after")
@@ -95,7 +94,7 @@ class Export:
     chunks: AsyncIterator[bytes]
 
 
-async def export_tenant(registry: Registry, store: Store, off_loop: OffLoop, info: TenantInfo) -> Export:
+async def export_tenant(registry: TaskRegistry, store: Store, off_loop: OffLoop, info: TenantInfo) -> Export:
     """All of a tenant but its keys. The same tenant gives the same bytes.
 
     Every file is looked up before the first byte. One that cannot be read later ends `chunks` with an error: send
@@ -120,7 +119,7 @@ async def export_tenant(registry: Registry, store: Store, off_loop: OffLoop, inf
 
 
 async def import_tenant(
-    registry: Registry,
+    registry: TaskRegistry,
     store: Store,
     off_loop: OffLoop,
     check: Check,

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 from ..errors import NotFound
-from ..registry.connection import Database
-from ..registry.status import Board
-from ..registry.tasks import Registry
+from ..registry.connection import RegistryConnection
+from ..registry.status import StatusBoard
+from ..registry.tasks import TaskRegistry
 from ..schemas import LATEST
 
 
@@ -33,7 +33,7 @@ class Prewarming:
         """
         digests: dict[str, str] = {}
         async with self._connection() as connection:
-            registry = Registry(connection)
+            registry = TaskRegistry(connection)
             for name in self._pinned:
                 path, _, version = name.partition("@")
                 tenant, _, task = path.partition("/")
@@ -51,7 +51,7 @@ class Prewarming:
             Unavailable: the registry does not answer.
         """
         async with self._connection() as connection:
-            return await Registry(connection).busy(limit)
+            return await StatusBoard(connection).recent_digests(limit)
 
     async def record_digests(self, digests: Iterable[str]) -> None:
         """Store that this worker used these adapters just now.
@@ -60,17 +60,17 @@ class Prewarming:
             Unavailable: the registry does not answer.
         """
         async with self._connection() as connection:
-            await Registry(connection).note_busy(digests, time.time())
+            await StatusBoard(connection).record_digests(digests, time.time())
 
     @asynccontextmanager
-    async def status_board(self) -> AsyncIterator[Board]:
+    async def status_board(self) -> AsyncIterator[StatusBoard]:
         """Open the place of the workers' status reports."""
         async with self._connection() as connection:
-            yield Board(connection)
+            yield StatusBoard(connection)
 
     @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Database]:
-        connection = Database(self._redis_url)
+    async def _connection(self) -> AsyncIterator[RegistryConnection]:
+        connection = RegistryConnection(self._redis_url)
         try:
             yield connection
         finally:

@@ -334,7 +334,7 @@ class Worker:
             async def report() -> None:
                 status = self.status()
                 self._metrics.record_status(status, self._host.store_reads)
-                await board.tell(status)
+                await board.report(status)
 
             await _repeat(report, STATUS_INTERVAL_S, "status report", logging.DEBUG)
 

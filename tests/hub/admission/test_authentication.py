@@ -7,13 +7,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import redis
 
-from hub.admission.authentication import first_keys
 from hub.errors import Conflict
+from hub.local.bootstrap import create_first_keys
 from hub.registry.audit import OPERATOR
-from hub.registry.tenants import Tenants, hash_key, key_id
+from hub.registry.keys import KeyRegistry, hash_key, key_id
+from hub.registry.tenants import TenantRegistry
 from tests.hub.conftest import OCTETS, bearer, first_keys_of, in_registry
-from tests.hub.registry.test_redis_gone import wait_until
-from tests.support.models import png
+from tests.support.models import png, wait_until
 
 
 def test_a_caller_s_key_classifies_and_changes_nothing(hub, adapters) -> None:
@@ -88,7 +88,7 @@ def test_a_lost_admin_key_is_made_again_beside_the_old_tenants(empty_redis) -> N
     keys = first_keys_of(empty_redis)
     with redis.Redis.from_url(empty_redis) as client:
         client.delete("karst:admins")
-    again = in_registry(empty_redis, lambda database: first_keys(Tenants(database)))
+    again = first_keys_of(empty_redis)
     assert again.owner is None
     assert again.admin not in (None, keys.admin)
 
@@ -151,7 +151,7 @@ def test_an_admin_key_that_ends_does_not_count_as_another_one(hub) -> None:
     refused = hub.http.delete(f"/v1/admin/keys/{only['id']}", headers=hub.admin)
     assert (refused.status_code, refused.json()["errors"][0]["field"]) == (409, "id")
     assert refused.json()["detail"] == (
-        "no other admin key never ends, so this one stays; make one without `expires` first"
+        "id: cannot revoke the last admin key without an expiry date; create another one first"
     )
     time.sleep(2)
     assert hub.http.delete(f"/v1/admin/keys/{only['id']}", headers=hub.admin).status_code == 409
@@ -166,19 +166,19 @@ def test_a_registry_whose_admin_keys_all_end_gets_one_that_does_not(empty_redis)
     soon, past = (datetime.now(UTC) + timedelta(hours=hours) for hours in (1, -1))
 
     async def use(database):
-        tenants = Tenants(database)
-        ending, over = [await tenants.add_key(OPERATOR, "", "admin", "k", expires) for expires in (soon, past)]
-        lasting = [key.id for key in await tenants.keys("") if key.expires is None]
+        tenants, keys = TenantRegistry(database), KeyRegistry(database)
+        ending, over = [await keys.create(OPERATOR, "", "admin", "k", expires) for expires in (soon, past)]
+        lasting = [key.id for key in await keys.list_keys("") if key.expires is None]
         await database.redis.srem("karst:admins", *lasting)
-        with pytest.raises(Conflict, match="expires: there is no admin key that never ends; make one without"):
-            await tenants.add_key(OPERATOR, "", "admin", "k", soon)
-        with pytest.raises(Conflict, match="make one without `expires` first"):
-            await tenants.revoke(OPERATOR, "", ending.id)
-        await tenants.revoke(OPERATOR, "", over.id)  # of no use to anybody
-        again = await first_keys(tenants)
-        assert (again.owner, (await first_keys(tenants)).admin) == (None, None)
-        assert (await tenants.key(again.admin)).expires is None
-        await tenants.revoke(OPERATOR, "", ending.id)
+        with pytest.raises(Conflict, match="expires: no admin key without an expiry date exists; create one first"):
+            await keys.create(OPERATOR, "", "admin", "k", soon)
+        with pytest.raises(Conflict, match="id: cannot revoke the last admin key without an expiry date"):
+            await keys.revoke(OPERATOR, "", ending.id)
+        await keys.revoke(OPERATOR, "", over.id)  # of no use to anybody
+        again = await create_first_keys(tenants, keys)
+        assert (again.owner, (await create_first_keys(tenants, keys)).admin) == (None, None)
+        assert (await keys.find(again.admin)).expires is None
+        await keys.revoke(OPERATOR, "", ending.id)
 
     in_registry(empty_redis, use)
 

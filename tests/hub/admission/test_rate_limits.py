@@ -14,9 +14,11 @@ from hub.errors import LimitReached, NotFound
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
 from hub.registry.cache import RegistryCache
-from hub.registry.connection import Database
-from hub.registry.tasks import Registry
-from hub.registry.tenants import Tenants
+from hub.registry.connection import RegistryConnection
+from hub.registry.events import EventLog
+from hub.registry.keys import KeyRegistry
+from hub.registry.tasks import TaskRegistry
+from hub.registry.tenants import TenantRegistry
 from hub.schemas import LimitsChange
 from tests.hub.conftest import OCTETS, in_registry
 from tests.support.models import png
@@ -25,10 +27,13 @@ from tests.support.models import png
 class Gateway:
     """A limiter with the cache that it asks."""
 
-    def __init__(self, database: Database) -> None:
-        self.tenants = Tenants(database)
-        self.cache = RegistryCache(Registry(database), self.tenants)
-        self.limiter = Limiter(database, self.cache, self.tenants)
+    def __init__(self, database: RegistryConnection) -> None:
+        self.tenants = TenantRegistry(database)
+        keys = KeyRegistry(database)
+        self.cache = RegistryCache(
+            tasks=TaskRegistry(database), keys=keys, tenants=self.tenants, events=EventLog(database)
+        )
+        self.limiter = Limiter(database, self.cache, keys)
 
     async def spend(self, images: int = 1) -> bool:
         """Whether a call went through; it is over at once."""
@@ -41,8 +46,8 @@ class Gateway:
 
 
 def limited(url: str, use, **limits) -> None:
-    async def run(database: Database) -> None:
-        await Tenants(database).create(OPERATOR, "t", LimitsChange(**limits))
+    async def run(database: RegistryConnection) -> None:
+        await TenantRegistry(database).create(OPERATOR, "t", LimitsChange(**limits))
         await use(*(Gateway(database) for _ in range(3)))
 
     in_registry(url, run)
@@ -108,7 +113,7 @@ def test_images_in_flight_hold_over_all_gateways(empty_redis) -> None:
                 except LimitReached as error:
                     refused.append(error)
             assert 18 <= went <= 20  # permits go in twos
-            assert refused[0].detail == "the tenant's limit of 20 images in flight is reached"
+            assert refused[0].detail == "images_in_flight: the tenant's limit of 20 images in flight is reached"
             assert refused[0].errors[0].field == "images_in_flight"
             assert refused[0].retry_after_s >= 1
             for gateway in gateways:
@@ -176,7 +181,7 @@ def test_a_tenant_that_is_no_more(empty_redis) -> None:
     async def use(gateway, *_others):
         assert await gateway.spend()
         await gateway.tenants.delete(OPERATOR, "t")
-        gateway.cache.forget_tenant("t")
+        gateway.cache.invalidate_tenant("t")
         with pytest.raises(NotFound):
             await gateway.spend()
         await gateway.limiter.settle()
@@ -228,8 +233,8 @@ def test_a_tenant_of_the_same_name_inherits_nothing(empty_redis) -> None:
 
 def test_while_the_registry_is_away_a_gateway_holds_the_rate_by_itself(tmp_path) -> None:
     async def use(server, url):
-        database = Database(url)
-        await Tenants(database).create(OPERATOR, "t", LimitsChange(requests_per_second=20))
+        database = RegistryConnection(url)
+        await TenantRegistry(database).create(OPERATOR, "t", LimitsChange(requests_per_second=20))
         gateway = Gateway(database)
         gateway.cache._following = True
         assert await gateway.spend()
@@ -254,7 +259,7 @@ def test_over_http_it_is_429_with_the_limit_s_name(hub, adapters) -> None:
     refused = [a for a in answers if a.status_code == 429]
     assert 3 <= len(refused) <= 5
     assert refused[0].json()["type"] == "urn:karst-hub:problem:limit-reached"
-    assert refused[0].json()["detail"] == "the tenant's limit of 3 requests a second is reached"
+    assert refused[0].json()["detail"] == "requests_per_second: the tenant's limit of 3 requests a second is reached"
     assert refused[0].headers["retry-after"] == "1"
     time.sleep(1)
     assert hub.http.get("/v1/usage").json()["limits"]["requests_per_second"] == 3

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from hub.cli.main import app
 from hub.cli.output import show
 from hub.local.embedded_redis import embedded_redis
-from hub.registry.tenants import Tenants
+from hub.registry.keys import KeyRegistry
 from tests.hub.conftest import OCTETS, bearer, in_registry
 from tests.support.models import png
 
@@ -162,7 +162,7 @@ def test_a_lost_admin_key_is_replaced_on_the_hub_s_machine(tmp_path, monkeypatch
     with embedded_redis(tmp_path) as url, (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one does
         keys.append(made())
-        roles = [in_registry(url, lambda db, key=key: Tenants(db).key(key)).role for key in keys]
+        roles = [in_registry(url, lambda db, key=key: KeyRegistry(db).find(key)).role for key in keys]
     assert roles == ["admin", "admin"]
 
 

@@ -13,7 +13,7 @@ from hub.cli import top
 from hub.cli.top import Look, headline, rates_of, screen
 from hub.client import endpoints as calls
 from hub.errors import Forbidden, Unavailable
-from hub.registry.status import Board, busiest
+from hub.registry.status import StatusBoard, busiest_tasks
 from hub.schemas import Counted, HubStatus, TaskRate, TenantStatus, WorkerStatus
 from tests.hub.conftest import bearer, in_registry
 from tests.support.models import png
@@ -39,37 +39,38 @@ def shown(look: Look, before: Look | None = None) -> str:
 
 def test_workers_are_there_until_they_are_silent(empty_redis) -> None:
     async def use(database):
-        board = Board(database)
-        await board.tell(worker("b"))
-        await board.tell(worker("a", waiting=1))
-        await board.tell(worker("a", waiting=2))
+        board = StatusBoard(database)
+        assert await board.workers() == []
+        await board.report(worker("b"))
+        await board.report(worker("a", waiting=1))
+        await board.report(worker("a", waiting=2))
         assert [(w.worker, w.waiting) for w in await board.workers()] == [("a", 2), ("b", 5)]
         await database.redis.zadd("karst:workers:at", {"b": 1})  # long ago
         assert [w.worker for w in await board.workers()] == ["a"]
-        assert await database.redis.hkeys("karst:workers") == ["a"]
-        await board.leave("a")
-        assert await board.workers() == []
-        assert await database.redis.exists("karst:workers", "karst:workers:at") == 0
+        await board.report(worker("c"))
+        assert set(await database.redis.hkeys("karst:workers")) == {"a", "c"}  # the expired report is deleted
 
     in_registry(empty_redis, use)
 
 
 def test_a_worker_of_a_newer_hub_is_read(empty_redis) -> None:
     async def use(database):
+        await StatusBoard(database).report(worker())
         text = json.dumps(json.loads(worker().model_dump_json()) | {"colour": "green"})
         await database.redis.hset("karst:workers", "node/1", text)
-        assert await Board(database).workers() == [worker()]
+        assert await StatusBoard(database).workers() == [worker()]
 
     in_registry(empty_redis, use)
 
 
 def test_a_task_on_two_workers_is_one() -> None:
-    rates = busiest([worker("a"), worker("b", tasks=[TaskRate(tenant="acme", task="digits", images_per_second=1)])])
+    other = worker("b", tasks=[TaskRate(tenant="acme", task="digits", images_per_second=1)])
+    rates = busiest_tasks([worker("a"), other])
     assert rates == [TaskRate(tenant="acme", task="digits", images_per_second=13.5)]
 
 
 def test_the_route_tells_workers_tasks_and_tenants(hub, adapters) -> None:
-    in_registry(hub.redis_url, lambda database: Board(database).tell(worker()))
+    in_registry(hub.redis_url, lambda database: StatusBoard(database).report(worker()))
     hub.http.post("/v1/tasks/digits/versions", content=adapters[0].data)
     assert hub.http.post("/v1/tasks/digits/classify", content=png(0)).status_code == 200
     for _ in range(100):  # counts are written twice a second

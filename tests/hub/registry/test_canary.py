@@ -5,8 +5,8 @@ from collections import Counter
 from hub.registry.models import Task
 from hub.services.classification import _choose
 from tests.hub.conftest import OCTETS
-from tests.hub.registry.test_tasks import version
 from tests.support.models import png
+from tests.support.registry import version
 
 URL = "/v1/tasks/flowers"
 
@@ -59,7 +59,7 @@ def test_rolling_back_one_call_a_step(hub, adapters) -> None:
     assert back().json()["aliases"]["stable"] == {"1": 1}
     refused = back()
     assert refused.status_code == 409
-    assert "pointed at nothing before" in refused.json()["detail"]
+    assert "has no former target that still exists" in refused.json()["detail"]
     assert hub.http.get(URL).json()["aliases"]["stable"] == {"1": 1}
     assert hub.http.post(f"{URL}/aliases/absent/rollback").status_code == 404
 

@@ -35,7 +35,7 @@ def test_redis_gone_and_back(backbone, adapters, tmp_path) -> None:
             hub.http.delete("/v1/tasks/flowers"),
         ):
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
-            assert answer.json()["detail"].startswith("the registry does not answer")
+            assert answer.json()["detail"].startswith("The registry (Redis) does not answer")
         assert hub.http.get("/v1/tasks", headers={"authorization": "Bearer kh_new"}).status_code == 503
         assert hub.stored() == stored
 

@@ -1,75 +1,48 @@
-"""The registry's rules against a real Redis: atomic changes, numbers given once, events."""
+"""Tasks, versions and aliases against a real Redis: atomic changes, unique numbers, change events."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
-from hub.errors import Conflict, InvalidRequest, NotFound, Unavailable
-from hub.registry.audit import OPERATOR
-from hub.registry.connection import Database
-from hub.registry.tasks import Registry
-from hub.registry.tenants import Tenants
-from hub.schemas import LimitsChange, Sharing, VersionInfo
+from hub.errors import Conflict, InvalidRequest, LimitReached, NotFound, Unauthenticated, Unavailable
+from hub.registry.audit import OPERATOR, Actor
+from hub.registry.connection import RegistryConnection
+from hub.registry.events import EventLog
+from hub.registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
+from hub.registry.tenants import TenantRegistry
+from hub.schemas import LimitsChange, Sharing
 from tests.hub.conftest import in_registry
+from tests.support.registry import version, with_registry
 
 
-def version(digest: str) -> VersionInfo:
-    return VersionInfo(
-        version=0,
-        digest=digest,
-        labels=["a", "b"],
-        backbone="demo",
-        fingerprint="f" * 64,
-        config={},
-        preprocess={},
-        metrics=None,
-        size_bytes=1,
-        registered="2026-01-01T00:00:00+00:00",
-    )
-
-
-def with_registry(url: str, use, tenants=("t", "one", "two")):
-    """Run `use(registry)` on a loop of its own, with some tenants."""
-
-    async def run(database: Database):
-        for tenant in tenants:
-            await Tenants(database).create(OPERATOR, tenant, LimitsChange())
-        return await use(Registry(database))
-
-    return in_registry(url, run)
-
-
-def registry_of(database: Database) -> Registry:
-    return Registry(database)
-
-
-def test_fifty_writers_at_once_get_fifty_numbers(empty_redis) -> None:
-    async def use(registry):
+def test_fifty_concurrent_writers_get_fifty_numbers(empty_redis: str) -> None:
+    async def use(registry: TaskRegistry) -> None:
         jobs = (registry.register(OPERATOR, "t", "flowers", version(f"{i:064x}"), ["latest"]) for i in range(50))
-        made = await asyncio.gather(*jobs)
-        assert sorted(kept.version for kept, _ in made) == list(range(1, 51))
-        assert all(created for _, created in made)
+        registered = await asyncio.gather(*jobs)
+        assert sorted(stored.version for stored, _ in registered) == list(range(1, 51))
+        assert all(created for _, created in registered)
         task = await registry.task("t", "flowers")
-        for i, (kept, _) in enumerate(made):
-            assert task.versions[kept.version].digest == kept.digest == f"{i:064x}"
+        for i, (stored, _) in enumerate(registered):
+            assert task.versions[stored.version].digest == stored.digest == f"{i:064x}"
         assert len(task.aliases["latest"]) == 1
 
     with_registry(empty_redis, use)
 
 
-def test_writers_of_the_same_bytes_get_one_version(empty_redis) -> None:
-    async def use(registry):
-        made = await asyncio.gather(
+def test_concurrent_writers_of_the_same_bytes_get_one_version(empty_redis: str) -> None:
+    async def use(registry: TaskRegistry) -> None:
+        registered = await asyncio.gather(
             *(registry.register(OPERATOR, "t", "x", version("a" * 64), ["latest"]) for _ in range(20))
         )
-        assert {kept.version for kept, _ in made} == {1}
-        assert sum(created for _, created in made) == 1
+        assert {stored.version for stored, _ in registered} == {1}
+        assert sum(created for _, created in registered) == 1
 
     with_registry(empty_redis, use)
 
 
-def test_tenants_never_meet(empty_redis) -> None:
-    async def use(registry):
+def test_tenants_have_separate_tasks_of_the_same_name(empty_redis: str) -> None:
+    async def use(registry: TaskRegistry) -> None:
         await registry.register(OPERATOR, "one", "flowers", version("a" * 64), ["latest"])
         await registry.register(OPERATOR, "two", "flowers", version("b" * 64), ["latest"])
         assert (await registry.task("one", "flowers")).current.digest == "a" * 64
@@ -82,52 +55,78 @@ def test_tenants_never_meet(empty_redis) -> None:
     with_registry(empty_redis, use)
 
 
-def test_refused_changes_leave_everything_as_it_was(empty_redis) -> None:
-    async def use(registry):
+def test_a_refused_change_changes_nothing_and_publishes_no_event(empty_redis: str) -> None:
+    async def use(connection: RegistryConnection) -> None:
+        registry, events = TaskRegistry(connection), EventLog(connection)
+        await TenantRegistry(connection).create(OPERATOR, "t", LimitsChange())
         await registry.register(OPERATOR, "t", "x", version("a" * 64), ["latest", "stable"])
         await registry.register(OPERATOR, "t", "x", version("b" * 64), ["latest"])
-        before, event = await registry.task("t", "x"), await registry.event_span()
+        before, span = await registry.task("t", "x"), await events.span()
         with pytest.raises(Conflict, match="alias 'stable' of task 'x' points at version 1"):
             await registry.delete_version(OPERATOR, "t", "x", 1)
-        with pytest.raises(InvalidRequest, match="task 'x' has no version 3"):
+        with pytest.raises(InvalidRequest, match="version: task 'x' has no version 3"):
             await registry.set_alias(OPERATOR, "t", "x", "canary", {1: 90, 3: 10})
         with pytest.raises(NotFound, match="has no version or alias '9'; it has 1, 2, latest, stable"):
             await registry.delete_version(OPERATOR, "t", "x", 9)
         with pytest.raises(NotFound):
             await registry.set_alias(OPERATOR, "t", "y", "canary", {1: 1})
         assert await registry.task("t", "x") == before
-        assert await registry.event_span() == event
+        assert await events.span() == span
+
+    in_registry(empty_redis, use)
+
+
+def test_a_revoked_key_changes_nothing_when_its_request_was_in_flight(empty_redis: str) -> None:
+    async def use(registry: TaskRegistry) -> None:
+        await registry.register(OPERATOR, "t", "x", version("a" * 64), ["latest"])
+        revoked = Actor("0" * 16, "camera", "owner", "127.0.0.1")
+        for change in (
+            registry.register(revoked, "t", "x", version("b" * 64), ["latest"]),
+            registry.check_quota(revoked, "t", "x", "b" * 64, 1),
+            registry.set_alias(revoked, "t", "x", "stable", {1: 1}),
+            registry.roll_back(revoked, "t", "x", "latest"),
+            registry.share(revoked, "t", "x", Sharing(public=True)),
+            registry.delete_version(revoked, "t", "x", 1),
+            registry.delete_task(revoked, "t", "x"),
+            registry.restore(revoked, "t", []),
+        ):
+            with pytest.raises(Unauthenticated, match="key was revoked"):
+                await change
+        (task,) = await registry.tasks("t")
+        assert (list(task.versions), dict(task.aliases)) == ([1], {"latest": {1: 1}})
 
     with_registry(empty_redis, use)
 
 
-def test_every_change_is_an_event(empty_redis) -> None:
-    async def use(registry):
-        _, start = await registry.event_span()
+def test_every_change_of_a_task_publishes_an_event(empty_redis: str) -> None:
+    async def use(connection: RegistryConnection) -> None:
+        registry, events = TaskRegistry(connection), EventLog(connection)
+        await TenantRegistry(connection).create(OPERATOR, "t", LimitsChange())
+        _, start = await events.span()
         await registry.register(OPERATOR, "t", "x", version("a" * 64), ["latest"])
         await registry.set_alias(OPERATOR, "t", "x", "stable", {1: 1})
         await registry.register(OPERATOR, "t", "x", version("b" * 64), ["latest"])
         await registry.set_alias(OPERATOR, "t", "x", "stable", {2: 1})
         await registry.delete_version(OPERATOR, "t", "x", 1)
         await registry.delete_task(OPERATOR, "t", "x")
-        events = await registry.events(start, 10)
-        assert [(e.tenant, e.kind, e.name) for e in events] == [("t", "task", "x")] * 6
-        assert await registry.events(events[-1].id, 10) == []
+        found = await events.read(start, 10)
+        assert [(e.tenant, e.kind, e.name) for e in found] == [("t", "task", "x")] * 6
+        assert await events.read(found[-1].id, 10) == []
 
-    with_registry(empty_redis, use)
+    in_registry(empty_redis, use)
 
 
-def test_a_registry_that_does_not_answer_is_unavailable(tmp_path) -> None:
-    async def use(registry):
-        with pytest.raises(Unavailable, match="the registry does not answer") as caught:
+def test_an_unreachable_registry_is_unavailable(tmp_path: Path) -> None:
+    async def use(registry: TaskRegistry) -> None:
+        with pytest.raises(Unavailable, match="does not answer") as caught:
             await registry.task("t", "x")
         assert caught.value.retry_after_s == 2
 
-    with_registry(f"unix://{tmp_path}/nobody.sock", use, tenants=())
+    with_registry(f"unix://{tmp_path}/absent.sock", use, tenants=())
 
 
-def test_what_is_dumped_is_restored_in_another_registry(empty_redis) -> None:
-    async def use(registry):
+def test_a_dump_is_restored_in_another_tenant(empty_redis: str) -> None:
+    async def use(registry: TaskRegistry) -> None:
         for i in range(3):
             await registry.register(OPERATOR, "one", "x", version(f"{i:064x}"), ["latest", "stable"])
         await registry.set_alias(OPERATOR, "one", "x", "canary", {1: 90, 3: 10})
@@ -138,26 +137,66 @@ def test_what_is_dumped_is_restored_in_another_registry(empty_redis) -> None:
         await registry.restore(OPERATOR, "two", dump)
         assert await registry.dump("two") == dump
         assert [owner for owner, _ in await registry.shared_with("t")] == ["one", "two"]
-        with pytest.raises(Conflict, match="has these tasks already: x, y"):
+        with pytest.raises(Conflict, match="existing tasks: x, y"):
             await registry.restore(OPERATOR, "two", dump)
-        kept, created = await registry.register(OPERATOR, "two", "x", version("b" * 64), ["latest"])
-        assert (kept.version, created) == (4, True)
+        stored, created = await registry.register(OPERATOR, "two", "x", version("b" * 64), ["latest"])
+        assert (stored.version, created) == (4, True)
 
     with_registry(empty_redis, use)
 
 
-def test_no_version_can_begin_while_its_file_is_removed(empty_redis) -> None:
-    async def use(registry):
+def test_a_restore_stops_at_each_limit_of_the_tenant(empty_redis: str) -> None:
+    async def use(connection: RegistryConnection) -> None:
+        registry, tenants = TaskRegistry(connection), TenantRegistry(connection)
+        for tenant in ("from", "to"):
+            await tenants.create(OPERATOR, tenant, LimitsChange())
+        for i in range(2):
+            await registry.register(OPERATOR, "from", "x", version(f"{i:064x}"), ["latest"])
+        await registry.register(OPERATOR, "from", "y", version("a" * 64), ["latest"])
+        dump = await registry.dump("from")
+        for limits, message in (
+            (LimitsChange(tasks=1), r"tasks: too many tasks \(limit 1\)"),
+            (LimitsChange(tasks=9, versions=1), r"versions: too many versions per task \(limit 1\)"),
+            (LimitsChange(versions=9, stored_bytes=2), r"stored_bytes: too many stored bytes \(limit 2\)"),
+        ):
+            await tenants.change_limits(OPERATOR, "to", limits)
+            with pytest.raises(LimitReached, match=message):
+                await registry.restore(OPERATOR, "to", dump)
+            assert await registry.tasks("to") == []
+        await tenants.change_limits(OPERATOR, "to", LimitsChange(stored_bytes=10**14))
+        await registry.restore(OPERATOR, "to", dump)
+        assert (await tenants.usage("to")).used.stored_bytes == 3
+        assert (await tenants.get("to")).limits.stored_bytes == 10**14
+
+    in_registry(empty_redis, use)
+
+
+def test_an_alias_keeps_its_last_former_targets(empty_redis: str) -> None:
+    async def use(registry: TaskRegistry) -> None:
+        count = MAX_ALIAS_HISTORY + 3
+        for i in range(count):
+            await registry.register(OPERATOR, "t", "x", version(f"{i:064x}"), ["latest"])
+        task = await registry.task("t", "x")
+        assert task.history["latest"] == [{n: 1} for n in range(3, count)]
+
+    with_registry(empty_redis, use)
+
+
+def test_a_version_is_refused_while_its_file_is_being_removed(empty_redis: str) -> None:
+    async def use(connection: RegistryConnection) -> None:
+        registry = TaskRegistry(connection)
+        for tenant in ("t", "one"):
+            await TenantRegistry(connection).create(OPERATOR, tenant, LimitsChange())
         assert await registry.claim_orphan("a" * 64)
         with pytest.raises(Unavailable, match="the store is removing an old copy"):
             await registry.register(OPERATOR, "t", "x", version("a" * 64), ["latest"])
-        await registry._redis.delete("karst:gc:" + "a" * 64)  # the minute is over
+        await connection.redis.delete("karst:gc:" + "a" * 64)  # the claim expires
         await registry.register(OPERATOR, "t", "x", version("a" * 64), ["latest"])
         assert not await registry.claim_orphan("a" * 64)
         await registry.register(OPERATOR, "one", "y", version("a" * 64), ["latest"])
         await registry.delete_task(OPERATOR, "t", "x")
-        assert not await registry.claim_orphan("a" * 64)  # the other tenant holds it
+        assert not await registry.claim_orphan("a" * 64)  # a version of the other tenant refers to the file
         await registry.delete_task(OPERATOR, "one", "y")
         assert await registry.claim_orphan("a" * 64)
 
-    with_registry(empty_redis, use)
+    in_registry(empty_redis, use)

@@ -12,9 +12,9 @@ import pytest
 
 from hub.errors import Unavailable
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import Database
-from hub.registry.tasks import Registry
-from hub.registry.tenants import Tenants
+from hub.registry.connection import RegistryConnection
+from hub.registry.tasks import TaskRegistry
+from hub.registry.tenants import TenantRegistry
 from hub.schemas import Collected, LimitsChange, VersionInfo
 from hub.services.garbage_collection import collect
 from hub.storage.store import Store
@@ -48,7 +48,7 @@ def version(i: int) -> VersionInfo:
 class Case:
     """A registry with tenant `t`, a store in a folder, and files that are two hours old."""
 
-    def __init__(self, registry: Registry, folder: Path) -> None:
+    def __init__(self, registry: TaskRegistry, folder: Path) -> None:
         self.registry = registry
         self.folder = folder
         self.store = Store(str(folder))
@@ -78,10 +78,10 @@ def case(empty_redis, tmp_path) -> Callable[[Callable[[Case], Coroutine[Any, Any
 
     def run(use: Callable[[Case], Coroutine[Any, Any, None]]) -> None:
         async def main() -> None:
-            database = Database(empty_redis)
+            database = RegistryConnection(empty_redis)
             try:
-                await Tenants(database).create(OPERATOR, "t", LimitsChange())
-                await use(Case(Registry(database), tmp_path))
+                await TenantRegistry(database).create(OPERATOR, "t", LimitsChange())
+                await use(Case(TaskRegistry(database), tmp_path))
             finally:
                 await database.close()
 
@@ -153,7 +153,7 @@ def test_a_registration_whose_file_is_removed_under_it_is_refused(case) -> None:
 
         case.store.delete = late
         assert (await case.collect()).removed == 1
-        with pytest.raises(Unavailable, match="try again"):
+        with pytest.raises(Unavailable, match="Try again"):
             await case.register("flowers", 1)
         assert await case.registry.tasks("t") == []
 

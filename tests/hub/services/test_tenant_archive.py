@@ -15,10 +15,10 @@ import pytest
 from adapters import Adapter, AdapterError
 from hub.errors import Conflict, HubError, InvalidAdapter, InvalidRequest, LimitReached, TooLarge, Unavailable
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import Database
+from hub.registry.connection import RegistryConnection
 from hub.registry.models import Task
-from hub.registry.tasks import Registry
-from hub.registry.tenants import Tenants
+from hub.registry.tasks import TaskRegistry
+from hub.registry.tenants import TenantRegistry
 from hub.schemas import LimitsChange, Sharing, TenantInfo, VersionInfo
 from hub.services.tenant_archive import export_tenant, facts, import_tenant
 from hub.storage.store import Store
@@ -33,9 +33,10 @@ Members = list[tuple[str, bytes]]
 class Case:
     """Tenant `one` with two tasks and all that they can have, in a store of its own; tenant `two` with nothing."""
 
-    def __init__(self, database: Database, folder: Path, adapters: Sequence[Adapter]) -> None:
-        self.registry = Registry(database)
-        self.tenants = Tenants(database)
+    def __init__(self, database: RegistryConnection, folder: Path, adapters: Sequence[Adapter]) -> None:
+        self.connection = database
+        self.registry = TaskRegistry(database)
+        self.tenants = TenantRegistry(database)
         self.stores = {name: Store(str(folder / name)) for name in ("one", "two")}
         self.folder = folder
         self.adapters = adapters
@@ -116,7 +117,7 @@ def runner(url: str, adapters: Sequence[Adapter], folder: Path, monkeypatch: pyt
 
     def run(use: Callable[[Case], Coroutine[Any, Any, None]]) -> None:
         async def main() -> None:
-            database = Database(url)
+            database = RegistryConnection(url)
             try:
                 case = Case(database, folder, adapters)
                 await case.fill()
@@ -210,12 +211,12 @@ def test_tasks_that_are_there_are_named_and_nothing_is_changed(case, adapters) -
         tar = await case.export()
         await case.register("two", "leaves", adapters[3])
         before = await case.registry.dump("two")
-        with pytest.raises(Conflict, match="these tasks already: leaves;"):
+        with pytest.raises(Conflict, match=r"existing tasks: leaves\. Delete"):
             await case.restore(tar)
         assert await case.registry.dump("two") == before
         await case.registry.delete_task(OPERATOR, "two", "leaves")
         await case.restore(tar)
-        with pytest.raises(Conflict, match="these tasks already: flowers, leaves;"):
+        with pytest.raises(Conflict, match=r"existing tasks: flowers, leaves\. Delete"):
             await case.restore(tar)
 
     case(use)
@@ -225,7 +226,7 @@ def test_tasks_that_are_there_are_named_and_nothing_is_changed(case, adapters) -
 def test_the_tenants_limits_hold(case, limit) -> None:
     async def use(case: Case) -> None:
         await case.tenants.change_limits(OPERATOR, "two", LimitsChange(**limit))
-        assert "limit of" in await case.refused(LimitReached, await case.export())
+        assert "too many" in await case.refused(LimitReached, await case.export())
 
     case(use)
 
@@ -299,12 +300,12 @@ def test_a_file_that_goes_away_later_breaks_the_export_off_and_no_hub_imports_it
 
 def test_what_a_collection_took_meanwhile_is_put_again(case, adapters) -> None:
     async def use(case: Case) -> None:
-        class Late(Registry):
+        class Late(TaskRegistry):
             async def restore(self, *args: Any) -> None:
                 case.stores["two"].delete(adapters[1].digest)
                 await super().restore(*args)
 
-        late = Late(case.registry._db)
+        late = Late(case.connection)
         await case.restore(await case.export(), registry=late)
         assert case.stored("two") == sorted(a.digest for a in adapters[:3])
 

@@ -6,21 +6,13 @@ import pytest
 
 from hub.errors import Unavailable
 from hub.registry.audit import OPERATOR
-from hub.registry.tasks import Registry
-from hub.schemas import VersionInfo
+from hub.registry.tasks import TaskRegistry
 from hub.worker.prewarming import Prewarming
-from tests.hub.registry.test_tasks import with_registry
-
-
-def version(digest: str) -> VersionInfo:
-    return VersionInfo(
-        version=0, digest=digest, labels=["a", "b"], backbone="demo", fingerprint="f", config={}, preprocess={},
-        metrics=None, size_bytes=1, registered="2026-01-01T00:00:00Z",
-    )  # fmt: skip
+from tests.support.registry import version, with_registry
 
 
 def test_pinned_names_follow_their_aliases(empty_redis: str) -> None:
-    async def use(registry: Registry) -> None:
+    async def use(registry: TaskRegistry) -> None:
         for digest in ("d1", "d2"):
             await registry.register(OPERATOR, "team", "flowers", version(digest), ["latest"])
         await registry.set_alias(OPERATOR, "team", "flowers", "both", {1: 90, 2: 10})

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from adapters import Adapter
 from hub.errors import HubError, Unavailable
-from hub.registry.connection import Database
-from hub.registry.status import Board
+from hub.registry.connection import RegistryConnection
+from hub.registry.status import StatusBoard
 from hub.storage.store import Store
 from hub.worker.prewarming import Prewarming
 from hub.worker.replica import Worker
@@ -163,9 +163,9 @@ def test_a_worker_reports_its_status_to_the_registry(
     async def use() -> None:
         await worker.check_health()  # starts the reports
         await worker.classify("acme", adapters[0].digest, images(3), 1.0, CallOrigin("r", "digits"))
-        connection = Database(empty_redis)
+        connection = RegistryConnection(empty_redis)
         try:
-            while not (found := await Board(connection).workers()) or not found[0].loads:
+            while not (found := await StatusBoard(connection).workers()) or not found[0].loads:
                 await asyncio.sleep(0.01)
         finally:
             await connection.close()

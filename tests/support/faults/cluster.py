@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters import Backbone
-from hub.admission.authentication import first_keys
 from hub.client.client import Client
+from hub.local.bootstrap import create_first_keys
 from hub.local.embedded_redis import embedded_redis
 from hub.local.hub import free_port, ray_environment
-from hub.registry.connection import Database
-from hub.registry.tenants import Tenants
+from hub.registry.connection import RegistryConnection
+from hub.registry.keys import KeyRegistry
+from hub.registry.tenants import TenantRegistry
 from hub.schemas import LimitsChange
 from hub.settings import Settings
 from tests.support.faults.load import Load, RedisServer, Report, Tasks, replicas
@@ -241,9 +242,9 @@ def upgrade(cluster: Cluster, **changes: object) -> Report:
 
 
 async def _first_keys(redis_url: str) -> tuple[str, str]:
-    database = Database(redis_url)
+    database = RegistryConnection(redis_url)
     try:
-        made = await first_keys(Tenants(database))
+        made = await create_first_keys(TenantRegistry(database), KeyRegistry(database))
     finally:
         await database.close()
     assert made.owner is not None

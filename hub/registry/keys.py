@@ -1,0 +1,167 @@
+"""API keys in Redis. Every change is one atomic script and leaves an audit entry.
+
+A key has 256 random bits. The hub shows it once and stores its SHA-256. The first 64 bits of the hash are the key's
+public id, by which the hub finds the record; it then compares the whole hash in constant time.
+"""
+
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from ..errors import Conflict, InvalidRequest, LimitReached, NotFound
+from ..schemas import KeyInfo, NewKey
+from .audit import Actor
+from .connection import (
+    READ_TIMEOUT_S,
+    RegistryConnection,
+    as_optional_text,
+    as_optional_texts,
+    as_texts,
+    tenant_key,
+)
+from .scripts import KEYS
+from .tenants import tenant_not_found
+
+KEY_PREFIX = "kh_"
+ADMIN, OWNER = "admin", "owner"
+MAX_KEYS = 1000  # per tenant
+
+
+@dataclass(frozen=True)
+class KeyRecord:
+    """The stored facts about an API key. `tenant` is empty for an admin key; times are RFC 3339."""
+
+    hash: str
+    tenant: str
+    role: str
+    name: str
+    created: str
+    expires: str | None = None
+
+    def matches(self, key: str) -> bool:
+        """Compare the key's hash in constant time."""
+        return hmac.compare_digest(self.hash, hash_key(key))
+
+    def is_expired(self, now_s: float) -> bool:
+        """Return whether the key is expired at this time, in seconds since 1970."""
+        return self.expires is not None and datetime.fromisoformat(self.expires).timestamp() <= now_s
+
+
+class KeyRegistry:
+    """Reads and atomic changes of API keys. Every method raises `Unavailable` if Redis does not answer."""
+
+    def __init__(self, connection: RegistryConnection) -> None:
+        self._connection = connection
+        self._redis = connection.redis
+
+    async def find(self, key: str) -> KeyRecord | None:
+        """Return the record of a key, or None if the hub does not know it."""
+        command = self._redis.hget("karst:keys", key_id(key))
+        text = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
+        record = KeyRecord(**json.loads(text)) if text is not None else None
+        return record if record is not None and record.matches(key) else None
+
+    async def list_keys(self, tenant: str) -> list[KeyInfo]:
+        """Return a tenant's keys, or the admin keys (`''`), oldest first.
+
+        Raises:
+            NotFound: the tenant does not exist.
+        """
+        if tenant and not await self._connection.execute(self._redis.hexists("karst:tenants", tenant)):
+            raise tenant_not_found(tenant)
+        members = self._redis.smembers(tenant_key(tenant, "keys") if tenant else "karst:admins")
+        ids = sorted(as_texts(await self._connection.execute(members)))
+        if not ids:
+            return []
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.hmget("karst:keys", ids)
+        pipeline.hmget("karst:used", ids)
+        records, used = [as_optional_texts(reply) for reply in await self._connection.execute(pipeline.execute())]
+        keys = [
+            _key_info(id, KeyRecord(**json.loads(record)), last_use)
+            for id, record, last_use in zip(ids, records, used, strict=True)
+            if record is not None
+        ]
+        return sorted(keys, key=lambda key: (key.created, key.id))
+
+    async def create(self, by: Actor, tenant: str, role: str, name: str, expires: datetime | None = None) -> NewKey:
+        """Create a key. The reply is the only place that shows it.
+
+        Args:
+            tenant: the owner; `''` for an admin key.
+
+        Raises:
+            NotFound: the tenant does not exist.
+            LimitReached: the tenant has the maximum number of keys.
+            Conflict: an admin key with an expiry date, while no admin key without one exists.
+        """
+        key = KEY_PREFIX + secrets.token_urlsafe(32)
+        try:
+            expiry = expires.astimezone(UTC).isoformat(timespec="seconds") if expires is not None else None
+        except OverflowError as error:
+            message = "must be within the years 1 to 9999 in UTC"
+            raise InvalidRequest.at("expires", message) from error
+        record = KeyRecord(hash_key(key), tenant, role, name, _now(), expiry)
+        reply = await self._connection.change(
+            KEYS,
+            "create",
+            tenant=tenant,
+            entry=by.entry(tenant, "key.create", id=key_id(key), role=role, name=name, expires=expiry),
+            id=key_id(key),
+            key=json.dumps(asdict(record)),
+            max_keys=MAX_KEYS,
+        )
+        match reply.outcome:
+            case "absent":
+                raise tenant_not_found(tenant)
+            case "limit":
+                message = f"Too many API keys (limit {MAX_KEYS}). Revoke unused keys first."
+                raise LimitReached(message, retry_after_s=60)
+            case "no_permanent_key":
+                message = "no admin key without an expiry date exists; create one first, without `expires`"
+                raise Conflict.at("expires", message)
+        return NewKey(key=key, **_key_info(key_id(key), record, None).model_dump())
+
+    async def revoke(self, by: Actor, tenant: str, id: str) -> None:
+        """Revoke a key. A change event tells every gateway.
+
+        Raises:
+            NotFound: the tenant has no such key.
+            Conflict: the last admin key without an expiry date.
+        """
+        entry = by.entry(tenant, "key.revoke", id=id)
+        reply = await self._connection.change(KEYS, "revoke", tenant=tenant, entry=entry, id=id, now=_now())
+        if reply.outcome == "absent":
+            raise NotFound.at("id", f"there is no API key {id!r}")
+        if reply.outcome == "no_permanent_key":
+            message = "cannot revoke the last admin key without an expiry date; create another one first"
+            raise Conflict.at("id", message)
+
+    async def record_use(self, times: Mapping[str, float]) -> None:
+        """Store the last use of keys: id -> seconds since 1970."""
+        await self._connection.change(KEYS, "record_use", times=dict(times))
+
+
+def hash_key(key: str) -> str:
+    """Return the SHA-256 of a key, in hex. A plain hash suffices for 256 random bits."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def key_id(key: str) -> str:
+    """Return a key's public id."""
+    return hash_key(key)[:16]
+
+
+def _key_info(id: str, record: KeyRecord, last_use: str | None) -> KeyInfo:
+    fields: dict[str, Any] = {name: getattr(record, name) for name in ("name", "role", "created", "expires")}
+    last_used = datetime.fromtimestamp(float(last_use), UTC).isoformat(timespec="seconds") if last_use else None
+    return KeyInfo(id=id, last_used=last_used, **fields)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,226 @@
+-- Changes of tasks, versions and aliases. Every function takes tenant, task and entry (the audit entry's JSON text).
+
+local tasks = {}
+
+-- Return the audit entry with more details.
+local function with_details(entry, details)
+  local body = cjson.decode(entry)
+  for name, value in pairs(details) do body.detail[name] = value end
+  return cjson.encode(body)
+end
+
+local function read_history(key, alias)
+  return cjson.decode(redis.call('HGET', key, 'h:' .. alias) or '[]')
+end
+
+local function write_history(key, alias, history)
+  if #history == 0 then
+    redis.call('HDEL', key, 'h:' .. alias)
+  else
+    redis.call('HSET', key, 'h:' .. alias, cjson.encode(history))
+  end
+end
+
+-- Move an alias to targets (JSON text) and append its former targets to its history.
+local function move_alias(key, alias, targets, max_history)
+  local former = redis.call('HGET', key, 'a:' .. alias)
+  if former and former ~= targets then
+    local history = read_history(key, alias)
+    history[#history + 1] = former
+    while #history > max_history do table.remove(history, 1) end
+    write_history(key, alias, history)
+  end
+  redis.call('HSET', key, 'a:' .. alias, targets)
+end
+
+-- Return whether the task may have one more alias, or has this one already.
+local function has_room_for_alias(key, alias, max_aliases)
+  if redis.call('HEXISTS', key, 'a:' .. alias) == 1 then return true end
+  -- Two fields per version (v: and d:); at most two per alias (a: and h:).
+  local other_fields = redis.call('HLEN', key) - 2 * tonumber(redis.call('HGET', key, 'n') or 0)
+  return other_fields <= 2 * max_aliases
+end
+
+-- Return the reason why a version cannot be registered, or nil.
+local function find_refusal(args)
+  if is_revoked(args.entry) then return REVOKED end
+  local info = redis.call('HGET', 'karst:tenants', args.tenant)
+  if not info then return {outcome = 'no_tenant'} end
+  if is_being_removed(args.digest) then return {outcome = 'removing'} end
+  local key = task_key(args.tenant, args.task)
+  for _, alias in ipairs(args.aliases) do
+    if not has_room_for_alias(key, alias, args.max_aliases) then return {outcome = 'aliases_full'} end
+  end
+  if redis.call('HEXISTS', key, 'd:' .. args.digest) == 1 then return nil end
+  local limits = cjson.decode(info).limits
+  if redis.call('EXISTS', key) == 0 and redis.call('SCARD', tenant_key(args.tenant, 'tasks')) >= limits.tasks then
+    return limit_reached('tasks', limits.tasks)
+  end
+  if tonumber(redis.call('HGET', key, 'n') or 0) >= limits.versions then
+    return limit_reached('versions', limits.versions)
+  end
+  local stored_bytes = tonumber(redis.call('GET', tenant_key(args.tenant, 'bytes')) or 0)
+  if stored_bytes + args.size_bytes > limits.stored_bytes then
+    return limit_reached('stored_bytes', limits.stored_bytes)
+  end
+end
+
+-- digest, size_bytes, aliases, max_aliases. Change nothing.
+function tasks.check_quota(args)
+  return find_refusal(args) or DONE
+end
+
+-- Also: version (JSON text without its number), max_history.
+function tasks.register(args)
+  local refusal = find_refusal(args)
+  if refusal then return refusal end
+  local key = task_key(args.tenant, args.task)
+  local number = redis.call('HGET', key, 'd:' .. args.digest)
+  local created = not number
+  if created then
+    number = string.format('%.0f', redis.call('HINCRBY', tenant_key(args.tenant, 'numbers'), args.task, 1))
+    redis.call('SADD', tenant_key(args.tenant, 'tasks'), args.task)
+    redis.call('HSET', key, 'd:' .. args.digest, number, 'v:' .. number, args.version)
+    redis.call('HINCRBY', key, 'n', 1)
+    redis.call('INCRBY', tenant_key(args.tenant, 'bytes'), args.size_bytes)
+    redis.call('HINCRBY', 'karst:digests', args.digest, 1)
+  end
+  for _, alias in ipairs(args.aliases) do
+    move_alias(key, alias, '{"' .. number .. '":1}', args.max_history)
+  end
+  local entry = with_details(args.entry, {version = tonumber(number)})
+  record_change(args.tenant, 'task', args.task, entry)
+  local version = redis.call('HGET', key, 'v:' .. number)
+  return {outcome = 'done', number = number, created = created, text = version}
+end
+
+-- alias, targets (JSON text), numbers (of the targets' versions), max_aliases, max_history.
+function tasks.set_alias(args)
+  if is_revoked(args.entry) then return REVOKED end
+  local key = task_key(args.tenant, args.task)
+  if redis.call('EXISTS', key) == 0 then return ABSENT end
+  if not has_room_for_alias(key, args.alias, args.max_aliases) then return {outcome = 'aliases_full'} end
+  for _, number in ipairs(args.numbers) do
+    if redis.call('HEXISTS', key, 'v:' .. number) == 0 then return {outcome = 'no_version', names = {number}} end
+  end
+  move_alias(key, args.alias, args.targets, args.max_history)
+  record_change(args.tenant, 'task', args.task, args.entry)
+  return DONE
+end
+
+-- alias. Restore the last targets whose versions all exist and remove them from the history.
+function tasks.roll_back(args)
+  if is_revoked(args.entry) then return REVOKED end
+  local key = task_key(args.tenant, args.task)
+  local current = redis.call('HGET', key, 'a:' .. args.alias)
+  if not current then return ABSENT end
+  local history = read_history(key, args.alias)
+  while #history > 0 do
+    local targets = table.remove(history)
+    local usable = targets ~= current
+    for number in pairs(cjson.decode(targets)) do
+      usable = usable and redis.call('HEXISTS', key, 'v:' .. number) == 1
+    end
+    if usable then
+      redis.call('HSET', key, 'a:' .. args.alias, targets)
+      write_history(key, args.alias, history)
+      local entry = with_details(args.entry, {targets = cjson.decode(targets)})
+      record_change(args.tenant, 'task', args.task, entry)
+      return DONE
+    end
+  end
+  return {outcome = 'no_history'}
+end
+
+-- alias.
+function tasks.delete_alias(args)
+  if is_revoked(args.entry) then return REVOKED end
+  local key = task_key(args.tenant, args.task)
+  if redis.call('HDEL', key, 'a:' .. args.alias) == 0 then return ABSENT end
+  redis.call('HDEL', key, 'h:' .. args.alias)
+  record_change(args.tenant, 'task', args.task, args.entry)
+  return DONE
+end
+
+-- sharing (JSON text).
+function tasks.share(args)
+  if is_revoked(args.entry) then return REVOKED end
+  local key = task_key(args.tenant, args.task)
+  if redis.call('EXISTS', key) == 0 then return ABSENT end
+  update_shared_lists('SREM', args.tenant, args.task, redis.call('HGET', key, 'share'))
+  update_shared_lists('SADD', args.tenant, args.task, args.sharing)
+  redis.call('HSET', key, 'share', args.sharing)
+  record_change(args.tenant, 'task', args.task, args.entry)
+  return DONE
+end
+
+function tasks.delete(args)
+  if is_revoked(args.entry) then return REVOKED end
+  if drop_task(args.tenant, args.task) == 0 then return ABSENT end
+  record_change(args.tenant, 'task', args.task, args.entry)
+  return DONE
+end
+
+-- number (text).
+function tasks.delete_version(args)
+  if is_revoked(args.entry) then return REVOKED end
+  local key = task_key(args.tenant, args.task)
+  local version = redis.call('HGET', key, 'v:' .. args.number)
+  if not version then return ABSENT end
+  local fields = redis.call('HGETALL', key)
+  for i = 1, #fields, 2 do
+    if string.sub(fields[i], 1, 2) == 'a:' and cjson.decode(fields[i + 1])[args.number] then
+      return {outcome = 'alias_in_use', names = {string.sub(fields[i], 3)}}
+    end
+  end
+  redis.call('HDEL', key, 'v:' .. args.number, 'd:' .. release_version(args.tenant, version))
+  redis.call('HINCRBY', key, 'n', -1)
+  record_change(args.tenant, 'task', args.task, args.entry)
+  return DONE
+end
+
+-- tasks: a list of {name, last_number, fields (the task's hash), versions ({digest, size_bytes}...), sharing (JSON
+-- text)}. Restore all of them or none.
+function tasks.restore(args)
+  if is_revoked(args.entry) then return REVOKED end
+  local info = redis.call('HGET', 'karst:tenants', args.tenant)
+  if not info then return {outcome = 'no_tenant'} end
+  local limits = cjson.decode(info).limits
+  local tasks_key, bytes_key = tenant_key(args.tenant, 'tasks'), tenant_key(args.tenant, 'bytes')
+  local existing, size_bytes = {}, 0
+  for _, task in ipairs(args.tasks) do
+    if redis.call('EXISTS', task_key(args.tenant, task.name)) == 1 then existing[#existing + 1] = task.name end
+    if #task.versions > limits.versions then return limit_reached('versions', limits.versions) end
+    for _, version in ipairs(task.versions) do
+      if is_being_removed(version.digest) then return {outcome = 'removing'} end
+      size_bytes = size_bytes + version.size_bytes
+    end
+  end
+  if #existing > 0 then return {outcome = 'exists', names = existing} end
+  if redis.call('SCARD', tasks_key) + #args.tasks > limits.tasks then return limit_reached('tasks', limits.tasks) end
+  if tonumber(redis.call('GET', bytes_key) or 0) + size_bytes > limits.stored_bytes then
+    return limit_reached('stored_bytes', limits.stored_bytes)
+  end
+  local numbers_key = tenant_key(args.tenant, 'numbers')
+  for _, task in ipairs(args.tasks) do
+    local key = task_key(args.tenant, task.name)
+    for name, value in pairs(task.fields) do redis.call('HSET', key, name, value) end
+    update_shared_lists('SADD', args.tenant, task.name, task.sharing)
+    redis.call('SADD', tasks_key, task.name)
+    local last_number = math.max(task.last_number, tonumber(redis.call('HGET', numbers_key, task.name) or 0))
+    redis.call('HSET', numbers_key, task.name, last_number)
+    for _, version in ipairs(task.versions) do redis.call('HINCRBY', 'karst:digests', version.digest, 1) end
+  end
+  redis.call('INCRBY', bytes_key, size_bytes)
+  record_change(args.tenant, 'tenant', args.tenant, args.entry)
+  return DONE
+end
+
+-- digest, duration_s. No version may refer to the file until the claim expires.
+function tasks.claim_orphan(args)
+  if redis.call('HEXISTS', 'karst:digests', args.digest) == 1 then return {outcome = 'in_use'} end
+  redis.call('SET', 'karst:gc:' .. args.digest, '1', 'EX', args.duration_s)
+  return DONE
+end
+
+return cjson.encode(tasks[ARGV[1]](cjson.decode(ARGV[2])))
