@@ -15,6 +15,7 @@ from cachetools import LRUCache
 
 from ..errors import Unavailable
 from ..schemas import TenantInfo
+from .connection import is_cancelled
 from .events import Event, EventLog
 from .keys import KeyRecord, KeyRegistry, key_id
 from .models import Task
@@ -119,14 +120,14 @@ class RegistryCache:
     async def follow(self) -> None:
         """Read change events until cancelled. Nothing is cached before the first contact with the registry."""
         last: str | None = None
-        while True:
+        while not is_cancelled():
             try:
                 oldest, newest = await self._events.span()
                 if last is None or not _position(oldest) <= _position(last) <= _position(newest):
                     self._clear()  # at the start, and after lost events: a new stream or a long absence
                     last = newest
                 self._following = True
-                while True:
+                while not is_cancelled():
                     self._last_contact_s = self._clock()
                     for event in await self._events.read(last, EVENT_WAIT_MS):
                         self._invalidate(event)
