@@ -1,28 +1,29 @@
-"""Sharing: another tenant's task by name, read-only, for as long as its owner says."""
+"""Sharing of tasks: another tenant may see a task and classify with it, until the owner ends the sharing."""
 
 import base64
+from typing import Any
 
-from tests.hub.conftest import OCTETS
-from tests.hub.registry.test_redis_gone import wait_until
-from tests.support.models import png
+from adapters import Adapter
+from tests.hub.conftest import OCTETS, Hub
+from tests.support.models import png, wait_until
 
 URL = "/v1/tasks/default:flowers"
 
 
-def share(hub, **body):
-    answer = hub.http.put("/v1/tasks/flowers/sharing", json=body)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+def share(hub: Hub, **body: Any) -> Any:
+    reply = hub.http.put("/v1/tasks/flowers/sharing", json=body)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
 
 
-def test_a_shared_task_is_seen_and_used_and_not_changed(hub, adapters) -> None:
+def test_another_tenant_classifies_with_a_shared_task_and_cannot_change_it(hub: Hub, adapters: list[Adapter]) -> None:
     hub.http.post("/v1/tasks/flowers/versions", content=adapters[0].data, headers=OCTETS)
     friend, stranger = hub.key_of("friend"), hub.key_of("stranger")
     own = hub.http.post("/v1/tasks/flowers/classify", content=png()).json()
     assert share(hub, tenants=["friend"])["sharing"] == {"public": False, "tenants": ["friend"]}
 
-    answer = hub.http.post(f"{URL}/classify", content=png(), headers=friend).json()
-    assert answer == own | {"task": "default:flowers"}
+    reply = hub.http.post(f"{URL}/classify", content=png(), headers=friend).json()
+    assert reply == own | {"task": "default:flowers"}
     inputs = [{"task": "default:flowers", "image": base64.b64encode(png()).decode()}]
     several = hub.http.post("/v1/classify", json={"inputs": inputs}, headers=friend).json()
     assert several["results"][0]["predictions"] == own["predictions"][0]
@@ -39,14 +40,16 @@ def test_a_shared_task_is_seen_and_used_and_not_changed(hub, adapters) -> None:
         ("PUT", "/aliases/stable"),
         ("PUT", "/sharing"),
     ):
-        body = {"json": {"version": 1} if "alias" in path else {"public": True}} if method == "PUT" else {}
+        body: dict[str, Any] = (
+            {"json": {"version": 1} if "alias" in path else {"public": True}} if method == "PUT" else {}
+        )
         assert hub.http.request(method, URL + path, headers=friend, **body).status_code == 404
-    # Its use is the friend's, not the owner's.
-    wait_until(lambda: hub.http.get("/v1/usage", headers=friend).json()["counted"]["images"] == 2)
+    # The use counts for the friend, not for the owner.
+    wait_until(lambda: bool(hub.http.get("/v1/usage", headers=friend).json()["counted"]["images"] == 2))
     assert hub.http.get("/v1/usage").json()["counted"]["images"] == 1
 
 
-def test_sharing_with_all_and_its_end(hub, adapters) -> None:
+def test_a_task_is_public_until_its_owner_ends_the_sharing(hub: Hub, adapters: list[Adapter]) -> None:
     hub.http.post("/v1/tasks/flowers/versions", content=adapters[0].data, headers=OCTETS)
     friend = hub.key_of("friend")
     with hub.another_gateway() as elsewhere:
@@ -61,25 +64,25 @@ def test_sharing_with_all_and_its_end(hub, adapters) -> None:
     hub.http.delete("/v1/tasks/flowers")
     assert hub.http.get("/v1/tasks", headers=friend).json() == {"tasks": []}
     hub.http.post("/v1/tasks/flowers/versions", content=adapters[0].data, headers=OCTETS)
-    assert hub.http.get(URL, headers=friend).status_code == 404  # a new task of the name is nobody else's
+    assert hub.http.get(URL, headers=friend).status_code == 404  # the new task of the same name is not shared
 
 
-def test_one_s_own_task_by_its_full_name(hub, adapters) -> None:
+def test_a_tenant_reaches_its_own_task_by_its_full_name(hub: Hub, adapters: list[Adapter]) -> None:
     hub.http.post("/v1/tasks/default:flowers/versions", content=adapters[0].data, headers=OCTETS)
     assert hub.http.get("/v1/tasks/flowers").json()["task"] == "flowers"
     assert hub.http.post(f"{URL}/classify", content=png()).status_code == 200
     assert hub.http.delete(URL).status_code == 204
 
 
-def test_who_shares_with_a_name_learns_nothing_of_it(hub, adapters) -> None:
+def test_sharing_does_not_reveal_whether_the_other_tenant_exists(hub: Hub, adapters: list[Adapter]) -> None:
     hub.http.post("/v1/tasks/flowers/versions", content=adapters[0].data, headers=OCTETS)
     hub.key_of("there")
-    answers = [share(hub, tenants=[name])["sharing"] for name in ("there", "nobody")]
-    assert answers == [{"public": False, "tenants": [name]} for name in ("there", "nobody")]
+    replies = [share(hub, tenants=[name])["sharing"] for name in ("there", "nobody")]
+    assert replies == [{"public": False, "tenants": [name]} for name in ("there", "nobody")]
     assert hub.http.put("/v1/tasks/flowers/sharing", json={"tenants": ["A b"]}).status_code == 422
 
 
-def test_a_tenant_s_name_used_again_inherits_no_shares(hub, adapters) -> None:
+def test_a_new_tenant_with_the_name_of_a_deleted_one_sees_no_shared_task(hub: Hub, adapters: list[Adapter]) -> None:
     hub.http.post("/v1/tasks/flowers/versions", content=adapters[0].data, headers=OCTETS)
     friend = hub.key_of("friend")
     share(hub, tenants=["friend", "other"])

@@ -1,0 +1,126 @@
+"""A gateway's cache of the registry."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from hub.errors import NotFound, Unavailable
+from hub.registry.audit import OPERATOR
+from hub.registry.cache import KEY_TRUST_S, RegistryCache
+from hub.registry.connection import RegistryConnection
+from hub.registry.events import Event, EventLog
+from hub.registry.keys import KeyRegistry
+from hub.registry.tasks import TaskRegistry
+from hub.registry.tenants import TenantRegistry
+from hub.schemas import LimitsChange
+from tests.hub.conftest import in_registry
+from tests.support.registry import version
+
+
+class CancellationDroppingLog(EventLog):
+    """An event log whose first read drops its cancellation, as redis-py 8.1.0 does on Python 3.11 at random moments."""
+
+    def __init__(self, connection: RegistryConnection) -> None:
+        super().__init__(connection)
+        self.is_reading = asyncio.Event()
+
+    async def read(self, after: str, wait_ms: int) -> list[Event]:
+        is_first = not self.is_reading.is_set()
+        self.is_reading.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if not is_first:
+                raise
+        return []
+
+
+def new_cache(
+    connection: RegistryConnection, events: EventLog | None = None, clock: Callable[[], float] = lambda: 0.0
+) -> RegistryCache:
+    return RegistryCache(
+        tasks=TaskRegistry(connection),
+        keys=KeyRegistry(connection),
+        tenants=TenantRegistry(connection),
+        events=events or EventLog(connection),
+        clock=clock,
+    )
+
+
+async def while_following(cache: RegistryCache, use: Callable[[], Awaitable[None]]) -> None:
+    following = asyncio.create_task(cache.follow())
+    try:
+        await use()
+    finally:
+        following.cancel()
+        await asyncio.wait((following,))
+
+
+async def until(true: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(30):
+        while not await true():
+            await asyncio.sleep(0.01)
+
+
+def test_following_ends_when_redis_drops_its_cancellation(empty_redis: str) -> None:
+    async def use(connection: RegistryConnection) -> None:
+        events = CancellationDroppingLog(connection)
+        following = asyncio.create_task(new_cache(connection, events).follow())
+        await events.is_reading.wait()
+        following.cancel()
+        await asyncio.wait_for(asyncio.wait((following,)), 30)
+        assert following.done()
+
+    in_registry(empty_redis, use)
+
+
+def test_a_task_is_cached_until_an_event_reports_its_change(empty_redis: str) -> None:
+    async def use(connection: RegistryConnection) -> None:
+        registry, cache = TaskRegistry(connection), new_cache(connection)
+        await TenantRegistry(connection).create(OPERATOR, "t", LimitsChange())
+        await registry.register(OPERATOR, "t", "x", version("a" * 64), ["latest"])
+        assert (await cache.task("t", "x")).current.digest == "a" * 64
+        assert cache.cached_task("t", "x") is None  # no events yet, so the cache could become stale
+
+        async def is_cached() -> bool:
+            await cache.task("t", "x")
+            return cache.cached_task("t", "x") is not None
+
+        async def is_changed() -> bool:
+            return (await cache.task("t", "x")).current.digest == "b" * 64
+
+        async def is_absent() -> bool:
+            try:
+                await cache.task("t", "x")
+            except NotFound:
+                return True
+            return False
+
+        async def follow() -> None:
+            await until(is_cached)
+            await registry.register(OPERATOR, "t", "x", version("b" * 64), ["latest"])
+            await until(is_changed)
+            await TenantRegistry(connection).delete(OPERATOR, "t")
+            await until(is_absent)
+
+        await while_following(cache, follow)
+
+    in_registry(empty_redis, use)
+
+
+def test_a_key_is_rejected_when_the_registry_has_not_answered_for_five_minutes(empty_redis: str) -> None:
+    now_s = 0.0
+
+    async def use(connection: RegistryConnection) -> None:
+        nonlocal now_s
+        cache = new_cache(connection, clock=lambda: now_s)
+        await TenantRegistry(connection).create(OPERATOR, "t", LimitsChange())
+        key = (await KeyRegistry(connection).create(OPERATOR, "t", "owner", "test")).key
+        now_s = KEY_TRUST_S
+        assert (await cache.key(key)) is not None
+        now_s = KEY_TRUST_S + 1
+        with pytest.raises(Unavailable, match="no API key can be verified"):
+            await cache.key(key)
+
+    in_registry(empty_redis, use)
