@@ -90,10 +90,6 @@ class Hub:
         """The admin key's header."""
         return bearer(self.admin_key)
 
-    def remembers(self, task: str) -> bool:
-        """Whether the gateway could classify with this task without Redis."""
-        return self.api.state.cache.cached_task("default", task) is not None
-
     def stored(self) -> list[str]:
         """Every file in the store."""
         return sorted(p.name for p in self.store_folder.rglob("*") if p.is_file())
