@@ -18,7 +18,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from hub.local.hub import ray_environment
+from hub.local.ray_environment import ray_environment
 from hub.settings import Settings
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from hub.local.hub import free_port
+from hub.local.ports import free_port
 from hub.settings import Settings
 
 

@@ -47,7 +47,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path) -> None:
     (tmp_path / "redis" / "appendonlydir").write_text("a file in the folder's place")  # Redis 7
     (tmp_path / "redis" / "appendonly.aof").mkdir()  # Redis 6
     with (
-        pytest.raises(EmbeddedRedisError, match=r"redis-server ended with 1: .*(appendonlydir|append.only)"),
+        pytest.raises(EmbeddedRedisError, match=r"redis-server ended with exit code 1: .*(appendonlydir|append.only)"),
         embedded_redis(tmp_path),
     ):
         pass

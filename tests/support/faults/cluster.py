@@ -21,7 +21,8 @@ from adapters import Backbone
 from hub.admission.authentication import first_keys
 from hub.client.client import Client
 from hub.local.embedded_redis import embedded_redis
-from hub.local.hub import free_port, ray_environment
+from hub.local.ports import free_port
+from hub.local.ray_environment import ray_environment
 from hub.registry.connection import Database
 from hub.registry.tenants import Tenants
 from hub.schemas import LimitsChange
