@@ -123,5 +123,5 @@ def start(settings: Settings) -> None:
 def stop() -> None:
     """Drain and stop the hub and the Ray cluster of `start`."""
     if ray.is_initialized():  # otherwise Serve would start a cluster in order to stop it
-        serve.shutdown()
-        ray.shutdown()  # type: ignore[no-untyped-call]  # Ray has no types here
+        serve.shutdown()  # type: ignore[no-untyped-call]  # Ray has no types here
+        ray.shutdown()
