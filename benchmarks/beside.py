@@ -18,7 +18,8 @@ from typing import Any
 import anyio
 
 from hub.local.embedded_redis import embedded_redis
-from hub.local.hub import free_port, local_hub
+from hub.local.hub import local_hub
+from hub.local.ports import free_port
 from hub.registry.audit import OPERATOR
 from hub.registry.connection import RegistryConnection
 from hub.registry.keys import OWNER, KeyRegistry

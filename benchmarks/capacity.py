@@ -222,11 +222,16 @@ def passes() -> dict[str, Any]:
 
 def routing() -> dict[str, Any]:
     """CPU time of a gateway's choice of a worker, and of telling one gateway of all workers once, as Serve does it."""
-    from ray.serve._private.common import DeploymentID, DeploymentTargetInfo, ReplicaID, RunningReplicaInfo
-    from ray.serve._private.request_router.common import ReplicaQueueLengthCache
-    from ray.serve._private.request_router.request_router import RequestRouter
+    from ray.serve._private.common import (
+        DeploymentHandleSource,
+        DeploymentID,
+        DeploymentTargetInfo,
+        ReplicaID,
+        RunningReplicaInfo,
+    )
+    from ray.serve.request_router import RequestRouter
 
-    from hub.cluster.request_router import OwnersRouter
+    from hub.cluster.request_router import RendezvousRouter
 
     out: dict[str, Any] = {}
     names = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(2_000)]
@@ -240,8 +245,7 @@ def routing() -> dict[str, Any]:
             for i in range(workers)
         ]
         told = pickle.dumps(DeploymentTargetInfo(is_available=True, running_replicas=infos))
-        router = OwnersRouter.__new__(OwnersRouter)
-        router._replica_queue_len_cache = ReplicaQueueLengthCache()
+        router = RendezvousRouter(DeploymentID("worker", "karst-hub"), DeploymentHandleSource.REPLICA)
         router.initialize_state()
         with patch.object(RequestRouter, "update_replicas"):
             router.update_replicas(infos)  # type: ignore[arg-type]  # what it reads of them is the same

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hub.cluster.rendezvous import OWNERS, SHORT, _mixed, ranked
+from hub.cluster.rendezvous import MIN_CAPACITY, OWNERS_PER_ADAPTER, mix64, rank_workers
 
 # owners by batch: the hub's. owners by call: the same, as if a worker computed one image a pass. ring: consistent
 # hashing alone. The others know no adapters.
@@ -80,7 +80,7 @@ class Router:
         self._owners: dict[int, tuple[int, ...]] = {}
         self._told_until = -math.inf
         if self.policy == "ring":
-            points = _mixed((seeds[:, None] + np.arange(1, RING_POINTS + 1, dtype=np.uint64)).reshape(-1))
+            points = mix64((seeds[:, None] + np.arange(1, RING_POINTS + 1, dtype=np.uint64)).reshape(-1))
             order = points.argsort()
             self._ring = points[order].tolist()
             self._ring_workers = [self.active[i // RING_POINTS] for i in order.tolist()]
@@ -105,10 +105,10 @@ class Router:
         """Where a call goes if nothing stands against it, first one first; not of `two choices` and `random`."""
         if self.policy == "ring":
             return (self.ring_owner(adapter),)
-        return self.owners(adapter)[: 1 if self.policy == "owners by batch" else OWNERS]
+        return self.owners(adapter)[: 1 if self.policy == "owners by batch" else OWNERS_PER_ADAPTER]
 
     def owners(self, adapter: int) -> tuple[int, ...]:
-        """The owners by rendezvous hashing, as `hub.owners.Owners` finds them."""
+        """The owners by rendezvous hashing, as `hub.cluster.rendezvous.RendezvousHash` finds them."""
         if adapter not in self._owners:
             self.know(np.array([adapter]))
         return self._owners[adapter]
@@ -119,9 +119,9 @@ class Router:
             return
         for start in range(0, len(adapters), AT_ONCE):
             some = adapters[start : start + AT_ONCE]
-            scores = _mixed(self._seeds[None, :] ^ self._digests[some][:, None])  # (adapters, workers)
+            scores = mix64(self._seeds[None, :] ^ self._digests[some][:, None])  # (adapters, workers)
             rows, found = np.arange(len(some)), []
-            for _ in range(min(OWNERS, len(self.active))):
+            for _ in range(min(OWNERS_PER_ADAPTER, len(self.active))):
                 found.append(scores.argmax(1))
                 scores[rows, found[-1]] = 0
             for adapter, *best in zip(some.tolist(), *(column.tolist() for column in found), strict=True):
@@ -148,11 +148,11 @@ class Router:
         loads = {owner: self._seen(gateway, owner, now) for owner in owners}
         resident = {owner for owner in owners if self._holds(owner, adapter, now, workers)}
         best = min(owners, key=lambda o: (0, loads[o]) if o in resident else (1, loads[o] // self._batch))
-        if loads[best] >= max(SHORT, self._batch):
+        if loads[best] >= max(MIN_CAPACITY, self._batch):
             sample = self.active if len(self.active) <= SAMPLE else self._random.sample(self.active, SAMPLE)
             loads |= {worker: self._seen(gateway, worker, now) for worker in sample}
             resident |= {worker for worker in sample if self._holds(worker, adapter, now, workers)}
-            best = ranked(owners, loads, resident, self._batch)[0]
+            best = rank_workers(owners, loads, resident, self._batch)[0]
             self.spilled += best not in owners
         return best
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.routing                      # seconds on a core; a table, and benchmarks/results/routing.json
 
-Ours is what runs in production: `hub.owners.ranked` over `hub.owners.Owners`. Serve's consistent hashing is Ray's own
-class, asked for its ranking; Serve's default (the shorter of two random queues) is three lines here.
+Ours is what runs in production: `rank_workers` over `RendezvousHash` of `hub.cluster.rendezvous`. Serve's consistent
+hashing is Ray's own class, asked for its ranking; its default (the shorter of two random queues) is three lines here.
 
 A worker serves one call after the other, in one unit of time each, and holds its adapters in slots, least recently
 used out; a cold call waits for its load beside the others, loads one after another. Each gateway knows of a worker's
@@ -25,7 +25,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
 from benchmarks.common import machine, markdown_table
-from hub.cluster.rendezvous import Owners, ranked
+from hub.cluster.rendezvous import RendezvousHash, rank_workers
 
 RESULTS = Path(__file__).parent / "results" / "routing.json"
 CALLS, ADAPTERS, SLOTS, GATEWAYS = 30_000, 10_000, 64, 2
@@ -64,16 +64,16 @@ class Figures:
 
 
 class OursRouter:
-    """`hub.owners`, as `hub.routing` calls it."""
+    """`hub.cluster.rendezvous`, as the request router calls it."""
 
     name = "two owners, bounded load (ours)"
 
     def change(self, workers: list[str]) -> None:
-        self._owners = Owners({worker: worker for worker in workers})
+        self._hash = RendezvousHash({worker: worker for worker in workers})
 
     def choose(self, digest: str, loads: Loads, resident: Mapping[str, frozenset[str]]) -> str:
         holders = {worker for worker in loads if digest in resident[worker]}
-        return ranked(self._owners.of(digest), loads, holders)[0]
+        return rank_workers(self._hash.owners(digest), loads, holders)[0]
 
 
 class HashRouter:

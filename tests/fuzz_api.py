@@ -29,7 +29,7 @@ from fastapi import FastAPI
 
 from adapters import Bank, load_backbone
 from hub.local.embedded_redis import embedded_redis
-from hub.local.hub import free_port
+from hub.local.ports import free_port
 from hub.storage.store import Store
 
 from .hub.conftest import OCTETS, Engine, bearer, first_keys_of, make_api

@@ -21,7 +21,8 @@ import torch
 from adapters import Adapter, Backbone, load_backbone
 from adapters.data.images import decode_image, eval_transform, normalise
 from hub.client.client import Client
-from hub.local.hub import free_port, local_hub
+from hub.local.hub import local_hub
+from hub.local.ports import free_port
 from hub.settings import Settings
 
 from .support.models import png, random_adapter

@@ -21,7 +21,7 @@ from benchmarks.cluster_model import (
     zipf,
 )
 from benchmarks.cluster_routing import POLICIES, Router
-from hub.cluster.rendezvous import Owners, _number, ranked
+from hub.cluster.rendezvous import RendezvousHash, hash64, rank_workers
 
 PLAIN = Times(pass_s=0.0, image_s=0.01, batch_size=1, batch_wait_s=0.0, slots=10)
 
@@ -136,10 +136,10 @@ def test_the_seed_decides_everything(policy: str) -> None:
 def test_owners_are_those_of_the_hub() -> None:
     names = [f"worker-{i}" for i in range(9)]
     files = [f"{i:064x}" for i in range(300)]
-    router = Router("owners by call", np.array([_number(d) for d in files], np.uint64), gateways=0, seed=0)
-    router.join(range(9), np.array([_number(name) for name in names], np.uint64))
-    known = Owners(dict(enumerate(names)))
-    assert [router.owners(i) for i in range(300)] == [known.of(digest) for digest in files]
+    router = Router("owners by call", np.array([hash64(d) for d in files], np.uint64), gateways=0, seed=0)
+    router.join(range(9), np.array([hash64(name) for name in names], np.uint64))
+    known = RendezvousHash(dict(enumerate(names)))
+    assert [router.owners(i) for i in range(300)] == [known.owners(digest) for digest in files]
 
 
 @pytest.mark.parametrize(("policy", "batch"), [("owners by call", 1), ("owners by batch", 4)])
@@ -153,7 +153,7 @@ def test_choices_are_those_of_the_hub(policy: str, batch: int) -> None:
         router.loads = rng.integers(0, 9, 6).tolist()
         loads, adapter = dict(enumerate(router.loads)), round % 20
         resident = {i for i, worker in enumerate(workers) if adapter in worker.slots}
-        expected = ranked(router.owners(adapter), loads, resident, batch)[0]
+        expected = rank_workers(router.owners(adapter), loads, resident, batch)[0]
         assert router.send(adapter, 0.0, workers) == (expected, -1)
         spilled += router.spilled
     assert spilled

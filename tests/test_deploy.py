@@ -1,7 +1,7 @@
-"""deploy/ is checked as far as it can be without Docker, Kubernetes or a cloud: linted, validated, compared.
+"""deploy/ is linted, validated and compared, without Docker, Kubernetes or a cloud.
 
-The schemas are others' own: Docker Compose's, Kubernetes's OpenAPI, Ray's cluster schema. KubeRay's CRD is in no
-package; `RAY_SERVICE` below lists the fields of its API reference that the file may use.
+The schemas come from Docker Compose, from Kubernetes's OpenAPI and from Ray's cluster launcher. No package contains
+KubeRay's CRD; `RAY_SERVICE` below lists the fields of its API reference that the file may use.
 """
 
 import json
@@ -18,7 +18,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from hub.local.hub import ray_environment
+from hub.local.ray_environment import ray_environment
 from hub.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ def fields(names: str) -> dict[str, None]:
     return dict.fromkeys(names.split())
 
 
-# Fields of KubeRay's API reference (ray.io/v1); None: a type of Kubernetes's own, which is validated as such.
+# Fields of KubeRay's API reference (ray.io/v1). None: a type of Kubernetes, which another test validates.
 RAY_SERVICE: dict[str, Any] = {
     "serveConfigV2": None,
     "serveService": None,
@@ -62,10 +62,11 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> subprocess.C
 
 @pytest.fixture(scope="module")
 def compose() -> dict[str, Any]:
-    """compose.yaml as Docker Compose understands it, with every secret set."""
+    """Return compose.yaml as Docker Compose resolves it, with every secret set."""
     done = compose_config({name: f"secret-{name}" for name in PASSWORDS})
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    resolved: dict[str, Any] = json.loads(done.stdout)
+    return resolved
 
 
 def compose_config(secrets: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -82,11 +83,13 @@ def kuberay() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def ray_cluster(kuberay: list[dict[str, Any]]) -> dict[str, Any]:
     (service,) = (d for d in kuberay if d["kind"] == "RayService")
-    return service["spec"]["rayClusterConfig"]
+    cluster: dict[str, Any] = service["spec"]["rayClusterConfig"]
+    return cluster
 
 
 def serve_config() -> dict[str, Any]:
-    return yaml.safe_load((DEPLOY / "serve.yaml").read_text())
+    config: dict[str, Any] = yaml.safe_load((DEPLOY / "serve.yaml").read_text())
+    return config
 
 
 def groups(cluster: dict[str, Any]) -> list[dict[str, Any]]:
@@ -95,12 +98,12 @@ def groups(cluster: dict[str, Any]) -> list[dict[str, Any]]:
 
 class TestDockerfiles:
     @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-    def test_hadolint_has_nothing_to_say(self, path: Path) -> None:
+    def test_hadolint_finds_no_fault(self, path: Path) -> None:
         done = run(BIN / "hadolint", "--no-color", "--failure-threshold", "style", path)
         assert done.returncode == 0, done.stdout
 
     @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-    def test_what_is_copied_is_there_and_let_in(self, path: Path) -> None:
+    def test_copied_files_exist_and_are_not_ignored(self, path: Path) -> None:
         ignore = Path(f"{path}.dockerignore").read_text()
         copied = [
             name
@@ -111,10 +114,10 @@ class TestDockerfiles:
         for name in copied:
             assert (ROOT / name).exists(), name
             assert f"!{name}\n" in ignore, name
-        assert "\n*\n" in ignore  # and nothing else
+        assert "\n*\n" in ignore  # all other files are ignored
 
     @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-    def test_versions_user_health_and_no_secret(self, path: Path) -> None:
+    def test_image_has_pinned_versions_a_user_a_health_check_and_no_secret(self, path: Path) -> None:
         text = path.read_text()
         assert re.search(r"^ARG BASE=python:3\.11\.\d+-slim-\w+$", text, re.MULTILINE)
         for install in re.findall(r"pip install --prefix=[^\n]+", text):
@@ -123,7 +126,7 @@ class TestDockerfiles:
         assert "\nHEALTHCHECK " in text
         assert not re.search(r"(PASSWORD|TOKEN|SECRET|KEY)\w*=", text)
 
-    def test_both_are_one_but_for_torch_and_device(self) -> None:
+    def test_both_images_differ_only_in_torch_and_device(self) -> None:
         cpu, cuda = (path.read_text().splitlines() for path in DOCKERFILES)
         only_cuda = [line for line in cuda if line not in cpu and not line.startswith("#")]
         assert only_cuda == [
@@ -133,13 +136,13 @@ class TestDockerfiles:
             "    NVIDIA_DRIVER_CAPABILITIES=compute,utility \\",
         ]
 
-    def test_extra_packages_fit_the_constraints(self) -> None:
+    def test_extra_packages_match_the_constraints(self) -> None:
         extra = dict(re.findall(r"^([\w.-]+)==(\S+)$", (DEPLOY / "s3.txt").read_text(), re.MULTILINE))
         assert {name for name in extra if PINS.get(name, extra[name]) != extra[name]} == {"python-dateutil"}
         assert extra["s3fs"] == PINS["fsspec"]
 
     @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-    def test_nodes_have_the_switches_that_a_local_hub_has(self, path: Path, tmp_path: Path) -> None:
+    def test_nodes_have_the_switches_of_a_local_hub(self, path: Path, tmp_path: Path) -> None:
         image = dict(re.findall(r"^(?:ENV|   ) (\w+)=(\S+)", path.read_text(), re.MULTILINE))
         local = ray_environment(Settings(), tmp_path)
         for name in (
@@ -153,7 +156,7 @@ class TestDockerfiles:
 
 
 class TestCompose:
-    def test_only_http_and_grafana_are_published_and_on_loopback(self, compose: dict[str, Any]) -> None:
+    def test_only_http_and_grafana_are_published_on_loopback(self, compose: dict[str, Any]) -> None:
         published = {
             (name, port["host_ip"], port["target"])
             for name, service in compose["services"].items()
@@ -169,7 +172,7 @@ class TestCompose:
         assert missing in done.stderr
         assert f"{missing}=\n" in (DEPLOY / "example.env").read_text()
 
-    def test_every_service_is_pinned_watched_and_confined(self, compose: dict[str, Any]) -> None:
+    def test_every_service_is_pinned_health_checked_and_unprivileged(self, compose: dict[str, Any]) -> None:
         for name, service in compose["services"].items():
             assert re.search(r":v?\d+\.\d+\.\d+(-\w+)?$", service["image"]), name
             assert service["restart"] in ("unless-stopped", "on-failure"), name
@@ -177,27 +180,27 @@ class TestCompose:
             assert service["security_opt"] == ["no-new-privileges:true"], name
             assert ("healthcheck" in service) == (name != "apply") or service["healthcheck"]["disable"], name
 
-    def test_head_and_worker_are_one_image(self, compose: dict[str, Any]) -> None:
+    def test_head_and_worker_use_one_image(self, compose: dict[str, Any]) -> None:
         images = {compose["services"][name]["image"] for name in ("head", "worker", "apply")}
         assert images == {f"karst-hub:{version('karst-hub')}"}
         build = compose["services"]["head"]["build"]
         assert Path(build["context"]) == ROOT
         assert (ROOT / build["dockerfile"]).is_file()
 
-    def test_redis_keeps_every_change_and_asks_for_a_password(self, compose: dict[str, Any]) -> None:
+    def test_redis_syncs_every_change_and_requires_a_password(self, compose: dict[str, Any]) -> None:
         for name in ("redis", "ray-redis"):
             command = compose["services"][name]["command"][-1]
             assert "--appendonly yes --appendfsync always" in command
-            assert "requirepass $$REDISCLI_AUTH" in command  # Compose doubles the dollar that it leaves to the shell
+            assert "requirepass $$REDISCLI_AUTH" in command  # Compose doubles a dollar for the shell
             assert compose["services"][name]["volumes"][0]["target"] == "/data"
 
-    def test_mounted_folders_are_there(self, compose: dict[str, Any]) -> None:
+    def test_mounted_folders_exist(self, compose: dict[str, Any]) -> None:
         for service in compose["services"].values():
             for mount in service.get("volumes", []):
                 if mount["type"] == "bind":
                     assert Path(mount["source"]).exists(), mount["source"]
 
-    def test_hub_goes_on_through_a_drain(self, compose: dict[str, Any]) -> None:
+    def test_a_container_has_time_to_drain(self, compose: dict[str, Any]) -> None:
         worker = compose["services"]["worker"]
         drain_s = int(worker["environment"]["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         assert worker["stop_grace_period"] == "1m30s"
@@ -205,22 +208,22 @@ class TestCompose:
 
 
 class TestKubernetes:
-    def test_objects_fit_the_api_of_kubernetes(self, kuberay: list[dict[str, Any]]) -> None:
+    def test_objects_are_valid_for_kubernetes(self, kuberay: list[dict[str, Any]]) -> None:
         own = [document for document in kuberay if document["kind"] != "RayService"]
         assert sorted(document["kind"] for document in own) == [
             *("NetworkPolicy", "NetworkPolicy", "PodDisruptionBudget"),
-            *("Service", "Service", "StatefulSet", "StatefulSet"),  # and no Secret: those are not in files
+            *("Service", "Service", "StatefulSet", "StatefulSet"),  # no Secret: files hold none
         ]
         for document in own:
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
-    def test_pods_of_ray_fit_the_api_of_kubernetes(self, ray_cluster: dict[str, Any]) -> None:
+    def test_pods_of_ray_are_valid_for_kubernetes(self, ray_cluster: dict[str, Any]) -> None:
         for group in groups(ray_cluster):
             template = group["template"]
             pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", **template["metadata"]}}
             kubernetes_validate.validate(pod | {"spec": template["spec"]}, KUBERNETES, strict=True)
 
-    def test_ray_service_has_only_fields_that_kuberay_has(self, kuberay: list[dict[str, Any]]) -> None:
+    def test_ray_service_has_only_fields_of_kuberay(self, kuberay: list[dict[str, Any]]) -> None:
         def check(found: Any, known: dict[str, Any] | None, where: str) -> None:
             if isinstance(found, list):
                 for entry in found:
@@ -241,15 +244,15 @@ class TestKubernetes:
         for group in cluster["workerGroupSpecs"]:
             assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
-    def test_it_serves_what_serve_yaml_says(self, kuberay: list[dict[str, Any]]) -> None:
+    def test_kuberay_serves_the_configuration_of_serve_yaml(self, kuberay: list[dict[str, Any]]) -> None:
         assert yaml.safe_load(kuberay[0]["spec"]["serveConfigV2"]) == serve_config()
 
-    def test_ray_is_the_version_of_the_image(self, ray_cluster: dict[str, Any]) -> None:
+    def test_ray_version_is_that_of_the_image(self, ray_cluster: dict[str, Any]) -> None:
         assert ray_cluster["rayVersion"] == PINS["ray"] == version("ray")
         images = {group["template"]["spec"]["containers"][0]["image"] for group in groups(ray_cluster)}
         assert images == {f"registry.example.com/karst-hub:{version('karst-hub')}-cuda"}
 
-    def test_policies_and_budget_select_the_pods(self, kuberay: list[dict[str, Any]]) -> None:
+    def test_policies_and_budget_select_their_pods(self, kuberay: list[dict[str, Any]]) -> None:
         labels = [group["template"]["metadata"]["labels"] for group in groups(kuberay[0]["spec"]["rayClusterConfig"])]
         labels += [d["spec"]["template"]["metadata"]["labels"] for d in kuberay if d["kind"] == "StatefulSet"]
         for labels_of_pod in labels:
@@ -264,7 +267,7 @@ class TestKubernetes:
         made_by_kuberay = {"ray.io/node-type": "worker"}
         assert budget["spec"]["selector"]["matchLabels"].items() <= (labels[1] | made_by_kuberay).items()
 
-    def test_redis_of_ray_is_another_than_the_registry(self, kuberay: list[dict[str, Any]]) -> None:
+    def test_ray_uses_another_redis_than_the_registry(self, kuberay: list[dict[str, Any]]) -> None:
         names = {d["metadata"]["name"] for d in kuberay if d["kind"] == "Service"}
         address = kuberay[0]["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisAddress"]
         assert names == {"karst-hub-redis", "karst-hub-ray-redis"}
@@ -280,7 +283,7 @@ class TestKubernetes:
             assert before_s + drain_s < spec["terminationGracePeriodSeconds"]
             assert {"readinessProbe", "livenessProbe"} <= container.keys()
 
-    def test_secrets_are_the_ones_that_the_head_of_the_file_names(self, kuberay: list[dict[str, Any]]) -> None:
+    def test_the_file_s_comment_names_all_secrets(self, kuberay: list[dict[str, Any]]) -> None:
         text = (DEPLOY / "kuberay.yaml").read_text()
         described = text.partition("apiVersion")[0]
         for name, key in re.findall(r"secretKeyRef: \{ name: (\S+), key: (\S+) \}", text):
@@ -290,26 +293,26 @@ class TestKubernetes:
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.name)
 class TestRayUp:
-    def test_fits_rays_own_schema(self, path: Path) -> None:
+    def test_file_is_valid_for_ray_s_launcher(self, path: Path) -> None:
         config = prepare_config(yaml.safe_load(path.read_text()))
         validate_config(config)
         assert config["setup_commands"] == config["head_setup_commands"] == []
 
-    def test_secrets_are_read_before_ray_starts_and_are_not_here(self, path: Path) -> None:
+    def test_secrets_are_read_before_ray_starts_and_are_not_in_the_file(self, path: Path) -> None:
         config = yaml.safe_load(path.read_text())
         for start in (config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]):
             assert start.index(". /home/hub/karst-hub.env") < start.index("ray start")
         assert all("~" in source for source in config["file_mounts"].values())
 
 
-def test_serve_yaml_names_settings_and_no_secret() -> None:
-    (application,) = serve_config()["applications"]  # Serve's own schema: tests/hub/cluster/test_autoscaling.py
+def test_serve_yaml_has_settings_and_no_secret() -> None:
+    (application,) = serve_config()["applications"]  # tests/hub/cluster/test_ray_compat.py checks Serve's schema
     assert application["import_path"] == "hub.cluster.app:build"
     assert set(application["args"]) <= set(Settings.model_fields)
     assert not {"redis_url", "store_url"} & set(application["args"])
 
 
-def test_every_setting_that_is_named_exists() -> None:
+def test_every_setting_in_the_files_exists() -> None:
     known = {f"HUB_{name.upper()}" for name in Settings.model_fields}
     for path in [*DEPLOY.glob("*"), ROOT / "docs" / "deploy.md"]:
         if path.is_file():

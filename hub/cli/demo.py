@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..client.client import Client
-from ..local.hub import free_port, local_hub
+from ..local.hub import local_hub
+from ..local.ports import free_port
 from ..schemas import Classified
 from ..settings import Settings
 

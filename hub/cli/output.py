@@ -1,17 +1,15 @@
 """What every command of the line shares: where it prints, how it shows a result, how it says no."""
 
 import json
-import re
 import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.table import Table
 
-from ..settings import Settings
+from ..settings import InvalidSettings, Settings, load_settings
 
 # No markup: labels, paths and messages may hold brackets.
 out = Console(highlight=False, markup=False)
@@ -21,20 +19,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
 
 
 def settings(**fixed: Any) -> Settings:
-    """The environment's settings, but for what is fixed."""
+    """Return the settings of the environment, except for fixed fields; a wrong value is a usage error."""
     try:
-        return Settings(**fixed)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["loc"]:
-            name = str(first["loc"][0])
-            value = "" if name == "sources" else f"={first['input']!r}"  # a prefix may hold a password
-            variable = name if name.isupper() else f"HUB_{name.upper()}"
-            usage(f"{variable}{value}: {first['msg']}")
-        usage(f"settings: {first['msg']}")
-    except SettingsError as error:  # a list or an object that is no JSON
-        field = re.search(r'"(\w+)"', str(error))
-        usage(f'HUB_{field[1].upper() if field else "*"}: expected JSON, such as ["a", "b"]')
+        return load_settings(**fixed)
+    except InvalidSettings as error:
+        usage(str(error))
 
 
 def checked(kind: Any, **values: Any) -> Any:

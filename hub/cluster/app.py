@@ -1,4 +1,4 @@
-"""The whole hub put together: settings -> the Serve application, and one Ray cluster on this machine to run it."""
+"""Composition of the hub on Ray Serve: settings -> the Serve application, and a local Ray cluster to run it."""
 
 import logging
 from functools import partial
@@ -13,79 +13,89 @@ from ..settings import Settings
 from ..storage.store import Store
 from ..worker.prewarming import Prewarming
 from ..worker.replica import Worker
-from .autoscaling import scale
+from .autoscaling import replica_options
 from .gateway import Gateway
-from .ray_compat import ray_metrics
-from .request_router import OwnersRouter
+from .ray_compat import LOOPBACK, cpus_of_this_node, local_cluster_options, ray_metrics
+from .request_router import RendezvousRouter
 
 NAME = "karst-hub"
-GATEWAY_REQUESTS = 4096  # at once in one gateway, most of them in their tenant's line; they cost memory only
-WORKER_REQUESTS = 4096  # at once at one worker; they wait there, see `worker.TENANT_QUEUE`
-QUEUED_REQUESTS = 512  # waiting for workers in one gateway; more are told to come back
-ROUTING_STATS_S = 5.0  # how often workers tell which adapters they hold
-DRAIN_S = 60.0  # for what a replica that must go has accepted
-LOGGING = {"enable_access_log": False}  # a line a call costs more than the call's own work
-OBJECT_STORE_BYTES = 256 * 1024**2  # pixels go to workers by value; Ray's object store is hardly used
+GATEWAY_REQUESTS = 4096  # concurrent requests per gateway; most wait in their tenant's queue and cost only memory
+WORKER_REQUESTS = 4096  # concurrent calls per worker; they wait in the worker's fair queue
+QUEUED_REQUESTS = 512  # calls that wait for a worker in one gateway; the gateway refuses more with 503
+ROUTING_STATS_S = 5.0  # interval of the workers' reports of resident adapters
+DRAIN_TIMEOUT_S = 60.0  # for the accepted requests of a replica that stops
+LOGGING = {"enable_access_log": False}  # an access log line costs more time than the hub's work on a call
+OBJECT_STORE_BYTES = 256 * 1024**2  # images are passed by value; Ray's object store is hardly used
 
 
 def build(settings: Settings) -> serve.Application:
-    """The Serve application of a hub: `hub.cluster.app:build` for `serve run` and in a Serve config file.
+    """Return the Serve application of a hub: `hub.cluster.app:build` for `serve run` and in a Serve config file.
 
     Args:
-        settings: Serve makes them of `args:`, or of `key=value` on its command line; what is not there comes from the
-            environment of the node where Serve builds the application, as always. `redis_url` and `store_url` must be
-            set, since every node must reach both. `device="auto"` is decided on that node too: say `cuda` where it
-            has no GPU and the workers' nodes have.
+        settings: Serve makes them of `args:` in a config file, or of `key=value` on its command line. All others come
+            from the environment of the node where Serve builds the application. `redis_url` and `store_url` are
+            required, since every node uses both. `device="auto"` is resolved on that node too: set `cuda` if that node
+            has no GPU and the workers' nodes have one.
 
     Raises:
-        ValueError: one of them is not set.
+        ValueError: `redis_url` or `store_url` is not set.
     """
     if settings.redis_url is None or settings.store_url is None:
-        raise ValueError("redis_url and store_url must be set: every node of the cluster uses them")
-    on_gpu = settings.torch_device.startswith("cuda")
-    delays = settings.scale_up_s, settings.scale_down_s
-    worker = serve.deployment(
-        name="worker",
-        # What waits, waits at the worker: only its batcher knows whose turn it is. More is refused by the gateways.
-        max_ongoing_requests=WORKER_REQUESTS,
-        max_queued_requests=QUEUED_REQUESTS,
-        request_router_config=RequestRouterConfig(
-            request_router_class=OwnersRouter,  # type: ignore[arg-type]  # its __init__ says that all are dicts
-            request_routing_stats_period_s=ROUTING_STATS_S,  # type: ignore[arg-type]
-        ),
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if on_gpu else 0},
-        graceful_shutdown_timeout_s=DRAIN_S,
-        logging_config=LOGGING,
-        **scale(settings.min_workers, settings.max_workers, *delays, passes=True),
-    )(Worker)
-    gateway = serve.deployment(
-        name="gateway",
-        max_ongoing_requests=GATEWAY_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=DRAIN_S,
-        logging_config=LOGGING,
-        **scale(settings.min_gateways, settings.max_gateways, *delays),
-    )(Gateway)
+        raise ValueError("redis_url and store_url are required: every node of the cluster uses them")
     prewarming = Prewarming(settings.redis_url, settings.pinned)
-    workers_per_node = partial(_sharing, settings.max_workers)
-    workers = worker.bind(settings, Store(settings.store_url), prewarming, workers_per_node, ray_metrics)
+    store = Store(settings.store_url)
+    workers = serve.deployment(**worker_options(settings))(Worker).bind(
+        settings, store, prewarming, partial(_workers_per_node, settings.max_workers), ray_metrics
+    )
+    gateway = serve.deployment(**gateway_options(settings))(Gateway)
     return gateway.bind(partial(create_app, settings), workers, settings.min_workers == 0)
 
 
-def _sharing(most_workers: int) -> int:
-    """How many workers Ray may put on the node that this runs on."""
-    here = ray.get_runtime_context().get_node_id()
-    cpus = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == here)
-    return max(1, min(most_workers, int(cpus)))
+def worker_options(settings: Settings) -> dict[str, Any]:
+    """Return the Serve deployment options of the workers."""
+    on_gpu = settings.torch_device.startswith("cuda")
+    delays = settings.scale_up_s, settings.scale_down_s
+    return {
+        "name": "worker",
+        # Calls wait at the worker, since only its fair queue knows which tenant is next.
+        "max_ongoing_requests": WORKER_REQUESTS,
+        "max_queued_requests": QUEUED_REQUESTS,
+        "request_router_config": RequestRouterConfig(
+            request_router_class=RendezvousRouter,  # type: ignore[arg-type]  # Ray's stubs declare every field a dict
+            request_routing_stats_period_s=ROUTING_STATS_S,  # type: ignore[arg-type]
+        ),
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": 1 if on_gpu else 0},
+        "graceful_shutdown_timeout_s": DRAIN_TIMEOUT_S,
+        "logging_config": LOGGING,
+        **replica_options(settings.min_workers, settings.max_workers, *delays, by_passes=True),
+    }
+
+
+def gateway_options(settings: Settings) -> dict[str, Any]:
+    """Return the Serve deployment options of the gateways."""
+    delays = settings.scale_up_s, settings.scale_down_s
+    return {
+        "name": "gateway",
+        "max_ongoing_requests": GATEWAY_REQUESTS,
+        "ray_actor_options": {"num_cpus": 0},
+        "graceful_shutdown_timeout_s": DRAIN_TIMEOUT_S,
+        "logging_config": LOGGING,
+        **replica_options(settings.min_gateways, settings.max_gateways, *delays),
+    }
+
+
+def _workers_per_node(max_workers: int) -> int:
+    """Return the number of workers that Ray may place on this node; they share its CPU cores."""
+    return max(1, min(max_workers, cpus_of_this_node()))
 
 
 def start(settings: Settings) -> None:
-    """Start Ray on this machine alone, and the hub on it; returns when a worker has its backbone.
+    """Start Ray on this machine alone and the hub on it; return when a worker has loaded its backbone.
 
-    `local.ray_environment` must be in the environment before this module is imported: Ray reads it at import.
+    The variables of `local.ray_environment` must be set before this module is imported: Ray reads them at import.
 
     Raises:
-        RuntimeError: a deployment does not start; the text has its messages, tracebacks included.
+        RuntimeError: a deployment does not start; the text has the deployments' messages with their tracebacks.
         TimeoutError: Serve's proxies do not start in time.
     """
     ray.init(
@@ -95,24 +105,23 @@ def start(settings: Settings) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
-        _metrics_export_port=settings.metrics_port,
+        **local_cluster_options(settings.metrics_port),
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    # HAProxy listens where it is told and has the certificate; what stands behind it stays on the loopback interface.
-    listening: dict[str, Any] = {"host": "127.0.0.1" if settings.haproxy else settings.host, "port": settings.port}
+    # HAProxy listens on the hub's address and has its certificate; the gateways behind it stay on loopback.
+    http_options: dict[str, Any] = {"host": LOOPBACK if settings.haproxy else settings.host, "port": settings.port}
     if settings.tls_cert is not None and not settings.haproxy:
-        listening |= {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
-    serve.start(http_options=listening)
+        http_options |= {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
+    serve.start(http_options=http_options)
     try:
         serve.run(build(settings), name=NAME, route_prefix="/")
-    except RuntimeError as error:  # says that it failed; why stands in the deployments' messages
+    except RuntimeError as error:  # its text has no reason; the deployments' messages have it
         deployments = serve.status().applications[NAME].deployments.values()
         raise RuntimeError("\n".join([str(error), *(d.message for d in deployments)])) from error
 
 
 def stop() -> None:
-    """Drain and stop what `start` started."""
-    if ray.is_initialized():  # else Serve would start a cluster to stop it
-        serve.shutdown()
+    """Drain and stop the hub and the Ray cluster of `start`."""
+    if ray.is_initialized():  # otherwise Serve would start a cluster in order to stop it
+        serve.shutdown()  # type: ignore[no-untyped-call]  # Ray has no types here
         ray.shutdown()

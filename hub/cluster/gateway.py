@@ -1,8 +1,9 @@
-"""The Ray Serve ingress: the HTTP application in front, the workers behind. Deployed by `app.build`."""
+"""The Ray Serve ingress: one replica is one gateway, with the HTTP application and a handle to the workers."""
 
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import ray
@@ -18,72 +19,77 @@ from ..observability import request_context, tracing
 from ..observability.request_log import RequestMetrics
 from ..worker_api import Answer, Workers
 from .gateway_metrics import GatewayMetrics
-from .ray_compat import ray_metrics
-from .rendezvous import WARM
+from .ray_compat import LateIngress, ray_metrics
+from .rendezvous import RESIDENT_ONLY
 
 logger = logging.getLogger(__name__)
 
-READY_S = 2.0
-COLD_S = 600.0  # until a worker is there, where none need stay: a node may have to start, and load its backbone
-TRIES, PAUSE_S = 3, 0.2  # of a call whose worker dies under it, and before the next one
+READY_TIMEOUT_S = 2.0
+COLD_START_TIMEOUT_S = 600.0  # when the hub scales to zero: a node may have to start and load its backbone
+MAX_ATTEMPTS = 3  # of a call whose worker dies
+RETRY_PAUSE_S = 0.2
 
 
 class ServeWorkers:
-    """`service.Workers` over a deployment handle: an adapter's calls go to its owners while they have room."""
+    """`Workers` through a Serve deployment handle, with retries on another worker."""
 
-    def __init__(self, handle: DeploymentHandle, to_zero: bool = False) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], scale_to_zero: bool = False) -> None:
         """
         Args:
-            to_zero: there may be no worker, and that is no failure: a call waits until one has started for it.
+            scale_to_zero: the hub may have no worker. A call then waits until one has started.
         """
         self._handle = handle
-        self._to_zero = to_zero
+        self._scale_to_zero = scale_to_zero
         self._limits: BankLimits | None = None
 
     async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
         with tracing.worker_call_span(len(images)):
-            call = tenant, digest, images, weight, request_context.call_origin()
-            answers = await self._call(self._near(digest).answer, *call)
+            arguments = tenant, digest, images, weight, request_context.call_origin()
+            answers = await self._call(self._handle_for(digest).answer, *arguments)
             if isinstance(answers, Unavailable):  # this worker cannot load the adapter; another one may hold it
-                answers = await self._call(self._near(digest + WARM).answer, *call)
+                answers = await self._call(self._handle_for(digest + RESIDENT_ONLY).answer, *arguments)
             if isinstance(answers, HubError):
                 raise answers
-            return answers
+            found: list[Answer] = answers
+            return found
 
     async def prefetch(self, digest: str) -> None:
         try:
-            await self._call(self._near(digest).prefetch, digest)
+            await self._call(self._handle_for(digest).prefetch, digest)
         except HubError as error:
             logger.info("adapter %s was not prefetched: %s", digest[:12], error)
 
     async def limits(self) -> BankLimits:
-        """Asked anew each time, since the answer tells of a worker; but not where no worker need be there: what asks
-        whether the hub is ready would keep one up for ever."""
-        if not self._to_zero:
-            return await self._call(self._handle.limits, timeout_s=READY_S)
-        if self._limits is None:
-            self._limits = await self._call(self._handle.limits, timeout_s=COLD_S)
-        return self._limits
+        """Return the limits of the workers' banks; the call also shows that a worker answers.
 
-    def _near(self, digest: str) -> DeploymentHandle:
-        """A handle to the worker that has the adapter, if one has."""
-        # Not multiplexed_model_id: Serve would split batches by it, and no batch would ever mix tasks.
-        return self._handle.options(session_id=digest)
+        A hub that scales to zero asks only once: otherwise every readiness probe would keep a worker running.
+        """
+        if self._scale_to_zero and self._limits is not None:
+            return self._limits
+        timeout_s = COLD_START_TIMEOUT_S if self._scale_to_zero else READY_TIMEOUT_S
+        found: BankLimits = await self._call(self._handle.limits, timeout_s=timeout_s)
+        self._limits = found
+        return found
 
-    async def _call(self, method, *args, timeout_s: float | None = None):
-        for _ in range(TRIES - 1):
+    def _handle_for(self, key: str) -> DeploymentHandle[Any]:
+        """Return a handle whose calls are routed by this key, see `rendezvous.RoutingTable`."""
+        # Not multiplexed_model_id: Serve splits batches by it, and then no batch would mix tasks.
+        return self._handle.options(session_id=key)
+
+    async def _call(self, method: DeploymentHandle[Any], *args: object, timeout_s: float | None = None) -> Any:
+        for _ in range(MAX_ATTEMPTS - 1):
             try:
-                return await self._once(method, args, timeout_s)
-            except _Lost:  # nothing was changed by half a call, so another worker may do it again
-                await asyncio.sleep(PAUSE_S)
-        return await self._once(method, args, timeout_s)
+                return await self._call_once(method, args, timeout_s)
+            except _WorkerDied:  # calls change nothing, so another worker may repeat one
+                await asyncio.sleep(RETRY_PAUSE_S)
+        return await self._call_once(method, args, timeout_s)
 
-    async def _once(self, method, args, timeout_s: float | None):
+    async def _call_once(self, method: DeploymentHandle[Any], args: tuple[object, ...], timeout_s: float | None) -> Any:
         response = method.remote(*args)
         try:
             return await (asyncio.wait_for(response, timeout_s) if timeout_s else response)
-        except asyncio.CancelledError:  # the client went away: what waits at the worker need not be computed
-            response.cancel()
+        except asyncio.CancelledError:  # the client disconnected: the worker drops images that still wait
+            response.cancel()  # type: ignore[no-untyped-call]  # Ray has no types here
             raise
         except HubError:
             raise
@@ -92,26 +98,27 @@ class ServeWorkers:
                 raise error.cause from error
             raise
         except BackPressureError as error:
-            raise Unavailable("the workers have as many requests waiting as they take; try again") from error
+            raise Unavailable("The request queues of the workers are full. Try again later.") from error
         except (ReplicaUnavailableError, ray.exceptions.RayActorError) as error:
-            raise _Lost("the workers that had the request died; try again", retry_after_s=5) from error
+            raise _WorkerDied("The workers that had the request died. Try again.", retry_after_s=5) from error
         except (TimeoutError, DeploymentUnavailableError) as error:
-            raise Unavailable("no worker answers; one may still be loading its backbone", retry_after_s=5) from error
+            detail = "No worker answers; one may still be loading its backbone. Try again later."
+            raise Unavailable(detail, retry_after_s=5) from error
 
 
-class _Lost(Unavailable):
-    """The worker died while it had the call."""
+class _WorkerDied(Unavailable):
+    """The worker died during the call."""
 
 
 @serve.ingress()
-class Gateway:
-    """Puts `make`'s application in front of the workers."""
+class Gateway(LateIngress):
+    """Replica that serves the HTTP application in front of the workers."""
 
     def __init__(
-        self, make: Callable[[Workers, RequestMetrics], FastAPI], worker: DeploymentHandle, to_zero: bool
+        self, make_app: Callable[[Workers, RequestMetrics], FastAPI], worker: DeploymentHandle[Any], scale_to_zero: bool
     ) -> None:
-        self._make = make
-        self._workers = ServeWorkers(worker, to_zero)
+        self._make_app = make_app
+        self._workers = ServeWorkers(worker, scale_to_zero)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return self._make(self._workers, GatewayMetrics(ray_metrics()))
+    def build_asgi_app(self) -> FastAPI:
+        return self._make_app(self._workers, GatewayMetrics(ray_metrics()))

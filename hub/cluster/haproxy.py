@@ -1,128 +1,170 @@
-"""Started by Ray in HAProxy's place: HAProxy itself, with what Ray's configuration of it has no switch for.
+"""HAProxy's configuration: the hub's changes to the one that Ray generates, as a list of rules.
 
-    python haproxy.py '<JSON of Edge>' <haproxy> -db -f <haproxy.cfg> ...
+    python haproxy.py '<JSON of Frontend>' <haproxy> -db -f <haproxy.cfg> ...
 
-- Its pages of statistics and metrics, on all interfaces and unused here, are left out. The hub listens where it was
-  told, while what stands behind HAProxy stays on loopback.
-- The head of a request has 10 s: nobody holds connections by sending theirs byte by byte.
-- The gateway hears who connected (`X-Forwarded-For`), whatever the client says of that.
-- A crowd of calls with one key is refused here, where that costs microseconds: in a gateway it costs as much as an
-  answer, and others would wait for that.
-- Bodies are not spliced: after one that was, HAProxy 2.8 does not see that the client has gone, and the gateway and
-  its workers would go on with calls that nobody waits for.
-- Headers that steer Ray are Ray's own. One is set: the gateway gets the connection as it is, so that a body waits in
-  the network and not in memory until a route reads it.
-- TLS, where it is set.
+Ray starts this program in HAProxy's place. It applies `RULES` to the configuration file and then becomes HAProxy. If a
+rule finds no section or line, HAProxy does not start: the configuration of an unknown Ray could be unsafe.
 
-Each change has to find the line that it changes, else HAProxy does not start: of another Ray that writes its
-configuration in another way, nobody shall believe that it is safe. No import of the hub's: Ray starts this at each
-change of the gateways.
+The program imports only the standard library, since Ray starts it at every change of the gateways.
 """
 
 import json
 import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from string import Template
+from typing import TypeVar
 
-HEAD_S = 10
-# Calls of one key that may be under way here: as many as a gateway takes of a tenant (`assembly.TENANT_WAITING`).
-CALLS_OF_A_KEY = 512
-TOO_MANY = json.dumps(
-    {
-        "type": "urn:karst-hub:problem:limit-reached",
-        "title": "A limit of the tenant is reached",
-        "status": 429,
-        "detail": f"more than {CALLS_OF_A_KEY} calls with this key are under way; try again",
-    }
-)
-# The same as `RAY_HEADERS` and `RAY_REQUEST_ID` in `api.security_headers`.
-STEERING = ("x-request-timeout-seconds", "serve_multiplexed_model_id", "serve-multiplexed-model-id", "x-session-id")
-REQUEST_ID = "^[A-Za-z0-9_.:-]{1,128}$"
+T = TypeVar("T")
+HEAD_TIMEOUT_S = 10
 
 
 class ConfigurationError(Exception):
-    """Ray's configuration is not as this module knows it."""
+    """Ray's configuration does not have the lines that a rule changes."""
 
 
 @dataclass(frozen=True)
-class Edge:
-    """Where HAProxy listens and whom it believes.
+class Frontend:
+    """The hub's options of the HTTP frontend.
 
     Attributes:
-        host: an address, or `0.0.0.0` or `::` for all; None: where Ray's configuration says.
-        certificate: a PEM file with certificate, chain and key; None: no TLS.
-        client_ca: a PEM file; only clients with a certificate of these may connect.
-        trusted: networks of proxies in front, whose last entry of `X-Forwarded-For` is the client.
+        host: address to listen on, `0.0.0.0` or `::` for all; None: the address of Ray's configuration.
+        delete_headers: request headers that a client may not set.
+        request_id: regular expression of valid values of `x-request-id`.
+        requests_per_key: limit of concurrent requests with one API key.
+        refusal: problem document of a request over that limit, as JSON.
+        certificate: PEM file with certificate, chain and key; None: no TLS.
+        client_ca: PEM file with certificate authorities; clients then need a certificate of one of them.
+        trusted_proxies: networks of reverse proxies, whose `X-Forwarded-For` HAProxy keeps.
     """
 
     host: str | None
+    delete_headers: Sequence[str]
+    request_id: str
+    requests_per_key: int
+    refusal: str
     certificate: str | None = None
     client_ca: str | None = None
-    trusted: tuple[str, ...] = ()
+    trusted_proxies: Sequence[str] = ()
 
 
-def command(edge: Edge, haproxy: str, python: str = sys.executable) -> list[str]:
-    """The command that stands for HAProxy; Ray adds its arguments."""
-    return [python, "-I", __file__, json.dumps(asdict(edge)), haproxy]
+@dataclass(frozen=True)
+class Rule:
+    """One change of Ray's configuration.
+
+    Attributes:
+        reason: why the hub needs it.
+        section: header line of the section.
+        line: beginning of the line to change; None: the whole section is removed.
+        template: file beside this module, filled from `Frontend`, in place of the line; None: the line is removed.
+    """
+
+    reason: str
+    section: str
+    line: str | None = None
+    template: str | None = None
 
 
-def rewritten(config: str, edge: Edge) -> str:
-    """Ray's configuration as the hub wants it.
+RULES = (
+    Rule("The metrics page listens on all interfaces, and the hub does not use it.", "frontend prometheus"),
+    Rule("The statistics page listens on all interfaces, and the hub does not use it.", "listen stats"),
+    Rule(
+        "After a spliced body HAProxy 2.8 does not notice that a client disconnects: its workers would compute on.",
+        "defaults",
+        "option splice-request",
+    ),
+    Rule(
+        "Address, TLS, timeout of headers, limit per key, the client's address, headers that control Ray.",
+        "frontend http_frontend",
+        "bind ",
+        "haproxy_frontend.cfg",
+    ),
+)
+
+
+def command(frontend: Frontend, haproxy: str, python: str = sys.executable) -> list[str]:
+    """Return the command that Ray starts as HAProxy; Ray appends its arguments."""
+    return [python, "-I", __file__, json.dumps(asdict(frontend)), haproxy]
+
+
+def rewrite(config: str, frontend: Frontend, rules: Sequence[Rule] = RULES) -> str:
+    """Return Ray's configuration with all rules applied.
 
     Raises:
-        ConfigurationError: a line that has to be changed is not there exactly once.
+        ConfigurationError: a rule's section or line does not occur exactly once.
     """
-    for section in ("frontend prometheus", "listen stats"):
-        config = _replaced(config, rf"(?m)^{section}\n(?:[ \t]+\S.*(?:\n|\Z))+", "")
-    config = _replaced(config, r"(?m)^ *option splice-request\n", "")
-    return _replaced(config, r"(frontend http_frontend\n    bind )(\S+)(:\d+)\n", lambda m: _frontend(m, edge))
+    sections = _sections(config)
+    for rule in rules:
+        section = _only([s for s in sections if s[0] == rule.section], f"sections {rule.section!r}")
+        if rule.line is None:
+            sections.remove(section)
+            continue
+        found = [number for number, line in enumerate(section) if line.strip().startswith(rule.line)]
+        number = _only(found, f"lines {rule.line!r} in {rule.section!r}")
+        section[number : number + 1] = _filled(rule.template, section[number], frontend) if rule.template else []
+    return "\n".join(line for section in sections for line in section) + "\n"
 
 
-def _frontend(found: re.Match[str], edge: Edge) -> str:
-    host = found[2] if edge.host is None else f"[{edge.host}]" if ":" in edge.host else edge.host
-    tls = f" ssl crt {_quoted(edge.certificate)} ssl-min-ver TLSv1.2" if edge.certificate else ""
-    if tls and edge.client_ca:
-        tls += f" ca-file {_quoted(edge.client_ca)} verify required"
-    unless = f" unless {{ src {' '.join(edge.trusted)} }}" if edge.trusted else ""
-    lines = [
-        f"{found[1]}{host}{found[3]}{tls}",
-        f"timeout http-request {HEAD_S}s",
-        "stick-table type string len 128 size 100k expire 60s store conn_cur",
-        "http-request track-sc0 req.hdr(authorization)",
-        "http-request return status 429 content-type application/problem+json"
-        f" string '{TOO_MANY}' hdr retry-after 1 if {{ sc0_conn_cur gt {CALLS_OF_A_KEY} }}",
-        f"http-request set-header X-Forwarded-For %[src]{unless}",
-        f"http-request set-header X-Forwarded-Proto {'https' if tls else 'http'}{unless}",
-        *[f"http-request del-header {name}" for name in STEERING],
-        f"http-request del-header x-request-id unless {{ req.hdr(x-request-id) -m reg {REQUEST_ID} }}",
-        "http-request set-header x-request-disconnect-disabled ?1",
-        "http-response del-header server",
-    ]
-    return "\n    ".join(lines) + "\n"
+def _sections(config: str) -> list[list[str]]:
+    """Split a configuration; each section is its header line and the lines below it, which are indented."""
+    sections: list[list[str]] = [[]]
+    for line in config.splitlines():
+        if line[:1].strip() not in ("", "#"):
+            sections.append([])
+        sections[-1].append(line)
+    return sections if sections[0] else sections[1:]
 
 
-def _replaced(config: str, pattern: str, by: str | Callable[[re.Match[str]], str]) -> str:
-    config, count = re.subn(pattern, by, config)
-    if count != 1:
-        raise ConfigurationError(f"Ray's HAProxy configuration has {count} places like {pattern!r}, not one")
-    return config
+def _filled(template: str, bind_line: str, frontend: Frontend) -> list[str]:
+    """Return the lines of the hub's template.
+
+    Raises:
+        ConfigurationError: Ray's `bind` line has more than one address and port.
+    """
+    host, _, port = _only(bind_line.split()[1:], f"words after 'bind' in {bind_line.strip()!r}").rpartition(":")
+    if frontend.host is not None:
+        host = f"[{frontend.host}]" if ":" in frontend.host else frontend.host
+    tls = f" ssl crt {_quoted(frontend.certificate)} ssl-min-ver TLSv1.2" if frontend.certificate else ""
+    if tls and frontend.client_ca:
+        tls += f" ca-file {_quoted(frontend.client_ca)} verify required"
+    trusted = " ".join(frontend.trusted_proxies)
+    text = Template(Path(__file__).with_name(template).read_text()).substitute(
+        bind=f"{host}:{port}{tls}",
+        head_timeout_s=HEAD_TIMEOUT_S,
+        refusal=frontend.refusal,
+        requests_per_key=frontend.requests_per_key,
+        unless_trusted=f" unless {{ src {trusted} }}" if trusted else "",
+        protocol="https" if tls else "http",
+        delete_headers="\n    ".join(f"http-request del-header {name}" for name in frontend.delete_headers),
+        request_id=frontend.request_id,
+    )
+    return text.splitlines()
+
+
+def _only(found: Sequence[T], what: str) -> T:
+    if len(found) != 1:
+        raise ConfigurationError(f"Ray's HAProxy configuration has {len(found)} {what}, not one.")
+    return found[0]
 
 
 def _quoted(path: str) -> str:
-    return '"' + re.sub(r'(["\\$])', r"\\\1", path) + '"'
+    """Return a path as HAProxy reads it between double quotes."""
+    for character in '\\"$':
+        path = path.replace(character, "\\" + character)
+    return f'"{path}"'
 
 
 def main() -> None:
-    described, haproxy, *arguments = sys.argv[1:]
-    edge = Edge(**json.loads(described))
+    """Change the configuration file among the arguments, and become HAProxy."""
+    description, haproxy, *arguments = sys.argv[1:]
+    frontend = Frontend(**json.loads(description))
     path = Path(arguments[arguments.index("-f") + 1])
     try:
-        path.write_text(rewritten(path.read_text(), edge))
+        path.write_text(rewrite(path.read_text(), frontend))
     except ConfigurationError as error:
-        sys.exit(f"{error}; set HUB_HAPROXY=false, or use the version of Ray that this hub was made for")
+        sys.exit(f"{error} Set HUB_HAPROXY=false, or install the version of Ray that karst-hub requires.")
     os.execv(haproxy, [haproxy, *arguments])  # noqa: S606 (the process that Ray watches)
 
 

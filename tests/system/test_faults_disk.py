@@ -7,7 +7,7 @@ import pytest
 from adapters import load_backbone
 from hub.client.client import Client
 from hub.errors import Unavailable
-from hub.local.hub import free_port
+from hub.local.ports import free_port
 from tests.support.faults.disk import fill, small_disk
 from tests.support.faults.load import Load, Tasks
 from tests.support.models import wait_until

@@ -21,7 +21,7 @@ from PIL import Image
 from adapters import load_backbone
 from hub.client.client import Client
 from hub.errors import InvalidAdapter, InvalidImage, NotFound, TooLarge, Unauthenticated, Unavailable
-from hub.local.hub import free_port
+from hub.local.ports import free_port
 from tests.support.models import bomb_png, png, random_adapter
 
 pytestmark = pytest.mark.timeout(400)
@@ -207,7 +207,7 @@ def test_train_inspect_register_classify_on_the_command_line(served, key, tmp_pa
 
 def test_a_second_hub_is_refused_where_the_first_runs(served, home, tmp_path) -> None:
     port = httpx.URL(served.url).port
-    for other_home, message in ((home, "another hub runs in"), (tmp_path, f"cannot listen on 127.0.0.1:{port}")):
+    for other_home, message in ((home, "Another hub runs in"), (tmp_path, f"Cannot listen on 127.0.0.1:{port}")):
         environment = os.environ | {"HUB_BACKBONE": "demo", "HUB_HOME": str(other_home), "HUB_PORT": str(port)}
         done = subprocess.run([str(KARST_HUB), "serve"], env=environment, capture_output=True, text=True, timeout=60)
         assert (done.returncode, message in done.stderr) == (1, True), done.stderr

@@ -19,7 +19,7 @@ import pytest
 from adapters import load_backbone
 from hub.client.client import Client
 from hub.errors import NotFound
-from hub.local.hub import free_port
+from hub.local.ports import free_port
 from tests.support.models import png, random_adapter
 from tests.system.test_hub import KARST_HUB, Served, command, descendants, listening, serve
 

@@ -21,7 +21,8 @@ import yaml
 from adapters import Adapter, load_backbone
 from hub.client.client import Client
 from hub.local.embedded_redis import embedded_redis
-from hub.local.hub import free_port, new_admin_key
+from hub.local.hub import new_admin_key
+from hub.local.ports import free_port
 from hub.settings import Settings
 from tests.support.models import png, random_adapter, wait_until
 from tests.system.test_hub import alive, command, descendants, serve

@@ -13,7 +13,7 @@ import pytest
 from adapters import Backbone, load_backbone
 from hub.client.client import Client
 from hub.errors import HubError, LimitReached, NotFound, Unauthenticated
-from hub.local.hub import free_port
+from hub.local.ports import free_port
 from hub.schemas import LimitsChange
 from tests.support.models import png, random_adapter
 from tests.system.test_hub import Served, serve

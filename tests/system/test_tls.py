@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from hub.local.hub import free_port
+from hub.local.ports import free_port
 from tests.hub.storage.test_downloads import certificate
 from tests.support.models import wait_until
 from tests.system.test_hub import GATEWAY_PORTS, Served, descendants, listening, serve

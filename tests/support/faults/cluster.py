@@ -21,7 +21,8 @@ from adapters import Backbone
 from hub.client.client import Client
 from hub.local.bootstrap import create_first_keys
 from hub.local.embedded_redis import embedded_redis
-from hub.local.hub import free_port, ray_environment
+from hub.local.ports import free_port
+from hub.local.ray_environment import ray_environment
 from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRegistry
 from hub.registry.tenants import TenantRegistry

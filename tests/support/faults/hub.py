@@ -13,7 +13,7 @@ from pathlib import Path
 from adapters import Backbone
 from hub.client.client import Client
 from hub.errors import HubError, Unavailable
-from hub.local.hub import free_port
+from hub.local.ports import free_port
 from hub.schemas import LimitsChange
 from tests.support.faults.load import Load, RedisServer, Report, StoreServer, Tasks, replicas
 from tests.support.models import png, wait_until

@@ -23,7 +23,7 @@ from adapters import Adapter, Backbone
 from adapters.data.images import decode_image, eval_transform, normalise
 from hub.client.client import Client
 from hub.errors import HubError
-from hub.local.hub import free_port
+from hub.local.ports import free_port
 from tests.support.models import png, random_adapter, wait_until
 from tests.system.test_hub import command, descendants
 

@@ -1,0 +1,116 @@
+"""HAProxy of one node: the program that Ray starts in its place, its certificate, its drain.
+
+`main` is the command `karst-hub-haproxy`.
+"""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from ..api.security_headers import DISCONNECT_HEADER, RAY_HEADERS, RAY_REQUEST_ID
+from ..errors import LimitReached
+from ..settings import InvalidSettings, Settings, load_settings
+from .haproxy import Frontend, command
+from .ray_compat import find_haproxy
+
+DRAIN_TIMEOUT_S = 30.0  # for accepted requests, when the hub stops
+# As many as one gateway queues for a tenant, see `admission.quotas`.
+REQUESTS_PER_KEY = 512
+
+
+class HAProxyUnavailable(RuntimeError):
+    """HAProxy is not installed, or its files cannot be written."""
+
+
+def main() -> None:
+    """Become this node's HAProxy; Ray runs this where `RAY_SERVE_HAPROXY_BINARY_PATH` names it.
+
+    HAProxy listens where Serve's configuration says. TLS and trusted proxies come from the node's own settings.
+    """
+    try:
+        settings = load_settings()
+    except InvalidSettings as error:
+        print(f"karst-hub-haproxy: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        folder = settings.home / "haproxy"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        script = install_haproxy(settings, None, folder)
+    except (OSError, HAProxyUnavailable) as error:
+        sys.exit(f"karst-hub-haproxy: {error}")
+    os.execv(script, [str(script), *sys.argv[1:]])  # noqa: S606 (the process that Ray watches)
+
+
+def install_haproxy(settings: Settings, host: str | None, folder: Path) -> Path:
+    """Write the program that Ray starts as HAProxy, and return its path.
+
+    Args:
+        host: address to listen on; None: the address of Serve's configuration.
+        folder: private folder for the program and the certificate.
+
+    Raises:
+        HAProxyUnavailable: HAProxy is not installed.
+        OSError: the certificate cannot be read, or the folder cannot be written.
+    """
+    binary = find_haproxy()
+    if binary is None:
+        raise HAProxyUnavailable("HAProxy is not installed (ray[serve] has it on Linux only). Set HUB_HAPROXY=false.")
+    script = folder / "haproxy"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(command(frontend(settings, host, folder), binary))} "$@"\n')
+    script.chmod(0o700)
+    return script
+
+
+def frontend(settings: Settings, host: str | None, folder: Path) -> Frontend:
+    """Return the options of HAProxy's HTTP frontend; writes the certificate into the folder."""
+    detail = f"Too many concurrent requests with this key (limit {REQUESTS_PER_KEY}). Try again later."
+    return Frontend(
+        host=host,
+        delete_headers=[name for name in RAY_HEADERS if name != DISCONNECT_HEADER],
+        request_id=f"^{RAY_REQUEST_ID}$",
+        requests_per_key=REQUESTS_PER_KEY,
+        refusal=json.dumps(LimitReached(detail).problem()),
+        certificate=_write_certificate(settings, folder),
+        client_ca=str(settings.tls_client_ca) if settings.tls_client_ca else None,
+        trusted_proxies=settings.trusted_proxies,
+    )
+
+
+def _write_certificate(settings: Settings, folder: Path) -> str | None:
+    """Write certificate and key into one file, as HAProxy needs them, and return its path."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    both = folder / "certificate.pem"
+    both.touch(0o600)
+    both.write_bytes(settings.tls_cert.read_bytes() + b"\n" + settings.tls_key.read_bytes())
+    return str(both)
+
+
+def drain(folder: Path) -> None:
+    """Let the HAProxy of this folder close its listeners, and wait until it has answered all accepted requests.
+
+    Serve kills HAProxy without waiting. Serve's stock proxy has no such signal, so its requests are lost.
+    """
+    proc = Path("/proc")
+    numbers = [int(p.name) for p in proc.iterdir() if p.name.isdigit()] if proc.is_dir() else []
+    processes = [pid for pid in numbers if _is_haproxy(pid, folder)]
+    for pid in processes:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)  # HAProxy's soft stop
+    deadline = time.monotonic() + DRAIN_TIMEOUT_S
+    while any(_is_haproxy(pid, folder) for pid in processes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _is_haproxy(pid: int, folder: Path) -> bool:
+    """Return whether a process is HAProxy with a configuration in this folder; False on systems without /proc."""
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return arguments[0].endswith(b"/haproxy") and any(part.startswith(os.fsencode(folder)) for part in arguments)

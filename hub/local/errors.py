@@ -1,0 +1,5 @@
+"""Error of a local hub."""
+
+
+class StartError(RuntimeError):
+    """The hub cannot start on this machine; the message gives the reason and the remedy."""

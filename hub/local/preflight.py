@@ -1,0 +1,132 @@
+"""Checks before a local hub starts: each one fails in a second with one line, not in a minute with a traceback."""
+
+import asyncio
+import fcntl
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+from ..errors import Unavailable
+from ..registry.connection import RegistryConnection
+from ..registry.tenants import TenantRegistry
+from ..settings import Settings
+from ..storage.remote_sources import Sources
+from ..storage.store import Store
+from .errors import StartError
+
+DISTRIBUTION = "karst-hub"
+
+
+@contextmanager
+def locked_home(home: Path) -> Iterator[None]:
+    """Hold the lock of a hub's folder, so that no second hub uses the same embedded Redis.
+
+    Raises:
+        StartError: another hub holds it, or the folder cannot be written.
+    """
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = (home / "lock").open("w")
+    except OSError as error:
+        raise StartError(f"Cannot use HUB_HOME {home}: {error.strerror}. Choose another folder.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StartError(f"Another hub runs in {home}. Stop it, or choose another HUB_HOME.") from error
+        yield
+
+
+def check_import_names() -> None:
+    """Check that no other distribution installed a package `hub` or `adapters`: pip overwrites files silently.
+
+    Raises:
+        StartError: one did.
+    """
+    owners = packages_distributions()
+    for package in ("hub", "adapters"):
+        others = sorted(set(owners.get(package, [])) - {DISTRIBUTION})
+        if others:
+            raise StartError(
+                f"The package {package!r} also belongs to {', '.join(others)}. Uninstall that, or install "
+                f"{DISTRIBUTION} into a virtual environment of its own."
+            )
+
+
+def check_tls(settings: Settings) -> None:
+    """
+    Raises:
+        StartError: the certificate, its key or the client authorities cannot be used.
+    """
+    if settings.tls_cert is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+        if settings.tls_client_ca is not None:
+            context.load_verify_locations(settings.tls_client_ca)
+    except (OSError, ssl.SSLError) as error:
+        raise StartError(f"HUB_TLS_CERT, HUB_TLS_KEY, HUB_TLS_CLIENT_CA: {error.strerror or error}") from error
+
+
+def check_store(url: str) -> None:
+    """
+    Raises:
+        StartError: fsspec does not know the URL's scheme, or its package is not installed.
+    """
+    try:
+        Store(url)
+    except (ValueError, ImportError) as error:
+        raise StartError(f"HUB_STORE_URL={url}: {error}") from error
+
+
+def check_sources(settings: Settings) -> None:
+    """
+    Raises:
+        StartError: the package for a source's scheme is not installed.
+    """
+    try:
+        Sources(settings.sources, max_bytes=settings.max_adapter_bytes)
+    except ValueError as error:
+        raise StartError(str(error)) from error
+
+
+def check_registry(url: str) -> None:
+    """
+    Raises:
+        StartError: Redis does not answer, or an older version of the hub wrote its data.
+    """
+    try:
+        asyncio.run(_check_registry(url))
+    except ValueError as error:
+        raise StartError(f"HUB_REDIS_URL={url}: {error}") from error
+    except Unavailable as error:
+        raise StartError(f"HUB_REDIS_URL={url}: {error.detail}") from error
+
+
+async def _check_registry(url: str) -> None:
+    database = RegistryConnection(url)
+    try:
+        if await TenantRegistry(database).has_outdated_format():
+            raise StartError(
+                "An older karst-hub wrote this registry and stored keys in another form. Start with an empty registry "
+                "(another HUB_HOME, or HUB_REDIS_URL) and register the adapters again."
+            )
+    finally:
+        await database.close()
+
+
+def check_backbone(settings: Settings) -> None:
+    """Load the backbone once, so that a download is visible and an error comes once: Ray would try three times.
+
+    Raises:
+        StartError: it cannot be loaded.
+    """
+    from adapters import BackboneError, load_backbone  # torch, which reads the environment at import
+
+    try:
+        load_backbone(settings.backbone, settings.checkpoint)
+    except BackboneError as error:
+        raise StartError(str(error)) from error

@@ -1,0 +1,91 @@
+"""Checks before a local hub starts: each fault is one error that names the setting and the reason."""
+
+import socket
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from hub.local import preflight
+from hub.local.errors import StartError
+from hub.local.ports import FREE_PORTS, check_port, free_port
+from hub.settings import Settings
+
+
+def test_a_second_hub_cannot_use_a_locked_home(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with (
+        preflight.locked_home(home),
+        pytest.raises(StartError, match=f"Another hub runs in {home}. Stop it"),
+        preflight.locked_home(home),
+    ):
+        pass
+    with preflight.locked_home(home):  # the first hub has stopped
+        pass
+
+
+def test_a_home_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    home = tmp_path / "file" / "home"
+    with pytest.raises(StartError, match=f"Cannot use HUB_HOME {home}: Not a directory"), preflight.locked_home(home):
+        pass
+
+
+def test_a_port_in_use_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(StartError, match=rf"Cannot listen on 127.0.0.1:{port} \(Address already in use\)"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+
+
+def test_a_free_port_is_in_the_range_that_linux_and_ray_do_not_use() -> None:
+    port = free_port()
+    assert port in FREE_PORTS
+    check_port("127.0.0.1", port)
+
+
+def test_the_import_names_belong_to_this_distribution_alone() -> None:
+    preflight.check_import_names()
+
+
+def test_another_distribution_with_the_same_import_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {**packages_distributions(), "hub": [preflight.DISTRIBUTION, "stranger"]}
+    monkeypatch.setattr(preflight, "packages_distributions", lambda: installed)
+    with pytest.raises(StartError, match="The package 'hub' also belongs to stranger"):
+        preflight.check_import_names()
+
+
+def test_a_certificate_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    settings = Settings(tls_cert=tmp_path / "no.pem", tls_key=tmp_path / "no.key")
+    with pytest.raises(StartError, match="HUB_TLS_CERT, HUB_TLS_KEY, HUB_TLS_CLIENT_CA: No such file or directory"):
+        preflight.check_tls(settings)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/prefix", "nonsense://x"])
+def test_a_store_without_its_package_is_refused(url: str) -> None:
+    with pytest.raises(StartError, match=f"HUB_STORE_URL={url}: "):
+        preflight.check_store(url)
+
+
+def test_a_source_without_its_package_is_refused() -> None:
+    with pytest.raises(StartError, match="s3fs"):
+        preflight.check_sources(Settings(sources=("s3://bucket/",)))
+
+
+@pytest.mark.parametrize("url", ["http://host", "redis://127.0.0.1:1/0"])
+def test_a_registry_that_cannot_be_used_is_refused(url: str) -> None:
+    with pytest.raises(StartError, match=f"HUB_REDIS_URL={url}: "):
+        preflight.check_registry(url)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"backbone": "nonsense"}, "nonsense"),
+        ({"backbone": "demo", "checkpoint": Path("/no/such.safetensors")}, "such.safetensors"),
+    ],
+)
+def test_a_backbone_that_cannot_be_loaded_is_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(StartError, match=message):
+        preflight.check_backbone(Settings().model_copy(update=values))
