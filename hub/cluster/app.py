@@ -20,7 +20,7 @@ from .request_router import OwnersRouter
 
 NAME = "karst-hub"
 GATEWAY_REQUESTS = 4096  # at once in one gateway, most of them in their tenant's line; they cost memory only
-WORKER_REQUESTS = 4096  # at once at one worker; they wait there, see `worker.TENANT_QUEUE`
+WORKER_REQUESTS = 4096  # at once at one worker; they wait there, see `quotas.WORKER_IMAGES_QUEUED`
 QUEUED_REQUESTS = 512  # waiting for workers in one gateway; more are told to come back
 ROUTING_STATS_S = 5.0  # how often workers tell which adapters they hold
 DRAIN_S = 60.0  # for what a replica that must go has accepted

@@ -34,7 +34,7 @@ from ..registry.audit import OPERATOR
 from ..registry.connection import Database
 from ..registry.tenants import ADMIN, Tenants
 from ..settings import Settings
-from ..storage.remote_sources import Sources
+from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
 from .embedded_redis import embedded_redis, url_of_running
 
@@ -313,7 +313,7 @@ def _check_store(url: str) -> None:
 
 def _check_sources(settings: Settings) -> None:
     try:
-        Sources(settings.sources, max_bytes=settings.max_adapter_bytes)
+        RemoteSources(settings.sources, max_bytes=settings.max_adapter_bytes)
     except ValueError as error:
         raise StartError(str(error)) from error
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from ..admission.quotas import API_KEYS
 from ..errors import Conflict, InvalidRequest, LimitReached, NotFound, Unauthenticated
 from ..schemas import Counted, KeyInfo, LimitsChange, NewKey, TenantInfo, TenantLimits, Usage, UsedNow
 from .audit import Actor
@@ -22,7 +23,6 @@ from .scripts import DELETE_TENANT
 
 KEY_PREFIX = "kh_"
 ADMIN, OWNER, CALLER = "admin", "owner", "caller"
-MOST_KEYS = 1000  # of a tenant
 
 # ARGV: tenant, entry, JSON of the tenant
 _CREATE = """
@@ -255,11 +255,11 @@ class Tenants:
         record = KeyRecord(hash_key(key), tenant, role, name, _now(), until)
         entry = by.entry(tenant, "key.create", id=key_id(key), role=role, name=name, expires=until)
         body = json.dumps(asdict(record))
-        done = await self._change(_ADD_KEY, tenant, entry, key_id(key), body, MOST_KEYS, until or "")
+        done = await self._change(_ADD_KEY, tenant, entry, key_id(key), body, API_KEYS, until or "")
         if done == "absent":
             raise tenant_not_found(tenant)
         if done == "full":
-            raise LimitReached(f"there are {MOST_KEYS} keys already; revoke some first", retry_after_s=60)
+            raise LimitReached(f"there are {API_KEYS} keys already; revoke some first", retry_after_s=60)
         if done == "ends":
             message = "there is no admin key that never ends; make one without `expires` first"
             raise Conflict.at("expires", message)

@@ -103,7 +103,7 @@ def test_a_wrong_source_is_refused_at_the_start_without_its_password() -> None:
 
 def test_what_cannot_work_is_said_before_ray_starts(tmp_path) -> None:
     for variable, value, message in (
-        ("HUB_SOURCES", '["s3://bucket/"]', "error: HUB_SOURCES has a prefix of s3://, but: Install s3fs"),
+        ("HUB_SOURCES", '["s3://bucket/"]', "error: HUB_SOURCES: s3:// needs another package: Install s3fs"),
         ("HUB_CHECKPOINT", str(tmp_path / "no.safetensors"), "no.safetensors"),
         ("HUB_BACKBONE", "nonsense", "error: cannot load pretrained weights of backbone 'nonsense'"),
     ):
