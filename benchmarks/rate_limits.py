@@ -8,7 +8,7 @@
 its body is read, its images after) and one release, which no client waits for.
 
 Each way runs against three real redis-servers: the hub's embedded one (unix socket, fsync of each write), the same with
-fsync each second, and one on a TCP port of the loopback interface (fsync each second). All cells take turns in every
+fsync each second, and one on a TCP port of the loopback interface (fsync each second). All cells run once in every
 round, one call after another, in one process on one event loop. Latency is the time that one call waits for its checks;
 processor time is that of this process, which is the gateway's. Figures are medians over the rounds, with quartiles.
 
@@ -128,7 +128,7 @@ class RedisLimiter:
             release.add_done_callback(self._releases.discard)
 
     async def settle(self) -> None:
-        """Wait for releases that are under way."""
+        """Wait for releases that still run."""
         await asyncio.gather(*self._releases)
 
     async def _check(self, info: TenantInfo, requests: int, images: int) -> None:
