@@ -68,7 +68,7 @@ class ClassificationService:
             LimitReached: a limit of the tenant.
             Unavailable: no worker answers, or the adapter cannot be loaded in time.
         """
-        chosen = _choose(await self._visible(caller, name), version, canary)
+        chosen = choose_version(await self._visible(caller, name), version, canary)
         request_context.note_task(name, chosen.version, chosen.digest)
         tenant, count = caller.tenant, len(images)
         async with self._limiter.images(tenant, count) as weight, self._images.acquire(tenant, count):
@@ -115,7 +115,7 @@ class ClassificationService:
         Raises:
             HubError: any error of `predict`; its field names the input.
         """
-        chosen = [_choose(await self._visible(caller, x.task), x.version, canary) for x in inputs]
+        chosen = [choose_version(await self._visible(caller, x.task), x.version, canary) for x in inputs]
         # One call per adapter: a worker batches the images of one call at once. Results return to the inputs' order.
         members = defaultdict(list)
         for i, c in enumerate(chosen):
@@ -168,7 +168,7 @@ class ClassificationService:
         Raises:
             NotFound: the caller sees no such task or version.
         """
-        return _choose(await self._described(caller, name), reference)
+        return choose_version(await self._described(caller, name), reference)
 
     async def limits(self) -> BankLimits:
         """Return the limits of the workers' banks; cached after the first reply.
@@ -241,7 +241,7 @@ def best(labels: Sequence[str], probabilities: np.ndarray, top_k: int) -> list[P
     return [Prediction(label=labels[i], score=float(probabilities[i])) for i in order]
 
 
-def _choose(task: Task, reference: str, canary: str | None = None) -> VersionInfo:
+def choose_version(task: Task, reference: str, canary: str | None = None) -> VersionInfo:
     """Return the version of a number or an alias. If an alias has several versions, draw one by weight.
 
     The draw is random, or a hash of `canary`. Versions divide the range from 0 to the sum of weights in order, so a
