@@ -138,6 +138,26 @@ def parse_prefixes(prefixes: Iterable[str], object_stores: Collection[str] = OBJ
     return tuple(urls)
 
 
+def permitted(
+    source: str, prefixes: Sequence[SourceURL], object_stores: Collection[str] = OBJECT_STORES
+) -> tuple[SourceURL, SourceURL]:
+    """Parse a reference and return it with the shortest prefix that covers it. Does no input or output.
+
+    Raises:
+        InvalidRequest: not the valid spelling of a file below a prefix.
+    """
+    if not prefixes:
+        raise _refused("this hub reads no sources: its operator lists no prefix in HUB_SOURCES")
+    try:
+        url = SourceURL.parse(source, object_stores)
+    except ValueError as error:
+        raise _refused(str(error)) from error
+    covering = [prefix for prefix in prefixes if url.is_below(prefix)]
+    if not covering or url.folder:
+        raise _refused("not a file below a prefix that the operator lists in HUB_SOURCES")
+    return url, min(covering, key=lambda prefix: len(prefix.parts))
+
+
 class RemoteSources:
     """Reader of adapter files below the allowed prefixes. Its calls block; run them in a thread pool."""
 
@@ -187,17 +207,8 @@ class RemoteSources:
             TooLarge: the file has more than `max_bytes`.
             Unavailable: the source does not answer in time.
         """
-        if not self._allowed:
-            raise _refused("this hub reads no sources: its operator lists no prefix in HUB_SOURCES")
-        try:
-            url = SourceURL.parse(source, self._object_stores)
-        except ValueError as error:
-            raise _refused(str(error)) from error
-        prefixes = [p for p in self._allowed if url.is_below(p)]
-        if not prefixes or url.folder:
-            raise _refused("not a file below a prefix that the operator lists in HUB_SOURCES")
+        url, widest = permitted(source, self._allowed, self._object_stores)
         if url.scheme == "file":
-            widest = min(prefixes, key=lambda p: len(p.parts))
             data = _read_below("/" + "/".join(widest.parts), url.parts[len(widest.parts) :], self._max_bytes + 1)
         elif url.scheme == "https":
             data = self._download(url)

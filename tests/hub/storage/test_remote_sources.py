@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from hub.errors import HubError, InvalidRequest, TooLarge, Unavailable
-from hub.storage.remote_sources import RemoteSources, parse_prefixes
+from hub.storage.remote_sources import RemoteSources, parse_prefixes, permitted
 
 DATA = b"adapter" * 100
 ALLOWED = (
@@ -20,6 +20,7 @@ ALLOWED = (
     "hf://org/repo@v1/",
     "file:///srv/adapters",
 )
+PREFIXES = parse_prefixes(ALLOWED)
 
 
 def refusal(sources: RemoteSources, source: str, kind: type[HubError] = InvalidRequest) -> str:
@@ -28,20 +29,6 @@ def refusal(sources: RemoteSources, source: str, kind: type[HubError] = InvalidR
     if kind is not Unavailable:
         assert [e.field for e in caught.value.errors] == ["source"]
     return caught.value.detail
-
-
-@pytest.fixture
-def looked_at(monkeypatch: pytest.MonkeyPatch) -> RemoteSources:
-    """Sources that return a constant for every reference that passes the prefixes."""
-
-    def seen(*_args: object) -> bytes:
-        return b"looked"
-
-    monkeypatch.setattr("hub.storage.remote_sources._read_below", seen)
-    monkeypatch.setattr(RemoteSources, "_download", seen)
-    monkeypatch.setattr(RemoteSources, "_read_object", seen)
-    monkeypatch.setattr(fsspec, "get_filesystem_class", seen)  # neither s3fs nor gcsfs is needed
-    return RemoteSources(ALLOWED, max_bytes=1000)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +43,9 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> RemoteSources:
         "file:///srv/adapters/deep/er/a.safetensors",
     ],
 )
-def test_reference_is_read_when_it_is_below_a_prefix(looked_at: RemoteSources, source: str) -> None:
-    assert looked_at.fetch(source) == b"looked"
+def test_reference_is_permitted_when_it_is_below_a_prefix(source: str) -> None:
+    url, prefix = permitted(source, PREFIXES)
+    assert url.is_below(prefix)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +108,26 @@ def test_reference_is_read_when_it_is_below_a_prefix(looked_at: RemoteSources, s
         "ftp://adapters.example/v1/a",
     ],
 )
-def test_reference_is_refused_before_any_look_up_when_no_prefix_covers_it(
-    looked_at: RemoteSources, source: str
-) -> None:
-    assert "secret" not in refusal(looked_at, source)
+def test_reference_is_refused_when_no_prefix_covers_it(source: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        permitted(source, PREFIXES)
+    assert [e.field for e in caught.value.errors] == ["source"]
+    assert "secret" not in caught.value.detail
+
+
+def test_permitted_prefix_is_the_shortest_one() -> None:
+    _, prefix = permitted("hf://org/repo@v1/a", PREFIXES)
+    assert str(prefix) == "hf://org/repo@v1/"  # only a prefix may name a revision
+    _, prefix = permitted("file:///srv/adapters/a", parse_prefixes(["file:///srv/adapters/", "file:///srv/"]))
+    assert str(prefix) == "file:///srv/"
+
+
+def test_fetch_refuses_a_file_outside_the_prefixes_without_opening_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")  # opening it would block
+    (tmp_path / "adapters").mkdir()
+    sources = RemoteSources([f"file://{tmp_path}/adapters/"], max_bytes=1000)
+    outside = {refusal(sources, f"file://{tmp_path}/{name}") for name in ("fifo", "absent")}
+    assert outside == {"source: not a file below a prefix that the operator lists in HUB_SOURCES"}
 
 
 @pytest.mark.parametrize(
