@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 from adapters import Adapter, Backbone, Bank, KarstConfig, Slot, load_backbone
 from adapters.backbone import DEMO_NAME, create_model, features
 from adapters.data.images import normalise_for, preprocess_of
-from hub.services.image_decoding import Images
+from hub.services.image_decoding import ImageDecoder
 from hub.settings import Settings
 
 from .common import random_adapter
@@ -182,16 +182,18 @@ def _decoded(name: str, data: Sequence[bytes], threads: int) -> list[np.ndarray]
     """By the gateway's own code, in threads as there."""
     loop, images = _decoder(threads)
     preprocess = preprocess_of(_backbone(name))
-    return loop.run_until_complete(images.pixels("tenant", [(str(i), one, preprocess) for i, one in enumerate(data)]))
+    return loop.run_until_complete(images.decode("tenant", [(str(i), one, preprocess) for i, one in enumerate(data)]))
 
 
 @lru_cache
-def _decoder(threads: int) -> tuple[asyncio.AbstractEventLoop, Images]:
+def _decoder(threads: int) -> tuple[asyncio.AbstractEventLoop, ImageDecoder]:
     limits = Settings()
     executor = ThreadPoolExecutor(threads)
     # Of one tenant one image fewer is decoded at a time than of all.
-    images = Images(executor, at_once=threads + 1, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
-    return asyncio.new_event_loop(), images
+    decoder = ImageDecoder(
+        executor, threads=threads + 1, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels
+    )
+    return asyncio.new_event_loop(), decoder
 
 
 @torch.inference_mode()

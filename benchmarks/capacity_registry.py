@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import multiprocessing
 import statistics
 import tempfile
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 import redis
 
-from hub.admission.rate_limits import _SETTLE, _TAKE
+from hub.admission.rate_limits import NAMES
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
 from hub.registry.connection import RegistryConnection
 from hub.registry.events import EventLog
+from hub.registry.scripts import LEASES
 from hub.registry.status import StatusBoard
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
@@ -136,7 +138,9 @@ def registry() -> dict[str, Any]:
                 lambda i: TaskRegistry(db).set_alias(OPERATOR, TENANT, f"task-{i}", "x", {1: 1})
             ),
             "settle a tenant's counts": lambda db: (
-                lambda i: db.evaluate(_SETTLE, TENANT, f"gateway{i % 300}", "8:0", i + 1, made, *COUNTS)
+                lambda i: db.evaluate(
+                    LEASES.text, "settle", _settlement(TENANT, made, f"gateway{i % 300}", batch=i + 1, permits=8)
+                )
             ),
             "note 64 busy adapters": lambda db: (
                 lambda i: StatusBoard(db).record_digests([f"{i * 64 + k:064d}" for k in range(64)], time.time())
@@ -157,9 +161,23 @@ COUNTS = "requests:1", "images:1"
 def _takes(of: TenantInfo, gateways: int) -> Callable[[RegistryConnection], Callable[[int], Awaitable[Any]]]:
     """Tokens and permits of a tenant, for each of so many gateways in turn."""
     limits = NO_LIMITS.model_dump()
-    rates = [limits[name] for name in ("requests_per_second", "images_per_second", "images_in_flight")]
-    needed = 1, 0, 0, 1, 0, 0, 0, 0
-    return lambda db: lambda i: db.evaluate(_TAKE, of.tenant, f"{i % gateways}", *rates, *needed, of.created)
+    lot = {"requests": 1, "images": 0, "permits": 0}
+    argument = {
+        "limits": {name: limits[name] for name in NAMES},
+        "needed": lot,
+        "wanted": lot,
+        "permits": 0,
+        "in_flight": 0,
+        "tenant": of.tenant,
+        "created": of.created,
+        "expiry_ms": 10_000,
+    }
+    return lambda db: lambda i: db.evaluate(LEASES.text, "take", json.dumps(argument | {"gateway": f"{i % gateways}"}))
+
+
+def _settlement(tenant: str, created: str, gateway: str, *, batch: int, permits: int) -> str:
+    argument = {"permits": permits, "in_flight": 0, "batch": batch, "counts": {"requests": 1, "images": 1}}
+    return json.dumps(argument | {"tenant": tenant, "created": created, "gateway": gateway, "expiry_ms": 10_000})
 
 
 def events() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Who calls: from an API key to its tenant and role."""
+"""Authentication: from an API key to its tenant and role, and the checks of that role."""
 
 import time
 from dataclasses import dataclass
@@ -9,109 +9,115 @@ from ..registry.cache import RegistryCache
 from ..registry.keys import ADMIN, OWNER, key_id
 from ..registry.models import task_not_found
 from ..registry.tenants import tenant_not_found
-from .rate_limits import Limiter
+from .rate_limits import RateLimiter
 
 
 @dataclass(frozen=True)
 class Caller(Actor):
-    """Whoever sent a request: a key with its role, and its tenant; an admin key has none (`''`)."""
+    """Sender of a request: its key, role, address and tenant. An admin key has no tenant (`''`)."""
 
     tenant: str
 
-    def place(self, name: str) -> tuple[str, str]:
-        """`task` or `tenant:task` -> whose, and its name there."""
+    def resolve(self, name: str) -> tuple[str, str]:
+        """Return the owner and the task of a name: `task` is the caller's own, `tenant:task` any tenant's."""
         owner, _, task = name.rpartition(":")
         return owner or self.tenant, task
 
-    def own(self, name: str) -> str:
-        """The name of a task that this caller's tenant owns, if there is one.
+    def own_task(self, name: str) -> str:
+        """Return the task of a name that belongs to the caller's tenant; the task may not exist.
 
         Raises:
-            NotFound: another tenant's, shared or not.
+            NotFound: the name belongs to another tenant, whether that tenant shares the task or not.
         """
-        owner, task = self.place(name)
+        owner, task = self.resolve(name)
         if owner != self.tenant:
             raise task_not_found(name)
         return task
 
-    def must_have_tenant(self) -> None:
-        """
+    def require_tenant(self) -> None:
+        """Refuse admin keys.
+
         Raises:
-            Forbidden: an admin's key.
+            Forbidden: the key is an admin key.
         """
         if not self.tenant:
-            raise Forbidden("an admin key has no tasks; use a key of the tenant that owns them")
+            raise Forbidden("An admin key has no tasks. Use a key of the tenant that owns them.")
 
-    def must_own(self) -> None:
-        """
+    def require_owner(self) -> None:
+        """Refuse keys that may only classify, and admin keys.
+
         Raises:
-            Forbidden: the key may only classify, or it is an admin's.
+            Forbidden: the key is not an owner's key.
         """
-        self.must_have_tenant()
+        self.require_tenant()
         if self.role != OWNER:
-            raise Forbidden(f"a key with role {self.role!r} may only classify; use a key with role {OWNER!r}")
+            raise Forbidden(f"A key with role {self.role!r} may only classify. Use a key with role {OWNER!r}.")
 
-    def must_be_admin(self) -> None:
-        """
+    def require_admin(self) -> None:
+        """Refuse keys of tenants.
+
         Raises:
-            Forbidden: a tenant's key.
+            Forbidden: the key is not an admin key.
         """
         if self.role != ADMIN:
-            raise Forbidden("only an admin key may do this")
+            raise Forbidden("Only an admin key may do this.")
 
-    def must_manage(self, tenant: str) -> None:
-        """
+    def require_manager(self, tenant: str) -> None:
+        """Refuse every key but an admin key or an owner's key of this tenant.
+
         Raises:
-            NotFound: a tenant's key, and another tenant: the answer for one that is not there.
+            NotFound: a key of another tenant; a tenant that does not exist gets the same answer.
             Forbidden: a key of this tenant that may only classify.
         """
         if self.role == ADMIN:
             return
         if self.tenant != tenant:
             raise tenant_not_found(tenant)
-        self.must_own()
+        self.require_owner()
 
 
-class Access:
-    """Resolves the `Authorization` header of a request."""
+class Authenticator:
+    """Resolver of the `Authorization` header."""
 
-    def __init__(self, cache: RegistryCache, limiter: Limiter) -> None:
+    def __init__(self, cache: RegistryCache, limiter: RateLimiter) -> None:
         self._cache = cache
         self._limiter = limiter
 
-    async def caller(self, authorization: str | None, address: str) -> Caller:
-        """
+    async def authenticate(self, authorization: str | None, address: str) -> Caller:
+        """Return the caller of a request and count the request against its tenant's rate limit.
+
         Args:
-            address: the sender's, for the audit.
+            authorization: value of the `Authorization` header.
+            address: the client's address, for the audit.
 
         Raises:
-            Unauthenticated: no bearer key, one that the hub does not know, or one whose time is over.
-            LimitReached: the tenant has had its requests of this second.
-            Unavailable: a key that is new here, while the registry does not answer.
+            Unauthenticated: the header has no bearer key, or the key is unknown or expired.
+            LimitReached: the tenant's limit of requests per second.
+            Unavailable: the gateway does not know the key, and the registry does not answer.
         """
         scheme, _, key = (authorization or "").partition(" ")
         key = key.strip()
         if scheme.lower() != "bearer" or not key:
-            raise Unauthenticated("send the header `Authorization: Bearer <key>`")
+            raise Unauthenticated("Send the header `Authorization: Bearer <key>`.")
         record = await self._cache.key(key)
         if record is None:
-            raise Unauthenticated("the hub does not know this key")
+            raise Unauthenticated("The API key is unknown. Check it, or ask the owner of the tenant for a new key.")
         now_s = time.time()
         if record.is_expired(now_s):
-            raise Unauthenticated(f"the key's time was over at {record.expires}; ask for a new one")
+            raise Unauthenticated(f"The API key expired at {record.expires}. Ask for a new key.")
         id = key_id(key)
         self._limiter.note_key(id, now_s)
         if record.tenant:
             await self._limiter.request(record.tenant)
         return Caller(id, record.name, record.role, address, record.tenant)
 
-    async def still(self, authorization: str) -> None:
-        """For a request whose body took its time.
+    async def recheck(self, authorization: str) -> None:
+        """Check a key again after a request's body has arrived, which may take minutes.
 
         Raises:
-            Unauthenticated: the key was revoked meanwhile, or its time is over.
-            Unavailable: the registry does not answer, and the key is not known here.
+            Unauthenticated: the key was revoked or has expired since `authenticate`.
+            Unavailable: the gateway does not know the key, and the registry does not answer.
         """
         record = await self._cache.key(authorization.partition(" ")[2].strip())
         if record is None or record.is_expired(time.time()):
-            raise Unauthenticated("the key ended while its request came in")
+            raise Unauthenticated("The API key was revoked or expired while the request body arrived.")

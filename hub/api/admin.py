@@ -27,7 +27,7 @@ from ..schemas import (
     TenantList,
     Usage,
 )
-from ..services.administration import Administration
+from ..services.administration import AdministrationService
 from .bodies import JSON, MAX_CHANGE_BYTES, RequestBody, parse_json
 from .dependencies import CallerDependencies
 from .openapi import BINARY, request_body, schema_of
@@ -39,7 +39,7 @@ After = Annotated[str, Query(pattern=r"^[0-9]{1,15}(-[0-9]{1,10})?$", descriptio
 Count = Annotated[int, Query(ge=1, le=1000)]
 
 
-def add_admin_routes(api: FastAPI, administration: Administration, dependencies: CallerDependencies) -> None:
+def add_admin_routes(api: FastAPI, administration: AdministrationService, dependencies: CallerDependencies) -> None:
     """Add the routes to an application."""
     tenants = administration.tenants
     AnyCaller = Annotated[Caller, Depends(dependencies.any_caller)]
@@ -48,7 +48,7 @@ def add_admin_routes(api: FastAPI, administration: Administration, dependencies:
     Body = Annotated[RequestBody, Depends(dependencies.body)]
 
     async def manager(caller: AnyCaller, tenant: TenantName) -> Caller:
-        caller.must_manage(tenant)
+        caller.require_manager(tenant)
         return caller
 
     Manager = Annotated[Caller, Depends(manager)]
@@ -147,4 +147,4 @@ def add_admin_routes(api: FastAPI, administration: Administration, dependencies:
     )
     async def collect(caller: Admin, body: Body) -> Collected:
         options = parse_json(GcRequest, await body.read(MAX_CHANGE_BYTES) or b"{}")
-        return await administration.collect(caller, options.older_than_s)
+        return await administration.collect_garbage(caller, options.older_than_s)

@@ -2,19 +2,20 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Lifespan
 
-from ..admission.authentication import Access
-from ..admission.rate_limits import Limiter
-from ..concurrency import Turns
+from ..admission.authentication import Authenticator
+from ..admission.quotas import GATEWAY_CALLS, GATEWAY_CALLS_QUEUED
+from ..admission.rate_limits import RateLimiter
+from ..concurrency import TenantConcurrencyLimit
 from ..errors import Unavailable
 from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
@@ -26,12 +27,12 @@ from ..registry.keys import KeyRegistry
 from ..registry.status import StatusBoard
 from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
-from ..services.administration import Administration
-from ..services.classification import Service
-from ..services.image_decoding import Images
-from ..services.registration import Changes
+from ..services.administration import AdministrationService
+from ..services.classification import ClassificationService
+from ..services.image_decoding import ImageDecoder
+from ..services.registration import RegistrationService
 from ..settings import Settings
-from ..storage.remote_sources import Sources
+from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
 from ..worker_api import Workers
 from . import openapi
@@ -44,10 +45,7 @@ from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEA
 from .tasks import add_classify_routes, add_health_routes, add_task_routes
 from .upload_guard import BodyMemory, HeaderLimitsMiddleware, UploadGuardMiddleware
 
-T = TypeVar("T")
 SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
-TENANT_CALLS = 64
-TENANT_WAITING = 448
 
 
 class GatewayAPI(FastAPI):
@@ -117,8 +115,8 @@ def create_app(
     workers: Workers,
     metrics: RequestMetrics | None = None,
     *,
-    tenant_calls: int = TENANT_CALLS,
-    tenant_waiting: int = TENANT_WAITING,
+    tenant_calls: int = GATEWAY_CALLS,
+    tenant_waiting: int = GATEWAY_CALLS_QUEUED,
 ) -> GatewayAPI:
     """Return one gateway's HTTP application with all its collaborators. `state.cache` is its registry cache.
 
@@ -137,37 +135,34 @@ def create_app(
     decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode")
     executor = ThreadPoolExecutor(threads, "gateway")
 
-    def off_loop(function: Callable[..., T], *args: Any) -> Awaitable[T]:
-        return asyncio.get_running_loop().run_in_executor(executor, function, *args)
-
     database = RegistryConnection(str(settings.redis_url))
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
     store = Store(str(settings.store_url))
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))
-    limiter = Limiter(database, cache, keys)
-    service = Service(
+    limiter = RateLimiter(database, cache, keys)
+    service = ClassificationService(
         registry=registry,
         cache=cache,
         limiter=limiter,
-        images=Images(
+        decoder=ImageDecoder(
             decoders,
-            at_once=threads,
-            spare=threads * SPARE_DECODERS,
+            threads=threads,
+            spare_threads=threads * SPARE_DECODERS,
             max_bytes=settings.max_image_bytes,
             max_pixels=settings.max_image_pixels,
         ),
         workers=workers,
     )
-    changes = Changes(
+    changes = RegistrationService(
         registry=registry,
         cache=cache,
         store=store,
-        sources=Sources(settings.sources, max_bytes=settings.max_adapter_bytes),
-        service=service,
-        off_loop=off_loop,
+        sources=RemoteSources(settings.sources, max_bytes=settings.max_adapter_bytes),
+        classification=service,
+        executor=executor,
         max_adapter_bytes=settings.max_adapter_bytes,
     )
-    administration = Administration(
+    administration = AdministrationService(
         registry=registry,
         tenants=tenants,
         keys=keys,
@@ -175,8 +170,8 @@ def create_app(
         status=StatusBoard(database),
         cache=cache,
         store=store,
-        changes=changes,
-        off_loop=off_loop,
+        registration=changes,
+        executor=executor,
         max_adapter_bytes=settings.max_adapter_bytes,
     )
 
@@ -197,8 +192,8 @@ def create_app(
             tracing.stop()
 
     api = GatewayAPI(settings, metrics, lifespan)
-    dependencies = CallerDependencies(Access(cache, limiter))
-    limit = Turns(tenant_calls, tenant_calls + tenant_waiting)
+    dependencies = CallerDependencies(Authenticator(cache, limiter))
+    limit = TenantConcurrencyLimit(tenant_calls, tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)
     add_task_routes(api, service, changes, dependencies, max_adapter_bytes=settings.max_adapter_bytes)

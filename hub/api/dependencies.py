@@ -9,7 +9,7 @@ from fastapi import Depends, Header, Path, Query, Request, Response, Security
 from fastapi.dependencies.models import Dependant
 from fastapi.security import HTTPBearer
 
-from ..admission.authentication import Access, Caller
+from ..admission.authentication import Authenticator, Caller
 from ..errors import FieldProblem
 from ..observability import request_context
 from ..schemas import NAME_PATTERN, TASK_PATTERN
@@ -18,7 +18,7 @@ from .bodies import RequestBody
 from .problems import invalid_fields
 from .upload_guard import claim_body
 
-# For the OpenAPI document only. `Access` reads the header, because FastAPI's own errors are not problems.
+# For the OpenAPI document only. `Authenticator` reads the header, because FastAPI's own errors are not problems.
 BEARER = HTTPBearer(auto_error=False)
 
 TaskName = Annotated[str, Path(pattern=TASK_PATTERN, description="`task`, or `tenant:task` of another tenant")]
@@ -40,28 +40,28 @@ CanaryKey = Annotated[
 class CallerDependencies:
     """FastAPI dependencies that authenticate the caller, check its role, or give its body."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, authenticator: Authenticator) -> None:
         async def any_caller(request: Request, _bearer: Annotated[object, Security(BEARER)]) -> Caller:
-            caller = await access.caller(request.headers.get("authorization"), client_address(request))
+            caller = await authenticator.authenticate(request.headers.get("authorization"), client_address(request))
             claim_body(request.scope, caller.tenant)
             request_context.note_tenant(caller.tenant)
             _refuse_unknown_query(request)
             return caller
 
         async def tenant_caller(caller: Annotated[Caller, Depends(any_caller)]) -> Caller:
-            caller.must_have_tenant()
+            caller.require_tenant()
             return caller
 
         async def owner(caller: Annotated[Caller, Depends(any_caller)]) -> Caller:
-            caller.must_own()
+            caller.require_owner()
             return caller
 
         async def admin(caller: Annotated[Caller, Depends(any_caller)]) -> Caller:
-            caller.must_be_admin()
+            caller.require_admin()
             return caller
 
         async def body(request: Request, _caller: Annotated[Caller, Depends(any_caller)]) -> RequestBody:
-            return RequestBody(request, partial(access.still, request.headers["authorization"]))
+            return RequestBody(request, partial(authenticator.recheck, request.headers["authorization"]))
 
         self.any_caller, self.tenant_caller, self.owner, self.admin = any_caller, tenant_caller, owner, admin
         self.body = body

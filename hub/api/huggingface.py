@@ -8,9 +8,9 @@ from pydantic_core import PydanticCustomError
 from starlette.concurrency import run_in_threadpool
 
 from ..admission.authentication import Caller
-from ..concurrency import Turns
+from ..concurrency import TenantConcurrencyLimit
 from ..schemas import LATEST, Prediction
-from ..services.classification import Service
+from ..services.classification import ClassificationService
 from .bodies import JSON, NamedImage, RequestBody, decode_base64, parse_json
 from .dependencies import CallerDependencies, CanaryKey, QueryVersion, TaskName, add_batch_headers
 from .openapi import BINARY, request_body, schema_of
@@ -45,9 +45,9 @@ class HuggingFaceBody(BaseModel):
 
 def add_huggingface_routes(
     api: FastAPI,
-    service: Service,
+    service: ClassificationService,
     dependencies: CallerDependencies,
-    concurrency_limit: Turns,
+    concurrency_limit: TenantConcurrencyLimit,
     *,
     max_request_bytes: int,
 ) -> None:
@@ -73,7 +73,7 @@ def add_huggingface_routes(
         version: QueryVersion = LATEST,
         canary: CanaryKey = None,
     ) -> list[Prediction]:
-        async with concurrency_limit.turn(caller.tenant):
+        async with concurrency_limit.acquire(caller.tenant):
             data = await body.read_decompressed(max_request_bytes)
             is_json = body.content_type == JSON
             image, top_k = await run_in_threadpool(_parse, data) if is_json else (("body", data), DEFAULT_TOP_K)

@@ -9,10 +9,10 @@ from pydantic import BaseModel, StringConstraints
 from starlette.concurrency import run_in_threadpool
 
 from ..admission.authentication import Caller
-from ..concurrency import Turns
+from ..concurrency import TenantConcurrencyLimit
 from ..errors import InvalidRequest
 from ..schemas import LATEST
-from ..services.classification import Service
+from ..services.classification import ClassificationService
 from .bodies import JSON, RequestBody, parse_json
 from .dependencies import CallerDependencies, CanaryKey, TaskName, add_batch_headers
 from .oip_tensors import (
@@ -60,9 +60,9 @@ class ServerInfo(BaseModel):
 
 def add_oip_routes(
     api: FastAPI,
-    service: Service,
+    service: ClassificationService,
     dependencies: CallerDependencies,
-    concurrency_limit: Turns,
+    concurrency_limit: TenantConcurrencyLimit,
     *,
     max_request_bytes: int,
 ) -> None:
@@ -76,7 +76,7 @@ def add_oip_routes(
     _add_infer_routes(api, service, dependencies, concurrency_limit, max_request_bytes)
 
 
-def _add_metadata_routes(api: FastAPI, service: Service, dependencies: CallerDependencies) -> None:
+def _add_metadata_routes(api: FastAPI, service: ClassificationService, dependencies: CallerDependencies) -> None:
     TenantCaller = Annotated[Caller, Depends(dependencies.tenant_caller)]
     server_info = ServerInfo(name="karst-hub", version=installed_version("karst-hub"), extensions=[*EXTENSIONS])
 
@@ -111,9 +111,9 @@ def _add_metadata_routes(api: FastAPI, service: Service, dependencies: CallerDep
 
 def _add_infer_routes(
     api: FastAPI,
-    service: Service,
+    service: ClassificationService,
     dependencies: CallerDependencies,
-    concurrency_limit: Turns,
+    concurrency_limit: TenantConcurrencyLimit,
     max_request_bytes: int,
 ) -> None:
     TenantCaller = Annotated[Caller, Depends(dependencies.tenant_caller)]
@@ -135,7 +135,7 @@ def _add_infer_routes(
         json_length: JsonLength = None,
         canary: CanaryKey = None,
     ) -> Response:
-        async with concurrency_limit.turn(caller.tenant):
+        async with concurrency_limit.acquire(caller.tenant):
             data = await body.read_decompressed(max_request_bytes)
             members, images, outputs = await run_in_threadpool(_parse, data, json_length)
             chosen, answers = await service.predict(caller, task, version, images, canary)

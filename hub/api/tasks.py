@@ -6,7 +6,7 @@ from fastapi import Depends, FastAPI, Query, Response
 from starlette.concurrency import run_in_threadpool
 
 from ..admission.authentication import Caller
-from ..concurrency import Turns
+from ..concurrency import TenantConcurrencyLimit
 from ..errors import InvalidRequest
 from ..schemas import (
     LATEST,
@@ -25,8 +25,8 @@ from ..schemas import (
     TaskList,
     VersionInfo,
 )
-from ..services.classification import Service
-from ..services.registration import Changes
+from ..services.classification import ClassificationService
+from ..services.registration import RegistrationService
 from .bodies import FORM, JSON, NamedImage, RequestBody, decode_base64, parse_json
 from .dependencies import (
     AliasName,
@@ -50,7 +50,7 @@ IMAGES_CONTENT: dict[str, Any] = {
 MovedAlias = Annotated[str | None, Query(pattern=NAME_PATTERN, description="an alias to move besides `latest`")]
 
 
-def add_health_routes(api: FastAPI, service: Service) -> None:
+def add_health_routes(api: FastAPI, service: ClassificationService) -> None:
     """Add the routes that an orchestrator probes."""
 
     @api.get("/healthz", summary="Check that the gateway runs")
@@ -64,7 +64,12 @@ def add_health_routes(api: FastAPI, service: Service) -> None:
 
 
 def add_task_routes(
-    api: FastAPI, service: Service, changes: Changes, dependencies: CallerDependencies, *, max_adapter_bytes: int
+    api: FastAPI,
+    service: ClassificationService,
+    changes: RegistrationService,
+    dependencies: CallerDependencies,
+    *,
+    max_adapter_bytes: int,
 ) -> None:
     """Add the routes that read and change tasks."""
     TenantCaller = Annotated[Caller, Depends(dependencies.tenant_caller)]
@@ -146,9 +151,9 @@ def add_task_routes(
 
 def add_classify_routes(
     api: FastAPI,
-    service: Service,
+    service: ClassificationService,
     dependencies: CallerDependencies,
-    concurrency_limit: Turns,
+    concurrency_limit: TenantConcurrencyLimit,
     *,
     max_request_bytes: int,
 ) -> None:
@@ -174,7 +179,7 @@ def add_classify_routes(
         version: QueryVersion = LATEST,
         canary: CanaryKey = None,
     ) -> Classified:
-        async with concurrency_limit.turn(caller.tenant):
+        async with concurrency_limit.acquire(caller.tenant):
             images = await body.read_images(max_request_bytes)
             classified, stats = await service.classify(caller, task, version, images, top_k, canary)
         add_batch_headers(response, stats)
@@ -188,7 +193,7 @@ def add_classify_routes(
     async def classify_inputs(
         caller: TenantCaller, body: Body, response: Response, top_k: TopK = 5, canary: CanaryKey = None
     ) -> Results:
-        async with concurrency_limit.turn(caller.tenant):
+        async with concurrency_limit.acquire(caller.tenant):
             inputs, images = await run_in_threadpool(_parse_inputs, await body.read(max_request_bytes))
             results, stats = await service.classify_inputs(caller, inputs, images, top_k, canary)
         add_batch_headers(response, stats)

@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..admission.quotas import BODY_BYTES
 from ..errors import HubError, LimitReached, RequestTimeout, Unavailable
 from .problems import error_response, status_response
 from .security_headers import DISCONNECT_HEADER
@@ -23,7 +24,6 @@ MAX_HEADER_BYTES = 16 * 1024  # Ray's HAProxy accepts slightly less, the stock p
 MAX_HEADERS = 100
 READ_AHEAD_BYTES = 1024**2
 BODY_MEMORY_BYTES = 1024**3  # of all tenants in one gateway
-TENANT_BODY_MEMORY_BYTES = BODY_MEMORY_BYTES // 2
 BODY = "karst_hub.body"  # key in the ASGI scope
 
 
@@ -77,9 +77,7 @@ def _over_header_limits(scope: Scope) -> Response | None:
 class BodyMemory:
     """Bytes of request bodies in this gateway's memory, in total and by tenant."""
 
-    def __init__(
-        self, limit_bytes: int = BODY_MEMORY_BYTES, tenant_limit_bytes: int = TENANT_BODY_MEMORY_BYTES
-    ) -> None:
+    def __init__(self, limit_bytes: int = BODY_MEMORY_BYTES, tenant_limit_bytes: int = BODY_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._tenant_limit_bytes = tenant_limit_bytes
         self._by_tenant: Counter[str] = Counter()

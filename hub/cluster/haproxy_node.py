@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from ..admission.quotas import KEY_CALLS
 from ..api.security_headers import DISCONNECT_HEADER, RAY_HEADERS, RAY_REQUEST_ID
 from ..errors import LimitReached
 from ..settings import InvalidSettings, Settings, load_settings
@@ -19,8 +20,6 @@ from .haproxy import Frontend, command
 from .ray_compat import find_haproxy
 
 DRAIN_TIMEOUT_S = 30.0  # for accepted requests, when the hub stops
-# As many as one gateway queues for a tenant, see `admission.quotas`.
-REQUESTS_PER_KEY = 512
 
 
 class HAProxyUnavailable(RuntimeError):
@@ -68,12 +67,12 @@ def install_haproxy(settings: Settings, host: str | None, folder: Path) -> Path:
 
 def frontend(settings: Settings, host: str | None, folder: Path) -> Frontend:
     """Return the options of HAProxy's HTTP frontend; writes the certificate into the folder."""
-    detail = f"Too many concurrent requests with this key (limit {REQUESTS_PER_KEY}). Try again later."
+    detail = f"Too many concurrent requests with this key (limit {KEY_CALLS}). Try again later."
     return Frontend(
         host=host,
         delete_headers=[name for name in RAY_HEADERS if name != DISCONNECT_HEADER],
         request_id=f"^{RAY_REQUEST_ID}$",
-        requests_per_key=REQUESTS_PER_KEY,
+        requests_per_key=KEY_CALLS,
         refusal=json.dumps(LimitReached(detail).problem()),
         certificate=_write_certificate(settings, folder),
         client_ca=str(settings.tls_client_ca) if settings.tls_client_ca else None,

@@ -12,7 +12,7 @@ from ..errors import Unavailable
 from ..registry.connection import RegistryConnection
 from ..registry.tenants import TenantRegistry
 from ..settings import Settings
-from ..storage.remote_sources import Sources
+from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
 from .errors import StartError
 
@@ -88,7 +88,7 @@ def check_sources(settings: Settings) -> None:
         StartError: the package for a source's scheme is not installed.
     """
     try:
-        Sources(settings.sources, max_bytes=settings.max_adapter_bytes)
+        RemoteSources(settings.sources, max_bytes=settings.max_adapter_bytes)
     except ValueError as error:
         raise StartError(str(error)) from error
 

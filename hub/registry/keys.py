@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from ..admission.quotas import API_KEYS
 from ..errors import Conflict, InvalidRequest, LimitReached, NotFound
 from ..schemas import KeyInfo, NewKey
 from .audit import Actor
@@ -29,7 +30,6 @@ from .tenants import tenant_not_found
 
 KEY_PREFIX = "kh_"
 ADMIN, OWNER = "admin", "owner"
-MAX_KEYS = 1000  # per tenant
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,13 @@ class KeyRegistry:
             entry=by.entry(tenant, "key.create", id=key_id(key), role=role, name=name, expires=expiry),
             id=key_id(key),
             key=json.dumps(asdict(record)),
-            max_keys=MAX_KEYS,
+            max_keys=API_KEYS,
         )
         match reply.outcome:
             case "absent":
                 raise tenant_not_found(tenant)
             case "limit":
-                message = f"Too many API keys (limit {MAX_KEYS}). Revoke unused keys first."
+                message = f"Too many API keys (limit {API_KEYS}). Revoke unused keys first."
                 raise LimitReached(message, retry_after_s=60)
             case "no_permanent_key":
                 message = "no admin key without an expiry date exists; create one first, without `expires`"

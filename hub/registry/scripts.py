@@ -35,6 +35,7 @@ TENANTS = LuaScript(("changes", "task_hash", "tenants"))
 KEYS = LuaScript(("changes", "keys"))
 AUDIT = LuaScript(("changes", "audit"))
 STATUS = LuaScript(("status",))
+LEASES = LuaScript(("leases",))
 
 
 class ChangeReply(BaseModel):

@@ -1,6 +1,7 @@
-"""What owners and admins do with whole tenants: limits, keys, audit, moving to another hub, collecting old files."""
+"""Management of whole tenants by owners and admins: limits, keys, audit, export and import, garbage collection."""
 
 from collections.abc import AsyncIterable
+from concurrent.futures import Executor
 
 from ..registry.audit import Actor, AuditLog
 from ..registry.cache import RegistryCache
@@ -9,14 +10,14 @@ from ..registry.status import StatusBoard
 from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..schemas import AuditPage, Collected, HubStatus, LimitsChange, TaskList, TenantInfo
-from ..storage.store import OffLoop, Store
-from .garbage_collection import collect
-from .registration import Changes
+from ..storage.store import Store
+from .garbage_collection import collect_garbage
+from .registration import RegistrationService
 from .tenant_archive import Export, export_tenant, import_tenant
 
 
-class Administration:
-    """Changes of tenants, each heard at once by this gateway and in a moment by the others."""
+class AdministrationService:
+    """Changes of tenants. This gateway applies each change at once; change events tell the other gateways."""
 
     def __init__(
         self,
@@ -28,10 +29,15 @@ class Administration:
         status: StatusBoard,
         cache: RegistryCache,
         store: Store,
-        changes: Changes,
-        off_loop: OffLoop,
+        registration: RegistrationService,
+        executor: Executor,
         max_adapter_bytes: int,
     ) -> None:
+        """
+        Args:
+            executor: thread pool for calls to the store and for parsing.
+            max_adapter_bytes: size limit of one adapter file in an import.
+        """
         self.tenants = tenants
         self.keys = keys
         self._audit = audit
@@ -39,29 +45,45 @@ class Administration:
         self._registry = registry
         self._cache = cache
         self._store = store
-        self._changes = changes
-        self._off_loop = off_loop
+        self._registration = registration
+        self._executor = executor
         self._max_adapter_bytes = max_adapter_bytes
 
     async def change_limits(self, by: Actor, tenant: str, limits: LimitsChange) -> TenantInfo:
+        """Change some of a tenant's limits and return all of them.
+
+        Raises:
+            NotFound: no such tenant.
+        """
         info = await self.tenants.change_limits(by, tenant, limits)
         self._cache.invalidate_tenant(tenant)
         return info
 
     async def delete(self, by: Actor, tenant: str) -> None:
+        """Delete a tenant with its tasks and keys.
+
+        Raises:
+            NotFound: no such tenant.
+        """
         await self.tenants.delete(by, tenant)
         self._cache.invalidate_tenant(tenant)
 
     async def revoke(self, by: Actor, tenant: str, id: str) -> None:
+        """Revoke a key of a tenant, or an admin key (tenant `''`).
+
+        Raises:
+            NotFound: no such key.
+            Conflict: the key is the last admin key without an expiry date.
+        """
         await self.keys.revoke(by, tenant, id)
         self._cache.invalidate_key(id)
 
     async def status(self) -> HubStatus:
-        """What workers and tenants do at this moment."""
+        """Return the current load of workers and tenants."""
         return await self._status.read(self.tenants)
 
     async def audit(self, tenant: str | None, after: str, count: int, *, admins: bool = False) -> AuditPage:
-        """Changes in a tenant, or in the whole hub (None), all or only those of admins.
+        """Return changes in a tenant, or in the whole hub (None): all changes, or only those of admins.
 
         Raises:
             NotFound: no such tenant.
@@ -71,22 +93,28 @@ class Administration:
         return await self._audit.read(tenant, after, count, admins=admins)
 
     async def export(self, tenant: str) -> Export:
-        """
+        """Return a tenant as a tar stream.
+
         Raises:
             NotFound: no such tenant.
             Unavailable: the store lacks a file.
         """
         info = await self.tenants.get(tenant)
-        return await export_tenant(self._registry, self._store, self._off_loop, info)
+        return await export_tenant(self._registry, self._store, self._executor, info)
 
     async def restore(self, by: Actor, tenant: str, tar: AsyncIterable[bytes]) -> TaskList:
-        """Make the tasks of an exported tenant, all or none; raises what `import_tenant` raises, and NotFound."""
+        """Create the tasks of an exported tenant, all or none.
+
+        Raises:
+            NotFound: no such tenant.
+            HubError: any error of `import_tenant`.
+        """
         info = await self.tenants.get(tenant)
         tasks = await import_tenant(
             self._registry,
             self._store,
-            self._off_loop,
-            self._changes.check,
+            self._executor,
+            self._registration.check,
             by,
             info,
             tar,
@@ -95,9 +123,9 @@ class Administration:
         self._cache.invalidate_tenant(tenant)
         return TaskList(tasks=[task.summary() for task in tasks])
 
-    async def collect(self, by: Actor, older_than_s: float) -> Collected:
-        """Remove files that no version holds."""
+    async def collect_garbage(self, by: Actor, older_than_s: float) -> Collected:
+        """Remove files that no version holds; the audit records start and result."""
         await self._audit.append(by.entry("", "store.collect.begin", older_than_s=older_than_s))
-        done = await collect(self._registry, self._store, self._off_loop, older_than_s)
+        done = await collect_garbage(self._registry, self._store, self._executor, older_than_s)
         await self._audit.append(by.entry("", "store.collect", removed=done.removed, bytes=done.bytes))
         return done

@@ -1,20 +1,19 @@
-"""What the hub does with tasks: classify, and tell of them. No HTTP, no Ray: routes call it, tests too."""
+"""Classification of images with a tenant's tasks, and descriptions of those tasks. No HTTP, no Ray."""
 
-import asyncio
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any, TypeVar
 
 import numpy as np
 
 from adapters import BankLimits
 
 from ..admission.authentication import Caller
-from ..admission.rate_limits import Limiter
-from ..concurrency import Turns
+from ..admission.quotas import IMAGES_DECODED
+from ..admission.rate_limits import RateLimiter
+from ..concurrency import TenantConcurrencyLimit, gather_or_cancel
 from ..errors import InvalidAdapter
 from ..observability import request_context, tracing
 from ..registry.cache import RegistryCache
@@ -22,73 +21,76 @@ from ..registry.models import Task, task_not_found
 from ..registry.tasks import TaskRegistry
 from ..schemas import Classified, Input, Prediction, Result, TaskInfo, TaskSummary, VersionInfo
 from ..worker_api import Answer, PassStats, Workers
-from .image_decoding import Images
+from .image_decoding import ImageDecoder
 
-T = TypeVar("T")
-TENANT_IMAGES = 128  # of one tenant that are decoded or at the workers at once; the others are bytes until then
-CHUNK_BYTES = 2 * 1024**2  # of pixels in one call to a worker; by-value messages to a replica stop at 4 MiB
+CHUNK_BYTES = 2 * 1024**2  # pixels in one call to a worker: Ray passes arguments by value up to 4 MiB
 
 
-class Service:
-    """The hub's work, for any caller that has a tenant. A task's name is `task`, or `tenant:task` for any tenant's."""
+class ClassificationService:
+    """Classification for a caller. A task name is `task` for the caller's own, or `tenant:task` for any tenant's."""
 
     def __init__(
         self,
         *,
         registry: TaskRegistry,
         cache: RegistryCache,
-        limiter: Limiter,
-        images: Images,
+        limiter: RateLimiter,
+        decoder: ImageDecoder,
         workers: Workers,
     ) -> None:
         self._registry = registry
         self._cache = cache
         self._limiter = limiter
-        self._images = images
+        self._decoder = decoder
         self._workers = workers
-        self._turns = Turns(TENANT_IMAGES)
+        self._images = TenantConcurrencyLimit(IMAGES_DECODED)
         self._limits: BankLimits | None = None
 
     async def predict(
         self,
-        who: Caller,
+        caller: Caller,
         name: str,
         version: str,
         images: Sequence[tuple[str, bytes | np.ndarray]],
         canary: str | None = None,
     ) -> tuple[VersionInfo, list[Answer]]:
-        """Probabilities of images with one task.
+        """Return the version used and the probabilities of each image.
 
         Args:
-            version: a number or an alias.
-            images: (field name for errors, encoded bytes or pixels as `Images.pixels` takes them).
-            canary: where an alias stands for several versions, callers of the same key get the same one.
+            version: a version number or an alias.
+            images: pairs of field name (for errors) and encoded bytes, or pixels as `ImageDecoder.decode` accepts them.
+            canary: key of the caller's choice. If an alias has several versions, equal keys give equal versions.
 
         Raises:
             NotFound: no such task or version.
-            InvalidImage, TooLarge: an image that cannot be used.
-            InvalidAdapter: the adapter's numbers overflow, so that there are no probabilities.
+            InvalidImage, TooLarge: an image is not usable.
+            InvalidAdapter: the adapter's numbers overflow, so there are no probabilities.
             LimitReached: a limit of the tenant.
-            Unavailable: no worker, or the adapter cannot be loaded for now.
+            Unavailable: no worker answers, or the adapter cannot be loaded in time.
         """
-        chosen = _choose(await self._visible(who, name), version, canary)
+        chosen = choose_version(await self._visible(caller, name), version, canary)
         request_context.note_task(name, chosen.version, chosen.digest)
-        async with self._limiter.images(who.tenant, len(images)) as weight, self._turns.turn(who.tenant, len(images)):
-            with tracing.span("decode", images=len(images)):
-                pixels = await self._images.pixels(who.tenant, [(field, x, chosen.preprocess) for field, x in images])
-            return chosen, await self._ask(who.tenant, name, chosen, pixels, weight)
+        tenant, count = caller.tenant, len(images)
+        async with self._limiter.images(tenant, count) as weight, self._images.acquire(tenant, count):
+            with tracing.span("decode", images=count):
+                pixels = await self._decoder.decode(tenant, [(field, x, chosen.preprocess) for field, x in images])
+            return chosen, await self._compute(tenant, name, chosen, pixels, weight)
 
     async def classify(
         self,
-        who: Caller,
+        caller: Caller,
         name: str,
         version: str,
         images: Sequence[tuple[str, bytes]],
         top_k: int,
         canary: str | None = None,
     ) -> tuple[Classified, list[PassStats]]:
-        """The best labels of images with one task, and how each was computed; raises what `predict` raises."""
-        chosen, answers = await self.predict(who, name, version, images, canary)
+        """Return the `top_k` labels of each image, and the forward pass that computed it.
+
+        Raises:
+            HubError: any error of `predict`.
+        """
+        chosen, answers = await self.predict(caller, name, version, images, canary)
         body = Classified(
             task=name,
             version=chosen.version,
@@ -99,29 +101,33 @@ class Service:
 
     async def classify_inputs(
         self,
-        who: Caller,
+        caller: Caller,
         inputs: Sequence[Input],
         images: Sequence[tuple[str, bytes]],
         top_k: int,
         canary: str | None = None,
     ) -> tuple[list[Result], list[PassStats]]:
-        """One image each for several tasks, in one go; raises what `predict` raises, naming the input.
+        """Classify one image each with several tasks in one call.
 
         Args:
-            images: the inputs' encoded images, each with its field's name.
+            images: pairs of field name (for errors) and encoded bytes, one per input.
+
+        Raises:
+            HubError: any error of `predict`; its field names the input.
         """
-        chosen = [_choose(await self._visible(who, x.task), x.version, canary) for x in inputs]
-        # Images of one adapter go to a worker together; their answers come back to their own places.
+        chosen = [choose_version(await self._visible(caller, x.task), x.version, canary) for x in inputs]
+        # One call per adapter: a worker batches the images of one call at once. Results return to the inputs' order.
         members = defaultdict(list)
         for i, c in enumerate(chosen):
             members[c.digest].append(i)
-        async with self._limiter.images(who.tenant, len(inputs)) as weight, self._turns.turn(who.tenant, len(inputs)):
-            with tracing.span("decode", images=len(inputs)):
-                pixels = await self._images.pixels(
-                    who.tenant, [(field, data, c.preprocess) for (field, data), c in zip(images, chosen, strict=True)]
+        tenant, count = caller.tenant, len(inputs)
+        async with self._limiter.images(tenant, count) as weight, self._images.acquire(tenant, count):
+            with tracing.span("decode", images=count):
+                pixels = await self._decoder.decode(
+                    tenant, [(field, data, c.preprocess) for (field, data), c in zip(images, chosen, strict=True)]
                 )
-            groups = await together(
-                self._ask(who.tenant, inputs[at[0]].task, chosen[at[0]], [pixels[i] for i in at], weight)
+            groups = await gather_or_cancel(
+                self._compute(tenant, inputs[at[0]].task, chosen[at[0]], [pixels[i] for i in at], weight)
                 for at in members.values()
             )
         answers = dict(zip(chain(*members.values()), chain(*groups), strict=True))
@@ -136,104 +142,110 @@ class Service:
         ]
         return results, [answers[i].computed for i in range(len(inputs))]
 
-    async def tasks(self, who: Caller) -> list[TaskSummary]:
-        """The caller's own tasks, then those that others share with it."""
-        shared = await self._registry.shared_with(who.tenant)
-        return [task.summary() for task in await self._registry.tasks(who.tenant)] + [
+    async def tasks(self, caller: Caller) -> list[TaskSummary]:
+        """Return the caller's own tasks, then the tasks that other tenants share with it."""
+        shared = await self._registry.shared_with(caller.tenant)
+        return [task.summary() for task in await self._registry.tasks(caller.tenant)] + [
             task.summary().model_copy(update={"task": f"{owner}:{task.name}"}) for owner, task in shared
         ]
 
-    async def task(self, who: Caller, name: str) -> TaskInfo:
-        info = (await self._seen(who, name)).info()
-        foreign = who.place(name)[0] != who.tenant
-        return info.model_copy(update={"task": name, "sharing": None}) if foreign else info
-
-    async def version(self, who: Caller, name: str, reference: str) -> VersionInfo:
-        """One version by its number or an alias that points at one."""
-        return _choose(await self._seen(who, name), reference)
-
-    async def limits(self) -> BankLimits:
-        """What the workers accept, asked once.
+    async def task(self, caller: Caller, name: str) -> TaskInfo:
+        """Return a task; only its owner sees with which tenants it is shared.
 
         Raises:
-            Unavailable: no worker has its backbone yet.
+            NotFound: the caller sees no such task.
+        """
+        info = (await self._described(caller, name)).info()
+        foreign = caller.resolve(name)[0] != caller.tenant
+        return info.model_copy(update={"task": name, "sharing": None}) if foreign else info
+
+    async def version(self, caller: Caller, name: str, reference: str) -> VersionInfo:
+        """Return one version.
+
+        Args:
+            reference: a version number or an alias.
+
+        Raises:
+            NotFound: the caller sees no such task or version.
+        """
+        return choose_version(await self._described(caller, name), reference)
+
+    async def limits(self) -> BankLimits:
+        """Return the limits of the workers' banks; cached after the first reply.
+
+        Raises:
+            Unavailable: no worker has loaded its backbone yet.
         """
         if self._limits is None:
             self._limits = await self._workers.limits()
         return self._limits
 
     async def prefetch(self, digest: str) -> None:
-        """Have the adapter brought to where it will be asked for; never fails."""
+        """Ask the worker that will serve the adapter to load it. Never raises."""
         await self._workers.prefetch(digest)
 
     async def ready(self) -> None:
-        """
+        """Check that a worker answers.
+
         Raises:
             Unavailable: no worker answers.
         """
         await self._workers.limits()
 
-    async def _visible(self, who: Caller, name: str) -> Task:
-        """The task to classify with, from memory where it is known.
+    async def _visible(self, caller: Caller, name: str) -> Task:
+        """Return the task to classify with, from the cache if possible.
 
         Raises:
-            NotFound: no such task, or another tenant's that is not shared: both take one look at the registry.
+            NotFound: no such task, or it is not shared with the caller. Both cases read the registry once; otherwise
+                the response time would reveal which tasks other tenants have.
         """
-        owner, task = who.place(name)
-        if owner != who.tenant:
+        owner, task = caller.resolve(name)
+        if owner != caller.tenant:
             known = self._cache.cached_task(owner, task)
-            if known is None or not known.sharing.allows(who.tenant):
-                await self._must_be_shared(who, name)
+            if known is None or not known.sharing.allows(caller.tenant):
+                await self._require_shared(caller, name)
         return await self._cache.task(owner, task)
 
-    async def _seen(self, who: Caller, name: str) -> Task:
-        """The task to tell of, from the registry; raises what `_visible` raises."""
-        owner, task = who.place(name)
-        if owner != who.tenant:
-            await self._must_be_shared(who, name)
+    async def _described(self, caller: Caller, name: str) -> Task:
+        """Return the task to describe, always from the registry; raises what `_visible` raises."""
+        owner, task = caller.resolve(name)
+        if owner != caller.tenant:
+            await self._require_shared(caller, name)
         return await self._registry.task(owner, task)
 
-    async def _must_be_shared(self, who: Caller, name: str) -> None:
-        if not (await self._registry.sharing(*who.place(name))).allows(who.tenant):
+    async def _require_shared(self, caller: Caller, name: str) -> None:
+        if not (await self._registry.sharing(*caller.resolve(name))).allows(caller.tenant):
             raise task_not_found(name)
 
-    async def _ask(
+    async def _compute(
         self, tenant: str, task: str, chosen: VersionInfo, pixels: Sequence[np.ndarray], weight: float
     ) -> list[Answer]:
         request_context.note_task(task, chosen.version, chosen.digest)
         size = max(1, CHUNK_BYTES // max(p.nbytes for p in pixels))
         chunks = [pixels[i : i + size] for i in range(0, len(pixels), size)]
-        answers = await together(self._workers.classify(tenant, chosen.digest, chunk, weight) for chunk in chunks)
+        answers = await gather_or_cancel(
+            self._workers.classify(tenant, chosen.digest, chunk, weight) for chunk in chunks
+        )
         for answer in chain(*answers):
             if not np.isfinite(answer.probabilities).all():
-                raise InvalidAdapter("the adapter's numbers overflow on this image; train it anew and register that")
+                raise InvalidAdapter(
+                    "the adapter's numbers overflow on this image; train the adapter again and register the new file"
+                )
         request_context.note_images(task, len(pixels))
         return [*chain(*answers)]
 
 
-async def together(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order; the first failure ends the others, which nobody wants any more, and is raised."""
-    tasks = [asyncio.create_task(job) for job in jobs]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
-
-
 def best(labels: Sequence[str], probabilities: np.ndarray, top_k: int) -> list[Prediction]:
-    """The `top_k` likeliest labels, best first; equal scores in the order of the labels."""
+    """Return the `top_k` labels with the highest probabilities, highest first. Equal scores keep the labels' order."""
     order = np.argsort(-probabilities, kind="stable")[:top_k]
     return [Prediction(label=labels[i], score=float(probabilities[i])) for i in order]
 
 
-def _choose(task: Task, reference: str, canary: str | None = None) -> VersionInfo:
-    """The version of a number or alias; of an alias with several versions by weight, at random or by `canary`.
+def choose_version(task: Task, reference: str, canary: str | None = None) -> VersionInfo:
+    """Return the version of a number or an alias. If an alias has several versions, draw one by weight.
 
-    Versions share the numbers from 0 to the sum of their weights in order, so that a canary whose weight grows keeps
-    those that it had.
+    The draw is random, or a hash of `canary`. Versions divide the range from 0 to the sum of weights in order, so a
+    canary version whose weight grows keeps the callers that it had.
     """
     targets = task.targets(reference)
     if len(targets) == 1:

@@ -1,47 +1,57 @@
-"""Garbage: files in the store that no version holds. A registration that failed leaves one, so does a deletion."""
+"""Garbage collection of the store: removes files that no version of any tenant holds.
+
+A failed registration and a deleted version each leave such a file.
+"""
 
 import time
+from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Protocol
 
+from ..concurrency import run_blocking
 from ..schemas import Collected
-from ..storage.store import OffLoop, Store
+from ..storage.store import Store
 
-LISTED_AT_ONCE = 1000
-HURRY_S = 30.0  # half of a claim's life: a removal that has not begun by then is left for the next time
+FILES_PER_LISTING = 1000
+CLAIM_USE_S = 30.0  # half of a claim's lifetime; a removal that has not started by then waits for the next collection
 
 
-class Orphans(Protocol):
-    """The registry's part."""
+class OrphanRegistry(Protocol):
+    """The part of the registry that garbage collection needs."""
 
     async def claim_orphan(self, digest: str) -> bool:
-        """Whether no version holds this digest; if so none can begin to until a minute is over."""
+        """Return whether no version holds the digest. If so, no version can start to hold it for one minute."""
 
 
-async def collect(
-    registry: Orphans, store: Store, off_loop: OffLoop, older_than_s: float, now: datetime | None = None
+async def collect_garbage(
+    registry: OrphanRegistry,
+    store: Store,
+    executor: Executor | None,
+    older_than_s: float,
+    now: datetime | None = None,
 ) -> Collected:
-    """Remove every file that no version holds, and that was not put for `older_than_s` seconds.
+    """Remove every file that no version holds and that no registration put within the last `older_than_s` seconds.
 
-    A registration puts its file first and makes its version after. Its `put` makes the file young, which keeps it from
-    here. Where it comes too late for that, the claim does. It stands for a minute and outlives the removal, so that the
-    registration is refused (`Unavailable`) and not left without a file; the caller's next try puts the file again. No
-    claim is ended early: another collection may rely on it.
+    A registration puts its file first and adds its version afterwards. The put refreshes the file's modification time,
+    which protects the file. A put that comes too late for that meets the claim: the claim lasts one minute and outlives
+    the removal, so the registry refuses the version (`Unavailable`). The client's retry puts the file again. The
+    collector never ends a claim early, because another collection may rely on it.
 
     Args:
-        now: what ages are measured from; None: the clock.
+        executor: thread pool for calls to the store; None for the event loop's default pool.
+        now: reference time for ages; None for the clock.
 
     Raises:
-        Unavailable: registry or store are away; what was removed by then is gone.
+        Unavailable: the registry or the store is unavailable; files removed before that stay removed.
     """
     before = (now or datetime.now(UTC)) - timedelta(seconds=older_than_s)
-    unfinished = await off_loop(store.delete_unfinished, before)
+    unfinished = await run_blocking(executor, store.delete_unfinished, before)
     removed, size_bytes, kept = len(unfinished), sum(unfinished), 0
     files = store.files()
-    while listed := await off_loop(lambda: list(islice(files, LISTED_AT_ONCE))):
+    while listed := await run_blocking(executor, lambda: list(islice(files, FILES_PER_LISTING))):
         for file in listed:
-            if file.modified < before and await _remove(registry, store, off_loop, file.digest, before):
+            if file.modified < before and await _remove(registry, store, executor, file.digest, before):
                 removed += 1
                 size_bytes += file.size_bytes
             else:
@@ -49,12 +59,16 @@ async def collect(
     return Collected(removed=removed, bytes=size_bytes, kept=kept)
 
 
-async def _remove(registry: Orphans, store: Store, off_loop: OffLoop, digest: str, before: datetime) -> bool:
-    until = time.monotonic() + HURRY_S
-    return await registry.claim_orphan(digest) and await off_loop(_remove_if_old, store, digest, before, until)
+async def _remove(
+    registry: OrphanRegistry, store: Store, executor: Executor | None, digest: str, before: datetime
+) -> bool:
+    deadline = time.monotonic() + CLAIM_USE_S
+    if not await registry.claim_orphan(digest):
+        return False
+    return await run_blocking(executor, _remove_if_old, store, digest, before, deadline)
 
 
-def _remove_if_old(store: Store, digest: str, before: datetime, until: float) -> bool:
-    """Look again: between listing and claim somebody may have put it."""
+def _remove_if_old(store: Store, digest: str, before: datetime, deadline: float) -> bool:
+    """Check the age again, because a registration may have put the file between listing and claim."""
     file = store.find(digest)
-    return file is not None and file.modified < before and time.monotonic() < until and store.delete(digest)
+    return file is not None and file.modified < before and time.monotonic() < deadline and store.delete(digest)

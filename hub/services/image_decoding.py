@@ -1,4 +1,4 @@
-"""A request's bytes -> checked, decoded, preprocessed pixels, off the event loop."""
+"""Image decoding: a request's bytes to checked, preprocessed pixels, in a thread pool."""
 
 import asyncio
 import json
@@ -13,130 +13,152 @@ import numpy as np
 from adapters import ImageError, ImageTooLargeError
 from adapters.data.images import decode_image, eval_transform, needed_px
 
-from ..concurrency import Turns
+from ..concurrency import TenantConcurrencyLimit
 from ..errors import InvalidImage, TooLarge
 
-DECODE_S = 10.0
-# A JPEG's scans each pass over the whole picture, and cost the sender a few bytes: 10 MB of them would take hours.
-# Cameras and libraries make about ten.
+DECODE_TIMEOUT_S = 10.0
+# A JPEG scan costs the sender a few bytes and the decoder a pass over the whole image: 10 MB of scans would take hours.
+# Cameras and libraries write about ten.
 MAX_JPEG_SCANS = 100
 
 Preprocess = Mapping[str, Any]
+Decode = Callable[..., Any]
 
 
-class Images:
-    """Decodes images in a pool of threads, within a hub's limits."""
+class ImageDecoder:
+    """Decoder of images in a thread pool, within a hub's size limits."""
 
     def __init__(
         self,
         executor: Executor,
         *,
-        at_once: int,
+        threads: int,
         max_bytes: int,
         max_pixels: int,
-        spare: int = 0,
-        decode_s: float = DECODE_S,
+        spare_threads: int = 0,
+        timeout_s: float = DECODE_TIMEOUT_S,
+        decode: Decode = decode_image,
     ) -> None:
         """
         Args:
-            at_once: images that are decoded at the same time; a tenant's are one fewer, so that no tenant takes all.
-            spare: threads that the executor has beyond `at_once`. A decode that takes too long cannot be stopped: it
-                keeps its thread and its tenant's turn until it ends, and a spare thread works in its place.
-            decode_s: the longest that a decode may take.
+            executor: thread pool with `threads + spare_threads` threads.
+            threads: images decoded at the same time. One tenant gets one thread fewer, so no tenant uses all of them.
+            max_bytes: size limit of an encoded image.
+            max_pixels: limit of width times height.
+            spare_threads: replacements for threads whose decode has timed out. Python cannot stop a running decode: it
+                keeps its thread and its tenant's share until it ends, and a spare thread replaces it for others.
+            timeout_s: time limit of one decode.
+            decode: function that decodes, with the arguments of `adapters.data.images.decode_image`.
         """
         self._executor = executor
-        self._turns = Turns(max(1, at_once - 1))
-        self._threads = asyncio.Semaphore(at_once)
+        self._tenant_limit = TenantConcurrencyLimit(max(1, threads - 1))
+        self._threads = asyncio.Semaphore(threads)
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
-        self._spare = spare
-        self._decode_s = decode_s
-        self._holding: set[asyncio.Task[None]] = set()
+        self._spare_threads = spare_threads
+        self._timeout_s = timeout_s
+        self._decode_image = decode
+        self._decodes: set[asyncio.Task[None]] = set()
 
-    async def pixels(
+    @property
+    def running(self) -> int:
+        """Number of running decodes, including those whose request has ended."""
+        return len(self._decodes)
+
+    async def decode(
         self, tenant: str, images: Sequence[tuple[str, bytes | np.ndarray, Preprocess]]
     ) -> list[np.ndarray]:
-        """Decode and preprocess images, and check what is preprocessed already.
+        """Decode and preprocess encoded images; check pixels that the client has preprocessed.
 
         Args:
-            tenant: whose they are.
-            images: for each image its field's name (for errors), its bytes or its pixels (3, H, W), uint8 or float32
-                in 0..255, and its adapter's `preprocess`.
+            tenant: tenant whose share of the threads the images use.
+            images: for each image its field name (for errors), its bytes or its pixels (3, H, W), uint8 or float32 in
+                0..255, and its adapter's `preprocess`.
 
         Returns:
-            Arrays (3, H, W), uint8, or float32 where pixels came as float32, in the order given.
+            Arrays (3, H, W) in the order of `images`: uint8, or float32 for pixels that came as float32.
 
         Raises:
-            TooLarge: an image over the limit of bytes or pixels.
-            InvalidImage: bytes that are no usable image or take too long, or pixels that do not fit the adapter.
+            TooLarge: an image exceeds the limit of bytes or pixels.
+            InvalidImage: an image cannot be decoded or takes too long, or pixels do not fit the adapter.
         """
-        done = await asyncio.gather(*(self._one(tenant, *image) for image in images), return_exceptions=True)
-        for result in done:
+        results = await asyncio.gather(*(self._one(tenant, *image) for image in images), return_exceptions=True)
+        decoded = []
+        for result in results:
             if isinstance(result, BaseException):
                 raise result
-        return done  # type: ignore[return-value]
+            decoded.append(result)
+        return decoded
 
     async def _one(self, tenant: str, field: str, image: bytes | np.ndarray, preprocess: Preprocess) -> np.ndarray:
         if isinstance(image, np.ndarray):
             return checked_pixels(field, image, preprocess)
         if len(image) > self._max_bytes:
-            message = f"{len(image)} bytes, but at most {self._max_bytes} are allowed for an image"
-            raise TooLarge.at(field, message)
+            raise TooLarge.at(field, f"the image has {len(image)} bytes; the limit is {self._max_bytes}")
         async with AsyncExitStack() as held:
-            await held.enter_async_context(self._turns.turn(tenant))
+            await held.enter_async_context(self._tenant_limit.acquire(tenant))
             await self._threads.acquire()
             decode = asyncio.get_running_loop().run_in_executor(self._executor, self._decode, field, image, preprocess)
-            holding = asyncio.create_task(self._hold(held.pop_all(), decode))
-            self._holding.add(holding)  # the loop itself keeps no task alive
-            holding.add_done_callback(self._holding.discard)
-        await asyncio.wait((decode,), timeout=self._decode_s)
+            task = asyncio.create_task(self._hold(held.pop_all(), decode))
+            self._decodes.add(task)  # otherwise the task could be garbage-collected: the loop holds weak references
+            task.add_done_callback(self._decodes.discard)
+        await asyncio.wait((decode,), timeout=self._timeout_s)
         if not decode.done():
-            message = f"the image took more than {self._decode_s:g} s to decode; save it again in a simpler form"
+            message = f"the image took more than {self._timeout_s:g} s to decode; save it in a simpler form"
             raise InvalidImage.at(field, message)
         return decode.result()
 
     async def _hold(self, held: AsyncExitStack, decode: "asyncio.Future[np.ndarray]") -> None:
-        """Hold a tenant's turn and a thread for as long as a decode runs, though nobody may wait for it any more:
-        else a client could start any number of them. From `decode_s` on a spare thread works in the thread's place."""
+        """Hold the tenant's share and the thread until the decode ends, even if the request ends earlier.
+
+        Otherwise a client that disconnects could start any number of decodes. After the timeout a spare thread replaces
+        the decode's thread.
+        """
         async with held:
-            await asyncio.wait((decode,), timeout=self._decode_s)
-            replaced = not decode.done() and self._spare > 0
+            await asyncio.wait((decode,), timeout=self._timeout_s)
+            replaced = not decode.done() and self._spare_threads > 0
             if replaced:
-                self._spare -= 1
+                self._spare_threads -= 1
                 self._threads.release()
             await asyncio.wait((decode,))
             if replaced:
-                self._spare += 1
+                self._spare_threads += 1
             else:
                 self._threads.release()
-        decode.exception()  # where nobody waited, asyncio would complain that nobody asked
+        decode.exception()  # otherwise asyncio logs an error that no request retrieved
 
     def _decode(self, field: str, data: bytes, preprocess: Preprocess) -> np.ndarray:
         try:
             if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
-                raise ImageError(f"a JPEG of more than {MAX_JPEG_SCANS} scans; save it again in a simpler form")
-            image = decode_image(data, max_pixels=self._max_pixels, needed_px=needed_px(preprocess))
+                raise ImageError(f"the JPEG has more than {MAX_JPEG_SCANS} scans; save it in a simpler form")
+            image = self._decode_image(data, max_pixels=self._max_pixels, needed_px=needed_px(preprocess))
         except ImageTooLargeError as error:
             raise TooLarge.at(field, str(error)) from error
         except ImageError as error:
             raise InvalidImage.at(field, str(error)) from error
-        return _transform(json.dumps(preprocess, sort_keys=True))(image).numpy()
+        pixels: np.ndarray = _transform(json.dumps(preprocess, sort_keys=True))(image).numpy()
+        return pixels
 
 
 def checked_pixels(field: str, pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
-    """Preprocessed pixels as they are, if they are what the adapter takes: (3, H, W), uint8 or float32 in 0..255.
+    """Return preprocessed pixels unchanged, C-contiguous.
+
+    Args:
+        field: field name for errors.
+        pixels: (3, H, W), uint8 or float32 in 0..255.
+        preprocess: the adapter's `preprocess`; its `input_size` is [3, H, W].
 
     Raises:
-        InvalidImage: another shape or dtype, or numbers out of range.
+        InvalidImage: another shape or dtype, or values out of range.
     """
     message = ""
     if list(pixels.shape) != list(preprocess["input_size"]):
-        message = f"pixels of shape {list(pixels.shape)}, but the adapter takes {list(preprocess['input_size'])}"
+        message = f"pixels have shape {list(pixels.shape)}; the adapter takes {list(preprocess['input_size'])}"
     elif pixels.dtype not in (np.uint8, np.float32):
-        message = f"pixels of dtype {pixels.dtype}, but uint8 or float32 is needed"
+        message = f"pixels have dtype {pixels.dtype}; send uint8 or float32"
     # NaN fails both comparisons.
     elif pixels.dtype == np.float32 and not (pixels.min() >= 0 and pixels.max() <= 255):
-        message = "pixels outside of 0..255; send them as they are before they are normalised"
+        message = "pixels must be in 0..255; send them before normalisation"
     if message:
         raise InvalidImage.at(field, message)
     return np.ascontiguousarray(pixels)

@@ -1,29 +1,32 @@
-"""What a tenant changes: register adapters, move aliases, share, delete. No HTTP, no Ray: routes call it, tests too."""
+"""Changes in a caller's own tenant: register adapters, move aliases, share and delete tasks. No HTTP, no Ray."""
 
 import asyncio
 import hashlib
+from concurrent.futures import Executor
 from datetime import UTC, datetime
 
 from adapters import Adapter, AdapterError, BankLimits
 
 from ..admission.authentication import Caller
-from ..concurrency import Turns
+from ..admission.quotas import SOURCE_DOWNLOADS, SOURCE_DOWNLOADS_QUEUED
+from ..concurrency import TenantConcurrencyLimit, run_blocking
 from ..errors import InvalidRequest
 from ..registry.cache import RegistryCache
 from ..registry.models import Task
 from ..registry.tasks import TaskRegistry
 from ..schemas import LATEST, Registered, Sharing, SourceBody, TaskInfo, VersionInfo
-from ..storage.remote_sources import Sources
-from ..storage.store import OffLoop, Store
+from ..storage.remote_sources import RemoteSources
+from ..storage.store import Store
 from ..worker_api import invalid_adapter
-from .classification import Service
-from .tenant_archive import facts
-
-TENANT_FETCHES = 2  # files of one tenant that a gateway fetches by reference at once; as many wait, more are refused
+from .classification import ClassificationService
+from .tenant_archive import version_fields
 
 
-class Changes:
-    """Every change that a caller can make in its own tenant, and its own files."""
+class RegistrationService:
+    """Changes that a caller may make in its own tenant, and reads of its own adapter files.
+
+    Every method raises `NotFound` if the caller's tenant does not own the task.
+    """
 
     def __init__(
         self,
@@ -31,110 +34,132 @@ class Changes:
         registry: TaskRegistry,
         cache: RegistryCache,
         store: Store,
-        sources: Sources,
-        service: Service,
-        off_loop: OffLoop,
+        sources: RemoteSources,
+        classification: ClassificationService,
+        executor: Executor,
         max_adapter_bytes: int,
     ) -> None:
+        """
+        Args:
+            executor: thread pool for calls to the store and for checks of adapter files.
+            max_adapter_bytes: size limit of one adapter file.
+        """
         self._registry = registry
         self._cache = cache
         self._store = store
         self._sources = sources
-        self._service = service
-        self._off_loop = off_loop
+        self._classification = classification
+        self._executor = executor
         self._max_adapter_bytes = max_adapter_bytes
-        self._fetches = Turns(TENANT_FETCHES, 2 * TENANT_FETCHES)
+        self._downloads = TenantConcurrencyLimit(SOURCE_DOWNLOADS, SOURCE_DOWNLOADS + SOURCE_DOWNLOADS_QUEUED)
         self._background: set[asyncio.Task[None]] = set()
 
     async def register(
-        self, who: Caller, name: str, data: bytes, alias: str | None, source: str | None = None
+        self, caller: Caller, name: str, data: bytes, alias: str | None, source: str | None = None
     ) -> tuple[Registered, bool]:
-        """Check an adapter file, keep it and make it a version of a task; the same bytes again are the same version.
+        """Check an adapter file, store it and add it to a task as a version. Equal bytes give the same version.
 
         Args:
-            source: where the hub has it from, for the audit; None: it was sent.
+            source: reference that the hub read the file from, for the audit; None if the client sent the file.
 
         Returns:
             The version, and whether it is new.
 
         Raises:
             InvalidAdapter: the file breaks the format or does not fit the backbone.
-            LimitReached: of tasks, versions a task, or stored bytes.
-            Unavailable: store, registry or workers are away; nothing was registered.
+            LimitReached: the tenant's limit of tasks, of versions per task or of stored bytes.
+            Unavailable: the store, the registry or the workers are unavailable; the hub has registered nothing.
         """
-        task = who.own(name)
+        task = caller.own_task(name)
         adapter = await self.check(data)
-        # A limit that is reached, or a registry that is away, shall leave no orphan in the store.
-        await self._registry.check_quota(who, who.tenant, task, adapter.digest, len(data))
-        await self._off_loop(self._store.put, adapter.digest, data)
+        # Before the put: otherwise a reached limit or an unavailable registry would leave an orphan in the store.
+        await self._registry.check_quota(caller, caller.tenant, task, adapter.digest, len(data))
+        await run_blocking(self._executor, self._store.put, adapter.digest, data)
         registered = datetime.now(UTC).isoformat(timespec="milliseconds")
-        version = VersionInfo(version=0, registered=registered, **facts(adapter))  # the registry gives the number
+        version = VersionInfo(version=0, registered=registered, **version_fields(adapter))  # the registry numbers it
         aliases = [LATEST] if alias in (None, LATEST) else [LATEST, alias]
-        kept, created = await self._registry.register(who, who.tenant, task, version, aliases, source)
-        self._cache.invalidate_task(who.tenant, task)
-        prefetch = asyncio.create_task(self._service.prefetch(adapter.digest))
-        self._background.add(prefetch)  # the loop itself keeps no task alive
+        kept, created = await self._registry.register(caller, caller.tenant, task, version, aliases, source)
+        self._cache.invalidate_task(caller.tenant, task)
+        prefetch = asyncio.create_task(self._classification.prefetch(adapter.digest))
+        self._background.add(prefetch)  # otherwise the task could be garbage-collected: the loop holds weak references
         prefetch.add_done_callback(self._background.discard)
         return Registered(task=task, **kept.model_dump()), created
 
     async def register_source(
-        self, who: Caller, name: str, body: SourceBody, alias: str | None
+        self, caller: Caller, name: str, body: SourceBody, alias: str | None
     ) -> tuple[Registered, bool]:
-        """`register`, with a file that the hub fetches by itself.
+        """Download an adapter file from an allowed source and register it.
 
         Raises:
-            InvalidRequest: a source that is not allowed or not there, or another digest than was said.
+            InvalidRequest: the source is not allowed or not found, or its sha256 is not `body.digest`.
+            HubError: any error of `register`.
         """
-        who.own(name)
-        async with self._fetches.turn(who.tenant):
-            data = await asyncio.to_thread(self._sources.fetch, body.source)  # may hold its thread for a minute
+        caller.own_task(name)
+        async with self._downloads.acquire(caller.tenant):
+            data = await run_blocking(None, self._sources.fetch, body.source)  # may take a minute
         if body.digest not in (None, hashlib.sha256(data).hexdigest()):
-            message = "the file at the source has another sha256"  # which one is not for everybody to know
-            raise InvalidRequest.at("digest", message)
-        return await self.register(who, name, data, alias, self._sources.told(body.source))
+            # The message omits the actual digest: it would identify a file that the caller may not be allowed to read.
+            raise InvalidRequest.at("digest", "the file at the source has a different sha256")
+        return await self.register(caller, name, data, alias, self._sources.canonical(body.source))
 
-    async def file(self, who: Caller, name: str, reference: str) -> tuple[VersionInfo, bytes]:
-        """A version of the caller's own with its adapter file."""
-        who.own(name)
-        version = await self._service.version(who, name, reference)
-        return version, await self._off_loop(self._store.get, version.digest)
+    async def file(self, caller: Caller, name: str, reference: str) -> tuple[VersionInfo, bytes]:
+        """Return a version of the caller's own task and its adapter file.
 
-    async def set_alias(self, who: Caller, name: str, alias: str, targets: dict[int, int]) -> TaskInfo:
-        task = who.own(name)
-        return self._changed(who, await self._registry.set_alias(who, who.tenant, task, alias, targets))
+        Args:
+            reference: a version number, or an alias of one version.
+        """
+        caller.own_task(name)
+        version = await self._classification.version(caller, name, reference)
+        return version, await run_blocking(self._executor, self._store.get, version.digest)
 
-    async def roll_back(self, who: Caller, name: str, alias: str) -> TaskInfo:
-        return self._changed(who, await self._registry.roll_back(who, who.tenant, who.own(name), alias))
+    async def set_alias(self, caller: Caller, name: str, alias: str, targets: dict[int, int]) -> TaskInfo:
+        """Point an alias at versions: version number -> weight."""
+        task = caller.own_task(name)
+        return self._changed(caller, await self._registry.set_alias(caller, caller.tenant, task, alias, targets))
 
-    async def delete_alias(self, who: Caller, name: str, alias: str) -> None:
-        task = who.own(name)
-        await self._registry.delete_alias(who, who.tenant, task, alias)
-        self._cache.invalidate_task(who.tenant, task)
+    async def roll_back(self, caller: Caller, name: str, alias: str) -> TaskInfo:
+        """Point an alias at its previous targets."""
+        task = caller.own_task(name)
+        return self._changed(caller, await self._registry.roll_back(caller, caller.tenant, task, alias))
 
-    async def share(self, who: Caller, name: str, sharing: Sharing) -> TaskInfo:
-        return self._changed(who, await self._registry.share(who, who.tenant, who.own(name), sharing))
+    async def delete_alias(self, caller: Caller, name: str, alias: str) -> None:
+        """Delete an alias."""
+        task = caller.own_task(name)
+        await self._registry.delete_alias(caller, caller.tenant, task, alias)
+        self._cache.invalidate_task(caller.tenant, task)
 
-    async def delete_task(self, who: Caller, name: str) -> None:
-        task = who.own(name)
-        await self._registry.delete_task(who, who.tenant, task)
-        self._cache.invalidate_task(who.tenant, task)
+    async def share(self, caller: Caller, name: str, sharing: Sharing) -> TaskInfo:
+        """Replace the list of tenants that may use a task."""
+        task = caller.own_task(name)
+        return self._changed(caller, await self._registry.share(caller, caller.tenant, task, sharing))
 
-    async def delete_version(self, who: Caller, name: str, number: int) -> None:
-        task = who.own(name)
-        await self._registry.delete_version(who, who.tenant, task, number)
-        self._cache.invalidate_task(who.tenant, task)
+    async def delete_task(self, caller: Caller, name: str) -> None:
+        """Delete a task with its versions and aliases."""
+        task = caller.own_task(name)
+        await self._registry.delete_task(caller, caller.tenant, task)
+        self._cache.invalidate_task(caller.tenant, task)
+
+    async def delete_version(self, caller: Caller, name: str, number: int) -> None:
+        """Delete a version.
+
+        Raises:
+            Conflict: an alias points at the version.
+        """
+        task = caller.own_task(name)
+        await self._registry.delete_version(caller, caller.tenant, task, number)
+        self._cache.invalidate_task(caller.tenant, task)
 
     async def check(self, data: bytes) -> Adapter:
-        """An adapter file as this hub could serve it.
+        """Parse an adapter file and check that the workers can serve it.
 
         Raises:
             InvalidAdapter: the file breaks the format or does not fit the backbone.
-            Unavailable: no worker has its backbone yet.
+            Unavailable: no worker has loaded its backbone yet.
         """
-        return await self._off_loop(self._check, await self._service.limits(), data)
+        return await run_blocking(self._executor, self._check, await self._classification.limits(), data)
 
-    def _changed(self, who: Caller, task: Task) -> TaskInfo:
-        self._cache.invalidate_task(who.tenant, task.name)
+    def _changed(self, caller: Caller, task: Task) -> TaskInfo:
+        self._cache.invalidate_task(caller.tenant, task.name)
         return task.info()
 
     def _check(self, limits: BankLimits, data: bytes) -> Adapter:

@@ -1,7 +1,7 @@
-"""A whole tenant as one file, from one hub to another: an uncompressed tar, format `karst-tenant/1`.
+"""Export and import of a whole tenant as one file: an uncompressed tar, format `karst-tenant/1`.
 
-`tenant.json` comes first: every task with its versions, aliases, their history, sharing and last number. Then each
-adapter file once, as `files/<digest>.safetensors`. Keys are not in it, nor counts, nor the audit.
+`tenant.json` comes first: every task with its versions, aliases, their history, sharing and last version number. Then
+comes each adapter file once, as `files/<digest>.safetensors`. The tar has no keys, no counts and no audit.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import tarfile
 import tempfile
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,22 +19,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from adapters import Adapter
 
+from ..concurrency import run_blocking
 from ..errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
 from ..registry.audit import Actor
 from ..registry.models import Task
 from ..registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
 from ..schemas import LATEST, Name, Sharing, TenantInfo, TenantLimits, VersionInfo, VersionNumber, Weight
-from ..storage.store import FILE, OffLoop, Store
+from ..storage.store import FILE, Store
 
 FORMAT = "karst-tenant/1"
 MANIFEST = "tenant.json"
 FOLDER = "files/"
-BLOCK = tarfile.BLOCKSIZE
-END = bytes(2 * BLOCK)
-CHUNK = 1024**2
+BLOCK_BYTES = tarfile.BLOCKSIZE
+END = bytes(2 * BLOCK_BYTES)
+CHUNK_BYTES = 1024**2
 MAX_MANIFEST_BYTES = 128 * 1024**2
 MAX_FILES = 200_000
-MAX_PADDING = 64 * 1024  # zeros after the end, which some tools add
+MAX_PADDING_BYTES = 64 * 1024  # some tools add zeros after the end
 
 Targets = Annotated[dict[VersionNumber, Weight], Field(min_length=1)]
 Check = Callable[[bytes], Awaitable[Adapter]]
@@ -43,7 +45,9 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Task(_Strict):
+class _TaskEntry(_Strict):
+    """A task in `tenant.json`."""
+
     name: Name
     last_number: Annotated[int, Field(ge=1, le=10**12)]
     versions: list[VersionInfo] = Field(min_length=1)
@@ -52,35 +56,37 @@ class _Task(_Strict):
     sharing: Sharing
 
     @model_validator(mode="after")
-    def _consistent(self) -> "_Task":
+    def _consistent(self) -> "_TaskEntry":
         numbers = [v.version for v in self.versions]
         for which, values in (("number", numbers), ("digest", [v.digest for v in self.versions])):
             if len(set(values)) < len(values):
                 raise ValueError(f"two versions have the same {which}")
         if min(numbers) < 1 or max(numbers) > self.last_number:
-            raise ValueError(f"a version's number is not within 1 to {self.last_number}, the last that was given")
+            raise ValueError(f"a version number is outside 1 to {self.last_number}, the last number")
         if LATEST not in self.aliases:
-            raise ValueError(f"there is no alias {LATEST!r}")
+            raise ValueError(f"the alias {LATEST!r} is missing")
         for alias, targets in self.aliases.items():
             if alias.isdecimal() or not targets.keys() <= set(numbers):
-                raise ValueError(f"alias {alias!r} is a number, or points at a version that is not there")
+                raise ValueError(f"alias {alias!r} is a number, or points at a missing version")
         if not self.history.keys() <= self.aliases.keys():
-            raise ValueError("there is a history of an alias that is not there")
+            raise ValueError("the history names a missing alias")
         for version in self.versions:
             if datetime.fromisoformat(version.registered).tzinfo is None:
-                raise ValueError(f"version {version.version} was registered at no certain time")
+                raise ValueError(f"the registration time of version {version.version} has no time zone")
         return self
 
 
-class _Tenant(_Strict):
+class _Manifest(_Strict):
+    """The content of `tenant.json`."""
+
     format: Literal["karst-tenant/1"]
     tenant: Name
     limits: dict[str, Any]
-    tasks: list[_Task]
+    tasks: list[_TaskEntry]
 
     @field_validator("tasks")
     @classmethod
-    def _once(cls, tasks: list[_Task]) -> list[_Task]:
+    def _once(cls, tasks: list[_TaskEntry]) -> list[_TaskEntry]:
         if len({t.name for t in tasks}) < len(tasks):
             raise ValueError("two tasks have the same name")
         return tasks
@@ -88,86 +94,92 @@ class _Tenant(_Strict):
 
 @dataclass(frozen=True)
 class Export:
-    """A tenant's tar: how long it is, and its bytes. What ends before that length is not whole."""
+    """A tenant's tar as a stream. A stream shorter than `size_bytes` is incomplete."""
 
     size_bytes: int
     chunks: AsyncIterator[bytes]
 
 
-async def export_tenant(registry: TaskRegistry, store: Store, off_loop: OffLoop, info: TenantInfo) -> Export:
-    """All of a tenant but its keys. The same tenant gives the same bytes.
+async def export_tenant(registry: TaskRegistry, store: Store, executor: Executor | None, info: TenantInfo) -> Export:
+    """Return a tenant as a tar stream, without its keys. Equal tenants give equal bytes.
 
-    Every file is looked up before the first byte. One that cannot be read later ends `chunks` with an error: send
-    `size_bytes` as `content-length`, and the receiver knows; the tar has no end then, and no hub imports it.
+    The export looks up every file before the first byte. If it cannot read one later, `chunks` raises the error. Send
+    `size_bytes` as `content-length`: then the client notices, and the tar has no end, so no hub imports it.
+
+    Args:
+        executor: thread pool for calls to the store; None for the event loop's default pool.
 
     Raises:
-        Unavailable: registry or store are away, or the store lacks a file.
-        TooLarge: so many versions that no hub would import them at once.
+        Unavailable: the registry or the store is unavailable, or the store lacks a file.
+        TooLarge: the tenant has more versions than one import accepts.
     """
     tasks = await registry.dump(info.tenant)
     sizes = {v.digest: v.size_bytes for task in tasks for v in task.versions.values()}
     for digest, size_bytes in sizes.items():
-        file = await off_loop(store.find, digest)
+        file = await run_blocking(executor, store.find, digest)
         if file is None or file.size_bytes != size_bytes:
-            raise Unavailable(f"the adapter store has no whole file {digest}")
-    manifest = await off_loop(_manifest, info, tasks)
+            raise Unavailable(f"The adapter store has no intact file {digest}. Register the adapter again.")
+    manifest = await run_blocking(executor, _manifest, info, tasks)
     if len(manifest) > MAX_MANIFEST_BYTES or len(sizes) > MAX_FILES:
-        raise TooLarge(f"an export has at most {MAX_FILES} files and {MAX_MANIFEST_BYTES} bytes of {MANIFEST}")
+        limits = f"{MAX_FILES} files and {MAX_MANIFEST_BYTES} bytes of {MANIFEST}"
+        raise TooLarge(f"The export exceeds the limits of {limits}. Delete versions.")
     lengths = [len(manifest), *sizes.values()]
-    size_bytes = sum(BLOCK + length + len(_padding(length)) for length in lengths) + len(END)
-    return Export(size_bytes, _tar(store, off_loop, manifest, sorted(sizes)))
+    size_bytes = sum(BLOCK_BYTES + length + len(_padding(length)) for length in lengths) + len(END)
+    return Export(size_bytes, _tar(store, executor, manifest, sorted(sizes)))
 
 
 async def import_tenant(
     registry: TaskRegistry,
     store: Store,
-    off_loop: OffLoop,
+    executor: Executor | None,
     check: Check,
     by: Actor,
     info: TenantInfo,
     chunks: AsyncIterable[bytes],
     max_adapter_bytes: int,
 ) -> list[Task]:
-    """Make a tenant's tasks as an export has them, in one step at the end; all or none.
+    """Create the tasks of an export, all or none, in one atomic step at the end. Return them.
 
     Args:
-        check: an adapter file -> the adapter, if this hub can serve it; raises InvalidAdapter.
-        info: the tenant that gets them, whatever name it had where it comes from.
+        executor: thread pool for calls to the store and for files; None for the event loop's default pool.
+        check: function that parses an adapter file and checks that this hub can serve it; raises InvalidAdapter.
+        info: the tenant that gets the tasks; its name may differ from the exported one.
         chunks: the tar.
+        max_adapter_bytes: size limit of one adapter file.
 
     Raises:
-        InvalidRequest, InvalidAdapter: the tar is not what `export_tenant` makes, or a file does not fit this hub.
-        TooLarge: more bytes than the tenant may store.
-        Conflict: some of the tasks are there.
-        LimitReached: of tasks, of versions a task, or of stored bytes.
-        Unavailable: registry, store or the disk for temporary files.
+        InvalidRequest, InvalidAdapter: the tar is not an export, or a file does not fit this hub.
+        TooLarge: the tar has more bytes than the tenant may store.
+        Conflict: some of the tasks exist already.
+        LimitReached: the tenant's limit of tasks, of versions per task or of stored bytes.
+        Unavailable: the registry, the store or the disk for temporary files is unavailable.
     """
     with _spool() as file:
-        await _receive(off_loop, file, chunks, most_bytes(info.limits))
-        places = await off_loop(_index, file, max_adapter_bytes)
-        tasks = await off_loop(_read_manifest, file, places)
-        facts_of = {}
-        for digest in places:
-            data = await off_loop(_read_file, file, places, digest)
-            facts_of[digest] = await _checked(check, digest, data)
-        restored = [_restored(task, facts_of) for task in tasks]
-        for digest in places:
-            await off_loop(_put, store, file, places, digest)
+        await _receive(executor, file, chunks, max_archive_bytes(info.limits))
+        members = await run_blocking(executor, _index, file, max_adapter_bytes)
+        tasks = await run_blocking(executor, _read_manifest, file, members)
+        fields_by_digest = {}
+        for digest in members:
+            data = await run_blocking(executor, _read_file, file, members, digest)
+            fields_by_digest[digest] = await _checked(check, digest, data)
+        restored = [_restored(task, fields_by_digest) for task in tasks]
+        for digest in members:
+            await run_blocking(executor, _put, store, file, members, digest)
         await registry.restore(by, info.tenant, restored)
-        # From here on no collection takes a file. One that ran before may have.
-        for digest in places:
-            if await off_loop(store.find, digest) is None:
-                await off_loop(_put, store, file, places, digest)
+        # From now on garbage collection keeps these files. One that ran before may have removed some.
+        for digest in members:
+            if await run_blocking(executor, store.find, digest) is None:
+                await run_blocking(executor, _put, store, file, members, digest)
     return restored
 
 
-def most_bytes(limits: TenantLimits) -> int:
-    """Of a tar that a tenant could import."""
-    return limits.stored_bytes + MAX_MANIFEST_BYTES + MAX_FILES * 2 * BLOCK
+def max_archive_bytes(limits: TenantLimits) -> int:
+    """Return the size limit of a tar that a tenant with these limits can import."""
+    return limits.stored_bytes + MAX_MANIFEST_BYTES + MAX_FILES * 2 * BLOCK_BYTES
 
 
-def facts(adapter: Adapter) -> dict[str, Any]:
-    """What a version tells of its adapter: all fields of `VersionInfo` but `version` and `registered`."""
+def version_fields(adapter: Adapter) -> dict[str, Any]:
+    """Return the fields of `VersionInfo` that follow from the adapter file: all but `version` and `registered`."""
     return {
         "digest": adapter.digest,
         "labels": list(adapter.labels),
@@ -200,13 +212,15 @@ def _manifest(info: TenantInfo, tasks: Sequence[Task]) -> bytes:
     return json.dumps(body, ensure_ascii=False).encode()
 
 
-async def _tar(store: Store, off_loop: OffLoop, manifest: bytes, digests: Sequence[str]) -> AsyncIterator[bytes]:
+async def _tar(
+    store: Store, executor: Executor | None, manifest: bytes, digests: Sequence[str]
+) -> AsyncIterator[bytes]:
     yield _header(MANIFEST, len(manifest)) + manifest + _padding(len(manifest))
     for digest in digests:
-        data = await off_loop(store.get, digest)
+        data = await run_blocking(executor, store.get, digest)
         yield _header(f"{FOLDER}{digest}.safetensors", len(data))
-        for at in range(0, len(data), CHUNK):
-            yield data[at : at + CHUNK]
+        for at in range(0, len(data), CHUNK_BYTES):
+            yield data[at : at + CHUNK_BYTES]
         yield _padding(len(data))
     yield END
 
@@ -218,134 +232,134 @@ def _header(name: str, size_bytes: int) -> bytes:
 
 
 def _padding(size_bytes: int) -> bytes:
-    return bytes(-size_bytes % BLOCK)
+    return bytes(-size_bytes % BLOCK_BYTES)
 
 
 @contextmanager
 def _spool() -> Iterator[IO[bytes]]:
-    """A file without a name: it is gone whatever happens."""
+    """Open a temporary file without a name: the system removes it even after a crash."""
     try:
         with tempfile.TemporaryFile() as file:
             yield file
     except OSError as error:
-        raise Unavailable(f"the hub cannot keep the import while it reads it: {error.strerror or error}") from error
+        raise Unavailable(f"The hub cannot store the upload on its disk: {error.strerror or error}.") from error
 
 
-async def _receive(off_loop: OffLoop, file: IO[bytes], chunks: AsyncIterable[bytes], max_bytes: int) -> None:
-    total, waiting = 0, bytearray()
+async def _receive(executor: Executor | None, file: IO[bytes], chunks: AsyncIterable[bytes], max_bytes: int) -> None:
+    total, buffer = 0, bytearray()
     async for chunk in chunks:
         total += len(chunk)
         if total > max_bytes:
-            message = f"the tar has more than the {max_bytes} bytes that are allowed"
-            raise TooLarge.at("body", message)
-        waiting += chunk
-        if len(waiting) >= CHUNK:
-            await off_loop(file.write, bytes(waiting))
-            waiting.clear()
-    await off_loop(file.write, bytes(waiting))
-    await off_loop(file.flush)
+            raise TooLarge.at("body", f"the tar has more than {max_bytes} bytes, the tenant's limit for an import")
+        buffer += chunk
+        if len(buffer) >= CHUNK_BYTES:
+            await run_blocking(executor, file.write, bytes(buffer))
+            buffer.clear()
+    await run_blocking(executor, file.write, bytes(buffer))
+    await run_blocking(executor, file.flush)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a member's bytes are in the tar."""
+class _Member:
+    """Position of a member's content in the tar."""
 
-    at: int
+    offset: int
     size_bytes: int
 
 
-def _index(file: IO[bytes], max_adapter_bytes: int) -> dict[str, _Place]:
-    """Digest -> where its file is; the manifest stands under `MANIFEST`, first.
+def _index(file: IO[bytes], max_adapter_bytes: int) -> dict[str, _Member]:
+    """Return the members by digest; the manifest is first, under `MANIFEST`.
 
-    One header after the other by `TarInfo.frombuf`, not by `TarFile`: that also follows extensions (long names, sparse
-    files, links), which no export has and a hostile file may.
+    The index parses headers with `TarInfo.frombuf`, not with `TarFile`: that class also follows extensions (long names,
+    sparse files, links), which an export never has and a hostile file may have.
 
     Raises:
-        InvalidRequest: anything but the members of an export, whole, each once.
+        InvalidRequest: not exactly the members of an export, each complete and only once.
     """
     end = file.seek(0, 2)
-    places: dict[str, _Place] = {}
-    at = 0
+    members: dict[str, _Member] = {}
+    offset = 0
     while True:
-        file.seek(at)
-        block = file.read(BLOCK)
-        if block == bytes(BLOCK):
+        file.seek(offset)
+        header = file.read(BLOCK_BYTES)
+        if header == bytes(BLOCK_BYTES):
             break
         try:
-            member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
         except (tarfile.HeaderError, ValueError) as error:
-            where = f"at byte {at} the tar" if at else "this is no tar, or its beginning"
-            raise _invalid(f"{where} is cut short or damaged") from error
+            raise _invalid(f"not a tar, or the tar is truncated or damaged at byte {offset}") from error
         match = FILE.fullmatch(member.name.removeprefix(FOLDER)) if member.name.startswith(FOLDER) else None
         digest = match[1] if match else member.name
         if (digest != MANIFEST and match is None) or member.type != tarfile.REGTYPE:
-            raise _invalid(f"at byte {at} the tar has something else than {MANIFEST} or {FOLDER}<digest>.safetensors")
-        if digest in places or len(places) > MAX_FILES or (digest == MANIFEST) != (not places):
-            raise _invalid(f"{member.name} comes twice, or {MANIFEST} not first, or there are over {MAX_FILES} files")
-        if not 0 <= member.size <= (MAX_MANIFEST_BYTES if digest == MANIFEST else max_adapter_bytes):
-            raise _invalid(f"{member.name} is larger than is allowed")
-        places[digest] = _Place(at + BLOCK, member.size)
-        at += BLOCK + member.size + len(_padding(member.size))
-    rest = file.read(MAX_PADDING)
-    if not places or len(rest) < BLOCK or any(rest) or end > at + BLOCK + MAX_PADDING:
-        raise _invalid("the tar does not end as it should")
-    return places
+            raise _invalid(f"the member at byte {offset} is neither {MANIFEST} nor {FOLDER}<digest>.safetensors")
+        if digest in members or len(members) > MAX_FILES or (digest == MANIFEST) != (not members):
+            raise _invalid(f"{member.name} is a duplicate, {MANIFEST} is not first, or over {MAX_FILES} files")
+        max_bytes = MAX_MANIFEST_BYTES if digest == MANIFEST else max_adapter_bytes
+        if not 0 <= member.size <= max_bytes:
+            raise _invalid(f"{member.name} has {member.size} bytes; the limit is {max_bytes}")
+        members[digest] = _Member(offset + BLOCK_BYTES, member.size)
+        offset += BLOCK_BYTES + member.size + len(_padding(member.size))
+    end_blocks = file.read(MAX_PADDING_BYTES)
+    max_end = offset + BLOCK_BYTES + MAX_PADDING_BYTES
+    if not members or len(end_blocks) < BLOCK_BYTES or any(end_blocks) or end > max_end:
+        raise _invalid("the tar has no valid end: two blocks of zeros")
+    return members
 
 
-def _read_manifest(file: IO[bytes], places: dict[str, _Place]) -> list[_Task]:
-    """The tasks. Takes the manifest out of `places`, which are the files then.
+def _read_manifest(file: IO[bytes], members: dict[str, _Member]) -> list[_TaskEntry]:
+    """Return the tasks and remove the manifest from `members`, so that only adapter files remain.
 
     Raises:
-        InvalidRequest: not what an export has, or not with these files.
+        InvalidRequest: the manifest is invalid, or it names other files than the tar has.
     """
     try:
-        tenant = _Tenant.model_validate_json(_read(file, places.pop(MANIFEST)))
+        tenant = _Manifest.model_validate_json(_read(file, members.pop(MANIFEST)))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise _invalid(f"{MANIFEST}: {where or 'the whole'}: {first['msg']}") from error
+        raise _invalid(f"{MANIFEST}: {where or 'the document'}: {first['msg']}") from error
     named = {v.digest for task in tenant.tasks for v in task.versions}
-    if named != places.keys():
-        digest = min(named ^ places.keys())
+    if named != members.keys():
+        digest = min(named ^ members.keys())
         raise _invalid(f"file {digest!r} is only in {MANIFEST} or only in {FOLDER}")
     return tenant.tasks
 
 
-def _read(file: IO[bytes], place: _Place) -> bytes:
-    file.seek(place.at)
-    return file.read(place.size_bytes)
+def _read(file: IO[bytes], member: _Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size_bytes)
 
 
-def _read_file(file: IO[bytes], places: Mapping[str, _Place], digest: str) -> bytes:
-    data = _read(file, places[digest])
+def _read_file(file: IO[bytes], members: Mapping[str, _Member], digest: str) -> bytes:
+    data = _read(file, members[digest])
     if hashlib.sha256(data).hexdigest() != digest:
-        raise _invalid(f"file {digest} is damaged: its sha256 is another")
+        raise _invalid(f"file {digest} is damaged: its sha256 differs")
     return data
 
 
-def _put(store: Store, file: IO[bytes], places: Mapping[str, _Place], digest: str) -> None:
-    store.put(digest, _read(file, places[digest]))
+def _put(store: Store, file: IO[bytes], members: Mapping[str, _Member], digest: str) -> None:
+    store.put(digest, _read(file, members[digest]))
 
 
 async def _checked(check: Check, digest: str, data: bytes) -> dict[str, Any]:
     try:
-        return facts(await check(data))
+        return version_fields(await check(data))
     except InvalidAdapter as error:
         raise InvalidAdapter(f"file {digest}: {error.detail}", error.errors) from error
 
 
-def _restored(task: _Task, facts_of: Mapping[str, dict[str, Any]]) -> Task:
-    """The task for the registry; its versions tell what the files tell.
+def _restored(task: _TaskEntry, fields_by_digest: Mapping[str, dict[str, Any]]) -> Task:
+    """Return the task for the registry, with each version's fields from its file.
 
     Raises:
-        InvalidRequest: the manifest tells something else.
+        InvalidRequest: the manifest contradicts a file.
     """
     versions = {}
-    for said in sorted(task.versions, key=lambda v: v.version):
-        kept = VersionInfo(version=said.version, registered=said.registered, **facts_of[said.digest])
-        if json.loads(kept.model_dump_json()) != json.loads(said.model_dump_json()):
-            raise _invalid(f"{MANIFEST}: version {said.version} of task {task.name!r} is not what its file says")
-        versions[said.version] = kept
+    for stated in sorted(task.versions, key=lambda v: v.version):
+        kept = VersionInfo(version=stated.version, registered=stated.registered, **fields_by_digest[stated.digest])
+        if json.loads(kept.model_dump_json()) != json.loads(stated.model_dump_json()):
+            raise _invalid(f"{MANIFEST}: version {stated.version} of task {task.name!r} contradicts its file")
+        versions[stated.version] = kept
     return Task(task.name, versions, task.aliases, task.sharing, task.history, task.last_number)
 
 

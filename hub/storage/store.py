@@ -1,19 +1,19 @@
-"""Adapter files by digest, on anything that fsspec reaches: a folder, S3, GCS.
+"""Adapter files by digest, on any fsspec file system: a folder, S3, GCS.
 
-A file is written once, completely or not at all, and read back against its digest: what was damaged on the way
-is never served. The calls block; run them in a thread.
+A file is written once, completely or not at all. Each read checks the digest, so a damaged file is never served. The
+calls block; run them in a thread pool.
 
-Errors name the file's digest and nothing of the place: whoever gets them may be a tenant. The log has the rest.
+Error texts name a file's digest and never its location, because tenants see them. The log has the location.
 """
 
 import hashlib
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -24,20 +24,19 @@ from ..errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 FILE = re.compile(r"([0-9a-f]{64})\.safetensors")
-UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.safetensors\.[a-z0-9_]{8}")  # as `write_atomically` names what it writes
-TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # how file systems call it
-
-
-class OffLoop(Protocol):
-    """Runs a blocking function in a thread."""
-
-    def __call__(self, function: Callable[..., T], /, *args: Any) -> Awaitable[T]: ...
+UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.safetensors\.[a-z0-9_]{8}")  # temporary files of `write_atomically`
+TIMES = (
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "created",
+)  # modification time in fsspec
 
 
 class StoredFile(NamedTuple):
-    """A file of the store, as it was when somebody looked."""
+    """A file of the store at the time of the look-up."""
 
     digest: str
     size_bytes: int
@@ -48,7 +47,7 @@ class Store:
     """The adapter files of a hub."""
 
     def __init__(self, url: str) -> None:
-        """Open a store; a local folder is made by the first `put`.
+        """Open a store. The first `put` creates a local folder.
 
         Args:
             url: a folder, or any fsspec URL (`s3://bucket/prefix`).
@@ -58,57 +57,58 @@ class Store:
         self._local = isinstance(self._fs, LocalFileSystem)
 
     def put(self, digest: str, data: bytes) -> None:
-        """Keep a file under its digest. One that is there and whole is only made young again, so that it is not
-        collected before a version holds it.
+        """Store a file under its digest. For an intact existing file, set its modification time to now.
+
+        Otherwise garbage collection could remove the file before a version holds it.
 
         Raises:
-            Unavailable: the store cannot be written (away, full, not allowed).
+            Unavailable: the store cannot be written: unreachable, full or not permitted.
         """
         path = self._path(digest)
         try:
-            if not self._local:  # an object appears when its upload is complete, never before
+            if not self._local:  # an object is visible only after its complete upload
                 self._fs.pipe_file(path, data)
             elif not _refresh(Path(path), data):
                 self._fs.makedirs(self._fs._parent(path), exist_ok=True)
                 write_atomically(Path(path), data)
-        except Exception as error:  # every file system has its own kinds
-            raise _unwritable(error, f"file {digest}") from error
+        except Exception as error:  # each file system has its own exception types
+            raise _unavailable(error, f"write file {digest}") from error
 
     def get(self, digest: str) -> bytes:
-        """Read a file and check it against its digest.
+        """Return a file after checking its digest.
 
         Raises:
-            Unavailable: not there, not readable, or damaged.
+            Unavailable: the file is missing, unreadable or damaged.
         """
         try:
-            data = self._fs.cat_file(self._path(digest))
+            data: bytes = self._fs.cat_file(self._path(digest))
         except FileNotFoundError as error:
-            raise Unavailable(f"the adapter store has no file {digest}") from error
+            raise Unavailable(f"The adapter store has no file {digest}. Register the adapter again.") from error
         except Exception as error:
-            raise _unreadable(error, f"file {digest}") from error
+            raise _unavailable(error, f"read file {digest}") from error
         found = hashlib.sha256(data).hexdigest()
         if found != digest:
             path = self._fs.unstrip_protocol(self._path(digest))
             logger.error("%s is damaged: it has %d bytes with sha256 %s", path, len(data), found)
-            raise Unavailable(f"the file {digest} in the adapter store is damaged: its sha256 is another")
+            raise Unavailable(f"The stored file {digest} is damaged: its sha256 differs. Register the adapter again.")
         return data
 
     def find(self, digest: str) -> StoredFile | None:
-        """Size and age of a file without reading it; None where it is not there.
+        """Return size and modification time of a file without reading it; None if the file is missing.
 
         Raises:
             Unavailable: the store cannot be read.
         """
         try:
-            self._fs.invalidate_cache()  # another process may have changed what a listing had
+            self._fs.invalidate_cache()  # otherwise the answer could be an old listing's
             return self._stored(digest, self._fs.info(self._path(digest)))
         except FileNotFoundError:
             return None
         except Exception as error:
-            raise _unreadable(error, f"file {digest}") from error
+            raise _unavailable(error, f"read file {digest}") from error
 
     def files(self) -> Iterator[StoredFile]:
-        """Every adapter file, in no order; whatever else lies there is passed over.
+        """Yield every adapter file, in no order. Other files are skipped.
 
         Raises:
             Unavailable: the store cannot be read.
@@ -119,7 +119,7 @@ class Store:
                 yield self._stored(match[1], entry)
 
     def delete(self, digest: str) -> bool:
-        """Remove a file; False where it was not there.
+        """Remove a file. Return False if it was missing.
 
         Raises:
             Unavailable: the store cannot be written.
@@ -129,11 +129,11 @@ class Store:
         except FileNotFoundError:
             return False
         except Exception as error:
-            raise _unwritable(error, f"the removal of file {digest}") from error
+            raise _unavailable(error, f"remove file {digest}") from error
         return True
 
     def delete_unfinished(self, before: datetime) -> list[int]:
-        """Remove what writes that a crash cut short have left, if it is older than `before`; returns sizes in bytes.
+        """Remove temporary files of crashed writes that are older than `before`. Return their sizes in bytes.
 
         Raises:
             Unavailable: the store cannot be read.
@@ -144,12 +144,12 @@ class Store:
                 try:
                     os.unlink(entry["name"])
                 except OSError:
-                    continue  # gone, or not ours
+                    continue  # already removed, or owned by another user
                 removed.append(entry["size"])
         return removed
 
     def _entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Names and details of all files in the folders for the digests' first two digits, one folder at a time."""
+        """Yield name and details of all files in the folders `00` to `ff`, one folder at a time."""
         self._fs.invalidate_cache()
         for folder in self._list(self._root):
             if folder["type"] == "directory" and re.fullmatch(r"[0-9a-f]{2}", _name(folder)):
@@ -161,9 +161,9 @@ class Store:
         try:
             return list(self._fs.ls(folder, detail=True))
         except FileNotFoundError:
-            return []  # nothing was put yet, or the folder went away meanwhile
+            return []  # no file yet, or the folder was removed after its listing
         except Exception as error:
-            raise _unreadable(error, "its files") from error
+            raise _unavailable(error, "list its files") from error
 
     def _stored(self, digest: str, entry: dict[str, Any]) -> StoredFile:
         return StoredFile(digest, entry["size"], _time(entry))
@@ -173,12 +173,12 @@ class Store:
 
 
 def _refresh(path: Path, data: bytes) -> bool:
-    """Whether the file is there and whole; its age is nothing then."""
+    """Set the modification time of an intact file to now. Return False if the file is missing or damaged."""
     try:
         if path.read_bytes() != data:
             return False
         os.utime(path)
-    except (FileNotFoundError, PermissionError):  # collected meanwhile; or another user's, whom a new file replaces
+    except (FileNotFoundError, PermissionError):  # just collected, or another user's: a new file replaces it
         return False
     return True
 
@@ -188,7 +188,7 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def _time(entry: dict[str, Any]) -> datetime:
-    """When a file was written last. One whose file system does not tell is young for ever, and never collected."""
+    """Return the modification time. Without one a file counts as new, so garbage collection never removes it."""
     found = next((entry[name] for name in TIMES if entry.get(name) is not None), None)
     if isinstance(found, str):
         found = datetime.fromisoformat(found)
@@ -197,14 +197,9 @@ def _time(entry: dict[str, Any]) -> datetime:
     return datetime.fromtimestamp(found, UTC) if found is not None else datetime.max.replace(tzinfo=UTC)
 
 
-def _unreadable(error: Exception, what: str) -> Unavailable:
-    logger.error("the adapter store cannot be read (%s): %s", what, _first_line(error))
-    return Unavailable(f"the adapter store does not give {what} for now; the hub's log says why")
-
-
-def _unwritable(error: Exception, what: str) -> Unavailable:
-    logger.error("the adapter store cannot be written (%s): %s", what, _first_line(error))
-    return Unavailable(f"the adapter store does not take {what} for now; the hub's log says why")
+def _unavailable(error: Exception, action: str) -> Unavailable:
+    logger.error("the adapter store cannot %s: %s", action, _first_line(error))
+    return Unavailable(f"The adapter store cannot {action}. The hub's log has the cause.")
 
 
 def _first_line(error: Exception) -> str:

@@ -29,13 +29,13 @@ from torch import Tensor
 
 from adapters import Bank, Slot
 
-from ..concurrency import Turns
+from ..admission.quotas import ADAPTER_LOADS
+from ..concurrency import TenantConcurrencyLimit
 from ..errors import HubError, Unavailable
 from .host_cache import HostCache
 
 logger = logging.getLogger(__name__)
 
-TENANT_LOADS = 4  # loads of one tenant at once; otherwise one tenant's cold adapters delay those of all others
 MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0  # after a failed load; the pause doubles with each failure
 
 
@@ -124,7 +124,7 @@ class AdapterCache:
         self._slots_taken = 0  # by RESIDENT and DRAINING adapters, and by loads that write one
         self._slot_queue: deque[asyncio.Future[None]] = deque()  # loads that wait for a slot
         self._pinned: frozenset[str] = frozenset()
-        self._tenant_loads = Turns(TENANT_LOADS)
+        self._tenant_loads = TenantConcurrencyLimit(ADAPTER_LOADS)
         self._load_tasks: set[asyncio.Task[None]] = set()  # otherwise a running task may be garbage-collected
         self.counts = CacheCounts()
 
@@ -152,7 +152,7 @@ class AdapterCache:
         """Hold an adapter in its slot.
 
         Args:
-            tenant: the caller; at most `TENANT_LOADS` loads of a tenant run at once.
+            tenant: the caller; at most `quotas.ADAPTER_LOADS` loads of a tenant run at once.
 
         Raises:
             Unavailable: the store cannot return the file, or the adapter is not in a slot within `wait_s`.
@@ -324,7 +324,7 @@ class AdapterCache:
         started_s = self._clock()
         digest = entry.digest
         try:
-            async with self._tenant_loads.turn(tenant):
+            async with self._tenant_loads.acquire(tenant):
                 host = await self._host.load(digest)
                 entry.waits_for = f"a slot (all {self._bank.slots} slots of this worker are in use)"
                 await self._take_slot()

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from adapters import Bank, BankLimits, load_backbone
 from adapters.data.images import normalise
 
+from ..admission.quotas import WORKER_IMAGES_QUEUED
 from ..errors import HubError
 from ..observability import log_format, request_context, tracing
 from ..observability.metrics import MetricTypes
@@ -35,7 +36,6 @@ from .stats import WorkerStats
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-TENANT_IMAGES_QUEUED = 512  # per worker; further images of the tenant get 429
 LOAD_TIMEOUT_S = 15.0  # of a call that waits for its adapter; the gateway then answers 503
 STATUS_INTERVAL_S = 2.0
 PREWARMING_INTERVAL_S = 30.0
@@ -98,7 +98,7 @@ class Worker:
             self._run_batch,
             batch_size=lambda: self._tuner.next_size,
             wait_s=settings.batch_wait_ms / 1000,
-            tenant_limit=TENANT_IMAGES_QUEUED,
+            tenant_limit=WORKER_IMAGES_QUEUED,
             max_running=2 if on_gpu else 1,
         )
         self._metrics = WorkerMetrics(metric_types())

@@ -174,7 +174,7 @@ def test_the_client_shows_the_detail_of_an_error(flowers: Hub, client: triton.In
     assert error(image_input(), "flowers", "9") == f"[404] {detail('/v1/tasks/flowers/versions/9')}"
     assert "[422] image.1: not an image; expected one of JPEG" in error(image_input([IMAGES[0], b"text"]))
     small = np.zeros((2, 3, 5, 5), np.uint8)
-    assert "[422] pixels.0: pixels of shape [3, 5, 5], but the adapter takes [3, 32, 32]" in error(pixel_input(small))
+    assert "[422] pixels.0: pixels have shape [3, 5, 5]; the adapter takes [3, 32, 32]" in error(pixel_input(small))
     bright = np.full((2, 3, 5, 5), 255, np.float32)
     assert "[422] pixels: has values from 255 to 255; FP32 pixels must be 0 to 1" in error(pixel_input(bright))
     assert "[422] image: needs either data, or binary_data_size" in error(triton.InferInput("image", [1], "BYTES"))

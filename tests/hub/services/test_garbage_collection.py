@@ -1,4 +1,4 @@
-"""Garbage is collected beside registrations: nothing that a version holds, or is about to hold, goes away."""
+"""Garbage collection beside registrations: a file that a version holds, or will hold, stays."""
 
 import asyncio
 import hashlib
@@ -16,7 +16,7 @@ from hub.registry.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import Collected, LimitsChange, VersionInfo
-from hub.services.garbage_collection import collect
+from hub.services.garbage_collection import collect_garbage
 from hub.storage.store import Store
 
 HOUR_S = 3600
@@ -66,15 +66,18 @@ class Case:
         return kept
 
     async def collect(self, older_than_s: float = HOUR_S, **options: Any) -> Collected:
-        return await collect(self.registry, self.store, asyncio.to_thread, older_than_s, **options)
+        return await collect_garbage(self.registry, self.store, None, older_than_s, **options)
 
     def stored(self, *numbers: int) -> bool:
         return sorted(file.digest for file in self.store.files()) == sorted(digest(i) for i in numbers)
 
 
+Run = Callable[[Callable[[Case], Coroutine[Any, Any, None]]], None]
+
+
 @pytest.fixture
-def case(empty_redis, tmp_path) -> Callable[[Callable[[Case], Coroutine[Any, Any, None]]], None]:
-    """Runs `use(case)` on a loop of its own."""
+def case(empty_redis: str, tmp_path: Path) -> Run:
+    """Return a function that runs `use(case)` on an event loop."""
 
     def run(use: Callable[[Case], Coroutine[Any, Any, None]]) -> None:
         async def main() -> None:
@@ -90,7 +93,7 @@ def case(empty_redis, tmp_path) -> Callable[[Callable[[Case], Coroutine[Any, Any
     return run
 
 
-def test_only_old_files_that_no_version_holds_are_removed(case) -> None:
+def test_collection_removes_only_old_files_that_no_version_holds(case: Run) -> None:
     async def use(case: Case) -> None:
         case.put(1, 2, 3, 4)
         case.put(5, old=False)
@@ -99,7 +102,7 @@ def test_only_old_files_that_no_version_holds_are_removed(case) -> None:
         await case.register("leaves", 2)
         await case.register("leaves", 3)
         await case.registry.delete_version(OPERATOR, "t", "leaves", 2)
-        await case.registry.delete_task(OPERATOR, "t", "flowers")  # 1 is held by leaves still
+        await case.registry.delete_task(OPERATOR, "t", "flowers")  # `leaves` still holds file 1
         assert await case.collect() == Collected(removed=2, bytes=len(data(2)) + len(data(4)), kept=3)
         assert case.stored(1, 3, 5)
         assert await case.collect() == Collected(removed=0, bytes=0, kept=3)
@@ -110,7 +113,7 @@ def test_only_old_files_that_no_version_holds_are_removed(case) -> None:
     case(use)
 
 
-def test_an_empty_store_and_what_crashes_left(case) -> None:
+def test_collection_removes_old_temporary_files_of_crashed_writes(case: Run) -> None:
     async def use(case: Case) -> None:
         assert await case.collect() == Collected(removed=0, bytes=0, kept=0)
         case.put(1, old=False)
@@ -124,7 +127,7 @@ def test_an_empty_store_and_what_crashes_left(case) -> None:
     case(use)
 
 
-def test_a_put_after_the_listing_saves_the_file(case) -> None:
+def test_file_stays_when_it_is_put_after_the_listing(case: Run) -> None:
     async def use(case: Case) -> None:
         case.put(1)
         claim = case.registry.claim_orphan
@@ -133,25 +136,25 @@ def test_a_put_after_the_listing_saves_the_file(case) -> None:
             case.put(1, old=False)
             return await claim(name)
 
-        case.registry.claim_orphan = late
+        case.registry.claim_orphan = late  # type: ignore[assignment]  # a put at exactly this moment
         assert await case.collect() == Collected(removed=0, bytes=0, kept=1)
         assert case.stored(1)
 
     case(use)
 
 
-def test_a_registration_whose_file_is_removed_under_it_is_refused(case) -> None:
-    """Its put came just before the removal, its version comes just after: it must not be left without a file."""
+def test_registration_is_refused_when_its_file_is_being_removed(case: Run) -> None:
+    """Otherwise a version whose file was put just before the removal would have no file."""
 
     async def use(case: Case) -> None:
         case.put(1)
         delete = case.store.delete
 
         def late(name: str) -> bool:
-            case.put(1, old=False)  # after the last look
+            case.put(1, old=False)  # after the last check
             return delete(name)
 
-        case.store.delete = late
+        case.store.delete = late  # type: ignore[assignment]  # a put at exactly this moment
         assert (await case.collect()).removed == 1
         with pytest.raises(Unavailable, match="Try again"):
             await case.register("flowers", 1)
@@ -160,20 +163,20 @@ def test_a_registration_whose_file_is_removed_under_it_is_refused(case) -> None:
     case(use)
 
 
-def test_what_cannot_be_removed_in_time_is_left(case, monkeypatch) -> None:
+def test_file_stays_when_the_claim_may_have_expired(case: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(case: Case) -> None:
         case.put(1)
-        monkeypatch.setattr("hub.services.garbage_collection.HURRY_S", -1.0)
+        monkeypatch.setattr("hub.services.garbage_collection.CLAIM_USE_S", -1.0)
         assert await case.collect() == Collected(removed=0, bytes=0, kept=1)
         assert case.stored(1)
 
     case(use)
 
 
-def test_registrations_and_collections_at_once_leave_every_version_its_file(case) -> None:
+def test_every_version_keeps_its_file_when_registrations_and_collections_run_together(case: Run) -> None:
     async def use(case: Case) -> None:
         async def register(i: int) -> bool:
-            await asyncio.to_thread(case.put, i, old=bool(i % 2))  # every other one is as old as garbage at once
+            await asyncio.to_thread(case.put, i, old=bool(i % 2))  # every other file is old at once
             try:
                 await case.register(f"task{i}", i)
             except Unavailable:

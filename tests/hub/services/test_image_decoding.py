@@ -1,4 +1,4 @@
-"""Images in a bounded pool: what takes too long is refused, keeps its tenant's turn, and holds up nobody else."""
+"""Image decoding in a thread pool: a slow decode is refused, keeps its tenant's share, and delays no other tenant."""
 
 import asyncio
 import struct
@@ -6,54 +6,57 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import hub.services.image_decoding
+from adapters.data.images import decode_image
 from hub.errors import InvalidImage, TooLarge
-from hub.services.image_decoding import MAX_JPEG_SCANS, Images
+from hub.services.image_decoding import MAX_JPEG_SCANS, ImageDecoder
 from tests.support.models import PREPROCESS, encoded, png
 
 SLOW = b"slow"
-BROKEN = b"broken"
 
 
-class Slow:
-    """In place of the decoder: the bytes `SLOW` take until `go`; how many of them are at it."""
+class SlowDecode:
+    """Decoder that takes the bytes `SLOW` until `go` is set, and counts how many of them run."""
 
-    def __init__(self, decode: Callable[..., Image.Image]) -> None:
-        self._decode = decode
+    def __init__(self) -> None:
         self.go = threading.Event()
         self.running = 0
+        self._lock = threading.Lock()
 
-    def __call__(self, data: bytes, **options) -> Image.Image:
+    def __call__(self, data: bytes, **options: Any) -> Any:
         if data.startswith(SLOW):
-            self.running += 1
+            self._add(1)
             self.go.wait(10)
-            self.running -= 1
+            self._add(-1)
             data = png()
-        return self._decode(data, **options)
+        return decode_image(data, **options)
+
+    def _add(self, n: int) -> None:
+        with self._lock:
+            self.running += n
 
 
 @pytest.fixture
-def slow(monkeypatch) -> Iterator[Slow]:
-    slow = Slow(hub.services.image_decoding.decode_image)
-    monkeypatch.setattr(hub.images, "decode_image", slow)
+def slow() -> Iterator[SlowDecode]:
+    slow = SlowDecode()
     yield slow
     slow.go.set()
 
 
 @contextmanager
-def images(at_once: int = 2, spare: int = 0, **options) -> Iterator[Images]:
-    with ThreadPoolExecutor(at_once + spare) as executor:
-        limits = {"max_bytes": 100_000, "max_pixels": 1_000_000, "decode_s": 0.2} | options
-        yield Images(executor, at_once=at_once, spare=spare, **limits)
+def decoder(threads: int = 2, spare_threads: int = 0, **options: Any) -> Iterator[ImageDecoder]:
+    with ThreadPoolExecutor(threads + spare_threads) as executor:
+        limits = {"max_bytes": 100_000, "max_pixels": 1_000_000, "timeout_s": 0.2} | options
+        yield ImageDecoder(executor, threads=threads, spare_threads=spare_threads, **limits)
 
 
-async def one(images: Images, tenant: str, data: bytes | np.ndarray, field: str = "body") -> np.ndarray:
-    [pixels] = await images.pixels(tenant, [(field, data, PREPROCESS)])
+async def one(images: ImageDecoder, tenant: str, data: bytes | np.ndarray, field: str = "body") -> np.ndarray:
+    [pixels] = await images.decode(tenant, [(field, data, PREPROCESS)])
     return pixels
 
 
@@ -70,56 +73,67 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-def test_pixels_come_in_order_and_the_first_bad_image_is_named() -> None:
+async def assert_all_threads_free(images: ImageDecoder, slow: SlowDecode, threads: int) -> None:
+    """Two tenants together can use every thread at once, which no leaked share or thread would allow."""
+    await until(lambda: images.running == 0)
+    slow.go.clear()
+    tasks = [asyncio.create_task(one(images, f"tenant {i % 2}", SLOW)) for i in range(threads + 2)]
+    await until(lambda: slow.running == threads)
+    slow.go.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_pixels_are_in_order_and_the_error_names_the_first_bad_image() -> None:
     async def use() -> None:
-        with images() as pool:
-            alone = [await one(pool, "a", png(i)) for i in range(5)]
-            together = await pool.pixels("a", [(f"images.{i}", png(i), PREPROCESS) for i in range(5)])
-            for got, want in zip(together, alone, strict=True):
-                assert (got.dtype, got.shape) == (np.uint8, (3, 8, 8))
+        with decoder() as images:
+            single = [await one(images, "a", png(i)) for i in range(5)]
+            batch = await images.decode("a", [(f"images.{i}", png(i), PREPROCESS) for i in range(5)])
+            for got, want in zip(batch, single, strict=True):
+                assert got.dtype == np.uint8
+                assert got.shape == (3, 8, 8)
                 assert (got == want).all()
             with pytest.raises(InvalidImage, match=r"^images.1: not an image") as refusal:
-                await pool.pixels("a", [("images.0", png(), PREPROCESS), ("images.1", b"x", PREPROCESS)])
+                await images.decode("a", [("images.0", png(), PREPROCESS), ("images.1", b"x", PREPROCESS)])
             assert refusal.value.errors[0].field == "images.1"
-            with pytest.raises(TooLarge, match="100001 bytes, but at most 100000"):
-                await one(pool, "a", bytes(100_001))
+            with pytest.raises(TooLarge, match=r"^body: the image has 100001 bytes; the limit is 100000$"):
+                await one(images, "a", bytes(100_001))
 
     run(use)
 
 
-def test_a_decode_that_takes_too_long_is_refused_while_it_goes_on(slow) -> None:
+def test_slow_decode_is_refused_while_it_runs_on(slow: SlowDecode) -> None:
     async def use() -> None:
-        with images() as pool:
+        with decoder(decode=slow) as images:
             with pytest.raises(InvalidImage, match=r"^body: the image took more than 0.2 s to decode"):
-                await one(pool, "a", SLOW)
-            assert slow.running == 1
+                await one(images, "a", SLOW)
+            assert slow.running == images.running == 1
             slow.go.set()
 
     run(use)
 
 
-def test_its_tenant_waits_for_it_and_no_other_does(slow) -> None:
+def test_tenant_waits_for_its_slow_decode_and_no_other_tenant_does(slow: SlowDecode) -> None:
     async def use() -> None:
-        with images(at_once=2) as pool:
+        with decoder(threads=2, decode=slow) as images:
             with pytest.raises(InvalidImage):
-                await one(pool, "bomber", SLOW)
-            own = asyncio.create_task(one(pool, "bomber", png()))
+                await one(images, "bomber", SLOW)
+            own = asyncio.create_task(one(images, "bomber", png()))
             for _ in range(20):
-                await one(pool, "other", png())
-            assert not own.done()  # one tenant has one thread fewer than there are, and it is still busy
+                await one(images, "other", png())
+            assert not own.done()  # a tenant gets one thread fewer than all, and it is busy
             slow.go.set()
             await own
 
     run(use)
 
 
-def test_no_tenant_takes_all_threads(slow) -> None:
+def test_tenant_never_uses_all_threads(slow: SlowDecode) -> None:
     async def use() -> None:
-        with images(at_once=4, decode_s=5) as pool:
-            bombs = [asyncio.create_task(one(pool, "bomber", SLOW)) for _ in range(20)]
+        with decoder(threads=4, timeout_s=5, decode=slow) as images:
+            bombs = [asyncio.create_task(one(images, "bomber", SLOW)) for _ in range(20)]
             await until(lambda: slow.running == 3)
             for _ in range(20):
-                await one(pool, "other", png())
+                await one(images, "other", png())
             assert slow.running == 3
             slow.go.set()
             await asyncio.gather(*bombs)
@@ -127,95 +141,99 @@ def test_no_tenant_takes_all_threads(slow) -> None:
     run(use)
 
 
-def test_spare_threads_work_in_the_place_of_those_that_take_too_long(slow) -> None:
+def test_spare_threads_replace_those_of_slow_decodes(slow: SlowDecode) -> None:
     async def use() -> None:
-        with images(at_once=2, spare=2) as pool:
+        with decoder(threads=2, spare_threads=2, decode=slow) as images:
             for tenant in ("first", "second", "third"):
                 with pytest.raises(InvalidImage):
-                    await one(pool, tenant, SLOW)
+                    await one(images, tenant, SLOW)
             assert slow.running == 3
-            assert pool._spare == 0
-            await one(pool, "other", png())  # the one thread that is left
+            await one(images, "other", png())  # the last thread
             slow.go.set()
-            await until(lambda: pool._spare == 2)
-            assert pool._threads._value == 2
+            await assert_all_threads_free(images, slow, 2)
+            slow.go.clear()
+            for tenant in ("first", "second", "third"):  # both spare threads are free again
+                with pytest.raises(InvalidImage):
+                    await one(images, tenant, SLOW)
+            await one(images, "other", png())
+            slow.go.set()
 
     run(use)
 
 
-def test_who_goes_away_leaves_the_line_but_not_a_running_decode(slow) -> None:
+def test_cancelled_request_leaves_the_queue_but_not_its_running_decode(slow: SlowDecode) -> None:
     async def use() -> None:
-        with images(at_once=2, decode_s=5) as pool:
-            running = asyncio.create_task(one(pool, "a", SLOW))
-            waiting = asyncio.create_task(one(pool, "a", SLOW))
+        with decoder(threads=2, timeout_s=5, decode=slow) as images:
+            running = asyncio.create_task(one(images, "a", SLOW))
+            queued = asyncio.create_task(one(images, "a", SLOW))
             await until(lambda: slow.running == 1)
-            for task in (running, waiting):
+            for task in (running, queued):
                 task.cancel()
-            await asyncio.wait((running, waiting))
+            await asyncio.wait((running, queued))
             assert running.cancelled()
-            assert waiting.cancelled()
-            again = asyncio.create_task(one(pool, "a", png()))
-            await asyncio.sleep(0.05)
+            assert queued.cancelled()
+            again = asyncio.create_task(one(images, "a", png()))
+            for _ in range(20):
+                await one(images, "other", png())
             assert not again.done()
-            assert slow.running == 1  # a client that comes and goes starts no second decode
+            assert slow.running == 1  # a client that reconnects starts no second decode
             slow.go.set()
             await again
-            await until(lambda: not pool._turns._lines)
-            assert pool._threads._value == 2
+            await assert_all_threads_free(images, slow, 2)
 
     run(use)
 
 
-def test_a_decode_that_fails_late_is_nobody_s_complaint(slow, caplog) -> None:
+def test_late_failure_logs_nothing(slow: SlowDecode, caplog: pytest.LogCaptureFixture) -> None:
     async def use() -> None:
-        with images(max_pixels=1) as pool:  # fails after `go`
+        with decoder(max_pixels=1, decode=slow) as images:  # fails after `go`
             with pytest.raises(InvalidImage, match="took more than"):
-                await one(pool, "a", SLOW)
+                await one(images, "a", SLOW)
             slow.go.set()
-            await until(lambda: not pool._holding)
+            await until(lambda: images.running == 0)
 
     run(use)
     assert not caplog.records
 
 
-def test_preprocessed_pixels_pass_through() -> None:
+def test_preprocessed_pixels_pass_unchanged() -> None:
     async def use() -> None:
-        with images() as pool:
+        with decoder() as images:
             for dtype in (np.uint8, np.float32):
                 pixels = np.arange(3 * 8 * 8).reshape(3, 8, 8).astype(dtype)
-                got = await one(pool, "a", pixels)
+                got = await one(images, "a", pixels)
                 assert got.dtype == dtype
                 assert (got == pixels).all()
             turned = np.zeros((8, 8, 3), np.uint8).transpose(2, 0, 1)
-            assert (await one(pool, "a", turned)).flags.c_contiguous
+            assert (await one(images, "a", turned)).flags.c_contiguous
 
     run(use)
 
 
 WRONG_PIXELS = {
-    "shape": (np.zeros((8, 8, 3), np.uint8), r"pixels of shape \[8, 8, 3\], but the adapter takes \[3, 8, 8\]"),
-    "size": (np.zeros((3, 8, 9), np.uint8), r"pixels of shape \[3, 8, 9\], but the adapter takes \[3, 8, 8\]"),
-    "axes": (np.zeros((), np.uint8), r"pixels of shape \[\]"),
-    "dtype": (np.zeros((3, 8, 8), np.float64), "pixels of dtype float64, but uint8 or float32 is needed"),
-    "object": (np.full((3, 8, 8), "x", object), "pixels of dtype object"),
-    "NaN": (np.full((3, 8, 8), np.nan, np.float32), "pixels outside of 0..255"),
-    "infinity": (np.full((3, 8, 8), np.inf, np.float32), "pixels outside of 0..255"),
-    "negative": (np.full((3, 8, 8), -0.1, np.float32), "pixels outside of 0..255"),
-    "normalised": (np.full((3, 8, 8), 255.1, np.float32), "pixels outside of 0..255"),
+    "shape": (np.zeros((8, 8, 3), np.uint8), r"pixels have shape \[8, 8, 3\]; the adapter takes \[3, 8, 8\]"),
+    "size": (np.zeros((3, 8, 9), np.uint8), r"pixels have shape \[3, 8, 9\]; the adapter takes \[3, 8, 8\]"),
+    "axes": (np.zeros((), np.uint8), r"pixels have shape \[\]"),
+    "dtype": (np.zeros((3, 8, 8), np.float64), "pixels have dtype float64; send uint8 or float32"),
+    "object": (np.full((3, 8, 8), "x", object), "pixels have dtype object"),
+    "NaN": (np.full((3, 8, 8), np.nan, np.float32), "pixels must be in 0..255"),
+    "infinity": (np.full((3, 8, 8), np.inf, np.float32), "pixels must be in 0..255"),
+    "negative": (np.full((3, 8, 8), -0.1, np.float32), "pixels must be in 0..255"),
+    "normalised": (np.full((3, 8, 8), 255.1, np.float32), "pixels must be in 0..255"),
 }
 
 
 @pytest.mark.parametrize(("pixels", "message"), WRONG_PIXELS.values(), ids=WRONG_PIXELS.keys())
-def test_preprocessed_pixels_that_do_not_fit_are_named(pixels, message) -> None:
+def test_pixels_that_do_not_fit_the_adapter_are_refused(pixels: np.ndarray, message: str) -> None:
     async def use() -> None:
-        with images() as pool, pytest.raises(InvalidImage, match=f"^pixels.3: {message}") as refusal:
-            await one(pool, "a", pixels, "pixels.3")
+        with decoder() as images, pytest.raises(InvalidImage, match=f"^pixels.3: {message}") as refusal:
+            await one(images, "a", pixels, "pixels.3")
         assert refusal.value.errors[0].field == "pixels.3"
 
     run(use)
 
 
-def test_a_jpeg_of_very_many_scans_is_not_decoded(slow) -> None:
+def test_jpeg_with_very_many_scans_is_refused() -> None:
     jpeg = encoded(Image.new("RGB", (64, 64)), "JPEG", progressive=True)
     scans = jpeg.count(b"\xff\xda")
     assert 5 < scans < MAX_JPEG_SCANS
@@ -225,9 +243,9 @@ def test_a_jpeg_of_very_many_scans_is_not_decoded(slow) -> None:
     assert more.startswith(header)
 
     async def use() -> None:
-        with images() as pool:
-            assert (await one(pool, "a", jpeg)).shape == (3, 8, 8)
-            with pytest.raises(InvalidImage, match="a JPEG of more than 100 scans"):
-                await one(pool, "a", more)
+        with decoder() as images:
+            assert (await one(images, "a", jpeg)).shape == (3, 8, 8)
+            with pytest.raises(InvalidImage, match="the JPEG has more than 100 scans"):
+                await one(images, "a", more)
 
     run(use)

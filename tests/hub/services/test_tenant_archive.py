@@ -1,4 +1,4 @@
-"""A whole tenant as a tar: what goes in comes out, under another name and in another store; else nothing changes."""
+"""Export and import of a tenant: complete under another name and in another store, or nothing changes."""
 
 import asyncio
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from adapters import Adapter, AdapterError
+from adapters import Adapter, AdapterError, Backbone
 from hub.errors import Conflict, HubError, InvalidAdapter, InvalidRequest, LimitReached, TooLarge, Unavailable
 from hub.registry.audit import OPERATOR
 from hub.registry.connection import RegistryConnection
@@ -20,7 +20,7 @@ from hub.registry.models import Task
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import LimitsChange, Sharing, TenantInfo, VersionInfo
-from hub.services.tenant_archive import export_tenant, facts, import_tenant
+from hub.services.tenant_archive import export_tenant, import_tenant, version_fields
 from hub.storage.store import Store
 from hub.worker_api import invalid_adapter
 from tests.hub.conftest import OCTETS, running
@@ -31,7 +31,7 @@ Members = list[tuple[str, bytes]]
 
 
 class Case:
-    """Tenant `one` with two tasks and all that they can have, in a store of its own; tenant `two` with nothing."""
+    """Tenant `one` with two complete tasks in a store of its own, and tenant `two` without tasks."""
 
     def __init__(self, database: RegistryConnection, folder: Path, adapters: Sequence[Adapter]) -> None:
         self.connection = database
@@ -57,7 +57,7 @@ class Case:
     async def register(self, tenant: str, task: str, adapter: Adapter) -> VersionInfo:
         self.stores[tenant].put(adapter.digest, adapter.data)
         registered = "2026-01-01T00:00:00.000+00:00"
-        version = VersionInfo(version=0, registered=registered, **facts(adapter))
+        version = VersionInfo(version=0, registered=registered, **version_fields(adapter))
         kept, _ = await self.registry.register(OPERATOR, tenant, task, version, ["latest"])
         return kept
 
@@ -66,25 +66,25 @@ class Case:
 
     async def export(self, tenant: str = "one") -> bytes:
         info = await self.info(tenant)
-        export = await export_tenant(self.registry, self.stores[tenant], asyncio.to_thread, info)
+        export = await export_tenant(self.registry, self.stores[tenant], None, info)
         data = b"".join([chunk async for chunk in export.chunks])
         assert len(data) == export.size_bytes
         return data
 
     async def restore(self, tar: bytes | AsyncIterator[bytes], tenant: str = "two", **options: Any) -> list[Task]:
-        options = {"max_adapter_bytes": MAX_ADAPTER_BYTES, "registry": self.registry} | options
+        arguments: dict[str, Any] = {"max_adapter_bytes": MAX_ADAPTER_BYTES, "registry": self.registry} | options
         return await import_tenant(
             store=self.stores[tenant],
-            off_loop=asyncio.to_thread,
+            executor=None,
             check=check,
             by=OPERATOR,
             info=await self.info(tenant),
             chunks=pieces(tar) if isinstance(tar, bytes) else tar,
-            **options,
+            **arguments,
         )
 
     async def refused(self, kind: type[HubError], tar: bytes | AsyncIterator[bytes], **options: Any) -> str:
-        """What an import is refused with; nothing of it is there then."""
+        """Return the detail of a refused import. Nothing of the import may remain."""
         with pytest.raises(kind) as caught:
             await self.restore(tar, **options)
         assert await self.registry.tasks("two") == []
@@ -110,7 +110,7 @@ Run = Callable[[Callable[[Case], Coroutine[Any, Any, None]]], None]
 
 
 def runner(url: str, adapters: Sequence[Adapter], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs `use(case)` on a loop of its own; no temporary file may be left."""
+    """Return a function that runs `use(case)` on an event loop. No temporary file may remain."""
     spool = folder / "spool"
     spool.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(spool))
@@ -132,7 +132,7 @@ def runner(url: str, adapters: Sequence[Adapter], folder: Path, monkeypatch: pyt
 
 
 @pytest.fixture
-def case(empty_redis, adapters, tmp_path, monkeypatch) -> Run:
+def case(empty_redis: str, adapters: Sequence[Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return runner(empty_redis, adapters, tmp_path, monkeypatch)
 
 
@@ -142,7 +142,7 @@ def members(tar: bytes) -> Members:
 
 
 def written(entries: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> bytes:
-    """A tar by Python's own writer."""
+    """Return a tar written by Python's `tarfile`."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:", format=format) as archive:
         for name, data in entries:
@@ -152,7 +152,7 @@ def written(entries: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_FO
     return buffer.getvalue()
 
 
-def test_a_tenant_comes_out_as_it_went_in(case, adapters) -> None:
+def test_import_equals_the_exported_tenant(case: Run, adapters: Sequence[Adapter]) -> None:
     async def use(case: Case) -> None:
         tar = await case.export()
         restored = await case.restore(tar)
@@ -167,7 +167,7 @@ def test_a_tenant_comes_out_as_it_went_in(case, adapters) -> None:
         assert leaves.sharing == Sharing(public=True)
         assert case.stored("two") == sorted(adapters[i].digest for i in range(3))
         assert all(case.stores["two"].get(a.digest) == a.data for a in adapters[:3])
-        # Each goes on as the other would: numbers, roll-back, limits of stored bytes, shares.
+        # The imported tenant continues like the original: numbers, rollback, stored bytes, shares.
         assert (await case.register("two", "flowers", adapters[3])).version == 5
         rolled = await case.registry.roll_back(OPERATOR, "two", "flowers", "stable")
         assert rolled.aliases["stable"] == {2: 1}
@@ -179,7 +179,7 @@ def test_a_tenant_comes_out_as_it_went_in(case, adapters) -> None:
     case(use)
 
 
-def test_the_tar_is_what_anybody_reads_and_the_same_every_time(case, adapters) -> None:
+def test_export_is_a_plain_tar_and_equal_each_time(case: Run, adapters: Sequence[Adapter]) -> None:
     async def use(case: Case) -> None:
         tar = await case.export()
         assert tar == await case.export()
@@ -194,19 +194,19 @@ def test_the_tar_is_what_anybody_reads_and_the_same_every_time(case, adapters) -
         assert manifest["limits"]["tasks"] == 7
         assert list(manifest["tasks"][0]) == ["name", "last_number", "versions", "aliases", "history", "sharing"]
         assert b"kh_" not in entries[0][1]
-        await case.restore(python)  # with the zeros that tools put at the end
+        await case.restore(python)  # with the zeros that some tools add at the end
 
     case(use)
 
 
-def test_an_empty_tenant_can_be_moved(case) -> None:
+def test_import_succeeds_when_the_tenant_is_empty(case: Run) -> None:
     async def use(case: Case) -> None:
         assert await case.restore(await case.export("two")) == []
 
     case(use)
 
 
-def test_tasks_that_are_there_are_named_and_nothing_is_changed(case, adapters) -> None:
+def test_import_names_existing_tasks_and_changes_nothing(case: Run, adapters: Sequence[Adapter]) -> None:
     async def use(case: Case) -> None:
         tar = await case.export()
         await case.register("two", "leaves", adapters[3])
@@ -223,7 +223,7 @@ def test_tasks_that_are_there_are_named_and_nothing_is_changed(case, adapters) -
 
 
 @pytest.mark.parametrize("limit", [{"tasks": 1}, {"versions": 2}, {"stored_bytes": 100}])
-def test_the_tenants_limits_hold(case, limit) -> None:
+def test_import_is_refused_when_it_exceeds_a_limit(case: Run, limit: dict[str, int]) -> None:
     async def use(case: Case) -> None:
         await case.tenants.change_limits(OPERATOR, "two", LimitsChange(**limit))
         assert "too many" in await case.refused(LimitReached, await case.export())
@@ -231,9 +231,9 @@ def test_the_tenants_limits_hold(case, limit) -> None:
     case(use)
 
 
-def test_more_bytes_than_the_tenant_may_store_are_refused_while_they_come(case, monkeypatch) -> None:
+def test_import_is_refused_while_it_arrives_when_it_is_too_large(case: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(case: Case) -> None:
-        monkeypatch.setattr("hub.services.tenant_archive.most_bytes", lambda _limits: 100_000)
+        monkeypatch.setattr("hub.services.tenant_archive.max_archive_bytes", lambda _limits: 100_000)
         sent = 0
 
         async def endless() -> AsyncIterator[bytes]:
@@ -249,7 +249,7 @@ def test_more_bytes_than_the_tenant_may_store_are_refused_while_they_come(case, 
     case(use)
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(case) -> None:
+def test_import_leaves_nothing_when_the_upload_breaks_off(case: Run) -> None:
     async def use(case: Case) -> None:
         tar = await case.export()
 
@@ -265,22 +265,24 @@ def test_an_upload_that_breaks_off_leaves_nothing(case) -> None:
     case(use)
 
 
-def test_a_file_that_the_store_lacks_is_found_before_the_first_byte(case, adapters) -> None:
+def test_export_fails_before_the_first_byte_when_the_store_lacks_a_file(case: Run, adapters: Sequence[Adapter]) -> None:
     async def use(case: Case) -> None:
         (path,) = (case.folder / "one").rglob(f"{adapters[0].digest}.safetensors")
         path.write_bytes(adapters[0].data[:-1])
-        with pytest.raises(Unavailable, match=f"no whole file {adapters[0].digest}"):
+        with pytest.raises(Unavailable, match=f"no intact file {adapters[0].digest}"):
             await case.export()
         path.unlink()
-        with pytest.raises(Unavailable, match=f"no whole file {adapters[0].digest}"):
+        with pytest.raises(Unavailable, match=f"no intact file {adapters[0].digest}"):
             await case.export()
 
     case(use)
 
 
-def test_a_file_that_goes_away_later_breaks_the_export_off_and_no_hub_imports_it(case, adapters) -> None:
+def test_export_breaks_off_and_cannot_be_imported_when_a_file_disappears(
+    case: Run, adapters: Sequence[Adapter]
+) -> None:
     async def use(case: Case) -> None:
-        export = await export_tenant(case.registry, case.stores["one"], asyncio.to_thread, await case.info("one"))
+        export = await export_tenant(case.registry, case.stores["one"], None, await case.info("one"))
         last = max(a.digest for a in adapters[:3])
         case.stores["one"].delete(last)
         got = bytearray()
@@ -292,13 +294,13 @@ def test_a_file_that_goes_away_later_breaks_the_export_off_and_no_hub_imports_it
         with pytest.raises(Unavailable, match=f"has no file {last}"):
             await read()
         assert len(got) < export.size_bytes
-        assert "cut short" in await case.refused(InvalidRequest, bytes(got))
+        assert "truncated or damaged" in await case.refused(InvalidRequest, bytes(got))
         assert case.stored("two") == []
 
     case(use)
 
 
-def test_what_a_collection_took_meanwhile_is_put_again(case, adapters) -> None:
+def test_import_puts_a_file_again_when_garbage_collection_removed_it(case: Run, adapters: Sequence[Adapter]) -> None:
     async def use(case: Case) -> None:
         class Late(TaskRegistry):
             async def restore(self, *args: Any) -> None:
@@ -312,30 +314,32 @@ def test_what_a_collection_took_meanwhile_is_put_again(case, adapters) -> None:
     case(use)
 
 
-def test_a_full_disk_is_unavailable(case, monkeypatch) -> None:
+def test_import_is_unavailable_when_the_disk_is_full(case: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(case: Case) -> None:
         tar = await case.export()
         monkeypatch.setattr(tempfile, "tempdir", str(case.folder / "absent"))
-        assert "cannot keep the import" in await case.refused(Unavailable, tar)
+        assert "cannot store the upload on its disk" in await case.refused(Unavailable, tar)
 
     case(use)
 
 
-def test_a_file_that_does_not_fit_this_hub_is_named(case, adapters) -> None:
+def test_import_names_the_file_that_does_not_fit_this_hub(case: Run, adapters: Sequence[Adapter]) -> None:
     async def use(case: Case) -> None:
         entries = members(await case.export())
         bad = with_metadata(adapters[0], format="karst/9")
         renamed = adapters[0].digest, hashlib.sha256(bad).hexdigest()
-        manifest = entries[0][1].replace(*(name.encode() for name in renamed))
+        manifest = entries[0][1].replace(renamed[0].encode(), renamed[1].encode())
         files = [(name.replace(*renamed), bad if renamed[0] in name else data) for name, data in entries[1:]]
-        told = await case.refused(InvalidAdapter, written([("tenant.json", manifest), *files]))
-        assert told.startswith(f"file {renamed[1]}: format")
+        detail = await case.refused(InvalidAdapter, written([("tenant.json", manifest), *files]))
+        assert detail.startswith(f"file {renamed[1]}: format")
         assert case.stored("two") == []
 
     case(use)
 
 
-def test_fetched_moved_and_collected_over_http(empty_redis, backbone, adapters, tmp_path) -> None:
+def test_source_export_import_and_garbage_collection_work_over_http(
+    empty_redis: str, backbone: Backbone, adapters: Sequence[Adapter], tmp_path: Path
+) -> None:
     folder = tmp_path / "source"
     folder.mkdir()
     (folder / "b").write_bytes(adapters[1].data)
@@ -345,7 +349,8 @@ def test_fetched_moved_and_collected_over_http(empty_redis, backbone, adapters, 
             return hub.http.post("/v1/tasks/flowers/versions", **body)
 
         def collect() -> dict[str, int]:
-            return hub.http.post("/v1/gc", json={"older_than_s": 0}, headers=hub.admin).json()
+            removed: dict[str, int] = hub.http.post("/v1/gc", json={"older_than_s": 0}, headers=hub.admin).json()
+            return removed
 
         assert register(content=adapters[0].data, headers=OCTETS).status_code == 201
         by_reference = register(json={"source": f"file://{folder}/b", "digest": adapters[1].digest})

@@ -1,19 +1,20 @@
-"""Downloads go to the address that was checked, and to public ones only: with a real TLS server on loopback."""
+"""Downloads connect only to checked, public addresses; with a real TLS server on loopback."""
 
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from hub.errors import InvalidRequest, TooLarge, Unavailable
-from hub.storage.remote_sources import Sources, is_global
+from hub.errors import HubError, InvalidRequest, TooLarge, Unavailable
+from hub.storage.remote_sources import RemoteSources, is_global
 from tests.hub.storage.test_remote_sources import DATA, refusal
 
 
@@ -28,7 +29,7 @@ from tests.hub.storage.test_remote_sources import DATA, refusal
         *("64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::808:808", "2002:7f00:1::", "2002:a9fe:a9fe::1"),
     ],
 )
-def test_addresses_that_are_not_public(address) -> None:
+def test_address_is_refused_when_it_is_not_public(address: str) -> None:
     assert not is_global(ip_address(address))
 
 
@@ -36,12 +37,12 @@ def test_addresses_that_are_not_public(address) -> None:
     "address",
     ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "2a00:1450::1", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"],
 )
-def test_addresses_that_are_public(address) -> None:
+def test_address_is_accepted_when_it_is_public(address: str) -> None:
     assert is_global(ip_address(address))
 
 
 def certificate(host: str) -> tuple[bytes, bytes]:
-    """A key and a certificate for a host that vouches for itself, PEM."""
+    """Return a key and a self-signed certificate for a host, PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
     now = datetime.now(UTC)
@@ -68,7 +69,8 @@ ANSWERS = {
     "broken": b"HTTP/1.1 500 Oops\r\ncontent-length: 0\r\n\r\n",
     "noise": b"SSH-2.0-OpenSSH\r\n\r\n",
 }
-TRICKLES = {  # beginning, what comes 300 times, end
+Contexts = tuple[ssl.SSLContext, ssl.SSLContext]
+TRICKLES = {  # start, piece that is repeated 300 times, end
     "slow-header": (b"HTTP/1.1 200 OK\r\nx: ", b"x", b"\r\ncontent-length: 0\r\n\r\n"),
     "slow-body": (b"HTTP/1.1 200 OK\r\ncontent-length: 300\r\n\r\n", b"x", b""),
     "large": (b"HTTP/1.1 200 OK\r\n\r\n", bytes(10_000), b""),
@@ -76,7 +78,7 @@ TRICKLES = {  # beginning, what comes 300 times, end
 
 
 class Server:
-    """A TLS server on loopback that answers by `ANSWERS`, and keeps what it was asked."""
+    """TLS server on loopback that answers from `ANSWERS` and records requests."""
 
     def __init__(self, tls: ssl.SSLContext) -> None:
         self.seen: list[tuple[str | None, bytes]] = []  # (host name in TLS, request)
@@ -91,7 +93,7 @@ class Server:
 
     def close(self) -> None:
         self._stop.set()
-        socket.create_connection(("127.0.0.1", self.port)).close()  # wakes it
+        socket.create_connection(("127.0.0.1", self.port)).close()  # ends `accept`
         self._thread.join()
         self._listening.close()
 
@@ -109,7 +111,7 @@ class Server:
                     with self._tls.wrap_socket(plain, server_side=True) as connection:
                         self._answer(connection)
                 except OSError:
-                    continue  # the client had enough
+                    continue  # the client closed the connection
 
     def _answer(self, connection: ssl.SSLSocket) -> None:
         request = b""
@@ -119,7 +121,7 @@ class Server:
         path = request.split()[1].decode().removeprefix("/v1/")
         begin, piece, end = TRICKLES.get(path, (b"", b"", b""))
         connection.sendall(begin)
-        for _ in range(300 if piece else 0):  # a whole answer in the end, three seconds later
+        for _ in range(300 if piece else 0):  # complete after three seconds
             connection.sendall(piece)
             self._stop.wait(0.01)
         connection.sendall(end)
@@ -127,8 +129,8 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def tls(tmp_path_factory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A server's context for `adapters.test`, and a client's that trusts it."""
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Contexts:
+    """Return a server's context for `adapters.test` and a client's that trusts it."""
     key, made = certificate("adapters.test")
     file = tmp_path_factory.mktemp("tls") / "server.pem"
     file.write_bytes(key + made)
@@ -138,54 +140,72 @@ def tls(tmp_path_factory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 @pytest.fixture
-def server(tls) -> Iterator[Server]:
+def server(tls: Contexts) -> Iterator[Server]:
     server = Server(tls[0])
     yield server
     server.close()
 
 
-def https(server: Server, tls, *, host: str = "adapters.test", addresses=("127.0.0.1",), **options) -> Sources:
-    options = {"allowed_address": lambda _address: True, "max_bytes": len(DATA), "timeout_s": 10} | options
+def https(
+    server: Server,
+    tls: Contexts,
+    *,
+    host: str = "adapters.test",
+    addresses: Sequence[str] = ("127.0.0.1",),
+    **options: Any,
+) -> RemoteSources:
+    arguments: dict[str, Any] = {
+        "allowed_address": lambda _address: True,
+        "max_bytes": len(DATA),
+        "timeout_s": 10,
+    } | options
     prefix = f"https://{host}:{server.port}/v1/"
-    return Sources([prefix], resolve=lambda _host, _port: list(addresses), tls=tls[1], **options)
+    return RemoteSources([prefix], resolve=lambda _host, _port: list(addresses), tls=tls[1], **arguments)
 
 
 @pytest.mark.parametrize("path", ["ok", "chunked"])
-def test_a_download_goes_to_the_checked_address_with_the_hosts_name_and_past_any_proxy(
-    server, tls, monkeypatch, path
+def test_download_uses_the_checked_address_and_no_proxy(
+    server: Server, tls: Contexts, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    checked = []
-    sources = https(server, tls, allowed_address=lambda address: checked.append(str(address)) is None)
+    checked: list[str] = []
+
+    def allowed(address: object) -> bool:
+        checked.append(str(address))
+        return True
+
+    sources = https(server, tls, allowed_address=allowed)
     assert sources.fetch(f"https://adapters.test:{server.port}/v1/{path}") == DATA
     assert checked == ["127.0.0.1"]
-    ((name, request),) = server.seen
-    assert name == "adapters.test"
+    ((host, request),) = server.seen
+    assert host == "adapters.test"
     assert request.startswith(b"GET /v1/%s HTTP/1.1\r\n" % path.encode())
     assert b"host: adapters.test:%d\r\n" % server.port in request.lower()
 
 
 @pytest.mark.parametrize("addresses", [["127.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["::ffff:127.0.0.1"], []])
-def test_a_host_with_any_address_that_is_not_public_is_never_connected_to(server, tls, addresses) -> None:
+def test_hub_never_connects_when_one_address_of_the_host_is_not_public(
+    server: Server, tls: Contexts, addresses: Sequence[str]
+) -> None:
     sources = https(server, tls, addresses=addresses, allowed_address=is_global)
     assert "not public" in refusal(sources, f"https://adapters.test:{server.port}/v1/ok")
     assert server.seen == []
 
 
-def test_the_real_resolver_is_asked_and_loopback_refused(server, tls) -> None:
-    sources = Sources([f"https://localhost:{server.port}/"], max_bytes=1, tls=tls[1])
+def test_loopback_is_refused_when_the_system_resolves_the_host(server: Server, tls: Contexts) -> None:
+    sources = RemoteSources([f"https://localhost:{server.port}/"], max_bytes=1, tls=tls[1])
     assert "not public" in refusal(sources, f"https://localhost:{server.port}/v1/ok")
     assert server.seen == []
 
 
-def test_the_certificate_has_to_be_the_hosts(server, tls) -> None:
-    told = refusal(https(server, tls, host="other.test"), f"https://other.test:{server.port}/v1/ok", Unavailable)
-    assert "certificate verify failed" in told
+def test_download_fails_when_the_certificate_is_another_host_s(server: Server, tls: Contexts) -> None:
+    detail = refusal(https(server, tls, host="other.test"), f"https://other.test:{server.port}/v1/ok", Unavailable)
+    assert "certificate verify failed" in detail
     assert server.seen == []
 
 
-def test_the_next_address_is_tried_where_nobody_listens(server, tls) -> None:
+def test_download_uses_the_next_address_when_the_first_refuses_connections(server: Server, tls: Contexts) -> None:
     sources = https(server, tls, addresses=["127.0.0.2", "127.0.0.1"])
     assert sources.fetch(f"https://adapters.test:{server.port}/v1/ok") == DATA
     nobody = https(server, tls, addresses=["127.0.0.2", "127.0.0.3"])
@@ -195,7 +215,7 @@ def test_the_next_address_is_tried_where_nobody_listens(server, tls) -> None:
 @pytest.mark.parametrize(
     ("path", "kind", "message"),
     [
-        ("moved", InvalidRequest, "redirects (302), which is not followed"),
+        ("moved", InvalidRequest, "redirects (302), and the hub does not follow redirects"),
         ("absent", InvalidRequest, "answers 404"),
         ("partial", InvalidRequest, "answers 206"),
         ("gzip", InvalidRequest, "compressed"),
@@ -203,23 +223,25 @@ def test_the_next_address_is_tried_where_nobody_listens(server, tls) -> None:
         ("short", Unavailable, "cannot be read"),
         ("noise", Unavailable, "cannot be read"),
         ("nothing", Unavailable, "cannot be read"),
-        ("large", TooLarge, f"more than the {len(DATA)} bytes"),
+        ("large", TooLarge, f"more than {len(DATA)} bytes"),
     ],
 )
-def test_answers_that_are_no_file(server, tls, path, kind, message) -> None:
+def test_download_fails_when_the_response_is_not_a_file(
+    server: Server, tls: Contexts, path: str, kind: type[HubError], message: str
+) -> None:
     assert message in refusal(https(server, tls), f"https://adapters.test:{server.port}/v1/{path}", kind)
 
 
 @pytest.mark.parametrize("path", ["slow-header", "slow-body"])
-def test_the_whole_download_has_one_time_limit(server, tls, path) -> None:
+def test_download_is_unavailable_when_it_exceeds_its_timeout(server: Server, tls: Contexts, path: str) -> None:
     sources = https(server, tls, timeout_s=0.5)
-    told = refusal(sources, f"https://adapters.test:{server.port}/v1/{path}", Unavailable)
-    assert told == "the source did not send the file within 0.5 seconds"
+    detail = refusal(sources, f"https://adapters.test:{server.port}/v1/{path}", Unavailable)
+    assert detail == "The source did not send the file within 0.5 s. Retry later."
 
 
-def test_a_host_without_an_address_is_unavailable(tls) -> None:
+def test_download_is_unavailable_when_the_host_has_no_address(tls: Contexts) -> None:
     def no_address(_host: str, _port: int) -> list[str]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    sources = Sources(["https://adapters.test/"], max_bytes=1, resolve=no_address)
+    sources = RemoteSources(["https://adapters.test/"], max_bytes=1, resolve=no_address)
     assert "no address" in refusal(sources, "https://adapters.test/a", Unavailable)

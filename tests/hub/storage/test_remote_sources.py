@@ -1,8 +1,8 @@
-"""References: one plain spelling under a listed prefix, nothing told of what lies outside; real links and FIFOs."""
+"""References: one valid spelling below a listed prefix, and no information about other files; real links and FIFOs."""
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fsspec
@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from hub.errors import HubError, InvalidRequest, TooLarge, Unavailable
-from hub.storage.remote_sources import Sources, parse_prefixes
+from hub.storage.remote_sources import RemoteSources, parse_prefixes, permitted
 
 DATA = b"adapter" * 100
 ALLOWED = (
@@ -20,31 +20,15 @@ ALLOWED = (
     "hf://org/repo@v1/",
     "file:///srv/adapters",
 )
+PREFIXES = parse_prefixes(ALLOWED)
 
 
-def refusal(sources: Sources, source: str, kind: type[HubError] = InvalidRequest) -> str:
+def refusal(sources: RemoteSources, source: str, kind: type[HubError] = InvalidRequest) -> str:
     with pytest.raises(kind) as caught:
         sources.fetch(source)
     if kind is not Unavailable:
         assert [e.field for e in caught.value.errors] == ["source"]
     return caught.value.detail
-
-
-# ---- which references are looked at, at all
-
-
-@pytest.fixture
-def looked_at(monkeypatch) -> Sources:
-    """Sources that tell of every reference that passes the prefixes, in place of reading it."""
-
-    def seen(*_args: object) -> bytes:
-        return b"looked"
-
-    monkeypatch.setattr("hub.storage.remote_sources._read_below", seen)
-    monkeypatch.setattr(Sources, "_download", seen)
-    monkeypatch.setattr(Sources, "_read_object", seen)
-    monkeypatch.setattr(fsspec, "get_filesystem_class", seen)  # neither s3fs nor gcsfs is needed
-    return Sources(ALLOWED, max_bytes=1000)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +43,9 @@ def looked_at(monkeypatch) -> Sources:
         "file:///srv/adapters/deep/er/a.safetensors",
     ],
 )
-def test_what_lies_under_a_prefix_is_looked_at(looked_at, source) -> None:
-    assert looked_at.fetch(source) == b"looked"
+def test_reference_is_permitted_when_it_is_below_a_prefix(source: str) -> None:
+    url, prefix = permitted(source, PREFIXES)
+    assert url.is_below(prefix)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +93,7 @@ def test_what_lies_under_a_prefix_is_looked_at(looked_at, source) -> None:
         "https://[::1]/v1/a",
         "http://adapters.example/v1/a",
         "hf://other/repo/a",
-        "hf://org/repo@refs/pr/1/a",  # anybody's
+        "hf://org/repo@refs/pr/1/a",  # every user may propose one
         "hf://org/repo@0123abc/a",
         "hf://org/repo@v1/a@b",
         "hf://datasets/org/repo/a",
@@ -123,12 +108,30 @@ def test_what_lies_under_a_prefix_is_looked_at(looked_at, source) -> None:
         "ftp://adapters.example/v1/a",
     ],
 )
-def test_everything_else_is_refused_unlooked_at(looked_at, source) -> None:
-    assert "secret" not in refusal(looked_at, source)
+def test_reference_is_refused_when_no_prefix_covers_it(source: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        permitted(source, PREFIXES)
+    assert [e.field for e in caught.value.errors] == ["source"]
+    assert "secret" not in caught.value.detail
+
+
+def test_permitted_prefix_is_the_shortest_one() -> None:
+    _, prefix = permitted("hf://org/repo@v1/a", PREFIXES)
+    assert str(prefix) == "hf://org/repo@v1/"  # only a prefix may name a revision
+    _, prefix = permitted("file:///srv/adapters/a", parse_prefixes(["file:///srv/adapters/", "file:///srv/"]))
+    assert str(prefix) == "file:///srv/"
+
+
+def test_fetch_refuses_a_file_outside_the_prefixes_without_opening_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")  # opening it would block
+    (tmp_path / "adapters").mkdir()
+    sources = RemoteSources([f"file://{tmp_path}/adapters/"], max_bytes=1000)
+    outside = {refusal(sources, f"file://{tmp_path}/{name}") for name in ("fifo", "absent")}
+    assert outside == {"source: not a file below a prefix that the operator lists in HUB_SOURCES"}
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "canonical"),
     [
         ("S3://bucket/adapters/a=1/b+c,d.safetensors", "s3://bucket/adapters/a=1/b+c,d.safetensors"),
         ("HTTPS://ADAPTERS.example:443/v1/a", "https://adapters.example/v1/a"),
@@ -137,22 +140,22 @@ def test_everything_else_is_refused_unlooked_at(looked_at, source) -> None:
         ("file:///srv/adapters/a", "file:///srv/adapters/a"),
     ],
 )
-def test_a_reference_is_told_in_one_spelling(source, told) -> None:
-    assert Sources([], max_bytes=1).told(source) == told
+def test_canonical_reference_has_one_spelling(source: str, canonical: str) -> None:
+    assert RemoteSources([], max_bytes=1).canonical(source) == canonical
 
 
 @pytest.mark.parametrize(
     "source", ["https://user:secret@host/a", "s3://key:secret@bucket/a", "https://host/a?X-Amz-Signature=secret"]
 )
-def test_what_holds_a_secret_is_never_told(source) -> None:
-    with pytest.raises(ValueError, match=r"password|no query") as caught:
-        Sources([], max_bytes=1).told(source)
+def test_error_hides_the_secret_when_a_reference_has_one(source: str) -> None:
+    with pytest.raises(ValueError, match=r"without user or password|or query") as caught:
+        RemoteSources([], max_bytes=1).canonical(source)
     assert "secret" not in str(caught.value)
 
 
-def test_without_prefixes_everything_is_refused_and_says_why(tmp_path) -> None:
+def test_every_reference_is_refused_when_no_prefix_is_listed(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(DATA)
-    assert "HUB_SOURCES" in refusal(Sources([], max_bytes=1000), f"file://{tmp_path}/a")
+    assert "HUB_SOURCES" in refusal(RemoteSources([], max_bytes=1000), f"file://{tmp_path}/a")
 
 
 @pytest.mark.parametrize(
@@ -160,33 +163,30 @@ def test_without_prefixes_everything_is_refused_and_says_why(tmp_path) -> None:
     [
         ("file:///", "not the whole file system"),
         ("file://srv/a", "three slashes"),
-        ("hf://", "name of a bucket or an account"),
-        ("https://", "plain host name"),
-        ("https://user:pw@host/", "plain host name"),
+        ("hf://", "needs a bucket or an account"),
+        ("https://", "needs a host name"),
+        ("https://user:pw@host/", "needs a host name"),
         ("https://host:0/", "port"),
         ("https://host:99999/", "port"),
-        ("http://host/", "never read"),
+        ("http://host/", "is not supported"),
         ("s3://bucket/a b/", "letters, digits"),
-        ("bucket/a", "begin with one of s3://"),
+        ("bucket/a", "must start with one of s3://"),
     ],
 )
-def test_a_wrong_prefix_is_named(prefix, message) -> None:
+def test_error_names_the_prefix_when_it_is_invalid(prefix: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         parse_prefixes([prefix])
     assert repr(prefix.replace("user:pw", "...")) in str(caught.value)
     assert "pw" not in str(caught.value)
 
 
-def test_a_prefix_whose_package_is_missing_is_refused_at_once(monkeypatch) -> None:
+def test_prefix_is_refused_at_start_when_its_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_scheme: str) -> None:
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
-    with pytest.raises(ValueError, match=r"HUB_SOURCES has a prefix of s3://, but: Install s3fs"):
-        Sources(["s3://bucket/"], max_bytes=1)
-
-
-# ---- file://
+    with pytest.raises(ValueError, match=r"^HUB_SOURCES: s3:// needs another package: Install s3fs"):
+        RemoteSources(["s3://bucket/"], max_bytes=1)
 
 
 @pytest.fixture
@@ -200,31 +200,31 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def files(folder) -> Sources:
-    return Sources([f"file://{folder}"], max_bytes=len(DATA))
+def files(folder: Path) -> RemoteSources:
+    return RemoteSources([f"file://{folder}"], max_bytes=len(DATA))
 
 
-def test_files_are_read(files, folder) -> None:
+def test_files_below_the_prefix_are_read(files: RemoteSources, folder: Path) -> None:
     assert files.fetch(f"file://{folder}/a.safetensors") == DATA
     assert files.fetch(f"file://{folder}/deep/b.safetensors") == DATA[1:]
 
 
-def test_a_file_over_the_limit_is_refused(files, folder) -> None:
+def test_file_is_refused_when_it_exceeds_the_limit(files: RemoteSources, folder: Path) -> None:
     (folder / "a.safetensors").write_bytes(DATA + b"!")
-    assert f"more than the {len(DATA)} bytes" in refusal(files, f"file://{folder}/a.safetensors", TooLarge)
+    assert f"more than {len(DATA)} bytes" in refusal(files, f"file://{folder}/a.safetensors", TooLarge)
 
 
-def test_links_that_stay_inside_are_followed_and_the_prefix_may_be_one(files, folder, tmp_path) -> None:
+def test_links_are_followed_when_they_stay_below_the_prefix(files: RemoteSources, folder: Path, tmp_path: Path) -> None:
     (folder / "latest").symlink_to("deep/../a.safetensors")
     (folder / "shallow").symlink_to(folder / "deep")
     assert files.fetch(f"file://{folder}/latest") == DATA
     assert files.fetch(f"file://{folder}/shallow/b.safetensors") == DATA[1:]
     (tmp_path / "alias").symlink_to(folder)
-    assert Sources([f"file://{tmp_path}/alias"], max_bytes=1000).fetch(f"file://{tmp_path}/alias/latest") == DATA
+    assert RemoteSources([f"file://{tmp_path}/alias"], max_bytes=1000).fetch(f"file://{tmp_path}/alias/latest") == DATA
 
 
-def test_one_answer_for_whatever_is_no_file_inside(files, folder, tmp_path) -> None:
-    """Whether something is there outside makes no difference."""
+def test_all_unreadable_files_get_the_same_error(files: RemoteSources, folder: Path, tmp_path: Path) -> None:
+    """Otherwise the error would reveal which files exist outside the prefix."""
     os.mkfifo(folder / "fifo")
     (folder / "to_secret").symlink_to(tmp_path / "secret")
     (folder / "to_nothing").symlink_to(tmp_path / "nothing")
@@ -236,11 +236,13 @@ def test_one_answer_for_whatever_is_no_file_inside(files, folder, tmp_path) -> N
         listening.bind(str(folder / "socket"))
         names = ["absent", "deep", "fifo", "socket", "to_secret", "to_nothing", "to_device", "to_fifo", "loop"]
         names += ["up/secret", "up/nothing", "up/allowed", "a.safetensors/b", "x" * 300]
-        told = {name: refusal(files, f"file://{folder}/{name}") for name in names}
-    assert set(told.values()) == {"source: there is no such file, or none that the hub may read"}
+        errors = {name: refusal(files, f"file://{folder}/{name}") for name in names}
+    assert set(errors.values()) == {"source: no such file, or the hub may not read it"}
 
 
-def test_a_sibling_with_the_same_beginning_is_outside(files, folder, tmp_path) -> None:
+def test_sibling_folder_is_refused_when_its_name_starts_like_the_prefix(
+    files: RemoteSources, folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "allowed2").mkdir()
     (tmp_path / "allowed2" / "c").write_bytes(DATA)
     (folder / "to_sibling").symlink_to(tmp_path / "allowed2" / "c")
@@ -248,13 +250,15 @@ def test_a_sibling_with_the_same_beginning_is_outside(files, folder, tmp_path) -
 
 
 @pytest.mark.parametrize("place", ["deep", "deep/b.safetensors"])
-def test_a_link_that_is_put_there_after_the_check_is_not_followed(files, folder, tmp_path, monkeypatch, place) -> None:
+def test_link_is_not_followed_when_it_appears_after_the_check(
+    files: RemoteSources, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "b.safetensors").write_bytes(b"secret")
     real = os.path.commonpath
 
-    def swap(paths):
+    def swap(paths: Sequence[str]) -> str:
         (folder / place).rename(tmp_path / "moved")
         (folder / place).symlink_to(outside if place == "deep" else outside / "b.safetensors")
         return real(paths)
@@ -263,29 +267,26 @@ def test_a_link_that_is_put_there_after_the_check_is_not_followed(files, folder,
     assert "no such file" in refusal(files, f"file://{folder}/deep/b.safetensors")
 
 
-# ---- object stores, by fsspec's memory
-
-
 @pytest.fixture
-def objects() -> Iterator[Sources]:
+def objects() -> Iterator[RemoteSources]:
     fs = fsspec.filesystem("memory")
     fs.pipe_file("/bucket/adapters/a", DATA)
     fs.pipe_file("/bucket/secret", b"secret")
-    yield Sources(["memory://bucket/adapters/"], max_bytes=len(DATA), object_stores=("memory",))
+    yield RemoteSources(["memory://bucket/adapters/"], max_bytes=len(DATA), object_stores=("memory",))
     fs.rm("/bucket", recursive=True)
 
 
-def test_objects_are_read_within_the_limit(objects) -> None:
+def test_objects_are_read_up_to_the_limit(objects: RemoteSources) -> None:
     assert objects.fetch("memory://bucket/adapters/a") == DATA
     fsspec.filesystem("memory").pipe_file("/bucket/adapters/large", DATA + b"!")
     refusal(objects, "memory://bucket/adapters/large", TooLarge)
     fsspec.filesystem("memory").pipe_file("/bucket/adapters/folder/b", DATA)
     for name in ("absent", "folder", "a/b"):
-        assert refusal(objects, f"memory://bucket/adapters/{name}") == "source: there is no such file"
+        assert refusal(objects, f"memory://bucket/adapters/{name}") == "source: no such file"
     assert "HUB_SOURCES" in refusal(objects, "memory://bucket/secret")
 
 
-def test_an_object_stores_error_is_told_without_credentials(objects, monkeypatch) -> None:
+def test_error_of_an_object_store_hides_credentials(objects: RemoteSources, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_args: object, **_kwargs: object) -> bytes:
         raise RuntimeError(
             "403 for https://user:password1@s3.example/a?X-Amz-Signature=c0ffee&Key=short with "
@@ -293,5 +294,5 @@ def test_an_object_stores_error_is_told_without_credentials(objects, monkeypatch
         )
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", broken)
-    told = refusal(objects, "memory://bucket/adapters/a", Unavailable)
-    assert told == "the source cannot be read: 403 for https://s3.example/a with ..."
+    detail = refusal(objects, "memory://bucket/adapters/a", Unavailable)
+    assert detail == "The source cannot be read: 403 for https://s3.example/a with ..."

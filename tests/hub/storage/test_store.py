@@ -1,7 +1,8 @@
-"""The store: written once and whole, read back against the digest, on a folder and on an object store's API."""
+"""The store writes a file once and completely, and checks its digest on each read; a folder and an object store."""
 
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from adapters import Adapter
 from hub.errors import Unavailable
 from hub.storage.store import Store
-from tests.hub.conftest import OCTETS
+from tests.hub.conftest import OCTETS, Hub
 from tests.support.models import png
 
 DATA = b"adapter" * 100
@@ -22,18 +24,24 @@ LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture(params=["{folder}/new/store", "memory://bucket/prefix"])
-def store(request, tmp_path) -> Store:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
     return Store(request.param.format(folder=tmp_path))
+
+
+def modified(store: Store) -> datetime:
+    file = store.find(DIGEST)
+    assert file is not None
+    return file.modified
 
 
 def age(path: Path) -> None:
     os.utime(path, (LONG_AGO.timestamp(), LONG_AGO.timestamp()))
 
 
-def test_what_was_put_comes_back(store) -> None:
-    with pytest.raises(Unavailable, match=f"the adapter store has no file {DIGEST}"):
+def test_get_returns_the_bytes_of_put(store: Store) -> None:
+    with pytest.raises(Unavailable, match=f"The adapter store has no file {DIGEST}"):
         store.get(DIGEST)
     assert store.find(DIGEST) is None
     store.put(DIGEST, DATA)
@@ -41,7 +49,7 @@ def test_what_was_put_comes_back(store) -> None:
     assert store.get(DIGEST) == DATA
 
 
-def test_what_is_there_is_listed_with_size_and_time_and_can_be_deleted(store) -> None:
+def test_files_are_listed_with_size_and_time_until_deleted(store: Store) -> None:
     assert list(store.files()) == []
     began = datetime.now(UTC) - timedelta(seconds=1)
     store.put(DIGEST, DATA)
@@ -57,55 +65,59 @@ def test_what_is_there_is_listed_with_size_and_time_and_can_be_deleted(store) ->
 
 
 @pytest.mark.parametrize("damaged", [DATA[:-1], b"B" + DATA[1:]])
-def test_a_damaged_file_is_never_served_and_is_mended_by_the_next_put(tmp_path, damaged) -> None:
+def test_damaged_file_is_refused_until_the_next_put(tmp_path: Path, damaged: bytes) -> None:
     store = Store(str(tmp_path))
     store.put(DIGEST, DATA)
     (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(damaged)
-    with pytest.raises(Unavailable, match="is damaged: its sha256 is another"):
+    with pytest.raises(Unavailable, match="is damaged: its sha256 differs"):
         store.get(DIGEST)
     store.put(DIGEST, DATA)
     assert store.get(DIGEST) == DATA
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, caplog) -> None:
+def test_put_leaves_nothing_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     store = Store(str(tmp_path))
 
     def full(_fd: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Unavailable, match=f"does not take file {DIGEST} for now"):
+    with pytest.raises(Unavailable, match=f"The adapter store cannot write file {DIGEST}"):
         store.put(DIGEST, DATA)
-    assert f"cannot be written (file {DIGEST}): OSError: [Errno 28] No space left on device" in caplog.text
+    assert f"the adapter store cannot write file {DIGEST}: OSError: [Errno 28] No space left on device" in caplog.text
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
-def test_put_makes_a_file_young_and_writes_it_no_second_time(tmp_path) -> None:
+def test_put_only_refreshes_the_time_when_the_file_is_intact(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.put(DIGEST, DATA)
     (path,) = tmp_path.rglob("*.safetensors")
     age(path)
     before = path.stat().st_ino
-    assert store.find(DIGEST).modified == LONG_AGO
+    assert modified(store) == LONG_AGO
     store.put(DIGEST, DATA)
-    assert store.find(DIGEST).modified > datetime.now(UTC) - timedelta(minutes=1)
+    assert modified(store) > datetime.now(UTC) - timedelta(minutes=1)
     assert path.stat().st_ino == before
 
 
-def test_put_makes_an_object_young(monkeypatch) -> None:
+def test_put_refreshes_the_time_of_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store("memory://bucket/young")
     store.put(DIGEST, DATA)
     fs = fsspec.filesystem("memory")
     fs.store[f"/bucket/young/{DIGEST[:2]}/{DIGEST}.safetensors"].created = LONG_AGO
-    assert store.find(DIGEST).modified == LONG_AGO
+    assert modified(store) == LONG_AGO
     store.put(DIGEST, DATA)
-    assert store.find(DIGEST).modified > datetime.now(UTC) - timedelta(minutes=1)
+    assert modified(store) > datetime.now(UTC) - timedelta(minutes=1)
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), PermissionError(1, "not yours")])
-def test_put_writes_what_it_cannot_make_young(tmp_path, monkeypatch, error) -> None:
-    """Collected between look and touch, or another user's file."""
+def test_put_writes_a_new_file_when_it_cannot_refresh_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Garbage collection removed the file in between, or another user owns it."""
     store = Store(str(tmp_path))
     store.put(DIGEST, DATA)
     (path,) = tmp_path.rglob("*.safetensors")
@@ -122,7 +134,7 @@ def test_put_writes_what_it_cannot_make_young(tmp_path, monkeypatch, error) -> N
     assert store.get(DIGEST) == DATA
 
 
-def test_foreign_files_are_passed_over_and_only_old_unfinished_ones_removed(tmp_path) -> None:
+def test_only_old_temporary_files_are_removed_and_other_files_skipped(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.put(DIGEST, DATA)
     folder = tmp_path / DIGEST[:2]
@@ -152,7 +164,9 @@ def test_foreign_files_are_passed_over_and_only_old_unfinished_ones_removed(tmp_
     assert all(path.exists() for path in foreign)
 
 
-def test_a_store_that_cannot_be_read_says_so(tmp_path, monkeypatch, caplog) -> None:
+def test_listing_is_unavailable_when_the_folder_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     store = Store(str(tmp_path))
     store.put(DIGEST, DATA)
 
@@ -160,25 +174,31 @@ def test_a_store_that_cannot_be_read_says_so(tmp_path, monkeypatch, caplog) -> N
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "scandir", away)
-    with pytest.raises(Unavailable, match="does not give its files for now"):
+    with pytest.raises(Unavailable, match="The adapter store cannot list its files"):
         list(store.files())
-    assert "cannot be read (its files): OSError: [Errno 5] Input/output error" in caplog.text
+    assert "the adapter store cannot list its files: OSError: [Errno 5] Input/output error" in caplog.text
 
 
 WHERE = "Could not connect to https://minio.internal:9000/a-bucket/a/path"
 
 
 @pytest.mark.parametrize(
-    ("method", "call", "told"),
+    ("method", "call", "action"),
     [
-        ("pipe_file", lambda store: store.put(DIGEST, DATA), "does not take file {}"),
-        ("cat_file", lambda store: store.get(DIGEST), "does not give file {}"),
-        ("info", lambda store: store.find(DIGEST), "does not give file {}"),
-        ("rm_file", lambda store: store.delete(DIGEST), "does not take the removal of file {}"),
-        ("ls", lambda store: list(store.files()), "does not give its files"),
+        ("pipe_file", lambda store: store.put(DIGEST, DATA), "write file {}"),
+        ("cat_file", lambda store: store.get(DIGEST), "read file {}"),
+        ("info", lambda store: store.find(DIGEST), "read file {}"),
+        ("rm_file", lambda store: store.delete(DIGEST), "remove file {}"),
+        ("ls", lambda store: list(store.files()), "list its files"),
     ],
 )
-def test_the_log_alone_has_what_an_object_store_says(monkeypatch, caplog, method, call, told) -> None:
+def test_error_of_an_object_store_is_only_in_the_log(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+    call: Callable[[Store], object],
+    action: str,
+) -> None:
     def away(*_args: object, **_kwargs: object) -> None:
         raise OSError(WHERE)
 
@@ -186,12 +206,14 @@ def test_the_log_alone_has_what_an_object_store_says(monkeypatch, caplog, method
     monkeypatch.setattr(MemoryFileSystem, method, away)
     with pytest.raises(Unavailable) as caught:
         call(store)
-    assert caught.value.detail == f"the adapter store {told.format(DIGEST)} for now; the hub's log says why"
+    assert caught.value.detail == f"The adapter store cannot {action.format(DIGEST)}. The hub's log has the cause."
     assert WHERE in caplog.text
 
 
-def test_no_answer_tells_where_the_store_is(hub, adapters, monkeypatch, caplog) -> None:
-    """Whether it is full, its files are damaged, or it is away."""
+def test_responses_never_reveal_the_store_s_location(
+    hub: Hub, adapters: Sequence[Adapter], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When it is full, its files are damaged, or it is unavailable."""
     url = "/v1/tasks/flowers/versions"
 
     def failing(*_args: object, **_kwargs: object) -> None:
