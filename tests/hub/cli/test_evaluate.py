@@ -102,7 +102,7 @@ def test_a_disagreement_is_an_error(call, root, monkeypatch) -> None:
     code, text, said = call(root / "one.safetensors", "--data", root / "all", "--merged", "--json")
     assert code == 1
     assert json.loads(text)["rows"][0]["merged"]["agrees"] is False
-    assert "differ by up to 0.5, which is more than 0.001 of the largest logit, 2; 3 of 12 labels change" in said
+    assert "differ by up to 0.5 (limit 0.001 of the largest logit, 2); 3 of 12 labels change" in said
 
 
 @pytest.mark.parametrize(
@@ -110,12 +110,12 @@ def test_a_disagreement_is_an_error(call, root, monkeypatch) -> None:
     [
         ([], 2, "give adapter files and --data, or --table"),
         (["one.safetensors"], 2, "give adapter files and --data, or --table"),
-        (["one.safetensors", "--table", "table.csv"], 2, "give no others"),
+        (["one.safetensors", "--table", "table.csv"], 2, "omit adapter files and --data"),
         (["one.safetensors", "--data", "other"], 1, "x are not among the task's labels"),
         (["one.safetensors", "--data", "nothing"], 1, "no such folder"),
         (["nothing.safetensors", "--data", "all"], 1, "nothing.safetensors: No such file"),
         (["foreign.safetensors", "--data", "all"], 1, "foreign.safetensors: fingerprint"),
-        (["sides.safetensors", "--data", "all"], 1, "sides.safetensors: blocks.0.attn.qkv.karst_c: C is 4 x 8"),
+        (["sides.safetensors", "--data", "all"], 1, "sides.safetensors: blocks.0.attn.qkv.karst_c: has sides 4 x 8, expected 8 x 8"),
         (["--table", "nothing.csv"], 1, "nothing.csv: cannot be read"),
         (["--table", "columns.csv"], 1, "no column adapter and no data"),
         (["--table", "empty.csv"], 1, "no rows"),

@@ -133,9 +133,9 @@ def test_bytes_that_were_there_say_where_latest_is(hub, run, adapters, tmp_path)
     assert "digits version 1: 3 labels" in run("register", "digits", str(files[0]), *key)
     assert "digits version 2: 4 labels" in run("register", "digits", str(files[1]), *key)
     again = run("register", "digits", str(files[0]), *key)
-    assert again == "digits: was there already as version 1; latest is 1 now\n"
+    assert again == "digits: already registered as version 1; alias latest points at it now\n"
     again = run("register", "digits", str(files[1]), "--alias", "stable", *key)
-    assert again == "digits: was there already as version 2; latest and stable are 2 now\n"
+    assert again == "digits: already registered as version 2; aliases latest and stable point at it now\n"
 
 
 def test_a_wrong_image_is_named_by_its_file(hub, run, adapters, tmp_path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from hub.cli import top
-from hub.cli.top import Look, headline, rates_of, screen
+from hub.cli.top import TimedStatus, headline, rates_of, screen
 from hub.client import endpoints as calls
 from hub.errors import Forbidden, Unavailable
 from hub.registry.status import Board, busiest
@@ -31,7 +31,7 @@ def worker(name: str = "node/1", **changes) -> WorkerStatus:
     return WorkerStatus(**(fields | changes))
 
 
-def shown(look: Look, before: Look | None = None) -> str:
+def shown(look: TimedStatus, before: TimedStatus | None = None) -> str:
     console = Console(file=io.StringIO(), width=200)
     console.print(screen(look, before))
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -104,7 +104,7 @@ def test_the_screen_says_it_all() -> None:
         tenants=[TenantStatus(tenant="acme", images_in_flight=7, counted=counted)],
     )
     assert headline(status) == "2 workers, 25.0 images/s, 10 images waiting, 6 of 128 slots in use"
-    once = shown(Look(status, 10.0))
+    once = shown(TimedStatus(status, 10.0))
     for text in ("node/1", "node/2", "1h 1m", "3/64", "2/1024", "90.0 %", "50.0", "digits", "12.5", "acme", "400"):
         assert text in once
     later = status.model_copy(
@@ -114,7 +114,9 @@ def test_the_screen_says_it_all() -> None:
             ]
         }
     )
-    row = next(text for text in shown(Look(later, 12.0), Look(status, 10.0)).splitlines() if "460" in text)
+    row = next(
+        text for text in shown(TimedStatus(later, 12.0), TimedStatus(status, 10.0)).splitlines() if "460" in text
+    )
     assert [cell.strip() for cell in row.split("│")[2:6]] == ["10.0", "30.0", "0.0", "7"]
 
 
@@ -125,7 +127,7 @@ def test_rates_need_two_counts_and_are_never_below_nothing() -> None:
 
 
 def test_an_empty_hub_has_a_screen_too() -> None:
-    assert "0 workers" in shown(Look(HubStatus(workers=[], tasks=[], tenants=[]), 0.0))
+    assert "0 workers" in shown(TimedStatus(HubStatus(workers=[], tasks=[], tenants=[]), 0.0))
 
 
 def test_a_hub_that_is_away_for_a_while_is_said(monkeypatch) -> None:

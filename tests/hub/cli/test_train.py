@@ -20,8 +20,9 @@ from adapters.method.config import PRESETS
 from adapters.training.fit import report_folder
 from adapters.training.report import FILES
 from hub.cli import train as training
-from hub.cli.adapters import _config
+from hub.cli.adapters import adapter_config
 from hub.cli.main import app
+from hub.cli.train import ProgressWatch, progress_bar
 from tests.support.models import coloured_noise
 
 COLOURS = {"blue": (40, 40, 220), "red": (220, 40, 40)}
@@ -143,28 +144,28 @@ NOTHING: dict = dict.fromkeys(("kernels", "rank", "factor", "gain", "rescale", "
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_and_what_is_given_beside_it(preset) -> None:
-    assert _config(preset, None, **NOTHING) == PRESETS[preset]
-    changed = _config(preset, None, **NOTHING | {"factor": 4, "norms": not PRESETS[preset].norms})
+    assert adapter_config(preset, None, **NOTHING) == PRESETS[preset]
+    changed = adapter_config(preset, None, **NOTHING | {"factor": 4, "norms": not PRESETS[preset].norms})
     assert changed == PRESETS[preset].model_copy(update={"factor": 4, "norms": not PRESETS[preset].norms})
 
 
 def test_without_a_preset_the_defaults_hold() -> None:
-    assert _config(None, None, **NOTHING) == KarstConfig()
-    assert _config(None, "2,4", **NOTHING) == KarstConfig(rank=4, stage_ranks=(2, 4))
+    assert adapter_config(None, None, **NOTHING) == KarstConfig()
+    assert adapter_config(None, "2,4", **NOTHING) == KarstConfig(rank=4, stage_ranks=(2, 4))
     given = {"gain": 0.5, "rescale": "scalar", "kernels": 3}
-    assert _config(None, None, **NOTHING | given) == KarstConfig(**given)
+    assert adapter_config(None, None, **NOTHING | given) == KarstConfig(**given)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--preset vtab", "--preset vtab: expected one of karst-vtab, karst-fewshot, karst-swin"),
-        ("--stage-ranks 2;4", "--stage-ranks 2;4: expected a rank for each stage, such as 2,2,4,8"),
-        ("--stage-ranks 2,4 --rank 8", "--rank 8: the largest of the stages' ranks 2,4 is expected"),
-        ("--preset karst-swin --rank 4", "--rank 4: the largest of the stages' ranks 2,2,4,8 is expected"),
+        ("--stage-ranks 2;4", "--stage-ranks 2;4: expected one rank per stage, such as 2,2,4,8"),
+        ("--stage-ranks 2,4 --rank 8", "--rank 8: differs from the largest of the stage ranks 2,4"),
+        ("--preset karst-swin --rank 4", "--rank 4: differs from the largest of the stage ranks 2,2,4,8"),
         ("--rescale some", "--rescale some: Input should be"),
         ("--gain 0", "--gain 0.0: Input should be greater than 0"),
-        ("--final --val x", "--final trains on the validation images: give no --val beside it"),
+        ("--final --val x", "--final trains on the validation images; omit --val"),
     ],
 )
 def test_usage_errors_name_the_option(arguments, message) -> None:
@@ -244,7 +245,7 @@ def test_training_resumes_with_the_same_bits_when_it_receives_ctrl_c_and_then_a_
     interrupted = command(job, cut)
     printed = stop(interrupted, signal.SIGINT, checkpoint)
     assert interrupted.returncode == 130
-    assert "interrupted; go on with --resume" in printed
+    assert "interrupted; continue with --resume" in printed
 
     killed = command(job, cut, "--resume")
     assert "--resume" not in stop(killed, signal.SIGKILL, checkpoint)
@@ -271,7 +272,7 @@ def test_training_resumes_with_the_same_bits_when_it_receives_ctrl_c_and_then_a_
 
 def test_an_interrupt_that_python_dropped_comes_with_the_next_step() -> None:
     console = Console(quiet=True)
-    bar = training._Bar(console, training._progress(console), RECIPE)
+    bar = ProgressWatch(console, progress_bar(console), RECIPE)
     bar.interrupted = True
     with pytest.raises(KeyboardInterrupt):
         bar.step(1, 0.5, 0.5)
