@@ -65,7 +65,8 @@ def run(
             try:
                 now = TimedStatus(status(), clock())
             except Unavailable as error:
-                live.update(Group(Text(f"the hub does not reply: {error}", style="bold red"), draw(before, None)))
+                warning = Text(f"the hub does not reply: {error}", style="bold red")
+                live.update(Group(warning, draw(before, None)), refresh=True)
             else:
                 live.update(draw(now, before), refresh=True)
                 before = now
