@@ -93,7 +93,7 @@ def test_tables_show_whole_ids_when_the_terminal_has_80_columns(
     hub: Hub, run: Run, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    name = "the camera above the second door of hall 7"
+    name = "the camera above the second window of hall 7"
     run("tenants", "create", "acme")
     key = bearer(secret(run("tenants", "add-key", "acme", name, "--days", "30", "--owner")))
     assert hub.http.post("/v1/tasks/a/versions", content=adapters[0].data, headers=OCTETS | key).status_code == 201

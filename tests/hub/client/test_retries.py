@@ -31,9 +31,9 @@ def problem(code: str, status: int, **headers: str) -> Answer:
     return status, {name.replace("_", "-"): value for name, value in headers.items()}, json.dumps(body).encode()
 
 
-FULL = problem("limit-reached", 429, retry_after="0")
-AWAY = problem("unavailable", 503, retry_after="0")
-GIVEN: Answer = (200, {}, TASKS)
+LIMITED = problem("limit-reached", 429, retry_after="0")
+UNAVAILABLE = problem("unavailable", 503, retry_after="0")
+SUCCESS: Answer = (200, {}, TASKS)
 KEY = json.dumps(
     {
         "id": "i",
@@ -47,11 +47,11 @@ KEY = json.dumps(
 ).encode()
 
 
-@pytest.mark.parametrize("answers", [[FULL], [AWAY, FULL], [DROP, DROP, DROP], [(503, {}, b"<p>")]])
+@pytest.mark.parametrize("answers", [[LIMITED], [UNAVAILABLE, LIMITED], [DROP, DROP, DROP], [(503, {}, b"<p>")]])
 def test_client_retries_when_the_error_is_temporary(kind: Kind, answers: list[Answer]) -> None:
-    with server(*answers, GIVEN) as told, kind(told.url, "kh_x") as client:
+    with server(*answers, SUCCESS) as scripted, kind(scripted.url, "kh_x") as client:
         assert client.tasks().tasks == []
-        assert len(told.paths) == len(answers) + 1
+        assert len(scripted.paths) == len(answers) + 1
 
 
 @pytest.mark.parametrize(
@@ -68,33 +68,33 @@ def test_client_retries_when_the_error_is_temporary(kind: Kind, answers: list[An
     ],
 )
 def test_client_does_not_retry_when_the_error_is_permanent(kind: Kind, answer: Answer, error: type[HubError]) -> None:
-    with server(answer) as told, kind(told.url, "kh_x") as client:
+    with server(answer) as scripted, kind(scripted.url, "kh_x") as client:
         with pytest.raises(error) as raised:
             client.tasks()
         assert type(raised.value) is error
         if answer[0] == 429:
             assert raised.value.retry_after_s == 3600
-        assert len(told.paths) == 1
+        assert len(scripted.paths) == 1
 
 
 def test_client_makes_four_attempts_when_the_error_has_no_retry_after(kind: Kind) -> None:
-    with server((503, {}, b"")) as told, kind(told.url, "kh_x") as client:
+    with server((503, {}, b"")) as scripted, kind(scripted.url, "kh_x") as client:
         with pytest.raises(Unavailable, match="HTTP 503"):
             client.tasks()
-        assert len(told.paths) == 4
+        assert len(scripted.paths) == 4
 
 
 def test_client_makes_one_attempt_when_retry_s_is_zero(kind: Kind) -> None:
-    with server(AWAY) as told, kind(told.url, "kh_x", retry_s=0) as client:
+    with server(UNAVAILABLE) as scripted, kind(scripted.url, "kh_x", retry_s=0) as client:
         with pytest.raises(Unavailable):
             client.tasks()
-        assert len(told.paths) == 1
+        assert len(scripted.paths) == 1
 
 
 def test_client_pauses_when_it_retries(kind: Kind) -> None:
-    with server(FULL, GIVEN) as told, kind(told.url, "kh_x") as client:
+    with server(LIMITED, SUCCESS) as scripted, kind(scripted.url, "kh_x") as client:
         client.tasks()
-        assert told.times[1] - told.times[0] >= 0.125  # a lower bound: load on the machine cannot break it
+        assert scripted.times[1] - scripted.times[0] >= 0.125  # a lower bound: load on the machine cannot break it
 
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -117,31 +117,31 @@ def test_error_has_the_seconds_of_retry_after(header: str, expected_s: int | Non
 
 @pytest.mark.parametrize(
     ("answers", "attempts", "error"),
-    [([DROP], 1, Unavailable), ([AWAY], 1, Unavailable), ([FULL, (201, {}, KEY)], 2, None)],
+    [([DROP], 1, Unavailable), ([UNAVAILABLE], 1, Unavailable), ([LIMITED, (201, {}, KEY)], 2, None)],
 )
 def test_client_retries_a_creation_only_when_the_hub_cannot_have_run_it(
     kind: Kind, answers: list[Answer], attempts: int, error: type[HubError] | None
 ) -> None:
-    with server(*answers) as told, kind(told.url, "kh_x") as client:
+    with server(*answers) as scripted, kind(scripted.url, "kh_x") as client:
         if error is None:
             assert client.create_key("a", "n").key == "kh_y"
         else:
             with pytest.raises(error):
                 client.create_key("a", "n")
-        assert len(told.paths) == attempts
+        assert len(scripted.paths) == attempts
 
 
 def test_client_retries_when_the_hub_does_not_listen_yet(kind: Kind) -> None:
-    with server((201, {}, KEY), late_s=0.3) as told, kind(told.url, "kh_x") as client:
+    with server((201, {}, KEY), late_s=0.3) as scripted, kind(scripted.url, "kh_x") as client:
         assert client.create_key("a", "n").id == "i"
-        assert len(told.paths) == 1
+        assert len(scripted.paths) == 1
 
 
 def test_client_does_not_retry_when_a_read_times_out(kind: Kind) -> None:
-    with server(GIVEN, wait_s=5) as told, kind(told.url, "kh_x", timeout_s=0.2) as client:
+    with server(SUCCESS, wait_s=5) as scripted, kind(scripted.url, "kh_x", timeout_s=0.2) as client:
         with pytest.raises(Unavailable, match=r"no hub answers at .*: timed out"):
             client.tasks()
-        assert len(told.paths) == 1
+        assert len(scripted.paths) == 1
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
@@ -164,27 +164,27 @@ def test_client_raises_invalid_request_when_the_url_lacks_a_scheme(kind: Kind, u
 
 def test_download_writes_no_file_when_the_reply_is_incomplete(kind: Kind, tmp_path: Path) -> None:
     half = (200, {"content-length": "10"}, b"12345")
-    with server(half, (200, {}, b"1234567890")) as told, kind(told.url, "kh_x") as client:
+    with server(half, (200, {}, b"1234567890")) as scripted, kind(scripted.url, "kh_x") as client:
         assert client.export_tenant("a", tmp_path / "a.tar").read_bytes() == b"1234567890"
-        assert len(told.paths) == 2
-    with server(half) as told, kind(told.url, "kh_x", retry_s=0) as client, pytest.raises(Unavailable):
+        assert len(scripted.paths) == 2
+    with server(half) as scripted, kind(scripted.url, "kh_x", retry_s=0) as client, pytest.raises(Unavailable):
         client.download("a", tmp_path / "b")
-    with server(problem("not-found", 404)) as told, kind(told.url, "kh_x") as client, pytest.raises(NotFound):
+    with server(problem("not-found", 404)) as scripted, kind(scripted.url, "kh_x") as client, pytest.raises(NotFound):
         client.download("a", tmp_path / "c")
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
 
 
 def test_import_sends_the_whole_file_when_it_is_retried(kind: Kind, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(bytes(range(256)) * 10_000)
-    with server(FULL, (201, {}, TASKS)) as told, kind(told.url, "kh_x") as client:
+    with server(LIMITED, (201, {}, TASKS)) as scripted, kind(scripted.url, "kh_x") as client:
         client.import_tenant("a", tmp_path / "a.tar")
-        assert told.bodies == [(tmp_path / "a.tar").read_bytes()] * 2
-        assert told.headers[0]["content-type"] == "application/x-tar"
+        assert scripted.bodies == [(tmp_path / "a.tar").read_bytes()] * 2
+        assert scripted.headers[0]["content-type"] == "application/x-tar"
 
 
 def test_client_raises_runtime_error_when_it_is_closed(kind: Kind, tmp_path: Path) -> None:
-    with server(GIVEN) as told:
-        client = kind(told.url, "kh_x")
+    with server(SUCCESS) as scripted:
+        client = kind(scripted.url, "kh_x")
         with client:
             client.tasks()
             if kind is Client:
@@ -201,40 +201,40 @@ def test_client_raises_runtime_error_when_it_is_closed(kind: Kind, tmp_path: Pat
                 with pytest.raises(RuntimeError, match=r"this (Async)?Client is closed; create a new one") as raised:
                     call()
                 assert not isinstance(raised.value, HubError)
-        assert len(told.paths) == 1
+        assert len(scripted.paths) == 1
         assert list(tmp_path.iterdir()) == []
 
 
 def test_client_reuses_its_connection_when_it_sends_several_calls(kind: Kind) -> None:
-    with server(GIVEN) as told, kind(told.url, "kh_x") as client:
+    with server(SUCCESS) as scripted, kind(scripted.url, "kh_x") as client:
         for _ in range(5):
             client.tasks()
-        assert len(told.paths) == 5
-        assert told.connections == 1
+        assert len(scripted.paths) == 5
+        assert scripted.connections == 1
 
 
 def test_client_ignores_fields_when_a_newer_hub_adds_them(kind: Kind) -> None:
     task = {"task": "a", "latest": 1, "classes": 2, "aliases": {}, "mood": "good"}
     newer = json.dumps({"tasks": [task], "next": None}).encode()
-    with server((200, {}, newer)) as told, kind(told.url, "kh_x") as client:
+    with server((200, {}, newer)) as scripted, kind(scripted.url, "kh_x") as client:
         assert client.tasks().tasks[0].task == "a"
 
 
 def test_client_cancels_the_other_calls_when_one_fails(kind: Kind) -> None:
     classified = json.dumps({"task": "a", "version": 1, "digest": "d", "predictions": [[]] * 64}).encode()
-    with server((200, {}, classified), (404, {}, b"")) as told, kind(told.url, "kh_x", in_flight=2) as client:
+    with server((200, {}, classified), (404, {}, b"")) as scripted, kind(scripted.url, "kh_x", in_flight=2) as client:
         with pytest.raises(HubError, match="HTTP 404"):
             client.classify("a", [b"image"] * 64 * 20)
-        assert len(told.paths) <= 5
+        assert len(scripted.paths) <= 5
 
 
 def test_client_sends_the_canary_key(kind: Kind) -> None:
     classified = json.dumps({"task": "a", "version": 1, "digest": "d", "predictions": [[]]}).encode()
-    with server((200, {}, classified)) as told, kind(told.url, "kh_x\n") as client:
+    with server((200, {}, classified)) as scripted, kind(scripted.url, "kh_x\n") as client:
         client.classify("a", b"image", canary_key="user 17", version="stable")
-        assert told.headers[0]["x-canary-key"] == "user 17"
-        assert told.headers[0]["authorization"] == "Bearer kh_x"
-        assert told.paths == ["/v1/tasks/a/classify?top_k=5&version=stable"]
+        assert scripted.headers[0]["x-canary-key"] == "user 17"
+        assert scripted.headers[0]["authorization"] == "Bearer kh_x"
+        assert scripted.paths == ["/v1/tasks/a/classify?top_k=5&version=stable"]
 
 
 def lost(kind: type[httpx.RequestError]) -> HubError:
