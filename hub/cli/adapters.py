@@ -1,6 +1,6 @@
-"""The commands that need no hub: train, evaluate, inspect and convert adapter files.
+"""Commands that work without a hub: train, evaluate, inspect and convert adapter files.
 
-The library is imported inside each command: torch would slow down every other.
+Each command imports the library itself. An import at the top would make all other commands load torch.
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import AsJson, checked, err, fail, out, settings, show, usage
+from .output import AsJson, checked, err, fail, out, settings, show, usage_error
 
 app = typer.Typer()
 
@@ -17,63 +17,80 @@ app = typer.Typer()
 def train(
     data: Annotated[
         Path,
-        typer.Argument(help="folder of class folders, CSV or Parquet, VTAB-1K or few-shot lists, or a datasets set"),
+        typer.Argument(
+            help="labelled images: class folders, CSV, Parquet, VTAB-1K or few-shot lists, or a `datasets` set"
+        ),
     ],
-    output: Annotated[Path, typer.Option("--out", "-o", help="adapter file to write; a report goes beside it")],
-    backbone: Annotated[str | None, typer.Option(help="timm name or `demo`; else HUB_BACKBONE")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="local weights; else HUB_CHECKPOINT")] = None,
+    output: Annotated[
+        Path, typer.Option("--out", "-o", help="adapter file to write; the report goes into a folder beside it")
+    ],
+    backbone: Annotated[str | None, typer.Option(help="timm model name or `demo`; default: HUB_BACKBONE")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="file with local weights; default: HUB_CHECKPOINT")] = None,
     validation: Annotated[
-        Path | None, typer.Option("--val", help="validation images, of any kind that DATA may be, instead of its own")
+        Path | None,
+        typer.Option(
+            "--val", help="validation images, in any form that DATA accepts; they replace the validation images of DATA"
+        ),
     ] = None,
-    test: Annotated[Path | None, typer.Option(help="test images, the same; accuracy there goes into the file")] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="test images, in any form that DATA accepts; the file records their accuracy")
+    ] = None,
     val_fraction: Annotated[
-        float, typer.Option(min=0, max=0.9, help="without validation images: share to hold out; 0: the last epoch")
+        float,
+        typer.Option(
+            min=0,
+            max=0.9,
+            help="share of DATA held out for validation if there are no validation images; 0 keeps the last epoch",
+        ),
     ] = 0.2,
-    shots: Annotated[int | None, typer.Option(min=1, help="few-shot lists: which")] = None,
-    split_seed: Annotated[int, typer.Option(min=0, help="few-shot lists: the seed of the list")] = 0,
+    shots: Annotated[int | None, typer.Option(min=1, help="few-shot lists: images per class")] = None,
+    split_seed: Annotated[int, typer.Option(min=0, help="few-shot lists: seed of the list")] = 0,
     final: Annotated[
         bool, typer.Option("--final", help="VTAB-1K: train on train800val200, without validation")
     ] = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="leave out unreadable images and copies instead of refusing the set")
+        bool, typer.Option("--skip-bad", help="leave out unreadable and duplicate images; otherwise they are an error")
     ] = False,
-    probe: Annotated[bool, typer.Option("--probe", help="measure a linear probe on the test images, too")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="also measure a linear probe on the test images")] = False,
     preset: Annotated[
         str | None, typer.Option(help="sizes of the official scripts: karst-vtab, karst-fewshot or karst-swin")
     ] = None,
-    kernels: Annotated[int | None, typer.Option(min=1, help="N, Kronecker products a layer; else 2")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="r; else 8")] = None,
-    factor: Annotated[int | None, typer.Option(min=1, help="p = q, the side of C; else 8")] = None,
-    gain: Annotated[float | None, typer.Option(help="g, what the products are multiplied with; else 1 / r")] = None,
-    rescale: Annotated[str | None, typer.Option(help="channel, scalar or none; else channel")] = None,
+    kernels: Annotated[int | None, typer.Option(min=1, help="N, Kronecker products per layer; default: 2")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="r, rank of A B; default: 8")] = None,
+    factor: Annotated[int | None, typer.Option(min=1, help="p = q, side of C; default: 8")] = None,
+    gain: Annotated[float | None, typer.Option(help="factor of the products; default: 1 / r")] = None,
+    rescale: Annotated[str | None, typer.Option(help="channel, scalar or none; default: channel")] = None,
     sites: Annotated[
-        list[str] | None, typer.Option(help="pattern of layers to adapt, such as 'blocks.1[01].*'; may be repeated")
+        list[str] | None, typer.Option(help="pattern of layer names to adapt, such as 'blocks.1[01].*'; repeatable")
     ] = None,
-    norms: Annotated[bool | None, typer.Option("--norms/--no-norms", help="train the norm layers, too")] = None,
+    norms: Annotated[bool | None, typer.Option("--norms/--no-norms", help="also train the norm layers")] = None,
     stage_ranks: Annotated[str | None, typer.Option(help="Swin: r of each stage, such as 2,2,4,8")] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 100,
-    warmup_epochs: Annotated[int, typer.Option(min=0)] = 10,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    epochs: Annotated[int, typer.Option(min=1, help="passes over the training images")] = 100,
+    warmup_epochs: Annotated[int, typer.Option(min=0, help="epochs in which the learning rate rises")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="images per step")] = 32,
     lr: Annotated[float, typer.Option(help="peak learning rate")] = 1e-3,
-    weight_decay: Annotated[float | None, typer.Option(min=0, help="AdamW's; else lr / 10")] = None,
-    drop_path: Annotated[float, typer.Option(min=0, max=0.9, help="stochastic depth")] = 0.1,
-    lr_start: Annotated[float, typer.Option(help="where the warm-up starts, in parts of --lr")] = 0.01,
-    lr_end: Annotated[float, typer.Option(help="where the cosine ends, in parts of --lr")] = 0.1,
+    weight_decay: Annotated[float | None, typer.Option(min=0, help="weight decay of AdamW; default: lr / 10")] = None,
+    drop_path: Annotated[float, typer.Option(min=0, max=0.9, help="stochastic depth: share of skipped blocks")] = 0.1,
+    lr_start: Annotated[
+        float, typer.Option(help="learning rate at the start of the warm-up, as a factor of --lr")
+    ] = 0.01,
+    lr_end: Annotated[float, typer.Option(help="learning rate at the end of the cosine, as a factor of --lr")] = 0.1,
     grad_checkpointing: Annotated[
-        bool, typer.Option("--grad-checkpointing", help="less memory, more time, same numbers")
+        bool,
+        typer.Option("--grad-checkpointing", help="recompute activations: less memory, more time, the same results"),
     ] = False,
-    devices: Annotated[int, typer.Option(min=1, help="GPUs, or processes on the CPU, that share each batch")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with a training that was interrupted")] = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    devices: Annotated[int, typer.Option(min=1, help="GPUs (or CPU processes) that share each batch")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted training")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="seed of all random numbers")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Train an adapter on labelled images; write it to one file, and a report beside it."""
+    """Train an adapter on labelled images. Write the adapter file, and a report beside it."""
     try:
         from . import train as training
     except ModuleNotFoundError as error:
-        fail(f"training needs {error.name}: pip install 'karst-hub[train]'")
+        fail(f"training needs the package {error.name}, which is not installed; run: pip install 'karst-hub[train]'")
     if final and validation is not None:
-        usage("--final trains on the validation images: give no --val beside it")
+        usage_error("--final trains on the validation images; omit --val")
     chosen = settings()
     report = training.run(
         err,
@@ -82,7 +99,7 @@ def train(
         backbone=backbone or chosen.backbone,
         checkpoint=checkpoint or chosen.checkpoint,
         device=chosen.torch_device,
-        config=_config(
+        config=adapter_config(
             preset,
             stage_ranks,
             kernels=kernels,
@@ -117,37 +134,41 @@ def train(
         devices=devices,
         resume=resume,
     )
-    if not err.quiet:  # on several devices one process speaks for all
+    if not err.quiet:  # with several devices only the first process prints
         show(report, as_json)
 
 
 @app.command()
 def evaluate(
-    adapters: Annotated[list[Path] | None, typer.Argument(help="adapter files, all on the images of --data")] = None,
+    adapters: Annotated[
+        list[Path] | None, typer.Argument(help="adapter files to evaluate on the images of --data")
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="labelled images, as `train` takes them; of a set with splits, its test images")
+        Path | None,
+        typer.Option(help="labelled images, in any form that `train` accepts; the test split of a set with splits"),
     ] = None,
     table: Annotated[
-        Path | None, typer.Option(help="CSV with columns adapter,data instead: each adapter on images of its own")
+        Path | None,
+        typer.Option(help="CSV with the columns adapter,data: each adapter on its own images; replaces --data"),
     ] = None,
     merged: Annotated[
-        bool, typer.Option("--merged", help="check that the merged form agrees; else exit code 1")
+        bool, typer.Option("--merged", help="compare with the merged model; exit code 1 if they disagree")
     ] = False,
-    backbone: Annotated[str | None, typer.Option(help="timm name or `demo`; else HUB_BACKBONE")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="local weights; else HUB_CHECKPOINT")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the bootstrap interval")] = 0,
+    backbone: Annotated[str | None, typer.Option(help="timm model name or `demo`; default: HUB_BACKBONE")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="file with local weights; default: HUB_CHECKPOINT")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the bootstrap interval")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Measure adapters: accuracy (top-1, top-5, each class), calibration and throughput."""
+    """Measure accuracy (top-1, top-5, per class), calibration and throughput of adapters."""
     from . import evaluate as evaluating
 
     if table is not None:
         if adapters or data is not None:
-            usage("--table names adapters and images: give no others beside it")
+            usage_error("--table names the adapters and images; omit adapter files and --data")
         pairs = evaluating.read_table(table)
     else:
         if not adapters or data is None:
-            usage("give adapter files and --data, or --table")
+            usage_error("no images to evaluate; give adapter files and --data, or --table")
         pairs = [(adapter, data) for adapter in adapters]
     chosen = settings()
     report = evaluating.run(
@@ -163,15 +184,15 @@ def evaluate(
     if as_json:
         show(report, True)
     else:
-        for found in evaluating.tables(report):
-            out.print(found)
-    if apart := evaluating.disagreements(report):
-        fail("; ".join(apart))
+        for table_of_results in evaluating.tables(report):
+            out.print(table_of_results)
+    if disagreements := evaluating.disagreements(report):
+        fail("; ".join(disagreements))
 
 
 @app.command()
 def inspect(adapter: Annotated[Path, typer.Argument(help="adapter file")], as_json: AsJson = False) -> None:
-    """Validate an adapter file and show what is in it."""
+    """Validate an adapter file and print its contents."""
     from adapters import Adapter
 
     found = Adapter.read(adapter)
@@ -196,27 +217,34 @@ def inspect(adapter: Annotated[Path, typer.Argument(help="adapter file")], as_js
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="adapter file, peft LoKr folder, or official-style checkpoint")],
-    output: Annotated[Path, typer.Option("--out", "-o", help="file to write, or (lokr, lora) a new folder")],
-    to: Annotated[str, typer.Option(help="karst, lokr, lora, timm or onnx")] = "karst",
-    backbone: Annotated[str | None, typer.Option(help="timm name or `demo`; else HUB_BACKBONE")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="local weights; else HUB_CHECKPOINT")] = None,
-    labels: Annotated[Path | None, typer.Option(help="class names: one a line, or a JSON list")] = None,
-    head: Annotated[Path | None, typer.Option(help="safetensors with weight and bias, if the source has none")] = None,
-    preprocess: Annotated[
-        Path | None, typer.Option(help="JSON: what the source's images went through; else the backbone's own")
+    source: Annotated[Path, typer.Argument(help="adapter file, peft LoKr folder or checkpoint of the official code")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="file to write; for lokr and lora a new folder")],
+    to: Annotated[str, typer.Option(help="format to write: karst, lokr, lora, timm or onnx")] = "karst",
+    backbone: Annotated[str | None, typer.Option(help="timm model name or `demo`; default: HUB_BACKBONE")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="file with local weights; default: HUB_CHECKPOINT")] = None,
+    labels: Annotated[Path | None, typer.Option(help="file with class names, one per line, or a JSON list")] = None,
+    head: Annotated[
+        Path | None, typer.Option(help="safetensors file with weight and bias; needed if the source has no head")
     ] = None,
-    multiplier: Annotated[float | None, typer.Option(help="of an official checkpoint's run; else 1")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="cut a LoRA to this rank; else it is exact")] = None,
+    preprocess: Annotated[
+        Path | None,
+        typer.Option(help="JSON file with the preprocessing of the source's images; default: the backbone's"),
+    ] = None,
+    multiplier: Annotated[
+        float | None, typer.Option(help="multiplier of the official checkpoint's run; default: 1")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="truncate a LoRA to this rank; default: the exact rank")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring adapters in from peft or the official code; out to peft, or merged into a timm checkpoint or ONNX."""
+    """Convert adapters from peft or the official code, to peft, or merged into a timm checkpoint or ONNX."""
     from adapters import load_backbone
     from adapters.convert.convert import TARGETS
     from adapters.convert.convert import convert as run
 
     if to not in TARGETS:
-        usage(f"--to {to}: expected one of {', '.join(TARGETS)}")
+        usage_error(f"--to {to}: expected one of {', '.join(TARGETS)}")
     chosen = settings()
     frozen = load_backbone(backbone or chosen.backbone, checkpoint or chosen.checkpoint)
     try:
@@ -236,21 +264,24 @@ def convert(
     show(report, as_json)
 
 
-def _config(preset: str | None, stage_ranks: str | None, **given: Any) -> Any:
-    """An adapter's config: a preset's values or the defaults, but for what is given."""
+def adapter_config(preset: str | None, stage_ranks: str | None, **given: Any) -> Any:
+    """Return the adapter config: the values of the preset (or the defaults), overridden by the given ones."""
     from adapters.method.config import PRESETS, KarstConfig
 
     if preset is not None and preset not in PRESETS:
-        usage(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
+        usage_error(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
     values = (PRESETS[preset] if preset is not None else KarstConfig()).model_dump()
     values |= {name: value for name, value in given.items() if value is not None}
     if stage_ranks is not None:
         try:
             ranks = tuple(int(rank) for rank in stage_ranks.split(","))
         except ValueError:
-            usage(f"--stage-ranks {stage_ranks}: expected a rank for each stage, such as 2,2,4,8")
+            usage_error(f"--stage-ranks {stage_ranks}: expected one rank per stage, such as 2,2,4,8")
         values |= {"stage_ranks": ranks, "rank": max(ranks) if given["rank"] is None else given["rank"]}
     if values["stage_ranks"] is not None and max(values["stage_ranks"]) != values["rank"]:
         stages = ",".join(map(str, values["stage_ranks"]))
-        usage(f"--rank {values['rank']}: the largest of the stages' ranks {stages} is expected; see --stage-ranks")
+        usage_error(
+            f"--rank {values['rank']}: differs from the largest of the stage ranks {stages}; "
+            "omit --rank, or change --stage-ranks"
+        )
     return checked(KarstConfig, **values)

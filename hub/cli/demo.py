@@ -1,4 +1,4 @@
-"""`karst-hub demo`: a whole hub with three tasks, real images through HTTP, and a clean end."""
+"""`karst-hub demo`: start a hub, register three tasks, classify real images over HTTP, stop the hub."""
 
 import tempfile
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from ..schemas import Classified
 from ..settings import Settings
 
 TASKS = ("digits", "shapes", "count")
-CALLERS = 24  # requests at once: all of them
-# The demo is its own hub, whatever the user's environment says of another.
+THREADS = 24  # one per sample image: all requests are concurrent
+# The demo starts its own hub. Otherwise the user's HUB_* variables would connect it to another hub.
 SETTINGS: dict[str, Any] = {
     "backbone": "demo",
     "checkpoint": None,
@@ -33,54 +33,65 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """An image of the demo and what it shows: its file is `samples/<task>/<truth>-<n>.png`."""
+    """A sample image with its true label. Its file is `samples/<task>/<label>-<n>.png`."""
 
     task: str
     path: Path
 
     @property
-    def truth(self) -> str:
+    def true_label(self) -> str:
         return self.path.stem.rpartition("-")[0]
 
 
-class Passes:
-    """Notes from the replies how many tasks shared a forward pass at most."""
+class BatchObserver:
+    """Largest number of tasks in one forward pass, from the header `X-Batch-Tasks` of the replies."""
 
     def __init__(self) -> None:
-        self.most_tasks = 0
+        self.max_tasks = 0
 
-    def note(self, response: httpx.Response) -> None:
-        self.most_tasks = max(self.most_tasks, int(response.headers.get("x-batch-tasks", 0)))
+    def observe(self, response: httpx.Response) -> None:
+        """Read the header of a response."""
+        self.max_tasks = max(self.max_tasks, int(response.headers.get("x-batch-tasks", 0)))
 
 
 def run(console: Console, settings: Settings) -> None:
-    """Start, register, classify, print, stop; `settings` are the environment's with `SETTINGS` over them."""
+    """Start a hub, register the tasks, classify the samples, print the results, stop the hub.
+
+    Args:
+        settings: the settings of the environment, overridden by `SETTINGS`.
+    """
     with (
         as_file(files("adapters.demo")) as folder,
         tempfile.TemporaryDirectory(prefix="karst-hub-demo-") as home,
     ):
         console.print("starting a hub on this machine (Ray, Redis, one worker) ...")
         with local_hub(settings.model_copy(update={"home": Path(home), "port": free_port()})) as hub:
-            assert hub.first_keys.owner is not None  # noqa: S101 (its home is new)
-            passes = Passes()
-            with Client(hub.url, hub.first_keys.owner, on_response=passes.note) as client:
+            assert hub.first_keys.owner is not None  # noqa: S101 (a new registry has no keys)
+            batches = BatchObserver()
+            with Client(hub.url, hub.first_keys.owner, on_response=batches.observe) as client:
                 for task in TASKS:
-                    done = client.register(task, folder / f"{task}.safetensors")
-                    console.print(f"registered {task}: {len(done.labels)} labels, {done.size_bytes / 1000:.0f} kB")
+                    registered = client.register(task, folder / f"{task}.safetensors")
+                    console.print(
+                        f"registered {task}: {len(registered.labels)} labels, {registered.size_bytes / 1000:.0f} kB"
+                    )
                 samples = [Sample(t, path) for t in TASKS for path in sorted((folder / "samples" / t).glob("*.png"))]
-                with ThreadPoolExecutor(CALLERS) as pool:  # a request an image, many at once
-                    answers = list(pool.map(lambda s: client.classify(s.task, [s.path], top_k=1), samples))
-            _print(console, samples, answers)
-            right = sum(a.predictions[0][0].label == s.truth for s, a in zip(samples, answers, strict=True))
-            console.print(f"{right} of {len(samples)} right; up to {passes.most_tasks} tasks shared one forward pass")
+                with ThreadPoolExecutor(THREADS) as pool:  # one request per image, all concurrent
+                    replies = list(pool.map(lambda s: client.classify(s.task, [s.path], top_k=1), samples))
+            _print(console, samples, replies)
+            correct = sum(r.predictions[0][0].label == s.true_label for s, r in zip(samples, replies, strict=True))
+            console.print(
+                f"{correct} of {len(samples)} correct; up to {batches.max_tasks} tasks shared one forward pass"
+            )
             console.print("stopping ...")
-    console.print("Next: `make serve` runs a hub of your own; README.md shows the first adapter in five minutes.")
+    console.print(
+        "Next: `make serve` runs your own hub; README.md shows how to train your first adapter in five minutes."
+    )
 
 
-def _print(console: Console, samples: Sequence[Sample], answers: Sequence[Classified]) -> None:
-    table = Table("image", "task", "label", "score", "truth")
-    for sample, answer in zip(samples, answers, strict=True):
-        best = answer.predictions[0][0]
-        mark = "" if best.label == sample.truth else "  (wrong)"
-        table.add_row(sample.path.name, sample.task, best.label, f"{best.score:.3f}", sample.truth + mark)
+def _print(console: Console, samples: Sequence[Sample], replies: Sequence[Classified]) -> None:
+    table = Table("image", "task", "label", "score", "true label")
+    for sample, reply in zip(samples, replies, strict=True):
+        best = reply.predictions[0][0]
+        mark = "" if best.label == sample.true_label else "  (wrong)"
+        table.add_row(sample.path.name, sample.task, best.label, f"{best.score:.3f}", sample.true_label + mark)
     console.print(table)

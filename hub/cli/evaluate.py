@@ -1,4 +1,4 @@
-"""`karst-hub evaluate`: adapter files and sets of images -> a table of accuracy, calibration and throughput."""
+"""`karst-hub evaluate`: adapter files and image sets -> a table of accuracy, calibration and throughput."""
 
 import csv
 from collections.abc import Sequence
@@ -19,27 +19,31 @@ Pair = tuple[Path, Path]  # an adapter file and its images
 
 
 def read_table(path: Path) -> list[Pair]:
-    """Pairs of a CSV file with the columns `adapter` and `data`; relative paths count from the file's folder.
+    """Return the pairs of a CSV file with the columns `adapter` and `data`.
+
+    Relative paths start at the folder of the CSV file.
 
     Raises:
-        DataError: not there, no such columns, a row with an empty field, or no rows.
+        DataError: The file cannot be read, lacks a column, has no rows, or has a row with an empty field.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             missing = [name for name in ("adapter", "data") if name not in (reader.fieldnames or ())]
             if missing:
-                raise DataError(f"{path}: no column {' and no '.join(missing)}; expected adapter,data in line 1")
+                raise DataError(f"{path}: no column {' and no '.join(missing)}; line 1 must be adapter,data")
             pairs = []
             for row in reader:
                 adapter, data = row["adapter"], row["data"]
                 if not adapter or not data:
-                    raise DataError(f"{path}, line {reader.line_num}: expected an adapter file and its images")
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: a field is empty; give an adapter file and its images"
+                    )
                 pairs.append((path.parent / adapter, path.parent / data))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV: {error}") from error
     if not pairs:
-        raise DataError(f"{path}: no rows in it")
+        raise DataError(f"{path}: no rows; add one row per adapter")
     return pairs
 
 
@@ -54,34 +58,39 @@ def run(
     merged: bool,
     seed: int,
 ) -> dict[str, Any]:
-    """Evaluate every pair over one backbone; adapters and lists are checked before the first image is classified.
+    """Evaluate every pair over one backbone.
+
+    All adapters and image lists are checked before the first image is classified.
 
     Returns:
-        What belongs to all rows (`backbone`, `fingerprint`, `device`, `dtype`, `batch_size`, `seed`) and `rows`, in
-        the order of `pairs`.
+        The values shared by all rows (`backbone`, `fingerprint`, `device`, `dtype`, `batch_size`, `seed`), and `rows`
+        in the order of `pairs`.
 
     Raises:
-        DataError: as `adapters.data.datasets.read_split`.
-        BackboneError, AdapterError: as `load_backbone` and `BankLimits.check`; the message names the adapter's file.
+        DataError: See `adapters.data.datasets.read_split`.
+        BackboneError: See `load_backbone`.
+        AdapterError: See `BankLimits.check`. The message names the adapter file.
     """
     frozen = load_backbone(backbone, checkpoint, device=device, dtype=getattr(torch, dtype))
     configs, sets = [], []
-    for path, data in pairs:  # whatever is wrong is found now, not after hours
-        adapter = _read(path, frozen)
+    for path, data in pairs:  # otherwise an invalid file would end the run after hours
+        adapter = _read_adapter(path, frozen)
         configs.append(adapter.config)
         sets.append(read_split(data, "test", adapter.labels))
     banks = _banks(frozen, configs)
     rows = []
     with Progress(console=console, transient=True) as progress:
         for (path, data), images in progress.track(list(zip(pairs, sets, strict=True)), description="evaluating"):
-            adapter = _read(path, frozen)  # again: a table's adapters need not fit into memory together
+            adapter = _read_adapter(
+                path, frozen
+            )  # a second read: all adapters of a table together may not fit into memory
             outputs = evaluate(banks[adapter.config.factor], adapter, images)
             row: dict[str, Any] = {"adapter": str(path), "digest": adapter.digest, "data": str(data)}
             row |= asdict(scores(outputs.logits, outputs.targets, adapter.labels, seed=seed))
             row["images_per_s"] = round(outputs.images_per_s, 1)
             if merged:
-                found = compare_merged(frozen, adapter, images, outputs)
-                row["merged"] = asdict(found) | {"agrees": found.agrees}
+                agreement = compare_merged(frozen, adapter, images, outputs)
+                row["merged"] = asdict(agreement) | {"agrees": agreement.agrees}
             rows.append(row)
     return {
         "backbone": frozen.name,
@@ -95,10 +104,10 @@ def run(
 
 
 def disagreements(report: dict[str, Any]) -> list[str]:
-    """One line for each adapter whose merged form says something else."""
+    """Return one line per adapter whose merged model disagrees with the unmerged one."""
     return [
-        f"{row['adapter']}: merged and unmerged logits differ by up to {merged['largest_difference']:.3g}, which is "
-        f"more than {merged['tolerance']:g} of the largest logit, {merged['largest_logit']:.3g}; "
+        f"{row['adapter']}: merged and unmerged logits differ by up to {merged['largest_difference']:.3g} "
+        f"(limit {merged['tolerance']:g} of the largest logit, {merged['largest_logit']:.3g}); "
         f"{merged['label_changes']} of {row['images']} labels change"
         for row in report["rows"]
         if (merged := row.get("merged")) and not merged["agrees"]
@@ -106,11 +115,11 @@ def disagreements(report: dict[str, Any]) -> list[str]:
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
-    """The report for people: a row for each pair; with one pair, each class too."""
+    """Return the report as tables: one row per pair, and with a single pair also one row per class."""
     rows = report["rows"]
     shared = (
         f"backbone {report['backbone']} ({report['fingerprint'][:12]}), {report['dtype']} on {report['device']}; "
-        f"images/s of forward passes only, {report['batch_size']} images each"
+        f"images/s of forward passes only, {report['batch_size']} images per pass"
     )
     table = Table(box=None, caption=shared, caption_justify="left")
     for name in ("adapter", "data"):
@@ -124,21 +133,21 @@ def tables(report: dict[str, Any]) -> list[Table]:
         cells += ["-" if row["top5"] is None else f"{row['top5']:.1%}", f"{row['ece']:.3f}", f"{row['nll']:.3f}"]
         cells.append(f"{row['images_per_s']:.1f}")
         table.add_row(*cells)
-    found = [table]
+    result = [table]
     if "merged" in rows[0]:
-        found.append(Table("adapter", "merged logits differ by", "labels changed", box=None))
+        result.append(Table("adapter", "merged logits differ by", "labels changed", box=None))
         for row in rows:
             changed = str(row["merged"]["label_changes"])
-            found[-1].add_row(Path(row["adapter"]).name, f"{row['merged']['largest_difference']:.1e}", changed)
+            result[-1].add_row(Path(row["adapter"]).name, f"{row['merged']['largest_difference']:.1e}", changed)
     if len(rows) == 1:
-        found.append(Table("class", "top-1", box=None))
+        result.append(Table("class", "top-1", box=None))
         for label, value in rows[0]["per_class"].items():
-            found[-1].add_row(label, "no images" if value is None else f"{value:.1%}")
-    return found
+            result[-1].add_row(label, "no images" if value is None else f"{value:.1%}")
+    return result
 
 
-def _read(path: Path, backbone: Backbone) -> Adapter:
-    """An adapter that a bank of its sizes takes; its problems, which do not name a file, are given this one's name."""
+def _read_adapter(path: Path, backbone: Backbone) -> Adapter:
+    """Read an adapter and check it against a bank of its own sizes. Errors name the file."""
     try:
         adapter = Adapter.read(path)
         own = adapter.config
@@ -149,7 +158,7 @@ def _read(path: Path, backbone: Backbone) -> Adapter:
 
 
 def _banks(backbone: Backbone, configs: Sequence[KarstConfig]) -> dict[int, Bank]:
-    """One bank with one slot for all adapters of a factor: in a bank, as in a hub, there is one factor."""
+    """Return one bank with one slot per factor, since all adapters of a bank share one factor."""
     banks = {}
     for factor in {config.factor for config in configs}:
         same = [config for config in configs if config.factor == factor]

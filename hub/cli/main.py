@@ -1,4 +1,4 @@
-"""The command line: `karst-hub`. Exit codes: 0, 1 (the hub or a file said no), 2 (usage)."""
+"""Command line `karst-hub`. Exit codes: 0 (success), 1 (error of the hub or of a file), 2 (usage error)."""
 
 import re
 import signal
@@ -28,9 +28,11 @@ app = typer.Typer(
 app.add_typer(cli_library.app)
 app.add_typer(cli_tenants.app, name="tenants")
 
-Url = Annotated[str, typer.Option(envvar="HUB_URL", help="the hub's address")]
-Key = Annotated[str, typer.Option(envvar="HUB_KEY", help="an API key; better in HUB_KEY than on the command line")]
-# By name: importing these kinds here would load torch for every command.
+Url = Annotated[str, typer.Option(envvar="HUB_URL", help="URL of the hub")]
+Key = Annotated[
+    str, typer.Option(envvar="HUB_KEY", help="API key; prefer HUB_KEY, since other users can read command lines")
+]
+# Names instead of classes: an import of the classes would load torch for every command.
 _EXPECTED = (
     "AdapterError",
     "BackboneError",
@@ -44,7 +46,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def main() -> None:
-    """Run the command line; whatever is expected to go wrong ends in one line on stderr, never in a traceback."""
+    """Run the command line. Expected errors end in one line on stderr, without a traceback."""
     try:
         app()
     except OSError as error:
@@ -57,7 +59,7 @@ def main() -> None:
 
 @app.command()
 def serve() -> None:
-    """Run a hub on this machine until Ctrl-C; its options are HUB_* environment variables (docs/settings.md)."""
+    """Run a hub on this machine until Ctrl-C. HUB_* environment variables configure it (docs/settings.md)."""
     from ..local.hub import local_hub
 
     chosen = settings()
@@ -66,19 +68,19 @@ def serve() -> None:
     def stop(_number: int, _frame: FrameType | None) -> None:
         stopping.set()
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while starting: unwind, as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # during the start: unwind as Ctrl-C does
     err.print(f"starting: backbone {chosen.backbone}, data in {chosen.home}")
     with local_hub(chosen) as hub:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         if hub.first_keys.admin is not None:
-            err.print("The first admin key; it is shown only now, keep it:")
+            err.print("The first admin key. The hub shows it only once; store it:")
             out.print(f"HUB_ADMIN_KEY={hub.first_keys.admin}", soft_wrap=True)
         if hub.first_keys.owner is not None:
-            err.print("The first key (owner of tenant `default`); it is shown only now, keep it:")
+            err.print("The first owner key of the tenant `default`. The hub shows it only once; store it:")
             out.print(f"HUB_KEY={hub.first_keys.owner}", soft_wrap=True)
         out.print(f"HUB_URL={hub.url}", soft_wrap=True)
-        err.print("ready; Ctrl-C stops")
+        err.print("ready; press Ctrl-C to stop")
         sys.stdout.flush()
         stopping.wait()
         err.print("stopping")
@@ -86,7 +88,7 @@ def serve() -> None:
 
 @app.command()
 def demo() -> None:
-    """Start a hub on free ports, register three tasks, classify real images of all three, and stop it all."""
+    """Start a hub on free ports, register three tasks, classify real images of all three, and stop the hub."""
     from . import demo as demonstration
 
     demonstration.run(out, settings(**demonstration.SETTINGS))
@@ -97,27 +99,27 @@ def register(
     task: Annotated[str, typer.Argument(help="name of the task")],
     adapter: Annotated[Path, typer.Argument(help="adapter file")],
     key: Key,
-    alias: Annotated[str | None, typer.Option(help="alias to move to this version, beside `latest`")] = None,
+    alias: Annotated[str | None, typer.Option(help="alias to move to this version, in addition to `latest`")] = None,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Register an adapter file as a version of a task; it can be called at once."""
+    """Register an adapter file as a version of a task. Clients can call the version at once."""
     statuses: list[int] = []
     with Client(url, key, on_response=lambda response: statuses.append(response.status_code)) as client:
-        done = client.register(task, adapter, alias=alias)
+        registered = client.register(task, adapter, alias=alias)
     if as_json:
-        show(done, True)
-    elif statuses[-1] == HTTPStatus.OK:  # not made: what is called by default may be an older version from now on
-        moved = "latest" if alias in (None, LATEST) else f"latest and {alias}"
-        verb = "is" if moved == LATEST else "are"
-        out.print(f"{done.task}: was there already as version {done.version}; {moved} {verb} {done.version} now")
+        show(registered, True)
+    elif statuses[-1] == HTTPStatus.OK:  # no new version: `latest` may have moved back to an older version
+        moved = "alias latest points" if alias in (None, LATEST) else f"aliases latest and {alias} point"
+        out.print(f"{registered.task}: already registered as version {registered.version}; {moved} at it now")
     else:
-        out.print(f"{done.task} version {done.version}: {len(done.labels)} labels, digest {done.digest[:12]}")
+        labels = len(registered.labels)
+        out.print(f"{registered.task} version {registered.version}: {labels} labels, digest {registered.digest[:12]}")
 
 
 @app.command()
 def tasks(key: Key, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
-    """List the tasks that the key's tenant owns, and those that are shared with it."""
+    """List the tasks of the key's tenant, and the tasks that other tenants share with it."""
     with Client(url, key) as client:
         found = client.tasks()
     if as_json:
@@ -132,12 +134,12 @@ def tasks(key: Key, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
 @app.command()
 def top(
     key: cli_tenants.AdminKey,
-    interval_s: Annotated[float, typer.Option(min=0.2, help="seconds between two looks")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="print once, and end")] = False,
+    interval_s: Annotated[float, typer.Option(min=0.2, help="seconds between two updates")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="print one status and exit")] = False,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Watch workers, tasks and tenants live, until Ctrl-C; for admins. `--json` prints one look."""
+    """Show live workers, tasks and tenants until Ctrl-C. Needs an admin key. `--json` prints one status."""
     from . import top as screen
 
     with Client(url, key) as client:
@@ -149,24 +151,26 @@ def top(
 @app.command()
 def gc(
     key: cli_tenants.AdminKey,
-    older_than_s: Annotated[int, typer.Option(min=0, help="only files that nobody put for so many seconds")] = 3600,
+    older_than_s: Annotated[
+        int, typer.Option(min=0, help="only files that no client has uploaded for this many seconds")
+    ] = 3600,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Remove adapter files from the store that no version holds."""
+    """Remove the adapter files that no version uses from the store."""
     with Client(url, key) as client:
-        done = client.gc(older_than_s)
+        collected = client.gc(older_than_s)
     if as_json:
-        show(done, True)
+        show(collected, True)
     else:
-        out.print(f"removed {done.removed} files ({done.bytes} bytes), kept {done.kept}")
+        out.print(f"removed {collected.removed} files ({collected.bytes} bytes), kept {collected.kept}")
 
 
 @app.command()
 def admin_key() -> None:
-    """Make an admin key on the hub's own machine, for whoever lost the last one; it is shown once.
+    """Create an admin key on the hub's own machine, after the loss of all others. The command shows it only once.
 
-    It needs no key but the registry itself: HUB_REDIS_URL, or the HUB_HOME of a hub that runs or not.
+    The command needs access to the registry instead of a key: HUB_REDIS_URL, or HUB_HOME of a running or stopped hub.
     """
     from ..local.hub import new_admin_key
 
@@ -178,27 +182,27 @@ def classify(
     task: Annotated[str, typer.Argument(help="name of the task")],
     images: Annotated[list[Path], typer.Argument(help="image files")],
     key: Key,
-    top_k: Annotated[int, typer.Option(min=1, help="labels an image")] = 1,
-    version: Annotated[str, typer.Option(help="a version's number or an alias")] = "latest",
+    top_k: Annotated[int, typer.Option(min=1, help="number of labels per image")] = 1,
+    version: Annotated[str, typer.Option(help="version number or alias")] = "latest",
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
     """Classify image files with a task."""
     try:
         with Client(url, key) as client:
-            answer = client.classify(task, list(images), top_k=top_k, version=version)
+            reply = client.classify(task, list(images), top_k=top_k, version=version)
     except HubError as error:
-        fail(_named(str(error), images))
+        fail(_with_file_names(str(error), images))
     if as_json:
-        return show(answer, True)
+        return show(reply, True)
     table = Table("image", "label", "score")
-    for image, predictions in zip(images, answer.predictions, strict=True):
+    for image, predictions in zip(images, reply.predictions, strict=True):
         for prediction in predictions:
             table.add_row(str(image), prediction.label, f"{prediction.score:.3f}")
     out.print(table)
 
 
-def _named(text: str, images: list[Path]) -> str:
-    """An error with the names of the files, which the client only counts: `images.1`."""
+def _with_file_names(text: str, images: list[Path]) -> str:
+    """Replace the fields of an error text, such as `images.1`, by file names."""
     names = {f"images.{i}": str(image) for i, image in enumerate(images)}
     return re.sub(r"\bimages\.\d+", lambda found: names.get(found[0], found[0]), text)

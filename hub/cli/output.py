@@ -1,4 +1,4 @@
-"""What every command of the line shares: where it prints, how it shows a result, how it says no."""
+"""Shared by all commands: consoles, settings, output of results, errors."""
 
 import json
 import sys
@@ -11,11 +11,11 @@ from rich.table import Table
 
 from ..settings import InvalidSettings, Settings, load_settings
 
-# No markup: labels, paths and messages may hold brackets.
+# Markup would swallow the brackets in labels, paths and messages.
 out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False, markup=False)
 
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for scripts")]
 
 
 def settings(**fixed: Any) -> Settings:
@@ -23,26 +23,27 @@ def settings(**fixed: Any) -> Settings:
     try:
         return load_settings(**fixed)
     except InvalidSettings as error:
-        usage(str(error))
+        usage_error(str(error))
 
 
 def checked(kind: Any, **values: Any) -> Any:
-    """A config of the library (a pydantic class) from options; a value that it refuses is a usage error."""
+    """Return a pydantic config made from options. An invalid value is a usage error."""
     try:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][0]).replace("_", "-")
-        usage(f"--{option} {first['input']}: {first['msg']}")
+        usage_error(f"--{option} {first['input']}: {first['msg']}")
 
 
 def show(value: BaseModel | dict[str, Any], as_json: bool) -> None:
+    """Print a result to stdout, as JSON or as one row per field."""
     data = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     if as_json:
         sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
         return
     texts = {n: item if isinstance(item, str) else json.dumps(item, ensure_ascii=False) for n, item in data.items()}
-    if not out.is_terminal:  # a file has no edge to wrap at, and a digest is of use only in one piece
+    if not out.is_terminal:  # otherwise a wrapped digest would be useless to a script
         width = max(map(len, texts), default=0)
         for name, text in texts.items():
             out.print(f"{name:<{width}}  {text}", soft_wrap=True)
@@ -56,10 +57,12 @@ def show(value: BaseModel | dict[str, Any], as_json: bool) -> None:
 
 
 def fail(message: str) -> NoReturn:
+    """Print an error of the hub or of a file, and exit with code 1."""
     err.print(f"error: {message}", soft_wrap=True)
     raise SystemExit(1)
 
 
-def usage(message: str) -> NoReturn:
+def usage_error(message: str) -> NoReturn:
+    """Print a usage error, and exit with code 2."""
     err.print(f"error: {message}", soft_wrap=True)
     raise SystemExit(2)

@@ -1,4 +1,4 @@
-"""`karst-hub tenants ...`: tenants, keys, limits, use and audit; the same as the admin routes."""
+"""`karst-hub tenants ...`: tenants, keys, limits, usage and audit log, through the admin routes."""
 
 import sys
 from datetime import UTC, datetime, timedelta
@@ -10,36 +10,45 @@ from rich.table import Table
 
 from ..client.client import Client
 from ..schemas import KeyInfo, LimitsChange, TenantInfo
-from .output import AsJson, out, show, usage
+from .output import AsJson, checked, out, show, usage_error
 
 
-class _Either(list[str]):
-    """Environment variables, the first of them first; typer writes a list into its message as Python does."""
+class _EnvironmentVariables(list[str]):
+    """Environment variables in order of precedence. Typer prints a plain list in Python syntax."""
 
     def __str__(self) -> str:
         return " or ".join(self)
 
 
-Url = Annotated[str, typer.Option(envvar="HUB_URL", help="the hub's address")]
+Url = Annotated[str, typer.Option(envvar="HUB_URL", help="URL of the hub")]
 AdminKey = Annotated[
     str,
     typer.Option(
-        "--key", envvar=_Either(["HUB_ADMIN_KEY", "HUB_KEY"]), help="an admin key, or a key of the tenant's owner"
+        "--key",
+        envvar=_EnvironmentVariables(["HUB_ADMIN_KEY", "HUB_KEY"]),
+        help="admin key, or an owner key of the tenant",
     ),
 ]
 Tenant = Annotated[str, typer.Argument(help="name of the tenant")]
 DEFAULT_URL = "http://127.0.0.1:8000"
-ID_LENGTH = 16  # of a key's id
-ACTION_LENGTH = len("version.register")  # the longest
+RequestsPerSecond = Annotated[float | None, typer.Option(help="requests of any kind per second")]
+ImagesPerSecond = Annotated[float | None, typer.Option(help="classified images per second")]
+ImagesInFlight = Annotated[int | None, typer.Option(help="images of unfinished requests")]
+Tasks = Annotated[int | None, typer.Option(help="number of tasks")]
+Versions = Annotated[int | None, typer.Option(help="versions per task")]
+StoredBytes = Annotated[int | None, typer.Option(help="bytes of the adapter files of all versions")]
+Weight = Annotated[float | None, typer.Option(help="share of a busy worker relative to other tenants")]
+ID_LENGTH = 16  # characters of a key's id
+ACTION_LENGTH = len("version.register")  # the longest action
 
-app = typer.Typer(help="Tenants, their keys, limits, use and audit.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Manage tenants, keys and limits; show usage and the audit log.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
-def _limits(**given: float | None) -> LimitsChange:
-    try:
-        return LimitsChange(**{name: value for name, value in given.items() if value is not None})
-    except ValueError as error:
-        usage(str(error).splitlines()[-2].strip())
+def _limits_change(**given: float | None) -> LimitsChange:
+    change: LimitsChange = checked(LimitsChange, **{n: value for n, value in given.items() if value is not None})
+    return change
 
 
 @app.command("list")
@@ -49,11 +58,11 @@ def list_tenants(key: AdminKey, url: Url = DEFAULT_URL, as_json: AsJson = False)
         found = client.tenants()
     if as_json:
         return show(found, True)
-    table = Table("tenant", "created", "tasks at most", "requests/s", "images/s", "weight")
+    table = Table("tenant", "created", "max tasks", "requests/s", "images/s", "weight")
     for info in found.tenants:
-        most = info.limits
-        rates = f"{most.requests_per_second:g}", f"{most.images_per_second:g}", f"{most.weight:g}"
-        table.add_row(info.tenant, _day(info.created), str(most.tasks), *rates)
+        limits = info.limits
+        rates = f"{limits.requests_per_second:g}", f"{limits.images_per_second:g}", f"{limits.weight:g}"
+        table.add_row(info.tenant, _day(info.created), str(limits.tasks), *rates)
     out.print(table)
 
 
@@ -61,18 +70,18 @@ def list_tenants(key: AdminKey, url: Url = DEFAULT_URL, as_json: AsJson = False)
 def create(
     tenant: Tenant,
     key: AdminKey,
-    requests_per_second: float | None = None,
-    images_per_second: float | None = None,
-    images_in_flight: int | None = None,
-    tasks: int | None = None,
-    versions: int | None = None,
-    stored_bytes: int | None = None,
-    weight: float | None = None,
+    requests_per_second: RequestsPerSecond = None,
+    images_per_second: ImagesPerSecond = None,
+    images_in_flight: ImagesInFlight = None,
+    tasks: Tasks = None,
+    versions: Versions = None,
+    stored_bytes: StoredBytes = None,
+    weight: Weight = None,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Make a tenant, and an owner's key for it; limits that are not given are the hub's defaults."""
-    limits = _limits(
+    """Create a tenant and its first owner key. Omitted limits have the defaults of the hub."""
+    limits = _limits_change(
         requests_per_second=requests_per_second,
         images_per_second=images_per_second,
         images_in_flight=images_in_flight,
@@ -83,29 +92,29 @@ def create(
     )
     with Client(url, key) as client:
         info = client.create_tenant(tenant, limits)
-        made = client.create_key(tenant, "first key", role="owner")
+        created = client.create_key(tenant, "first key", role="owner")
     if as_json:
-        return show({"tenant": info.model_dump(mode="json"), "key": made.model_dump(mode="json")}, True)
-    out.print(f"{info.tenant}: made. Its owner's key, which is shown only now:")
-    out.print(f"HUB_KEY={made.key}", soft_wrap=True)
+        return show({"tenant": info.model_dump(mode="json"), "key": created.model_dump(mode="json")}, True)
+    out.print(f"{info.tenant}: created. Its owner key, which the hub shows only once:")
+    out.print(f"HUB_KEY={created.key}", soft_wrap=True)
 
 
 @app.command()
 def limits(
     tenant: Tenant,
     key: AdminKey,
-    requests_per_second: float | None = None,
-    images_per_second: float | None = None,
-    images_in_flight: int | None = None,
-    tasks: int | None = None,
-    versions: int | None = None,
-    stored_bytes: int | None = None,
-    weight: float | None = None,
+    requests_per_second: RequestsPerSecond = None,
+    images_per_second: ImagesPerSecond = None,
+    images_in_flight: ImagesInFlight = None,
+    tasks: Tasks = None,
+    versions: Versions = None,
+    stored_bytes: StoredBytes = None,
+    weight: Weight = None,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Change limits of a tenant, those that are given; with none, show them."""
-    change = _limits(
+    """Change the given limits of a tenant. Without any limit, show the limits."""
+    change = _limits_change(
         requests_per_second=requests_per_second,
         images_per_second=images_per_second,
         images_in_flight=images_in_flight,
@@ -124,18 +133,18 @@ def limits(
 def delete(
     tenant: Tenant,
     key: AdminKey,
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="delete without a question")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Delete a tenant with its tasks and keys."""
+    """Delete a tenant with all its tasks and keys."""
     if not yes:
         try:
             typer.confirm(f"delete tenant {tenant} with all its tasks and keys?", abort=True)
         except typer.Abort:
             if sys.stdin.isatty():
                 raise
-            out.print()  # ends the line of the question
-            usage(f"{tenant} is not deleted, since nobody said yes: give --yes where there is no terminal")
+            out.print()  # end the line of the question
+            usage_error(f"tenant {tenant} was not deleted: no confirmation; without a terminal, add --yes")
     with Client(url, key) as client:
         client.delete_tenant(tenant)
     out.print(f"{tenant}: deleted")
@@ -143,14 +152,14 @@ def delete(
 
 @app.command("usage")
 def show_usage(tenant: Tenant, key: AdminKey, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
-    """A tenant's limits and use."""
+    """Show the limits and the usage of a tenant."""
     with Client(url, key) as client:
         found = client.usage(tenant)
     if as_json:
         return show(found, True)
-    most, used = found.limits.model_dump(), found.used.model_dump()
-    table = Table("limit", "most", "now")
-    for name, value in most.items():
+    limits, used = found.limits.model_dump(), found.used.model_dump()
+    table = Table("limit", "maximum", "used")
+    for name, value in limits.items():
         table.add_row(name, f"{value:g}" if isinstance(value, float) else str(value), str(used.get(name, "")))
     out.print(table)
     out.print(", ".join(f"{name}: {n}" for name, n in found.counted.model_dump().items()))
@@ -158,7 +167,7 @@ def show_usage(tenant: Tenant, key: AdminKey, url: Url = DEFAULT_URL, as_json: A
 
 @app.command()
 def keys(tenant: Tenant, key: AdminKey, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
-    """List a tenant's keys: what is known of them, never the keys."""
+    """List the keys of a tenant, without the secrets."""
     with Client(url, key) as client:
         found = client.keys(tenant)
     _show_keys(found.keys) if not as_json else show(found, True)
@@ -167,31 +176,36 @@ def keys(tenant: Tenant, key: AdminKey, url: Url = DEFAULT_URL, as_json: AsJson 
 @app.command()
 def add_key(
     tenant: Tenant,
-    name: Annotated[str, typer.Argument(help="what the key is for")],
+    name: Annotated[str, typer.Argument(help="purpose of the key")],
     key: AdminKey,
-    owner: Annotated[bool, typer.Option("--owner", help="may register and delete too; else it classifies")] = False,
-    days: Annotated[float | None, typer.Option(min=0, help="it ends after so many days; else never")] = None,
+    owner: Annotated[
+        bool,
+        typer.Option(
+            "--owner", help="owner key: may also register and delete; default: a caller key, which may only classify"
+        ),
+    ] = False,
+    days: Annotated[float | None, typer.Option(min=0, help="days until the key expires; default: never")] = None,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key of a tenant; it is shown once."""
+    """Create a key of a tenant. The command shows it only once."""
     expires = datetime.now(UTC) + timedelta(days=days) if days is not None else None
     with Client(url, key) as client:
-        made = client.create_key(tenant, name, role="owner" if owner else "caller", expires=expires)
+        created = client.create_key(tenant, name, role="owner" if owner else "caller", expires=expires)
     if as_json:
-        return show(made, True)
-    out.print(f"key {made.id} ({made.role}); it is shown only now:")
-    out.print(f"HUB_KEY={made.key}", soft_wrap=True)
+        return show(created, True)
+    out.print(f"key {created.id} ({created.role}); the hub shows it only once:")
+    out.print(f"HUB_KEY={created.key}", soft_wrap=True)
 
 
 @app.command()
 def revoke(
     tenant: Tenant,
-    id: Annotated[str, typer.Argument(help="the key's id, as `keys` lists it")],
+    id: Annotated[str, typer.Argument(help="id of the key, from `keys`")],
     key: AdminKey,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """End a key, everywhere, within seconds."""
+    """Revoke a key. All gateways refuse it within seconds."""
     with Client(url, key) as client:
         client.revoke_key(tenant, id)
     out.print(f"key {id}: revoked")
@@ -200,23 +214,23 @@ def revoke(
 @app.command()
 def audit(
     key: AdminKey,
-    tenant: Annotated[str | None, typer.Argument(help="name of the tenant; without it the whole hub")] = None,
-    after: Annotated[str | None, typer.Option(help="id of the last entry that is known")] = None,
-    count: Annotated[int, typer.Option(min=1, max=1000)] = 100,
+    tenant: Annotated[str | None, typer.Argument(help="name of the tenant; default: the whole hub")] = None,
+    after: Annotated[str | None, typer.Option(help="show entries after the entry of this id")] = None,
+    count: Annotated[int, typer.Option(min=1, max=1000, help="maximum number of entries")] = 100,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Who changed what, when and from where, oldest first."""
+    """Show the audit log: time, action, key, address and detail of each change, oldest first."""
     with Client(url, key) as client:
         page = client.audit(tenant, after=after, count=count)
     if as_json:
         return show(page, True)
-    # Two lines a row: 80 columns have no room for all of it side by side, and an id is of use only whole.
+    # Two lines per row: otherwise 80 columns would truncate the ids, which other commands need whole.
     table = Table(show_lines=True)
-    table.add_column("when\n(UTC)", no_wrap=True)
-    table.add_column("what\ntenant", overflow="fold", min_width=ACTION_LENGTH)
-    table.add_column("who\nkey", overflow="fold", min_width=ID_LENGTH)
-    table.add_column("from\ndetail", overflow="fold")
+    table.add_column("time\n(UTC)", no_wrap=True)
+    table.add_column("action\ntenant", overflow="fold", min_width=ACTION_LENGTH)
+    table.add_column("name\nkey", overflow="fold", min_width=ID_LENGTH)
+    table.add_column("address\ndetail", overflow="fold")
     for entry in page.entries:
         detail = ", ".join(f"{name}={value}" for name, value in entry.detail.items())
         day, time = entry.at[:10], entry.at[11:19]
@@ -224,14 +238,17 @@ def audit(
         table.add_row(f"{day}\n{time}", *texts)
     out.print(table)
     if page.next is not None:
-        out.print(f"more: --after {page.next}")
+        out.print(f"more entries: --after {page.next}")
 
 
 @app.command()
 def export(
-    tenant: Tenant, file: Annotated[Path, typer.Argument(help="tar to write")], key: AdminKey, url: Url = DEFAULT_URL
+    tenant: Tenant,
+    file: Annotated[Path, typer.Argument(help="tar file to write")],
+    key: AdminKey,
+    url: Url = DEFAULT_URL,
 ) -> None:
-    """Write a tenant's tasks, versions, aliases and adapter files to a tar; keys are not in it."""
+    """Write the tasks, versions, aliases and adapter files of a tenant to a tar file, without keys."""
     with Client(url, key) as client:
         client.export_tenant(tenant, file)
     out.print(f"{file}: {file.stat().st_size} bytes")
@@ -239,12 +256,15 @@ def export(
 
 @app.command("import")
 def import_(
-    tenant: Tenant, file: Annotated[Path, typer.Argument(help="tar to read")], key: AdminKey, url: Url = DEFAULT_URL
+    tenant: Tenant,
+    file: Annotated[Path, typer.Argument(help="tar file to read")],
+    key: AdminKey,
+    url: Url = DEFAULT_URL,
 ) -> None:
-    """Make the tasks of an exported tenant in a tenant of this hub; all of them or none."""
+    """Create all tasks of an exported tenant in a tenant of this hub, or none of them."""
     with Client(url, key) as client:
-        made = client.import_tenant(tenant, file)
-    out.print(f"{tenant}: {len(made.tasks)} {'task' if len(made.tasks) == 1 else 'tasks'}")
+        imported = client.import_tenant(tenant, file)
+    out.print(f"{tenant}: {len(imported.tasks)} {'task' if len(imported.tasks) == 1 else 'tasks'}")
 
 
 def _show_tenant(info: TenantInfo, as_json: bool) -> None:
@@ -253,7 +273,7 @@ def _show_tenant(info: TenantInfo, as_json: bool) -> None:
 
 def _show_keys(found: list[KeyInfo]) -> None:
     table = Table()
-    table.add_column("id", min_width=ID_LENGTH)  # `revoke` needs all of it
+    table.add_column("id", min_width=ID_LENGTH)  # `revoke` needs the whole id
     table.add_column("name", overflow="fold")
     for column in ("role", "created", "expires", "last used"):
         table.add_column(column, no_wrap=True)
@@ -263,5 +283,5 @@ def _show_keys(found: list[KeyInfo]) -> None:
 
 
 def _day(at: str | None) -> str:
-    """Of a time (RFC 3339, UTC), short enough for a table; `--json` has the second."""
+    """Return the date of a time (RFC 3339, UTC), which fits into a table. `--json` shows the time."""
     return at[:10] if at is not None else "-"

@@ -1,4 +1,4 @@
-"""`karst-hub top`: what the hub does at this moment, in a terminal, from `GET /v1/status`."""
+"""`karst-hub top`: a live view of workers, tasks and tenants in a terminal, from `GET /v1/status`."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,53 +14,69 @@ from ..errors import Unavailable
 from ..schemas import Counted, HubStatus, WorkerStatus
 
 MIB = 1024**2
-WIDE = 160  # columns; the table of workers needs them for itself
-PASSES = ("device", "up", "images/s", "images/pass", "tasks/pass", "waiting")
-ADAPTERS = ("slots", "host MiB", "hits", "loads", "ms/load", "evicted", "failed")
-RATES = ("requests/s", "images/s", "refused/s", "in flight")
+WIDE_COLUMNS = 160  # the table of workers needs this width
+WORKER_COLUMNS = ("device", "up", "images/s", "images/pass", "tasks/pass", "waiting")
+ADAPTER_COLUMNS = ("slots", "host MiB", "hits", "loads", "ms/load", "evicted", "failed")
+TENANT_COLUMNS = ("requests/s", "images/s", "refused/s", "in flight")
 
 
 @dataclass(frozen=True)
-class Look:
-    """A status, and when it came: seconds of a clock that only goes forward."""
+class TimedStatus:
+    """A status and the time of its arrival, in seconds of a monotonic clock."""
 
     status: HubStatus
     at_s: float
 
 
-def run(status: Callable[[], HubStatus], console: Console, *, interval_s: float, once: bool) -> None:
-    """Show status after status until Ctrl-C, or one of them. A hub that is away for a while is said, and asked again.
+def run(
+    status: Callable[[], HubStatus],
+    console: Console,
+    *,
+    interval_s: float,
+    once: bool,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Show the hub's status, and update it until Ctrl-C. An unavailable hub shows an error until it is back.
 
-    Off a terminal there is nobody to watch: one of them.
+    Without a terminal, the function prints one status and returns.
+
+    Args:
+        status: fetches a status.
+        interval_s: seconds between two updates.
+        once: print one status and return.
+        clock: monotonic clock in seconds.
+        sleep: waits for a number of seconds.
 
     Raises:
-        HubError: the first look fails, or the key is refused.
+        HubError: The first request fails, or the hub refuses the key.
     """
-    before = Look(status(), time.monotonic())
+    before = TimedStatus(status(), clock())
 
-    def drawn(now: Look, before: Look | None) -> RenderableType:
-        return screen(now, before, narrow=console.width < WIDE)  # each time: a window may change
+    def draw(now: TimedStatus, before: TimedStatus | None) -> RenderableType:
+        return screen(now, before, narrow=console.width < WIDE_COLUMNS)  # a user may resize the window at any time
 
     if once or not console.is_terminal:
-        console.print(drawn(before, None))
+        console.print(draw(before, None))
         return
-    with suppress(KeyboardInterrupt), Live(drawn(before, None), console=console, screen=True) as live:
+    with suppress(KeyboardInterrupt), Live(draw(before, None), console=console, screen=True) as live:
         while True:
-            time.sleep(interval_s)
+            sleep(interval_s)
             try:
-                now = Look(status(), time.monotonic())
+                now = TimedStatus(status(), clock())
             except Unavailable as error:
-                live.update(Group(Text(f"the hub does not answer: {error}", style="bold red"), drawn(before, None)))
+                warning = Text(f"the hub does not reply: {error}", style="bold red")
+                live.update(Group(warning, draw(before, None)), refresh=True)
             else:
-                live.update(drawn(now, before), refresh=True)
+                live.update(draw(now, before), refresh=True)
                 before = now
 
 
-def screen(now: Look, before: Look | None, *, narrow: bool = False) -> RenderableType:
-    """The whole picture. Requests and refusals a second need a look before; they are `-` without.
+def screen(now: TimedStatus, before: TimedStatus | None, *, narrow: bool = False) -> RenderableType:
+    """Return the whole view. Rates of tenants are `-` without an earlier sample.
 
     Args:
-        narrow: for 80 columns: workers and tenants in two tables each.
+        narrow: fit into 80 columns: workers and tenants take two tables each.
     """
     status = now.status
     tables = [*_workers(status, narrow), _tasks(status), *_tenants(now, before, narrow)]
@@ -68,7 +84,7 @@ def screen(now: Look, before: Look | None, *, narrow: bool = False) -> Renderabl
 
 
 def headline(status: HubStatus) -> str:
-    """The hub in one line."""
+    """Return a summary of the hub in one line."""
     workers = status.workers
     images = sum(worker.images_per_second for worker in workers)
     used, slots = sum(worker.slots_used for worker in workers), sum(worker.slots for worker in workers)
@@ -84,14 +100,14 @@ def _workers(status: HubStatus, narrow: bool) -> list[Table]:
         [
             w.worker,
             w.device,
-            _ago(w.uptime_s),
+            _duration(w.uptime_s),
             f"{w.images_per_second:.1f}",
             f"{w.images_per_pass:.1f}",
             f"{w.adapters_per_pass:.1f}",
             str(w.waiting),
             f"{w.slots_used}/{w.slots}",
             f"{w.host_bytes / MIB:.0f}/{w.host_limit_bytes / MIB:.0f}",
-            _percent(w),
+            _hit_rate(w),
             str(w.loads),
             f"{1000 * w.load_s / w.loads:.1f}" if w.loads else "-",
             str(w.evictions),
@@ -99,7 +115,7 @@ def _workers(status: HubStatus, narrow: bool) -> list[Table]:
         ]
         for w in status.workers
     ]
-    return _tables("worker", {"workers": PASSES, "their adapters": ADAPTERS}, rows, narrow)
+    return _tables("worker", {"workers": WORKER_COLUMNS, "adapters of the workers": ADAPTER_COLUMNS}, rows, narrow)
 
 
 def _tasks(status: HubStatus) -> Table:
@@ -110,27 +126,29 @@ def _tasks(status: HubStatus) -> Table:
     return table
 
 
-def _tenants(now: Look, before: Look | None, narrow: bool) -> list[Table]:
-    were = {t.tenant: t.counted for t in before.status.tenants} if before else {}
+def _tenants(now: TimedStatus, before: TimedStatus | None, narrow: bool) -> list[Table]:
+    earlier = {t.tenant: t.counted for t in before.status.tenants} if before else {}
     seconds = now.at_s - before.at_s if before else 0.0
     rows = []
     for tenant in now.status.tenants:
         counted = tenant.counted
-        rates = rates_of(counted, were.get(tenant.tenant), seconds)
+        rates = rates_of(counted, earlier.get(tenant.tenant), seconds)
         shown = [f"{rates[name]:.1f}" if rates else "-" for name in Counted.model_fields]
         counts = [str(getattr(counted, name)) for name in Counted.model_fields]
         rows.append([tenant.tenant, *shown, str(tenant.images_in_flight), *counts])
-    parts = {"tenants of the last minute": RATES, "their counts": tuple(Counted.model_fields)}
+    parts = {"tenants active in the last minute": TENANT_COLUMNS, "counts of the tenants": tuple(Counted.model_fields)}
     return _tables("tenant", parts, rows, narrow)
 
 
-def _tables(what: str, parts: Mapping[str, Sequence[str]], rows: Sequence[Sequence[str]], narrow: bool) -> list[Table]:
-    """One table with all columns; where it is narrow, one without lines for each part.
+def _tables(
+    row_name: str, parts: Mapping[str, Sequence[str]], rows: Sequence[Sequence[str]], narrow: bool
+) -> list[Table]:
+    """Return one table with all columns, or with `narrow` one table without lines per part.
 
     Args:
-        what: the rows are, as their first column says.
-        parts: title -> columns.
-        rows: a text for each column.
+        row_name: header of the first column.
+        parts: title of each part -> its columns.
+        rows: the cells of each row: first column, then the columns of all parts.
     """
     if not narrow:
         parts = {next(iter(parts)): [column for columns in parts.values() for column in columns]}
@@ -139,7 +157,7 @@ def _tables(what: str, parts: Mapping[str, Sequence[str]], rows: Sequence[Sequen
         table = Table(title=title, title_justify="left")
         if narrow:
             table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-        table.add_column(what, overflow="fold")
+        table.add_column(row_name, overflow="fold")
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
@@ -150,18 +168,18 @@ def _tables(what: str, parts: Mapping[str, Sequence[str]], rows: Sequence[Sequen
 
 
 def rates_of(now: Counted, before: Counted | None, seconds: float) -> Mapping[str, float]:
-    """Requests, images and refusals a second between two counts; nothing where there is only one."""
+    """Return requests, images and refusals per second between two counts; empty without an earlier count."""
     if before is None or seconds <= 0:
         return {}
-    # A tenant that was deleted and made again counts from 0.
+    # The counts of a deleted and recreated tenant start at 0; otherwise its rates would be negative.
     return {name: max(0, getattr(now, name) - getattr(before, name)) / seconds for name in Counted.model_fields}
 
 
-def _percent(worker: WorkerStatus) -> str:
-    asked = worker.hits + worker.loads
-    return f"{100 * worker.hits / asked:.1f} %" if asked else "-"
+def _hit_rate(worker: WorkerStatus) -> str:
+    lookups = worker.hits + worker.loads
+    return f"{100 * worker.hits / lookups:.1f} %" if lookups else "-"
 
 
-def _ago(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     minutes, hours = int(seconds // 60), int(seconds // 3600)
     return f"{hours // 24}d {hours % 24}h" if hours >= 24 else f"{hours}h {minutes % 60}m" if hours else f"{minutes}m"

@@ -21,14 +21,17 @@ __all__ = ["KarstConfig", "Recipe", "run"]
 
 
 def run(console: Console, data: Path, output: Path, *, recipe: Recipe, **options: Any) -> dict[str, Any]:
-    """`adapters.fit` with the same arguments, watched; returns the figures that are also in the file's metadata.
+    """Run `adapters.fit` with the same arguments and a progress bar.
+
+    Returns:
+        File, size in bytes, digest, number of labels, report folder, and the metrics of the file's metadata.
 
     Raises:
-        DataError, BackboneError, AdapterError, ConfigError, FloatingPointError: as `adapters.fit`.
+        DataError, BackboneError, AdapterError, ConfigError, FloatingPointError: See `adapters.fit`.
     """
     console.quiet = console.quiet or not is_first_process(options.get("devices", 1))
-    progress = _progress(console)
-    bar = _Bar(console, progress, recipe)
+    progress = progress_bar(console)
+    bar = ProgressWatch(console, progress, recipe)
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         bar.interrupted = True
@@ -36,36 +39,38 @@ def run(console: Console, data: Path, output: Path, *, recipe: Recipe, **options
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        done = fit(data, output, recipe=recipe, watch=bar, **options)
+        fitted = fit(data, output, recipe=recipe, watch=bar, **options)
     except KeyboardInterrupt:
-        kept = checkpoint_file(output)
-        how = f"go on with --resume ({kept} has the last epoch)" if kept.exists() else "nothing was kept so early"
+        checkpoint = checkpoint_file(output)
+        advice = f"continue with --resume (checkpoint of the last epoch: {checkpoint})"
+        if not checkpoint.exists():
+            advice = "no checkpoint yet, since no epoch has ended; start again"
         progress.stop()
-        console.print(f"interrupted; {how}", soft_wrap=True)
+        console.print(f"interrupted; {advice}", soft_wrap=True)
         raise
     finally:
         signal.signal(signal.SIGINT, before)
         if progress.live.is_started:
             progress.stop()
     return {
-        "file": str(done.file),
-        "bytes": len(done.adapter.data),
-        "digest": done.adapter.digest,
-        "labels": len(done.adapter.labels),
-        **{name: value for name, value in done.metrics.items() if name != "recipe"},
-        "report": str(done.report),
+        "file": str(fitted.file),
+        "bytes": len(fitted.adapter.data),
+        "digest": fitted.adapter.digest,
+        "labels": len(fitted.adapter.labels),
+        **{name: value for name, value in fitted.metrics.items() if name != "recipe"},
+        "report": str(fitted.report),
     }
 
 
-class _Bar(Watch):
-    """One line for reading, one for training."""
+class ProgressWatch(Watch):
+    """Progress bars of one training: one for reading the images, one for the training steps."""
 
     def __init__(self, console: Console, progress: Progress, recipe: Recipe) -> None:
         self._console, self._progress, self._recipe = console, progress, recipe
         self._bar: TaskID
         self._step_images = self._epoch_images = 0
         self._number = 1
-        self._validated = ""
+        self._validation = ""
         self.interrupted = False
 
     def reading(self, images: int) -> None:
@@ -88,33 +93,34 @@ class _Bar(Watch):
         self._bar = self._progress.add_task("training", total=self._epoch_images * self._recipe.epochs)
 
     def step(self, epoch: int, loss: float, accuracy: float) -> None:
-        if self.interrupted:  # and yet it runs: Python drops what is raised in a destructor
+        if self.interrupted:  # Python drops an exception of the signal handler if a destructor is running
             raise KeyboardInterrupt
-        if epoch != self._number:  # a resumed training does not start at the first
+        if epoch != self._number:  # a resumed training starts at a later epoch
             self._number = epoch
             self._progress.update(self._bar, completed=(epoch - 1) * self._epoch_images)
-        text = f"epoch {epoch}: loss {loss:.3f}, training {accuracy:.1%}{self._validated}"
+        text = f"epoch {epoch}: loss {loss:.3f}, training {accuracy:.1%}{self._validation}"
         self._progress.update(self._bar, advance=self._step_images, description=text)
 
     def epoch(self, epoch: EpochResult) -> None:
         if epoch.val_accuracy is not None:
-            self._validated = f", validation {epoch.val_accuracy:.1%}"
+            self._validation = f", validation {epoch.val_accuracy:.1%}"
         self._progress.update(
             self._bar,
             description=f"epoch {epoch.number}: loss {epoch.loss:.3f}, training {epoch.train_accuracy:.1%}"
-            + self._validated,
+            + self._validation,
         )
 
 
 class _Speed(ProgressColumn):
-    """Images a second, of the last seconds."""
+    """Column with the images per second of the last seconds."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.0f} images/s")
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """Return a progress display with description, bar, speed and remaining time."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),

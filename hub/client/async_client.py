@@ -1,7 +1,6 @@
-"""The Python client for asyncio: `hub.client.Client`, every method awaited."""
+"""Python client for asyncio, with the methods of `Client` as coroutines."""
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -11,35 +10,35 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import httpx
 
 from ..errors import HubError, NotFound
-from . import endpoints as calls
-from .retries import pause_s
-from .transport import CHUNK_BYTES, Base, Call, Many, bare, described_by, whole_file
+from . import endpoints
+from .retries import RetrySchedule
+from .transport import CHUNK_BYTES, BaseClient, Call, CallSeries, atomic_file, documented_by, without_traceback
 
 Part = TypeVar("Part")
 Reply = TypeVar("Reply")
 P = ParamSpec("P")
 
 
-def _one(describe: Callable[P, Call[Reply]]) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, Reply]]:
-    @described_by(describe)
-    async def method(self: "AsyncClient", *args: P.args, **kwargs: P.kwargs) -> Reply:
-        return await self._send(describe(*args, **kwargs))
+def _single(endpoint: Callable[P, Call[Reply]]) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, Reply]]:
+    @documented_by(endpoint)
+    async def method(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        return await self._send(endpoint(*args, **kwargs))
 
     return method
 
 
-def _many(
-    describe: Callable[P, Many[Any, Any, Reply]],
+def _series(
+    endpoint: Callable[P, CallSeries[Any, Any, Reply]],
 ) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, Reply]]:
-    @described_by(describe)
-    async def method(self: "AsyncClient", *args: P.args, **kwargs: P.kwargs) -> Reply:
-        return await self._send_many(describe(*args, **kwargs))
+    @documented_by(endpoint)
+    async def method(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        return await self._send_series(endpoint(*args, **kwargs))
 
     return method
 
 
-class AsyncClient(Base):
-    """Talks to one hub with one key, on one event loop; its methods and errors are those of `Client`.
+class AsyncClient(BaseClient):
+    """Client of one hub with one key, for one event loop. Methods and errors are those of `Client`.
 
     >>> async with AsyncClient("http://127.0.0.1:8000", key="kh_...") as client:  # doctest: +SKIP
     ...     (await client.classify("flowers", ["rose.jpg"])).predictions[0][0].label
@@ -47,37 +46,37 @@ class AsyncClient(Base):
 
     _http: httpx.AsyncClient
 
-    tasks = _one(calls.tasks)
-    task = _one(calls.task)
-    version = _one(calls.version)
-    register = _one(calls.register)
-    download = _one(calls.download)
-    set_alias = _one(calls.set_alias)
-    roll_back = _one(calls.roll_back)
-    delete_alias = _one(calls.delete_alias)
-    share = _one(calls.share)
-    delete_task = _one(calls.delete_task)
-    delete_version = _one(calls.delete_version)
-    classify = _many(calls.classify)
-    classify_inputs = _many(calls.classify_inputs)
-    usage = _one(calls.usage)
-    audit = _one(calls.audit)
+    tasks = _single(endpoints.tasks)
+    task = _single(endpoints.task)
+    version = _single(endpoints.version)
+    register = _single(endpoints.register)
+    download = _single(endpoints.download)
+    set_alias = _single(endpoints.set_alias)
+    roll_back = _single(endpoints.roll_back)
+    delete_alias = _single(endpoints.delete_alias)
+    share = _single(endpoints.share)
+    delete_task = _single(endpoints.delete_task)
+    delete_version = _single(endpoints.delete_version)
+    classify = _series(endpoints.classify)
+    classify_inputs = _series(endpoints.classify_inputs)
+    usage = _single(endpoints.usage)
+    audit = _single(endpoints.audit)
 
-    tenants = _one(calls.tenants)
-    tenant = _one(calls.tenant)
-    create_tenant = _one(calls.create_tenant)
-    change_limits = _one(calls.change_limits)
-    delete_tenant = _one(calls.delete_tenant)
-    keys = _one(calls.keys)
-    create_key = _one(calls.create_key)
-    revoke_key = _one(calls.revoke_key)
-    admin_keys = _one(calls.admin_keys)
-    create_admin_key = _one(calls.create_admin_key)
-    revoke_admin_key = _one(calls.revoke_admin_key)
-    export_tenant = _one(calls.export_tenant)
-    import_tenant = _one(calls.import_tenant)
-    status = _one(calls.status)
-    gc = _one(calls.gc)
+    tenants = _single(endpoints.tenants)
+    tenant = _single(endpoints.tenant)
+    create_tenant = _single(endpoints.create_tenant)
+    change_limits = _single(endpoints.change_limits)
+    delete_tenant = _single(endpoints.delete_tenant)
+    keys = _single(endpoints.keys)
+    create_key = _single(endpoints.create_key)
+    revoke_key = _single(endpoints.revoke_key)
+    admin_keys = _single(endpoints.admin_keys)
+    create_admin_key = _single(endpoints.create_admin_key)
+    revoke_admin_key = _single(endpoints.revoke_admin_key)
+    export_tenant = _single(endpoints.export_tenant)
+    import_tenant = _single(endpoints.import_tenant)
+    status = _single(endpoints.status)
+    gc = _single(endpoints.gc)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -88,7 +87,7 @@ class AsyncClient(Base):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections; every call after this is a `RuntimeError`."""
+        """Close the connections. Later calls raise `RuntimeError`."""
         await self._http.aclose()
 
     def _connect(self, on_response: Callable[[httpx.Response], None] | None, **options: Any) -> None:
@@ -99,67 +98,64 @@ class AsyncClient(Base):
         self._http = httpx.AsyncClient(event_hooks={"response": [hook]}, **options)
 
     async def _send(self, call: Call[Reply]) -> Reply:
-        """Send a call, again where that is safe and may help."""
-        until_s = time.monotonic() + self._retry_s
-        tries = 0
+        """Send a call, and retry it as `RetrySchedule` allows."""
+        schedule = RetrySchedule(self._retry_s)
         while True:
             try:
-                return await self._try(call)
+                return await self._attempt(call)
             except HubError as error:
-                if tries and call.method == "DELETE" and isinstance(error, NotFound):
-                    return call.read(b"")  # the try whose answer was lost has done it
-                tries += 1
-                left_s = until_s - time.monotonic()
-                pause = pause_s(error, repeatable=call.repeatable, tries=tries, left_s=left_s)
+                if schedule.attempts and call.method == "DELETE" and isinstance(error, NotFound):
+                    return call.parse(b"")  # an earlier attempt has deleted it, and its reply was lost
+                pause = schedule.pause_s(error, idempotent=call.idempotent)
                 if pause is None:
                     raise
             await asyncio.sleep(pause)
 
-    async def _try(self, call: Call[Reply]) -> Reply:
+    async def _attempt(self, call: Call[Reply]) -> Reply:
         content: bytes | AsyncIterator[bytes] | None = call.content if call.upload is None else _chunks(call.upload)
         try:
             async with self._http.stream(content=content, **call.options()) as response:
-                if call.to is None or not response.is_success:
+                if call.download is None or not response.is_success:
                     await response.aread()
-                    return self._answer(call, response)
-                with whole_file(call.to) as file:
+                    return self._parse(call, response)
+                with atomic_file(call.download) as file:
                     async for chunk in response.aiter_bytes():
                         await asyncio.to_thread(file.write, chunk)
-                return call.read(b"")
+                return call.parse(b"")
         except httpx.RequestError as error:
-            raise self._lost(error) from bare(error)
+            raise self._connection_error(error) from without_traceback(error)
         except RuntimeError as error:
             if self._http.is_closed:
-                raise self._ended() from error
+                raise self._closed_error() from error
             raise
 
-    async def _send_many(self, many: Many[Any, Part, Reply]) -> Reply:
-        """Send calls, several at once; the first failure ends the others and is raised."""
+    async def _send_series(self, series: CallSeries[Any, Part, Reply]) -> Reply:
+        """Send the calls of a series concurrently. The first error cancels the others and is raised."""
         parts: list[Part] = []
-        to_send = many.calls(self._call_bytes, parts)
-        waiting: deque[asyncio.Task[Part]] = deque()
-        with many.bar() as answered:
+        calls = series.calls(self._call_bytes, parts)
+        pending: deque[asyncio.Task[Part]] = deque()
+        with series.progress_bar() as advance:
 
             async def send(call: Call[Part], items: int) -> Part:
                 part = await self._send(call)
-                answered(items)
+                advance(items)
                 return part
 
             try:
-                # In a thread: images are read from files and encoded as calls are made of them.
-                while (call := await asyncio.to_thread(lambda: next(to_send, None))) is not None:
-                    if len(waiting) == self._in_flight:
-                        parts.append(await waiting.popleft())
-                    waiting.append(asyncio.create_task(send(*call)))
+                # In a thread: `next` reads files and encodes images, which would block the event loop.
+                while (call := await asyncio.to_thread(lambda: next(calls, None))) is not None:
+                    if len(pending) == self._in_flight:
+                        parts.append(await pending.popleft())
+                    pending.append(asyncio.create_task(send(*call)))
                     if not parts:
-                        parts.append(await waiting.popleft())
-                while waiting:
-                    parts.append(await waiting.popleft())
+                        parts.append(await pending.popleft())
+                while pending:
+                    parts.append(await pending.popleft())
             finally:
-                for task in waiting:
+                for task in pending:
                     task.cancel()
-                await asyncio.gather(*waiting, return_exceptions=True)
-        return many.join(parts)
+                await asyncio.gather(*pending, return_exceptions=True)
+        return series.join(parts)
 
 
 async def _chunks(path: Path) -> AsyncIterator[bytes]:

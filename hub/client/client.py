@@ -1,7 +1,6 @@
-"""A Python client for a hub: typed replies, typed errors, retries, one connection pool."""
+"""Python client for a hub: typed replies, typed errors, retries, one connection pool."""
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,37 +11,37 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import httpx
 
 from ..errors import HubError, NotFound
-from . import endpoints as calls
-from .retries import pause_s
-from .transport import CHUNK_BYTES, Base, Call, Many, bare, described_by, whole_file
+from . import endpoints
+from .retries import RetrySchedule
+from .transport import CHUNK_BYTES, BaseClient, Call, CallSeries, atomic_file, documented_by, without_traceback
 
 Part = TypeVar("Part")
 Reply = TypeVar("Reply")
 P = ParamSpec("P")
 
 
-def _one(describe: Callable[P, Call[Reply]]) -> Callable[Concatenate["Client", P], Reply]:
-    @described_by(describe)
-    def method(self: "Client", *args: P.args, **kwargs: P.kwargs) -> Reply:
-        return self._send(describe(*args, **kwargs))
+def _single(endpoint: Callable[P, Call[Reply]]) -> Callable[Concatenate["Client", P], Reply]:
+    @documented_by(endpoint)
+    def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        return self._send(endpoint(*args, **kwargs))
 
     return method
 
 
-def _many(describe: Callable[P, Many[Any, Any, Reply]]) -> Callable[Concatenate["Client", P], Reply]:
-    @described_by(describe)
-    def method(self: "Client", *args: P.args, **kwargs: P.kwargs) -> Reply:
-        return self._send_many(describe(*args, **kwargs))
+def _series(endpoint: Callable[P, CallSeries[Any, Any, Reply]]) -> Callable[Concatenate["Client", P], Reply]:
+    @documented_by(endpoint)
+    def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        return self._send_series(endpoint(*args, **kwargs))
 
     return method
 
 
-class Client(Base):
-    """Talks to one hub with one key; may be used by many threads at once.
+class Client(BaseClient):
+    """Client of one hub with one key. Threads may share it.
 
-    Every method raises the `HubError` kind that the hub answered with (`hub.errors`), `Unavailable` where no hub
-    answers, `OSError` for a file that cannot be read or written, and `RuntimeError` once the client is closed. The
-    methods are described in `hub/client/endpoints.py`.
+    `hub/client/endpoints.py` documents the methods. Each method raises the `HubError` class of the hub's error reply
+    (see `hub.errors`), `Unavailable` if no hub answers, `OSError` if a file cannot be read or written, and
+    `RuntimeError` after `close`.
 
     >>> with Client("http://127.0.0.1:8000", key="kh_...") as client:  # doctest: +SKIP
     ...     client.register("flowers", "flowers.safetensors")
@@ -51,37 +50,37 @@ class Client(Base):
 
     _http: httpx.Client
 
-    tasks = _one(calls.tasks)
-    task = _one(calls.task)
-    version = _one(calls.version)
-    register = _one(calls.register)
-    download = _one(calls.download)
-    set_alias = _one(calls.set_alias)
-    roll_back = _one(calls.roll_back)
-    delete_alias = _one(calls.delete_alias)
-    share = _one(calls.share)
-    delete_task = _one(calls.delete_task)
-    delete_version = _one(calls.delete_version)
-    classify = _many(calls.classify)
-    classify_inputs = _many(calls.classify_inputs)
-    usage = _one(calls.usage)
-    audit = _one(calls.audit)
+    tasks = _single(endpoints.tasks)
+    task = _single(endpoints.task)
+    version = _single(endpoints.version)
+    register = _single(endpoints.register)
+    download = _single(endpoints.download)
+    set_alias = _single(endpoints.set_alias)
+    roll_back = _single(endpoints.roll_back)
+    delete_alias = _single(endpoints.delete_alias)
+    share = _single(endpoints.share)
+    delete_task = _single(endpoints.delete_task)
+    delete_version = _single(endpoints.delete_version)
+    classify = _series(endpoints.classify)
+    classify_inputs = _series(endpoints.classify_inputs)
+    usage = _single(endpoints.usage)
+    audit = _single(endpoints.audit)
 
-    tenants = _one(calls.tenants)
-    tenant = _one(calls.tenant)
-    create_tenant = _one(calls.create_tenant)
-    change_limits = _one(calls.change_limits)
-    delete_tenant = _one(calls.delete_tenant)
-    keys = _one(calls.keys)
-    create_key = _one(calls.create_key)
-    revoke_key = _one(calls.revoke_key)
-    admin_keys = _one(calls.admin_keys)
-    create_admin_key = _one(calls.create_admin_key)
-    revoke_admin_key = _one(calls.revoke_admin_key)
-    export_tenant = _one(calls.export_tenant)
-    import_tenant = _one(calls.import_tenant)
-    status = _one(calls.status)
-    gc = _one(calls.gc)
+    tenants = _single(endpoints.tenants)
+    tenant = _single(endpoints.tenant)
+    create_tenant = _single(endpoints.create_tenant)
+    change_limits = _single(endpoints.change_limits)
+    delete_tenant = _single(endpoints.delete_tenant)
+    keys = _single(endpoints.keys)
+    create_key = _single(endpoints.create_key)
+    revoke_key = _single(endpoints.revoke_key)
+    admin_keys = _single(endpoints.admin_keys)
+    create_admin_key = _single(endpoints.create_admin_key)
+    revoke_admin_key = _single(endpoints.revoke_admin_key)
+    export_tenant = _single(endpoints.export_tenant)
+    import_tenant = _single(endpoints.import_tenant)
+    status = _single(endpoints.status)
+    gc = _single(endpoints.gc)
 
     def __enter__(self) -> "Client":
         return self
@@ -90,7 +89,7 @@ class Client(Base):
         self.close()
 
     def close(self) -> None:
-        """Close the connections; calls of other threads are not tried again, later ones are a `RuntimeError`."""
+        """Close the connections. Calls of other threads are not retried; later calls raise `RuntimeError`."""
         self._closed.set()
         self._http.close()
 
@@ -98,68 +97,65 @@ class Client(Base):
         self._closed = threading.Event()
         self._http = httpx.Client(event_hooks={"response": [on_response] if on_response is not None else []}, **options)
 
-    def _send(self, call: Call[Reply], unwanted: threading.Event | None = None) -> Reply:
-        """Send a call, again where that is safe and may help, until it is unwanted."""
-        unwanted = unwanted or self._closed
-        until_s = time.monotonic() + self._retry_s
-        tries = 0
+    def _send(self, call: Call[Reply], cancelled: threading.Event | None = None) -> Reply:
+        """Send a call, and retry it as `RetrySchedule` allows, unless it is cancelled or the client is closed."""
+        cancelled = cancelled or self._closed
+        schedule = RetrySchedule(self._retry_s)
         while True:
             try:
-                return self._try(call)
+                return self._attempt(call)
             except HubError as error:
-                if tries and call.method == "DELETE" and isinstance(error, NotFound):
-                    return call.read(b"")  # the try whose answer was lost has done it
-                tries += 1
-                left_s = until_s - time.monotonic()
-                pause = pause_s(error, repeatable=call.repeatable, tries=tries, left_s=left_s)
-                if pause is None or unwanted.wait(pause):
+                if schedule.attempts and call.method == "DELETE" and isinstance(error, NotFound):
+                    return call.parse(b"")  # an earlier attempt has deleted it, and its reply was lost
+                pause = schedule.pause_s(error, idempotent=call.idempotent)
+                if pause is None or cancelled.wait(pause):
                     raise
 
-    def _try(self, call: Call[Reply]) -> Reply:
+    def _attempt(self, call: Call[Reply]) -> Reply:
         content: bytes | Iterator[bytes] | None = call.content if call.upload is None else _chunks(call.upload)
         try:
             with self._http.stream(content=content, **call.options()) as response:
-                if call.to is None or not response.is_success:
+                if call.download is None or not response.is_success:
                     response.read()
-                    return self._answer(call, response)
-                with whole_file(call.to) as file:
+                    return self._parse(call, response)
+                with atomic_file(call.download) as file:
                     for chunk in response.iter_bytes():
                         file.write(chunk)
-                return call.read(b"")
+                return call.parse(b"")
         except httpx.RequestError as error:
-            raise self._lost(error) from bare(error)
+            raise self._connection_error(error) from without_traceback(error)
         except RuntimeError as error:
             if self._http.is_closed:
-                raise self._ended() from error
+                raise self._closed_error() from error
             raise
 
-    def _send_many(self, many: Many[Any, Part, Reply]) -> Reply:
-        """Send calls, several at once; the first failure ends the others and is raised."""
+    def _send_series(self, series: CallSeries[Any, Part, Reply]) -> Reply:
+        """Send the calls of a series concurrently. The first error cancels the others and is raised."""
         parts: list[Part] = []
-        to_send = many.calls(self._call_bytes, parts)
-        waiting: deque[Future[Part]] = deque()
-        unwanted = threading.Event()
-        with many.bar() as answered, ThreadPoolExecutor(self._in_flight) as pool:
+        calls = series.calls(self._call_bytes, parts)
+        pending: deque[Future[Part]] = deque()
+        cancelled = threading.Event()
+        with series.progress_bar() as advance, ThreadPoolExecutor(self._in_flight) as pool:
 
             def send(call: Call[Part], items: int) -> Part:
-                part = self._send(call, unwanted)
-                answered(items)
+                part = self._send(call, cancelled)
+                advance(items)
                 return part
 
             try:
-                parts.append(send(*next(to_send)))
-                for call in to_send:
-                    if len(waiting) == self._in_flight:
-                        parts.append(waiting.popleft().result())
-                    waiting.append(pool.submit(send, *call))
-                while waiting:
-                    parts.append(waiting.popleft().result())
+                parts.append(send(*next(calls)))
+                for call in calls:
+                    if len(pending) == self._in_flight:
+                        parts.append(pending.popleft().result())
+                    pending.append(pool.submit(send, *call))
+                while pending:
+                    parts.append(pending.popleft().result())
             except BaseException:
-                unwanted.set()
-                for future in waiting:
+                cancelled.set()
+                for future in pending:
                     future.cancel()
                 raise
-        return many.join(parts)
+        return series.join(parts)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

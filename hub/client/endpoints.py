@@ -1,7 +1,7 @@
-"""Every method of `Client` and `AsyncClient`, written once: its parameters, its words, what is sent, what comes back.
+"""Parameters, docstrings, requests and reply types of the methods that `Client` and `AsyncClient` share.
 
-Each function makes a `Call`, or `Many` of them; no function sends one. The clients' methods take the same arguments,
-and return what stands in the brackets of `Call[...]`.
+Each function returns a `Call` or a `CallSeries` and sends nothing. The method of the same name in both clients takes
+the same arguments, sends the calls, and returns the reply type: the last type parameter of the returned value.
 """
 
 import base64
@@ -35,12 +35,12 @@ from ..schemas import (
     Usage,
     VersionInfo,
 )
-from .image_encoding import Picture, Pictures, each, encode
-from .transport import Call, Many
+from .image_encoding import ImageSource, ImageSources, encode, iterate_images
+from .transport import Call, CallSeries
 
 Model = TypeVar("Model", bound=BaseModel)
 AnyPath: TypeAlias = str | os.PathLike[str]
-TaskPicture: TypeAlias = "tuple[str, Picture] | tuple[str, Picture, str]"
+TaskInput: TypeAlias = "tuple[str, ImageSource] | tuple[str, ImageSource, str]"
 
 JSON = {"content-type": "application/json"}
 BINARY = {"content-type": "application/octet-stream"}
@@ -51,17 +51,17 @@ TAR = {"content-type": "application/x-tar"}
 
 
 def tasks() -> Call[TaskList]:
-    """The tenant's tasks."""
+    """List the tasks of the key's tenant, and the tasks that other tenants share with it."""
     return Call("GET", "/v1/tasks", _model(TaskList))
 
 
 def task(name: str) -> Call[TaskInfo]:
-    """One task with its versions and aliases; another tenant's shared one as `tenant:task`."""
+    """Return a task with its versions and aliases. The name of another tenant's shared task is `tenant:task`."""
     return Call("GET", _path("tasks", name), _model(TaskInfo))
 
 
 def version(name: str, version: int | str = LATEST) -> Call[VersionInfo]:
-    """One version of a task, by its number or an alias: its digest, labels and preprocessing."""
+    """Return a version of a task, by number or alias, with digest, labels and preprocessing."""
     return Call("GET", _path("tasks", name, "versions", str(version)), _model(VersionInfo))
 
 
@@ -73,19 +73,23 @@ def register(
     digest: str | None = None,
     alias: str | None = None,
 ) -> Call[Registered]:
-    """Register an adapter file as a version of a task; the same bytes again are the same version.
+    """Register an adapter file as a version of a task. The same bytes again give the same version.
 
     Args:
-        adapter: the file, or its bytes.
-        source: instead: where the hub itself finds the file, such as `s3://bucket/flowers.safetensors`.
-        digest: with `source`: the sha256 (hex) that the file must have.
-        alias: also moved to this version; `latest` always is.
+        adapter: path of the file, or its bytes.
+        source: URL that the hub downloads the file from, such as `s3://bucket/flowers.safetensors`; replaces `adapter`.
+        digest: expected sha256 of the file at `source`, in hex.
+        alias: alias to move to this version, in addition to `latest`.
+
+    Raises:
+        InvalidAdapter: The file is not a valid adapter for this hub; `errors` names each tensor or field.
+        LimitReached: The tenant has reached a limit of tasks, versions or stored bytes.
     """
-    path, params = _path("tasks", name, "versions"), _some(alias=alias)
+    path, params = _path("tasks", name, "versions"), _without_none(alias=alias)
     if (adapter is None) == (source is None) or (digest is not None and source is None):
-        raise _refused("adapter", "give either the adapter or a source; a digest only with a source")
+        raise InvalidRequest.at("adapter", "set either adapter or source, not both; set digest only with source")
     if source is not None:
-        body = _json(_some(source=source, digest=digest))
+        body = _json(_without_none(source=source, digest=digest))
         return Call("POST", path, _model(Registered), params=params, headers=JSON, content=body)
     if isinstance(adapter, bytes):
         return Call("POST", path, _model(Registered), params=params, headers=BINARY, content=adapter)
@@ -93,39 +97,52 @@ def register(
 
 
 def download(name: str, to: AnyPath, *, version: int | str = LATEST) -> Call[Path]:
-    """Write a version's adapter file to `to`, which appears when all of it is there; for its owners."""
+    """Download the adapter file of a version to `to`, which appears only when complete. Needs an owner key."""
     return _to_file(_path("tasks", name, "versions", str(version), "file"), to)
 
 
 def set_alias(name: str, alias: str, targets: int | Mapping[int, int]) -> Call[TaskInfo]:
-    """Point an alias at a version, or at several (a canary): version -> weight."""
+    """Point an alias at a version, or at several versions with weights (a canary).
+
+    Args:
+        targets: a version number, or version number -> weight.
+    """
     body = {"version": targets} if isinstance(targets, int) else {"weights": dict(targets)}
     return Call("PUT", _path("tasks", name, "aliases", alias), _model(TaskInfo), headers=JSON, content=_json(body))
 
 
 def roll_back(name: str, alias: str) -> Call[TaskInfo]:
-    """Point an alias at what it pointed at before."""
-    return Call("POST", _path("tasks", name, "aliases", alias, "rollback"), _model(TaskInfo), repeatable=False)
+    """Point an alias at its previous target."""
+    return Call("POST", _path("tasks", name, "aliases", alias, "rollback"), _model(TaskInfo), idempotent=False)
 
 
 def delete_alias(name: str, alias: str) -> Call[None]:
-    """Remove an alias; its versions stay. `latest` cannot be removed."""
+    """Delete an alias and keep its versions. The alias `latest` cannot be deleted."""
     return Call("DELETE", _path("tasks", name, "aliases", alias), _nothing)
 
 
 def share(name: str, *, public: bool = False, tenants: Sequence[str] = ()) -> Call[TaskInfo]:
-    """Let all tenants, or these, see a task and classify with it; with neither, the task is the owner's alone again."""
+    """Let other tenants see a task and classify with it. The defaults end all sharing.
+
+    Args:
+        public: share with all tenants.
+        tenants: share with these tenants.
+    """
     body = {"public": public, "tenants": list(tenants)}
     return Call("PUT", _path("tasks", name, "sharing"), _model(TaskInfo), headers=JSON, content=_json(body))
 
 
 def delete_task(name: str) -> Call[None]:
-    """Unregister a task with all its versions."""
+    """Delete a task with all its versions."""
     return Call("DELETE", _path("tasks", name), _nothing)
 
 
 def delete_version(name: str, version: int) -> Call[None]:
-    """Unregister a version; refused (`Conflict`) while an alias points at it."""
+    """Delete a version.
+
+    Raises:
+        Conflict: An alias points at the version.
+    """
     return Call("DELETE", _path("tasks", name, "versions", str(version)), _nothing)
 
 
@@ -134,30 +151,35 @@ def delete_version(name: str, version: int) -> Call[None]:
 
 def classify(
     name: str,
-    images: Pictures,
+    images: ImageSources,
     *,
     top_k: int = 5,
     version: int | str = LATEST,
     canary_key: str | None = None,
     progress: bool = False,
-) -> Many[tuple[str, bytes], Classified, Classified]:
-    """Classify images with one task: any number, in calls of a bounded size, several at once.
+) -> CallSeries[tuple[str, bytes], Classified, Classified]:
+    """Classify any number of images with one task, in concurrent calls of limited size.
 
     Args:
-        name: the task; another tenant's shared one as `tenant:task`.
-        images: paths, bytes of image files, PIL images, or arrays (H, W, 3) or (H, W) of uint8; taken one by one.
-        top_k: labels an image, best first.
-        version: a number or an alias. All images are answered by one version: the one that the first call met.
-        canary_key: of an alias with several versions, the same key always meets the same one.
-        progress: show a bar on stderr.
+        name: the task; another tenant's shared task is `tenant:task`.
+        images: paths, bytes of image files, PIL images, or uint8 arrays (H, W, 3) or (H, W); read one at a time.
+        top_k: number of labels per image, best first.
+        version: version number or alias. One version classifies all images: the version of the first reply.
+        canary_key: ASCII text. A canary alias maps equal keys to the same version.
+        progress: show a progress bar on stderr.
 
     Raises:
-        InvalidImage: an image that cannot be used; `errors` names it as `images.17`, counted from 0.
+        InvalidImage: An image is unusable; `errors` names it by its index, such as `images.17`.
+        InvalidRequest: There are no images, or `canary_key` is not ASCII.
+        NotFound: The tenant sees no such task, version or alias.
     """
-    pictures = each(images)
+    sources = iterate_images(images)
 
-    def call(first: int, items: Sequence[tuple[str, bytes]], met: Classified | None) -> Call[Classified]:
-        params: dict[str, str | int] = {"top_k": top_k, "version": version if met is None else met.version}
+    def call(first: int, items: Sequence[tuple[str, bytes]], first_reply: Classified | None) -> Call[Classified]:
+        params: dict[str, str | int] = {
+            "top_k": top_k,
+            "version": version if first_reply is None else first_reply.version,
+        }
         path = _path("tasks", name, "classify")
         return Call("POST", path, _model(Classified), params=params, headers=_canary(canary_key), images=items)
 
@@ -165,26 +187,31 @@ def classify(
         return parts[0].model_copy(update={"predictions": [p for part in parts for p in part.predictions]})
 
     def items() -> Iterator[tuple[tuple[str, bytes], int]]:
-        for i, image in enumerate(pictures):
+        for i, image in enumerate(sources):
             data = encode(image, f"images.{i}")
             yield (f"images.{i}", data), len(data)
 
-    return Many(items(), call, join, _count(pictures), progress)
+    return CallSeries(items(), call, join, _count(sources), progress)
 
 
 def classify_inputs(
-    inputs: Iterable[TaskPicture], *, top_k: int = 5, canary_key: str | None = None, progress: bool = False
-) -> Many[dict[str, str], Results, Results]:
-    """Classify images of several tasks: any number, in calls of a bounded size, several at once.
+    inputs: Iterable[TaskInput], *, top_k: int = 5, canary_key: str | None = None, progress: bool = False
+) -> CallSeries[dict[str, str], Results, Results]:
+    """Classify any number of images of several tasks, in concurrent calls of limited size.
 
     Args:
         inputs: (task, image) or (task, image, version); images as in `classify`.
-        top_k: labels an image, best first.
-        canary_key: of an alias with several versions, the same key always meets the same one.
-        progress: show a bar on stderr.
+        top_k: number of labels per image, best first.
+        canary_key: ASCII text. A canary alias maps equal keys to the same version.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InvalidImage: An image is unusable; `errors` names it by its index, such as `inputs.17.image`.
+        InvalidRequest: There are no inputs, or `canary_key` is not ASCII.
+        NotFound: The tenant sees no such task, version or alias.
     """
 
-    def call(first: int, items: Sequence[dict[str, str]], _met: Results | None) -> Call[Results]:
+    def call(first: int, items: Sequence[dict[str, str]], _first_reply: Results | None) -> Call[Results]:
         params, headers, body = {"top_k": top_k}, JSON | _canary(canary_key), _json({"inputs": items})
         return Call("POST", "/v1/classify", _model(Results), params=params, headers=headers, content=body, first=first)
 
@@ -197,119 +224,134 @@ def classify_inputs(
             version = given[2] if len(given) == 3 else LATEST
             yield {"task": given[0], "image": data, "version": version}, len(data)
 
-    return Many(items(), call, join, _count(inputs), progress)
+    return CallSeries(items(), call, join, _count(inputs), progress)
 
 
 # The tenant
 
 
 def usage(tenant: str | None = None) -> Call[Usage]:
-    """Limits and use of the key's own tenant; an admin names one."""
+    """Return limits and usage of the key's tenant. An admin key needs the name of a tenant."""
     return Call("GET", "/v1/usage" if tenant is None else _path("tenants", tenant, "usage"), _model(Usage))
 
 
 def audit(tenant: str | None = None, *, after: str | None = None, count: int = 100) -> Call[AuditPage]:
-    """Who changed what, oldest first; for its owners and admins. Without a tenant: the whole hub's, for admins.
+    """Return a page of the audit log, oldest entry first. Needs an owner key of the tenant or an admin key.
 
     Args:
-        after: the `next` of the page before.
-        count: most entries.
+        tenant: name of the tenant; None: the whole hub, which needs an admin key.
+        after: `next` of the previous page.
+        count: maximum number of entries.
     """
     path = "/v1/audit" if tenant is None else _path("tenants", tenant, "audit")
-    return Call("GET", path, _model(AuditPage), params=_some(after=after, count=count))
+    return Call("GET", path, _model(AuditPage), params=_without_none(after=after, count=count))
 
 
 def tenant(name: str) -> Call[TenantInfo]:
-    """A tenant and its limits; for its owners and admins."""
+    """Return a tenant with its limits. Needs an owner key of the tenant or an admin key."""
     return Call("GET", _path("tenants", name), _model(TenantInfo))
 
 
 def keys(tenant: str) -> Call[KeyList]:
-    """What is known of a tenant's keys; for its owners and admins."""
+    """List the keys of a tenant, without the secrets. Needs an owner key of the tenant or an admin key."""
     return Call("GET", _path("tenants", tenant, "keys"), _model(KeyList))
 
 
 def create_key(
     tenant: str, name: str, *, role: Literal["owner", "caller"] = "caller", expires: datetime | None = None
 ) -> Call[NewKey]:
-    """Make a key of a tenant; for its owners and admins. The reply is the only place that shows it.
+    """Create a key of a tenant. Needs an owner key of the tenant or an admin key. Only the reply shows the secret.
 
     Args:
-        name: what it is for; any text.
-        role: `caller` classifies; `owner` manages the tenant's tasks and keys too.
-        expires: with a time zone; None: never.
+        name: purpose of the key, as free text.
+        role: a `caller` key may only classify; an `owner` key may also manage the tenant's tasks and keys.
+        expires: time with a time zone; None: never.
     """
-    body = _some(name=name, role=role, expires=expires and expires.isoformat())
+    body = _without_none(name=name, role=role, expires=expires and expires.isoformat())
     return _create(_path("tenants", tenant, "keys"), body, NewKey)
 
 
 def revoke_key(tenant: str, id: str) -> Call[None]:
-    """End a key; for the tenant's owners and admins."""
+    """Revoke a key of a tenant. Needs an owner key of the tenant or an admin key."""
     return Call("DELETE", _path("tenants", tenant, "keys", id), _nothing)
 
 
 def export_tenant(tenant: str, to: AnyPath) -> Call[Path]:
-    """Write a tenant with its adapters to a tar file, which appears when all of it is there; for owners and admins."""
+    """Export a tenant with its adapter files to the tar file `to`, which appears only when complete.
+
+    Needs an owner key of the tenant or an admin key.
+    """
     return _to_file(_path("tenants", tenant, "export"), to)
 
 
-# The hub: for admins
+# The hub (needs an admin key)
 
 
 def tenants() -> Call[TenantList]:
-    """All tenants; for admins, as all that follows."""
+    """List all tenants. Needs an admin key."""
     return Call("GET", "/v1/tenants", _model(TenantList))
 
 
 def create_tenant(name: str, limits: LimitsChange | TenantLimits | None = None) -> Call[TenantInfo]:
-    """Make a tenant; limits that are not given are the hub's defaults."""
-    return _create("/v1/tenants", _some(tenant=name, limits=limits and _set(limits)), TenantInfo)
+    """Create a tenant. Omitted limits have the defaults of the hub. Needs an admin key."""
+    return _create("/v1/tenants", _without_none(tenant=name, limits=limits and _set_fields(limits)), TenantInfo)
 
 
 def change_limits(tenant: str, limits: LimitsChange | TenantLimits) -> Call[TenantInfo]:
-    """Change the limits that are given; the others stay."""
-    body = _json({"limits": _set(limits)})
+    """Change limits of a tenant. Omitted limits keep their values. Needs an admin key."""
+    body = _json({"limits": _set_fields(limits)})
     return Call("PATCH", _path("tenants", tenant), _model(TenantInfo), headers=JSON, content=body)
 
 
 def delete_tenant(name: str) -> Call[None]:
-    """Delete a tenant with its tasks and keys."""
+    """Delete a tenant with all its tasks and keys. Needs an admin key."""
     return Call("DELETE", _path("tenants", name), _nothing)
 
 
 def admin_keys() -> Call[KeyList]:
-    """What is known of the admin keys."""
+    """List the admin keys, without the secrets. Needs an admin key."""
     return Call("GET", "/v1/admin/keys", _model(KeyList))
 
 
 def create_admin_key(name: str, *, expires: datetime | None = None) -> Call[NewKey]:
-    """Make an admin key. The reply is the only place that shows it.
+    """Create an admin key. Needs an admin key. Only the reply shows the secret.
 
     Args:
-        name: what it is for; any text.
-        expires: with a time zone; None: never. One admin key has to be without, before there can be others that end.
+        name: purpose of the key, as free text.
+        expires: time with a time zone; None: never.
+
+    Raises:
+        Conflict: `expires` is set, and no admin key without an expiry date exists yet.
     """
-    return _create("/v1/admin/keys", _some(name=name, expires=expires and expires.isoformat()), NewKey)
+    return _create("/v1/admin/keys", _without_none(name=name, expires=expires and expires.isoformat()), NewKey)
 
 
 def revoke_admin_key(id: str) -> Call[None]:
-    """End an admin key; the last one that never expires stays (`Conflict`)."""
+    """Revoke an admin key. Needs an admin key.
+
+    Raises:
+        Conflict: The key is the last admin key without an expiry date.
+    """
     return Call("DELETE", _path("admin", "keys", id), _nothing)
 
 
 def import_tenant(tenant: str, file: AnyPath) -> Call[TaskList]:
-    """Make all tasks of a tar file that `export_tenant` wrote, or none, in a tenant that is there already."""
+    """Create all tasks of a tar file from `export_tenant` in an existing tenant, or none. Needs an admin key."""
     path = _path("tenants", tenant, "import")
-    return Call("POST", path, _model(TaskList), headers=TAR, upload=Path(file), repeatable=False)
+    return Call("POST", path, _model(TaskList), headers=TAR, upload=Path(file), idempotent=False)
 
 
 def status() -> Call[HubStatus]:
-    """What the hub does at this moment: workers, busy tasks, active tenants."""
+    """Return the current state of workers, busy tasks and active tenants. Needs an admin key."""
     return Call("GET", "/v1/status", _model(HubStatus))
 
 
 def gc(older_than_s: int = 3600) -> Call[Collected]:
-    """Remove adapter files that no version names and that are older than this."""
+    """Remove unused adapter files from the store. Needs an admin key.
+
+    Args:
+        older_than_s: keep files that a client has uploaded in the last `older_than_s` seconds.
+    """
     return Call("POST", "/v1/gc", _model(Collected), headers=JSON, content=_json({"older_than_s": older_than_s}))
 
 
@@ -317,39 +359,39 @@ def gc(older_than_s: int = 3600) -> Call[Collected]:
 
 
 def _create(path: str, body: Mapping[str, Any], reply: type[Model]) -> Call[Model]:
-    return Call("POST", path, _model(reply), headers=JSON, content=_json(body), repeatable=False)
+    return Call("POST", path, _model(reply), headers=JSON, content=_json(body), idempotent=False)
 
 
 def _to_file(path: str, to: AnyPath) -> Call[Path]:
-    return Call("GET", path, lambda _content: Path(to), to=Path(to))
+    return Call("GET", path, lambda _content: Path(to), download=Path(to))
 
 
 def _model(kind: type[Model]) -> Callable[[bytes], Model]:
-    """Reads a reply; what a newer hub adds is passed over."""
+    """Return a parser of replies. It ignores unknown fields: a newer hub may add fields."""
     return lambda content: kind.model_validate_json(content, extra="ignore")
 
 
 def _nothing(_content: bytes) -> None:
-    """Reads an empty reply."""
+    """Parse an empty reply."""
 
 
 def _json(body: Any) -> bytes:
     return json.dumps(body).encode()
 
 
-def _set(limits: BaseModel) -> dict[str, Any]:
+def _set_fields(limits: BaseModel) -> dict[str, Any]:
     return limits.model_dump(exclude_unset=True, exclude_none=True)
 
 
-def _some(**values: Any) -> dict[str, Any]:
+def _without_none(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _path(*names: str) -> str:
-    """`/v1/...`; a name stays one step of the path, whatever is in it."""
+    """Return the path `/v1/...` of the names. Quoting keeps each name one segment of the path."""
     for name in names:
         if name in ("", ".", ".."):
-            raise _refused("path", f"{name!r} is no name")
+            raise InvalidRequest.at("path", f"{name!r} is not a valid name")
     return "/v1/" + "/".join(quote(name, safe="") for name in names)
 
 
@@ -357,13 +399,11 @@ def _canary(key: str | None) -> dict[str, str]:
     if key is None:
         return {}
     if not (key.isascii() and key.isprintable()):
-        raise _refused("canary_key", "a canary key is ASCII text, since it is sent as a header")
+        raise InvalidRequest.at(
+            "canary_key", "contains characters that an HTTP header cannot hold; use printable ASCII"
+        )
     return {"x-canary-key": key}
 
 
 def _count(items: Iterable[Any]) -> int | None:
     return len(items) if isinstance(items, Sized) else None
-
-
-def _refused(field: str, message: str) -> InvalidRequest:
-    return InvalidRequest.at(field, message)

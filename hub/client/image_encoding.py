@@ -1,97 +1,101 @@
-"""What a client's caller has as an image -> encoded bytes, in portions that the hub takes. No HTTP."""
+"""Encoding of a client's images, and their split into batches that the hub accepts. No HTTP."""
 
 import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 from ..errors import InvalidImage, InvalidRequest
 from ..schemas import MAX_IMAGES
 
-if TYPE_CHECKING:  # both are loaded where a caller has such an image, not by every command
+if TYPE_CHECKING:  # otherwise every command would load both packages
     import numpy as np
     from PIL import Image
 
 T = TypeVar("T")
-Picture: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray"
-Pictures: TypeAlias = "Picture | Iterable[Picture]"
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray"
+ImageSources: TypeAlias = "ImageSource | Iterable[ImageSource]"
 
-_AS_PNG = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}  # the other modes (CMYK, F, ...) go as TIFF
-
-
-def each(pictures: Pictures) -> Iterable[Picture]:
-    """The images one by one; an image that is given alone counts as a list of one."""
-    given: Any = pictures
-    alone = isinstance(given, str | bytes | os.PathLike) or not isinstance(given, Iterable)
-    if alone or getattr(given, "ndim", 4) < 4:  # an array (H, W, 3), not its rows
-        return [given]
-    return given
+_PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}  # PNG has no other modes (CMYK, F, ...): TIFF holds them
 
 
-def encode(picture: Picture, field: str) -> bytes:
-    """An image as an encoded file; what is a file already stays as it is.
+def iterate_images(images: ImageSources) -> Iterable[ImageSource]:
+    """Return the images as an iterable; a single image becomes a list of one."""
+    single = isinstance(images, str | bytes | os.PathLike) or not isinstance(images, Iterable)
+    if single or getattr(images, "ndim", 4) < 4:  # one array (H, W, 3): an iteration would give its rows
+        return [cast("ImageSource", images)]
+    return cast("Iterable[ImageSource]", images)
+
+
+def encode(image: ImageSource, field: str) -> bytes:
+    """Return an image as the bytes of an image file. The bytes of files stay unchanged.
 
     Args:
-        picture: a path, the bytes of a file, a PIL image (turned as its EXIF says, as the hub does with a file), or an
-            array (H, W, 3) or (H, W), uint8.
-        field: its name in errors.
+        image: path, bytes of an image file, PIL image, or uint8 array (H, W, 3) or (H, W). A PIL image is rotated
+            according to its EXIF orientation, because the hub does the same with files.
+        field: name of the image in errors.
 
     Raises:
-        InvalidImage: something else.
-        OSError: the path cannot be read.
+        InvalidImage: The image has another type, dtype or shape, or cannot be encoded.
+        OSError: The file cannot be read.
     """
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, str | os.PathLike):
-        return Path(picture).read_bytes()
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | os.PathLike):
+        return Path(image).read_bytes()
     import numpy as np
     from PIL import Image, ImageOps
 
     try:
-        if isinstance(picture, np.ndarray):
-            image = Image.fromarray(_checked(picture))
-        elif isinstance(picture, Image.Image):
-            image = ImageOps.exif_transpose(picture)
+        if isinstance(image, np.ndarray):
+            pil_image = Image.fromarray(_checked(image))
+        elif isinstance(image, Image.Image):
+            pil_image = ImageOps.exif_transpose(image)
         else:
-            raise ValueError(f"{type(picture).__name__} is no path, bytes, PIL image or array")
+            raise ValueError(
+                f"unsupported type {type(image).__name__}; give a path, bytes, a PIL image or a numpy array"
+            )
         buffer = io.BytesIO()
-        if image.mode in _AS_PNG:
-            image.save(buffer, "PNG", compress_level=1)
+        if pil_image.mode in _PNG_MODES:
+            pil_image.save(buffer, "PNG", compress_level=1)
         else:
-            image.save(buffer, "TIFF")
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of a lazily opened file too
+            pil_image.save(buffer, "TIFF")
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow decodes an opened file only now
         raise InvalidImage.at(field, str(error)) from error
     return buffer.getvalue()
 
 
-def portions(items: Iterable[tuple[T, int]], most_bytes: int) -> Iterator[tuple[int, list[T]]]:
-    """Items in order, at most `MAX_IMAGES` and `most_bytes` at once; one that is larger goes alone.
+def batches(items: Iterable[tuple[T, int]], max_bytes: int) -> Iterator[tuple[int, list[T]]]:
+    """Split items into batches of at most `MAX_IMAGES` items and `max_bytes` bytes, in order.
+
+    An item that is larger than `max_bytes` is a batch of its own.
 
     Args:
-        items: each with its bytes; taken one by one, when they are needed.
+        items: each item with its size in bytes; read one at a time.
 
     Yields:
-        The index of a portion's first item, and its items.
+        The index of the batch's first item, and the items of the batch.
 
     Raises:
-        InvalidRequest: there are none.
+        InvalidRequest: There are no items.
     """
-    start, portion, portion_bytes = 0, list[T](), 0
+    start, batch, batch_bytes = 0, list[T](), 0
     for item, item_bytes in items:
-        if portion and (len(portion) == MAX_IMAGES or portion_bytes + item_bytes > most_bytes):
-            yield start, portion
-            start, portion, portion_bytes = start + len(portion), [], 0
-        portion.append(item)
-        portion_bytes += item_bytes
-    if not portion:
-        message = "there is no image; give at least one"
-        raise InvalidRequest.at("images", message)
-    yield start, portion
+        if batch and (len(batch) == MAX_IMAGES or batch_bytes + item_bytes > max_bytes):
+            yield start, batch
+            start, batch, batch_bytes = start + len(batch), [], 0
+        batch.append(item)
+        batch_bytes += item_bytes
+    if not batch:
+        raise InvalidRequest.at("images", "no images; give at least one")
+    yield start, batch
 
 
 def _checked(array: "np.ndarray") -> "np.ndarray":
-    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
-    if not fits or array.dtype != "uint8" or array.size == 0:
-        raise ValueError(f"an array {array.shape} of {array.dtype}; expected (H, W, 3) or (H, W) of uint8")
+    valid = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if not valid or array.dtype != "uint8" or array.size == 0:
+        raise ValueError(
+            f"array has shape {array.shape} and dtype {array.dtype}; expected uint8 of shape (H, W, 3) or (H, W)"
+        )
     return array

@@ -1,9 +1,10 @@
-"""What comes back to a client: which error a response tells, and whether and when to try again."""
+"""Errors of responses, and the retry policy of the clients."""
 
 import math
 import random
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -12,77 +13,97 @@ import httpx
 from ..errors import TYPE_PREFIX, FieldProblem, HubError, LimitReached, TooLarge, Unauthenticated, Unavailable
 from ..schemas import ProblemDetails
 
-BLIND_TRIES = 4  # where nobody says when to come back
-MOST_BACKOFF_S = 2.0
+MAX_ATTEMPTS = 4  # limit for errors without Retry-After
+MAX_BACKOFF_S = 2.0
 
-_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-_LOST = (httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError)
+_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_CONNECTION_LOST = (httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError)
 
 
-def error_of(response: httpx.Response, first: int = 0) -> HubError:
-    """The error that a response tells; a proxy's, which is no problem of the hub's, by its status.
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def error_of(response: httpx.Response, first: int = 0, now: Callable[[], datetime] = _utc_now) -> HubError:
+    """Return the error of a response. A response without problem JSON, such as a proxy's, maps by its status.
 
     Args:
-        response: read whole.
-        first: index of the call's first input among all of the caller's; the hub counts from the call's own.
+        response: a response with its whole body.
+        first: index of the call's first input among all inputs of the caller. The hub numbers the inputs of each
+            call from 0, so the function adds `first` to the numbers.
+        now: clock for a date in `Retry-After`.
     """
-    retry_after_s = _seconds(response.headers.get("retry-after", ""))
-    by_status = _BY_STATUS.get(response.status_code, HubError)
+    retry_after_s = _retry_after_s(response.headers.get("retry-after", ""), now)
+    by_status = _CLASS_OF_STATUS.get(response.status_code, HubError)
     try:
         problem = ProblemDetails.model_validate_json(response.content)
     except ValueError:
         return by_status(f"HTTP {response.status_code}: {response.text[:200]}", (), retry_after_s)
 
-    def counted(text: str) -> str:
-        return re.sub(r"\binputs\.(\d{1,9})", lambda found: f"inputs.{int(found[1]) + first}", text)
+    def renumber(text: str) -> str:
+        return re.sub(r"\binputs\.(\d{1,9})", lambda match: f"inputs.{int(match[1]) + first}", text)
 
-    kind = _BY_CODE.get(problem.type.removeprefix(TYPE_PREFIX), by_status)
-    fields = [FieldProblem(counted(e.field), counted(e.message)) for e in problem.errors]
-    return kind(counted(problem.detail), fields, retry_after_s)
-
-
-def pause_s(error: HubError, *, repeatable: bool, tries: int, left_s: float) -> float | None:
-    """How long to wait before a call is tried again; None: it is not.
-
-    A call that must not be done twice is tried again only where it surely was not done: over a limit (429), or never
-    sent. A wait that the caller's time limit ended is not begun again.
-
-    Args:
-        error: what the last try ended with; its cause is httpx's error where no response came.
-        repeatable: the call may be done twice.
-        tries: how many there were.
-        left_s: time in which a try may begin.
-    """
-    cause = error.__cause__
-    if isinstance(cause, httpx.RequestError):
-        again = isinstance(cause, _NOT_SENT) or (repeatable and isinstance(cause, _LOST))
-    else:
-        again = isinstance(error, LimitReached) or (repeatable and isinstance(error, Unavailable))
-    if not again or (error.retry_after_s is None and tries >= BLIND_TRIES):
-        return None
-    backoff_s = min(MOST_BACKOFF_S, 0.25 * 2 ** min(tries - 1, 10))
-    pause = (error.retry_after_s or 0) + backoff_s * random.uniform(0.5, 1.0)  # noqa: S311 (spreads the callers)
-    return pause if pause <= left_s else None
+    kind = _CLASS_OF_CODE.get(problem.type.removeprefix(TYPE_PREFIX), by_status)
+    fields = [FieldProblem(renumber(e.field), renumber(e.message)) for e in problem.errors]
+    return kind(renumber(problem.detail), fields, retry_after_s)
 
 
-def _seconds(retry_after: str) -> int | None:
-    """`Retry-After` (RFC 9110, 10.2.3): seconds, or a date; None where it is neither."""
+class RetrySchedule:
+    """Attempts and deadline of one call."""
+
+    def __init__(self, retry_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """
+        Args:
+            retry_s: seconds after the first attempt in which further attempts may begin.
+            clock: monotonic clock in seconds.
+        """
+        self.attempts = 0
+        self._clock = clock
+        self._deadline_s = clock() + retry_s
+
+    def pause_s(self, error: HubError, *, idempotent: bool) -> float | None:
+        """Count a failed attempt. Return the seconds to wait before the next attempt, or None to give up.
+
+        A call that is not idempotent is retried only if the hub cannot have run it: after a 429, or if the request
+        was never sent. A timed-out read is not retried, since the next attempt would wait as long again.
+
+        Args:
+            error: error of the attempt. Its cause is an httpx error if no response arrived.
+            idempotent: two executions of the call have the same effect as one.
+        """
+        self.attempts += 1
+        cause = error.__cause__
+        if isinstance(cause, httpx.RequestError):
+            retry = isinstance(cause, _NEVER_SENT) or (idempotent and isinstance(cause, _CONNECTION_LOST))
+        else:
+            retry = isinstance(error, LimitReached) or (idempotent and isinstance(error, Unavailable))
+        if not retry or (error.retry_after_s is None and self.attempts >= MAX_ATTEMPTS):
+            return None
+        backoff_s = min(MAX_BACKOFF_S, 0.25 * 2 ** min(self.attempts - 1, 10))
+        jitter = random.uniform(0.5, 1.0)  # noqa: S311 (spreads the retries of many clients)
+        pause = (error.retry_after_s or 0) + backoff_s * jitter
+        return pause if self._clock() + pause <= self._deadline_s else None
+
+
+def _retry_after_s(retry_after: str, now: Callable[[], datetime]) -> int | None:
+    """Parse `Retry-After` (RFC 9110, 10.2.3), which is a number of seconds or a date. None: the header is invalid."""
     if retry_after.isdecimal() and len(retry_after) < 10:
         return int(retry_after)
     try:
         at = parsedate_to_datetime(retry_after)
     except ValueError:
         return None
-    return max(0, math.ceil((at.astimezone(UTC) - datetime.now(UTC)).total_seconds()))
+    return max(0, math.ceil((at.astimezone(UTC) - now()).total_seconds()))
 
 
-def _kinds(kind: type[HubError]) -> Iterator[type[HubError]]:
+def _subclasses(kind: type[HubError]) -> Iterator[type[HubError]]:
+    """Yield an error class and all classes below it."""
     yield kind
-    for below in kind.__subclasses__():
-        yield from _kinds(below)
+    for subclass in kind.__subclasses__():
+        yield from _subclasses(subclass)
 
 
-_BY_CODE = {kind.code: kind for kind in _kinds(HubError)}
-_BY_STATUS: dict[int, type[HubError]] = {
+_CLASS_OF_CODE = {kind.code: kind for kind in _subclasses(HubError)}
+_CLASS_OF_STATUS: dict[int, type[HubError]] = {
     kind.status: kind for kind in (Unauthenticated, LimitReached, TooLarge, Unavailable)
 }

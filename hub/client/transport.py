@@ -1,4 +1,4 @@
-"""What both Python clients share: a call as a value, and how a client is made. `Client` and `AsyncClient` send."""
+"""Parts that `Client` and `AsyncClient` share: calls as values, options of a client, errors of the connection."""
 
 import inspect
 import os
@@ -13,7 +13,7 @@ from typing import IO, Any, Generic, TypeVar, get_args
 import httpx
 
 from ..errors import HubError, InvalidRequest, Unauthenticated, Unavailable
-from .image_encoding import portions
+from .image_encoding import batches
 from .retries import error_of
 
 Item = TypeVar("Item")
@@ -21,27 +21,27 @@ Part = TypeVar("Part")
 Reply = TypeVar("Reply")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-CHUNK_BYTES = 1024**2  # of a file that is sent
+CHUNK_BYTES = 1024**2  # read size of an uploaded file
 
 
 @dataclass(frozen=True)
 class Call(Generic[Reply]):
-    """One HTTP request, and how its reply is read."""
+    """One HTTP request and the parser of its reply."""
 
     method: str
     path: str
-    read: Callable[[bytes], Reply]
+    parse: Callable[[bytes], Reply]
     params: Mapping[str, str | int] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     content: bytes | None = None
-    images: Sequence[tuple[str, bytes]] = ()  # sent as a form: field, encoded image
-    upload: Path | None = None  # a file that is the body
-    to: Path | None = None  # the file that the reply is written to
-    repeatable: bool = True  # twice does no more than once, and is answered in the same way
-    first: int = 0  # index, among all of the caller's inputs, of the first in this call
+    images: Sequence[tuple[str, bytes]] = ()  # multipart form: field, encoded image
+    upload: Path | None = None  # file to send as the body
+    download: Path | None = None  # file to write the reply to
+    idempotent: bool = True  # a second execution has no further effect and gives the same reply
+    first: int = 0  # index of the first input of this call among all inputs of the caller
 
     def options(self) -> dict[str, Any]:
-        """Arguments of httpx's `stream`, but for the content."""
+        """Return the arguments of httpx's `stream`, except `content`."""
         headers = dict(self.headers)
         if self.upload is not None:
             headers["content-length"] = str(self.upload.stat().st_size)
@@ -56,30 +56,31 @@ class Call(Generic[Reply]):
 
 
 @dataclass(frozen=True)
-class Many(Generic[Item, Part, Reply]):
-    """What may be more than one call takes: calls of one kind, whose replies are put together.
+class CallSeries(Generic[Item, Part, Reply]):
+    """One request that may take several calls of the same kind, whose replies are joined.
 
-    The first call goes alone, so that the others can ask for the version that it met.
+    The first call is sent alone, since the others request the version of its reply.
     """
 
-    items: Iterable[tuple[Item, int]]  # with their bytes
-    call: Callable[[int, Sequence[Item], Part | None], Call[Part]]  # index of the first, items, the first call's reply
+    items: Iterable[tuple[Item, int]]  # each with its size in bytes
+    call: Callable[[int, Sequence[Item], Part | None], Call[Part]]  # from first index, items, reply to the first call
     join: Callable[[Sequence[Part]], Reply]
-    total: int | None  # None: not known before the end
+    total: int | None  # number of items; None: unknown before the end
     progress: bool
 
-    def calls(self, most_bytes: int, answered: Sequence[Part]) -> Iterator[tuple[Call[Part], int]]:
-        """The calls, made as they are asked for, and how many items each has.
+    def calls(self, max_bytes: int, replies: Sequence[Part]) -> Iterator[tuple[Call[Part], int]]:
+        """Yield each call with its number of items. A call is made only when the caller requests it.
 
         Args:
-            answered: the replies so far; the first is there before a second call is asked for.
+            max_bytes: limit for the items of one call.
+            replies: replies so far, which the caller extends. The second call needs the first reply.
         """
-        for start, items in portions(self.items, most_bytes):
-            yield self.call(start, items, answered[0] if answered else None), len(items)
+        for start, items in batches(self.items, max_bytes):
+            yield self.call(start, items, replies[0] if replies else None), len(items)
 
     @contextmanager
-    def bar(self) -> Iterator[Callable[[int], None]]:
-        """A progress bar on stderr, if wanted; yields what notes that so many items are answered."""
+    def progress_bar(self) -> Iterator[Callable[[int], None]]:
+        """Show a progress bar on stderr if `progress` is set. Yield a function that adds a number of finished items."""
         if not self.progress:
             yield lambda _items: None
             return
@@ -92,8 +93,8 @@ class Many(Generic[Item, Part, Reply]):
             yield lambda items: progress.advance(task, items)
 
 
-class Base:
-    """What a client is made with."""
+class BaseClient:
+    """Options, HTTP client and error handling of both clients."""
 
     def __init__(
         self,
@@ -109,24 +110,26 @@ class Base:
     ) -> None:
         """
         Args:
-            url: where the hub is.
-            key: an API key.
-            timeout_s: for connecting, and for each wait for bytes.
-            retry_s: no call is tried again later than this after its start; 0: never.
-            in_flight: calls at once for one `classify` with many images.
-            call_bytes: most bytes of images in one call; a hub takes four times its `HUB_MAX_IMAGE_BYTES`.
-            tls: the certificates to trust; None: the public ones, or those that SSL_CERT_FILE names.
-            on_response: sees every response, such as its `Server-Timing` header, before it is read.
+            url: URL of the hub.
+            key: API key.
+            timeout_s: timeout in seconds for a connection, and for each read and write.
+            retry_s: seconds after the start of a call in which retries may begin; 0: no retries.
+            in_flight: maximum number of concurrent calls of one `classify`.
+            call_bytes: maximum bytes of images per call; the hub's limit is four times its `HUB_MAX_IMAGE_BYTES`.
+            tls: trusted certificates; None: the public ones, or the file in SSL_CERT_FILE.
+            on_response: called with every response before its body is read, for example to log `Server-Timing`.
 
         Raises:
-            Unauthenticated: what no hub has as a key.
-            InvalidRequest: the URL is none, or not one of HTTP.
+            Unauthenticated: The key is empty or has characters that no key has.
+            InvalidRequest: The URL is invalid or does not start with http:// or https://.
         """
         if not url.lower().startswith(("http://", "https://")):
-            raise InvalidRequest(f"the hub's URL (HUB_URL) needs http:// or https:// at its start; {url!r} has neither")
+            raise InvalidRequest(f"the URL of the hub (HUB_URL) must start with http:// or https://, not {url!r}")
         key = key.strip()
         if not (key and key.isascii() and key.isprintable()):
-            raise Unauthenticated("the key is empty or has characters that no key of a hub has")
+            raise Unauthenticated(
+                "the key is empty or has characters that are not printable ASCII; copy the whole key (HUB_KEY)"
+            )
         self._url = url
         self._retry_s = retry_s
         self._in_flight = in_flight
@@ -141,56 +144,60 @@ class Base:
                 verify=tls if tls is not None else True,
             )
         except httpx.InvalidURL as error:
-            raise InvalidRequest(f"{url!r} is no URL: {error}") from error
+            raise InvalidRequest(f"the URL of the hub (HUB_URL) is invalid: {url!r}: {error}") from error
 
     def _connect(self, on_response: Callable[[httpx.Response], None] | None, **options: Any) -> None:
-        """Make httpx's client."""
+        """Create the httpx client."""
         raise NotImplementedError
 
-    def _answer(self, call: Call[Reply], response: httpx.Response) -> Reply:
-        """Read a response that has arrived whole.
+    def _parse(self, call: Call[Reply], response: httpx.Response) -> Reply:
+        """Parse a complete response.
 
         Raises:
-            HubError: the kind that the hub answered with.
+            HubError: The response is an error, or not a reply of a hub.
         """
         if not response.is_success:
             raise error_of(response, call.first)
         try:
-            return call.read(response.content)
+            return call.parse(response.content)
         except ValueError as error:
-            raise HubError(f"what answers at {self._url} is no hub: {response.text[:80]!r}") from error
+            raise HubError(
+                f"the server at {self._url} is not a hub; check the URL. It replied {response.text[:80]!r}"
+            ) from error
 
-    def _ended(self) -> RuntimeError:
-        """Why a closed client sends nothing; httpx's own words would name a client that the caller never made."""
+    def _closed_error(self) -> RuntimeError:
+        """Return the error of a closed client. The message of httpx would name a class that callers do not know."""
         kind = type(self).__name__
         return RuntimeError(
-            f"this {kind} is closed: make a new one, and close it (or leave its `with`) after the last call"
+            f"this {kind} is closed; create a new one, and close it (or leave its `with`) after the last call"
         )
 
-    def _lost(self, error: httpx.RequestError) -> Unavailable:
+    def _connection_error(self, error: httpx.RequestError) -> Unavailable:
+        """Return the error of a request that got no response."""
         return Unavailable(f"no hub answers at {self._url}: {_reason(error)}", retry_after_s=None)
 
 
-def bare(error: httpx.RequestError) -> httpx.RequestError:
-    """The error as a cause: its kind, which decides whether to try again, without sixty lines of httpx's frames."""
+def without_traceback(error: httpx.RequestError) -> httpx.RequestError:
+    """Return a copy of an error without its traceback, which has sixty lines. The retry policy needs its class."""
     return type(error)(_reason(error))
 
 
 def _reason(error: httpx.RequestError) -> str:
-    """Why no answer came, in the same words for both clients; asyncio hides the system's words behind its own."""
+    """Return why no response arrived, as the same text for both clients: asyncio hides the text of the system."""
     if isinstance(error, httpx.TimeoutException):
         return "timed out"
     last: BaseException = error
-    while below := last.__cause__ or last.__context__:
-        last = below.exceptions[0] if isinstance(below, BaseExceptionGroup) else below  # one for each address
+    while inner := last.__cause__ or last.__context__:
+        # A group has one exception per address.
+        last = inner.exceptions[0] if isinstance(inner, BaseExceptionGroup) else inner
     if isinstance(last, OSError) and last.errno is not None and "Connect call failed" in str(last):
         return f"[Errno {last.errno}] {os.strerror(last.errno)}"
     return str(error) or type(error).__name__
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which appears at `path` when all of it is there."""
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file for writing. It becomes `path` at the end, and is removed after an error."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("xb") as file:
@@ -200,20 +207,20 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
 
 
-def described_by(describe: Callable[..., Any]) -> Callable[[Method], Method]:
-    """Gives a client's method the name, parameters and words of the function that describes its call."""
-    signature = inspect.signature(describe)
-    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    shown = signature.replace(
-        parameters=[me, *signature.parameters.values()],
+def documented_by(endpoint: Callable[..., Any]) -> Callable[[Method], Method]:
+    """Give a client's method the name, parameters and docstring of the function in `endpoints`."""
+    signature = inspect.signature(endpoint)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    public = signature.replace(
+        parameters=[own, *signature.parameters.values()],
         return_annotation=get_args(signature.return_annotation)[-1],
     )
 
-    def dress(method: Method) -> Method:
-        dressed: Any = method
-        dressed.__name__ = dressed.__qualname__ = describe.__name__
-        dressed.__doc__ = describe.__doc__
-        dressed.__signature__ = shown
+    def decorate(method: Method) -> Method:
+        decorated: Any = method
+        decorated.__name__ = decorated.__qualname__ = endpoint.__name__
+        decorated.__doc__ = endpoint.__doc__
+        decorated.__signature__ = public
         return method
 
-    return dress
+    return decorate

@@ -1,7 +1,8 @@
-"""`karst-hub evaluate` as it is called: one adapter, several, a table; what it prints, and how it says no."""
+"""Tests of `karst-hub evaluate`: one adapter, several adapters, a table; output and errors."""
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ from hub.cli import evaluate as evaluating
 from hub.cli import main as cli
 from tests.support.models import png, random_adapter, with_tensors
 
+Call = Callable[..., tuple[int, str, str]]
 LABELS = ["a", "b", "c", "d", "e", "f"]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """Two adapters for the demo backbone, of different factors, and two sets of images."""
-    root = tmp_path_factory.mktemp("evaluate")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with two adapters of different factors for the demo backbone, and three image sets."""
+    root: Path = tmp_path_factory.mktemp("evaluate")
     backbone = load_backbone("demo")
     random_adapter(backbone, seed=1, labels=LABELS, classes=6, kernels=2, rank=4).write(root / "one.safetensors")
     random_adapter(backbone, seed=2, labels=LABELS, classes=6, kernels=3, rank=2, factor=4).write(
@@ -35,20 +37,20 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     def call(*arguments: object) -> tuple[int, str, str]:
-        """Exit code, stdout, stderr."""
+        """Run the command, and return exit code, stdout and stderr."""
         monkeypatch.setenv("HUB_BACKBONE", "demo")
         monkeypatch.setattr(sys, "argv", ["karst-hub", "evaluate", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit:
             cli.main()
         captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
+        return int(exit.value.code or 0), captured.out, captured.err
 
     return call
 
 
-def test_several_adapters_on_one_set(call, root) -> None:
+def test_evaluate_reports_one_row_per_adapter(call: Call, root: Path) -> None:
     code, text, _ = call(
         root / "one.safetensors", root / "two.safetensors", "--data", root / "all", "--merged", "--json"
     )
@@ -72,7 +74,7 @@ def test_several_adapters_on_one_set(call, root) -> None:
     assert report["rows"][0]["nll"] != report["rows"][1]["nll"]
 
 
-def test_a_table_gives_each_adapter_its_own_images(call, root) -> None:
+def test_evaluate_uses_the_images_of_each_row_when_it_reads_a_table(call: Call, root: Path) -> None:
     code, text, _ = call("--table", root / "table.csv", "--json")
     assert code == 0
     rows = json.loads(text)["rows"]
@@ -87,7 +89,7 @@ def test_a_table_gives_each_adapter_its_own_images(call, root) -> None:
     assert all(f"{row['top1']:.1%}" in line for row, line in zip(rows, [" ".join(v) for v in values], strict=True))
 
 
-def test_one_adapter_prints_its_classes(call, root) -> None:
+def test_evaluate_prints_each_class_when_there_is_one_adapter(call: Call, root: Path) -> None:
     code, text, _ = call(root / "one.safetensors", "--data", root / "some", "--merged")
     assert code == 0
     assert "no images" in text  # classes d, e and f
@@ -95,14 +97,16 @@ def test_one_adapter_prints_its_classes(call, root) -> None:
     assert "forward passes only" in " ".join(text.split())
 
 
-def test_a_disagreement_is_an_error(call, root, monkeypatch) -> None:
-    """No adapter is known to disagree: the comparison's own result is changed, everything around it is real."""
+def test_evaluate_fails_when_the_merged_model_disagrees(
+    call: Call, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No adapter is known to disagree, so the test replaces only the result of the comparison."""
     far = Agreement(largest_difference=0.5, largest_logit=2.0, label_changes=3, tolerance=1e-3)
     monkeypatch.setattr(evaluating, "compare_merged", lambda *_: far)
-    code, text, said = call(root / "one.safetensors", "--data", root / "all", "--merged", "--json")
+    code, text, stderr = call(root / "one.safetensors", "--data", root / "all", "--merged", "--json")
     assert code == 1
     assert json.loads(text)["rows"][0]["merged"]["agrees"] is False
-    assert "differ by up to 0.5, which is more than 0.001 of the largest logit, 2; 3 of 12 labels change" in said
+    assert "differ by up to 0.5 (limit 0.001 of the largest logit, 2); 3 of 12 labels change" in stderr
 
 
 @pytest.mark.parametrize(
@@ -110,31 +114,37 @@ def test_a_disagreement_is_an_error(call, root, monkeypatch) -> None:
     [
         ([], 2, "give adapter files and --data, or --table"),
         (["one.safetensors"], 2, "give adapter files and --data, or --table"),
-        (["one.safetensors", "--table", "table.csv"], 2, "give no others"),
+        (["one.safetensors", "--table", "table.csv"], 2, "omit adapter files and --data"),
         (["one.safetensors", "--data", "other"], 1, "x are not among the task's labels"),
         (["one.safetensors", "--data", "nothing"], 1, "no such folder"),
         (["nothing.safetensors", "--data", "all"], 1, "nothing.safetensors: No such file"),
         (["foreign.safetensors", "--data", "all"], 1, "foreign.safetensors: fingerprint"),
-        (["sides.safetensors", "--data", "all"], 1, "sides.safetensors: blocks.0.attn.qkv.karst_c: C is 4 x 8"),
+        (
+            ["sides.safetensors", "--data", "all"],
+            1,
+            "sides.safetensors: blocks.0.attn.qkv.karst_c: has sides 4 x 8, expected 8 x 8",
+        ),
         (["--table", "nothing.csv"], 1, "nothing.csv: cannot be read"),
         (["--table", "columns.csv"], 1, "no column adapter and no data"),
         (["--table", "empty.csv"], 1, "no rows"),
         (["--table", "short.csv"], 1, "line 3"),
     ],
 )
-def test_what_is_wrong_is_named(call, root, monkeypatch, arguments, code, message) -> None:
+def test_evaluate_names_the_fault_when_its_input_is_invalid(
+    call: Call, root: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, message: str
+) -> None:
     monkeypatch.chdir(root)
     (root / "columns.csv").write_text("file,images\none.safetensors,all\n")
     (root / "empty.csv").write_text("adapter,data\n")
     (root / "short.csv").write_text("adapter,data\none.safetensors,all\none.safetensors\n")
     one = Adapter.read(root / "one.safetensors")
-    foreign = with_tensors(one, one.tensors).replace(one.fingerprint.encode(), b"0" * 64)
+    foreign = with_tensors(one, dict(one.tensors)).replace(one.fingerprint.encode(), b"0" * 64)
     (root / "foreign.safetensors").write_bytes(foreign)
     sides = random_adapter(load_backbone("demo"), labels=LABELS, classes=6, kernels=1, rank=2, rescale="none")
-    qkv = {"c": (1, 4, 8), "a": (1, 3, 32, 2)}  # valid by itself, and of no bank's factor
+    qkv = {"c": (1, 4, 8), "a": (1, 3, 32, 2)}  # a valid file, but no bank has this factor
     changed = {f"blocks.0.attn.qkv.karst_{part}": torch.ones(size) for part, size in qkv.items()}
-    (root / "sides.safetensors").write_bytes(with_tensors(sides, sides.tensors | changed))
-    found, _, said = call(*arguments)
-    assert found == code
-    assert message in said
-    assert "Traceback" not in said
+    (root / "sides.safetensors").write_bytes(with_tensors(sides, {**sides.tensors, **changed}))
+    exit_code, _, stderr = call(*arguments)
+    assert exit_code == code
+    assert message in stderr
+    assert "Traceback" not in stderr

@@ -1,23 +1,31 @@
-"""`karst-hub tenants ...` and `gc` against the hub's application: what they print, and that it is so."""
+"""Tests of `karst-hub tenants ...`, `register`, `classify`, `gc` and `admin-key` against the hub's application."""
 
 import fcntl
 import json
+import sys
 import tarfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from hub.cli.main import app
+from adapters import Adapter
+from hub.cli.main import app, main
 from hub.cli.output import show
 from hub.local.embedded_redis import embedded_redis
-from hub.registry.keys import KeyRegistry
-from tests.hub.conftest import OCTETS, bearer, in_registry
+from hub.registry.connection import RegistryConnection
+from hub.registry.keys import KeyRecord
+from tests.hub.conftest import OCTETS, Hub, bearer, in_registry
 from tests.support.models import png
+
+Run = Callable[..., str]
 
 
 @pytest.fixture
-def run(hub, url, monkeypatch):
-    """Runs a command with the admin key in the environment; gives what it printed."""
+def run(hub: Hub, url: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Function that runs a command with the admin key in the environment, and returns its output."""
     monkeypatch.setenv("HUB_URL", url)
     monkeypatch.setenv("HUB_ADMIN_KEY", hub.admin_key)
     monkeypatch.setenv("COLUMNS", "200")
@@ -30,11 +38,18 @@ def run(hub, url, monkeypatch):
     return run
 
 
+async def record_of(key: str, database: RegistryConnection) -> KeyRecord | None:
+    return await KeyRegistry(database).find(key)
+
+
 def secret(printed: str) -> str:
+    """Return the key in the output of a command."""
     return next(line for line in printed.splitlines() if line.startswith("HUB_KEY=")).removeprefix("HUB_KEY=")
 
 
-def test_a_tenant_by_commands(hub, run, adapters, tmp_path) -> None:
+def test_commands_manage_a_tenant_from_creation_to_deletion(
+    hub: Hub, run: Run, adapters: list[Adapter], tmp_path: Path
+) -> None:
     owner = bearer(secret(run("tenants", "create", "acme", "--tasks", "3", "--weight", "2")))
     assert hub.http.post("/v1/tasks/a/versions", content=adapters[0].data, headers=OCTETS | owner).status_code == 201
     assert "acme" in run("tenants", "list")
@@ -74,9 +89,11 @@ def test_a_tenant_by_commands(hub, run, adapters, tmp_path) -> None:
     }
 
 
-def test_80_columns_have_room_for_what_is_of_use_only_whole(hub, run, adapters, monkeypatch) -> None:
+def test_tables_show_whole_ids_when_the_terminal_has_80_columns(
+    hub: Hub, run: Run, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    name = "the camera above the second door of hall 7"
+    name = "the camera above the second window of hall 7"
     run("tenants", "create", "acme")
     key = bearer(secret(run("tenants", "add-key", "acme", name, "--days", "30", "--owner")))
     assert hub.http.post("/v1/tasks/a/versions", content=adapters[0].data, headers=OCTETS | key).status_code == 201
@@ -96,18 +113,33 @@ def test_80_columns_have_room_for_what_is_of_use_only_whole(hub, run, adapters, 
         assert max(map(len, table.splitlines())) <= 80
 
 
-def test_what_is_wrong_is_said(hub, run) -> None:
-    for arguments, code in (
-        (("tenants", "create", "acme", "--tasks", "-1"), 2),
-        (("tenants", "limits", "nobody"), 1),
-        (("tenants", "usage", "default", "--key", "kh_wrong"), 1),
-    ):
-        done = CliRunner().invoke(app, arguments)
-        assert done.exit_code != 0, done.output
-        assert code == 1 or done.exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("create", "acme", "--tasks", "-1"), 2, "error: --tasks -1: Input should be greater than or equal to 0"),
+        (("limits", "nobody"), 1, "error: tenant: "),
+        (("usage", "default", "--key", "kh_wrong"), 1, "error: "),
+    ],
+)
+def test_command_prints_one_line_when_its_input_is_invalid(
+    hub: Hub,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["karst-hub", "tenants", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    stderr = capsys.readouterr().err
+    assert exit.value.code == code
+    assert stderr.startswith(message)
+    assert stderr.count("\n") == 1
 
 
-def test_without_a_key_both_variables_are_named(monkeypatch) -> None:
+def test_command_names_both_variables_when_the_key_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HUB_ADMIN_KEY", "HUB_KEY"):
         monkeypatch.delenv(name, raising=False)
     done = CliRunner().invoke(app, ["tenants", "create", "acme"])
@@ -115,7 +147,7 @@ def test_without_a_key_both_variables_are_named(monkeypatch) -> None:
     assert "Missing option '--key' (env var: 'HUB_ADMIN_KEY or HUB_KEY')" in done.stderr
 
 
-def test_a_deletion_that_nobody_confirms_says_what_to_do(hub, run) -> None:
+def test_delete_fails_and_names_the_option_yes_when_there_is_no_confirmation(run: Run) -> None:
     run("tenants", "create", "acme")
     done = CliRunner().invoke(app, ["tenants", "delete", "acme"])
     assert done.exit_code == 2
@@ -125,7 +157,9 @@ def test_a_deletion_that_nobody_confirms_says_what_to_do(hub, run) -> None:
     assert "acme" not in run("tenants", "list")
 
 
-def test_bytes_that_were_there_say_where_latest_is(hub, run, adapters, tmp_path) -> None:
+def test_register_prints_the_aliases_when_the_file_is_already_registered(
+    hub: Hub, run: Run, adapters: list[Adapter], tmp_path: Path
+) -> None:
     files = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for file, adapter in zip(files, adapters, strict=False):
         file.write_bytes(adapter.data)
@@ -133,12 +167,14 @@ def test_bytes_that_were_there_say_where_latest_is(hub, run, adapters, tmp_path)
     assert "digits version 1: 3 labels" in run("register", "digits", str(files[0]), *key)
     assert "digits version 2: 4 labels" in run("register", "digits", str(files[1]), *key)
     again = run("register", "digits", str(files[0]), *key)
-    assert again == "digits: was there already as version 1; latest is 1 now\n"
+    assert again == "digits: already registered as version 1; alias latest points at it now\n"
     again = run("register", "digits", str(files[1]), "--alias", "stable", *key)
-    assert again == "digits: was there already as version 2; latest and stable are 2 now\n"
+    assert again == "digits: already registered as version 2; aliases latest and stable point at it now\n"
 
 
-def test_a_wrong_image_is_named_by_its_file(hub, run, adapters, tmp_path) -> None:
+def test_classify_names_the_file_when_an_image_is_invalid(
+    hub: Hub, run: Run, adapters: list[Adapter], tmp_path: Path
+) -> None:
     hub.http.post("/v1/tasks/digits/versions", content=adapters[0].data, headers=OCTETS)
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     good.write_bytes(png(0))
@@ -149,24 +185,26 @@ def test_a_wrong_image_is_named_by_its_file(hub, run, adapters, tmp_path) -> Non
     assert "images." not in done.stderr
 
 
-def test_a_lost_admin_key_is_replaced_on_the_hub_s_machine(tmp_path, monkeypatch) -> None:
+def test_admin_key_creates_a_key_when_the_hub_runs_and_when_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HUB_HOME", str(tmp_path))
     monkeypatch.delenv("HUB_REDIS_URL", raising=False)
 
-    def made() -> str:
+    def new_key() -> str:
         done = CliRunner().invoke(app, ["admin-key"], catch_exceptions=False)
         assert done.exit_code == 0
         return done.stdout.strip().removeprefix("HUB_ADMIN_KEY=")
 
-    keys = [made()]  # no hub runs
+    keys = [new_key()]  # the hub is stopped
     with embedded_redis(tmp_path) as url, (tmp_path / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one does
-        keys.append(made())
-        roles = [in_registry(url, lambda db, key=key: KeyRegistry(db).find(key)).role for key in keys]
-    assert roles == ["admin", "admin"]
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the hub runs
+        keys.append(new_key())
+        records = [in_registry(url, partial(record_of, key)) for key in keys]
+    assert [record and record.role for record in records] == ["admin", "admin"]
 
 
-def test_a_digest_off_a_terminal_is_in_one_piece(capsys) -> None:
+def test_show_does_not_wrap_lines_when_stdout_is_not_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     show({"digest": "0" * 64, "path": "/a/long/way/" * 20, "labels": ["ü", "b"]}, False)
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["digest  " + "0" * 64, "path    " + "/a/long/way/" * 20, 'labels  ["ü", "b"]']

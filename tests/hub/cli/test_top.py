@@ -1,28 +1,29 @@
-"""What workers and tenants do now: written to Redis, read by one route, shown in a terminal."""
+"""Tests of the hub's status: the entries in Redis, the route `/v1/status`, and `karst-hub top`."""
 
 import asyncio
 import io
 import json
 from itertools import count
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from adapters import Adapter
 from hub.cli import top
-from hub.cli.top import Look, headline, rates_of, screen
-from hub.client import endpoints as calls
+from hub.cli.top import TimedStatus, headline, rates_of, screen
 from hub.errors import Forbidden, Unavailable
+from hub.registry.connection import RegistryConnection
 from hub.registry.status import StatusBoard, busiest_tasks
 from hub.schemas import Counted, HubStatus, TaskRate, TenantStatus, WorkerStatus
-from tests.hub.conftest import bearer, in_registry
+from tests.hub.conftest import Hub, bearer, in_registry
 from tests.support.models import png
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, at import
 
 
-def worker(name: str = "node/1", **changes) -> WorkerStatus:
-    fields = {
+def worker(name: str = "node/1", **changes: Any) -> WorkerStatus:
+    fields: dict[str, Any] = {
         "worker": name, "uptime_s": 3700.0, "device": "cpu", "slots": 64, "slots_used": 3, "host_bytes": 2 * top.MIB,
         "host_limit_bytes": 1024 * top.MIB, "waiting": 5, "images_per_second": 12.5, "images_per_pass": 4.0,
         "adapters_per_pass": 2.0, "tasks": [TaskRate(tenant="acme", task="digits", images_per_second=12.5)],
@@ -31,16 +32,15 @@ def worker(name: str = "node/1", **changes) -> WorkerStatus:
     return WorkerStatus(**(fields | changes))
 
 
-def shown(look: Look, before: Look | None = None) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    console.print(screen(look, before))
-    return console.file.getvalue()  # type: ignore[attr-defined]
+def shown(now: TimedStatus, before: TimedStatus | None = None) -> str:
+    printed = io.StringIO()
+    Console(file=printed, width=200).print(screen(now, before))
+    return printed.getvalue()
 
 
-def test_workers_are_there_until_they_are_silent(empty_redis) -> None:
-    async def use(database):
+def test_workers_disappear_when_they_stop_reporting(empty_redis: str) -> None:
+    async def use(database: RegistryConnection) -> None:
         board = StatusBoard(database)
-        assert await board.workers() == []
         await board.report(worker("b"))
         await board.report(worker("a", waiting=1))
         await board.report(worker("a", waiting=2))
@@ -53,9 +53,8 @@ def test_workers_are_there_until_they_are_silent(empty_redis) -> None:
     in_registry(empty_redis, use)
 
 
-def test_a_worker_of_a_newer_hub_is_read(empty_redis) -> None:
-    async def use(database):
-        await StatusBoard(database).report(worker())
+def test_unknown_fields_are_ignored_when_a_newer_worker_reports(empty_redis: str) -> None:
+    async def use(database: RegistryConnection) -> None:
         text = json.dumps(json.loads(worker().model_dump_json()) | {"colour": "green"})
         await database.redis.hset("karst:workers", "node/1", text)
         assert await StatusBoard(database).workers() == [worker()]
@@ -63,13 +62,14 @@ def test_a_worker_of_a_newer_hub_is_read(empty_redis) -> None:
     in_registry(empty_redis, use)
 
 
-def test_a_task_on_two_workers_is_one() -> None:
-    other = worker("b", tasks=[TaskRate(tenant="acme", task="digits", images_per_second=1)])
-    rates = busiest_tasks([worker("a"), other])
+def test_busiest_adds_the_rates_of_a_task_when_two_workers_serve_it() -> None:
+    rates = busiest_tasks(
+        [worker("a"), worker("b", tasks=[TaskRate(tenant="acme", task="digits", images_per_second=1)])]
+    )
     assert rates == [TaskRate(tenant="acme", task="digits", images_per_second=13.5)]
 
 
-def test_the_route_tells_workers_tasks_and_tenants(hub, adapters) -> None:
+def test_status_route_returns_workers_tasks_and_tenants(hub: Hub, adapters: list[Adapter]) -> None:
     in_registry(hub.redis_url, lambda database: StatusBoard(database).report(worker()))
     hub.http.post("/v1/tasks/digits/versions", content=adapters[0].data)
     assert hub.http.post("/v1/tasks/digits/classify", content=png(0)).status_code == 200
@@ -84,20 +84,20 @@ def test_the_route_tells_workers_tasks_and_tenants(hub, adapters) -> None:
     assert status.tenants[0].counted.requests >= 2
 
 
-def test_only_an_admin_may_see_it(hub) -> None:
+def test_status_route_refuses_the_request_when_the_key_is_not_an_admin_key(hub: Hub) -> None:
     assert hub.http.get("/v1/status").status_code == 403
     assert hub.http.get("/v1/status", headers=bearer("kh_unknown")).status_code == 401
 
 
-def test_a_tenant_that_is_no_more_is_left_out(hub) -> None:
-    async def use(database):
+def test_status_route_omits_a_tenant_when_it_is_deleted(hub: Hub) -> None:
+    async def use(database: RegistryConnection) -> None:
         await database.redis.zadd("karst:active", {"gone": (await database.redis.time())[0]})
 
     in_registry(hub.redis_url, use)
     assert "gone" not in [t["tenant"] for t in hub.http.get("/v1/status", headers=hub.admin).json()["tenants"]]
 
 
-def test_the_screen_says_it_all() -> None:
+def test_screen_shows_workers_tasks_tenants_and_rates() -> None:
     counted = Counted(requests=100, images=400, refused=2)
     status = HubStatus(
         workers=[worker(), worker("node/2", hits=0, loads=0)],
@@ -105,7 +105,7 @@ def test_the_screen_says_it_all() -> None:
         tenants=[TenantStatus(tenant="acme", images_in_flight=7, counted=counted)],
     )
     assert headline(status) == "2 workers, 25.0 images/s, 10 images waiting, 6 of 128 slots in use"
-    once = shown(Look(status, 10.0))
+    once = shown(TimedStatus(status, 10.0))
     for text in ("node/1", "node/2", "1h 1m", "3/64", "2/1024", "90.0 %", "50.0", "digits", "12.5", "acme", "400"):
         assert text in once
     later = status.model_copy(
@@ -115,56 +115,62 @@ def test_the_screen_says_it_all() -> None:
             ]
         }
     )
-    row = next(text for text in shown(Look(later, 12.0), Look(status, 10.0)).splitlines() if "460" in text)
+    row = next(
+        text for text in shown(TimedStatus(later, 12.0), TimedStatus(status, 10.0)).splitlines() if "460" in text
+    )
     assert [cell.strip() for cell in row.split("│")[2:6]] == ["10.0", "30.0", "0.0", "7"]
 
 
-def test_rates_need_two_counts_and_are_never_below_nothing() -> None:
+def test_rates_are_empty_without_an_earlier_count_and_never_negative() -> None:
     counts = Counted(requests=1, images=1, refused=1)
     assert rates_of(counts, None, 2.0) == {}
     assert set(rates_of(counts, Counted(requests=5, images=5, refused=5), 2.0).values()) == {0.0}
 
 
-def test_an_empty_hub_has_a_screen_too() -> None:
-    assert "0 workers" in shown(Look(HubStatus(workers=[], tasks=[], tenants=[]), 0.0))
+def test_screen_shows_zero_workers_when_the_hub_has_none() -> None:
+    assert "0 workers" in shown(TimedStatus(HubStatus(workers=[], tasks=[], tenants=[]), 0.0))
 
 
-def test_a_hub_that_is_away_for_a_while_is_said(monkeypatch) -> None:
-    status = HubStatus(workers=[worker()], tasks=[], tenants=[])
-    turns, said = count(), []
+def test_top_shows_an_error_and_recovers_when_the_hub_is_unavailable() -> None:
+    requests, pauses = count(), list[float]()
 
-    def ask() -> HubStatus:
-        turn = next(turns)
-        if turn == 1:
+    def fetch() -> HubStatus:
+        request = next(requests)
+        if request == 1:
             raise Unavailable("no hub answers")
-        if turn == 3:
+        if request == 3:
             raise KeyboardInterrupt
-        return status
+        return HubStatus(workers=[worker()], tasks=[], tenants=[])
 
-    monkeypatch.setattr(top, "time", SimpleNamespace(sleep=lambda _s: None, monotonic=lambda: 1.0))
-    console = Console(file=io.StringIO(), width=200, force_terminal=True)
-    top.run(ask, console, interval_s=1.0, once=False)
-    said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert next(turns) == 4
-    assert "node/1" in said
-
-
-def test_one_look_is_printed() -> None:
-    console = Console(file=io.StringIO(), width=200)
-    top.run(lambda: HubStatus(workers=[worker()], tasks=[], tenants=[]), console, interval_s=1.0, once=True)
-    assert "node/1" in console.file.getvalue()  # type: ignore[attr-defined]
+    printed = io.StringIO()
+    console = Console(file=printed, width=200, force_terminal=True)
+    top.run(fetch, console, interval_s=1.5, once=False, sleep=pauses.append, clock=lambda: 1.0)
+    assert next(requests) == 4
+    assert pauses == [1.5] * 3
+    assert "the hub does not reply: no hub answers" in printed.getvalue()
+    assert "node/1" in printed.getvalue()
 
 
-def test_80_columns_have_room_for_all_of_it() -> None:
+@pytest.mark.parametrize("once", [True, False])
+def test_top_prints_one_status_when_once_is_set_or_stdout_is_not_a_terminal(once: bool) -> None:
+    printed = io.StringIO()
+    console = Console(file=printed, width=200, force_terminal=once)
+    statuses = iter([HubStatus(workers=[worker()], tasks=[], tenants=[])])
+    top.run(lambda: next(statuses), console, interval_s=1.0, once=once)
+    assert "node/1" in printed.getvalue()
+
+
+def test_screen_truncates_nothing_when_the_terminal_has_80_columns() -> None:
     counted = Counted(requests=123456, images=4000000, refused=222)
     status = HubStatus(
         workers=[worker("ip-10-0-0-12/12345", device="cuda:0", uptime_s=90000.0, failures=77)],
         tasks=worker().tasks,
         tenants=[TenantStatus(tenant="acme-laboratories", images_in_flight=1024, counted=counted)],
     )
-    console = Console(file=io.StringIO(), width=80)
+    printed = io.StringIO()
+    console = Console(file=printed, width=80)
     top.run(lambda: status, console, interval_s=1.0, once=True)
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    lines = printed.getvalue().splitlines()
     assert "…" not in "".join(lines)
     rows = [line.split() for line in lines if line.startswith("ip-10-0-0-12/12345")]
     assert [row[1] for row in rows] == ["cuda:0", "3/64"]
@@ -175,17 +181,9 @@ def test_80_columns_have_room_for_all_of_it() -> None:
     assert sum("images/pass" in line and "tasks/pass" in line for line in lines) == 1
 
 
-def test_off_a_terminal_it_is_one_look() -> None:
-    asked = iter([HubStatus(workers=[worker()], tasks=[], tenants=[])])
-    console = Console(file=io.StringIO(), width=80)
-    top.run(lambda: next(asked), console, interval_s=0.0, once=False)
-    assert "node/1" in console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def test_a_key_that_may_not_is_an_error_at_once() -> None:
-    def ask() -> HubStatus:
+def test_top_raises_the_error_when_the_hub_refuses_the_key() -> None:
+    def fetch() -> HubStatus:
         raise Forbidden("only an admin key may do this")
 
     with pytest.raises(Forbidden):
-        top.run(ask, Console(file=io.StringIO()), interval_s=1.0, once=False)
-    assert calls.status().path == "/v1/status"
+        top.run(fetch, Console(file=io.StringIO()), interval_s=1.0, once=False)

@@ -1,4 +1,4 @@
-"""`karst-hub train`: from labelled images to an adapter file and its report, and what it refuses before training."""
+"""Tests of `karst-hub train`: adapter file, report, progress, resumption, and errors before the training starts."""
 
 import io
 import json
@@ -20,8 +20,9 @@ from adapters.method.config import PRESETS
 from adapters.training.fit import report_folder
 from adapters.training.report import FILES
 from hub.cli import train as training
-from hub.cli.adapters import _config
-from hub.cli.main import app
+from hub.cli.adapters import adapter_config
+from hub.cli.main import app, main
+from hub.cli.train import ProgressWatch, progress_bar
 from tests.support.models import coloured_noise
 
 COLOURS = {"blue": (40, 40, 220), "red": (220, 40, 40)}
@@ -33,7 +34,7 @@ def write(root: Path, count: int, seed: int) -> Path:
 
 
 @pytest.fixture
-def job(tmp_path) -> dict[str, Any]:
+def job(tmp_path: Path) -> dict[str, Any]:
     return {
         "data": write(tmp_path / "data", 5, 0),
         "output": tmp_path / "colours.safetensors",
@@ -43,15 +44,15 @@ def job(tmp_path) -> dict[str, Any]:
     }
 
 
-def run(job: dict[str, Any]) -> tuple[dict, dict, str]:
-    """What is returned, the report's numbers, and what was printed."""
+def run(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Train, and return the result, the numbers of the report, and the printed text."""
     printed = io.StringIO()
-    done = training.run(Console(file=printed, width=200), **job)
-    assert sorted(path.name for path in Path(done["report"]).iterdir()) == sorted(FILES)
-    return done, json.loads(Path(done["report"], "report.json").read_text("utf-8")), printed.getvalue()
+    result = training.run(Console(file=printed, width=200), **job)
+    assert sorted(path.name for path in Path(result["report"]).iterdir()) == sorted(FILES)
+    return result, json.loads(Path(result["report"], "report.json").read_text("utf-8")), printed.getvalue()
 
 
-def test_an_adapter_and_its_report(job, tmp_path) -> None:
+def test_train_writes_an_adapter_and_its_report(job: dict[str, Any], tmp_path: Path) -> None:
     done, numbers, printed = run(dict(job, test=write(tmp_path / "test", 3, 1), probe=True))
     adapter = Adapter.read(job["output"])
     assert done["file"] == str(job["output"])
@@ -59,6 +60,7 @@ def test_an_adapter_and_its_report(job, tmp_path) -> None:
     assert done["digest"] == adapter.digest == numbers["digest"]
     assert adapter.labels == ("blue", "red")
     assert (done["train_images"], done["val_images"], done["test_images"]) == (8, 2, 6)
+    assert adapter.metrics is not None
     assert adapter.metrics["test_accuracy"] == done["test_accuracy"] == pytest.approx(numbers["accuracy"], abs=1e-4)
     assert adapter.metrics["recipe"] == RECIPE.model_dump()
     assert done["linear_probe_test_accuracy"] > 0.5
@@ -74,19 +76,19 @@ def test_an_adapter_and_its_report(job, tmp_path) -> None:
     assert "images/s" in printed
 
 
-def test_without_validation_the_last_epoch_is_taken(job) -> None:
+def test_train_keeps_the_last_epoch_when_there_are_no_validation_images(job: dict[str, Any]) -> None:
     done, numbers, _ = run(dict(job, val_fraction=0))
     assert (done["epoch"], done["train_images"], numbers["measured_on"]) == (2, 10, "train")
     assert "val_accuracy" not in done
     assert "test_accuracy" not in done
 
 
-def test_validation_images_of_one_s_own(job, tmp_path) -> None:
+def test_train_validates_on_the_images_of_val(job: dict[str, Any], tmp_path: Path) -> None:
     done, numbers, _ = run(dict(job, validation=write(tmp_path / "val", 2, 1)))
     assert (done["train_images"], done["val_images"], numbers["measured_on"]) == (10, 4, "validation")
 
 
-def test_a_bad_image_ends_it_before_training_or_is_left_out(job) -> None:
+def test_train_raises_data_error_when_an_image_is_unreadable_unless_skip_bad_is_set(job: dict[str, Any]) -> None:
     (job["data"] / "red" / "9.png").write_bytes(b"text")
     with pytest.raises(
         DataError, match=r"^1 of 11 images cannot be read \(repair them, or leave them out with --skip-bad\):\n .*9.png"
@@ -99,7 +101,7 @@ def test_a_bad_image_ends_it_before_training_or_is_left_out(job) -> None:
     assert len(numbers["warnings"]) == 1
 
 
-def test_training_images_are_no_test_images(job) -> None:
+def test_train_raises_data_error_when_test_images_are_training_images(job: dict[str, Any]) -> None:
     with pytest.raises(
         DataError,
         match=r"^10 images are in two splits \(remove one copy, or leave out the earlier split's with --skip-bad\)",
@@ -107,7 +109,7 @@ def test_training_images_are_no_test_images(job) -> None:
         run(dict(job, test=job["data"]))
 
 
-def test_vtab_lists_and_their_final_run(job) -> None:
+def test_train_uses_all_vtab_images_when_final_is_set(job: dict[str, Any]) -> None:
     lines = [f"{label}/{i}.png {k}" for k, label in enumerate(COLOURS) for i in range(5)]
     lists = {"train800": lines[:3] + lines[5:8], "val200": [lines[3], lines[8]], "test": [lines[4], lines[9]]}
     lists["train800val200"] = lists["train800"] + lists["val200"]
@@ -121,12 +123,12 @@ def test_vtab_lists_and_their_final_run(job) -> None:
     assert Adapter.read(job["output"]).labels == ("0", "1")
 
 
-def test_a_probe_needs_test_images(job) -> None:
+def test_train_raises_data_error_when_a_probe_has_no_test_images(job: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"data: no test split, which --probe needs; give test images with --test"):
         run(dict(job, probe=True))
 
 
-def test_what_cannot_be_written_ends_it_at_once(tmp_path) -> None:
+def test_report_folder_raises_data_error_when_the_output_cannot_be_written(tmp_path: Path) -> None:
     assert report_folder(tmp_path / "a.safetensors") == tmp_path / "a.report"
     assert report_folder(tmp_path / "a.b") == tmp_path / "a.b.report"
     with pytest.raises(DataError, match=r"no/a: the folder .*/no does not exist; create it, or change --out$"):
@@ -138,42 +140,42 @@ def test_what_cannot_be_written_ends_it_at_once(tmp_path) -> None:
         report_folder(tmp_path / "a")
 
 
-NOTHING: dict = dict.fromkeys(("kernels", "rank", "factor", "gain", "rescale", "norms"))
+NO_OPTIONS: dict[str, Any] = dict.fromkeys(("kernels", "rank", "factor", "gain", "rescale", "norms"))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_and_what_is_given_beside_it(preset) -> None:
-    assert _config(preset, None, **NOTHING) == PRESETS[preset]
-    changed = _config(preset, None, **NOTHING | {"factor": 4, "norms": not PRESETS[preset].norms})
+def test_options_override_the_preset(preset: str) -> None:
+    assert adapter_config(preset, None, **NO_OPTIONS) == PRESETS[preset]
+    changed = adapter_config(preset, None, **NO_OPTIONS | {"factor": 4, "norms": not PRESETS[preset].norms})
     assert changed == PRESETS[preset].model_copy(update={"factor": 4, "norms": not PRESETS[preset].norms})
 
 
-def test_without_a_preset_the_defaults_hold() -> None:
-    assert _config(None, None, **NOTHING) == KarstConfig()
-    assert _config(None, "2,4", **NOTHING) == KarstConfig(rank=4, stage_ranks=(2, 4))
-    given = {"gain": 0.5, "rescale": "scalar", "kernels": 3}
-    assert _config(None, None, **NOTHING | given) == KarstConfig(**given)
+def test_adapter_config_has_the_defaults_when_there_is_no_preset() -> None:
+    assert adapter_config(None, None, **NO_OPTIONS) == KarstConfig()
+    assert adapter_config(None, "2,4", **NO_OPTIONS) == KarstConfig(rank=4, stage_ranks=(2, 4))
+    given: dict[str, Any] = {"gain": 0.5, "rescale": "scalar", "kernels": 3}
+    assert adapter_config(None, None, **NO_OPTIONS | given) == KarstConfig(**given)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--preset vtab", "--preset vtab: expected one of karst-vtab, karst-fewshot, karst-swin"),
-        ("--stage-ranks 2;4", "--stage-ranks 2;4: expected a rank for each stage, such as 2,2,4,8"),
-        ("--stage-ranks 2,4 --rank 8", "--rank 8: the largest of the stages' ranks 2,4 is expected"),
-        ("--preset karst-swin --rank 4", "--rank 4: the largest of the stages' ranks 2,2,4,8 is expected"),
+        ("--stage-ranks 2;4", "--stage-ranks 2;4: expected one rank per stage, such as 2,2,4,8"),
+        ("--stage-ranks 2,4 --rank 8", "--rank 8: differs from the largest of the stage ranks 2,4"),
+        ("--preset karst-swin --rank 4", "--rank 4: differs from the largest of the stage ranks 2,2,4,8"),
         ("--rescale some", "--rescale some: Input should be"),
         ("--gain 0", "--gain 0.0: Input should be greater than 0"),
-        ("--final --val x", "--final trains on the validation images: give no --val beside it"),
+        ("--final --val x", "--final trains on the validation images; omit --val"),
     ],
 )
-def test_usage_errors_name_the_option(arguments, message) -> None:
+def test_train_names_the_option_when_its_value_is_invalid(arguments: str, message: str) -> None:
     done = CliRunner().invoke(app, ["train", "/absent", "-o", "x", *arguments.split()])
     assert done.exit_code == 2
     assert done.stderr.startswith(f"error: {message}")
 
 
-def test_every_number_of_the_recipe_is_an_option(job, monkeypatch) -> None:
+def test_train_records_every_option_of_the_recipe(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     options = {
         "kernels": "1",
         "rank": "2",
@@ -209,6 +211,7 @@ def test_every_number_of_the_recipe_is_an_option(job, monkeypatch) -> None:
         "lr_end": 0.2,
         "seed": 3,
     }
+    assert adapter.metrics is not None
     assert adapter.metrics["recipe"] | expected == adapter.metrics["recipe"]
 
 
@@ -217,7 +220,7 @@ def arguments(job: dict[str, Any], output: Path) -> list[str]:
 
 
 def command(job: dict[str, Any], output: Path, *options: str) -> subprocess.Popen[str]:
-    """The real command, in a process of its own."""
+    """Start the command in its own process."""
     return subprocess.Popen(
         [Path(sys.executable).with_name("karst-hub"), *arguments(job, output), *options],
         env=os.environ | {"HUB_BACKBONE": "demo", "HUB_DEVICE": "cpu", "OMP_NUM_THREADS": "1"},
@@ -238,13 +241,13 @@ def stop(process: subprocess.Popen[str], number: signal.Signals, checkpoint: Pat
 
 
 def test_training_resumes_with_the_same_bits_when_it_receives_ctrl_c_and_then_a_kill(
-    job, tmp_path, monkeypatch
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, cut, checkpoint = (tmp_path / name for name in ("whole.safetensors", "cut.safetensors", "cut.checkpoint"))
     interrupted = command(job, cut)
     printed = stop(interrupted, signal.SIGINT, checkpoint)
     assert interrupted.returncode == 130
-    assert "interrupted; go on with --resume" in printed
+    assert "interrupted; continue with --resume" in printed
 
     killed = command(job, cut, "--resume")
     assert "--resume" not in stop(killed, signal.SIGKILL, checkpoint)
@@ -253,7 +256,7 @@ def test_training_resumes_with_the_same_bits_when_it_receives_ctrl_c_and_then_a_
 
     monkeypatch.setenv("HUB_BACKBONE", "demo")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the processes: the order of summation, and with it the bits, depends on it
+    torch.set_num_threads(1)  # as in the processes; otherwise another order of summation would change the bits
     try:
         refused = CliRunner().invoke(app, arguments(job, cut))
         assert isinstance(refused.exception, DataError)
@@ -269,16 +272,16 @@ def test_training_resumes_with_the_same_bits_when_it_receives_ctrl_c_and_then_a_
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
-def test_an_interrupt_that_python_dropped_comes_with_the_next_step() -> None:
+def test_progress_watch_raises_keyboard_interrupt_when_python_dropped_the_first_one() -> None:
     console = Console(quiet=True)
-    bar = training._Bar(console, training._progress(console), RECIPE)
+    bar = ProgressWatch(console, progress_bar(console), RECIPE)
     bar.interrupted = True
     with pytest.raises(KeyboardInterrupt):
         bar.step(1, 0.5, 0.5)
 
 
-def test_two_devices_share_each_batch(job, tmp_path) -> None:
-    """Two processes on the CPU: one of them speaks and writes, for both."""
+def test_train_writes_one_adapter_when_two_devices_share_each_batch(job: dict[str, Any], tmp_path: Path) -> None:
+    """Two processes on the CPU share each batch; only the first prints and writes."""
     output = tmp_path / "shared.safetensors"
     options = ["--devices", "2", "--epochs", "12", "--warmup-epochs", "1", "--lr", "0.01", "--json"]
     process = command(job, output, *options)
@@ -289,26 +292,36 @@ def test_two_devices_share_each_batch(job, tmp_path) -> None:
     assert "Traceback" not in errors
 
 
-def test_a_config_that_does_not_suit_the_backbone_ends_in_one_line(job, tmp_path) -> None:
-    process = command(job, tmp_path / "x.safetensors", "--sites", "layers.*")
-    _, errors = process.communicate()
-    assert process.returncode == 1
-    assert errors.splitlines()[-1] == (
+def test_train_prints_one_line_when_the_config_does_not_suit_the_backbone(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HUB_BACKBONE", "demo")
+    options = [*arguments(job, tmp_path / "x.safetensors"), "--sites", "layers.*"]
+    monkeypatch.setattr(sys, "argv", ["karst-hub", *options])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
         "error: sites is layers.*, which matches no layer; layers are named like blocks.0.attn.qkv"
     )
 
 
-def test_one_device_writes_whatever_the_environment_says(job, tmp_path, monkeypatch) -> None:
-    """A cluster's own RANK is no matter of a training on one device."""
+def test_train_writes_the_adapter_when_a_cluster_sets_rank(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variable RANK of a cluster has no meaning for a training on one device."""
+    monkeypatch.setenv("HUB_BACKBONE", "demo")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    process = command(job, tmp_path / "own.safetensors", "--epochs", "1", "--warmup-epochs", "0", "--json")
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert json.loads(printed)["digest"] == Adapter.read(tmp_path / "own.safetensors").digest
+    output = tmp_path / "own.safetensors"
+    options = [*arguments(job, output), "--epochs", "1", "--warmup-epochs", "0", "--json"]
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["digest"] == Adapter.read(output).digest
 
 
-def test_a_file_name_that_is_not_utf_8(job) -> None:
+def test_train_reads_images_when_a_file_name_is_not_utf_8(job: dict[str, Any]) -> None:
     for path in list((job["data"] / "red").iterdir()):
         os.rename(os.fsencode(path), os.fsencode(path.parent) + b"/\xe9" + os.fsencode(path.name))
-    run(dict(job, recipe=RECIPE.model_copy(update={"lr": 1e-12})))  # it learns nothing, so that there are errors
+    tiny_lr = RECIPE.model_copy(update={"lr": 1e-12})  # no learning: the report then has to list wrong images
+    run(dict(job, recipe=tiny_lr))

@@ -1,4 +1,4 @@
-"""Both Python clients, by the same tests, over real HTTP against the hub's application; and what they send."""
+"""Tests of both Python clients over real HTTP against the hub's application, and of the requests that they send."""
 
 import inspect
 import io
@@ -16,48 +16,52 @@ from PIL import Image
 
 from adapters import Adapter
 from hub import AsyncClient, Client
-from hub.client import endpoints as calls
-from hub.client.transport import Call, Many
+from hub.client import endpoints
+from hub.client.transport import Call, CallSeries
 from hub.errors import Conflict, Forbidden, InvalidAdapter, InvalidImage, InvalidRequest, NotFound, Unauthenticated
 from hub.schemas import LimitsChange
-from tests.hub.conftest import OCTETS
+from tests.hub.conftest import OCTETS, Hub
 from tests.support.clients import KINDS
 from tests.support.models import encoded, png
 
+Kind = Callable[..., Any]  # `Client`, or `AsyncClient` with blocking methods
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(params=KINDS, ids=["sync", "async"])
-def kind(request) -> Callable[..., Any]:
-    return request.param
+def kind(request: pytest.FixtureRequest) -> Kind:
+    client_class: Kind = request.param
+    return client_class
 
 
 @pytest.fixture
-def client(kind, url, hub) -> Iterator[Any]:
+def client(kind: Kind, url: str, hub: Hub) -> Iterator[Any]:
     with kind(url, hub.key) as client:
         yield client
 
 
-def described() -> dict[str, Callable[..., Any]]:
-    """Every function of `hub.calls` that describes a method."""
-    public = {n: f for n, f in vars(calls).items() if inspect.isfunction(f) and not n.startswith("_")}
-    return {n: f for n, f in public.items() if f.__module__ == calls.__name__}
+def endpoint_functions() -> dict[str, Callable[..., Any]]:
+    """Return every public function of `hub.client.endpoints`."""
+    public = {n: f for n, f in vars(endpoints).items() if inspect.isfunction(f) and not n.startswith("_")}
+    return {n: f for n, f in public.items() if f.__module__ == endpoints.__name__}
 
 
 @pytest.mark.parametrize("client", [Client, AsyncClient])
-def test_both_clients_have_every_call(client) -> None:
+def test_client_has_a_method_for_every_endpoint(client: type[Any]) -> None:
     own = {n: m for n, m in vars(client).items() if inspect.isfunction(m) and not n.startswith("_")}
-    assert set(own) - {"close", "aclose"} == set(described())
-    for name, describe in described().items():
+    assert set(own) - {"close", "aclose"} == set(endpoint_functions())
+    for name, endpoint in endpoint_functions().items():
         assert own[name].__name__ == name
-        assert own[name].__doc__ == describe.__doc__
-        signature, wanted = inspect.signature(own[name]), inspect.signature(describe)
+        assert own[name].__doc__ == endpoint.__doc__
+        signature, wanted = inspect.signature(own[name]), inspect.signature(endpoint)
         assert list(signature.parameters.values())[1:] == list(wanted.parameters.values())
         assert signature.return_annotation == get_args(wanted.return_annotation)[-1]
         assert inspect.iscoroutinefunction(own[name]) == (client is AsyncClient)
 
 
-def test_a_tasks_life(client, hub, adapters, tmp_path) -> None:
+def test_client_manages_a_task_from_registration_to_deletion(
+    client: Any, adapters: list[Adapter], tmp_path: Path
+) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(adapters[0].data)
     first = client.register("life", file, alias="stable")
@@ -90,7 +94,7 @@ def test_a_tasks_life(client, hub, adapters, tmp_path) -> None:
     assert error.value.errors[0].field == "task"
 
 
-def test_what_is_refused_here(kind, client) -> None:
+def test_client_raises_an_error_when_arguments_are_invalid(kind: Kind, client: Any) -> None:
     with pytest.raises(InvalidAdapter):
         client.register("a", b"no adapter")
     with pytest.raises(FileNotFoundError):
@@ -101,7 +105,7 @@ def test_what_is_refused_here(kind, client) -> None:
         with pytest.raises(InvalidRequest, match="either"):
             client.register("a", **both)
     for name in ("", ".", ".."):
-        with pytest.raises(InvalidRequest, match="is no name"):
+        with pytest.raises(InvalidRequest, match="is not a valid name"):
             client.usage(name)
     with pytest.raises(InvalidRequest, match="at least one"):
         client.classify("a", [])
@@ -110,11 +114,11 @@ def test_what_is_refused_here(kind, client) -> None:
     for key in ("", " ", "kh_ü", "kh_\n\0"):
         with pytest.raises(Unauthenticated):
             kind("http://127.0.0.1", key)
-    with pytest.raises(InvalidRequest, match="no URL"):
+    with pytest.raises(InvalidRequest, match="is invalid"):
         kind("http://here:there", "kh_x")
 
 
-def test_a_callers_key_may_only_classify(kind, url, hub, adapters) -> None:
+def test_client_with_a_caller_key_may_only_classify(kind: Kind, url: str, hub: Hub, adapters: list[Adapter]) -> None:
     with kind(url, hub.key) as owner:
         owner.register("a", adapters[0].data)
         key = owner.create_key("default", "laptop")
@@ -127,20 +131,22 @@ def test_a_callers_key_may_only_classify(kind, url, hub, adapters) -> None:
         owner.revoke_key("default", key.id)
 
 
-def test_every_form_of_an_image_gets_the_same_answer(client, adapters, tmp_path) -> None:
+def test_client_returns_equal_predictions_for_every_form_of_an_image(
+    client: Any, adapters: list[Adapter], tmp_path: Path
+) -> None:
     client.register("a", adapters[0].data)
     (tmp_path / "a.png").write_bytes(png(1))
     image = Image.open(tmp_path / "a.png")
     stack = np.stack([np.asarray(image)] * 2)
     forms = [png(1), tmp_path / "a.png", str(tmp_path / "a.png"), image, np.asarray(image), stack[0]]
-    answers = client.classify("a", forms).predictions
-    answers += client.classify("a", stack).predictions
-    for alone in forms:
-        answers += client.classify("a", alone).predictions
-    assert len(answers) == 2 * len(forms) + 2
-    for answer in answers:
-        assert [p.label for p in answer] == [p.label for p in answers[0]]
-        assert [p.score for p in answer] == pytest.approx([p.score for p in answers[0]], abs=1e-5)
+    results = client.classify("a", forms).predictions
+    results += client.classify("a", stack).predictions
+    for image_form in forms:
+        results += client.classify("a", image_form).predictions
+    assert len(results) == 2 * len(forms) + 2
+    for result in results:
+        assert [p.label for p in result] == [p.label for p in results[0]]
+        assert [p.score for p in result] == pytest.approx([p.score for p in results[0]], abs=1e-5)
 
     grey = np.asarray(image.convert("L"))
     turned = encoded(image, "PNG", exif=_turned())
@@ -176,7 +182,7 @@ def _opened(data: bytes) -> Image.Image:
         b"text",
     ],
 )
-def test_an_image_that_cannot_be_used_is_named(client, adapters, image) -> None:
+def test_client_names_the_image_when_it_is_unusable(client: Any, adapters: list[Adapter], image: Any) -> None:
     client.register("a", adapters[0].data)
     with pytest.raises(InvalidImage) as error:
         client.classify("a", [png(), image])
@@ -186,17 +192,19 @@ def test_an_image_that_cannot_be_used_is_named(client, adapters, image) -> None:
     assert error.value.errors[0].field == "inputs.1.image"
 
 
-def test_many_images_come_back_in_order(kind, url, hub, adapters, capsys) -> None:
+def test_client_returns_predictions_in_order_when_images_need_several_calls(
+    kind: Kind, url: str, hub: Hub, adapters: list[Adapter], capsys: pytest.CaptureFixture[str]
+) -> None:
     responses: list[httpx.Response] = []
     with kind(url, hub.key, in_flight=3, on_response=responses.append) as client:
         for i in range(2):
             client.register(f"task{i}", adapters[i].data)
         alone = [client.classify("task0", png(i)).predictions[0] for i in range(8)]
         responses.clear()
-        answer = client.classify("task0", (png(i % 8) for i in range(150)))
+        reply = client.classify("task0", (png(i % 8) for i in range(150)))
         assert [r.status_code for r in responses] == [200] * 3  # 64, 64, 22
-        assert len(answer.predictions) == 150
-        for i, predictions in enumerate(answer.predictions):
+        assert len(reply.predictions) == 150
+        for i, predictions in enumerate(reply.predictions):
             assert [p.label for p in predictions] == [p.label for p in alone[i % 8]]
             assert [p.score for p in predictions] == pytest.approx([p.score for p in alone[i % 8]], abs=1e-4)
         assert "classifying" not in capsys.readouterr().err
@@ -214,21 +222,25 @@ def test_many_images_come_back_in_order(kind, url, hub, adapters, capsys) -> Non
         assert len(client.classify("task0", [png()] * 10).predictions) == 10
         assert len(responses) == 4
         assert len(client.classify("task0", [png(1, (64, 64))] * 2).predictions) == 2
-        assert len(responses) == 6  # each larger than `call_bytes`, and alone
+        assert len(responses) == 6  # each image is larger than `call_bytes`
 
 
-def test_all_images_of_a_call_meet_one_version(kind, url, hub, adapters) -> None:
+def test_one_version_classifies_all_images_when_latest_moves_between_calls(
+    kind: Kind, url: str, hub: Hub, adapters: list[Adapter]
+) -> None:
     def release(_response: httpx.Response) -> None:
         hub.http.post("/v1/tasks/a/versions", content=adapters[1].data, headers=OCTETS)
 
     hub.http.post("/v1/tasks/a/versions", content=adapters[0].data, headers=OCTETS).raise_for_status()
     with kind(url, hub.key, on_response=release) as client:
-        answer = client.classify("a", [png()] * 130, top_k=100)
-    assert (answer.version, answer.digest) == (1, adapters[0].digest)
-    assert {len(predictions) for predictions in answer.predictions} == {len(adapters[0].labels)}
+        reply = client.classify("a", [png()] * 130, top_k=100)
+    assert (reply.version, reply.digest) == (1, adapters[0].digest)
+    assert {len(predictions) for predictions in reply.predictions} == {len(adapters[0].labels)}
 
 
-def test_a_bad_image_among_many_is_named_by_its_place_among_all(client, adapters) -> None:
+def test_client_names_an_image_by_its_index_among_all_when_it_is_in_a_later_call(
+    client: Any, adapters: list[Adapter]
+) -> None:
     client.register("a", adapters[0].data)
     images = [png()] * 140
     images[100] = b"text"
@@ -245,61 +257,67 @@ def test_a_bad_image_among_many_is_named_by_its_place_among_all(client, adapters
 @pytest.mark.parametrize(
     ("call", "line", "body"),
     [
-        (calls.task("a/b:c"), "GET /v1/tasks/a%2Fb%3Ac", None),
+        (endpoints.task("a/b:c"), "GET /v1/tasks/a%2Fb%3Ac", None),
         (
-            calls.register("a", source="s3://b/c", digest="0" * 64, alias="x"),
+            endpoints.register("a", source="s3://b/c", digest="0" * 64, alias="x"),
             "POST /v1/tasks/a/versions",
             {"source": "s3://b/c", "digest": "0" * 64},
         ),
-        (calls.set_alias("a", "x", {1: 2}), "PUT /v1/tasks/a/aliases/x", {"weights": {"1": 2}}),
-        (calls.share("a"), "PUT /v1/tasks/a/sharing", {"public": False, "tenants": []}),
-        (calls.usage("t"), "GET /v1/tenants/t/usage", None),
-        (calls.audit("t", after="1-2"), "GET /v1/tenants/t/audit", None),
-        (calls.create_tenant("t"), "POST /v1/tenants", {"tenant": "t"}),
+        (endpoints.set_alias("a", "x", {1: 2}), "PUT /v1/tasks/a/aliases/x", {"weights": {"1": 2}}),
+        (endpoints.share("a"), "PUT /v1/tasks/a/sharing", {"public": False, "tenants": []}),
+        (endpoints.usage("t"), "GET /v1/tenants/t/usage", None),
+        (endpoints.audit("t", after="1-2"), "GET /v1/tenants/t/audit", None),
+        (endpoints.create_tenant("t"), "POST /v1/tenants", {"tenant": "t"}),
         (
-            calls.create_tenant("t", LimitsChange(tasks=0)),
+            endpoints.create_tenant("t", LimitsChange(tasks=0)),
             "POST /v1/tenants",
             {"tenant": "t", "limits": {"tasks": 0}},
         ),
-        (calls.change_limits("t", LimitsChange(weight=2)), "PATCH /v1/tenants/t", {"limits": {"weight": 2.0}}),
+        (endpoints.change_limits("t", LimitsChange(weight=2)), "PATCH /v1/tenants/t", {"limits": {"weight": 2.0}}),
         (
-            calls.create_key("t", "n", role="owner", expires=datetime(2030, 1, 2, tzinfo=UTC)),
+            endpoints.create_key("t", "n", role="owner", expires=datetime(2030, 1, 2, tzinfo=UTC)),
             "POST /v1/tenants/t/keys",
             {"name": "n", "role": "owner", "expires": "2030-01-02T00:00:00+00:00"},
         ),
-        (calls.create_admin_key("n"), "POST /v1/admin/keys", {"name": "n"}),
-        (calls.revoke_admin_key("i"), "DELETE /v1/admin/keys/i", None),
-        (calls.status(), "GET /v1/status", None),
-        (calls.gc(5), "POST /v1/gc", {"older_than_s": 5}),
+        (endpoints.create_admin_key("n"), "POST /v1/admin/keys", {"name": "n"}),
+        (endpoints.revoke_admin_key("i"), "DELETE /v1/admin/keys/i", None),
+        (endpoints.status(), "GET /v1/status", None),
+        (endpoints.gc(5), "POST /v1/gc", {"older_than_s": 5}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_sent(call, line, body) -> None:
-    assert isinstance(call, Call)
+def test_endpoint_describes_the_request(call: Call[Any], line: str, body: dict[str, Any] | None) -> None:
     assert f"{call.method} {call.path}" == line
     assert (call.content is None) == (body is None)
     if body is not None:
-        assert json.loads(call.content) == body
+        assert json.loads(call.content or b"") == body
         assert call.headers["content-type"] == "application/json"
 
 
-def test_calls_are_made_when_they_are_asked_for() -> None:
-    taken: list[int] = []
+def test_call_series_reads_images_only_when_a_call_needs_them() -> None:
+    read: list[int] = []
 
     def images() -> Iterator[bytes]:
         for i in range(1000):
-            taken.append(i)
+            read.append(i)
             yield b"image"
 
-    many = calls.classify("a", images())
-    assert isinstance(many, Many)
-    assert many.total is None
-    assert taken == []
-    next(many.calls(10**6, []))
-    assert len(taken) == 65
+    series = endpoints.classify("a", images())
+    assert isinstance(series, CallSeries)
+    assert series.total is None
+    assert read == []
+    next(series.calls(10**6, []))
+    assert len(read) == 65
 
 
-def test_the_documented_examples_run(url, hub, adapters: list[Adapter], tmp_path, monkeypatch, capsys) -> None:
+def test_examples_of_the_documentation_run(
+    url: str,
+    hub: Hub,
+    adapters: list[Adapter],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for name, adapter in zip(("flowers", "flowers-2", "trees"), adapters, strict=False):
         (tmp_path / f"{name}.safetensors").write_bytes(adapter.data)
     for i, name in enumerate(("rose", "tulip", "oak")):
@@ -307,7 +325,7 @@ def test_the_documented_examples_run(url, hub, adapters: list[Adapter], tmp_path
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 9
-    names = {"url": url, "key": hub.key, "admin_key": hub.admin_key}
+    names: dict[str, Any] = {"url": url, "key": hub.key, "admin_key": hub.admin_key}
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), names)
     shown = capsys.readouterr().out
