@@ -32,7 +32,7 @@ from hub.local.embedded_redis import embedded_redis
 from hub.local.hub import free_port
 from hub.storage.store import Store
 
-from .hub.conftest import OCTETS, Engine, bearer, first_keys_of, make_api
+from .support.hub_app import OCTETS, Engine, bearer, first_keys_of, make_api
 from .support.models import png, random_adapter
 
 HOOKS = "tests.fuzz_api_hooks"

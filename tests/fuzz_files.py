@@ -23,9 +23,9 @@ import torch
 
 from adapters import Adapter, AdapterError, load_backbone
 
-from .attacks.mutations import mutated
-from .attacks.test_hostile_files import GOOD
+from .support.adapter_files import GOOD
 from .support.models import random_adapter
+from .support.mutations import mutated
 
 SECONDS_EACH = 5.0
 ROOM_BYTES = 256 * 1024**2  # of address space beyond what the process has: a lie about sizes must not be believed

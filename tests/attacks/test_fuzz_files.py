@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks.mutations import mutated
 from tests.fuzz_files import Outcome, corpus, in_processes, report
+from tests.support.mutations import mutated
 
 # Prints the peak memory of a process that reads a large file, as a multiple of the file's size.
 READ_LARGE = """

@@ -10,8 +10,8 @@ from hub.errors import Unavailable
 from hub.local.hub import free_port
 from tests.support.faults.disk import fill, small_disk
 from tests.support.faults.load import Load, Tasks
+from tests.support.hub_process import serve
 from tests.support.models import wait_until
-from tests.system.test_hub import serve
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 DISK_MB = 16

@@ -2,19 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 from PIL import Image
 
@@ -22,58 +15,10 @@ from adapters import load_backbone
 from hub.client.client import Client
 from hub.errors import InvalidAdapter, InvalidImage, NotFound, TooLarge, Unauthenticated, Unavailable
 from hub.local.hub import free_port
+from tests.support.hub_process import KARST_HUB, Served, serve
 from tests.support.models import bomb_png, png, random_adapter
 
 pytestmark = pytest.mark.timeout(400)
-KARST_HUB = Path(sys.executable).parent / "karst-hub"
-START_S = 180
-GATEWAY_PORTS = range(30_000, 31_001)  # Ray's default, behind HAProxy
-
-
-@dataclass
-class Served:
-    """A hub in a process of its own."""
-
-    process: subprocess.Popen[str]
-    url: str
-    key: str | None
-    admin_key: str | None
-
-    def stop(self) -> str:
-        """SIGTERM, then everything it said on stderr; fails if a process of it stays."""
-        group = descendants(self.process.pid)
-        assert group
-        self.process.send_signal(signal.SIGTERM)
-        _, said = self.process.communicate(timeout=90)
-        assert self.process.returncode == 0, said
-        deadline = time.monotonic() + 15
-        while left := [pid for pid in group if alive(pid)]:
-            assert time.monotonic() < deadline, f"left behind: {[command(pid) for pid in left]}"
-            time.sleep(0.1)
-        return said
-
-
-def serve(home: Path, port: int, **settings: str) -> Served:
-    environment = os.environ | {"HUB_BACKBONE": "demo", "HUB_HOME": str(home), "HUB_PORT": str(port)} | settings
-    process = subprocess.Popen(
-        [str(KARST_HUB), "serve"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    watchdog = threading.Timer(START_S, process.kill)
-    watchdog.start()
-    key = admin_key = url = None
-    assert process.stdout is not None
-    for line in process.stdout:
-        name, _, value = line.strip().partition("=")
-        key = value if name == "HUB_KEY" else key
-        admin_key = value if name == "HUB_ADMIN_KEY" else admin_key
-        if name == "HUB_URL":
-            url = value
-            break
-    watchdog.cancel()
-    if url is None:
-        _, said = process.communicate()
-        pytest.fail(f"the hub did not start: {said}")
-    return Served(process, url, key, admin_key)
 
 
 @pytest.fixture(scope="module")
@@ -242,45 +187,3 @@ def test_a_restart_keeps_everything_and_shows_no_key_again(served, key, home, ad
         assert [p.label for p in got.predictions[0]] == [p.label for p in answer.predictions[0]]
     finally:
         again.stop()
-
-
-def descendants(pid: int) -> list[int]:
-    """Every living process under this one."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            children.setdefault(parent, []).append(int(entry.name))
-    found, todo = [], [pid]
-    while todo:
-        for child in children.get(todo.pop(), []):
-            found.append(child)
-            todo.append(child)
-    return found
-
-
-def listening(pids: Iterable[int]) -> set[tuple[str, int]]:
-    """(address, port) of every TCP socket that these processes listen on."""
-    found = set()
-    for pid in pids:
-        with suppress(psutil.Error):  # it has just ended
-            sockets = psutil.Process(pid).net_connections("tcp")
-            found |= {(s.laddr.ip, s.laddr.port) for s in sockets if s.status == psutil.CONN_LISTEN}
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:100]
-    except OSError:
-        return "gone"

@@ -20,8 +20,8 @@ from adapters import load_backbone
 from hub.client.client import Client
 from hub.errors import NotFound
 from hub.local.hub import free_port
+from tests.support.hub_process import KARST_HUB, Served, command, descendants, listening_sockets, serve
 from tests.support.models import png, random_adapter
-from tests.system.test_hub import KARST_HUB, Served, command, descendants, listening, serve
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore")]
 SCRAPE_S = 60  # Ray's nodes report every 10 s
@@ -104,7 +104,7 @@ def test_only_replicas_listen_beyond_loopback(used) -> None:
     """And only on one port each, which takes nobody without Ray's token (`test_tls`); see docs/security.md."""
     open_to_all: Counter[str] = Counter()
     for pid in descendants(used.hub.process.pid):
-        for text, _port in listening([pid]):
+        for text, _port in listening_sockets([pid]):
             address = ipaddress.ip_address(text)
             if not (getattr(address, "ipv4_mapped", None) or address).is_loopback:
                 open_to_all[command(pid)] += 1

@@ -11,8 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from adapters import Adapter, load_backbone
 from hub.client.client import Client
 from hub.local.hub import free_port
+from tests.support.hub_process import Served, serve
 from tests.support.models import png, random_adapter
-from tests.system.test_hub import Served, serve
 
 pytestmark = pytest.mark.timeout(400)
 

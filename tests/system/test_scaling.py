@@ -23,8 +23,8 @@ from hub.client.client import Client
 from hub.local.embedded_redis import embedded_redis
 from hub.local.hub import free_port, new_admin_key
 from hub.settings import Settings
+from tests.support.hub_process import alive, command, descendants, serve
 from tests.support.models import png, random_adapter, wait_until
-from tests.system.test_hub import alive, command, descendants, serve
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(500)]
 BIN = Path(sys.executable).parent

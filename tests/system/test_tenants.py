@@ -15,8 +15,8 @@ from hub.client.client import Client
 from hub.errors import HubError, LimitReached, NotFound, Unauthenticated
 from hub.local.hub import free_port
 from hub.schemas import LimitsChange
+from tests.support.hub_process import Served, serve
 from tests.support.models import png, random_adapter
-from tests.system.test_hub import Served, serve
 
 pytestmark = pytest.mark.timeout(400)
 TENANTS = ("acme", "bolt")

@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from hub.local.hub import free_port
-from tests.hub.storage.test_downloads import certificate
+from tests.support.hub_process import GATEWAY_PORTS, Served, descendants, listening_sockets, serve
 from tests.support.models import wait_until
-from tests.system.test_hub import GATEWAY_PORTS, Served, descendants, listening, serve
+from tests.support.tls import certificate
 
 pytestmark = pytest.mark.timeout(400)
 HOST = "localhost"
@@ -75,8 +75,8 @@ def test_only_the_front_is_open_to_the_network(served) -> None:
     proxies = [pid for pid in everything if Path(f"/proc/{pid}/comm").read_text() == "haproxy\n"]
     assert proxies
     front = httpx.URL(served.url).port
-    assert {port: address for address, port in listening(proxies)} == {front: "0.0.0.0"}
-    gateways = {port: address for address, port in listening(everything) if port in GATEWAY_PORTS}
+    assert {port: address for address, port in listening_sockets(proxies)} == {front: "0.0.0.0"}
+    gateways = {port: address for address, port in listening_sockets(everything) if port in GATEWAY_PORTS}
     assert gateways
     assert {*gateways.values()} == {"127.0.0.1"}
 

@@ -11,9 +11,8 @@ from hub.admission.authentication import first_keys
 from hub.errors import Conflict
 from hub.registry.audit import OPERATOR
 from hub.registry.tenants import Tenants, hash_key, key_id
-from tests.hub.conftest import OCTETS, bearer, first_keys_of, in_registry
-from tests.hub.registry.test_redis_gone import wait_until
-from tests.support.models import png
+from tests.support.hub_app import OCTETS, bearer, first_keys_of, in_registry
+from tests.support.models import png, wait_until
 
 
 def test_a_caller_s_key_classifies_and_changes_nothing(hub, adapters) -> None:

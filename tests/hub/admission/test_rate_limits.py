@@ -18,7 +18,7 @@ from hub.registry.connection import Database
 from hub.registry.tasks import Registry
 from hub.registry.tenants import Tenants
 from hub.schemas import LimitsChange
-from tests.hub.conftest import OCTETS, in_registry
+from tests.support.hub_app import OCTETS, in_registry
 from tests.support.models import png
 
 

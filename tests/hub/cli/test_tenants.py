@@ -11,7 +11,7 @@ from hub.cli.main import app
 from hub.cli.output import show
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.tenants import Tenants
-from tests.hub.conftest import OCTETS, bearer, in_registry
+from tests.support.hub_app import OCTETS, bearer, in_registry
 from tests.support.models import png
 
 

@@ -15,7 +15,7 @@ from hub.client import endpoints as calls
 from hub.errors import Forbidden, Unavailable
 from hub.registry.status import Board, busiest
 from hub.schemas import Counted, HubStatus, TaskRate, TenantStatus, WorkerStatus
-from tests.hub.conftest import bearer, in_registry
+from tests.support.hub_app import bearer, in_registry
 from tests.support.models import png
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, at import

@@ -20,8 +20,8 @@ from hub.client import endpoints as calls
 from hub.client.transport import Call, Many
 from hub.errors import Conflict, Forbidden, InvalidAdapter, InvalidImage, InvalidRequest, NotFound, Unauthenticated
 from hub.schemas import LimitsChange
-from tests.hub.conftest import OCTETS
 from tests.support.clients import KINDS
+from tests.support.hub_app import OCTETS
 from tests.support.models import encoded, png
 
 ROOT = Path(__file__).parents[3]

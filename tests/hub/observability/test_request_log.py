@@ -14,7 +14,7 @@ from hub.observability import request_context
 from hub.observability.log_format import JsonFormatter
 from hub.observability.request_context import RequestContext
 from hub.observability.request_log import RequestLogMiddleware
-from tests.hub.conftest import Hub
+from tests.support.hub_app import Hub
 from tests.support.models import png
 
 ID_HEADER = (b"x-request-id", b"r-1")

@@ -4,8 +4,7 @@ from collections import Counter
 
 from hub.registry.models import Task
 from hub.services.classification import _choose
-from tests.hub.conftest import OCTETS
-from tests.hub.registry.test_tasks import version
+from tests.support.hub_app import OCTETS, version
 from tests.support.models import png
 
 URL = "/v1/tasks/flowers"

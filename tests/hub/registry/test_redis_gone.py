@@ -7,7 +7,7 @@ import time
 import redis
 
 from hub.local.embedded_redis import embedded_redis
-from tests.hub.conftest import OCTETS, running
+from tests.support.hub_app import OCTETS, running
 from tests.support.models import png, wait_until
 
 

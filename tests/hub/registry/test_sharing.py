@@ -2,9 +2,8 @@
 
 import base64
 
-from tests.hub.conftest import OCTETS
-from tests.hub.registry.test_redis_gone import wait_until
-from tests.support.models import png
+from tests.support.hub_app import OCTETS
+from tests.support.models import png, wait_until
 
 URL = "/v1/tasks/default:flowers"
 

@@ -6,41 +6,8 @@ import pytest
 
 from hub.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import Database
-from hub.registry.tasks import Registry
-from hub.registry.tenants import Tenants
-from hub.schemas import LimitsChange, Sharing, VersionInfo
-from tests.hub.conftest import in_registry
-
-
-def version(digest: str) -> VersionInfo:
-    return VersionInfo(
-        version=0,
-        digest=digest,
-        labels=["a", "b"],
-        backbone="demo",
-        fingerprint="f" * 64,
-        config={},
-        preprocess={},
-        metrics=None,
-        size_bytes=1,
-        registered="2026-01-01T00:00:00+00:00",
-    )
-
-
-def with_registry(url: str, use, tenants=("t", "one", "two")):
-    """Run `use(registry)` on a loop of its own, with some tenants."""
-
-    async def run(database: Database):
-        for tenant in tenants:
-            await Tenants(database).create(OPERATOR, tenant, LimitsChange())
-        return await use(Registry(database))
-
-    return in_registry(url, run)
-
-
-def registry_of(database: Database) -> Registry:
-    return Registry(database)
+from hub.schemas import Sharing
+from tests.support.hub_app import version, with_registry
 
 
 def test_fifty_writers_at_once_get_fifty_numbers(empty_redis) -> None:

@@ -4,7 +4,7 @@ import time
 
 import httpx
 
-from tests.hub.conftest import OCTETS, bearer
+from tests.support.hub_app import OCTETS, bearer
 from tests.support.models import png
 
 

@@ -4,17 +4,14 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from hub.errors import InvalidRequest, TooLarge, Unavailable
 from hub.storage.remote_sources import Sources, is_global
-from tests.hub.storage.test_remote_sources import DATA, refusal
+from tests.support.remote_sources import DATA, refusal
+from tests.support.tls import certificate
 
 
 @pytest.mark.parametrize(
@@ -38,23 +35,6 @@ def test_addresses_that_are_not_public(address) -> None:
 )
 def test_addresses_that_are_public(address) -> None:
     assert is_global(ip_address(address))
-
-
-def certificate(host: str) -> tuple[bytes, bytes]:
-    """A key and a certificate for a host that vouches for itself, PEM."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    return key.private_bytes(*pem), made.public_bytes(pem[0])
 
 
 ANSWERS = {

@@ -9,10 +9,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from hub.errors import HubError, InvalidRequest, TooLarge, Unavailable
+from hub.errors import TooLarge, Unavailable
 from hub.storage.remote_sources import Sources, parse_prefixes
+from tests.support.remote_sources import DATA, refusal
 
-DATA = b"adapter" * 100
 ALLOWED = (
     "s3://bucket/adapters/",
     "https://Adapters.Example/v1",
@@ -20,14 +20,6 @@ ALLOWED = (
     "hf://org/repo@v1/",
     "file:///srv/adapters",
 )
-
-
-def refusal(sources: Sources, source: str, kind: type[HubError] = InvalidRequest) -> str:
-    with pytest.raises(kind) as caught:
-        sources.fetch(source)
-    if kind is not Unavailable:
-        assert [e.field for e in caught.value.errors] == ["source"]
-    return caught.value.detail
 
 
 # ---- which references are looked at, at all

@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from hub.errors import Unavailable
 from hub.storage.store import Store
-from tests.hub.conftest import OCTETS
+from tests.support.hub_app import OCTETS
 from tests.support.models import png
 
 DATA = b"adapter" * 100

@@ -9,7 +9,7 @@ from hub.registry.audit import OPERATOR
 from hub.registry.tasks import Registry
 from hub.schemas import VersionInfo
 from hub.worker.prewarming import Prewarming
-from tests.hub.registry.test_tasks import with_registry
+from tests.support.hub_app import with_registry
 
 
 def version(digest: str) -> VersionInfo:

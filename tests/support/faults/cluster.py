@@ -27,8 +27,8 @@ from hub.registry.tenants import Tenants
 from hub.schemas import LimitsChange
 from hub.settings import Settings
 from tests.support.faults.load import Load, RedisServer, Report, Tasks, replicas
+from tests.support.hub_process import alive, descendants
 from tests.support.models import listens, wait_until
-from tests.system.test_hub import alive, descendants
 
 RAY = Path(sys.executable).parent / "ray"
 LOOPBACK = "127.0.0.1"

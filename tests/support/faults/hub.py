@@ -16,8 +16,8 @@ from hub.errors import HubError, Unavailable
 from hub.local.hub import free_port
 from hub.schemas import LimitsChange
 from tests.support.faults.load import Load, RedisServer, Report, StoreServer, Tasks, replicas
+from tests.support.hub_process import GATEWAY_PORTS, Served, listening_sockets, serve
 from tests.support.models import png, wait_until
-from tests.system.test_hub import GATEWAY_PORTS, Served, listening, serve
 
 TASKS = 6
 WRITERS = 50
@@ -54,7 +54,11 @@ class Hub:
 
     def open_gateways(self) -> set[int]:
         """Gateways that HTTP can reach."""
-        return {pid for pid in self.replicas("gateway") if any(port in GATEWAY_PORTS for _, port in listening([pid]))}
+        return {
+            pid
+            for pid in self.replicas("gateway")
+            if any(port in GATEWAY_PORTS for _, port in listening_sockets([pid]))
+        }
 
     def logged(self, deployment: str) -> str:
         """What stands in the log files that the replicas of a deployment have open."""

@@ -24,8 +24,8 @@ from adapters.data.images import decode_image, eval_transform, normalise
 from hub.client.client import Client
 from hub.errors import HubError
 from hub.local.hub import free_port
+from tests.support.hub_process import command, descendants
 from tests.support.models import png, random_adapter, wait_until
-from tests.system.test_hub import command, descendants
 
 IMAGES = 6
 CLASSES = 4
