@@ -9,8 +9,8 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/karst-hub demo
 
-# Two processes; one of them runs all tests that start whole hubs.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+# Two processes: one starts with all tests that share whole hubs, the other with the rest, in the order of collection.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow and not long"

@@ -6,6 +6,8 @@ import pytest
 
 from tests.fuzz_api import Outcome, fuzz, prepare, world
 
+pytestmark = pytest.mark.slow
+
 CALLERS = ("nobody", "stranger", "owner", "admin")
 
 

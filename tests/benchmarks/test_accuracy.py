@@ -19,6 +19,8 @@ from benchmarks import accuracy, accuracy_methods, accuracy_report, train_step
 from benchmarks.accuracy_methods import ABLATION, CONFIGS, KARST, LINEAR, MAIN, METHODS
 from benchmarks.accuracy_tasks import BINS, POOL, TASKS, TEST, TRAIN, TaskError, load_task, sprite_image
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 10
 TRAINED = METHODS[1:]
 

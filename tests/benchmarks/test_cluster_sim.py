@@ -23,6 +23,8 @@ from benchmarks.cluster_model import (
 from benchmarks.cluster_routing import POLICIES, Router
 from hub.cluster.rendezvous import Owners, _number, ranked
 
+pytestmark = pytest.mark.slow
+
 PLAIN = Times(pass_s=0.0, image_s=0.01, batch_size=1, batch_wait_s=0.0, slots=10)
 
 

@@ -11,6 +11,8 @@ import pytest
 from benchmarks.load import Reply, p95, rate_of_passes
 from benchmarks.over_http import BARS, bars, spreads
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 SMALL = "--parts idle throughput first-answer tenants --calls 3 --rounds 1 --seconds 1.5 --callers 2 --greedy-open 50"
 

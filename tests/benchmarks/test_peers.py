@@ -12,6 +12,8 @@ from rich.console import Console
 from adapters import load_backbone
 from benchmarks import peers
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(peers.__file__).parents[1]
 
 

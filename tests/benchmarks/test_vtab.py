@@ -32,6 +32,8 @@ from benchmarks.vtab_protocol import (
     vtab_trials,
 )
 
+pytestmark = pytest.mark.slow
+
 LRS = ["--lr", "1e-3", "2e-2"]
 
 

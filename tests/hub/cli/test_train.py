@@ -237,6 +237,7 @@ def stop(process: subprocess.Popen[str], number: signal.Signals, checkpoint: Pat
     return process.communicate()[1]
 
 
+@pytest.mark.slow
 def test_training_resumes_with_the_same_bits_when_it_receives_ctrl_c_and_then_a_kill(
     job, tmp_path, monkeypatch
 ) -> None:
@@ -277,6 +278,7 @@ def test_an_interrupt_that_python_dropped_comes_with_the_next_step() -> None:
         bar.step(1, 0.5, 0.5)
 
 
+@pytest.mark.slow
 def test_two_devices_share_each_batch(job, tmp_path) -> None:
     """Two processes on the CPU: one of them speaks and writes, for both."""
     output = tmp_path / "shared.safetensors"
