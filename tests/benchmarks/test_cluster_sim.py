@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import OrderedDict
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ class Holder:
 
 
 def cluster(
-    times: Times = PLAIN, workers: int = 1, policy: str = "owners by call", adapters: int = 10, **more
+    times: Times = PLAIN, workers: int = 1, policy: str = "owners by call", adapters: int = 10, **more: Any
 ) -> Cluster:
     return Cluster(times, workers, policy, digests(adapters), **more)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.hub_process import descendants
+from tests.support.hub_process import descendants, environment_of
 from tests.support.models import wait_until
 
 from .conftest import SharedHub
@@ -72,12 +72,3 @@ def test_every_process_of_ray_needs_its_token(hub: SharedHub) -> None:
     assert token.stat().st_mode & 0o077 == 0
     assert token.parent.stat().st_mode & 0o077 == 0
     assert len(token.read_text()) == 64
-
-
-def environment_of(pid: int) -> dict[str, str]:
-    """Return the environment of a process, or nothing when it has ended."""
-    try:
-        text = Path(f"/proc/{pid}/environ").read_bytes().decode()
-    except OSError:
-        return {}
-    return dict(entry.split("=", 1) for entry in text.split("\0") if "=" in entry)

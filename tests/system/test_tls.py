@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from hub.local.hub import free_port
-from tests.support.hub_process import GATEWAY_PORTS, Served, descendants, listening_sockets, serve
+from tests.support.hub_process import GATEWAY_PORTS, Served, descendants, environment_of, listening_sockets, serve
 
 from .conftest import HOST
 
@@ -66,23 +66,11 @@ def test_only_haproxys_front_listens_on_the_network(served: Served) -> None:
 
 
 def test_private_files_of_the_hub_are_readable_by_its_user_only(served: Served) -> None:
-    proxies = [pid for pid in descendants(served.process.pid) if b"/haproxy" in commandline(pid)]
-    assert proxies
-    [folder] = {path.parent for pid in proxies for path in files_of(commandline(pid)) if path.suffix == ".cfg"}
-    secrets = [*folder.glob("*.pem"), folder / "ray-token"]
+    environments = [environment_of(pid) for pid in descendants(served.process.pid)]
+    [token] = {Path(e["RAY_AUTH_TOKEN_PATH"]) for e in environments if "RAY_AUTH_TOKEN_PATH" in e}
+    secrets = [token, *token.parent.glob("*.pem")]
     assert len(secrets) > 1
-    assert [path.stat().st_mode & 0o077 for path in (folder, *secrets)] == [0] * (len(secrets) + 1)
-
-
-def commandline(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def files_of(command: bytes) -> list[Path]:
-    return [Path(part.decode()) for part in command.split(b"\0") if part.startswith(b"/")]
+    assert [path.stat().st_mode & 0o077 for path in (token.parent, *secrets)] == [0] * (len(secrets) + 1)
 
 
 def test_audit_has_the_address_of_the_connection_and_not_a_forwarded_one(served: Served, tls: ssl.SSLContext) -> None:
