@@ -22,12 +22,12 @@ OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 
 
 @schemathesis.serializer("application/x-tar")
-def tar(_context: SerializationContext, value: Any) -> dict[str, Any]:
+def tar(_context: SerializationContext, value: Any) -> Any:
     return {"data": value if isinstance(value, bytes) else str(value).encode()}
 
 
 @schemathesis.hook
-def before_call(_context: HookContext, case: Case, _kwargs: dict[str, Any]) -> None:
+def before_call(_context: HookContext, case: Case[Any], _kwargs: dict[str, Any]) -> None:
     """Most valid bodies become valid in what no schema says, too: real adapters, real images."""
     positive = case.meta is None or case.meta.generation.mode == GenerationMode.POSITIVE
     if not positive or case.method != "POST" or case.id[-1] in "0123456789abcd":
@@ -43,16 +43,17 @@ def before_call(_context: HookContext, case: Case, _kwargs: dict[str, Any]) -> N
         case "classify", "application/json", {"images": list(images)}:
             case.body = {"images": [text for _ in images]}
         case "classify", "application/json", {"inputs": list(inputs)}:
-            case.body = {"inputs": [{**entry, "image": text} for entry in inputs if isinstance(entry, dict)]}
-        case "{task}", "application/json", {"inputs": str()}:
-            case.body = {**case.body, "inputs": text}
-        case "infer", "application/json", dict():
-            image = {"name": "image", "shape": [2], "datatype": "BYTES", "data": [text, text]}
-            case.body = {**case.body, "inputs": [image]}
+            entries: list[Any] = [entry for entry in inputs if isinstance(entry, dict)]
+            case.body = {"inputs": [entry | {"image": text} for entry in entries]}
+        case "{task}", "application/json", {"inputs": str(), **rest}:
+            case.body = {**rest, "inputs": text}
+        case "infer", "application/json", {**rest}:
+            image: Any = {"name": "image", "shape": [2], "datatype": "BYTES", "data": [text, text]}
+            case.body = rest | {"inputs": [image]}
 
 
 @schemathesis.check
-def nothing_of_another_s(_context: CheckContext, response: Response, case: Case) -> bool | None:
+def nothing_of_another_s(_context: CheckContext, response: Response, case: Case[Any]) -> bool | None:
     """Who has no key gets nothing; a stranger gets nothing of the owner's, and no sign that it is there."""
     if CALLER == "nobody" and case.operation.path not in OPEN:
         assert response.status_code in (401, 404, 405), f"{response.status_code} without a key"

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ class Hang(BaseException):
 def corpus() -> list[bytes]:
     """Good files: tiny ones, whose every byte is hit, and those of the demo backbone in all forms."""
     backbone = load_backbone("demo")
-    forms = [
+    forms: list[dict[str, Any]] = [
         {"kernels": 1, "rank": 1, "rescale": "none"},
         {"kernels": 2, "rank": 4, "rescale": "scalar"},
         {"kernels": 3, "rank": 2, "rescale": "channel", "norms": True},

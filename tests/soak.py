@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import torch
 
 from adapters import Adapter, Backbone, load_backbone
@@ -102,7 +103,7 @@ class World:
         """One caller, until it is time."""
         rng = random.Random(seed)
 
-        def count(response) -> None:
+        def count(response: httpx.Response) -> None:
             with self._lock:
                 self.counts["shared"] += int(response.headers.get("x-batch-images", "0")) > 1
                 self.counts["mixed"] += int(response.headers.get("x-batch-tasks", "0")) > 1

@@ -65,7 +65,8 @@ def compose() -> dict[str, Any]:
     """compose.yaml as Docker Compose understands it, with every secret set."""
     done = compose_config({name: f"secret-{name}" for name in PASSWORDS})
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def compose_config(secrets: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -82,11 +83,13 @@ def kuberay() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def ray_cluster(kuberay: list[dict[str, Any]]) -> dict[str, Any]:
     (service,) = (d for d in kuberay if d["kind"] == "RayService")
-    return service["spec"]["rayClusterConfig"]
+    found: dict[str, Any] = service["spec"]["rayClusterConfig"]
+    return found
 
 
 def serve_config() -> dict[str, Any]:
-    return yaml.safe_load((DEPLOY / "serve.yaml").read_text())
+    found: dict[str, Any] = yaml.safe_load((DEPLOY / "serve.yaml").read_text())
+    return found
 
 
 def groups(cluster: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ SMALL = "--parts idle throughput first-answer tenants --calls 3 --rounds 1 --sec
 
 
 @pytest.mark.timeout(260)
-def test_every_part_over_http(tmp_path) -> None:
+def test_every_part_over_http(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     command = [sys.executable, "-m", "benchmarks.over_http", *SMALL.split(), "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
