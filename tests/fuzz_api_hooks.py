@@ -1,6 +1,6 @@
-"""What `fuzz_api` teaches schemathesis: bodies that only a program can make, and what a caller must never be told.
+"""Schemathesis hooks of `fuzz_api`: bodies that only a program can make, and a check for other tenants' data.
 
-Loaded by schemathesis itself, in a process of its own; `FUZZ_*` in the environment say who calls.
+Schemathesis loads them in its own process; `FUZZ_*` in the environment name the caller.
 """
 
 import base64
@@ -13,7 +13,7 @@ from schemathesis import Case, GenerationMode, HookContext, Response, Serializat
 from schemathesis.checks import CheckContext
 
 CALLER = os.environ["FUZZ_CALLER"]
-SECRET = os.environ["FUZZ_SECRET"]  # a label that stands in each of the owner's adapters
+SECRET = os.environ["FUZZ_SECRET"]  # a label of each of the owner's adapters
 FOLDER = Path(os.environ["FUZZ_FOLDER"])
 ADAPTERS = [path.read_bytes() for path in sorted(FOLDER.glob("*.safetensors"))]
 PNG = (FOLDER / "image.png").read_bytes()
@@ -28,7 +28,7 @@ def tar(_context: SerializationContext, value: Any) -> Any:
 
 @schemathesis.hook
 def before_call(_context: HookContext, case: Case[Any], _kwargs: dict[str, Any]) -> None:
-    """Most valid bodies become valid in what no schema says, too: real adapters, real images."""
+    """Put real adapters and images into most valid bodies: a schema cannot describe them."""
     positive = case.meta is None or case.meta.generation.mode == GenerationMode.POSITIVE
     if not positive or case.method != "POST" or case.id[-1] in "0123456789abcd":
         return
@@ -55,12 +55,12 @@ def before_call(_context: HookContext, case: Case[Any], _kwargs: dict[str, Any])
 
 @schemathesis.check
 def nothing_of_another_s(_context: CheckContext, response: Response, case: Case[Any]) -> bool | None:
-    """Who has no key gets nothing; a stranger gets nothing of the owner's, and no sign that it is there."""
-    if CALLER == "nobody" and case.operation.path not in OPEN:
+    """Fail if a caller without a key gets an answer, or another tenant learns that the owner's task exists."""
+    if CALLER == "anonymous" and case.operation.path not in OPEN:
         assert response.status_code in (401, 404, 405), f"{response.status_code} without a key"
-    if CALLER in ("nobody", "stranger"):
+    if CALLER in ("anonymous", "visitor"):
         assert SECRET not in response.content.decode(errors="replace"), "an answer holds a label of the owner's"
-    if CALLER == "stranger":
+    if CALLER == "visitor":
         named = [str(value) for value in (case.path_parameters or {}).values()]
         foreign = any(name == "default" or name.startswith("default:") for name in named)
         assert not (foreign and response.status_code < 400), f"{response.status_code} for what is another tenant's"

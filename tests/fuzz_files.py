@@ -2,7 +2,7 @@
 
     python -m tests.fuzz_files [--files 100000] [--seed 0] [--jobs 2] [--keep FOLDER]
 
-File i of a seed is always the same one, whatever the number of files and jobs. `make fuzz` runs it; the suite has a
+File i of a seed is always the same, for any number of files and jobs. `make fuzz` runs it; the suite has a
 short run. A file that does what it should not is written to `--keep` and ends the run with exit code 1.
 """
 
@@ -37,7 +37,7 @@ SHOWN = 10
 
 @dataclass
 class Outcome:
-    """What came of the files; `failures` name the file's index."""
+    """The results of the files; `failures` name the file's index."""
 
     read: int = 0
     refused: int = 0

@@ -1,4 +1,4 @@
-"""A short run of `make fuzz` over the HTTP application: as nobody, as a stranger, as an owner, as an admin."""
+"""A short run of `make fuzz` over the HTTP application: without a key, as another tenant, as an owner, as an admin."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tests.fuzz_api import Outcome, fuzz, prepare, world
 
 pytestmark = pytest.mark.slow
 
-CALLERS = ("nobody", "stranger", "owner", "admin")
+CALLERS = ("anonymous", "visitor", "owner", "admin")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The disk of `HUB_HOME` is full while adapters are registered: a clean error, nothing half there, and it mends."""
+"""The disk of `HUB_HOME` is full while adapters are registered: a clean error, no partial state, and recovery."""
 
 from contextlib import ExitStack
 from pathlib import Path

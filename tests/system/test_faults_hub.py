@@ -1,4 +1,4 @@
-"""One hub, broken in one way after another, under steady load: nothing wrong is ever answered, and it mends itself.
+"""Faults of one hub, one after another, under steady load: no answer is wrong, and the hub recovers.
 
 Real processes: two workers, two gateways, a redis-server and a store of their own. Figures: docs/faults.md.
 """
@@ -38,7 +38,7 @@ def test_a_gateway_is_killed(hub: Hub) -> None:
     assert len(hub.replicas("gateway")) == 2
     once, again = kill_gateway(hub)
     assert (again.failed, again.wrong, once.wrong) == ({}, 0, 0), again
-    assert sum(once.failed.values()) <= 3, once  # each caller had one call under way
+    assert sum(once.failed.values()) <= 3, once  # each caller had one call in flight
 
 
 def test_the_registry_hangs(hub: Hub) -> None:

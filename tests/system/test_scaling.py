@@ -33,7 +33,7 @@ SERVE_YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 WORKER, NODE = "ray::ServeReplica:karst-hub:worker", "/raylet/raylet "
 CHANGE_S = 150.0  # for a replica or a node to come or to go, on a busy machine
 QUICK = {"HUB_SCALE_UP_S": "1", "HUB_SCALE_DOWN_S": "4"}
-IMAGES = 8  # in a heavy call: more than a worker's share, whatever its batches are
+IMAGES = 8  # in a heavy call: more than a worker's share, for any batch size
 TASKS = 4
 
 
@@ -150,7 +150,7 @@ def test_the_last_worker_goes_and_the_next_request_waits_for_one(tmp_path: Path,
 
 
 def test_one_request_for_many_tasks_reaches_all_their_workers(tmp_path: Path, adapters: list[Adapter]) -> None:
-    """Its calls to workers are under way together, and Serve gives all of them one id."""
+    """Its calls to workers run concurrently, and Serve gives all of them one id."""
     hub = serve(tmp_path, free_port(), HUB_MIN_WORKERS="2", HUB_MAX_WORKERS="2")
     try:
         register(hub.url, str(hub.key), adapters)
