@@ -1,16 +1,22 @@
-# The two commands of the README are `make demo` and `make test`; each does all of its own set-up in .venv.
+# Each command installs everything that it needs into .venv. CONTRIBUTING.md says when to run which.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test faults soak fuzz serve lint bench clean
+.PHONY: demo test test-all faults soak fuzz serve lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/karst-hub demo
 
+# Two processes: one starts with all tests that share whole hubs, the other with the rest; see tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow and not long"
+
+test-all: $(INSTALLED)
+	$(PYTEST) -m "not long"
 
 faults: $(INSTALLED)
 	$(BIN)/python -m pytest -m long
@@ -31,6 +37,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python .ci/lua.py
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/vulture
+	$(BIN)/python .ci/words.py
 	$(BIN)/python .ci/audit.py
 
 bench: $(INSTALLED)

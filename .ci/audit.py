@@ -1,9 +1,9 @@
-"""pip-audit over constraints.txt, saying plainly what it could not look up.
+"""Audit the packages of constraints.txt with pip-audit, and list the packages that it could not look up.
 
     python .ci/audit.py [--must]
 
-pip-audit itself calls it well when its service knows none of the packages, as behind a mirror. Exit code 1: a known
-vulnerability that EXPLAINED does not have; with --must also where something was not looked up.
+pip-audit itself exits with 0 when its service knows none of the packages, for example behind a mirror. Exit code 1: a
+known vulnerability that EXPLAINED does not list; with --must also a package that was not looked up.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PINNED = ROOT / "constraints.txt"
 SERVICES = ("pypi", "osv")
-EXPLAINED: dict[str, str] = {}  # id of a vulnerability -> why it does not matter here
+EXPLAINED: dict[str, str] = {}  # id of a vulnerability -> the reason why it cannot be exploited here
 
 
 def main() -> None:
@@ -26,12 +26,12 @@ def main() -> None:
         if looked_up:
             sys.exit(judge(found, looked_up))
         problems.append(f"{service}: {problem or 'knows none of the packages'}")
-    print(f"NOT AUDITED: no service could be asked about {PINNED.name}; {'; '.join(problems)}", file=sys.stderr)
+    print(f"NOT AUDITED: no service answered for {PINNED.name}; {'; '.join(problems)}", file=sys.stderr)
     sys.exit(1 if "--must" in sys.argv else 0)
 
 
 def ask(service: str) -> tuple[list[dict[str, Any]], str]:
-    """What a service says of each package; else why it says nothing."""
+    """Return a service's report on each package, or an empty list and the reason."""
     command = [
         *(sys.executable, "-m", "pip_audit", "--vulnerability-service", service, "--timeout", "20"),
         *("--requirement", str(PINNED), "--no-deps", "--disable-pip", "--format", "json", "--progress-spinner", "off"),
@@ -44,14 +44,14 @@ def ask(service: str) -> tuple[list[dict[str, Any]], str]:
 
 
 def judge(found: list[dict[str, Any]], looked_up: list[dict[str, Any]]) -> int:
-    """Say what was found; the exit code."""
+    """Print the vulnerabilities; return the exit code."""
     code = False
     for package in looked_up:
-        for hole in package["vulns"]:
-            names = [hole["id"], *hole.get("aliases", [])]
+        for vulnerability in package["vulns"]:
+            names = [vulnerability["id"], *vulnerability.get("aliases", [])]
             reason = next((EXPLAINED[name] for name in names if name in EXPLAINED), "")
-            fixed = ", ".join(hole["fix_versions"]) or "nowhere yet"
-            print(f"{package['name']} {package['version']}: {names[0]}, mended in {fixed}; {reason or 'not explained'}")
+            fixed = ", ".join(vulnerability["fix_versions"]) or "no version"
+            print(f"{package['name']} {package['version']}: {names[0]}, fixed in {fixed}; {reason or 'not explained'}")
             code = code or not reason
     skipped = [package["name"] for package in found if "skip_reason" in package]
     if skipped:

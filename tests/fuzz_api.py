@@ -4,7 +4,7 @@
     python -m tests.fuzz_api --url http://127.0.0.1:8000 --key kh_... --admin-key kh_...
 
 The HTTP application runs in this process, over a real Redis and store; or it is a running hub, whose tenant of the key
-gets two tasks, and which gets a tenant `stranger`. Four callers: nobody (no key), the stranger, the owner of the tasks
+gets two tasks, and which gets a tenant `visitor`. Four callers: anonymous (no key), the visitor, the owner of the tasks
 that all of them are after, an admin. `--cases` is the most per operation and phase. `make fuzz` runs it; the suite has
 a short run. Exit code 1: an error of the hub, an answer that the document does not have, or one that the caller should
 not have got.
@@ -32,7 +32,7 @@ from hub.local.embedded_redis import embedded_redis
 from hub.local.ports import free_port
 from hub.storage.store import Store
 
-from .hub.conftest import OCTETS, Engine, bearer, first_keys_of, make_api
+from .support.hub_app import OCTETS, Engine, bearer, first_keys_of, make_api
 from .support.models import png, random_adapter
 
 HOOKS = "tests.fuzz_api_hooks"
@@ -58,7 +58,7 @@ ACCEPTED = ["2xx", "401", "403", "404", "409", "413", "422", "429"]
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls: its key, and what its requests are about, so that they get beyond the first 404."""
+    """A caller: its key, and tasks that exist, so that requests get beyond the first 404."""
 
     name: str
     key: str | None
@@ -67,7 +67,7 @@ class Caller:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a caller's requests; `said` is schemathesis's own report."""
+    """The results of a caller's requests; `said` is schemathesis's own report."""
 
     caller: str
     requests: int
@@ -114,22 +114,22 @@ def prepare(url: str, key: str, admin_key: str, folder: Path) -> list[Caller]:
     ]
     owner, admin = bearer(key), bearer(admin_key)
     with httpx.Client(base_url=url, timeout=30) as client:
-        client.post("/v1/tenants", json={"tenant": "stranger"}, headers=admin)
-        for tenant in (TENANT, "stranger"):
+        client.post("/v1/tenants", json={"tenant": "visitor"}, headers=admin)
+        for tenant in (TENANT, "visitor"):
             changed = client.patch(f"/v1/tenants/{tenant}", json={"limits": UNLIMITED}, headers=admin)
             changed.raise_for_status()
         for task, adapter in zip((TASKS[0], *TASKS), (first, second, first), strict=True):
             path = f"/v1/tasks/{task}/versions"
             client.post(path, content=adapter, headers=owner | OCTETS).raise_for_status()
-        made = client.post("/v1/tenants/stranger/keys", json={"name": "fuzz", "role": "owner"}, headers=admin)
+        made = client.post("/v1/tenants/visitor/keys", json={"name": "fuzz", "role": "owner"}, headers=admin)
         (folder / "tenant.tar").write_bytes(client.get(f"/v1/tenants/{TENANT}/export", headers=owner).content)
     for i, adapter in enumerate(others):
         (folder / f"{i}.safetensors").write_bytes(adapter)
     (folder / "image.png").write_bytes(png())
     foreign = tuple(f"{TENANT}:{task}" for task in TASKS)
     return [
-        Caller("nobody", None),
-        Caller("stranger", made.json()["key"], foreign),
+        Caller("anonymous", None),
+        Caller("visitor", made.json()["key"], foreign),
         Caller("owner", key),
         Caller("admin", admin_key),
     ]
@@ -170,7 +170,7 @@ def _config(caller: Caller) -> str:
     lines = [f'headers = {{ Authorization = "Bearer {caller.key}" }}'] if caller.key else []
     words = {
         "task": caller.tasks,
-        "tenant": (TENANT, "stranger"),
+        "tenant": (TENANT, "visitor"),
         "version": ("1", "2", "latest"),
         "alias": ("latest", "stable"),
     }
@@ -187,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("nobody", "stranger", "owner", "admin"))
+    parser.add_argument("--only", choices=("anonymous", "visitor", "owner", "admin"))
     parser.add_argument("--url")
     parser.add_argument("--key", help=f"of an owner of the tenant {TENANT!r}")
     parser.add_argument("--admin-key")

@@ -1,6 +1,6 @@
-"""What `fuzz_api` teaches schemathesis: bodies that only a program can make, and what a caller must never be told.
+"""Schemathesis hooks of `fuzz_api`: bodies that only a program can make, and a check for other tenants' data.
 
-Loaded by schemathesis itself, in a process of its own; `FUZZ_*` in the environment say who calls.
+Schemathesis loads them in its own process; `FUZZ_*` in the environment name the caller.
 """
 
 import base64
@@ -13,7 +13,7 @@ from schemathesis import Case, GenerationMode, HookContext, Response, Serializat
 from schemathesis.checks import CheckContext
 
 CALLER = os.environ["FUZZ_CALLER"]
-SECRET = os.environ["FUZZ_SECRET"]  # a label that stands in each of the owner's adapters
+SECRET = os.environ["FUZZ_SECRET"]  # a label of each of the owner's adapters
 FOLDER = Path(os.environ["FUZZ_FOLDER"])
 ADAPTERS = [path.read_bytes() for path in sorted(FOLDER.glob("*.safetensors"))]
 PNG = (FOLDER / "image.png").read_bytes()
@@ -22,18 +22,19 @@ OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 
 
 @schemathesis.serializer("application/x-tar")
-def tar(_context: SerializationContext, value: Any) -> dict[str, Any]:
+def tar(_context: SerializationContext, value: Any) -> Any:
     return {"data": value if isinstance(value, bytes) else str(value).encode()}
 
 
 @schemathesis.hook
-def before_call(_context: HookContext, case: Case, _kwargs: dict[str, Any]) -> None:
-    """Most valid bodies become valid in what no schema says, too: real adapters, real images."""
+def before_call(_context: HookContext, case: Case[Any], _kwargs: dict[str, Any]) -> None:
+    """Put real adapters and images into most valid bodies: a schema cannot describe them."""
     positive = case.meta is None or case.meta.generation.mode == GenerationMode.POSITIVE
     if not positive or case.method != "POST" or case.id[-1] in "0123456789abcd":
         return
     text = base64.b64encode(PNG).decode()
-    match case.operation.path.rpartition("/")[2], case.media_type, case.body:
+    body: Any = case.body
+    match case.operation.path.rpartition("/")[2], case.media_type, body:
         case "versions", "application/octet-stream", _:
             case.body = ADAPTERS[len(case.id[0].encode()) % len(ADAPTERS)]
         case "import", _, _:
@@ -43,22 +44,23 @@ def before_call(_context: HookContext, case: Case, _kwargs: dict[str, Any]) -> N
         case "classify", "application/json", {"images": list(images)}:
             case.body = {"images": [text for _ in images]}
         case "classify", "application/json", {"inputs": list(inputs)}:
-            case.body = {"inputs": [{**entry, "image": text} for entry in inputs if isinstance(entry, dict)]}
+            entries: list[Any] = [entry for entry in inputs if isinstance(entry, dict)]
+            case.body = {"inputs": [entry | {"image": text} for entry in entries]}
         case "{task}", "application/json", {"inputs": str()}:
-            case.body = {**case.body, "inputs": text}
+            case.body = {**body, "inputs": text}
         case "infer", "application/json", dict():
-            image = {"name": "image", "shape": [2], "datatype": "BYTES", "data": [text, text]}
-            case.body = {**case.body, "inputs": [image]}
+            image: Any = {"name": "image", "shape": [2], "datatype": "BYTES", "data": [text, text]}
+            case.body = {**body, "inputs": [image]}
 
 
 @schemathesis.check
-def nothing_of_another_s(_context: CheckContext, response: Response, case: Case) -> bool | None:
-    """Who has no key gets nothing; a stranger gets nothing of the owner's, and no sign that it is there."""
-    if CALLER == "nobody" and case.operation.path not in OPEN:
+def nothing_of_another_s(_context: CheckContext, response: Response, case: Case[Any]) -> bool | None:
+    """Fail if a caller without a key gets an answer, or another tenant learns that the owner's task exists."""
+    if CALLER == "anonymous" and case.operation.path not in OPEN:
         assert response.status_code in (401, 404, 405), f"{response.status_code} without a key"
-    if CALLER in ("nobody", "stranger"):
+    if CALLER in ("anonymous", "visitor"):
         assert SECRET not in response.content.decode(errors="replace"), "an answer holds a label of the owner's"
-    if CALLER == "stranger":
+    if CALLER == "visitor":
         named = [str(value) for value in (case.path_parameters or {}).values()]
         foreign = any(name == "default" or name.startswith("default:") for name in named)
         assert not (foreign and response.status_code < 400), f"{response.status_code} for what is another tenant's"

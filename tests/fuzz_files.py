@@ -2,7 +2,7 @@
 
     python -m tests.fuzz_files [--files 100000] [--seed 0] [--jobs 2] [--keep FOLDER]
 
-File i of a seed is always the same one, whatever the number of files and jobs. `make fuzz` runs it; the suite has a
+File i of a seed is always the same, for any number of files and jobs. `make fuzz` runs it; the suite has a
 short run. A file that does what it should not is written to `--keep` and ends the run with exit code 1.
 """
 
@@ -18,14 +18,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from adapters import Adapter, AdapterError, load_backbone
 
-from .attacks.mutations import mutated
-from .attacks.test_hostile_files import GOOD
+from .support.adapter_files import GOOD
 from .support.models import random_adapter
+from .support.mutations import mutated
 
 SECONDS_EACH = 5.0
 ROOM_BYTES = 256 * 1024**2  # of address space beyond what the process has: a lie about sizes must not be believed
@@ -36,7 +37,7 @@ SHOWN = 10
 
 @dataclass
 class Outcome:
-    """What came of the files; `failures` name the file's index."""
+    """The results of the files; `failures` name the file's index."""
 
     read: int = 0
     refused: int = 0
@@ -61,7 +62,7 @@ class Hang(BaseException):
 def corpus() -> list[bytes]:
     """Good files: tiny ones, whose every byte is hit, and those of the demo backbone in all forms."""
     backbone = load_backbone("demo")
-    forms = [
+    forms: list[dict[str, Any]] = [
         {"kernels": 1, "rank": 1, "rescale": "none"},
         {"kernels": 2, "rank": 4, "rescale": "scalar"},
         {"kernels": 3, "rank": 2, "rescale": "channel", "norms": True},

@@ -1,4 +1,4 @@
-"""A hub under everything at once: random tasks, cold loads, evictions, re-registrations; every answer is checked.
+"""Soak test of a hub: random tasks, cold loads, evictions, re-registrations; every answer is checked.
 
     python -m tests.soak [--seconds 300] [--tasks 60] [--callers 8]
 
@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import torch
 
 from adapters import Adapter, Backbone, load_backbone
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def soak(seconds: float, tasks: int, callers: int) -> Counter[str]:
-    """Run it; how often each thing happened.
+    """Run the soak test; return how often each thing happened.
 
     Raises:
         AssertionError: a wrong answer, an error, or hardly any load.
@@ -77,7 +78,7 @@ def soak(seconds: float, tasks: int, callers: int) -> Counter[str]:
 
 @dataclass
 class World:
-    """What is registered, what is right, and what came of it."""
+    """The registered adapters, their right scores, and the counts of results."""
 
     backbone: Backbone
     tasks: int
@@ -100,10 +101,10 @@ class World:
         client.register(f"task-{task}", adapter.data)
 
     def call(self, url: str, key: str, seed: int, until: float) -> None:
-        """One caller, until it is time."""
+        """Send requests as one caller until the time `until`."""
         rng = random.Random(seed)
 
-        def count(response) -> None:
+        def count(response: httpx.Response) -> None:
             with self._lock:
                 self.counts["shared"] += int(response.headers.get("x-batch-images", "0")) > 1
                 self.counts["mixed"] += int(response.headers.get("x-batch-tasks", "0")) > 1
@@ -134,7 +135,7 @@ class World:
         self._count("images", len(images))
 
     def _scores(self, digest: str, image: int) -> dict[str, float]:
-        """Label -> score of the merged model, alone."""
+        """Return label -> score of the merged model for one image."""
         with self._lock:
             if (digest, image) not in self._right:
                 adapter = self.adapters[digest]

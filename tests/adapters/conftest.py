@@ -1,4 +1,4 @@
-"""A small frozen backbone for every test of the library."""
+"""Fixture: a small frozen backbone for the tests of the library."""
 
 import pytest
 import torch
@@ -8,6 +8,6 @@ from adapters import Backbone, load_backbone
 
 @pytest.fixture(scope="session")
 def backbone() -> Backbone:
-    """The demo architecture (ViT, width 128, depth 6) at seeded random weights."""
+    """Return the demo architecture (ViT, width 128, depth 6) with seeded random weights."""
     torch.manual_seed(0)
     return load_backbone("demo", pretrained=False)

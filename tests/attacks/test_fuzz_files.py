@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks.mutations import mutated
 from tests.fuzz_files import Outcome, corpus, in_processes, report
+from tests.support.mutations import mutated
 
 # Prints the peak memory of a process that reads a large file, as a multiple of the file's size.
 READ_LARGE = """
@@ -36,6 +36,7 @@ print((peak() - before) * 1024 / len(data) + 1)
 """
 
 
+@pytest.mark.slow
 def test_read_accepts_or_refuses_two_thousand_mutated_files(tmp_path: Path) -> None:
     outcome = in_processes(2000, seed=1, jobs=1, keep=tmp_path)
     assert not outcome.failures, "\n".join(report(outcome))
@@ -57,6 +58,7 @@ def test_the_report_names_a_failure() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+@pytest.mark.slow
 def test_read_needs_at_most_twice_the_memory_of_a_large_file() -> None:
     done = subprocess.run([sys.executable, "-c", READ_LARGE], capture_output=True, text=True, timeout=120, check=True)
     assert float(done.stdout) < 2.1

@@ -5,14 +5,7 @@ import pytest
 import torch
 
 from adapters.method import kronecker
-
-
-def written_out(c: np.ndarray, a: np.ndarray, b: np.ndarray, gain: float) -> np.ndarray:
-    """Return dW = g * sum_i C_i (kron) (A_i B_i), with the splits stacked along the output."""
-    kernels, splits = a.shape[:2]
-    return np.concatenate(
-        [gain * sum(np.kron(c[i], a[i, s] @ b[i]) for i in range(kernels)) for s in range(splits)], axis=0
-    )
+from tests.support.reference import written_out
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from adapters import Backbone, extract, load_backbone
-from tests.golden.test_kronecker import written_out
 from tests.support.models import random_adapter, random_model, random_pixels, small_swin
+from tests.support.reference import written_out
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""An application on a port of this machine, for clients that need a real one."""
+"""An ASGI application on a real port, for clients that need one."""
 
 import socket
 import threading
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 @contextmanager
 def listening(app: ASGIApp) -> Iterator[str]:
-    """Serve an application on a free port of loopback; gives its URL."""
+    """Serve an application on a free port of loopback; yield its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(app, lifespan="on", ws="none", log_level="warning", access_log=False)
         server = uvicorn.Server(config)

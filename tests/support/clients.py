@@ -1,4 +1,4 @@
-"""For the tests of the Python clients: both by the same calls, and a server that answers as it is told."""
+"""Helpers for tests of the Python clients: both clients by the same calls, and a server with prepared answers."""
 
 import asyncio
 import threading
@@ -39,7 +39,7 @@ KINDS: list[Callable[..., Any]] = [Client, Blocking]
 
 @dataclass
 class Told:
-    """A server that gives these answers, one after another, the last one for ever, and notes what it was asked."""
+    """A server that gives these answers in order, repeats the last, and records the requests."""
 
     answers: list[Answer]
     paths: list[str] = field(default_factory=list)

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -17,6 +18,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from adapters import Adapter, Backbone, KarstConfig, KarstModel, attach, extract, load_backbone
+from adapters.method.karst import KarstLayer, KarstNorm
 
 # Of images with 8 x 8 pixels.
 PREPROCESS = {
@@ -30,7 +32,7 @@ PREPROCESS = {
 
 
 def coloured_noise(root: Path, colours: Mapping[str, tuple[int, int, int]], count: int, seed: int) -> Path:
-    """A folder of class folders: 8 x 8 pixels, each class noise around a colour of its own."""
+    """Write a folder of class folders: images of 8 x 8 pixels, each class noise around its own colour."""
     rng = np.random.default_rng(seed)
     for label, colour in colours.items():
         (root / label).mkdir(parents=True)
@@ -40,66 +42,69 @@ def coloured_noise(root: Path, colours: Mapping[str, tuple[int, int, int]], coun
     return root
 
 
-def random_model(backbone: Backbone, seed: int = 0, classes: int = 5, **config) -> KarstModel:
-    """A model whose every trained number is random, large enough to change every answer."""
+def random_model(backbone: Backbone, seed: int = 0, classes: int = 5, **config: Any) -> KarstModel:
+    """Return a model with random trained numbers, large enough to change every score."""
     generator = torch.Generator().manual_seed(seed)
     model = attach(backbone, KarstConfig(**config), classes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 0.02 if "head" in name else 0.1
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
-        for norm in model.norms.values():  # a norm's weights are near 1
-            norm.weight.add_(1)
+        for norm in model.norms.values():
+            assert isinstance(norm, KarstNorm)
+            norm.weight.add_(1)  # a norm's weights are near 1
         for layer in model.layers.values():
-            layer.c.copy_(torch.randn(layer.c.shape, generator=generator) * 0.3)
-            layer.a.copy_(torch.randn(layer.a.shape, generator=generator) * 0.3)
-            layer.b.copy_(torch.randn(layer.b.shape, generator=generator) * 0.1)
+            assert isinstance(layer, KarstLayer)
+            for factor, spread in ((layer.c, 0.3), (layer.a, 0.3), (layer.b, 0.1)):
+                factor.copy_(torch.randn(factor.shape, generator=generator) * spread)
     return model.eval()
 
 
 def random_adapter(
-    backbone: Backbone, seed: int = 0, classes: int = 5, labels: Sequence[str] | None = None, **config
+    backbone: Backbone, seed: int = 0, classes: int = 5, labels: Sequence[str] | None = None, **config: Any
 ) -> Adapter:
-    """The adapter of a `random_model`."""
+    """Return the adapter of a `random_model`."""
     return extract(random_model(backbone, seed, classes, **config), labels or [f"class {i}" for i in range(classes)])
 
 
-def local_backbone(folder: Path, architecture: str, **model_args) -> Backbone:
-    """A timm model of any size at seeded random weights, by way of a folder that timm opens (`local-dir:`)."""
+def local_backbone(folder: Path, architecture: str, **model_args: Any) -> Backbone:
+    """Return a timm model of any size with seeded random weights; timm opens it as `local-dir:`."""
     torch.manual_seed(0)
-    model = timm.create_model(architecture, num_classes=0, **model_args)
+    model: Any = timm.create_model(architecture, num_classes=0, **model_args)
     side = model_args["img_size"]
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, side, side)}
-    save_for_hf(model, folder, model_args=model_args, safe_serialization=True)
+    save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
     return load_backbone(f"local-dir:{folder}")
 
 
 def small_swin(folder: Path) -> Backbone:
-    """Swin with windows of 4 x 4 and all four stages, 32 x 32 pixels."""
+    """Return a Swin with windows of 4 x 4 and all four stages, 32 x 32 pixels."""
     sizes = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 32}
     return local_backbone(folder, "swin_tiny_patch4_window7_224", depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), **sizes)
 
 
 def random_pixels(backbone: Backbone, count: int, seed: int = 0) -> torch.Tensor:
+    """Return seeded noise (count, 3, H, W)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, *backbone.input_size, generator=generator)
 
 
 def png(value: int = 0, size: tuple[int, int] = (32, 32)) -> bytes:
-    """A real PNG: seeded noise, another picture for each value."""
+    """Return a PNG of seeded noise, another image for each value."""
     generator = torch.Generator().manual_seed(value)
     noise = torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
     return encoded(Image.fromarray(noise.numpy()), "PNG")
 
 
-def encoded(image: Image.Image, format: str, **options) -> bytes:
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    """Return the bytes of an image file."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def bomb_png(side_px: int = 50_000) -> bytes:
-    """A PNG of a few dozen bytes that claims side_px x side_px pixels."""
+    """Return a PNG of a few dozen bytes whose header claims side_px x side_px pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -109,7 +114,7 @@ def bomb_png(side_px: int = 50_000) -> bytes:
 
 
 def with_metadata(adapter: Adapter, **changes: str) -> bytes:
-    """The adapter's file with other metadata strings; the tensors stay."""
+    """Return the adapter's file with other metadata strings and the same tensors."""
     length = struct.unpack("<Q", adapter.data[:8])[0]
     header = json.loads(adapter.data[8 : 8 + length])
     header["__metadata__"] |= changes
@@ -119,18 +124,22 @@ def with_metadata(adapter: Adapter, **changes: str) -> bytes:
 
 
 def with_tensors(adapter: Adapter, tensors: dict[str, torch.Tensor]) -> bytes:
-    """A file with the adapter's metadata and these tensors."""
+    """Return a file with the adapter's metadata and these tensors."""
     length = struct.unpack("<Q", adapter.data[:8])[0]
     metadata = json.loads(adapter.data[8 : 8 + length])["__metadata__"]
     return safetensors.torch.save(tensors, metadata=metadata)
 
 
 def wait_until(
-    true: Callable[[], bool], timeout_s: float = 15, what: str | Callable[[], object] = "what was waited for"
+    true: Callable[[], bool], timeout_s: float = 15, what: str | Callable[[], object] = "the condition is false"
 ) -> None:
-    """
+    """Poll a condition until it is true.
+
     Args:
-        what: is waited for, or asked when it did not come.
+        what: text of the failure, or a function that returns it.
+
+    Raises:
+        AssertionError: the condition is still false after the timeout.
     """
     deadline = time.monotonic() + timeout_s
     while not true():
@@ -139,5 +148,6 @@ def wait_until(
 
 
 def listens(port: int, host: str = "127.0.0.1") -> bool:
+    """Return whether a TCP connection to the port succeeds."""
     with socket.socket() as probe:
         return probe.connect_ex((host, port)) == 0

@@ -8,7 +8,7 @@ import numpy as np
 
 from adapters import Adapter
 from adapters.data.images import decode_image, eval_transform
-from tests.hub.conftest import MAX_IMAGE_BYTES, Hub
+from tests.support.hub_app import MAX_IMAGE_BYTES, Hub
 from tests.support.models import png
 
 INFER = "/v2/models/flowers/infer"

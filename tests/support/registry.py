@@ -8,7 +8,7 @@ from hub.registry.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import LimitsChange, VersionInfo
-from tests.hub.conftest import in_registry
+from tests.support.hub_app import in_registry
 
 T = TypeVar("T")
 

@@ -1,6 +1,7 @@
 """A hub on a head and two nodes of Ray, under steady load: it is upgraded, its head is killed, and a whole node."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,25 +12,25 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(500)]
 
 
 @pytest.fixture
-def cluster(tmp_path) -> Iterator[Cluster]:
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
     """One for each test: where nodes or a head came and went, all replicas may be on one node."""
     with hub_on_a_cluster(tmp_path, load_backbone("demo")) as cluster:
         yield cluster
 
 
-def test_an_upgrade_fails_nothing(cluster) -> None:
+def test_an_upgrade_fails_nothing(cluster: Cluster) -> None:
     report = upgrade(cluster, slots=32, max_rank=12, batch_wait_ms=3.0)
     assert (report.failed, report.wrong) == ({}, 0), report
     assert report.notes["workers replaced"] == 2
 
 
-def test_the_head_is_killed(cluster) -> None:
+def test_the_head_is_killed(cluster: Cluster) -> None:
     report = kill_head(cluster, 10)
     assert report.wrong == 0, report
     assert report.notes["answered without a head"] > 0
 
 
-def test_a_node_is_killed(cluster) -> None:
+def test_a_node_is_killed(cluster: Cluster) -> None:
     report = kill_node(cluster)  # returns when there are as many workers as before
     assert report.wrong == 0, report
     assert report.notes["lost"]["worker"] > 0

@@ -1,6 +1,7 @@
-"""The disk of `HUB_HOME` is full while adapters are registered: a clean error, nothing half there, and it mends."""
+"""The disk of `HUB_HOME` is full while adapters are registered: a clean error, no partial state, and recovery."""
 
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -10,14 +11,14 @@ from hub.errors import Unavailable
 from hub.local.ports import free_port
 from tests.support.faults.disk import fill, small_disk
 from tests.support.faults.load import Load, Tasks
+from tests.support.hub_process import serve
 from tests.support.models import wait_until
-from tests.system.test_hub import serve
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 DISK_MB = 16
 
 
-def test_a_full_disk(tmp_path) -> None:
+def test_a_full_disk(tmp_path: Path) -> None:
     backbone = load_backbone("demo")
     tasks, more = Tasks(backbone, 2), Tasks(backbone, 3, "more", seed=100)
     with ExitStack() as stack:
@@ -50,7 +51,7 @@ def test_a_full_disk(tmp_path) -> None:
         assert len(stored(home)) == len(files) + 3
 
 
-def stored(home) -> set[str]:
+def stored(home: Path) -> set[str]:
     """Files of the store, half-written ones too."""
     return {path.name for path in (home / "hub" / "store").rglob("*") if path.is_file()}
 

@@ -1,4 +1,4 @@
-"""One hub, broken in one way after another, under steady load: nothing wrong is ever answered, and it mends itself.
+"""Faults of one hub, one after another, under steady load: no answer is wrong, and the hub recovers.
 
 Real processes: two workers, two gateways, a redis-server and a store of their own. Figures: docs/faults.md.
 """
@@ -23,25 +23,25 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory) -> Iterator[Hub]:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     with broken_hub(tmp_path_factory.mktemp("hub"), load_backbone("demo")) as hub:
         yield hub
 
 
-def test_a_worker_is_killed(hub) -> None:
+def test_a_worker_is_killed(hub: Hub) -> None:
     report = kill_worker(hub)
     assert (report.failed, report.wrong) == ({}, 0), report
     assert report.notes["workers before"] == 2
 
 
-def test_a_gateway_is_killed(hub) -> None:
+def test_a_gateway_is_killed(hub: Hub) -> None:
     assert len(hub.replicas("gateway")) == 2
     once, again = kill_gateway(hub)
     assert (again.failed, again.wrong, once.wrong) == ({}, 0, 0), again
-    assert sum(once.failed.values()) <= 3, once  # each caller had one call under way
+    assert sum(once.failed.values()) <= 3, once  # each caller had one call in flight
 
 
-def test_the_registry_hangs(hub) -> None:
+def test_the_registry_hangs(hub: Hub) -> None:
     report = stop_registry(hub, 7)
     assert (report.failed, report.wrong) == ({}, 0), report
     assert report.slowest_s < 4, report  # a call to a Redis that hangs takes 5 s
@@ -49,7 +49,7 @@ def test_the_registry_hangs(hub) -> None:
     assert 0 not in report.notes["Retry-After, s"]
 
 
-def test_the_registry_is_killed_under_fifty_writers(hub) -> None:
+def test_the_registry_is_killed_under_fifty_writers(hub: Hub) -> None:
     report = kill_registry(hub, 2)
     assert (report.failed, report.wrong) == ({}, 0), report
     assert report.notes["of these lost"] == 0
@@ -58,7 +58,7 @@ def test_the_registry_is_killed_under_fifty_writers(hub) -> None:
     assert 0 not in report.notes["Retry-After, s"]
 
 
-def test_the_store_is_damaged(hub) -> None:
+def test_the_store_is_damaged(hub: Hub) -> None:
     report = break_store(hub, "corrupt", 3)
     assert (report.failed, report.wrong) == ({}, 0), report
     assert report.notes["cold task answered"] == 0
@@ -67,20 +67,20 @@ def test_the_store_is_damaged(hub) -> None:
     assert report.notes["log"]
 
 
-def test_the_store_is_away(hub) -> None:
+def test_the_store_is_away(hub: Hub) -> None:
     report = break_store(hub, "away", 4)
     assert (report.failed, report.wrong) == ({}, 0), report
     assert report.notes["cold task answered"] == 0
     assert report.notes["kinds"] == ["Unavailable"]
 
 
-def test_the_store_is_slow(hub) -> None:
+def test_the_store_is_slow(hub: Hub) -> None:
     report = break_store(hub, "slowly 2", 6)
     assert (report.failed, report.wrong) == ({}, 0), report
     assert report.pause_s < 2, report  # the others do not wait for the store
 
 
-def test_sigterm_drains(hub) -> None:
+def test_sigterm_drains(hub: Hub) -> None:
     report = terminate(hub)
     assert report.wrong == 0
     assert set(report.failed) <= {"ConnectError"}, report  # refused before anything was sent; nothing else is lost

@@ -1,123 +1,44 @@
-"""The product as a user has it: `karst-hub` commands, a real Ray cluster, a real Redis, real HTTP."""
+"""The hub as a user runs it: `karst-hub serve`, a real Ray, a real Redis, real HTTP, and `karst-hub` commands."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
-import psutil
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-from adapters import load_backbone
+from adapters import Adapter
+from hub.cli.main import app
 from hub.client.client import Client
 from hub.errors import InvalidAdapter, InvalidImage, NotFound, TooLarge, Unauthenticated, Unavailable
-from hub.local.ports import free_port
-from tests.support.models import bomb_png, png, random_adapter
+from hub.local.errors import StartError
+from hub.local.hub import local_hub
+from hub.settings import Settings
+from tests.support.models import bomb_png, png
+
+from .conftest import SharedHub
 
 pytestmark = pytest.mark.timeout(400)
-KARST_HUB = Path(sys.executable).parent / "karst-hub"
-START_S = 180
-GATEWAY_PORTS = range(30_000, 31_001)  # Ray's default, behind HAProxy
 
 
-@dataclass
-class Served:
-    """A hub in a process of its own."""
-
-    process: subprocess.Popen[str]
-    url: str
-    key: str | None
-    admin_key: str | None
-
-    def stop(self) -> str:
-        """SIGTERM, then everything it said on stderr; fails if a process of it stays."""
-        group = descendants(self.process.pid)
-        assert group
-        self.process.send_signal(signal.SIGTERM)
-        _, said = self.process.communicate(timeout=90)
-        assert self.process.returncode == 0, said
-        deadline = time.monotonic() + 15
-        while left := [pid for pid in group if alive(pid)]:
-            assert time.monotonic() < deadline, f"left behind: {[command(pid) for pid in left]}"
-            time.sleep(0.1)
-        return said
-
-
-def serve(home: Path, port: int, **settings: str) -> Served:
-    environment = os.environ | {"HUB_BACKBONE": "demo", "HUB_HOME": str(home), "HUB_PORT": str(port)} | settings
-    process = subprocess.Popen(
-        [str(KARST_HUB), "serve"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    watchdog = threading.Timer(START_S, process.kill)
-    watchdog.start()
-    key = admin_key = url = None
-    assert process.stdout is not None
-    for line in process.stdout:
-        name, _, value = line.strip().partition("=")
-        key = value if name == "HUB_KEY" else key
-        admin_key = value if name == "HUB_ADMIN_KEY" else admin_key
-        if name == "HUB_URL":
-            url = value
-            break
-    watchdog.cancel()
-    if url is None:
-        _, said = process.communicate()
-        pytest.fail(f"the hub did not start: {said}")
-    return Served(process, url, key, admin_key)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def served(home) -> Iterator[Served]:
-    hub = serve(home, free_port(), HUB_BATCH_WAIT_MS="10")
-    yield hub
-    hub.process.poll() is None and hub.stop()
-
-
-@pytest.fixture(scope="module")
-def key(served) -> str:
-    assert served.key is not None
-    assert served.key.startswith("kh_")
-    return served.key
-
-
-@pytest.fixture(scope="module")
-def adapters():
-    backbone = load_backbone("demo")
-    return [
-        random_adapter(backbone, seed=i, classes=4 + i, labels=[f"{i}-{k}" for k in range(4 + i)]) for i in range(4)
-    ]
-
-
-@pytest.fixture
-def client(served, key) -> Iterator[Client]:
-    with Client(served.url, key) as client:
-        yield client
-
-
-def test_fifty_requests_at_once_over_three_tasks_share_passes(served, key, client, adapters) -> None:
+def test_fifty_requests_at_once_over_three_tasks_share_batches(
+    hub: SharedHub, client: Client, adapters: list[Adapter]
+) -> None:
     for i in range(3):
         client.register(f"task{i}", adapters[i].data)
     alone = {(t, n): client.classify(f"task{t}", [png(n)]).predictions[0] for t in range(3) for n in range(4)}
-    tasks_in_pass = []
+    tasks_in_batch: list[int] = []
+
+    def note(response: httpx.Response) -> None:
+        tasks_in_batch.append(int(response.headers["x-batch-tasks"]))
 
     def one(i: int) -> None:
         task, image = i % 3, i % 4
-        with Client(served.url, key, on_response=lambda r: tasks_in_pass.append(int(r.headers["x-batch-tasks"]))) as c:
+        with Client(hub.url, hub.key, on_response=note) as c:
             answer = c.classify(f"task{task}", [png(image)])
         assert (answer.task, answer.digest) == (f"task{task}", adapters[task].digest)
         assert {p.label for p in answer.predictions[0]} <= set(adapters[task].labels)
@@ -127,11 +48,11 @@ def test_fifty_requests_at_once_over_three_tasks_share_passes(served, key, clien
 
     with ThreadPoolExecutor(50) as pool:
         list(pool.map(one, range(50)))
-    assert len(tasks_in_pass) == 50
-    assert max(tasks_in_pass) > 1
+    assert len(tasks_in_batch) == 50
+    assert max(tasks_in_batch) > 1
 
 
-def test_many_images_in_one_call_come_back_in_order(client, adapters) -> None:
+def test_many_images_in_one_call_come_back_in_order(client: Client, adapters: list[Adapter]) -> None:
     client.register("task0", adapters[0].data)
     alone = [client.classify("task0", [png(i)], top_k=1).predictions[0][0].label for i in range(8)]
     many = client.classify("task0", [png(i % 8) for i in range(64)], top_k=1)
@@ -140,29 +61,32 @@ def test_many_images_in_one_call_come_back_in_order(client, adapters) -> None:
     assert [r.predictions[0].label for r in client.classify_inputs(inputs, top_k=1).results] == alone
 
 
-def test_bad_input_over_the_wire(served, client, adapters) -> None:
+def test_invalid_input_over_http_is_refused_and_changes_nothing(
+    hub: SharedHub, client: Client, adapters: list[Adapter]
+) -> None:
     client.register("task0", adapters[0].data)
     before = client.tasks(), client.task("task0")
-    for image, kind in (
+    refused: Sequence[tuple[bytes, type[Exception]]] = (
         (b"text", InvalidImage),
         (b"", InvalidImage),
         (png()[:500], InvalidImage),
         (bomb_png(), TooLarge),
-    ):
+    )
+    for image, kind in refused:
         with pytest.raises(kind):
             client.classify("task0", [image])
     with pytest.raises(InvalidAdapter, match="truncated"):
         client.register("task0", adapters[0].data[:-1])
-    with pytest.raises(NotFound, match="there is no task 'nothing'"):
+    with pytest.raises(NotFound, match="task 'nothing'"):
         client.classify("nothing", [png()])
-    with Client(served.url, "kh_wrong") as stranger, pytest.raises(Unauthenticated):
-        stranger.tasks()
-    with Client("http://127.0.0.1:9", "kh_x") as lost, pytest.raises(Unavailable, match="no hub answers"):
+    with Client(hub.url, "kh_wrong") as unknown, pytest.raises(Unauthenticated):
+        unknown.tasks()
+    with Client("http://127.0.0.1:9", "kh_x", retry_s=0) as lost, pytest.raises(Unavailable):
         lost.tasks()
     assert (client.tasks(), client.task("task0")) == before
 
 
-def test_versions_and_unregistering(client, adapters) -> None:
+def test_versions_aliases_and_tasks_are_registered_moved_and_deleted(client: Client, adapters: list[Adapter]) -> None:
     first = client.register("life", adapters[0].data, alias="stable")
     assert (first.version, client.register("life", adapters[0].data).version) == (1, 1)
     assert client.register("life", adapters[1].data).version == 2
@@ -177,22 +101,22 @@ def test_versions_and_unregistering(client, adapters) -> None:
         client.classify("life", [png()])
 
 
-def test_train_inspect_register_classify_on_the_command_line(served, key, tmp_path) -> None:
+def test_commands_train_inspect_register_and_classify(
+    hub: SharedHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for label, colour in (("blue", (30, 40, 200)), ("red", (200, 40, 30))):
-        folder = tmp_path / "data" / label
-        folder.mkdir(parents=True)
-        (tmp_path / "test" / label).mkdir(parents=True)
         for i in range(12):
-            path = folder / f"{i}.png" if i < 8 else tmp_path / "test" / label / f"{i}.png"
-            Image.new("RGB", (16, 16), tuple(c + i for c in colour)).save(path)
+            path = tmp_path / ("data" if i < 8 else "test") / label / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            red, green, blue = (value + i for value in colour)
+            Image.new("RGB", (16, 16), (red, green, blue)).save(path)
     adapter = tmp_path / "colours.safetensors"
-    environment = os.environ | {"HUB_BACKBONE": "demo", "HUB_URL": served.url, "HUB_KEY": key}
+    for name, value in {"HUB_BACKBONE": "demo", "HUB_URL": hub.url, "HUB_KEY": hub.key}.items():
+        monkeypatch.setenv(name, value)
 
-    def karst_hub(*arguments: str) -> dict:
-        done = subprocess.run(
-            [str(KARST_HUB), *arguments, "--json"], env=environment, capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == 0, done.stderr
+    def karst_hub(*arguments: str) -> Any:
+        done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+        assert done.exit_code == 0, done.stderr
         return json.loads(done.stdout)
 
     data, test = str(tmp_path / "data"), str(tmp_path / "test")
@@ -205,82 +129,9 @@ def test_train_inspect_register_classify_on_the_command_line(served, key, tmp_pa
     assert [p[0]["label"] for p in answer["predictions"]] == ["red", "blue"]
 
 
-def test_a_second_hub_is_refused_where_the_first_runs(served, home, tmp_path) -> None:
-    port = httpx.URL(served.url).port
-    for other_home, message in ((home, "Another hub runs in"), (tmp_path, f"Cannot listen on 127.0.0.1:{port}")):
-        environment = os.environ | {"HUB_BACKBONE": "demo", "HUB_HOME": str(other_home), "HUB_PORT": str(port)}
-        done = subprocess.run([str(KARST_HUB), "serve"], env=environment, capture_output=True, text=True, timeout=60)
-        assert (done.returncode, message in done.stderr) == (1, True), done.stderr
-        assert "Traceback" not in done.stderr
-
-
-def test_a_backbone_that_cannot_be_loaded_is_one_line(tmp_path) -> None:
-    environment = os.environ | {"HUB_BACKBONE": "nonsense", "HUB_HOME": str(tmp_path), "HUB_PORT": str(free_port())}
-    done = subprocess.run([str(KARST_HUB), "serve"], env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 1
-    assert "error: cannot load pretrained weights of backbone" in done.stderr
-    assert "'nonsense'" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_restart_keeps_everything_and_shows_no_key_again(served, key, home, adapters) -> None:
-    with Client(served.url, key) as client:
-        client.register("kept", adapters[3].data, alias="stable")
-        before = client.tasks()
-        answer = client.classify("kept", [png()], version="stable")
-    served.stop()
-    assert all(key not in p.read_text(errors="replace") for p in home.rglob("*") if p.is_file())  # nowhere in clear
-    again = serve(
-        home, free_port(), HUB_HAPROXY="false"
-    )  # and over Serve's stock proxy, which is the switch's other side
-    try:
-        assert again.key is None
-        with Client(again.url, key) as client:
-            assert client.tasks() == before
-            got = client.classify("kept", [png()], version="stable")
-        assert got.digest == answer.digest
-        assert [p.label for p in got.predictions[0]] == [p.label for p in answer.predictions[0]]
-    finally:
-        again.stop()
-
-
-def descendants(pid: int) -> list[int]:
-    """Every living process under this one."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            children.setdefault(parent, []).append(int(entry.name))
-    found, todo = [], [pid]
-    while todo:
-        for child in children.get(todo.pop(), []):
-            found.append(child)
-            todo.append(child)
-    return found
-
-
-def listening(pids: Iterable[int]) -> set[tuple[str, int]]:
-    """(address, port) of every TCP socket that these processes listen on."""
-    found = set()
-    for pid in pids:
-        with suppress(psutil.Error):  # it has just ended
-            sockets = psutil.Process(pid).net_connections("tcp")
-            found |= {(s.laddr.ip, s.laddr.port) for s in sockets if s.status == psutil.CONN_LISTEN}
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:100]
-    except OSError:
-        return "gone"
+def test_second_hub_does_not_start_in_the_home_or_on_the_port_of_a_running_hub(hub: SharedHub, tmp_path: Path) -> None:
+    port = httpx.URL(hub.url).port
+    assert port is not None
+    for home, message in ((hub.home, "Another hub runs in"), (tmp_path, f"Cannot listen on 127.0.0.1:{port}")):
+        with pytest.raises(StartError, match=message), local_hub(Settings(backbone="demo", home=home, port=port)):
+            pass

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -24,8 +25,8 @@ from hub.local.embedded_redis import embedded_redis
 from hub.local.hub import new_admin_key
 from hub.local.ports import free_port
 from hub.settings import Settings
+from tests.support.hub_process import alive, command, descendants, serve
 from tests.support.models import png, random_adapter, wait_until
-from tests.system.test_hub import alive, command, descendants, serve
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(500)]
 BIN = Path(sys.executable).parent
@@ -33,7 +34,7 @@ SERVE_YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 WORKER, NODE = "ray::ServeReplica:karst-hub:worker", "/raylet/raylet "
 CHANGE_S = 150.0  # for a replica or a node to come or to go, on a busy machine
 QUICK = {"HUB_SCALE_UP_S": "1", "HUB_SCALE_DOWN_S": "4"}
-IMAGES = 8  # in a heavy call: more than a worker's share, whatever its batches are
+IMAGES = 8  # in a heavy call: more than a worker's share, for any batch size
 TASKS = 4
 
 
@@ -104,11 +105,15 @@ def count(pid: int, name: str) -> int:
     return sum(name in command(child) and alive(child) for child in descendants(pid))
 
 
-def test_workers_come_with_the_load_and_go_with_it(tmp_path, adapters) -> None:
+def test_workers_come_with_the_load_and_go_with_it(tmp_path: Path, adapters: list[Adapter]) -> None:
     hub = serve(tmp_path, free_port(), HUB_MAX_WORKERS="2", **QUICK)
     try:
         register(hub.url, str(hub.key), adapters)
-        load, workers = Load(hub.url, str(hub.key)), lambda: count(hub.process.pid, WORKER)
+        load = Load(hub.url, str(hub.key))
+
+        def workers() -> int:
+            return count(hub.process.pid, WORKER)
+
         assert workers() == 1
         with load.running():
             load.heavy.set()
@@ -122,7 +127,7 @@ def test_workers_come_with_the_load_and_go_with_it(tmp_path, adapters) -> None:
         hub.stop()
 
 
-def test_the_last_worker_goes_and_the_next_request_waits_for_one(tmp_path, adapters) -> None:
+def test_the_last_worker_goes_and_the_next_request_waits_for_one(tmp_path: Path, adapters: list[Adapter]) -> None:
     hub = serve(tmp_path, free_port(), HUB_MIN_WORKERS="0", HUB_MAX_WORKERS="1", **QUICK)
     try:
         key = str(hub.key)
@@ -145,8 +150,8 @@ def test_the_last_worker_goes_and_the_next_request_waits_for_one(tmp_path, adapt
         hub.stop()
 
 
-def test_one_request_for_many_tasks_reaches_all_their_workers(tmp_path, adapters) -> None:
-    """Its calls to workers are under way together, and Serve gives all of them one id."""
+def test_one_request_for_many_tasks_reaches_all_their_workers(tmp_path: Path, adapters: list[Adapter]) -> None:
+    """Its calls to workers run concurrently, and Serve gives all of them one id."""
     hub = serve(tmp_path, free_port(), HUB_MIN_WORKERS="2", HUB_MAX_WORKERS="2")
     try:
         register(hub.url, str(hub.key), adapters)
@@ -221,7 +226,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         yield Cluster(process.pid, url, made.json()["key"])
 
 
-def _nodes(address: str) -> dict:
+def _nodes(address: str) -> dict[str, Any]:
     return {
         "cluster_name": "fake",
         "max_workers": 1,
@@ -276,7 +281,7 @@ def ready(url: str) -> bool:
         return False
 
 
-def test_nodes_come_with_the_load_and_go_with_it(tmp_path_factory, adapters) -> None:
+def test_nodes_come_and_go_with_the_load(tmp_path_factory: pytest.TempPathFactory, adapters: list[Adapter]) -> None:
     folder = tmp_path_factory.mktemp("c")
     with cluster(folder) as hub:
         register(hub.url, hub.key, adapters)

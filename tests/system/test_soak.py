@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_soak_for_a_few_seconds() -> None:
     """In a process of its own: Ray reads its switches from the environment once."""

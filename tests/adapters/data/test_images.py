@@ -40,7 +40,7 @@ def two_halves(left: tuple[int, ...], right: tuple[int, ...]) -> Image.Image:
 
 
 def png(width: int, height: int, lines: bytes = b"") -> bytes:
-    """Return a grey 8-bit PNG whose header declares this size, whatever its pixel data."""
+    """Return a grey 8-bit PNG whose header declares this size; its pixel data may have another."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -40,6 +40,7 @@ def train(data: Path, output: Path, **options: Any) -> Adapter:
     return fit(data, output, config=CONFIG, recipe=RECIPE, **options).adapter
 
 
+@pytest.mark.slow
 def test_training_resumes_with_the_same_bits_when_its_process_receives_sigint_and_sigterm(tmp_path: Path) -> None:
     data, cut = tmp_path / "data", tmp_path / "cut.safetensors"
     coloured_images(data, count=5, seed=0)

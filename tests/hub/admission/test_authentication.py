@@ -15,7 +15,7 @@ from hub.registry.audit import OPERATOR
 from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRegistry, hash_key, key_id
 from hub.registry.tenants import TenantRegistry
-from tests.hub.conftest import OCTETS, Hub, bearer, first_keys_of, in_registry
+from tests.support.hub_app import OCTETS, Hub, bearer, first_keys_of, in_registry
 from tests.support.models import png, wait_until
 
 

@@ -20,7 +20,7 @@ from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import LimitsChange, TenantInfo
-from tests.hub.conftest import OCTETS, Hub, in_registry
+from tests.support.hub_app import OCTETS, Hub, in_registry
 from tests.support.models import png
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from adapters import Adapter
-from tests.hub.conftest import OCTETS, Hub
 from tests.support.asgi import listening
+from tests.support.hub_app import OCTETS, Hub
 
 
 @pytest.fixture

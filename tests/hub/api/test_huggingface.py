@@ -8,7 +8,7 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
 from adapters import Adapter
-from tests.hub.conftest import OCTETS, Hub, bearer
+from tests.support.hub_app import OCTETS, Hub, bearer
 from tests.support.protocols import IMAGES, assert_problem, v1_probabilities
 
 

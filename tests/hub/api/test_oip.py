@@ -16,7 +16,7 @@ from PIL import Image
 
 from adapters import Adapter
 from hub.api.oip import JSON_LENGTH_HEADER
-from tests.hub.conftest import Hub
+from tests.support.hub_app import Hub
 from tests.support.models import encoded
 from tests.support.protocols import (
     IMAGES,

@@ -16,7 +16,7 @@ from adapters import Adapter
 from hub.api.oip import JSON_LENGTH_HEADER
 from hub.api.oip_tensors import InputParameters, InputTensor, read_images
 from hub.errors import InvalidRequest
-from tests.hub.conftest import Hub
+from tests.support.hub_app import Hub
 from tests.support.protocols import (
     IMAGES,
     INFER,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hub.api.problems import PROBLEM_JSON
-from tests.hub.conftest import Hub
+from tests.support.hub_app import Hub
 
 WITHOUT_KEY = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from adapters import Adapter
-from tests.hub.conftest import OCTETS, Hub, bearer
+from tests.support.hub_app import OCTETS, Hub, bearer
 from tests.support.models import png
 from tests.support.protocols import Reply
 

@@ -12,7 +12,7 @@ from hub.api.app import GatewayAPI
 from hub.api.dependencies import client_address
 from hub.api.security_headers import DATA_POLICY, PAGE_POLICY, RAY_HEADERS, stock_proxy_middleware
 from hub.settings import Settings
-from tests.hub.conftest import Hub
+from tests.support.hub_app import Hub
 
 ALWAYS = {
     "x-content-type-options": "nosniff",

@@ -10,7 +10,7 @@ import torch
 from adapters import Adapter, Backbone, load_backbone
 from adapters.data.images import decode_image, eval_transform, normalise
 from hub.api.problems import PROBLEM_JSON
-from tests.hub.conftest import MAX_ADAPTER_BYTES, MAX_IMAGE_BYTES, OCTETS, Hub, bearer
+from tests.support.hub_app import MAX_ADAPTER_BYTES, MAX_IMAGE_BYTES, OCTETS, Hub, bearer
 from tests.support.models import bomb_png, png, random_adapter, with_metadata, with_tensors
 from tests.support.protocols import Reply
 

@@ -16,8 +16,8 @@ from hub.cli.main import app, main
 from hub.cli.output import show
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.connection import RegistryConnection
-from hub.registry.keys import KeyRecord
-from tests.hub.conftest import OCTETS, Hub, bearer, in_registry
+from hub.registry.keys import KeyRecord, KeyRegistry
+from tests.support.hub_app import OCTETS, Hub, bearer, in_registry
 from tests.support.models import png
 
 Run = Callable[..., str]

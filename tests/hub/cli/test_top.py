@@ -16,7 +16,7 @@ from hub.errors import Forbidden, Unavailable
 from hub.registry.connection import RegistryConnection
 from hub.registry.status import StatusBoard, busiest_tasks
 from hub.schemas import Counted, HubStatus, TaskRate, TenantStatus, WorkerStatus
-from tests.hub.conftest import Hub, bearer, in_registry
+from tests.support.hub_app import Hub, bearer, in_registry
 from tests.support.models import png
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, at import

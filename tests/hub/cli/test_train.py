@@ -240,6 +240,7 @@ def stop(process: subprocess.Popen[str], number: signal.Signals, checkpoint: Pat
     return process.communicate()[1]
 
 
+@pytest.mark.slow
 def test_training_resumes_with_the_same_bits_when_it_receives_ctrl_c_and_then_a_kill(
     job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +281,7 @@ def test_progress_watch_raises_keyboard_interrupt_when_python_dropped_the_first_
         bar.step(1, 0.5, 0.5)
 
 
+@pytest.mark.slow
 def test_train_writes_one_adapter_when_two_devices_share_each_batch(job: dict[str, Any], tmp_path: Path) -> None:
     """Two processes on the CPU share each batch; only the first prints and writes."""
     output = tmp_path / "shared.safetensors"

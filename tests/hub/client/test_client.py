@@ -20,8 +20,8 @@ from hub.client import endpoints
 from hub.client.transport import Call, CallSeries
 from hub.errors import Conflict, Forbidden, InvalidAdapter, InvalidImage, InvalidRequest, NotFound, Unauthenticated
 from hub.schemas import LimitsChange
-from tests.hub.conftest import OCTETS, Hub
 from tests.support.clients import KINDS
+from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import encoded, png
 
 Kind = Callable[..., Any]  # `Client`, or `AsyncClient` with blocking methods

@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from adapters import Adapter
-from tests.hub.conftest import OCTETS, Hub
+from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import png
 
 MARK = "a-face-that-must-stay-secret"

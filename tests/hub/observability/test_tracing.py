@@ -15,7 +15,7 @@ import pytest
 from adapters import Adapter
 from hub.observability import log_format, request_context, tracing
 from hub.observability.tracing import TracingError
-from tests.hub.conftest import Hub
+from tests.support.hub_app import Hub
 from tests.support.models import png
 from tests.support.workers import fix_batch_size, make_worker
 

@@ -14,7 +14,7 @@ from hub.registry.keys import KeyRegistry
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import LimitsChange
-from tests.hub.conftest import in_registry
+from tests.support.hub_app import in_registry
 from tests.support.registry import version
 
 

@@ -7,7 +7,7 @@ from httpx2 import Response
 from adapters import Adapter
 from hub.registry.models import Task
 from hub.services.classification import choose_version
-from tests.hub.conftest import OCTETS, Hub
+from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import png
 from tests.support.registry import version
 

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from adapters import Adapter, Backbone
 from hub.local.embedded_redis import embedded_redis
-from tests.hub.conftest import OCTETS, Hub, bearer, make_api, running
+from tests.support.hub_app import OCTETS, Hub, bearer, make_api, running
 from tests.support.models import png, wait_until
 
 

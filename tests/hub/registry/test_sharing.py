@@ -4,7 +4,7 @@ import base64
 from typing import Any
 
 from adapters import Adapter
-from tests.hub.conftest import OCTETS, Hub
+from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import png, wait_until
 
 URL = "/v1/tasks/default:flowers"

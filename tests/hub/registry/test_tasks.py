@@ -12,7 +12,7 @@ from hub.registry.events import EventLog
 from hub.registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import LimitsChange, Sharing
-from tests.hub.conftest import in_registry
+from tests.support.hub_app import in_registry
 from tests.support.registry import version, with_registry
 
 

@@ -7,7 +7,7 @@ import httpx
 from httpx2 import Response
 
 from adapters import Adapter
-from tests.hub.conftest import OCTETS, Hub, bearer
+from tests.support.hub_app import OCTETS, Hub, bearer
 from tests.support.models import png, wait_until
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from adapters import Adapter
 from hub.errors import InvalidRequest
-from tests.hub.services.test_tenant_archive import MAX_ADAPTER_BYTES, Case, Members, Run, members, runner, written
+from tests.support.tenant_archives import MAX_ADAPTER_BYTES, Case, Members, Run, members, runner, written
 
 
 @pytest.fixture

@@ -4,18 +4,15 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from hub.errors import HubError, InvalidRequest, TooLarge, Unavailable
 from hub.storage.remote_sources import RemoteSources, is_global
-from tests.hub.storage.test_remote_sources import DATA, refusal
+from tests.support.remote_sources import DATA, refusal
+from tests.support.tls import certificate
 
 
 @pytest.mark.parametrize(
@@ -39,23 +36,6 @@ def test_address_is_refused_when_it_is_not_public(address: str) -> None:
 )
 def test_address_is_accepted_when_it_is_public(address: str) -> None:
     assert is_global(ip_address(address))
-
-
-def certificate(host: str) -> tuple[bytes, bytes]:
-    """Return a key and a self-signed certificate for a host, PEM."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    return key.private_bytes(*pem), made.public_bytes(pem[0])
 
 
 ANSWERS = {

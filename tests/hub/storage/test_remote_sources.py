@@ -9,10 +9,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from hub.errors import HubError, InvalidRequest, TooLarge, Unavailable
+from hub.errors import InvalidRequest, TooLarge, Unavailable
 from hub.storage.remote_sources import RemoteSources, parse_prefixes, permitted
+from tests.support.remote_sources import DATA, refusal
 
-DATA = b"adapter" * 100
 ALLOWED = (
     "s3://bucket/adapters/",
     "https://Adapters.Example/v1",
@@ -21,14 +21,6 @@ ALLOWED = (
     "file:///srv/adapters",
 )
 PREFIXES = parse_prefixes(ALLOWED)
-
-
-def refusal(sources: RemoteSources, source: str, kind: type[HubError] = InvalidRequest) -> str:
-    with pytest.raises(kind) as caught:
-        sources.fetch(source)
-    if kind is not Unavailable:
-        assert [e.field for e in caught.value.errors] == ["source"]
-    return caught.value.detail
 
 
 @pytest.mark.parametrize(

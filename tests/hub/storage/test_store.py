@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from adapters import Adapter
 from hub.errors import Unavailable
 from hub.storage.store import Store
-from tests.hub.conftest import OCTETS, Hub
+from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import png
 
 DATA = b"adapter" * 100

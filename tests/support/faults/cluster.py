@@ -29,8 +29,8 @@ from hub.registry.tenants import TenantRegistry
 from hub.schemas import LimitsChange
 from hub.settings import Settings
 from tests.support.faults.load import Load, RedisServer, Report, Tasks, replicas
+from tests.support.hub_process import alive, descendants
 from tests.support.models import listens, wait_until
-from tests.system.test_hub import alive, descendants
 
 RAY = Path(sys.executable).parent / "ray"
 LOOPBACK = "127.0.0.1"
@@ -63,7 +63,7 @@ class Node:
 @dataclass
 class Cluster:
     """A head without CPUs for replicas, and nodes with two each. Every node that has replicas has an HAProxy on an
-    address of its own (127.0.0.2, ...). What Ray knows (its GCS) is in a Redis of its own, for a head that comes back.
+    address of its own (127.0.0.2, ...). Ray's state (its GCS) is in its own Redis, for a head that comes back.
     """
 
     settings: Settings
@@ -78,7 +78,7 @@ class Cluster:
     started: int = 0
 
     def urls(self) -> list[str]:
-        """Of the nodes that have replicas, and so take requests."""
+        """Return the URLs of the nodes that have replicas, and so take requests."""
         takers = [n for n in self.nodes if n.replicas("worker") or n.replicas("gateway")]
         wait_until(lambda: all(listens(self.settings.port, n.host) for n in takers), 60, "the nodes' HAProxies")
         return [f"http://{node.host}:{self.settings.port}" for node in takers]
@@ -169,10 +169,10 @@ def hub_on_a_cluster(folder: Path, backbone: Backbone, gateways: int = 2) -> Ite
 
 
 def kill_node(cluster: Cluster, capacity_s: float = 180) -> Report:
-    """kill -9 of a whole Ray node that has a worker; what callers of other nodes saw, who try again for a while."""
+    """Kill a whole Ray node that has a worker; return the results of retrying callers of other nodes."""
     victim = next(node for node in cluster.nodes if node.replicas("worker"))
     others = [url for url in cluster.urls() if victim.host not in url]  # where a load balancer sends callers then
-    assert others, "the node has all replicas; who called it can reach no other one"
+    assert others, "the node has all replicas; its callers can reach no other one"
     with cluster.load(others, callers=6, retry_s=60) as load:
         load.wait_for(60)
         before = load.workers()

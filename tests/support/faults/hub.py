@@ -1,5 +1,7 @@
-"""What is done to a hub on one machine, and what its callers saw of it: `test_faults_*` ask for the bars, and
-`benchmarks/faults.py` does the same for longer."""
+"""Faults of a hub on one machine, and their effects on callers.
+
+`test_faults_*` check the limits; `benchmarks/faults.py` runs the same for longer.
+"""
 
 import os
 import signal
@@ -16,8 +18,8 @@ from hub.errors import HubError, Unavailable
 from hub.local.ports import free_port
 from hub.schemas import LimitsChange
 from tests.support.faults.load import Load, RedisServer, Report, StoreServer, Tasks, replicas
+from tests.support.hub_process import GATEWAY_PORTS, Served, listening_sockets, serve
 from tests.support.models import png, wait_until
-from tests.system.test_hub import GATEWAY_PORTS, Served, listening, serve
 
 TASKS = 6
 WRITERS = 50
@@ -48,16 +50,20 @@ class Hub:
         return replicas(self.served.process.pid, deployment)
 
     def more_tasks(self, count: int, prefix: str) -> Tasks:
-        """Adapters that the hub has never seen."""
+        """Return adapters that the hub has never loaded."""
         self.seeds += count
         return Tasks(self.backbone, count, prefix, self.seeds)
 
     def open_gateways(self) -> set[int]:
-        """Gateways that HTTP can reach."""
-        return {pid for pid in self.replicas("gateway") if any(port in GATEWAY_PORTS for _, port in listening([pid]))}
+        """Return the gateways that HTTP can reach."""
+        return {
+            pid
+            for pid in self.replicas("gateway")
+            if any(port in GATEWAY_PORTS for _, port in listening_sockets([pid]))
+        }
 
     def logged(self, deployment: str) -> str:
-        """What stands in the log files that the replicas of a deployment have open."""
+        """Return the text of the log files that the replicas of a deployment have open."""
         open_files = {
             Path(os.readlink(link)) for pid in self.replicas(deployment) for link in Path(f"/proc/{pid}/fd").iterdir()
         }
@@ -96,7 +102,7 @@ def broken_hub(folder: Path, backbone: Backbone) -> Iterator[Hub]:
 
 
 def warm_up(hub: Hub) -> None:
-    """Until every worker and gateway knows its tasks."""
+    """Wait until every worker and gateway knows its tasks."""
     with hub.load(retry_s=30) as load:
         load.wait_for(60)
     assert load.failures() == []
@@ -148,7 +154,7 @@ def stop_registry(hub: Hub, seconds: float) -> Report:
     new = hub.more_tasks(1, f"stopped{hub.seeds}")
     name, adapter = next(iter(new.adapters.items()))
     with hub.load() as load, hub.client() as client:
-        # With its limits a tenant's tasks and keys were forgotten; known again is what each gateway was asked for.
+        # A change of limits clears gateways' caches of the tenant; each call fills the cache of one gateway.
         load.wait_for(300)
         at = time.monotonic()
         hub.redis.send(signal.SIGSTOP)

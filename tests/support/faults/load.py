@@ -1,4 +1,4 @@
-"""Callers that go on while something is broken, and what they saw. Every answer is checked against the right one."""
+"""Callers that continue during a fault, and their results. Every answer is checked against the right one."""
 
 import os
 import random
@@ -24,8 +24,8 @@ from adapters.data.images import decode_image, eval_transform, normalise
 from hub.client.client import Client
 from hub.errors import HubError
 from hub.local.ports import free_port
+from tests.support.hub_process import command, descendants
 from tests.support.models import png, random_adapter, wait_until
-from tests.system.test_hub import command, descendants
 
 IMAGES = 6
 CLASSES = 4
@@ -73,7 +73,7 @@ class Tasks:
 
 @dataclass
 class Report:
-    """What a fault did to the calls that began, or ended, after it."""
+    """The effect of a fault on the calls that began, or ended, after it."""
 
     asked: int
     failed: dict[str, int]  # kind -> how often
@@ -136,12 +136,12 @@ class Load:
                 job.result()
 
     def wait_for(self, answers: int, timeout_s: float = 60) -> None:
-        """Until so many more calls were answered."""
+        """Wait until this many more calls were answered."""
         more = self._answered() + answers
         wait_until(lambda: self._answered() >= more, timeout_s, f"{answers} answers")
 
     def workers(self, since: float = 0.0) -> set[str]:
-        """Who answered calls that began after a time."""
+        """Return the workers that answered calls that began after a time."""
         return {call.worker for call in list(self._calls) if call.began >= since and call.worker}
 
     def failures(self) -> list[str]:

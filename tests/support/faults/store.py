@@ -1,4 +1,4 @@
-"""An adapter store that misbehaves when it is told to: files of a folder over HTTP, by the standard library alone.
+"""An adapter store that can misbehave: files of a folder over HTTP, with the standard library alone.
 
 python faults_store.py FOLDER PORT
 

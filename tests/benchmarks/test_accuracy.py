@@ -7,6 +7,8 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from torch import nn
 from adapters import Backbone, load_backbone
 from adapters.backbone import features
 from benchmarks import accuracy, accuracy_methods, accuracy_report, train_step
-from benchmarks.accuracy_methods import ABLATION, CONFIGS, KARST, LINEAR, MAIN, METHODS
+from benchmarks.accuracy_methods import ABLATION, CONFIGS, KARST, LEARNING_RATES, LINEAR, MAIN, METHODS
 from benchmarks.accuracy_tasks import BINS, POOL, TASKS, TEST, TRAIN, TaskError, load_task, sprite_image
+
+pytestmark = pytest.mark.slow
 
 CLASSES = 10
 TRAINED = METHODS[1:]
@@ -30,12 +34,12 @@ def backbone() -> Backbone:
 
 
 @pytest.fixture
-def pixels(backbone) -> torch.Tensor:
+def pixels(backbone: Backbone) -> torch.Tensor:
     return torch.randn(2, *backbone.input_size, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", ["digits", "count", "orientation", "location", "shapes"])
-def test_a_task_has_a_pool_and_test_images_of_every_class(name) -> None:
+def test_a_task_has_a_pool_and_test_images_of_every_class(name: str) -> None:
     task = load_task(name)
     assert task.pool.images.shape == (POOL, 3, 32, 32)
     assert task.pool.images.dtype == torch.uint8
@@ -79,7 +83,9 @@ def test_a_sprite_turns_with_its_angle() -> None:
 
 
 @pytest.mark.parametrize("method", TRAINED)
-def test_every_method_starts_from_the_frozen_backbone_with_the_same_head(method, backbone, pixels) -> None:
+def test_methods_start_from_the_frozen_backbone_with_one_head(
+    method: str, backbone: Backbone, pixels: torch.Tensor
+) -> None:
     torch.manual_seed(3)
     model = accuracy_methods.build(method, backbone, CLASSES).eval()
     torch.manual_seed(3)
@@ -91,19 +97,20 @@ def test_every_method_starts_from_the_frozen_backbone_with_the_same_head(method,
 
 
 @pytest.mark.parametrize("method", TRAINED)
-def test_training_changes_what_a_method_trains_and_never_the_backbone(method, backbone, pixels) -> None:
+def test_training_never_changes_the_backbone(method: str, backbone: Backbone, pixels: torch.Tensor) -> None:
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     train, _ = load_task("digits").split(0)
     model, loss = accuracy.fit(method, backbone, CLASSES, train, accuracy.Setting(1e-2, None), seed=0, steps=2)
     assert loss > 0
     with torch.inference_mode():
+        assert isinstance(model.head, nn.Module)
         changed = model(pixels) - model.head(features(backbone.model, pixels))
     assert changed.abs().max() > 1e-3  # not the head alone was trained
     for name, tensor in backbone.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
-def test_the_peers_have_as_many_numbers_as_karst(backbone) -> None:
+def test_the_peers_have_as_many_numbers_as_karst(backbone: Backbone) -> None:
     ours = accuracy_methods.trainable(accuracy_methods.build(KARST, backbone, CLASSES))
     assert ours == accuracy_methods.karst_count(backbone)
     for method in ("LoRA", "LoKr"):
@@ -111,7 +118,7 @@ def test_the_peers_have_as_many_numbers_as_karst(backbone) -> None:
         assert abs(theirs / ours - 1) < 0.05, method
 
 
-def test_the_lokr_count_is_what_peft_makes(backbone) -> None:
+def test_the_lokr_count_is_what_peft_makes(backbone: Backbone) -> None:
     for budget in (20_000, 40_000):
         rank = accuracy_methods.lokr_rank(backbone.sites, budget)
         model = accuracy_methods.lokr(backbone, budget)
@@ -119,7 +126,7 @@ def test_the_lokr_count_is_what_peft_makes(backbone) -> None:
         assert made == sum(accuracy_methods._lokr_numbers(site, rank) for site in backbone.sites)
 
 
-def test_bias_tuning_trains_every_bias_and_nothing_else(backbone) -> None:
+def test_bias_tuning_trains_every_bias_and_nothing_else(backbone: Backbone) -> None:
     model = accuracy_methods.bias_tuned(backbone)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in backbone.model.named_parameters() if name.endswith("bias")}
@@ -139,7 +146,7 @@ def test_batches_pass_over_all_images_in_a_new_order_each_time() -> None:
     assert not torch.equal(taken[0], taken[2])
 
 
-def test_equal_runs_give_equal_numbers(backbone) -> None:
+def test_equal_runs_give_equal_numbers(backbone: Backbone) -> None:
     train, _ = load_task("digits").split(0)
     one, two = (
         accuracy.fit(KARST, backbone, CLASSES, train, accuracy.Setting(3e-3, 1.0), seed=0, steps=2)[0] for _ in range(2)
@@ -164,17 +171,17 @@ def test_the_search_takes_the_best_mean_and_of_equals_the_lowest() -> None:
 
 def test_the_main_methods_come_before_the_ablation_and_variants_share_karsts_rate() -> None:
     chosen = {m: accuracy.Setting(lr, 1.0) for lr, m in enumerate((KARST, "LoRA", "LoKr", "bias", "full"), 1)}
-    runs = list(accuracy.planned("demo", 5, chosen, METHODS, ["digits", "count"], [0, 1]))
+    runs = list(accuracy.planned("demo", 5, chosen, list(METHODS), ["digits", "count"], [0, 1]))
     assert len(runs) == len(set(runs)) == len(METHODS) * 4
     assert {run.method for run in runs[: len(MAIN) * 4]} == set(MAIN)
     assert {run.lr for run in runs if run.method in CONFIGS} == {1.0}
 
 
-def test_a_run_is_measured_once_and_a_report_says_what_came_out(backbone, tmp_path, monkeypatch) -> None:
+def test_run_is_measured_once_and_reported(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command as it is typed, with the fewest steps: run, resume, report."""
     monkeypatch.setattr(accuracy, "SEARCH_TASKS", ("digits",))
     monkeypatch.setattr(accuracy, "PENALTIES", (1e-3, 1e-2))  # the quick ones
-    monkeypatch.setattr(accuracy, "LEARNING_RATES", dict.fromkeys(accuracy.LEARNING_RATES, (0.001,)))
+    monkeypatch.setattr(accuracy, "LEARNING_RATES", dict.fromkeys(LEARNING_RATES, (0.001,)))
     monkeypatch.setattr(accuracy, "_backbone", lambda _name: backbone)
     small = replace(load_task("digits"), test=load_task("digits").test[:50])
     monkeypatch.setattr(accuracy, "load_task", lambda _name: small)
@@ -205,7 +212,7 @@ def results(scores: dict[str, float]) -> accuracy_report.Results:
 @pytest.mark.parametrize(
     ("karst", "verdict"), [(80.0, "holds"), (79.5, "holds within the noise"), (79.0, "does not hold")]
 )
-def test_the_bars_are_computed(karst, verdict) -> None:
+def test_the_bars_are_computed(karst: float, verdict: str) -> None:
     lines = accuracy_report.bars(results({**dict.fromkeys(MAIN, 80.0), KARST: karst, LINEAR: 79.0}))
     assert (
         f"**{verdict}**. KARST minus LoRA is {karst - 80:+.2f} points, pooled standard error over seeds 0.71"
@@ -214,7 +221,7 @@ def test_the_bars_are_computed(karst, verdict) -> None:
     assert f"linear probe on digits: **{'holds' if karst > 79 else 'does not hold'}**" in lines[2]
 
 
-def test_too_few_runs_are_refused_by_name(tmp_path) -> None:
+def test_too_few_runs_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     run = {"method": KARST, "task": "digits", "seed": 0, "accuracy": 0.5}
     path.write_text(json.dumps({"tasks": {"digits": {}}, "runs": [run]}))
@@ -233,7 +240,7 @@ def test_every_variant_differs_from_the_default_in_one_thing() -> None:
     assert set(TASKS) >= set(accuracy.DEFAULT_TASKS)
 
 
-def test_the_official_form_and_ours_are_equal_work(backbone) -> None:
+def test_the_official_form_and_ours_are_equal_work(backbone: Backbone) -> None:
     row = train_step.measure(backbone, 2, batch=2, rounds=2)
     assert row["largest_difference"] < 1e-4
     assert row["parameters"]["ours"] == row["parameters"]["official"] == accuracy_methods.karst_count(backbone)
@@ -242,8 +249,9 @@ def test_the_official_form_and_ours_are_equal_work(backbone) -> None:
 
 
 @pytest.mark.parametrize("part", ["a", "s2", "in_s1"])
-def test_a_form_that_computes_something_else_is_not_timed(backbone, part) -> None:
-    ours, official = (train_step.contender(name, backbone, 2) for name in ("ours", "official"))
+def test_a_form_that_computes_something_else_is_not_timed(backbone: Backbone, part: str) -> None:
+    ours: Any = train_step.contender("ours", backbone, 2)
+    official: Any = train_step.contender("official", backbone, 2)
     with torch.no_grad():
         getattr(official.body.blocks[5].attn.proj.numbers, part).mul_(1.1)
     pixels, targets = train_step._batch(backbone, 2)

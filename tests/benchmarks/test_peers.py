@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,19 +13,22 @@ from rich.console import Console
 from adapters import load_backbone
 from benchmarks import peers
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(peers.__file__).parents[1]
 
 
-def run(output: Path, *arguments: str) -> dict:
+def run(output: Path, *arguments: str) -> dict[str, Any]:
     """The command with the demo backbone; what it wrote."""
     command = [sys.executable, "-m", "benchmarks.peers", "--backbone", "demo", "--output", str(output)]
     command += ["--rounds", "2", "--images", "6", "--batch", "4", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(output.read_text())
+    result: dict[str, Any] = json.loads(output.read_text())
+    return result
 
 
-def check(result: dict, sizes: list[int], names: list[str]) -> None:
+def check(result: dict[str, Any], sizes: list[int], names: list[str]) -> None:
     assert [row["adapters"] for row in result["rows"]] == sizes
     for row in result["rows"]:
         assert list(row["contenders"]) == names
@@ -36,7 +40,7 @@ def check(result: dict, sizes: list[int], names: list[str]) -> None:
             assert set(entry["memory_mb"]) == {"private", "resident"}
 
 
-def test_every_contender_but_serve_answers_as_merged_models(tmp_path) -> None:
+def test_every_contender_but_serve_answers_as_merged_models(tmp_path: Path) -> None:
     names = ["ours", "LoRA", "LoKr", "processes"]
     result = run(tmp_path / "peers.json", "--sizes", "1", "4", "--contenders", *names)
     check(result, [1, 4], names)
@@ -50,13 +54,13 @@ def test_every_contender_but_serve_answers_as_merged_models(tmp_path) -> None:
 @pytest.mark.skipif(
     "PEERS_SERVE" not in os.environ, reason="Ray takes 40 s and more to start and stop; set PEERS_SERVE"
 )
-def test_serve_keeps_as_many_models_as_fit(tmp_path) -> None:
+def test_serve_keeps_as_many_models_as_fit(tmp_path: Path) -> None:
     result = run(tmp_path / "peers.json", "--sizes", "4", "--contenders", "ours", "Serve", "--memory-gb", "0.015")
     check(result, [4], ["ours", "Serve"])
     assert result["rows"][0]["contenders"]["Serve"]["notes"]["models_kept"] == 3  # of 4.8 MB
 
 
-def test_what_is_not_ready_in_time_has_nulls_and_a_reason(tmp_path) -> None:
+def test_what_is_not_ready_in_time_has_nulls_and_a_reason(tmp_path: Path) -> None:
     result = run(tmp_path / "peers.json", "--sizes", "1", "--contenders", "ours", "--setup-limit", "0")
     entry = result["rows"][0]["contenders"]["ours"]
     assert entry["reason"].startswith("not ready after 0 s")
@@ -64,7 +68,7 @@ def test_what_is_not_ready_in_time_has_nulls_and_a_reason(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("method", ["LoRA", "LoKr"])
-def test_a_copied_peft_adapter_has_the_parts_of_an_added_one(method) -> None:
+def test_a_copied_peft_adapter_has_the_parts_of_an_added_one(method: str) -> None:
     peft = pytest.importorskip("peft")
     model = load_backbone("demo", pretrained=False).clone()
     config = {"LoRA": peft.LoraConfig, "LoKr": peft.LoKrConfig}[method]
@@ -87,7 +91,7 @@ def test_a_copied_peft_adapter_has_the_parts_of_an_added_one(method) -> None:
         assert layer.scaling["t1"] == layer.scaling["t2"]
 
 
-def test_one_round_has_no_quartiles(monkeypatch, capsys) -> None:
+def test_one_round_has_no_quartiles(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["peers", "--rounds", "1"])
     with pytest.raises(SystemExit):
         peers.main()

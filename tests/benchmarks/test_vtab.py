@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from adapters import DataError
+from adapters import DataError, KarstModel
 from adapters.data.datasets import read_dataset
-from adapters.data.image_set import ImageTensors
+from adapters.data.image_set import ImageSet, ImageTensors
 from adapters.training.inference import accuracy
 from adapters.training.train import train_model
 from benchmarks import vtab, vtab_miniature
@@ -32,11 +33,13 @@ from benchmarks.vtab_protocol import (
     vtab_trials,
 )
 
+pytestmark = pytest.mark.slow
+
 LRS = ["--lr", "1e-3", "2e-2"]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("miniature")
     vtab_miniature.make(root)
     return root
@@ -65,7 +68,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_trial_is_the_protocol(root) -> None:
+def test_a_trial_is_the_protocol(root: Path) -> None:
     """The same again by hand: choose on train800 / val200, train on train800val200, test once."""
     (trial,) = vtab_trials(root / "vtab", ["dtd"])
     chosen_plan = plan("vtab", *LRS)
@@ -74,9 +77,11 @@ def test_a_trial_is_the_protocol(root) -> None:
     backbone = _backbone("demo", None, "cpu")
     preprocess = result["preprocess"]
     lists, last = read_dataset(trial.source), read_dataset(trial.source, final=True)
+    assert lists.validation is not None
+    assert last.test is not None
     assert (len(lists.train), len(lists.validation), len(last.train), len(last.test)) == (16, 4, 20, 8)
 
-    def trained(images, lr):
+    def trained(images: ImageSet, lr: float) -> KarstModel:
         recipe = chosen_plan.recipe.model_copy(update={"lr": lr, "epochs": 1})
         return train_model(backbone, ImageTensors(images, preprocess), chosen_plan.config, recipe).model
 
@@ -94,7 +99,7 @@ def test_a_trial_is_the_protocol(root) -> None:
 
 
 @pytest.mark.parametrize("name", ["food-101", "stanford-cars"])  # whose paths start at images/, and at the folder
-def test_a_few_shot_trial_takes_the_list_of_its_shots_and_seed(root, name) -> None:
+def test_a_few_shot_trial_takes_the_list_of_its_shots_and_seed(root: Path, name: str) -> None:
     trials = {(t.shots, t.seed): t for t in few_shot_trials(root / "fewshot", [name])}
     assert list(trials) == [(shots, seed) for shots in SHOTS for seed in SEEDS]
     result = run_trial(plan("fewshot", "--preset", "karst-vtab"), trials[2, 1], "cpu")
@@ -104,7 +109,7 @@ def test_a_few_shot_trial_takes_the_list_of_its_shots_and_seed(root, name) -> No
     assert 0 <= result["accuracy"] <= 1
 
 
-def test_the_command_skips_what_is_done_and_survives_a_failure(root, tmp_path) -> None:
+def test_the_command_skips_what_is_done_and_survives_a_failure(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     done = run_trial(plan("vtab"), vtab_trials(root / "vtab", ["dtd"])[0], "cpu")
@@ -137,12 +142,14 @@ def test_the_command_skips_what_is_done_and_survives_a_failure(root, tmp_path) -
     assert {name: (out / name).stat().st_mtime_ns for name in after} == after
 
 
-def test_results_of_another_plan_are_not_mixed_in(root, tmp_path) -> None:
+def test_results_of_another_plan_are_not_mixed_in(root: Path, tmp_path: Path) -> None:
     (trial,) = vtab_trials(root / "vtab", ["dtd"])
     one = plan("vtab")
     result = {"plan": one.described(), "accuracy": 0.5, "lists": trial.digest()}
     (tmp_path / "dtd.json").write_text(json.dumps(result))
-    assert vtab._result(tmp_path, one, trial)["accuracy"] == 0.5
+    found = vtab._result(tmp_path, one, trial)
+    assert found is not None
+    assert found["accuracy"] == 0.5
     for other, what in (
         (plan("vtab", *LRS), "lrs"),
         (plan("vtab", "--preset", "karst-fewshot"), "config"),
@@ -158,7 +165,7 @@ def test_results_of_another_plan_are_not_mixed_in(root, tmp_path) -> None:
         vtab._result(tmp_path, one, trial)
 
 
-def test_all_of_it_is_planned(root) -> None:
+def test_all_of_it_is_planned(root: Path) -> None:
     assert len(vtab_trials(root)) == len(set(VTAB_TASKS)) == 19
     assert [len(tasks) for tasks in GROUPS.values()] == [7, 4, 8]
     trials = few_shot_trials(root)
@@ -204,7 +211,9 @@ def test_the_first_of_the_best_is_chosen_and_never_one_that_ran_away() -> None:
 
 
 def test_tables_show_every_average() -> None:
-    results = {task: {"accuracy": 0.5, "chosen": {"lr": 1e-3, "epochs": 100}} for task in VTAB_TASKS if task != "kitti"}
+    results: dict[str, dict[str, Any]] = {
+        task: {"accuracy": 0.5, "chosen": {"lr": 1e-3, "epochs": 100}} for task in VTAB_TASKS if task != "kitti"
+    }
     table = vtab._vtab_table(results, vtab_summary({task: found["accuracy"] for task, found in results.items()}))
     values = dict(zip(table.columns[0]._cells, table.columns[1]._cells, strict=True))
     assert values["dtd"] == values["mean of natural"] == "50.00"

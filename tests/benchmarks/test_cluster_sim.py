@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import OrderedDict
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,6 +23,8 @@ from benchmarks.cluster_model import (
 from benchmarks.cluster_routing import POLICIES, Router
 from hub.cluster.rendezvous import RendezvousHash, hash64, rank_workers
 
+pytestmark = pytest.mark.slow
+
 PLAIN = Times(pass_s=0.0, image_s=0.01, batch_size=1, batch_wait_s=0.0, slots=10)
 
 
@@ -40,7 +42,7 @@ class Holder:
 
 
 def cluster(
-    times: Times = PLAIN, workers: int = 1, policy: str = "owners by call", adapters: int = 10, **more
+    times: Times = PLAIN, workers: int = 1, policy: str = "owners by call", adapters: int = 10, **more: Any
 ) -> Cluster:
     return Cluster(times, workers, policy, digests(adapters), **more)
 
