@@ -259,7 +259,7 @@ def _claims(results: Results) -> list[str]:
         "\n".join(lines),
         "These verdicts apply to a small backbone, pre-trained on drawings for less than an hour, to short trainings, "
         "and to one learning rate for all variants. With many kernels a run at that rate may diverge; its accuracy "
-        "counts all the same. The paper trains ViT-B/16 of ImageNet-21k for 100 epochs, with a rate searched per "
+        "counts nevertheless. The paper trains ViT-B/16 of ImageNet-21k for 100 epochs, with a rate searched per "
         "task. The figures therefore neither confirm nor refute the paper. They show that its claims do not hold for "
         "every recipe.",
     ]

@@ -1,4 +1,4 @@
-"""Recognition and reading of labelled image datasets on this machine, whatever their layout.
+"""Recognition and reading of labelled image datasets on this machine, in any layout.
 
 Only lists are read here. `checks.py` opens the images.
 """

@@ -80,7 +80,7 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
 def new_admin_key(settings: Settings) -> str:
     """Create an admin key directly in the registry, whether a hub runs on it or not.
 
-    An operator who lost the last admin key needs it: it requires access to the registry, but no key.
+    For an operator without an admin key: the call requires access to the registry, but no key.
 
     Raises:
         EmbeddedRedisError, Unavailable: the registry does not answer.

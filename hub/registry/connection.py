@@ -165,7 +165,7 @@ def as_optional_text(reply: object) -> str | None:
 
 
 def as_integer(reply: object) -> int:
-    """Return a reply that is an integer, or a boolean that stands for one."""
+    """Return a reply that is an integer, or a boolean that encodes one."""
     if not isinstance(reply, int):
         raise TypeError(f"Redis returned {type(reply).__name__}, not an integer")
     return int(reply)

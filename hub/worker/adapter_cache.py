@@ -356,7 +356,7 @@ class AdapterCache:
         self._change(entry, State.FAILED, error=error)
 
     async def _take_slot(self) -> None:
-        """Wait for a slot; loads get slots in the order in which they asked."""
+        """Wait for a slot; loads get slots in the order of their requests."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._slot_queue.append(turn)
         self._hand_out_slots()

@@ -39,7 +39,7 @@ async def running_router(*replicas: Replica) -> RendezvousRouter:
 
 
 async def update(router: RendezvousRouter, *replicas: Replica) -> None:
-    """Give a router new replicas, and wait until it has asked all new ones for the lengths of their queues."""
+    """Give a router new replicas, and wait until it knows the lengths of their queues."""
     router.update_replicas(running(*replicas))
     probes = asyncio.all_tasks() - {asyncio.current_task()}
     await asyncio.gather(*probes)

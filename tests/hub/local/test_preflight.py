@@ -50,9 +50,9 @@ def test_the_import_names_belong_to_this_distribution_alone() -> None:
 
 
 def test_another_distribution_with_the_same_import_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {**packages_distributions(), "hub": [preflight.DISTRIBUTION, "stranger"]}
+    installed = {**packages_distributions(), "hub": [preflight.DISTRIBUTION, "another-package"]}
     monkeypatch.setattr(preflight, "packages_distributions", lambda: installed)
-    with pytest.raises(StartError, match="The package 'hub' also belongs to stranger"):
+    with pytest.raises(StartError, match="The package 'hub' also belongs to another-package"):
         preflight.check_import_names()
 
 
