@@ -111,7 +111,9 @@ def register(
         show(registered, True)
     elif statuses[-1] == HTTPStatus.OK:  # no new version: `latest` may have moved back to an older version
         moved = "alias latest points" if alias in (None, LATEST) else f"aliases latest and {alias} point"
-        out.print(f"{registered.task}: already registered as version {registered.version}; {moved} at it now")
+        out.print(
+            f"{registered.task}: already registered as version {registered.version}; {moved} at it now", soft_wrap=True
+        )
     else:
         labels = len(registered.labels)
         out.print(f"{registered.task} version {registered.version}: {labels} labels, digest {registered.digest[:12]}")

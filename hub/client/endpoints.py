@@ -5,13 +5,11 @@ the same arguments, sends the calls, and returns the reply type: the last type p
 """
 
 import base64
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
-from urllib.parse import quote
 
 from pydantic import BaseModel
 
@@ -36,6 +34,7 @@ from ..schemas import (
     VersionInfo,
 )
 from .image_encoding import ImageSource, ImageSources, encode, iterate_images
+from .request_parts import canary_header, item_count, json_body, route, set_fields, without_none
 from .transport import Call, CallSeries
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -57,12 +56,12 @@ def tasks() -> Call[TaskList]:
 
 def task(name: str) -> Call[TaskInfo]:
     """Return a task with its versions and aliases. The name of another tenant's shared task is `tenant:task`."""
-    return Call("GET", _path("tasks", name), _model(TaskInfo))
+    return Call("GET", route("tasks", name), _model(TaskInfo))
 
 
 def version(name: str, version: int | str = LATEST) -> Call[VersionInfo]:
     """Return a version of a task, by number or alias, with digest, labels and preprocessing."""
-    return Call("GET", _path("tasks", name, "versions", str(version)), _model(VersionInfo))
+    return Call("GET", route("tasks", name, "versions", str(version)), _model(VersionInfo))
 
 
 def register(
@@ -85,11 +84,11 @@ def register(
         InvalidAdapter: The file is not a valid adapter for this hub; `errors` names each tensor or field.
         LimitReached: The tenant has reached a limit of tasks, versions or stored bytes.
     """
-    path, params = _path("tasks", name, "versions"), _without_none(alias=alias)
+    path, params = route("tasks", name, "versions"), without_none(alias=alias)
     if (adapter is None) == (source is None) or (digest is not None and source is None):
         raise InvalidRequest.at("adapter", "set either adapter or source, not both; set digest only with source")
     if source is not None:
-        body = _json(_without_none(source=source, digest=digest))
+        body = json_body(without_none(source=source, digest=digest))
         return Call("POST", path, _model(Registered), params=params, headers=JSON, content=body)
     if isinstance(adapter, bytes):
         return Call("POST", path, _model(Registered), params=params, headers=BINARY, content=adapter)
@@ -98,7 +97,7 @@ def register(
 
 def download(name: str, to: AnyPath, *, version: int | str = LATEST) -> Call[Path]:
     """Download the adapter file of a version to `to`, which appears only when complete. Needs an owner key."""
-    return _to_file(_path("tasks", name, "versions", str(version), "file"), to)
+    return _to_file(route("tasks", name, "versions", str(version), "file"), to)
 
 
 def set_alias(name: str, alias: str, targets: int | Mapping[int, int]) -> Call[TaskInfo]:
@@ -108,17 +107,17 @@ def set_alias(name: str, alias: str, targets: int | Mapping[int, int]) -> Call[T
         targets: a version number, or version number -> weight.
     """
     body = {"version": targets} if isinstance(targets, int) else {"weights": dict(targets)}
-    return Call("PUT", _path("tasks", name, "aliases", alias), _model(TaskInfo), headers=JSON, content=_json(body))
+    return Call("PUT", route("tasks", name, "aliases", alias), _model(TaskInfo), headers=JSON, content=json_body(body))
 
 
 def roll_back(name: str, alias: str) -> Call[TaskInfo]:
     """Point an alias at its previous target."""
-    return Call("POST", _path("tasks", name, "aliases", alias, "rollback"), _model(TaskInfo), idempotent=False)
+    return Call("POST", route("tasks", name, "aliases", alias, "rollback"), _model(TaskInfo), idempotent=False)
 
 
 def delete_alias(name: str, alias: str) -> Call[None]:
     """Delete an alias and keep its versions. The alias `latest` cannot be deleted."""
-    return Call("DELETE", _path("tasks", name, "aliases", alias), _nothing)
+    return Call("DELETE", route("tasks", name, "aliases", alias), _nothing)
 
 
 def share(name: str, *, public: bool = False, tenants: Sequence[str] = ()) -> Call[TaskInfo]:
@@ -129,12 +128,12 @@ def share(name: str, *, public: bool = False, tenants: Sequence[str] = ()) -> Ca
         tenants: share with these tenants.
     """
     body = {"public": public, "tenants": list(tenants)}
-    return Call("PUT", _path("tasks", name, "sharing"), _model(TaskInfo), headers=JSON, content=_json(body))
+    return Call("PUT", route("tasks", name, "sharing"), _model(TaskInfo), headers=JSON, content=json_body(body))
 
 
 def delete_task(name: str) -> Call[None]:
     """Delete a task with all its versions."""
-    return Call("DELETE", _path("tasks", name), _nothing)
+    return Call("DELETE", route("tasks", name), _nothing)
 
 
 def delete_version(name: str, version: int) -> Call[None]:
@@ -143,7 +142,7 @@ def delete_version(name: str, version: int) -> Call[None]:
     Raises:
         Conflict: An alias points at the version.
     """
-    return Call("DELETE", _path("tasks", name, "versions", str(version)), _nothing)
+    return Call("DELETE", route("tasks", name, "versions", str(version)), _nothing)
 
 
 # Classification
@@ -180,8 +179,8 @@ def classify(
             "top_k": top_k,
             "version": version if first_reply is None else first_reply.version,
         }
-        path = _path("tasks", name, "classify")
-        return Call("POST", path, _model(Classified), params=params, headers=_canary(canary_key), images=items)
+        path = route("tasks", name, "classify")
+        return Call("POST", path, _model(Classified), params=params, headers=canary_header(canary_key), images=items)
 
     def join(parts: Sequence[Classified]) -> Classified:
         return parts[0].model_copy(update={"predictions": [p for part in parts for p in part.predictions]})
@@ -191,7 +190,7 @@ def classify(
             data = encode(image, f"images.{i}")
             yield (f"images.{i}", data), len(data)
 
-    return CallSeries(items(), call, join, _count(sources), progress)
+    return CallSeries(items(), call, join, item_count(sources), progress)
 
 
 def classify_inputs(
@@ -212,7 +211,7 @@ def classify_inputs(
     """
 
     def call(first: int, items: Sequence[dict[str, str]], _first_reply: Results | None) -> Call[Results]:
-        params, headers, body = {"top_k": top_k}, JSON | _canary(canary_key), _json({"inputs": items})
+        params, headers, body = {"top_k": top_k}, JSON | canary_header(canary_key), json_body({"inputs": items})
         return Call("POST", "/v1/classify", _model(Results), params=params, headers=headers, content=body, first=first)
 
     def join(parts: Sequence[Results]) -> Results:
@@ -224,7 +223,7 @@ def classify_inputs(
             version = given[2] if len(given) == 3 else LATEST
             yield {"task": given[0], "image": data, "version": version}, len(data)
 
-    return CallSeries(items(), call, join, _count(inputs), progress)
+    return CallSeries(items(), call, join, item_count(inputs), progress)
 
 
 # The tenant
@@ -232,7 +231,7 @@ def classify_inputs(
 
 def usage(tenant: str | None = None) -> Call[Usage]:
     """Return limits and usage of the key's tenant. An admin key needs the name of a tenant."""
-    return Call("GET", "/v1/usage" if tenant is None else _path("tenants", tenant, "usage"), _model(Usage))
+    return Call("GET", "/v1/usage" if tenant is None else route("tenants", tenant, "usage"), _model(Usage))
 
 
 def audit(tenant: str | None = None, *, after: str | None = None, count: int = 100) -> Call[AuditPage]:
@@ -243,18 +242,18 @@ def audit(tenant: str | None = None, *, after: str | None = None, count: int = 1
         after: `next` of the previous page.
         count: maximum number of entries.
     """
-    path = "/v1/audit" if tenant is None else _path("tenants", tenant, "audit")
-    return Call("GET", path, _model(AuditPage), params=_without_none(after=after, count=count))
+    path = "/v1/audit" if tenant is None else route("tenants", tenant, "audit")
+    return Call("GET", path, _model(AuditPage), params=without_none(after=after, count=count))
 
 
 def tenant(name: str) -> Call[TenantInfo]:
     """Return a tenant with its limits. Needs an owner key of the tenant or an admin key."""
-    return Call("GET", _path("tenants", name), _model(TenantInfo))
+    return Call("GET", route("tenants", name), _model(TenantInfo))
 
 
 def keys(tenant: str) -> Call[KeyList]:
     """List the keys of a tenant, without the secrets. Needs an owner key of the tenant or an admin key."""
-    return Call("GET", _path("tenants", tenant, "keys"), _model(KeyList))
+    return Call("GET", route("tenants", tenant, "keys"), _model(KeyList))
 
 
 def create_key(
@@ -267,13 +266,13 @@ def create_key(
         role: a `caller` key may only classify; an `owner` key may also manage the tenant's tasks and keys.
         expires: time with a time zone; None: never.
     """
-    body = _without_none(name=name, role=role, expires=expires and expires.isoformat())
-    return _create(_path("tenants", tenant, "keys"), body, NewKey)
+    body = without_none(name=name, role=role, expires=expires and expires.isoformat())
+    return _create(route("tenants", tenant, "keys"), body, NewKey)
 
 
 def revoke_key(tenant: str, id: str) -> Call[None]:
     """Revoke a key of a tenant. Needs an owner key of the tenant or an admin key."""
-    return Call("DELETE", _path("tenants", tenant, "keys", id), _nothing)
+    return Call("DELETE", route("tenants", tenant, "keys", id), _nothing)
 
 
 def export_tenant(tenant: str, to: AnyPath) -> Call[Path]:
@@ -281,7 +280,7 @@ def export_tenant(tenant: str, to: AnyPath) -> Call[Path]:
 
     Needs an owner key of the tenant or an admin key.
     """
-    return _to_file(_path("tenants", tenant, "export"), to)
+    return _to_file(route("tenants", tenant, "export"), to)
 
 
 # The hub (needs an admin key)
@@ -294,18 +293,18 @@ def tenants() -> Call[TenantList]:
 
 def create_tenant(name: str, limits: LimitsChange | TenantLimits | None = None) -> Call[TenantInfo]:
     """Create a tenant. Omitted limits have the defaults of the hub. Needs an admin key."""
-    return _create("/v1/tenants", _without_none(tenant=name, limits=limits and _set_fields(limits)), TenantInfo)
+    return _create("/v1/tenants", without_none(tenant=name, limits=limits and set_fields(limits)), TenantInfo)
 
 
 def change_limits(tenant: str, limits: LimitsChange | TenantLimits) -> Call[TenantInfo]:
     """Change limits of a tenant. Omitted limits keep their values. Needs an admin key."""
-    body = _json({"limits": _set_fields(limits)})
-    return Call("PATCH", _path("tenants", tenant), _model(TenantInfo), headers=JSON, content=body)
+    body = json_body({"limits": set_fields(limits)})
+    return Call("PATCH", route("tenants", tenant), _model(TenantInfo), headers=JSON, content=body)
 
 
 def delete_tenant(name: str) -> Call[None]:
     """Delete a tenant with all its tasks and keys. Needs an admin key."""
-    return Call("DELETE", _path("tenants", name), _nothing)
+    return Call("DELETE", route("tenants", name), _nothing)
 
 
 def admin_keys() -> Call[KeyList]:
@@ -323,7 +322,7 @@ def create_admin_key(name: str, *, expires: datetime | None = None) -> Call[NewK
     Raises:
         Conflict: `expires` is set, and no admin key without an expiry date exists yet.
     """
-    return _create("/v1/admin/keys", _without_none(name=name, expires=expires and expires.isoformat()), NewKey)
+    return _create("/v1/admin/keys", without_none(name=name, expires=expires and expires.isoformat()), NewKey)
 
 
 def revoke_admin_key(id: str) -> Call[None]:
@@ -332,12 +331,12 @@ def revoke_admin_key(id: str) -> Call[None]:
     Raises:
         Conflict: The key is the last admin key without an expiry date.
     """
-    return Call("DELETE", _path("admin", "keys", id), _nothing)
+    return Call("DELETE", route("admin", "keys", id), _nothing)
 
 
 def import_tenant(tenant: str, file: AnyPath) -> Call[TaskList]:
     """Create all tasks of a tar file from `export_tenant` in an existing tenant, or none. Needs an admin key."""
-    path = _path("tenants", tenant, "import")
+    path = route("tenants", tenant, "import")
     return Call("POST", path, _model(TaskList), headers=TAR, upload=Path(file), idempotent=False)
 
 
@@ -352,14 +351,14 @@ def gc(older_than_s: int = 3600) -> Call[Collected]:
     Args:
         older_than_s: keep files that a client has uploaded in the last `older_than_s` seconds.
     """
-    return Call("POST", "/v1/gc", _model(Collected), headers=JSON, content=_json({"older_than_s": older_than_s}))
+    return Call("POST", "/v1/gc", _model(Collected), headers=JSON, content=json_body({"older_than_s": older_than_s}))
 
 
 # Helpers
 
 
 def _create(path: str, body: Mapping[str, Any], reply: type[Model]) -> Call[Model]:
-    return Call("POST", path, _model(reply), headers=JSON, content=_json(body), idempotent=False)
+    return Call("POST", path, _model(reply), headers=JSON, content=json_body(body), idempotent=False)
 
 
 def _to_file(path: str, to: AnyPath) -> Call[Path]:
@@ -373,37 +372,3 @@ def _model(kind: type[Model]) -> Callable[[bytes], Model]:
 
 def _nothing(_content: bytes) -> None:
     """Parse an empty reply."""
-
-
-def _json(body: Any) -> bytes:
-    return json.dumps(body).encode()
-
-
-def _set_fields(limits: BaseModel) -> dict[str, Any]:
-    return limits.model_dump(exclude_unset=True, exclude_none=True)
-
-
-def _without_none(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _path(*names: str) -> str:
-    """Return the path `/v1/...` of the names. Quoting keeps each name one segment of the path."""
-    for name in names:
-        if name in ("", ".", ".."):
-            raise InvalidRequest.at("path", f"{name!r} is not a valid name")
-    return "/v1/" + "/".join(quote(name, safe="") for name in names)
-
-
-def _canary(key: str | None) -> dict[str, str]:
-    if key is None:
-        return {}
-    if not (key.isascii() and key.isprintable()):
-        raise InvalidRequest.at(
-            "canary_key", "contains characters that an HTTP header cannot hold; use printable ASCII"
-        )
-    return {"x-canary-key": key}
-
-
-def _count(items: Iterable[Any]) -> int | None:
-    return len(items) if isinstance(items, Sized) else None

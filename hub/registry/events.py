@@ -37,10 +37,11 @@ class EventLog:
     async def span(self) -> tuple[str, str]:
         """Return the ids of the oldest and the newest kept event; `0-0` if there are none."""
         redis = self._connection.dedicated
-        oldest, newest = [
-            as_entries(await self._connection.execute(command, timeout_s=SPAN_TIMEOUT_S, dedicated=True))
-            for command in (redis.xrange(STREAM, count=1), redis.xrevrange(STREAM, count=1))
-        ]
+        ends = []
+        for command in (redis.xrange, redis.xrevrange):  # called one by one: a failure leaves no command un-awaited
+            reply = await self._connection.execute(command(STREAM, count=1), timeout_s=SPAN_TIMEOUT_S, dedicated=True)
+            ends.append(as_entries(reply))
+        oldest, newest = ends
         return (oldest[0][0], newest[0][0]) if oldest and newest else ("0-0", "0-0")
 
     async def read(self, after: str, wait_ms: int) -> list[Event]:

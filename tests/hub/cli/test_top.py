@@ -55,6 +55,7 @@ def test_workers_disappear_when_they_stop_reporting(empty_redis: str) -> None:
 
 def test_unknown_fields_are_ignored_when_a_newer_worker_reports(empty_redis: str) -> None:
     async def use(database: RegistryConnection) -> None:
+        await StatusBoard(database).report(worker())
         text = json.dumps(json.loads(worker().model_dump_json()) | {"colour": "green"})
         await database.redis.hset("karst:workers", "node/1", text)
         assert await StatusBoard(database).workers() == [worker()]
