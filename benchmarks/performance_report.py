@@ -102,7 +102,8 @@ def _engine(result: dict[str, Any]) -> list[str]:
         rows.append([row["backbone"], row["what"], _value(row["value"], 2), _bar(row["bar"], row["value"], sign)])
     return [
         "## The worker's engine: many adapters, cold ones, greedy tenants",
-        f"`python -m benchmarks.engine` ({_machine(result)}): tiers, batcher and bank of one worker without HTTP, "
+        f"`python -m benchmarks.engine` ({_machine(result)}): the adapter cache, batcher and bank of "
+        "one worker without HTTP, "
         f"batches of at most {result['batch']}, {result['callers']} callers with one image each in a closed loop.",
         markdown_table(["backbone", "what", "median", "bar"], rows),
         *_greedy(result["rows"]),
@@ -116,12 +117,13 @@ def _greedy(rows: Sequence[dict[str, Any]]) -> list[str]:
         return []
     ms = {name: f"{one['median']:.0f}" for name, one in found["ms"].items()}
     return [
-        "A pass cannot be interrupted: a call that comes to a busy worker waits for what is left of one. While one "
-        "tenant sends much more than another, passes are short, and who sends less than its share has the next turn, "
-        "with all that it has waiting. So beside a tenant that offered ten times what the worker takes "
-        f"({found['refused']:.0%} of it was refused) the other one's median went from {ms['alone_p50']} to "
-        f"{ms['beside_p50']} ms and its p95 from {ms['alone_p95']} to {ms['beside_p95']} ms. Alone it waits, too, for "
-        "its own calls, which come at random times."
+        "A forward pass cannot be interrupted: a call at a busy worker waits for the rest of the "
+        "current pass. While one "
+        "tenant sends much more than another, passes are short. The tenant below its share then has the next turn for "
+        "all its queued images. One tenant offered ten times the worker's capacity "
+        f"({found['refused']:.0%} of its calls were refused). The other tenant's median went from {ms['alone_p50']} to "
+        f"{ms['beside_p50']} ms, and its p95 from {ms['alone_p95']} to {ms['beside_p95']} ms. Alone it also waits for "
+        "its own calls, which arrive at random times."
     ]
 
 
@@ -201,12 +203,14 @@ def _http(result: dict[str, Any]) -> list[str]:
         found = result["throughput"]
         per_second = ", ".join(f"{name} {one['median']:.0f}" for name, one in found["per_second"].items())
         parts.append(
-            f"With {found['callers']} callers, a second: {per_second} (`bare` is the backbone alone in one process, "
-            "`work` one process that decodes and uses an adapter). On these cores whatever is added takes time from "
-            "everything else: a hub that added nothing but the bare pass to the empty application would reach "
-            f"{_value(found['ceiling']['bare'])} of it, one that added decoding and a pass with adapters "
+            f"Requests per second with {found['callers']} callers: {per_second}. `bare` is the backbone alone in one "
+            "process; `work` is one process that decodes and uses an adapter. All parts share these cores. A hub that "
+            "added only the bare pass to the empty application would reach "
+            f"{_value(found['ceiling']['bare'])} of its rate; with decoding and adapters, "
             f"{_value(found['ceiling']['work'])}. The hub, with its keys, limits, fairness and metrics, reaches "
-            f"{_value(found['to_ceiling']['bare'])} of the one and {_value(found['to_ceiling']['work'])} of the other."
+            f"{_value(found['to_ceiling']['bare'])} of the first limit and "
+            f"{_value(found['to_ceiling']['work'])} of the "
+            "second."
         )
         hub, empty = found["cpu_ms"]["hub"], found["cpu_ms"]["empty"]
         kinds = sorted(hub, key=lambda kind: -hub[kind])
@@ -218,10 +222,10 @@ def _http(result: dict[str, Any]) -> list[str]:
         found = result["saturation"]
         work = ", ".join(f"{_value(found[f'{n} adapters']['to_work'])} with {n}" for n in (1, 8))
         parts.append(
-            "At saturation the cores also decode JPEGs and compute what adapters add; a bank computes the frozen part "
-            "faster than timm does. One process that does just that, without HTTP, takes "
-            f"{_value(found['work']['to_bare'])} of the bare backbone's images a second; of its rate the hub reaches "
-            f"{work} adapters."
+            "At saturation the cores also decode JPEGs and compute the adapters' part; a bank computes the frozen part "
+            "faster than timm. One process with the same work and without HTTP reaches "
+            f"{_value(found['work']['to_bare'])} of the bare backbone's images per second. The hub reaches "
+            f"{work} adapters of that rate."
         )
     if "tenants" in result:
         flood, large = (result["tenants"][f"{n} images"] for n in (1, 16))
@@ -231,15 +235,18 @@ def _http(result: dict[str, Any]) -> list[str]:
             for name, one in found["p95_ms"].items()
         }
         parts.append(
-            f"The greedy tenant offered {flood['offered_calls_per_second']:.0f} calls of one image a second, ten times "
-            "what the hub takes. HAProxy refuses a key's calls beyond 512 under way, so the gateway only has to do "
-            "with what is admitted, and the other tenant's images have the next turn in a short pass; but all of it, "
-            "the load generator and the refusals, too, share two cores. The other tenant's p95 went from "
-            f"{ms[True, 'hub alone']} to {ms[True, 'hub beside']} ms; that of calls to the empty application, beside "
-            f"the same crowd calling that, from {ms[True, 'empty alone']} to {ms[True, 'empty beside']} ms, which is "
-            f"{_value(flood['empty_ratio'])} times. Beside calls of 16 images it went from {ms[False, 'hub alone']} to "
-            f"{ms[False, 'hub beside']} ms, at the empty application from {ms[False, 'empty alone']} to "
-            f"{ms[False, 'empty beside']} ms ({_value(large['empty_ratio'])} times)."
+            f"The greedy tenant offered {flood['offered_calls_per_second']:.0f} calls of one image "
+            "per second, ten times "
+            "the hub's capacity. HAProxy refuses a key's calls beyond 512 open ones, so the gateway handles only the "
+            "accepted calls. The other tenant's images have the next turn in a short pass. The load generator and the "
+            "refusals share the same two cores. The other tenant's p95 went from "
+            f"{ms[True, 'hub alone']} to {ms[True, 'hub beside']} ms. With the same load on the empty application, the "
+            f"p95 of its calls went from {ms[True, 'empty alone']} to {ms[True, 'empty beside']} ms, "
+            f"{_value(flood['empty_ratio'])} times. Beside calls of 16 images the p95 went from "
+            f"{ms[False, 'hub alone']} to {ms[False, 'hub beside']} ms at the hub, and from "
+            f"{ms[False, 'empty alone']} to {ms[False, 'empty beside']} ms "
+            f"({_value(large['empty_ratio'])} times) at the "
+            "empty application."
         )
     if "first-answer" in result:
         first = result["first-answer"]["first_answer_ms"]
@@ -293,7 +300,7 @@ def _train(result: dict[str, Any]) -> list[str]:
     return [
         "## A training step",
         f"`python -m benchmarks.train_step` ({_machine(result)}): forward, backward and AdamW on {result['backbone']}, "
-        f"batch {result['batch']}, {result['rounds']} rounds, all by turns on the same layers with equally many "
+        f"batch {result['batch']}, {result['rounds']} rounds, interleaved, on the same layers with equally many "
         "numbers. The official form writes dW out by `kron` and calls `F.linear` (a plain version that runs; it and "
         "ours agree in logits and gradients). Ours writes W0 + dW out going forward, too, but takes the gradients of "
         "C, A and B by the vec trick: through dW they need a third full product of all rows.",
