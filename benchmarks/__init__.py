@@ -1,1 +1,1 @@
-"""Measurements of karst-hub; each module runs by itself and checks its results before it times anything."""
+"""Benchmarks of karst-hub. Each module runs by itself and checks its results before it measures."""

@@ -1,16 +1,15 @@
-"""How good KARST's adapters are: beside a linear probe, LoRA, LoKr, bias tuning and full fine-tuning.
+"""Accuracy of KARST's adapters beside a linear probe, LoRA, LoKr, bias tuning and full fine-tuning.
 
     python -m benchmarks.accuracy [--workers 2] [--search] [--tasks T ...] [--methods M ...] [--seeds S ...]
 
-Every method starts from the same frozen backbone and, for a seed, sees the same images in the same batches under
-the same schedule. Only the learning rate and the gain (what multiplies dW; peft's alpha / r) are each method's own:
-searched once, on validation images of two tasks.
-The model of the last step is measured, once, on the test images. Training runs under bfloat16 autocast, tests in
-float32, for all alike.
+Every method starts from the same frozen backbone. For a seed, every method sees the same images in the same batches
+under the same schedule. Each method has its own learning rate and gain. The gain multiplies dW; in peft it is
+alpha / r. The search selects both on validation images of two tasks. The test images measure the model of the last
+step once. Training runs under bfloat16 autocast and tests run in float32, for all methods.
 
-Finished runs are lines of a log and are not run again: stop and start as you like. The order is the search, the
-main methods over all tasks and seeds, then KARST's variants task by task. The results file is written after every
-run; `python -m benchmarks.accuracy_report` makes the report of it.
+A log has one line per finished run, and the benchmark skips the runs in it. You can stop and restart at any time. The
+order is the search, the main methods over all tasks and seeds, then KARST's variants task by task. The benchmark
+updates the results file after every run. `python -m benchmarks.accuracy_report` generates the report from it.
 """
 
 import argparse
@@ -60,14 +59,14 @@ DEFAULT_TASKS = ("digits", "fashion", "elpv", "count", "orientation", "location"
 SEARCH_TASKS = ("digits", "count")
 SEEDS = (0, 1, 2)
 BATCH = 32
-WARM_UP = 0.1  # of the steps, from lr / 100; then a cosine to lr / 10
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # the linear probe's C
+WARM_UP = 0.1  # share of the steps, from lr / 100; then a cosine to lr / 10
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of the linear probe
 LOG = Path("runs/accuracy.jsonl")
 OUTPUT = Path(__file__).parent / "results" / "accuracy.json"
 
 
 class Setting(NamedTuple):
-    """What the search chooses for a method; `gain` is None for one without a dW."""
+    """The search's choice for a method; `gain` is None for a method without a dW."""
 
     lr: float
     gain: float | None
@@ -75,9 +74,9 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One training and one measurement; equal runs give equal numbers.
+    """One training and one measurement. Equal runs give equal numbers.
 
-    `lr` is None for the linear probe, `gain` for every method without a dW. `part` is what is measured: "test", or
+    `lr` is None for the linear probe, and `gain` for every method without a dW. `part` is the measured part: "test", or
     "validation" in the search.
     """
 
@@ -92,7 +91,7 @@ class Run:
 
 
 def main() -> None:
-    """Run what is missing, keep the results file up to date."""
+    """Do the missing runs and keep the results file up to date."""
     options = _options()
     try:
         measure(options)
@@ -101,11 +100,12 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """
+    """Run the benchmark.
+
     Raises:
         BackboneError: the backbone cannot be loaded.
-        TaskError: a task's images are not on this machine, or not of the backbone's size.
-        FloatingPointError: a training whose loss is no longer finite.
+        TaskError: a task's images are not installed, or do not have the backbone's size.
+        FloatingPointError: the loss of a training is not finite.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # for the workers: two threads of one run are slower than two runs
     torch.set_num_threads(1)
@@ -128,7 +128,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 class Log:
-    """Finished runs of one backbone, a JSON line each; lines of other backbones are left alone."""
+    """Log of the finished runs of one backbone, one JSON line each. Lines of other backbones stay unchanged."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         lines = path.read_text().splitlines() if path.exists() else []
@@ -137,18 +137,18 @@ class Log:
         self.rows = [row for row in map(json.loads, lines) if row["fingerprint"] == fingerprint]
 
     def fill(self, runs: list[Run], workers: int, title: str) -> None:
-        """Run what is missing of `runs`."""
+        """Do the missing runs of `runs`."""
         for _ in self.finish(runs, workers, title):
             pass
 
     def finish(self, runs: list[Run], workers: int, title: str) -> Iterator[dict[str, Any]]:
-        """Run what is missing of `runs`, `workers` at a time, and yield each row once it is in the file."""
+        """Do the missing runs of `runs`, `workers` at a time, and yield each row after it is in the file."""
         done = {_key(row) for row in self.rows}
         missing = [run for run in runs if _key(asdict(run)) not in done]
         print(f"{title}: {len(runs) - len(missing)} of {len(runs)} were there")
         for row in track(_results(missing, workers), title, total=len(missing)):
             row["fingerprint"] = self._fingerprint
-            # One write of one line to a file opened for appending: two benchmarks never mix their lines.
+            # One write of one line to a file in append mode: otherwise two benchmarks could mix their lines.
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             self.rows.append(row)
@@ -157,7 +157,7 @@ class Log:
 
 
 def search_runs(backbone: str, steps: int) -> Iterator[Run]:
-    """Every learning rate and gain of every method on two tasks' validation images, seed 0."""
+    """Search every learning rate and gain of every method on the validation images of two tasks, seed 0."""
     for task in SEARCH_TASKS:
         for method, settings in grid().items():
             for lr, gain in settings:
@@ -165,7 +165,7 @@ def search_runs(backbone: str, steps: int) -> Iterator[Run]:
 
 
 def grid() -> dict[str, list[Setting]]:
-    """What the search tries of each method."""
+    """Return the settings that the search tries for each method."""
     return {
         method: [Setting(lr, gain) for gain in GAINS.get(method, (None,)) for lr in rates]
         for method, rates in LEARNING_RATES.items()
@@ -173,7 +173,7 @@ def grid() -> dict[str, list[Setting]]:
 
 
 def chosen_settings(rows: list[dict[str, Any]], steps: int) -> dict[str, Setting]:
-    """Each method's setting of the best mean validation accuracy; of equals, the one of the lowest rate."""
+    """Return each method's setting of the best mean validation accuracy; in a tie, the one of the lowest rate."""
     chosen = {}
     for method, settings in grid().items():
         means = {
@@ -192,10 +192,10 @@ def chosen_settings(rows: list[dict[str, Any]], steps: int) -> dict[str, Setting
 def planned(
     backbone: str, steps: int, chosen: dict[str, Setting], methods: list[str], tasks: list[str], seeds: list[int]
 ) -> Iterator[Run]:
-    """Runs in their order: what the bar needs first, and a whole task of the ablation before the next."""
+    """Return the runs in their order: the main methods first, then the ablation one whole task after another."""
 
     def run(method: str, task: str, seed: int) -> Run:
-        # The linear probe takes no steps: the same run whatever they are.
+        # The linear probe takes no steps, so its run is the same for every number of steps.
         if method == LINEAR:
             return Run(backbone, method, task, seed, 0, None, None, "test")
         return Run(backbone, method, task, seed, steps, *chosen[search_name(method)], "test")
@@ -205,10 +205,10 @@ def planned(
 
 
 def execute(run: Run) -> dict[str, Any]:
-    """Train and measure; a learning rate of the search that makes the loss infinite counts as no right answer.
+    """Train and measure. In the search, a rate at which the loss is not finite counts as accuracy 0.
 
     Raises:
-        FloatingPointError: the loss is no longer finite at the learning rate that the search chose.
+        FloatingPointError: the loss is not finite at the learning rate that the search selected.
     """
     torch.set_num_threads(1)
     began = time.process_time()
@@ -235,10 +235,10 @@ def execute(run: Run) -> dict[str, Any]:
 def fit(
     method: str, backbone: Backbone, classes: int, train: Labelled, setting: Setting, *, seed: int, steps: int
 ) -> tuple[nn.Module, float]:
-    """The model of the last step and its last loss. AdamW with weight decay lr / 10, batches of 32, no augmentation.
+    """Return the model of the last step and its last loss: AdamW, weight decay lr / 10, batches of 32, no augmentation.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss is not finite.
     """
     torch.manual_seed(seed)
     model = build(method, backbone, classes, setting.gain).train()
@@ -259,7 +259,7 @@ def fit(
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """What multiplies the learning rate: a linear rise from 0.01 to 1, then a cosine down to 0.1."""
+    """Return the factor of the learning rate: a linear rise from 0.01 to 1, then a cosine down to 0.1."""
     warm_up = max(round(WARM_UP * steps), 1)
     if step < warm_up:
         return 0.01 + 0.99 * step / warm_up
@@ -267,7 +267,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Indices of each step's images: pass after pass in a new order, a last partial batch dropped."""
+    """Yield the indices of each step's images. Each pass has a new order and drops its last partial batch."""
     generator = torch.Generator().manual_seed(seed)
     left = steps
     while left:
@@ -278,7 +278,7 @@ def batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, backbone: Backbone, data: Labelled) -> float:
-    """Top-1 accuracy in [0, 1], in float32."""
+    """Return top-1 accuracy in [0, 1], computed in float32."""
     right = sum(
         int((model(normalise_for(backbone, images)).argmax(1) == targets).sum())
         for images, targets in zip(data.images.split(100), data.targets.split(100), strict=True)
@@ -287,7 +287,7 @@ def accuracy(model: nn.Module, backbone: Backbone, data: Labelled) -> float:
 
 
 def linear_probe(backbone: Backbone, task: Task, seed: int) -> float:
-    """Test accuracy of logistic regression on the frozen features; its penalty is chosen on validation images."""
+    """Return the test accuracy of logistic regression on the frozen features; validation images select its penalty."""
     (x, y), (val_x, val_y), (test_x, test_y) = (
         (pooled(backbone, data), data.targets.numpy()) for data in (*task.split(seed), task.test)
     )
@@ -301,14 +301,14 @@ def linear_probe(backbone: Backbone, task: Task, seed: int) -> float:
 
 @torch.inference_mode()
 def pooled(backbone: Backbone, data: Labelled) -> Any:
-    """Frozen features, (n, D) float32 numpy."""
+    """Return the frozen features, (n, D) float32 numpy."""
     return torch.cat([features(backbone.model, normalise_for(backbone, x)) for x in data.images.split(100)]).numpy()
 
 
 def write_results(
     path: Path, options: argparse.Namespace, rows: list[dict[str, Any]], chosen: dict[str, Setting]
 ) -> None:
-    """The committed file: this backbone's runs of these steps, and everything they depend on."""
+    """Return the committed file: the runs of this backbone and these steps, and everything that they depend on."""
     backbone = _backbone(options.backbone)
     tests = [row for row in rows if row["part"] == "test" and row["steps"] in (0, options.steps)]
     tests = [r for r in tests if r["lr"] is None or (r["lr"], r["gain"]) == chosen[search_name(r["method"])]]
@@ -335,7 +335,7 @@ def write_results(
 
 
 def _results(runs: list[Run], workers: int) -> Iterator[dict[str, Any]]:
-    """Rows in the order in which they finish."""
+    """Yield rows in the order in which they finish."""
     if workers == 1:
         yield from map(execute, runs)
         return
@@ -343,7 +343,7 @@ def _results(runs: list[Run], workers: int) -> Iterator[dict[str, Any]]:
         futures: list[Future[dict[str, Any]]] = [pool.submit(execute, run) for run in runs]
         try:
             yield from (future.result() for future in as_completed(futures))
-        except BaseException:  # one failed, or somebody pressed Ctrl-C: do not begin the others
+        except BaseException:  # After a failure or Ctrl-C: otherwise the pool would start the remaining runs.
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -354,7 +354,7 @@ def _backbone(name: str) -> Backbone:
 
 
 def _key(run: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes two runs the same; the backbone is the log's, by fingerprint, and not by the name it was given."""
+    """Return the identity of a run. The log identifies the backbone by its fingerprint, not by its name."""
     return tuple(run[name] for name in ("method", "task", "seed", "steps", "lr", "gain", "part"))
 
 

@@ -1,8 +1,9 @@
-"""The methods of the accuracy benchmark: each a model to train on the same frozen backbone, with the same new head.
+"""Methods of the accuracy benchmark: one model per method on the same frozen backbone, with the same new head.
 
-KARST is `adapters.attach`; LoRA and LoKr are Hugging Face's peft on the same sites, with as many numbers as KARST's
-default (N = 2, r = 8, re-scaling per channel) as their ranks allow; bias tuning trains every bias; full fine-tuning
-trains everything. The linear probe has no model of its own (`benchmarks.accuracy`). Nothing here trains.
+KARST is `adapters.attach`. LoRA and LoKr are those of Hugging Face's peft on the same sites. Their ranks give the
+number of parameters nearest to KARST's default (N = 2, r = 8, re-scaling per channel). Bias tuning trains every bias,
+and full fine-tuning trains all parameters. The linear probe has no model here (`benchmarks.accuracy`). This module
+does not train.
 """
 
 import copy
@@ -20,7 +21,7 @@ from adapters.method.karst import new_head
 
 LINEAR = "linear probe"
 KARST = "KARST"
-# What every KARST variant changes in the default; also the ablation.
+# The settings in which each KARST variant differs from the default; also the ablation.
 CONFIGS = MappingProxyType(
     {
         KARST: KarstConfig(kernels=2, rank=8, rescale="channel"),
@@ -36,9 +37,9 @@ CONFIGS = MappingProxyType(
 MAIN = (LINEAR, KARST, "LoRA", "LoKr", "bias", "full")
 ABLATION = tuple(name for name in CONFIGS if name != KARST)
 METHODS = MAIN + ABLATION
-# Searched on validation images; all KARST variants share KARST's. The gain multiplies dW: the official KARST code's
-# is 1 / r = 1/8 by default, peft's alpha / r is 1. With AdamW a gain is a learning rate of dW apart from the head's, so
-# each of the three is tried with both.
+# Rates and gains of the search; all KARST variants use KARST's. The gain multiplies dW. In the official KARST code it
+# is 1 / r = 1/8 by default; in peft alpha / r is 1. With AdamW a gain acts as a separate learning rate of dW, so the
+# search tries each of the three with both.
 GAINS = MappingProxyType({KARST: (0.125, 1.0), "LoRA": (0.125, 1.0), "LoKr": (0.125, 1.0)})
 LEARNING_RATES = MappingProxyType(
     dict.fromkeys((KARST, "LoRA", "LoKr", "bias"), (1e-3, 3e-3, 1e-2, 3e-2)) | {"full": (1e-4, 3e-4, 1e-3, 3e-3)}
@@ -46,7 +47,7 @@ LEARNING_RATES = MappingProxyType(
 
 
 class Adapted(nn.Module):
-    """A timm model with something trained in it, and a linear head."""
+    """A timm model with trained parts, and a linear head."""
 
     def __init__(self, body: Any, head: nn.Linear) -> None:
         super().__init__()
@@ -58,10 +59,10 @@ class Adapted(nn.Module):
 
 
 def build(method: str, backbone: Backbone, classes: int, gain: float | None = None) -> nn.Module:
-    """The model of a method, at its start: logits of a new head on what the frozen backbone computes.
+    """Return a method's model before training: logits of a new head on the frozen backbone's features.
 
     Args:
-        gain: what multiplies dW; None takes the method's own default, and is all that methods without a dW take.
+        gain: factor of dW. None selects the method's default, and is the only value for methods without a dW.
 
     Raises:
         ValueError: `method` is not one of `METHODS`, or is the linear probe.
@@ -76,26 +77,28 @@ def build(method: str, backbone: Backbone, classes: int, gain: float | None = No
     }
     if method not in bodies:
         raise ValueError(f"method {method!r} has no model to build; one of {', '.join((*CONFIGS, *bodies))} has")
-    head = new_head(backbone, classes)  # first, as in a KarstModel: one seed gives every method the same head
+    head = new_head(
+        backbone, classes
+    )  # The head comes first, as in a KarstModel: otherwise one seed gives different heads.
     return Adapted(bodies[method](), head)
 
 
 def trainable(model: nn.Module) -> int:
-    """Trained numbers without the head, which is the same for every method."""
+    """Return the number of trained parameters without the head, which is the same for every method."""
     return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head."))
 
 
 def search_name(method: str) -> str:
-    """The method whose learning rate a method uses."""
+    """Return the method whose learning rate a method uses."""
     return KARST if method in CONFIGS else method
 
 
 def lora(backbone: Backbone, budget: int | None = None, gain: float = 1.0) -> Any:
-    """peft's LoRA on KARST's sites; the timm model inside.
+    """Add peft's LoRA to KARST's sites, inside the timm model.
 
     Args:
-        budget: trained numbers to come nearest to; None takes KARST's default.
-        gain: alpha / rank; peft's own default ratio is 1.
+        budget: target number of trained parameters; None takes that of KARST's default.
+        gain: alpha / rank; peft's default ratio is 1.
     """
     ranks = lora_ranks(backbone.sites, budget or karst_count(backbone))
     alphas = {name: gain * rank for name, rank in ranks.items()}
@@ -104,10 +107,10 @@ def lora(backbone: Backbone, budget: int | None = None, gain: float = 1.0) -> An
 
 
 def lokr(backbone: Backbone, budget: int | None = None, gain: float = 1.0) -> Any:
-    """peft's LoKr on KARST's sites, factor 8, started as LyCORIS does (and KARST); the timm model inside.
+    """Add peft's LoKr to KARST's sites, factor 8, initialized as in LyCORIS and KARST, inside the timm model.
 
     Args:
-        budget: trained numbers to come nearest to; None takes KARST's default.
+        budget: target number of trained parameters; None takes that of KARST's default.
         gain: alpha / rank.
     """
     rank = lokr_rank(backbone.sites, budget or karst_count(backbone))
@@ -122,29 +125,31 @@ def lokr(backbone: Backbone, budget: int | None = None, gain: float = 1.0) -> An
 
 
 def bias_tuned(backbone: Backbone) -> Any:
-    """Every bias trained, those of the norm layers too (BitFit, Ben Zaken et al., ACL 2022)."""
+    """Train every bias, also of the norm layers (BitFit, Ben Zaken et al., ACL 2022)."""
     model = backbone.clone()
     for module in model.modules():
         bias = getattr(module, "bias", None)
         if isinstance(bias, nn.Parameter):
-            module.bias = nn.Parameter(bias.detach().clone())  # a copy: the clone shares the backbone's own
+            module.bias = nn.Parameter(
+                bias.detach().clone()
+            )  # A copy, because the clone shares the backbone's parameters.
     return model
 
 
 def unfrozen(backbone: Backbone) -> Any:
-    """A copy of the whole backbone, trained."""
+    """Return a copy of the whole backbone, to be trained."""
     return copy.deepcopy(backbone.model).requires_grad_(True)
 
 
 def karst_count(backbone: Backbone, config: KarstConfig = CONFIGS[KARST]) -> int:
-    """Trained numbers of KARST without the head."""
+    """Return the number of KARST's trained parameters without the head."""
     return trainable(attach(backbone, config, 1))
 
 
 def lora_ranks(sites: tuple[Site, ...], budget: int) -> dict[str, int]:
-    """A rank for every site, whose numbers in all come nearest to `budget`.
+    """Return a rank per site, such that the total number of parameters is nearest to `budget`.
 
-    One rank for all is a coarse step, so each kind of site (qkv, proj, fc1, fc2) may have one more than the lowest.
+    One rank for all sites is a coarse step, so each kind of site (qkv, proj, fc1, fc2) may have one more.
     """
     kinds = sorted({_kind(site) for site in sites})
     rank_one = {kind: sum(site.d_in + site.d_out for site in sites if _kind(site) == kind) for kind in kinds}
@@ -155,15 +160,15 @@ def lora_ranks(sites: tuple[Site, ...], budget: int) -> dict[str, int]:
 
 
 def lokr_rank(sites: tuple[Site, ...], budget: int) -> int:
-    """The rank whose numbers come nearest to `budget`.
+    """Return the rank whose number of parameters is nearest to `budget`, or the lowest of several.
 
-    The lowest of several: from half of a factor's side on, peft keeps that factor whole, and more rank adds nothing.
+    From half of a factor's side on, peft keeps that factor whole, and more rank adds no parameters.
     """
     return min(range(1, 129), key=lambda rank: abs(sum(_lokr_numbers(site, rank) for site in sites) - budget))
 
 
 def _lokr_numbers(site: Site, rank: int) -> int:
-    """What peft makes of one linear layer (`LoKrLayer.update_layer`)."""
+    """Return the number of parameters that peft adds to one linear layer (`LoKrLayer.update_layer`)."""
     factor = CONFIGS[KARST].factor
     (p, a), (q, b) = factorization(site.d_out, factor), factorization(site.d_in, factor)
     return p * q + (a * b if rank >= max(a, b) / 2 else rank * (a + b))

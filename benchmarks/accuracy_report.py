@@ -1,8 +1,8 @@
-"""The accuracy benchmark's report: its JSON file -> docs/accuracy.md and docs/img/accuracy.png.
+"""Generator of docs/accuracy.md and docs/img/accuracy.png from the accuracy benchmark's JSON file.
 
     python -m benchmarks.accuracy_report [--results FILE] [--docs FOLDER]
 
-Every number and every verdict in the text is computed from the file.
+The script computes every number and every verdict in the text from the file.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from .accuracy_methods import ABLATION, KARST, LINEAR, MAIN
 from .common import markdown_table
 
 DOCS = Path(__file__).parent.parent / "docs"
-# The paper's three ablations: what varies, and the runs from least to most.
+# The paper's three ablations: title -> runs, from the least to the most parameters.
 ABLATIONS = {
     "N, the number of kernels (r = 8, re-scaling per channel)": ("KARST N=1", KARST, "KARST N=4", "KARST N=8"),
     "r, the rank (N = 2, re-scaling per channel)": ("KARST r=2", "KARST r=4", KARST),
@@ -41,7 +41,7 @@ ORIGIN = {
 
 
 class ReportError(ValueError):
-    """A results file with too few runs for a report. The message names the missing ones."""
+    """Too few runs in a results file for a report. The message names the missing ones."""
 
 
 @dataclass(frozen=True)

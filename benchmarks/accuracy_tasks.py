@@ -1,8 +1,8 @@
-"""The tasks of the accuracy benchmark: each a fixed pool of 1,000 labelled images and at most 500 fixed test images.
+"""Tasks of the accuracy benchmark: each has a fixed pool of 1,000 labelled images and at most 500 fixed test images.
 
-Two are sets of photographs (`fashion`, `elpv`), one is scanned handwriting (`digits`), four are drawn here from a
-seed. A seed of the benchmark says which 800 images of the pool train and which 200 validate; the test images never
-change. Nothing is written: no image of any set leaves memory. Not part of the library.
+Two are sets of photographs (`fashion`, `elpv`). One is scanned handwriting (`digits`). This module draws the other
+four from a seed. A seed of the benchmark splits the pool into 800 training and 200 validation images. The test images
+are the same for every seed. The module writes no file: all images stay in memory. It is not part of the library.
 """
 
 import math
@@ -52,25 +52,25 @@ class Task:
     test: Labelled
 
     def split(self, seed: int) -> tuple[Labelled, Labelled]:
-        """800 training and 200 validation images of the pool; the same seed, the same split, for every method."""
+        """Split the pool into 800 training and 200 validation images. A seed gives every method the same split."""
         order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(seed))
         return self.pool[order[:TRAIN]], self.pool[order[TRAIN:]]
 
     def largest_class(self) -> float:
-        """Share of the test images in their largest class: what one constant answer gets."""
+        """Return the share of the test images in their largest class: the accuracy of the best constant prediction."""
         return float(self.test.targets.bincount().max() / len(self.test))
 
 
 class TaskError(ValueError):
-    """A task's images are not on this machine (the message says what to install), or do not fit the backbone."""
+    """Missing images of a task (the message says what to install), or images that do not fit the backbone."""
 
 
 @cache
 def load_task(name: str) -> Task:
-    """One of `TASKS`, made once a process.
+    """Return one of `TASKS`. Each process makes a task once.
 
     Raises:
-        TaskError: no such task, or its data set is not installed.
+        TaskError: `TASKS` has no such task, or its data set is not installed.
     """
     if name not in TASKS:
         raise TaskError(f"no task {name!r}; the tasks are {', '.join(TASKS)}")
@@ -81,16 +81,16 @@ def load_task(name: str) -> Task:
 
 
 def digits() -> tuple[np.ndarray, list[int]]:
-    """scikit-learn's digits, 10 classes, enlarged from 8 x 8 pixels."""
+    """Return scikit-learn's digits, 10 classes, enlarged from 8 x 8 pixels."""
     images, labels = digit_images()
     return np.stack([np.asarray(image) for image in images]), [int(label) for label in labels]
 
 
 def fashion() -> tuple[np.ndarray, np.ndarray]:
-    """Fashion-MNIST: 1,000 of its training images as the pool, 500 of its test images; 10 classes.
+    """Return Fashion-MNIST, 10 classes: 1,000 of its training images as the pool, 500 of its test images.
 
     Raises:
-        TaskError: the files are not there.
+        TaskError: the files are missing.
     """
     parts = []
     for split, count in (("train", POOL), ("t10k", TEST)):
@@ -105,10 +105,10 @@ def fashion() -> tuple[np.ndarray, np.ndarray]:
 
 
 def elpv() -> tuple[np.ndarray, np.ndarray]:
-    """Solar cells by electroluminescence, the data set's own four grades of defect probability: 0, 1/3, 2/3, 1.
+    """Return electroluminescence images of solar cells with the four grades of defect probability: 0, 1/3, 2/3, 1.
 
     Source: Deitsch et al., "Segmentation of photovoltaic module cells in uncalibrated electroluminescence images",
-    2021; PyPI's `elpv-dataset`. It does not say which cells come from one module, so a module may have cells on both
+    2021; PyPI's `elpv-dataset`. The data set does not name the module of a cell, so a module may have cells on both
     sides of the split.
 
     Raises:
@@ -126,17 +126,17 @@ def elpv() -> tuple[np.ndarray, np.ndarray]:
 
 
 def shapes() -> tuple[np.ndarray, list[int]]:
-    """Six geometric shapes (`adapters.demo.draw`)."""
+    """Draw six geometric shapes (`adapters.demo.draw`)."""
     return _drawn(len(draw.SHAPES), 11, lambda rng, k: draw.shape_image(rng, draw.SHAPES[k]))
 
 
 def count() -> tuple[np.ndarray, list[int]]:
-    """One to eight dots (`adapters.demo.draw`)."""
+    """Draw one to eight dots (`adapters.demo.draw`)."""
     return _drawn(len(draw.COUNTS), 12, lambda rng, k: draw.count_image(rng, k + 1))
 
 
 def orientation() -> tuple[np.ndarray, list[int]]:
-    """A sprite at one of eight angles within half a turn, 22.5 degrees apart and shaken by at most 6."""
+    """Draw a sprite at one of eight angles within half a turn, 22.5 degrees apart, with jitter of at most 6 degrees."""
 
     def image(rng: np.random.Generator, k: int) -> Image.Image:
         angle = math.radians(180 / BINS * k + rng.uniform(-6, 6))
@@ -146,7 +146,7 @@ def orientation() -> tuple[np.ndarray, list[int]]:
 
 
 def location() -> tuple[np.ndarray, list[int]]:
-    """A sprite's horizontal place, in eight bins of 2.4 pixels."""
+    """Draw a sprite; the class is its horizontal position in eight bins of 2.4 pixels."""
 
     def image(rng: np.random.Generator, k: int) -> Image.Image:
         return sprite_image(rng, 0.2 + 0.6 * (k + rng.random()) / BINS, rng.uniform(0, 2 * math.pi))
@@ -166,9 +166,9 @@ TASKS: dict[str, Callable[[], tuple[np.ndarray, object]]] = {
 
 
 def sprite_image(rng: np.random.Generator, x: float, angle: float) -> Image.Image:
-    """A white sprite on black as in dSprites, of a random kind, size and height; `x` in [0, 1] is its centre.
+    """Draw a white sprite on black as in dSprites, of a random kind, size and height; `x` in [0, 1] is its centre.
 
-    The bar stands for dSprites' square, which looks the same after a quarter turn.
+    A bar replaces dSprites' square, because a square looks the same after a quarter turn.
     """
     t = np.linspace(0, 2 * math.pi, 64, endpoint=False)
     outline = {
@@ -191,14 +191,14 @@ def sprite_image(rng: np.random.Generator, x: float, angle: float) -> Image.Imag
 def _drawn(
     classes: int, seed: int, image: Callable[[np.random.Generator, int], Image.Image]
 ) -> tuple[np.ndarray, list[int]]:
-    """Pool and test images, every class equally often."""
+    """Return the pool and the test images, with equally many images per class."""
     rng = np.random.default_rng(seed)
     targets = [i % classes for i in range(POOL + TEST)]
     return np.stack([np.asarray(image(rng, k)) for k in targets]), targets
 
 
 def _to_rgb(images: np.ndarray) -> Tensor:
-    """(n, 32, 32) or (n, 32, 32, 3) uint8 -> (n, 3, 32, 32)."""
+    """Convert (n, 32, 32) or (n, 32, 32, 3) uint8 to (n, 3, 32, 32)."""
     pixels = torch.from_numpy(np.ascontiguousarray(images))
     if pixels.ndim == 3:
         return pixels[:, None].repeat(1, 3, 1, 1)

@@ -1,4 +1,4 @@
-"""What a hub is compared with, in a process of its own that sleeps unless it is asked: the frozen backbone alone."""
+"""Reference for a hub's speed: the frozen backbone alone, in a process that sleeps between calls."""
 
 import asyncio
 import io
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Process:
-    """Computes what it is asked, one thing at a time; ends with whoever started it."""
+    """Process that runs one function at a time. It ends with the process that started it."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -39,12 +39,12 @@ class Process:
         theirs.close()
 
     def ask(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """A function of this module or of another that needs no state here; raises what it raises."""
+        """Call a function of this module, or another importable function without state here, and raise its error."""
         self.send(function, *args, **kwargs)
         return self.receive()
 
     def send(self, function: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> None:
-        """The same without waiting; `receive` has the result."""
+        """Start the same call without waiting; `receive` returns the result."""
         self._pipe.send((function, args, kwargs))
 
     def receive(self) -> Any:
@@ -68,7 +68,7 @@ def _answer(pipe: Connection) -> None:
 
 
 def prepare(name: str, folder: Path) -> str:
-    """The name by which a hub loads the backbone: a timm model gets random weights, in a folder that timm opens."""
+    """Return the backbone's name for a hub. A timm model gets random weights, in a folder that timm opens."""
     if name != DEMO_NAME:
         torch.manual_seed(0)
         save_for_hf(create_model(name), str(folder), safe_serialization=True)
@@ -78,30 +78,30 @@ def prepare(name: str, folder: Path) -> str:
 
 
 def side(name: str) -> int:
-    """Of the backbone's images, in pixels."""
+    """Return the side of the backbone's input, in pixels."""
     return _backbone(name).input_size[1]
 
 
 def random_adapters(name: str, count: int) -> list[bytes]:
-    """Adapter files."""
+    """Return the files of random adapters."""
     return [random_adapter(_backbone(name), KarstConfig(), seed=seed).data for seed in range(count)]
 
 
 def forward_ms(name: str) -> float:
-    """One pass over one image, with as many threads as are quickest."""
+    """Return the milliseconds of one pass over one image, with the fastest number of threads."""
     torch.set_num_threads(_quickest_threads(name))
     return _pass_ms(_backbone(name), 1)
 
 
 def quickest_batch(name: str, most: int, seconds: float) -> int:
-    """The size of batch, of powers of two up to `most`, that gives most images a second; on a CPU not the largest."""
+    """Return the power of two up to `most` with the most images per second; on a CPU it is not the largest batch."""
     sizes = [2**k for k in range(most.bit_length())]
     return max(sizes, key=lambda size: images_per_second(name, size, seconds / len(sizes)))
 
 
 @torch.inference_mode()
 def images_per_second(name: str, batch: int, seconds: float) -> float:
-    """Full batches one after another for some seconds, with a thread a core."""
+    """Return the images per second of full batches over `seconds`, with one thread per core."""
     torch.set_num_threads(os.cpu_count() or 1)
     backbone = _backbone(name)
     pixels = torch.zeros(batch, *backbone.input_size)
@@ -109,15 +109,17 @@ def images_per_second(name: str, batch: int, seconds: float) -> float:
 
 
 def decode_ms(name: str, data: bytes) -> float:
-    """An encoded image -> pixels, by the gateway's own code and in a thread as there."""
+    """Return the milliseconds to decode an image with the gateway's own code, in a thread as in the gateway."""
     began = time.perf_counter()
     _decoded(name, [data], 1)
     return 1e3 * (time.perf_counter() - began)
 
 
 def work_per_second(name: str, files: Sequence[bytes], data: Sequence[bytes], batch: int, seconds: float) -> float:
-    """Images a second that are decoded and classified with these adapters by turns, in one process without HTTP: what
-    any hub has to do. Full batches for some seconds, with a thread a core for both."""
+    """Return the images per second that one process without HTTP decodes and classifies with these adapters in turn.
+
+    This is the work that every hub has to do. Full batches run for `seconds`, with one thread per core for both parts.
+    """
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     backbone = _backbone(name)
@@ -133,7 +135,7 @@ def work_per_second(name: str, files: Sequence[bytes], data: Sequence[bytes], ba
 
 
 def pictures(side_px: int, count: int) -> Sequence[bytes]:
-    """Tiny ones as PNG; larger ones as photographs come: JPEG of quality 90, gradients and grain, of several sizes."""
+    """Return small images as PNG, larger ones like photographs: JPEG of quality 90 with gradients and grain."""
     out = []
     for seed in range(count):
         rng = np.random.default_rng(seed)
@@ -163,7 +165,7 @@ def _quickest_threads(name: str) -> int:
 
 
 def _times_per_second(work: Callable[[], object], seconds: float) -> float:
-    """Over and over for some seconds, after once to warm up."""
+    """Return the calls per second over `seconds`, after one warm-up call."""
     work()
     times, began = 0, time.perf_counter()
     while (taken := time.perf_counter() - began) < seconds:
@@ -179,7 +181,7 @@ def _bank(name: str, files: tuple[bytes, ...]) -> tuple[Bank, list[Slot]]:
 
 
 def _decoded(name: str, data: Sequence[bytes], threads: int) -> list[np.ndarray]:
-    """By the gateway's own code, in threads as there."""
+    """Decode with the gateway's own code, in threads as in the gateway."""
     loop, images = _decoder(threads)
     preprocess = preprocess_of(_backbone(name))
     return loop.run_until_complete(images.decode("tenant", [(str(i), one, preprocess) for i, one in enumerate(data)]))
@@ -189,7 +191,7 @@ def _decoded(name: str, data: Sequence[bytes], threads: int) -> list[np.ndarray]
 def _decoder(threads: int) -> tuple[asyncio.AbstractEventLoop, ImageDecoder]:
     limits = Settings()
     executor = ThreadPoolExecutor(threads)
-    # Of one tenant one image fewer is decoded at a time than of all.
+    # The gateway decodes one image fewer at a time for one tenant than for all tenants.
     decoder = ImageDecoder(
         executor, threads=threads + 1, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels
     )

@@ -1,8 +1,8 @@
-"""A hub, and beside it in the same Ray cluster an empty application: what HTTP, proxy and two hops cost by themselves.
+"""Hub with an empty application in the same Ray cluster, which shows the cost of HTTP, proxy and two hops alone.
 
-`hub_beside_empty` runs this file as a process of its own, which ends with whoever started it. The empty application
-has the hub's shape: a FastAPI ingress that reads the whole body, and behind its handle a worker that is sent as many
-bytes of pixels by value; neither does anything. Ray, its switches and HAProxy are the hub's.
+`hub_beside_empty` runs this file in a process of its own, which ends with the process that started it. The empty
+application has the hub's shape. A FastAPI ingress reads the whole body and sends as many bytes of pixels by value to
+a worker. Neither computes anything. Ray, its settings and HAProxy are the hub's.
 """
 
 import json
@@ -36,7 +36,7 @@ EMPTY = "/empty"
 
 @dataclass(frozen=True)
 class Hub:
-    """Where it listens, and an owner's key of each tenant."""
+    """Addresses of the hub and the empty application, and one owner's key per tenant."""
 
     address: tuple[str, int]
     keys: dict[str, str]
@@ -48,14 +48,14 @@ class Hub:
 
 @contextmanager
 def hub_beside_empty(pixels: int, **settings: str) -> Iterator[Hub]:
-    """Run both for as long as the context lasts.
+    """Run both while the context lasts.
 
     Args:
-        pixels: the side of the square images that the empty application sends to its worker.
-        settings: `backbone`, `batch_size` and so on; all others have their defaults, whatever the environment says.
+        pixels: side of the square images that the empty application sends to its worker.
+        settings: `backbone`, `batch_size` and so on. Other settings have their defaults; the environment has no effect.
 
     Raises:
-        RuntimeError: the hub does not start; its process has said why on stderr.
+        RuntimeError: the hub does not start; its process wrote the reason to stderr.
     """
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HUB_")}
@@ -64,7 +64,7 @@ def hub_beside_empty(pixels: int, **settings: str) -> Iterator[Hub]:
         environment |= {f"HUB_{name.upper()}": value for name, value in chosen.items()}
         command = [sys.executable, "-m", "benchmarks.beside", str(pixels)]
         process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        with process:  # at its end stdin is closed, which ends the hub; then the process is waited for
+        with process:  # Closing stdin ends the hub; the context then waits for the process.
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith("{"):
@@ -75,14 +75,14 @@ def hub_beside_empty(pixels: int, **settings: str) -> Iterator[Hub]:
 
 
 def main() -> None:
-    """In the process: settings from the environment; runs until stdin ends."""
+    """Run the hub in the process with settings from the environment, until stdin ends."""
     pixels = int(sys.argv[1])
     settings = Settings()
     with embedded_redis(settings.home) as url:
         keys = anyio.run(_keys, url)
         settings = settings.model_copy(update={"redis_url": url})
         with local_hub(settings):
-            from ray import serve  # reads its switches now
+            from ray import serve  # Ray reads its settings at import.
 
             serve.run(empty_application((3, pixels, pixels)), name="empty", route_prefix=EMPTY)
             print(json.dumps(keys), flush=True)
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 async def _keys(url: str) -> dict[str, str]:
-    """An owner's key of each tenant; their limits are above all that a benchmark asks for."""
+    """Return one owner's key per tenant, with limits above every benchmark's load."""
     database = RegistryConnection(url)
     tenants = TenantRegistry(database)
     keys = {}
@@ -102,7 +102,7 @@ async def _keys(url: str) -> dict[str, str]:
 
 
 def empty_application(shape: tuple[int, ...]) -> Any:
-    """The empty two-hop application; its classes are local, so that they travel to the replicas by value."""
+    """Build the empty two-hop application. Its classes are local, so Ray sends them to the replicas by value."""
     import numpy as np
     from fastapi import FastAPI, Request
     from ray import serve

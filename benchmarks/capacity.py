@@ -1,17 +1,18 @@
-"""The constants of the capacity model (docs/scaling.md), measured on this machine.
+"""Constants of the capacity model (docs/scaling.md), measured on this machine.
 
     python -m benchmarks.capacity [--parts registry events ...] [--output FILE]
 
-`registry`  operations a second against a real redis-server, and Redis's own CPU time of each: 1 / that is its most
-`events`    a change that 1, 10 and 100 gateways follow: Redis's CPU time, and milliseconds until the last has heard
-`memory`    bytes of Redis and of a gateway's cache a task, with 10 to 100,000 tasks
-`adapters`  bytes of an adapter as a file, in host memory and in a slot; CPU time of its way there
-`gateway`   CPU time of a gateway a call and an image, over an engine that answers at once, with and without HTTP
-`routing`   CPU time of the choice of a worker among 2 to 1,000, and of telling a gateway what all of them hold
-`passes`    CPU time of a forward pass against images in it, one thread
+`registry`  operations per second against a real redis-server, and Redis's CPU time of each; 1 / that is the maximum
+`events`    a change that 1, 10 and 100 gateways follow: Redis's CPU time, and milliseconds until the last receives it
+`memory`    bytes of Redis and of a gateway's cache per task, with 10 to 100,000 tasks
+`adapters`  bytes of an adapter as a file, in host memory and in a slot; CPU time of each step between them
+`gateway`   CPU time of a gateway per call and per image, over an engine that answers at once, with and without HTTP
+`routing`   CPU time of the choice of a worker among 2 to 1,000, and of informing a gateway of all workers' adapters
+`passes`    CPU time of a forward pass against the number of its images, with one thread
 `zipf`      hit rates of slots under Zipf traffic, and Che's approximation of them
 
-CPU time and not wall time wherever something else shares the cores. Parts that are not asked for stay in the file.
+The figures are CPU time, not wall time, wherever other processes share the cores. The file keeps the figures of parts
+that do not run.
 """
 
 import argparse
@@ -74,15 +75,15 @@ def main() -> None:
 
 
 def rows(name: str, found: Any) -> list[list[str]]:
-    """Every figure with its path."""
+    """Yield every figure with its path."""
     if isinstance(found, dict):
         return [row for key, value in found.items() for row in rows(f"{name} {key}", value)]
     return [[name, f"{found:,.4g}" if isinstance(found, float) else str(found)]]
 
 
 def adapters() -> dict[str, Any]:
-    """An adapter's bytes and its way into a slot; files are float16, banks float32 as a CPU has them."""
-    torch.set_num_threads(1)  # as the worker's readers
+    """Measure an adapter's bytes and its way into a slot; files are float16, banks on a CPU float32."""
+    torch.set_num_threads(1)  # the number of the worker's reader threads
     out: dict[str, Any] = {}
     for name in ("demo", "vit_base_patch16_224"):
         backbone = load_backbone(name, pretrained=False)
@@ -107,7 +108,7 @@ def adapters() -> dict[str, Any]:
 
 
 def gateway() -> dict[str, Any]:
-    """CPU time of a process with a gateway's whole application under uvicorn; its engine answers at once."""
+    """Measure a gateway's CPU time: its whole application runs under uvicorn over an engine that answers at once."""
     out: dict[str, Any] = {}
     for name in ("demo", "vit_tiny_patch16_224"):
         backbone = _backbone(name)
@@ -133,7 +134,7 @@ def gateway() -> dict[str, Any]:
 
 
 def _cpu_ms(port: int, pid: int, messages: list[bytes]) -> float:
-    """A call's CPU time of all threads of the process."""
+    """Return a call's CPU time over all threads of the process."""
     process, address = psutil.Process(pid), ("127.0.0.1", port)
     closed_loop(address, messages, CALLERS, 0.5)
     before = sum(process.cpu_times()[:2])
@@ -145,7 +146,7 @@ def _cpu_ms(port: int, pid: int, messages: list[bytes]) -> float:
 
 @contextmanager
 def listening(redis_url: str, store: str, backbone: str) -> Iterator[tuple[int, int]]:
-    """A gateway in a process of its own: its port and process id."""
+    """Run a gateway in a process of its own; yield its port and process id."""
     listener = socket.create_server(("127.0.0.1", 0))
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_serve, args=(listener, redis_url, store, backbone), daemon=True)
@@ -170,7 +171,7 @@ def listening(redis_url: str, store: str, backbone: str) -> Iterator[tuple[int, 
 
 
 def _backbone(name: str) -> Backbone:
-    """The demo's own weights, or random ones that are the same in every process."""
+    """Return the demo's weights, or random ones that are the same in every process."""
     torch.manual_seed(0)
     return load_backbone(name, pretrained=name == "demo")
 
@@ -201,7 +202,7 @@ def _serve(listener: socket.socket, redis_url: str, store: str, name: str) -> No
 
 
 def passes() -> dict[str, Any]:
-    """The demo backbone's mixed passes, every image with an adapter of its own, and the line through them."""
+    """Measure the demo backbone's mixed passes, one adapter per image, and fit a line to them."""
     torch.set_num_threads(1)
     backbone = load_backbone("demo")
     bank = Bank(backbone, slots=max(BATCHES), max_rank=8, max_kernels=2)
@@ -214,14 +215,14 @@ def passes() -> dict[str, Any]:
             bank.forward(pixels, slots[:size])
             taken[size].append(1e3 * (time.thread_time() - began))
     ms = {size: statistics.median(values[5:]) for size, values in taken.items()}
-    # Weighted by 1 / ms: as good, relatively, for small passes as for large ones.
+    # The weight 1 / ms gives small and large passes the same relative error.
     slope, base = np.polyfit(list(ms), list(ms.values()), 1, w=[1 / value for value in ms.values()])
     by_size = {f"{size} images": value for size, value in ms.items()}
     return {"demo": {"cpu_ms": by_size, "pass_ms": float(base), "image_ms": float(slope)}}
 
 
 def routing() -> dict[str, Any]:
-    """CPU time of a gateway's choice of a worker, and of telling one gateway of all workers once, as Serve does it."""
+    """Measure the CPU time of a gateway's choice of a worker, and of one update on all workers, as Serve sends it."""
     from ray.serve._private.common import (
         DeploymentHandleSource,
         DeploymentID,
@@ -272,14 +273,14 @@ def routing() -> dict[str, Any]:
 
 @dataclass
 class Pending:
-    """As much of a call under way as the router reads."""
+    """The part of a pending call that the router reads."""
 
     metadata: SimpleNamespace
     routing_context: SimpleNamespace = field(default_factory=SimpleNamespace)
 
 
 def _quickest(work: Callable[[], Any]) -> float:
-    """CPU seconds."""
+    """Return the CPU seconds of the fastest of five calls."""
     taken = []
     for _ in range(5):
         began = time.process_time()
@@ -289,7 +290,7 @@ def _quickest(work: Callable[[], Any]) -> float:
 
 
 def zipf_hits() -> dict[str, Any]:
-    """A least-recently-used set of slots under Zipf(1.0): counted over a drawn stream, and Che's approximation."""
+    """Return the hit rate of least-recently-used slots under Zipf(1.0): simulated, and by Che's approximation."""
     out: dict[str, Any] = {}
     rng = np.random.default_rng(0)
     for adapters in (10_000, 100_000, 1_000_000):

@@ -1,4 +1,4 @@
-"""Redis's part of `benchmarks.capacity`: operations, events and their fan-out, memory a task."""
+"""Redis's part of `benchmarks.capacity`: operations, events and their fan-out, memory per task."""
 
 import asyncio
 import hashlib
@@ -35,8 +35,8 @@ NO_LIMITS = LimitsChange(
 )
 AT_ONCE = 32
 FOLLOWERS = (1, 10, 100)
-GATEWAYS = (1, 10, 100, 300)  # that call for the same tenant within ten seconds
-PACED, FAST = 60, 1_000  # changes one at a time, and as fast as they go
+GATEWAYS = (1, 10, 100, 300)  # calls of the same tenant within ten seconds
+PACED, FAST = 60, 1_000  # changes one at a time, and at full speed
 TASKS = (10, 100, 1_000, 10_000, 100_000)
 
 
@@ -48,7 +48,7 @@ class Server:
     ask: Any  # redis.Redis
 
     def cpu_s(self) -> float:
-        """Of the thread that runs commands: the one that cannot be given a second core."""
+        """Return the CPU time of the thread that runs commands; it cannot use a second core."""
         info = self.ask.info("cpu")
         names = ("used_cpu_user_main_thread", "used_cpu_sys_main_thread")
         return sum(info.get(name, info[name.removesuffix("_main_thread")]) for name in names)
@@ -56,7 +56,7 @@ class Server:
 
 @contextmanager
 def server() -> Iterator[Server]:
-    """With one tenant that has no limits to speak of."""
+    """Start Redis with one tenant whose limits are above every load."""
     with tempfile.TemporaryDirectory() as home, embedded_redis(Path(home)) as url:
         client = redis.Redis.from_url(url, decode_responses=True)
         run(url, lambda database: TenantRegistry(database).create(OPERATOR, TENANT, NO_LIMITS))
@@ -67,7 +67,7 @@ def server() -> Iterator[Server]:
 
 
 def run(url: str, use: Callable[[RegistryConnection], Awaitable[Any]]) -> Any:
-    """`use(database)` on a loop of its own."""
+    """Run `use(database)` on an event loop of its own."""
 
     async def within() -> Any:
         database = RegistryConnection(url)
@@ -80,7 +80,7 @@ def run(url: str, use: Callable[[RegistryConnection], Awaitable[Any]]) -> Any:
 
 
 def version(number: int, classes: int = 10) -> VersionInfo:
-    """An adapter's entry in the registry, another for each number, as large as those of the demo's tasks."""
+    """Return an adapter's registry entry, a different one per number, as large as those of the demo's tasks."""
     return VersionInfo(
         version=0,
         digest=hashlib.sha256(str(number).encode()).hexdigest(),
@@ -97,7 +97,7 @@ def version(number: int, classes: int = 10) -> VersionInfo:
 
 
 async def register(registry: TaskRegistry, first: int, count: int, classes: int = 10, at_once: int = AT_ONCE) -> None:
-    """So many new tasks."""
+    """Create new tasks."""
     numbers = iter(range(first, first + count))
 
     async def some() -> None:
@@ -108,7 +108,7 @@ async def register(registry: TaskRegistry, first: int, count: int, classes: int 
 
 
 def registry() -> dict[str, Any]:
-    """Operations one kind after another, by `AT_ONCE` callers on one loop, which is itself most of the wall time."""
+    """Measure each kind of operation, by `AT_ONCE` callers on one loop, which takes most of the wall time."""
 
     def timed(server: Server, count: int, work: Callable[[RegistryConnection], Awaitable[Any]]) -> dict[str, float]:
         before, began = server.cpu_s(), time.perf_counter()
@@ -159,7 +159,7 @@ COUNTS = "requests:1", "images:1"
 
 
 def _takes(of: TenantInfo, gateways: int) -> Callable[[RegistryConnection], Callable[[int], Awaitable[Any]]]:
-    """Tokens and permits of a tenant, for each of so many gateways in turn."""
+    """Take tokens and permits of a tenant for each gateway in turn."""
     limits = NO_LIMITS.model_dump()
     lot = {"requests": 1, "images": 0, "permits": 0}
     argument = {
@@ -181,11 +181,11 @@ def _settlement(tenant: str, created: str, gateway: str, *, batch: int, permits:
 
 
 def events() -> dict[str, Any]:
-    """Changes one at a time, 20 a second, and then as fast as they go, while others follow."""
+    """Measure changes one at a time, 20 per second, and then at full speed, while gateways follow."""
     out: dict[str, Any] = {}
     for followers in FOLLOWERS:
         with server() as one, follower(one.url, followers) as pipe:
-            one.ask.config_set("appendfsync", "everysec")  # so that a slow disk is not in it
+            one.ask.config_set("appendfsync", "everysec")  # otherwise the figures would include a slow disk
             before = one.cpu_s()
             issued = run(one.url, lambda db: _paced(TaskRegistry(db), PACED, 0.05))
             heard = _heard(pipe, PACED)
@@ -219,7 +219,7 @@ async def _paced(registry: TaskRegistry, count: int, pause_s: float) -> list[flo
 
 @contextmanager
 def follower(url: str, count: int) -> Iterator[Pipe]:
-    """A process in which so many gateways' tasks follow; ask it for n events, it answers when each was heard by all."""
+    """Start a process in which several gateways' tasks follow; it reports when all have received an event."""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_follow, args=(url, count, theirs), daemon=True)
     process.start()
@@ -251,7 +251,7 @@ def _follow(url: str, count: int, pipe: Pipe) -> None:
                     last = event.id
                     seen[last] = seen.get(last, 0) + 1
                     if seen[last] == count:
-                        done.append(time.perf_counter())  # CLOCK_MONOTONIC: the same in every process
+                        done.append(time.perf_counter())  # CLOCK_MONOTONIC is the same in every process
 
         started: list[None] = []
         tasks = [asyncio.create_task(one(EventLog(database))) for database in databases]
@@ -269,12 +269,12 @@ def _follow(url: str, count: int, pipe: Pipe) -> None:
             pipe.send(done[:wanted])
             del done[:wanted]
 
-    with suppress(EOFError):  # nobody asks any more
+    with suppress(EOFError):  # the parent closed the pipe
         asyncio.run(main())
 
 
 def memory() -> dict[str, Any]:
-    """Redis with more and more tasks; what its streams of events and audit take is apart, since it is bounded."""
+    """Measure Redis with a growing number of tasks, without the streams of events and audit, which are bounded."""
     out: dict[str, Any] = {}
     with server() as one:
         one.ask.config_set("appendfsync", "no")

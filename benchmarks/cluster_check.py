@@ -1,11 +1,11 @@
-"""The simulated cluster beside the real one: the same calls, to a hub with one worker and with two.
+"""Comparison of the simulated cluster with the real one: the same calls, to a hub with one worker and with two.
 
     python -m benchmarks.cluster_check [--seconds 8] [--output FILE]
 
-The model's constants come from one run only, `CALIBRATION`: the CPU time of a call in all processes but the passes.
-Passes and loads are those of `benchmarks.capacity`. Everything else, more or fewer callers, Zipf traffic over more
-adapters than slots, two workers, is predicted and then measured. All of it, the callers too, shares the cores of this
-machine, and so does the model; what other programs took of the cores meanwhile is taken from the model's, too.
+One run, `CALIBRATION`, gives the model the CPU time of a call in all processes without the passes. Passes and loads
+are those of `benchmarks.capacity`. The model predicts all other runs: more or fewer callers, Zipf traffic over more
+adapters than slots, two workers. The benchmark then measures these runs. Hub and callers share the cores of this
+machine, and the model has the same cores. The model also loses the CPU time that other programs took meanwhile.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from .load import Reply, closed_loop, request
 OUTPUT = Path(__file__).parent / "results" / "cluster_check.json"
 BACKBONE, ADAPTERS, SLOTS, BATCH = "demo", 120, 16, 32
 ROLES = {"ServeReplica:karst-hub:worker": "worker", "ServeReplica:karst-hub:gateway": "gateway", "haproxy": "haproxy"}
-COLD_MS = 0.15  # a call whose adapter is in a slot waits for it 0.01 ms
-WITHIN = {"per_second": 1.35, "p50_ms": 1.4, "p99_ms": 2.0, "hit_rate": 1.15}  # the factors that are aimed at
+COLD_MS = 0.15  # a call whose adapter is in a slot waits 0.01 ms for it
+WITHIN = {"per_second": 1.35, "p50_ms": 1.4, "p99_ms": 2.0, "hit_rate": 1.15}  # target factors
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A stretch of traffic: callers in a closed loop over adapters by Zipf(1.0)."""
+    """One run of traffic: callers in a closed loop over adapters by Zipf(1.0)."""
 
     workers: int
     callers: int
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Model and measurement side by side."""
+    """Compare model and measurement of each run."""
     rows = []
     for one in found["scenarios"]:
         name = Scenario(one["workers"], one["callers"], one["adapters"]).name
@@ -101,7 +101,7 @@ def table(found: dict[str, Any]) -> str:
 
 @contextmanager
 def real(workers: int) -> Iterator[tuple[Hub, float]]:
-    """A hub with all adapters registered and asked for once; and the seconds of its start."""
+    """Run a hub with all adapters registered and each called once; yield it with the seconds of its start."""
     process = bare.Process()
     adapter = process.ask(bare.random_adapters, BACKBONE, 1)[0]
     began = time.perf_counter()
@@ -131,7 +131,7 @@ def drawn(adapters: int, count: int = 50_000) -> list[int]:
 
 
 def measure(hub: Hub, scenario: Scenario, seconds: float) -> dict[str, float]:
-    """What the calls took, and the CPU time of each kind of process of the hub."""
+    """Return the calls' times, and the CPU time of each kind of process of the hub."""
     messages = calls(hub, drawn(scenario.adapters))
     closed_loop(hub.address, messages, scenario.callers, seconds / 4)
     before, client, everything, began = cpu_s(ROLES), time.process_time(), busy_s(), time.perf_counter()
@@ -160,19 +160,19 @@ def measure(hub: Hub, scenario: Scenario, seconds: float) -> dict[str, float]:
 
 
 def timing(reply: Reply) -> dict[str, float]:
-    """Milliseconds by name, out of `server-timing`."""
+    """Return milliseconds by name, from the header `server-timing`."""
     pairs = (item.split(";dur=") for item in reply.header("server-timing").split(", "))
     return {name: float(ms) for name, ms in pairs}
 
 
 def busy_s() -> float:
-    """CPU time so far of everything on this machine, and of what its host took from it."""
+    """Return the CPU time so far of all programs on this machine, and the time that the host took from it."""
     taken = psutil.cpu_times()
     return taken.user + taken.nice + taken.system + taken.irq + taken.softirq + taken.steal
 
 
 def calibrate(one: dict[str, float], constants: dict[str, Any]) -> Times:
-    """The model's times; a call's CPU time that is not of a pass is in front of it."""
+    """Return the model's times. A call spends its CPU time outside of passes before its pass."""
     demo = constants["passes"]["demo"]
     load = constants["adapters"]["demo"]["N=2 r=8"]
     pass_ms = demo["pass_ms"] / one["images_a_pass"] + demo["image_ms"]
@@ -187,12 +187,12 @@ def calibrate(one: dict[str, float], constants: dict[str, Any]) -> Times:
         store_load_s=load["read_and_pack_cpu_ms"] / 1e3,
         gateway_s=(cpu_ms - pass_ms) / 1e3,
     )
-    # A worker takes no larger batch than is quicker, an image, than any smaller one (`hub.worker.batch_tuner`).
+    # A worker's batch is at most the size with the least time per image (`hub.worker.batch_tuner`).
     return replace(times, batch_size=quick_batch(times))
 
 
 def predict(times: Times, scenario: Scenario, cores: float, seconds: float) -> dict[str, float]:
-    """The same calls in the model, whose workers have all files in host memory too."""
+    """Simulate the same calls. The model's workers also have all files in host memory."""
     here = replace(times, cores=cores, threads=max(1, (psutil.cpu_count() or 1) // scenario.workers))
     model = Cluster(here, scenario.workers, "owners by call", digests(ADAPTERS))
     model.fill(np.arange(scenario.adapters))

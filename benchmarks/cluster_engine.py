@@ -1,9 +1,11 @@
-"""A discrete-event model of the hub: gateways, workers with slots and batches, autoscaling. Knows no Ray.
+"""Discrete-event model of the hub: gateways, workers with slots and batches, autoscaling. It does not use Ray.
 
-Times are seconds from the start. What is as in the hub: the batcher's rules (start when idle, else wait a little to
-become as large as the last batch), the tiers (one load however many wait, least recently used without a lease out, host
-memory behind the slots), routing (`cluster_routing`), Serve's rules of autoscaling. What is not: tenants' turns in the
-batcher, limits, refusals and retries; every call has one image; a load waits for a slot, it does not drain one.
+Times are seconds from the start. The model has these parts of the hub:
+- the batcher's rules: a pass starts when the worker is idle, or after a short wait for as many images as the last batch
+- the adapter cache: one load for all waiting calls, eviction of the least recently used without a lease, host memory
+- routing (`cluster_routing`), and Serve's rules of autoscaling
+The model lacks per-tenant fairness in the batcher, limits, refusals and retries. Every call has one image. A load
+waits for a free slot and does not drain one.
 """
 
 import heapq
@@ -17,7 +19,7 @@ from .cluster_model import Callers, Result, Scaling, Times, Traffic, digests, in
 from .cluster_routing import Router
 
 TICK_S = 1.0  # of the autoscaler
-DRAIN_S = 10.0  # in which what waits should be done
+DRAIN_S = 10.0  # in which the queue should be empty
 MOST_WORKERS = 100_000
 LOADED, DONE, TIMER, READY, TICK, ARRIVED = range(6)
 
@@ -26,22 +28,22 @@ class _Worker:
     def __init__(self, lanes: int) -> None:
         self.slots: OrderedDict[int, int] = OrderedDict()  # adapter -> leases, least recently used first
         self.host: OrderedDict[int, None] = OrderedDict()
-        self.loading: dict[int, list[int]] = {}  # adapter -> calls that wait for it
-        self.starved: deque[int] = deque()  # loaded, but every slot is in use
-        self.lanes = [0.0] * lanes  # when each is free
+        self.loading: dict[int, list[int]] = {}  # adapter -> waiting calls
+        self.starved: deque[int] = deque()  # loaded, while every slot is in use
+        self.lanes = [0.0] * lanes  # when each becomes free
         self.queue: deque[int] = deque()
         self.batch: list[int] = []
-        self.threads = 0  # that still compute for the batch
+        self.threads = 0  # threads that still compute the batch
         self.last_size, self.since, self.timer = 1, -math.inf, False
         self.busy_s, self.passes, self.images = 0.0, 0, 0
 
 
 class Cores:
-    """Jobs that share cores by turns (processor sharing); none uses more than one."""
+    """Jobs that share cores (processor sharing). No job uses more than one core."""
 
     def __init__(self, cores: float) -> None:
         self._cores = cores
-        self._jobs: list[tuple[float, int, tuple[int, int, int]]] = []  # by the virtual time of their end
+        self._jobs: list[tuple[float, int, tuple[int, int, int]]] = []  # ordered by the virtual time of their end
         self._virtual = self._now = 0.0
         self._count = 0
 
@@ -51,7 +53,7 @@ class Cores:
         heapq.heappush(self._jobs, (self._virtual + cpu_s, self._count, job))
 
     def next_s(self) -> float:
-        """When the next job ends."""
+        """Return the time at which the next job ends."""
         return self._now + (self._jobs[0][0] - self._virtual) / self._rate() if self._jobs else math.inf
 
     def pop(self) -> tuple[int, int, int]:
@@ -67,7 +69,7 @@ class Cores:
 
 
 class Cluster:
-    """Workers and the calls on their way through them; made for one run."""
+    """Workers and the calls in them, for one run."""
 
     def __init__(
         self,
@@ -81,9 +83,10 @@ class Cluster:
         scaling: Scaling | None = None,
         seed: int = 0,
     ) -> None:
-        """
+        """Create the cluster.
+
         Args:
-            policy, numbers, gateways, told: as `Router` takes them; `digests` makes numbers.
+            policy, numbers, gateways, told: as in `Router`, whose `digests` gives the numbers.
             seed: the same seed and traffic give the same result.
         """
         self.times = times
@@ -94,9 +97,9 @@ class Cluster:
         self._seeds = digests(MOST_WORKERS, seed + 1_000)
         self._scaling = scaling
         self._starting = 0
-        self._recent: deque[tuple[float, int, int]] = deque()  # (second, images that wait or compute, answered so far)
+        self._recent: deque[tuple[float, int, int]] = deque()  # (second, waiting and running images, answers so far)
         self._answered = 0
-        self._wants: tuple[float, bool] | None = None  # since when the autoscaler wants more (True) or fewer
+        self._wants: tuple[float, bool] | None = None  # time since which the autoscaler wants more (True) or fewer
         self._events: list[tuple[float, int, int, int, int]] = []
         self._count = 0
         self._cores = Cores(times.cores) if times.cores else None
@@ -106,10 +109,13 @@ class Cluster:
         self._changed(0.0)
 
     def fill(self, popular: NDArray[np.int64]) -> None:
-        """Slots and host memory about as long traffic leaves them: the most popular first, in the slots of the worker
-        where its calls go, and in host memory of all that own it."""
+        """Fill slots and host memory approximately as long traffic does.
+
+        The most popular adapters go first: into slots of the worker that receives their calls, and into host memory of
+        all their owners.
+        """
         slots, host = self.times.slots, self.times.host_adapters
-        if self.router.policy in ("random", "two choices"):  # all workers see the same traffic
+        if self.router.policy in ("random", "two choices"):  # all workers receive the same traffic
             own = [popular[: max(slots, host)].tolist()] * len(self.workers)
             first = own
         else:
@@ -127,9 +133,10 @@ class Cluster:
             worker.host = OrderedDict.fromkeys(reversed(held[:host]))
 
     def run(self, traffic: Traffic | Callers, warm_up_s: float = 0.0) -> Result:
-        """
+        """Run the traffic and return the result.
+
         Args:
-            warm_up_s: what is sent before does not count.
+            warm_up_s: calls that start earlier do not count.
         """
         self._begin(traffic, warm_up_s)
         events, cores, gateway_s = self._events, self._cores, self.times.gateway_s
@@ -200,7 +207,7 @@ class Cluster:
         heapq.heappush(self._events, (at, self._count, kind, worker, what))
 
     def _send_next(self, now: float) -> None:
-        """A caller's next call, in a closed loop."""
+        """Send a caller's next call, in a closed loop."""
         assert self._callers is not None
         if now >= self._last_s:
             return
@@ -216,7 +223,7 @@ class Cluster:
             self._push(now + self.times.gateway_s, ARRIVED, 0, call)
 
     def _arrive(self, now: float, call: int) -> None:
-        """At the router, and so at a worker."""
+        """Route a call to a worker."""
         adapter = self._adapters[call]
         index, self._gateway_of[call] = self.router.send(adapter, now, self.workers)
         worker = self.workers[index]
@@ -251,7 +258,7 @@ class Cluster:
                 return
             del worker.slots[idle]
             if idle in worker.host:
-                worker.host.move_to_end(idle)  # it was of use until now
+                worker.host.move_to_end(idle)  # in use until now
         calls = worker.loading.pop(adapter)
         worker.slots[adapter] = len(calls)
         if adapter in worker.host:
@@ -271,7 +278,7 @@ class Cluster:
         worker.queue.extend(calls)
 
     def _start(self, now: float, index: int) -> None:
-        """A pass, if it is time for one."""
+        """Start a pass if the batcher's rules allow it."""
         worker, times = self.workers[index], self.times
         waiting = len(worker.queue)
         if worker.batch or not waiting:
@@ -326,7 +333,7 @@ class Cluster:
         self.history.append((now, len(self._active)))
 
     def _scale(self, now: float) -> None:
-        """Once a second, by Serve's rules."""
+        """Apply Serve's rules once per second."""
         scaling, recent = self._scaling, self._recent
         assert scaling is not None
         recent.append((now, sum(self.router.loads), self._answered))
@@ -353,7 +360,7 @@ class Cluster:
                 for _ in range(wanted - have):
                     self._starting += 1
                     self._push(now + self.times.start_s, READY, 0, 0)
-                if not more and wanted < len(self._active):  # those that go finish what they have
+                if not more and wanted < len(self._active):  # workers that stop finish their calls first
                     self._active = self._active[:wanted]
                     self._changed(now)
         if now < self._last_s:

@@ -1,4 +1,4 @@
-"""What the simulated cluster is made of: times, traffic, what comes out; and what is known of them on paper."""
+"""Parts of the simulated cluster: service times, traffic, results, and analytic approximations."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 
 
 def zipf(count: int, exponent: float) -> NDArray[np.float64]:
-    """The share of each of `count` adapters, most popular first."""
+    """Return the share of each of `count` adapters, most popular first."""
     weights = np.arange(1, count + 1, dtype=np.float64) ** -exponent
     return weights / weights.sum()
 
 
 def digests(count: int, seed: int = 1) -> NDArray[np.uint64]:
-    """Of each adapter, a number that looks random."""
+    """Return a pseudo-random number per adapter."""
     return np.random.default_rng(seed).integers(1, 2**64 - 1, count, dtype=np.uint64)
 
 
 def lru_hit_rate(stream: Sequence[int], slots: int, skip: int = 0) -> float:
-    """Counted one by one; the first `skip` only fill the slots."""
+    """Count hits one by one; the first `skip` calls only fill the slots."""
     held: OrderedDict[int, None] = OrderedDict()
     hits = 0
     for i, adapter in enumerate(stream):
@@ -36,7 +36,7 @@ def lru_hit_rate(stream: Sequence[int], slots: int, skip: int = 0) -> float:
 
 
 def che_hit_rate(weights: NDArray[np.float64], slots: int) -> float:
-    """Che's approximation (Che, Tung and Wang, 2002): an adapter stays for a constant time after its last use."""
+    """Return Che's approximation (Che, Tung, Wang, 2002): an adapter stays for a constant time after its last use."""
     low, high = 0.0, 1.0
     while (1 - np.exp(-weights * high)).sum() < slots:
         high *= 2
@@ -47,9 +47,9 @@ def che_hit_rate(weights: NDArray[np.float64], slots: int) -> float:
 
 
 def in_line(times: NDArray[np.float64], service_s: float, servers: int) -> NDArray[np.float64]:
-    """When calls that come at `times` (in order) leave a line with so many servers of a constant service time.
+    """Return the departure times of calls that arrive at `times` (sorted) at a queue with a constant service time.
 
-    With equal service times the calls leave in order, so call k has the server of call k - servers.
+    With equal service times the calls leave in order, so call k gets the server of call k - servers.
     """
     if not service_s:
         return times
@@ -63,10 +63,10 @@ def in_line(times: NDArray[np.float64], service_s: float, servers: int) -> NDArr
 
 @dataclass(frozen=True)
 class Times:
-    """What things take on the modelled machines, in seconds, and how much fits.
+    """Service times on the modelled machines, in seconds, and capacities.
 
-    A pass over n images takes max(least_pass_s, pass_s + n image_s). With `cores`, gateway, passes and loads share so
-    many cores by turns, as on one machine, and a long pass has `threads`; without, each worker has a device of its own.
+    A pass over n images takes max(least_pass_s, pass_s + n image_s). With `cores`, gateway, passes and loads share
+    that many cores, as on one machine, and a long pass has `threads`. Without, each worker has a device of its own.
     """
 
     pass_s: float
@@ -79,26 +79,26 @@ class Times:
     host_load_s: float = 0.001
     store_load_s: float = 0.05
     loads_at_once: int = 8
-    gateway_s: float = 0.0  # CPU time a call
-    gateways: int = 1  # cores that gateways have together; for nothing where `cores` is given
-    wire_s: float = 0.0  # of a call that no CPU is busy with
+    gateway_s: float = 0.0  # CPU time per call
+    gateways: int = 1  # cores of all gateways together; without effect if `cores` is given
+    wire_s: float = 0.0  # time of a call that uses no CPU
     cores: float | None = None
     threads: int = 1
-    threads_from_s: float = 0.02  # a shorter pass has one thread, as `batch_tuner` finds best beside gateways
-    start_s: float = 20.0  # a worker from the decision to its first call
+    threads_from_s: float = 0.02  # a shorter pass has one thread, which `batch_tuner` selects beside gateways
+    start_s: float = 20.0  # time from the scaling decision to a worker's first call
 
     def forward_s(self, images: int) -> float:
         return max(self.least_pass_s, self.pass_s + images * self.image_s)
 
     @property
     def most_per_s(self) -> float:
-        """Images a second in full passes."""
+        """Return the images per second in full passes."""
         return self.batch_size / self.forward_s(self.batch_size)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """An open loop: calls at `times`, in order, for `adapters`."""
+    """Open loop: calls at `times`, in order, for `adapters`."""
 
     times: NDArray[np.float64]
     adapters: NDArray[np.int64]
@@ -106,20 +106,20 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Callers:
-    """A closed loop: each caller sends its next call `pause_s` after its last answer, until `seconds` are over."""
+    """Closed loop: each caller sends its next call `pause_s` after its last response, until `seconds` have passed."""
 
     count: int
-    adapters: Sequence[int]  # of the calls in turn, over again
+    adapters: Sequence[int]  # adapters of successive calls, cyclic
     seconds: float
     pause_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Serve's autoscaling, its delays included, by one of two signals.
+    """Serve's autoscaling with its delays, by one of two signals.
 
-    passes: as `hub.scaling`: images that wait or compute, over the images of a full pass; `target` of it a worker.
-    work: images a second, with what waits spread over `DRAIN_S`, over what a worker can do; `target` of it a worker.
+    passes: as in the hub: waiting and running images over the images of a full pass; `target` of it per worker.
+    work: images per second, plus the queue spread over `DRAIN_S`, over a worker's throughput; `target` of it per worker.
     """
 
     least: int
@@ -133,10 +133,10 @@ class Scaling:
 
 @dataclass
 class Result:
-    """What came of it, without the calls that only warmed up."""
+    """Result of a run, without the warm-up calls."""
 
     calls: int
-    hit_rate: float  # calls that met their adapter in a slot
+    hit_rate: float  # share of calls whose adapter was in a slot
     host_loads: int
     store_loads: int
     store_loads_per_s: float
@@ -145,9 +145,9 @@ class Result:
     p99_ms: float
     per_second: float
     imbalance: float  # images of the busiest worker / mean
-    utilisation: float  # share of the time that a worker computes, mean
+    utilisation: float  # mean share of the time in which a worker computes
     images_a_pass: float
-    spilled: float  # calls that went to no owner of their adapter
-    workers: list[tuple[float, int]] = field(default_factory=list)  # (second, how many) at each change
+    spilled: float  # share of calls that went to a worker that does not own their adapter
+    workers: list[tuple[float, int]] = field(default_factory=list)  # (second, number of workers) at each change
     sent_s: NDArray[np.float64] = field(default_factory=lambda: np.empty(0), repr=False)
     took_s: NDArray[np.float64] = field(default_factory=lambda: np.empty(0), repr=False)

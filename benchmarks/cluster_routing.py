@@ -1,8 +1,8 @@
-"""To which worker a simulated gateway sends a call: the hub's own rules, and what they are compared with.
+"""Routing of a simulated gateway: the hub's own rules, and the policies that the simulation compares with them.
 
-Every policy sees what Serve's routers see. Each gateway has a cache of queue lengths: what a worker had when this
-gateway last sent a call there, less what it finished of this gateway's since; forgotten after ten seconds. What workers
-have in their slots they tell every ten seconds.
+Every policy has the information of Serve's routers. Each gateway caches queue lengths for ten seconds. An entry is the
+worker's queue at this gateway's last call to it, minus this gateway's calls that ended since. Workers report the
+adapters in their slots every ten seconds.
 """
 
 import math
@@ -19,22 +19,22 @@ from hub.cluster.rendezvous import MIN_CAPACITY, OWNERS_PER_ADAPTER, mix64, rank
 # owners by batch: the hub's. owners by call: the same, as if a worker computed one image a pass. ring: consistent
 # hashing alone. The others know no adapters.
 POLICIES = ("owners by call", "owners by batch", "ring", "two choices", "random")
-RING_POINTS = 100  # a worker, as Serve's ConsistentHashRouter has
-SAMPLE = 32  # workers that `hub.routing` looks at beside the owners
+RING_POINTS = 100  # points per worker, as in Serve's ConsistentHashRouter
+SAMPLE = 32  # workers that `hub.routing` considers beside the owners
 KNOWN_S = 10.0  # Serve's RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S
 TOLD_S = 10.0  # Serve's request_routing_stats_period_s
-AT_ONCE = 256  # adapters whose owners are found in one go
+AT_ONCE = 256  # adapters per search for owners
 
 
 class Holder(Protocol):
-    """A worker as far as routing goes."""
+    """Routing's view of a worker."""
 
     @property
     def slots(self) -> Container[int]: ...
 
 
 class Router:
-    """All gateways' routers."""
+    """Routers of all gateways."""
 
     def __init__(
         self,
@@ -46,19 +46,20 @@ class Router:
         batch: int = 1,
         told: bool = True,
     ) -> None:
-        """
+        """Create the routers.
+
         Args:
             policy: one of `POLICIES`.
-            digests: of each adapter, a number that looks random.
-            gateways: how many there are, each with a view of its own; 0: they see every queue as it is.
-            batch: images a pass.
-            told: whether gateways are told what workers hold.
+            digests: a pseudo-random number per adapter.
+            gateways: number of gateways, each with a cache of its own; 0: they see every queue exactly.
+            batch: images per pass.
+            told: whether workers report their adapters to gateways.
         """
         if policy not in POLICIES:
             raise ValueError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
         self.policy = policy
-        self.loads: list[int] = []  # calls at each worker: parked, waiting, computing
-        self.spilled = 0  # calls that went to no owner
+        self.loads: list[int] = []  # calls at each worker: parked, waiting, running
+        self.spilled = 0  # calls that did not go to an owner
         self._digests = digests
         self._random = random.Random(seed)
         self._batch = batch if policy == "owners by batch" else 1
@@ -69,11 +70,11 @@ class Router:
         self._tells = told
 
     def join(self, active: Sequence[int], seeds: NDArray[np.uint64]) -> None:
-        """There are other workers from now on.
+        """Replace the set of workers.
 
         Args:
             active: their indices.
-            seeds: of each of them, a number that looks random and stays its own.
+            seeds: a pseudo-random number per worker, constant over time.
         """
         self.active = list(active)
         self._seeds = seeds
@@ -86,35 +87,35 @@ class Router:
             self._ring_workers = [self.active[i // RING_POINTS] for i in order.tolist()]
 
     def send(self, adapter: int, now: float, workers: Sequence[Holder]) -> tuple[int, int]:
-        """The worker that gets a call, and the gateway that sends it."""
+        """Return the worker that gets a call, and the gateway that sends it."""
         gateway = int(self._random.random() * len(self._views)) if self._views else -1
         worker = self._choose(adapter, now, gateway, workers)
         self.loads[worker] += 1
-        if gateway >= 0:  # the worker says what it has, in its answer to the call's arrival
+        if gateway >= 0:  # the worker reports its queue when the call arrives
             self._views[gateway][worker] = self.loads[worker], now
         return worker, gateway
 
     def done(self, worker: int, gateway: int, now: float) -> None:
-        """A call is answered."""
+        """Record the end of a call."""
         self.loads[worker] -= 1
         if gateway >= 0:
             load, _ = self._views[gateway][worker]
             self._views[gateway][worker] = max(0, load - 1), now
 
     def homes(self, adapter: int) -> tuple[int, ...]:
-        """Where a call goes if nothing stands against it, first one first; not of `two choices` and `random`."""
+        """Return the preferred workers of a call, best first. `two choices` and `random` have no preference."""
         if self.policy == "ring":
             return (self.ring_owner(adapter),)
         return self.owners(adapter)[: 1 if self.policy == "owners by batch" else OWNERS_PER_ADAPTER]
 
     def owners(self, adapter: int) -> tuple[int, ...]:
-        """The owners by rendezvous hashing, as `hub.cluster.rendezvous.RendezvousHash` finds them."""
+        """Return the owners by rendezvous hashing, as `hub.cluster.rendezvous.RendezvousHash` does."""
         if adapter not in self._owners:
             self.know(np.array([adapter]))
         return self._owners[adapter]
 
     def know(self, adapters: NDArray[np.int64]) -> None:
-        """Find the owners of many adapters at once, which is quicker than one by one."""
+        """Find the owners of many adapters at once, which is faster than one by one."""
         if self.policy == "ring":
             return
         for start in range(0, len(adapters), AT_ONCE):
@@ -128,14 +129,14 @@ class Router:
                 self._owners[adapter] = tuple(self.active[i] for i in best)
 
     def ring_owner(self, adapter: int) -> int:
-        """The worker of the next point on the ring."""
+        """Return the worker of the next point on the ring."""
         return self._ring_workers[bisect_right(self._ring, int(self._digests[adapter])) % len(self._ring)]
 
     def _any(self, _adapter: int, _now: float, _gateway: int, _workers: Sequence[Holder]) -> int:
         return self.active[int(self._random.random() * len(self.active))]
 
     def _less(self, adapter: int, now: float, gateway: int, workers: Sequence[Holder]) -> int:
-        """The less busy one of two drawn at random."""
+        """Return the less busy of two random workers."""
         one, other = self._any(adapter, now, gateway, workers), self._any(adapter, now, gateway, workers)
         return one if self._seen(gateway, one, now) <= self._seen(gateway, other, now) else other
 
@@ -143,7 +144,7 @@ class Router:
         return self.ring_owner(adapter)
 
     def _owner(self, adapter: int, now: float, gateway: int, workers: Sequence[Holder]) -> int:
-        """As `hub.routing`; looks at the owners only where one's queue is so short that it has room anyway."""
+        """Choose as `hub.routing`. It computes the owners only where a short queue makes them usable."""
         owners = self.owners(adapter)
         loads = {owner: self._seen(gateway, owner, now) for owner in owners}
         resident = {owner for owner in owners if self._holds(owner, adapter, now, workers)}

@@ -1,21 +1,21 @@
-"""Routing and autoscaling with up to 1,000 workers and a million adapters, simulated with measured service times.
+"""Simulation of routing and autoscaling with up to 1,000 workers and a million adapters, with measured service times.
 
     python -m benchmarks.cluster_sim [--scenarios routing ...] [--output FILE] [--plot FILE]
 
-`routing`   8, 64 and 1,000 workers with 1,000 adapters each, Zipf(1.0), 100 images a second a worker: the hub's routing
-            beside plain consistent hashing, the less busy of two at random, and random
-`gateways`  1,000 workers behind 1 to 300 gateways, each of which sees only what its own calls met, and is told what
-            workers hold or not
-`load`      64 workers from little to too much traffic
+`routing`   8, 64 and 1,000 workers with 1,000 adapters each, Zipf(1.0), 100 images per second per worker: the hub's
+            routing beside plain consistent hashing, the less busy of two random workers, and a random worker
+`gateways`  1,000 workers behind 1 to 300 gateways; each gateway knows only the queues of its own calls, with and
+            without reports of the workers' adapters
+`load`      64 workers from low load to overload
 `memory`    64 workers with 64 to 1,024 slots and 320 to 5,100 adapters in host memory
-`burst`     a tenant that is a fifth of all traffic sends ten times as much for ten seconds
+`burst`     a tenant with a fifth of all traffic sends ten times as much for ten seconds
 `coming`    a tenth of 64 workers is new and cold
-`scaling`   traffic that grows fivefold within a minute; workers by the passes that wait or are under way, as
-            `hub.scaling`, or by the work that comes (`cluster_model.Scaling`); they start in 20 s (a node is there) or
+`scaling`   traffic that grows fivefold within a minute; the number of workers follows waiting and running passes, as
+            `hub.scaling`, or the arriving work (`cluster_model.Scaling`); a worker starts in 20 s (its node runs) or
             in 180 s
 
-The gateways' and registry's service times are those of `benchmarks.capacity`; a GPU's are an assumption, see `GPU`.
-`benchmarks.cluster_check` has the same model beside the real hub. docs/scaling.md says what follows.
+The gateways' and registry's service times are those of `benchmarks.capacity`. A GPU's are an assumption, see `GPU`.
+`benchmarks.cluster_check` compares the same model with the real hub. docs/scaling.md has the conclusions.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from .common import machine, markdown_table
 RESULTS = Path(__file__).parent / "results"
 PLOT = Path(__file__).parent.parent / "docs" / "img" / "cluster_sim.png"
 ADAPTERS_A_WORKER = 1_000
-RATE = 100.0  # images a second a worker
+RATE = 100.0  # images per second per worker
 # An A100's passes of ViT-B/16 in half precision take 4.95 ms for one image, 15.95 for 32 and 31.48 for 64 (AITemplate's
 # table of PyTorch 1.12, examples/04_vit): 0.49 ms an image, and never less than 5. KARST's share is assumed to be 9 %
 # of an image, as measured on a CPU for ViT-B/16 with two kernels, and to double the least, which is launches.
@@ -49,7 +49,7 @@ GPU = Times(
     batch_size=32,
     slots=64,
     host_adapters=1_275,  # 1 GiB of adapters in bfloat16 (N = 2, rank 8)
-    host_load_s=1.5e-3,  # a put, measured, and the way from host memory to a device, assumed
+    host_load_s=1.5e-3,  # a put, measured, and the transfer from host memory to a device, assumed
     store_load_s=40e-3,  # reading and packing, measured, and 34 ms of an object store, assumed
 )
 RULES: tuple[tuple[Literal["passes", "work"], float, float], ...] = (
@@ -85,30 +85,30 @@ def main() -> None:
 
 
 def measured(constants: dict[str, Any]) -> Times:
-    """The GPU's assumed times behind gateways as measured."""
+    """Return a GPU's assumed times behind gateways as measured."""
     return replace(GPU, gateway_s=constants["gateway"]["224 pixels"]["call_of_1_image_ms"] / 1e3)
 
 
 def poisson(rate: float, count: int, adapters: int, seed: int = 0) -> Traffic:
-    """Calls at random times, for adapters by Zipf(1.0); the most popular is number 0."""
+    """Return calls at random times, for adapters by Zipf(1.0); number 0 is the most popular."""
     rng = np.random.default_rng(seed)
     drawn = np.searchsorted(np.cumsum(zipf(adapters, 1.0)), rng.random(count))
     return Traffic(np.cumsum(rng.exponential(1 / rate, count)), np.minimum(drawn, adapters - 1))
 
 
 def enough_gateways(times: Times, rate: float) -> Times:
-    """As many cores of gateways as are busy for 70 % of the time."""
+    """Return the times with enough gateway cores for a utilization of 70 %."""
     return replace(times, gateways=max(1, round(rate * times.gateway_s / 0.7)))
 
 
 def simulate(
     times: Times, workers: int, policy: str, traffic: Traffic, adapters: int, *, peak: float = 1.0, **more: Any
 ) -> Result:
-    """A cluster that has long been up; the first fifth of the traffic does not count.
+    """Simulate a cluster in a steady state; the first fifth of the traffic does not count.
 
     Args:
-        peak: what gateways are made for, of the mean rate.
-        more: `gateways` and `told`, as `Router` takes them.
+        peak: gateways' capacity over the mean rate.
+        more: `gateways` and `told`, as in `Router`.
     """
     seconds = float(traffic.times[-1])
     chosen = enough_gateways(times, peak * len(traffic.times) / seconds)
@@ -118,7 +118,7 @@ def simulate(
 
 
 def row(result: Result, **what: Any) -> dict[str, Any]:
-    """A line of a table."""
+    """Return a line of a table."""
     return what | {
         "calls": result.calls,
         "hit_rate": round(result.hit_rate, 4),
@@ -178,7 +178,7 @@ def memory(times: Times, scale: float) -> list[dict[str, Any]]:
 
 
 def burst(times: Times, scale: float) -> list[dict[str, Any]]:
-    """The tenant's adapters are drawn evenly among the popular ones; what others notice while it lasts."""
+    """Simulate a burst on evenly drawn popular adapters, and its effect on other tenants."""
     workers, adapters, seconds = 64, 64 * ADAPTERS_A_WORKER, 40 * scale
     rng = np.random.default_rng(3)
     base = poisson(RATE * workers, int(RATE * workers * seconds), adapters)
@@ -203,7 +203,7 @@ def burst(times: Times, scale: float) -> list[dict[str, Any]]:
 
 
 def coming(times: Times, scale: float) -> list[dict[str, Any]]:
-    """New workers are empty; the others hold what was theirs before."""
+    """Simulate new, empty workers; the others keep their adapters."""
     workers, adapters = 64, 64 * ADAPTERS_A_WORKER
     new = workers // 10
     traffic = poisson(RATE * workers, int(100_000 * scale), adapters)
@@ -219,7 +219,7 @@ def coming(times: Times, scale: float) -> list[dict[str, Any]]:
 
 
 def scaling(times: Times, scale: float) -> list[dict[str, Any]]:
-    """From 2,000 to 10,000 images a second and back in 5 minutes; four workers hold all adapters in host memory."""
+    """Simulate 2,000 to 10,000 images per second and back in 5 minutes; host memory of four workers holds all."""
     adapters, low, high = 4_000, 2_000 * scale, 10_000 * scale
     rng = np.random.default_rng(4)
     seconds = np.arange(300)
@@ -261,13 +261,13 @@ SCENARIOS: dict[str, Callable[[Times, float], list[dict[str, Any]]]] = {
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """All that is no list."""
+    """Return all values that are not lists."""
     heading = [key for key, value in rows[0].items() if not isinstance(value, list)]
     return markdown_table(heading, [[str(one[key]) for key in heading] for one in rows])
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """p99 against load, the hit rates at every size, and a burst with the workers that come for it."""
+    """Plot p99 against load, the hit rates at every size, and a burst with the workers that start for it."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)

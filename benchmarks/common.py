@@ -1,4 +1,4 @@
-"""What the benchmarks share: random adapters, medians, and the machine that a result belongs to."""
+"""Shared parts of the benchmarks: random adapters, medians, and the machine of a result."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from adapters import Adapter, Backbone, KarstConfig, attach, extract
 
 
 def random_adapter(backbone: Backbone, config: KarstConfig, *, seed: int = 0, classes: int = 10) -> Adapter:
-    """An adapter that was never trained: every number is random, so every part of it changes the answers."""
+    """Return an untrained adapter with random numbers, so that every part of it changes the logits."""
     generator = torch.Generator().manual_seed(seed)
     model = attach(backbone, config, classes)
     with torch.no_grad():
@@ -25,7 +25,7 @@ def random_adapter(backbone: Backbone, config: KarstConfig, *, seed: int = 0, cl
 
 
 def copy_of(adapter: Adapter, number: int, dtype: torch.dtype = torch.float32) -> Adapter:
-    """The same numbers under a digest of their own, another for each `number`."""
+    """Return the same numbers under another digest per `number`."""
     return Adapter.create(
         {name: tensor.to(dtype) for name, tensor in adapter.tensors.items()},
         config=adapter.config,
@@ -38,7 +38,7 @@ def copy_of(adapter: Adapter, number: int, dtype: torch.dtype = torch.float32) -
 
 
 def machine() -> dict[str, Any]:
-    """Where and when a measurement was made."""
+    """Return the machine and the date of a measurement."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """The median and the quartiles."""
+    """Return the median and the quartiles."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": round(middle, 4), "q1": round(low, 4), "q3": round(high, 4)}
 

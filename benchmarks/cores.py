@@ -1,4 +1,4 @@
-"""Whose processor time it was: the processes that a benchmark started, by what they are."""
+"""CPU time of the processes that a benchmark started, by role."""
 
 from collections.abc import Mapping
 
@@ -6,17 +6,17 @@ import psutil
 
 
 def cpu_s(roles: Mapping[str, str]) -> dict[str, float]:
-    """CPU time so far of this process's children and theirs, by role.
+    """Return the CPU time so far of this process's descendants, by role.
 
     Args:
-        roles: part of a process's name -> its role, the first that fits; all the rest is `others`.
+        roles: part of a process's name -> its role; the first match counts, and the rest is `others`.
     """
     out = dict.fromkeys([*roles.values(), "others"], 0.0)
     for process in psutil.Process().children(recursive=True):
         try:
             name = " ".join(process.cmdline()[:1]) or process.name()
             taken = process.cpu_times()
-        except psutil.Error:  # it has just ended
+        except psutil.Error:  # the process has just ended
             continue
         role = next((role for part, role in roles.items() if part in name), "others")
         out[role] += taken.user + taken.system

@@ -1,18 +1,19 @@
-"""A thousand adapters against one: the worker's whole engine (adapter cache, batcher, bank) without Ray and HTTP.
+"""A thousand adapters against one: a worker's whole engine (adapter cache, batcher, bank) without Ray and HTTP.
 
     python -m benchmarks.engine [--backbone vit_tiny_patch16_224] [--scenarios many zipf ...] [--rounds 5]
 
 `many`    1,000 adapters in slots, round robin, against one adapter
 `zipf`    10,000 adapters in the store, 256 slots, Zipf(1.0) traffic, against one adapter
 `twice`   twice as many adapters as slots, uniform traffic, against as many as slots
-`cold`    the first answer of an adapter that is in host memory, or in the store only, against a warm one; and what
-          other callers notice of it
-`greedy`  a tenant that offers ten times what the worker can do, and what another tenant notices of it
+`cold`    the first answer of an adapter in host memory, or in the store only, against a warm adapter; and its effect
+          on other callers
+`greedy`  a tenant that offers ten times the worker's throughput, and its effect on another tenant
 `memory`  resident memory over 100,000 put/evict cycles of a bank and 10,000 loads from the store
 
-Callers send single images in a closed loop, as many as two batches. What is compared takes turns in every round, so
-whatever else the machine does falls on both alike; a ratio is the median over rounds of the ratio within a round.
-Weights are random, adapters have N = 2, rank 8, factor 8, float16 files; answers are checked against merged models.
+Callers send single images in a closed loop; there are twice as many callers as images in a batch. The compared cases
+take turns in every round, so other load on the machine affects them equally. A ratio is the median over rounds of the
+ratio within a round. Weights are random. Adapters have N = 2, rank 8, factor 8 and float16 files. The benchmark checks
+the answers against merged models.
 """
 
 import argparse
@@ -72,10 +73,10 @@ def main() -> None:
 async def compare(
     worker: Worker, site: Site, name: str, traffic: Iterator[str], against: Iterator[str], bar: float
 ) -> list[dict[str, Any]]:
-    """Throughput of two kinds of traffic by turns, and their p99."""
+    """Measure the throughput of two kinds of traffic in turn, and their p99."""
     rounds: list[tuple[Driven, Driven]] = []
     reads = site.store.reads
-    for _ in track(range(1 + site.rounds), name):  # the first warms up
+    for _ in track(range(1 + site.rounds), name):  # the first round is a warm-up
         base = await drive(worker, site, itertools.islice(against, site.images))
         rounds.append((await drive(worker, site, itertools.islice(traffic, site.images)), base))
     ratios = [one.rate / base.rate for one, base in rounds[1:]]
@@ -102,7 +103,7 @@ async def zipf(site: Site) -> list[dict[str, Any]]:
     worker = await site.worker(site.count(256))
     weights = list(itertools.accumulate(1 / rank for rank in range(1, len(digests) + 1)))
     traffic = drawn(lambda rng: rng.choices(digests, cum_weights=weights)[0])
-    await drive(worker, site, itertools.islice(traffic, 4 * site.images))  # what is asked for often is there
+    await drive(worker, site, itertools.islice(traffic, 4 * site.images))  # popular adapters are in their slots
     name = f"{len(digests)} adapters, {worker._bank.slots} slots, Zipf(1.0) / one"
     return await compare(worker, site, name, traffic, itertools.repeat(digests[0]), 0.90)
 
@@ -113,15 +114,15 @@ async def twice(site: Site) -> list[dict[str, Any]]:
     worker = await site.worker(slots)
     name = "twice the slots, uniform / all resident"
     everything = drawn(lambda rng: rng.choice(digests))
-    # Half of them stay after a stretch of all; the first calls of a stretch load the others again.
+    # Half of them stay after a run over all adapters; the first calls of a run load the others again.
     return await compare(worker, site, name, everything, drawn(lambda rng: rng.choice(digests[:slots])), 0.80)
 
 
 async def cold(site: Site) -> list[dict[str, Any]]:
-    """Four callers of warm adapters; five times a second somebody asks for a cold one, or for a warm one instead."""
+    """Measure cold calls, or warm ones instead, five per second, beside four callers of warm adapters."""
     slots = site.count(64)
     digests = site.digests(slots // 2 + site.count(128))
-    warm, colder = digests[: slots // 2], itertools.cycle(digests[slots // 2 :])  # least recently used: always out
+    warm, colder = digests[: slots // 2], itertools.cycle(digests[slots // 2 :])  # least recently used: always evicted
     rows = []
     for tier, host_cache_bytes, bar in (("host memory", 2**34, 20.0), ("the store", 0, 60.0)):
         worker = await site.worker(slots, host_cache_bytes=host_cache_bytes)
@@ -138,7 +139,7 @@ async def cold(site: Site) -> list[dict[str, Any]]:
 
 
 async def greedy(site: Site) -> list[dict[str, Any]]:
-    """The modest tenant asks at random times, a fifth of what the worker can do; the greedy one ten times as much."""
+    """Measure a tenant with random calls at a fifth of the worker's throughput, beside a greedy one at ten times."""
     digests = site.digests(site.count(64))
     worker = await site.worker(len(digests))
     await drive(worker, site, digests)
@@ -148,12 +149,12 @@ async def greedy(site: Site) -> list[dict[str, Any]]:
         alone = await arriving(worker, site, digests, "modest", capacity / 5)
         flood = asyncio.create_task(flooding(worker, site, digests, 10 * capacity))
         await asyncio.sleep(1)
-        # Its first calls meet the large passes that the greedy tenant had alone, and are not counted.
+        # Its first calls meet the large passes of the greedy tenant alone, and do not count.
         await drive(worker, site, digests[:4], 1, "modest")
         beside = await arriving(worker, site, digests, "modest", capacity / 5)
         flood.cancel()
         refused.append(await flood)
-        await drive(worker, site, digests[:CALLERS])  # what the flood left is done
+        await drive(worker, site, digests[:CALLERS])  # the rest of the greedy tenant's queue completes
         ratios.append(beside.p95 / alone.p95)
         ms.append({"alone_p50": alone.p50, "alone_p95": alone.p95, "beside_p50": beside.p50, "beside_p95": beside.p95})
     found = row("modest tenant's p95 beside a greedy one / alone", ratios[1:], 1.5)
@@ -162,7 +163,7 @@ async def greedy(site: Site) -> list[dict[str, Any]]:
 
 
 async def memory(site: Site) -> list[dict[str, Any]]:
-    """Resident memory after each tenth of the cycles."""
+    """Measure resident memory after each tenth of the cycles."""
     bank = Bank(site.backbone, slots=8, max_rank=CONFIG.rank, max_kernels=CONFIG.kernels)
     packed = [bank.pack(Adapter.read(site.store.get(digest))) for digest in site.digests(8)]
     cycles, loads = site.count(100_000), site.count(10_000)
@@ -189,7 +190,7 @@ async def memory(site: Site) -> list[dict[str, Any]]:
 
 
 async def _grown(work: Callable[[], Any]) -> list[float]:
-    """Resident megabytes after each of ten stretches of work."""
+    """Return resident megabytes after each of ten stretches of work."""
     out = []
     for _ in track(range(10), "memory"):
         await work()
@@ -208,21 +209,21 @@ SCENARIOS: dict[str, Callable[[Site], Any]] = {
 
 
 def drawn(draw: Callable[[random.Random], str]) -> Iterator[str]:
-    """Draws for ever, the same ones every time."""
+    """Yield an endless sequence of draws, the same for each call."""
     rng = random.Random(0)
     while True:
         yield draw(rng)
 
 
 def row(what: str, values: Sequence[float], bar: float | None, *, at_least: bool = False) -> dict[str, Any]:
-    """One figure with its bar."""
+    """Return one figure with its target."""
     found = spread(list(values))
     holds = None if bar is None else (found["median"] >= bar if at_least else found["median"] <= bar)
     return {"what": what, "value": found, "bar": bar, "at_least": at_least, "holds": holds}
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for a terminal: medians, quartiles, bars."""
+    """Return the rows for a terminal: medians, quartiles, targets."""
     out = Table("", box=box.SIMPLE_HEAD)
     for heading in ("median", "quartiles", "bar", "holds"):
         out.add_column(heading, justify="right", no_wrap=True)
