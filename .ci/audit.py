@@ -1,9 +1,9 @@
-"""Audit the packages of constraints.txt with pip-audit, and list the packages that it could not look up.
+"""Audit of the packages of constraints.txt with pip-audit, with a list of the packages that it could not look up.
 
     python .ci/audit.py [--must]
 
 pip-audit itself exits with 0 when its service knows none of the packages, for example behind a mirror. Exit code 1: a
-known vulnerability that EXPLAINED does not list; with --must also a package that was not looked up.
+known vulnerability that EXPLAINED does not list. With --must also: a package without a result.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python .ci/lua.py
 
-The compiler itself resolves the names: every name that is not local becomes a GETGLOBAL or SETGLOBAL instruction, which
-the check finds in the compiled bytes. Redis would report such a name only when the line runs.
+The check compiles each script and reads the bytecode. The compiler turns every name that is not local into a GETGLOBAL
+or SETGLOBAL instruction. Redis would report such a name only when the line runs.
 """
 
 import struct

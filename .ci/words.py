@@ -1,9 +1,9 @@
-"""Find banned words in docs, docstrings, comments and strings; CONTRIBUTING.md says what to write instead.
+"""Check of docs, docstrings, comments and strings for banned words; CONTRIBUTING.md names the alternatives.
 
     python .ci/words.py [FILE ...]
 
-Without arguments: every Markdown, Python and Lua file of the docs, the packages and the tests. Code between
-backticks is not checked. `prose: ok` on a line exempts that line. Exit code 1: a banned word was found.
+Without arguments the check reads every Markdown, Python and Lua file of the docs, the packages and the tests. It does
+not check code between backticks. `prose: ok` on a line exempts that line. Exit code 1: the check found a banned word.
 """
 
 import io
@@ -26,7 +26,7 @@ BANNED = {
 PATTERNS = [
     (re.compile(r"\b(" + words.replace(" ", r"\s+") + r")\b", re.IGNORECASE), why) for words, why in BANNED.items()
 ]
-# A sentence that begins so and is no question.
+# A sentence with "What" or "Which" as its subject; a question is allowed.
 SUBJECT = re.compile(r"(?:^|(?<=[.:;]\s)|(?<=[.:;]\n))\s*(What|Which)\b[^?.]*(?:\.|$|\n)(?!.*\?)")
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 PAGE = re.compile(r"[\w./-]*\w\.md\b")

@@ -118,8 +118,8 @@ class Callers:
 class Scaling:
     """Serve's autoscaling with its delays, by one of two signals.
 
-    passes: as in the hub: waiting and running images over the images of a full pass; `target` of it per worker.
-    work: images per second, plus the queue spread over `DRAIN_S`, over a worker's throughput; `target` of it per worker.
+    passes: as in the hub: waiting and running images over those of a full pass; `target` of it per worker.
+    work: images per second, plus the queue over `DRAIN_S`, over a worker's throughput; `target` of it per worker.
     """
 
     least: int

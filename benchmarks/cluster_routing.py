@@ -20,7 +20,7 @@ from hub.cluster.rendezvous import MIN_CAPACITY, OWNERS_PER_ADAPTER, mix64, rank
 # hashing alone. The others know no adapters.
 POLICIES = ("owners by call", "owners by batch", "ring", "two choices", "random")
 RING_POINTS = 100  # points per worker, as in Serve's ConsistentHashRouter
-SAMPLE = 32  # workers that `hub.routing` considers beside the owners
+SAMPLE = 32  # workers that the hub's router considers beside the owners
 KNOWN_S = 10.0  # Serve's RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S
 TOLD_S = 10.0  # Serve's request_routing_stats_period_s
 AT_ONCE = 256  # adapters per search for owners
@@ -144,7 +144,7 @@ class Router:
         return self.ring_owner(adapter)
 
     def _owner(self, adapter: int, now: float, gateway: int, workers: Sequence[Holder]) -> int:
-        """Choose as `hub.routing`. It computes the owners only where a short queue makes them usable."""
+        """Choose as the hub does. The method computes the owners only where a short queue makes them usable."""
         owners = self.owners(adapter)
         loads = {owner: self._seen(gateway, owner, now) for owner in owners}
         resident = {owner for owner in owners if self._holds(owner, adapter, now, workers)}

@@ -11,8 +11,8 @@
 `burst`     a tenant with a fifth of all traffic sends ten times as much for ten seconds
 `coming`    a tenth of 64 workers is new and cold
 `scaling`   traffic that grows fivefold within a minute; the number of workers follows waiting and running passes, as
-            `hub.scaling`, or the arriving work (`cluster_model.Scaling`); a worker starts in 20 s (its node runs) or
-            in 180 s
+            `hub.cluster.autoscaling`, or the arriving work (`cluster_model.Scaling`); a worker starts in 20 s (its node
+            runs) or in 180 s
 
 The gateways' and registry's service times are those of `benchmarks.capacity`. A GPU's are an assumption, see `GPU`.
 `benchmarks.cluster_check` compares the same model with the real hub. docs/scaling.md has the conclusions.

@@ -1,9 +1,9 @@
-"""What each fault costs the callers: requests failed, answers wrong, seconds to recovery.
+"""Effect of each fault on callers: failed requests, wrong answers, seconds to recovery.
 
     python -m benchmarks.faults [--seconds 30] [--times 3] [--only worker,gateway,...]
 
-The scenarios are those of `tests/system/test_faults_*.py`, for longer and several times; `tests/system/faults.py` says
-how the callers check answers. Writes `benchmarks/results/faults.json`; docs/faults.md shows it.
+The scenarios are those of `tests/system/test_faults_*.py`, for longer and several times. `tests/system/faults.py`
+describes how the callers check answers. The script writes `benchmarks/results/faults.json`; docs/faults.md shows it.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tests.support.faults.load import Report
 from .common import machine
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
-SLOW_STORE_S = 20  # above the 15 s that a caller is parked for a cold adapter
+SLOW_STORE_S = 20  # above the 15 s for which the hub parks a call to a cold adapter
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def run(folder: Path, backbone: Backbone, seconds: float, times: int, only: set[str]) -> Iterator[tuple[str, Report]]:
-    """Every fault that is wanted (none: all), with what its callers saw."""
+    """Run the selected faults (default: all), and yield each with its callers' results."""
     on_hub: Mapping[str, Callable[[faults_hub.Hub], Report]] = {
         "worker killed": faults_hub.kill_worker,
         "registry hangs": lambda hub: faults_hub.stop_registry(hub, seconds),
@@ -83,7 +83,7 @@ def run(folder: Path, backbone: Backbone, seconds: float, times: int, only: set[
             for name in wanted(*on_cluster):
                 for i in range(times):
                     yield name, on_cluster[name](cluster, i)
-    for i in range(times if wanted("node killed") else 0):  # afterwards all is on one node
+    for i in range(times if wanted("node killed") else 0):  # after the fault everything runs on one node
         (folder / f"node-{i}").mkdir()
         with faults_cluster.hub_on_a_cluster(folder / f"node-{i}", backbone) as cluster:
             yield "node killed", faults_cluster.kill_node(cluster)

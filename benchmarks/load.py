@@ -1,8 +1,8 @@
-"""A load generator that leaves the cores to what it measures: HTTP/1.1 on plain sockets, one thread, one selector.
+"""Load generator with little CPU time of its own: HTTP/1.1 on plain sockets, one thread, one selector.
 
-Requests are bytes that were made before; of a reply only the status and the length are read while others wait. That
-takes 0.1 to 0.2 ms of a core a request (`over_http` reports it); a call with `hub.Client` (httpx, multipart) takes
-about 1.5 ms longer than one over such a socket.
+Requests are bytes that exist before the run. While calls are pending, the generator reads only the status and the
+length of a reply. This takes 0.1 to 0.2 ms of CPU time per request (`over_http` reports it). A call with `hub.Client`
+(httpx, multipart) takes about 1.5 ms longer than one over such a socket.
 """
 
 import re
@@ -19,13 +19,13 @@ from typing import NamedTuple
 Address = tuple[str, int]
 CONNECT_S = 10.0
 REPLY_S = 120.0
-TICK_S = 0.002  # an open loop wakes up no oftener; requests that are due meanwhile go out together
-LOST = 0  # the status of a request whose connection ended before its reply
+TICK_S = 0.002  # least time between wake-ups of an open loop; requests that become due meanwhile go out together
+LOST = 0  # status of a request whose connection ended before its reply
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
 class Reply(NamedTuple):
-    """A whole reply; `at` is time.perf_counter()."""
+    """A complete reply; `at` is time.perf_counter()."""
 
     status: int
     ms: float
@@ -34,7 +34,11 @@ class Reply(NamedTuple):
     body: bytes
 
     def header(self, name: str) -> str:
-        """The value of a header that is there."""
+        """Return the value of a header.
+
+        Raises:
+            RuntimeError: the reply has no such header.
+        """
         found = re.search(rf"\r\n{name}: *([^\r]*)", self.head.decode("latin-1"), re.IGNORECASE)
         if found is None:
             raise RuntimeError(f"no header {name} in {self.head!r} {self.body[:200]!r}")
@@ -42,7 +46,7 @@ class Reply(NamedTuple):
 
 
 class Connection:
-    """One keep-alive connection with at most one request under way."""
+    """One keep-alive connection with at most one pending request."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
@@ -66,7 +70,7 @@ class Connection:
             self.socket.sendall(request)
 
     def receive(self) -> Reply | None:
-        """The reply when it is whole; None where more is to come. Closes where the server closed."""
+        """Return the reply when it is complete, None before. Close the socket if the server closed it."""
         try:
             received = self.socket.recv(1 << 16)
         except ConnectionError:
@@ -83,7 +87,7 @@ class Connection:
         return Reply(int(head[9:12]) if found else LOST, 1e3 * (now - self._sent), now, head, body)
 
     def call(self, request: bytes) -> Reply:
-        """Send, and wait for the reply."""
+        """Send a request and wait for the reply."""
         self.send(request)
         while (reply := self.receive()) is None:
             pass
@@ -94,17 +98,17 @@ class Connection:
 
 
 def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
-    """A whole request; `content_type` is the header content-type, and so on."""
+    """Build a request; `content_type` is the header content-type, and so on."""
     lines = [f"{method} {path} HTTP/1.1", "host: hub", f"content-length: {len(body)}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def closed_loop(address: Address, requests: Sequence[bytes], callers: int, seconds: float) -> list[Reply]:
-    """`callers` at once for some seconds, each sending when it has its last reply; `requests` in turn, over again.
+    """Run a closed loop: `callers` send their next request after their last reply, cycling through `requests`.
 
     Returns:
-        The replies in the order of their coming. The last `callers` of them came after the time was over.
+        The replies in the order of their arrival. The last `callers` of them arrived after the end.
     """
     turns = cycle(requests)
     replies: list[Reply] = []
@@ -124,10 +128,10 @@ def closed_loop(address: Address, requests: Sequence[bytes], callers: int, secon
 
 
 def open_loop(address: Address, message: bytes, rate: float, seconds: float, most_open: int) -> Mapping[str, int]:
-    """Send `rate` requests a second whatever comes back, over as many connections as that needs.
+    """Send `rate` requests per second independent of the replies, over as many connections as necessary.
 
     Returns:
-        How often each status came; `unsent` counts the turns at which all `most_open` connections still waited.
+        Count per status; `unsent` counts the times at which all `most_open` connections were pending.
     """
     counts: Counter[str] = Counter()
     idle: list[Connection] = []
@@ -149,7 +153,7 @@ def open_loop(address: Address, message: bytes, rate: float, seconds: float, mos
 
 
 def _receive(selector: selectors.BaseSelector, timeout_s: float) -> Iterator[tuple[Reply, Connection]]:
-    """What is whole by now, out of the selector."""
+    """Yield the replies that are complete now."""
     for key, _ in selector.select(timeout_s):
         if (reply := key.data.receive()) is not None:
             selector.unregister(key.fileobj)
@@ -157,9 +161,10 @@ def _receive(selector: selectors.BaseSelector, timeout_s: float) -> Iterator[tup
 
 
 def ok(reply: Reply) -> Reply:
-    """
+    """Return the reply.
+
     Raises:
-        RuntimeError: it is no answer.
+        RuntimeError: its status is not 200.
     """
     if reply.status != 200:
         raise RuntimeError(f"HTTP {reply.status}: {reply.body[:500]!r}")
@@ -167,7 +172,7 @@ def ok(reply: Reply) -> Reply:
 
 
 def rate(replies: Sequence[Reply], callers: int) -> float:
-    """Replies a second while all callers were there."""
+    """Return the replies per second while all callers were active."""
     counted = [ok(reply) for reply in replies[callers - 1 : -callers]]
     if len(counted) < 2:
         raise RuntimeError(f"{len(replies)} replies are too few for a rate: give it more seconds")
@@ -175,7 +180,7 @@ def rate(replies: Sequence[Reply], callers: int) -> float:
 
 
 def rate_of_passes(replies: Sequence[Reply]) -> float:
-    """Images a second from the end of a forward pass to the end of another: their replies come all at once."""
+    """Return the images per second between the ends of forward passes; a pass's replies arrive together."""
     passes: dict[tuple[str, str], list[float]] = {}
     for reply in map(ok, replies):
         compute = reply.header("server-timing").rpartition("compute;dur=")[2]
@@ -187,6 +192,6 @@ def rate_of_passes(replies: Sequence[Reply]) -> float:
 
 
 def p95(replies: Sequence[Reply]) -> float:
-    """Milliseconds; a call that was refused or lost counts as one that nobody would wait for longer."""
+    """Return the p95 in milliseconds. A refused or lost call counts as the client's timeout."""
     ms = [reply.ms if reply.status == 200 else 1e3 * REPLY_S for reply in replies]
     return quantiles(ms, n=20, method="inclusive")[-1] if len(ms) > 1 else ms[0]

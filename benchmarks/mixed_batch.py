@@ -1,17 +1,18 @@
-"""What it costs that every image of a batch has an adapter of its own.
+"""Cost of a mixed batch, in which every image has its own adapter.
 
     python -m benchmarks.mixed_batch [--models demo ...] [--rounds 15] [--output FILE]
 
-A batch of 8 images for 8 adapters goes through `Bank.forward`; beside it, the frozen backbone alone takes the
-same batch (the floor: no adapters at all), and eight merged models take one image each, one after another (what
-serving costs without a bank). A bank computes the frozen part faster (`adapters.serving.prepack`), so there is
-the `quick` frozen backbone, too, without adapters. And what no code that does not merge can save, the `products`: those
-that KARST adds, each as one plain product of all rows as if the images had one adapter, with nothing around it. Quick
-plus these is the limit on this machine.
+`Bank.forward` takes a batch of 8 images for 8 adapters. The benchmark compares it with these contenders:
+- the frozen backbone alone on the same batch, without adapters
+- eight merged models that take one image each, one after another: serving without a bank
+- `quick`: the frozen backbone as a bank runs it (`adapters.serving.prepack`), without adapters
+- `products`: each product that KARST adds, as one plain product of all rows, as if the images had one adapter
 
-All take turns in every round, in every second one backwards, so whatever else the machine does falls on all of them
-alike; a ratio is the median over rounds of the ratio within a round. Weights are random: speed does not depend on
-them. Results are checked against the merged models before anything is timed.
+Quick plus products is the limit on this machine for code that does not merge.
+
+The contenders take turns in every round, in reverse order in every second one. Other load on the machine therefore
+affects them equally. A ratio is the median over rounds of the ratio within a round. Weights are random, because speed
+does not depend on them. The benchmark checks the results against the merged models before it measures.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def main() -> None:
         backbone = load_backbone(name, pretrained=False)
         for kernels in options.kernels:
             rows.append({"backbone": name} | measure(backbone, KarstConfig(kernels=kernels), options.rounds))
-            gc.collect()  # eight merged models go before the next eight come
+            gc.collect()  # all eight merged models run before the next batch
     Console().print(table(rows))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"machine": machine(), "batch": BATCH, "rows": rows}, indent=2) + "\n")
@@ -71,10 +72,10 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, Any]:
-    """One row of the table.
+    """Return a row of the table.
 
     Raises:
-        RuntimeError: the mixed batch and the merged models do not agree; nothing was timed.
+        RuntimeError: the mixed batch and the merged models do not agree; there is no measurement.
     """
     adapters = [random_adapter(backbone, config, seed=seed) for seed in range(BATCH)]
     merged = [adapter.merge(backbone) for adapter in adapters]
@@ -118,9 +119,9 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
 
 
 def products(backbone: Backbone, config: KarstConfig, pixels: Tensor) -> Callable[[], None]:
-    """All products that KARST adds to a pass over these pixels: x B^T, then C, then A, which is added to the output."""
+    """Return a function with all products that KARST adds to a pass: x B^T, then C, then A, added to the output."""
     jobs: list[Callable[[], Tensor]] = []
-    made: dict[tuple[tuple[int, int], ...], list[Tensor]] = {}  # layers of a kind share theirs
+    made: dict[tuple[tuple[int, int], ...], list[Tensor]] = {}  # layers of the same kind share their input
 
     def note(site: Site) -> Callable[..., None]:
         (_, p, q), (_, splits, a, _), (_, _, b) = kronecker.shapes(
@@ -153,7 +154,7 @@ def products(backbone: Backbone, config: KarstConfig, pixels: Tensor) -> Callabl
 
 
 def time_round(contenders: Contenders, *, backwards: bool) -> dict[str, float]:
-    """Seconds that each contender took, one after the other."""
+    """Return the seconds of each contender, one after another."""
     taken = {}
     for name, run in reversed(contenders.items()) if backwards else contenders.items():
         start = time.perf_counter()
@@ -163,7 +164,7 @@ def time_round(contenders: Contenders, *, backwards: bool) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for a terminal: medians, and the range between the quartiles."""
+    """Print the rows: medians, and the range between the quartiles."""
     title = f"Batch of {BATCH}, {BATCH} adapters, rank 8, factor 8, re-scaling per channel"
     out = Table("backbone", title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("N", "frozen", "mixed ms", "mixed / frozen", "limit", "mixed / quick", "merged / frozen"):

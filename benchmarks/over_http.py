@@ -1,23 +1,23 @@
-"""The hub over HTTP, beside the bare backbone and beside an empty Ray Serve application, all in one run.
+"""The hub over HTTP, compared with the bare backbone and an empty Ray Serve application in the same run.
 
     python -m benchmarks.over_http [--parts idle throughput ...] [--calls 200] [--rounds 5] [--output FILE]
 
-* idle: one call at a time, a bare forward pass of one image, an empty two-hop application in the same Ray cluster, and
-  the hub's own `GET /healthz`, by turns: what a call adds, and where its milliseconds go.
-* throughput: requests a second of 16 callers at once, the hub and the empty application by turns, and images a second
-  of what no hub does without, in one process: `bare` the backbone alone, `work` decoding and a pass with an adapter.
-  `ceiling` is the ratio to the empty application of a hub that adds only the one or the other to it, on the same cores.
-* first-answer: from `register` returning to the first correct answer of an adapter that no worker has seen.
-* tenants: the p95 of a tenant that sends one image at a time, alone, and while another offers ten times what the hub
-  can take, with one image a call and with 16. A call that is refused counts as two minutes. Beside it the same two at
-  the empty application: the same bytes at the same rates.
-* saturation: images a second of a large backbone (random weights, JPEG), one adapter and eight, and the bare
-  backbone's batches (of the size that suits it best) with a thread a core in one process, by turns; beside them the
-  same process decoding and using eight adapters, which is what any hub has to do (`work`). The hub is idle meanwhile.
+* idle: the latency that a call adds, and its parts. One call at a time runs in turn: a bare forward pass of one image,
+  an empty two-hop application in the same Ray cluster, the hub's `GET /healthz`, and the hub's call.
+* throughput: requests per second of 16 callers, hub and empty application in turn. Beside them images per second of one
+  process: `bare` runs the backbone alone, `work` decodes and runs a pass with an adapter. `ceiling` is the ratio to the
+  empty application of a hub that adds only one of these to it, on the same cores.
+* first-answer: time from the return of `register` to the first correct answer of an adapter that no worker has loaded.
+* tenants: the p95 of a tenant that sends one image at a time, alone, and while another tenant offers ten times the
+  hub's throughput, with one image per call and with 16. A refused call counts as two minutes. The empty application
+  gets the same bytes at the same rates.
+* saturation: images per second of a large backbone (random weights, JPEG), with one adapter and eight. In turn with it
+  one process runs the bare backbone in batches of the best size, with one thread per core, while the hub is idle. The
+  same process also decodes and uses eight adapters (`work`), which every hub has to do.
 
-What takes turns meets the same noise; a ratio is the median over rounds of the ratio within a round. The hub has its
-default settings, one worker and an embedded Redis. Load comes from plain sockets (`benchmarks.load`) and shares the
-cores with everything else; `cpu_ms` says who takes how much of them for a call.
+Contenders take turns, so noise affects them equally. A ratio is the median over rounds of the ratio within a round. The
+hub has its default settings, one worker and an embedded Redis. The load comes from plain sockets (`benchmarks.load`)
+and shares the cores with everything else. `cpu_ms` is the CPU time per call of each kind of process.
 """
 
 import argparse
@@ -56,7 +56,7 @@ ROLES = {
     **{f"ServeReplica:{app}:{role}": role for app in ("karst-hub", "empty") for role in ("worker", "gateway")},
     **{part: part for part in ("haproxy", "redis", "ray")},
 }
-# name: (where in the result, the bar, whether the value must be at most that)
+# name: (path in the result, target, True if the value must be at most the target)
 BARS = {
     "an idle call adds, ms (p50)": (("idle", "added_ms", "median"), 8.0, True),
     "requests a second, hub / empty": (("throughput", "ratio", "median"), 0.85, False),
@@ -69,7 +69,7 @@ BARS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A running hub with its empty neighbour, and what the parts need of both."""
+    """A running hub, its empty neighbour, and the parts' shared inputs."""
 
     hub: Hub
     bare: bare.Process
@@ -78,7 +78,7 @@ class Stage:
     pictures: Sequence[bytes]
 
     def classify(self, task: int = 0, picture: int = 0, tenant: str = TENANTS[0]) -> bytes:
-        """A request; task i has adapter i, for every tenant."""
+        """Return a request; task i has adapter i, for every tenant."""
         return self.post(f"/v1/tasks/task{task}/classify?top_k=1", self.pictures[picture % len(self.pictures)], tenant)
 
     def post(self, path: str, body: bytes, tenant: str = TENANTS[0], kind: str = "application/octet-stream") -> bytes:
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def run(name: str, parts: dict[str, Callable[[Stage], dict[str, Any]]], **settings: str) -> dict[str, Any]:
-    """These parts, one after another, on a hub of their own."""
+    """Run these parts one after another on a hub of their own."""
     if not parts:
         return {}
     process = bare.Process()
@@ -145,7 +145,7 @@ def run(name: str, parts: dict[str, Callable[[Stage], dict[str, Any]]], **settin
 
 
 def idle(stage: Stage, calls: int) -> dict[str, Any]:
-    """Milliseconds of a call, of what it is compared with, and of its parts, by turns."""
+    """Measure a call, the calls that it is compared with, and its parts, in turn, in milliseconds."""
     taken: list[dict[str, float]] = []
     messages = {
         "call": stage.classify(),
@@ -177,7 +177,7 @@ def idle(stage: Stage, calls: int) -> dict[str, Any]:
 
 
 def throughput(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Requests a second of the hub and of the empty application, by turns."""
+    """Measure requests per second of the hub and of the empty application, in turn."""
     contenders = {
         "hub": [stage.classify(picture=i) for i in range(len(stage.pictures))],
         "empty": [stage.post(EMPTY + "/", picture) for picture in stage.pictures],
@@ -212,16 +212,17 @@ def throughput(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[
 
 
 def cpu_s() -> dict[str, float]:
-    """CPU time so far of the hub's and the empty application's processes by role, and of this one, the `caller`."""
+    """Return the CPU time so far of hub and empty application by role, and of this process, the `caller`."""
     return cores.cpu_s(ROLES) | {"caller": time.process_time()}
 
 
 def first_answer(stage: Stage) -> dict[str, Any]:
-    """Milliseconds from `register` returning to the first correct answer, for adapters that no worker has seen: the
-    same numbers under a new digest, so that the right answer is known.
+    """Measure milliseconds from the return of `register` to the first correct answer, for adapters new to every worker.
+
+    The adapters are known numbers under new digests, so the correct answer is known.
 
     Raises:
-        RuntimeError: an answer that is not the new adapter's.
+        RuntimeError: an answer is not the new adapter's.
     """
     adapter = Adapter.read(stage.adapters[0])
     taken_ms = []
@@ -239,8 +240,10 @@ def first_answer(stage: Stage) -> dict[str, Any]:
 
 
 def tenants(stage: Stage, callers: int, most_open: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """The p95 of the second tenant alone and while the first is greedy, by turns, for small and large greedy calls; and
-    of calls to the empty application beside the same bytes to it, at the same rate, which is what no hub goes below."""
+    """Measure the second tenant's p95 alone and beside a greedy tenant, in turn, for small and large greedy calls.
+
+    The p95 of calls to the empty application, beside the same bytes at the same rate, is a floor for every hub.
+    """
     out: dict[str, Any] = {}
     for images in GREEDY_IMAGES:
         files = [("image", (f"{i}", stage.pictures[i % len(stage.pictures)])) for i in range(images)]
@@ -251,7 +254,7 @@ def tenants(stage: Stage, callers: int, most_open: int, rounds: int, seconds: fl
             "hub": (stage.classify(1, tenant=TENANTS[1]), greedy),
             "empty": (stage.post(EMPTY + "/", stage.pictures[0], TENANTS[1]), stage.post(EMPTY + "/", body, kind=kind)),
         }
-        time.sleep(5 * SETTLE_S)  # what was left of the crowd before has to be over
+        time.sleep(5 * SETTLE_S)  # the load before must be over
         takes = rate(closed_loop(stage.hub.address, [greedy], callers, seconds), callers)
         turns: list[dict[str, float]] = []
         modest_statuses: Counter[int] = Counter()
@@ -259,7 +262,7 @@ def tenants(stage: Stage, callers: int, most_open: int, rounds: int, seconds: fl
         for _ in track(range(rounds), f"tenants, {images} images a call"):
             turns.append({})
             for side, (modest, crowd) in sides.items():
-                time.sleep(5 * SETTLE_S)  # the last crowd's calls are dropped, which takes a while
+                time.sleep(5 * SETTLE_S)  # the hub drops the last load's calls, which takes some time
                 alone = closed_loop(stage.hub.address, [modest], 1, seconds)
                 lasts = seconds + 2 * SETTLE_S
                 stage.bare.send(open_loop, stage.hub.address, crowd, GREED * takes, lasts, most_open)
@@ -283,7 +286,7 @@ def tenants(stage: Stage, callers: int, most_open: int, rounds: int, seconds: fl
 
 
 def saturation(stage: Stage, batch_size: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Images a second of the bare backbone and of the hub, by turns."""
+    """Measure images per second of the bare backbone and of the hub, in turn."""
     callers = 2 * batch_size
     turns: list[dict[str, float]] = []
     batches: list[int] = []
@@ -294,7 +297,7 @@ def saturation(stage: Stage, batch_size: int, rounds: int, seconds: float) -> di
         turns[-1]["work"] = stage.bare.ask(
             bare.work_per_second, stage.backbone, stage.adapters, stage.pictures, quickest, seconds
         )
-        # By turns, too, which comes first: the hub had nothing to do until now.
+        # The order alternates, because the hub is idle before the first one.
         for adapters in (1, len(stage.adapters))[:: -1 if i % 2 else 1]:
             messages = [stage.classify(n % adapters, n) for n in range(8 * len(stage.pictures))]
             replies = closed_loop(stage.hub.address, messages, callers, seconds)
@@ -317,12 +320,12 @@ def saturation(stage: Stage, batch_size: int, rounds: int, seconds: float) -> di
 
 
 def spread_of(values: list[float]) -> dict[str, float]:
-    """`spread`, for one round, too."""
+    """Return `spread`, also for one round."""
     return spread(values if len(values) > 1 else 2 * values)
 
 
 def bars(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The bars of the parts that were run."""
+    """Return the targets of the parts that ran."""
     out = {}
     for name, (path, bar, at_most) in BARS.items():
         value: Any = result
@@ -334,7 +337,7 @@ def bars(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Where an idle call's time goes, every other number with its quartiles, and the bars."""
+    """Print the parts of an idle call, every other figure with its quartiles, and the targets."""
     console = Console()
     if "idle" in result:
         ms = {name: found["median"] for name, found in result["idle"].items() if name.endswith("_ms")}
@@ -363,7 +366,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def spreads(found: Any, name: str = "") -> list[tuple[str, dict[str, float]]]:
-    """Every median with quartiles, and its path."""
+    """Yield every median with quartiles, and its path."""
     if not isinstance(found, dict):
         return []
     if "median" in found:

@@ -1,26 +1,28 @@
-"""Many adapters on one machine: ours beside peft, Ray Serve's multiplexing, and a process a task.
+"""Many adapters on one machine: ours beside peft, Ray Serve's multiplexing, and one process per task.
 
     python -m benchmarks.peers [--sizes 1 8 64 512] [--backbone NAME] [--rounds 5] [--contenders ours LoRA ...]
 
-Each contender has as many tasks as the size says, each with an adapter and a head of its own, and classifies the same
-images in every round; their tasks go round robin, on from where the last round ended.
+The size is the number of tasks of each contender. Each task has its own adapter and head. Every contender classifies
+the same images in every round. Their tasks follow each other round robin, and a round continues after the last one.
 
 * ours: `Bank.forward` of mixed batches; KARST with N = 2 and rank 8, a slot for every adapter.
-* LoRA: peft's mixed batches (`adapter_names=`), on the same layers with the ranks nearest to as many numbers.
-* LoKr: peft's, likewise; it has no mixed batches: for each task of a batch one `set_adapter` and one pass.
-* Serve: merged models in one replica, `@serve.multiplexed` and `@serve.batch`, `IN_FLIGHT` calls under way. It keeps
-  as many models as fit `--memory-gb`; it loads one by a copy within memory. Calls name an image instead of sending it.
-* processes: a process with a merged model a task, asked one after another through pipes, all images of a task in a
-  batch at once.
+* LoRA: peft's mixed batches (`adapter_names=`), on the same layers with the ranks nearest to as many parameters.
+* LoKr: peft's, with ranks by the same rule. It has no mixed batches: each task in a batch takes one `set_adapter` and
+  one pass.
+* Serve: merged models in one replica, `@serve.multiplexed` and `@serve.batch`, `IN_FLIGHT` concurrent calls. It keeps
+  as many models as fit `--memory-gb`, and it loads one by a copy within memory. A call has the index of an image.
+* processes: one process with a merged model per task. They run one after another, through pipes, with all images of a
+  task in one batch.
 
-peft's adapters are made by copying the first within every layer, as `add_adapter` takes longer the more there are;
-the last one comes by `add_adapter`, and `last_added_s` is its time. Some answers of every contender are compared with
-merged models' before anything is timed.
+The benchmark copies the first peft adapter within every layer, because `add_adapter` slows down as adapters
+accumulate. The last one comes from `add_adapter`, and `last_added_s` is its time. Before it measures, the benchmark
+compares some answers of every contender with those of merged models.
 
-Every contender is set up in a process of its own, with the same number of torch threads; they take turns in every
-round, so whatever else the machine does falls on all of them alike. A ratio is the median over rounds of the ratio
-within a round. Memory is what the adapters add beside a backbone in use: `private` is what no other process shares,
-`resident` is RSS. Task processes count whole, Ray's own not at all. What cannot be set up has nulls and a reason.
+Every contender runs in a process of its own, with the same number of torch threads. The contenders take turns in every
+round, so other load on the machine affects them equally. A ratio is the median over rounds of the ratio within a round.
+Memory is the memory that the adapters add to a backbone in use: `private` is not shared with another process,
+`resident` is RSS. The processes of tasks count whole, Ray's own processes do not count. A contender that cannot be set
+up has nulls and a reason.
 """
 
 import argparse
@@ -59,30 +61,30 @@ from .common import machine, random_adapter, spread
 
 CONFIG = KarstConfig(kernels=2, rank=8)
 CLASSES = 10
-DISTINCT = 8  # different KARST adapters; task t has number t % DISTINCT
+DISTINCT = 8  # number of different KARST adapters; task t has number t % DISTINCT
 IN_FLIGHT = 64
 TOLERANCE = 1e-3
 ROUND_LIMIT_S = 900
-RESERVE = 1.5e9  # bytes of memory that stay free
+RESERVE = 1.5e9  # bytes of memory to leave free
 OUTPUT = Path(__file__).parent / "results" / "peers.json"
 
 Work = list[tuple[int, int]]  # (task, image)
 
 
 class TooLargeError(RuntimeError):
-    """A contender of this size cannot be had here; the message says why."""
+    """A contender that is too large for this machine; the message gives the reason."""
 
 
 class Spec(NamedTuple):
-    """What every contender of one size is given."""
+    """Input of every contender of one size."""
 
     options: argparse.Namespace
-    files: list[bytes]  # KARST adapters
+    files: list[bytes]  # number of KARST adapters
     size: int
     threads: int
 
     def load(self) -> tuple[Backbone, Tensor, list[Adapter]]:
-        """The same in every process: backbone, pixels (images, 3, H, W), both used once, and KARST adapters."""
+        """Return the same backbone, pixels (images, 3, H, W) and KARST adapters in every process, after one use."""
         torch.set_num_threads(self.threads)
         torch.manual_seed(0)
         backbone = load_backbone(self.options.backbone, pretrained=False)
@@ -98,8 +100,8 @@ class Spec(NamedTuple):
 class Contender(NamedTuple):
     """A contender that is ready."""
 
-    run: Callable[[Work], list[Tensor]]  # answers in the order of the work
-    merged: Callable[[int, Tensor], Tensor]  # a task's answers by a merged model
+    run: Callable[[Work], list[Tensor]]  # returns the answers in the order of the work
+    merged: Callable[[int, Tensor], Tensor]  # returns a task's answers from its merged model
     memory: Tensor  # as `memory_mb`
     notes: dict[str, Any]
 
@@ -125,8 +127,8 @@ def ours(spec: Spec) -> Iterator[Contender]:
 
 @contextmanager
 def peft(method: str, spec: Spec) -> Iterator[Contender]:
-    """LoRA in mixed batches, LoKr task by task."""
-    from peft import LoKrConfig, LoraConfig, get_peft_model  # slow to import, and the others do not need it
+    """Set up LoRA in mixed batches, or LoKr task by task."""
+    from peft import LoKrConfig, LoraConfig, get_peft_model  # slow to import, and the other contenders do not need it
 
     from .accuracy_methods import karst_count, lokr_rank, lora_ranks
 
@@ -134,14 +136,16 @@ def peft(method: str, spec: Spec) -> Iterator[Contender]:
     budget = karst_count(backbone, CONFIG)
     ranks, rank = lora_ranks(backbone.sites, budget), lokr_rank(backbone.sites, budget)
 
-    def config() -> Any:  # random numbers everywhere, so that every part of an adapter changes the answers
+    def config() -> Any:  # random values everywhere, so that every part of an adapter changes the answers
         if method == "LoRA":
             same: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": ranks}
             return LoraConfig(target_modules=list(ranks), init_lora_weights=False, **same)
         same = {"r": rank, "alpha": rank, "decompose_factor": CONFIG.factor}
         return LoKrConfig(target_modules=list(ranks), init_weights=False, **same)
 
-    get_peft_model(backbone.clone(), config())  # what peft loads at its first use is not the adapters'
+    get_peft_model(
+        backbone.clone(), config()
+    )  # otherwise memory that peft allocates at first use would count as the adapters'
     before = memory_mb()
     model = get_peft_model(backbone.clone(), config(), adapter_name="t0").eval()
     layers: dict[str, Any] = {name: model.base_model.model.get_submodule(name) for name in ranks}
@@ -182,13 +186,15 @@ def peft(method: str, spec: Spec) -> Iterator[Contender]:
 
 @contextmanager
 def ray_serve(spec: Spec) -> Iterator[Contender]:
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}  # as karst-hub has them
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}  # as in karst-hub
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
-    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "ServeController"  # what Ray says at every stop of Serve
+    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "ServeController"  # Ray's message at every stop of Serve
     import ray  # reads the environment
     from ray import cloudpickle, serve
 
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers need not find this script
+    cloudpickle.register_pickle_by_value(
+        sys.modules[__name__]
+    )  # otherwise Ray's workers would have to find this script
     backbone, _, adapters = spec.load()
     size = sum(t.numel() * t.element_size() for t in adapters[0].merge(backbone).state_dict().values())
     room = min(spec.options.memory_gb * 1e9, psutil.virtual_memory().available - 2 * RESERVE)
@@ -231,7 +237,7 @@ def ray_serve(spec: Spec) -> Iterator[Contender]:
     async def memory() -> Tensor:
         return await handle.memory.remote()
 
-    loop = asyncio.new_event_loop()  # Serve's news come on it between the calls, too
+    loop = asyncio.new_event_loop()  # Serve's updates arrive on it between the calls, too
     threading.Thread(target=loop.run_forever, daemon=True).start()
 
     def on_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -267,7 +273,7 @@ def processes(spec: Spec) -> Iterator[Contender]:
     backbone, pixels, adapters = spec.load()
     models = [pickle.dumps(adapter.merge(backbone)) for adapter in adapters]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["adapters"])  # what torch takes is shared by all of them
+    context.set_forkserver_preload(["adapters"])  # all processes share torch's memory
     pipes: list[Any] = []
     memory = torch.zeros(2)
     with ExitStack() as stack:
@@ -277,7 +283,7 @@ def processes(spec: Spec) -> Iterator[Contender]:
             process.start()
             other.close()
             stack.callback(process.join, 10)
-            stack.callback(pipe.close)  # it ends when nobody can ask it any more
+            stack.callback(pipe.close)  # a closed pipe ends the process
             pipe.send_bytes(models[task % DISTINCT])
             pipe.send(pixels[: spec.options.batch].numpy())
             pipes.append(pipe)
@@ -326,7 +332,7 @@ def main() -> None:
     try:
         for size in options.sizes:
             result["rows"].append(measure(Spec(options, files, size, torch.get_num_threads())))
-            # After each size: the larger ones take long, and may not be reached.
+            # after each size, because a larger one may not finish
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(result, indent=2) + "\n")
     except RuntimeError as error:
@@ -336,10 +342,10 @@ def main() -> None:
 
 
 def measure(spec: Spec) -> dict[str, Any]:
-    """All contenders of one size.
+    """Measure all contenders of one size.
 
     Raises:
-        RuntimeError: one of them failed, or gives other answers than merged models.
+        RuntimeError: one of them failed, or its answers differ from those of merged models.
     """
     found: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
@@ -362,7 +368,7 @@ def measure(spec: Spec) -> dict[str, Any]:
 
 
 class Host:
-    """A contender in a process of its own, seen from outside."""
+    """A contender's process, seen from outside."""
 
     def __init__(self, name: str, spec: Spec) -> None:
         context = multiprocessing.get_context("spawn")
@@ -373,7 +379,7 @@ class Host:
         other.close()
 
     def ready(self, limit_s: float) -> dict[str, Any]:
-        """Wait until it is set up and its answers are right; `reason` says why it never will be.
+        """Wait until it is set up and its answers are checked; `reason` says why it cannot run.
 
         Raises:
             RuntimeError: it failed, or its answers are wrong.
@@ -392,7 +398,7 @@ class Host:
         return {"memory_mb": None, "setup_s": None, "largest_difference": None, "notes": {}} | found
 
     def round(self, number: int) -> float:
-        """Seconds.
+        """Run one round and return its seconds.
 
         Raises:
             RuntimeError: it failed, or took too long.
@@ -403,12 +409,12 @@ class Host:
         return self._receive()
 
     def close(self, patience_s: float = 60) -> None:
-        """End it with everything that it started."""
+        """End it and all processes that it started."""
         tree: list[psutil.Process] = []
         with suppress(psutil.NoSuchProcess):
             first = psutil.Process(self._process.pid)
             tree = [first, *first.children(recursive=True)]
-        self._pipe.close()  # it ends when it sees that
+        self._pipe.close()  # it ends when the pipe closes
         self._process.join(patience_s)
         for process in tree:
             with suppress(psutil.NoSuchProcess):
@@ -426,7 +432,7 @@ class Host:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result for a terminal."""
+    """Print the result."""
     title = f"{result['backbone']}, batches of {result['batch']}, {result['machine']['threads']} threads"
     out = Table("adapters", "", title=title, box=box.SIMPLE_HEAD)
     for heading in ("images / s", "time / ours", "MB added", "last added s"):
@@ -446,7 +452,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def memory_mb() -> Tensor:
-    """This process: what it shares with no other, and all that is resident; what is free goes back first."""
+    """Return this process's private and resident memory, after a return of freed memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
@@ -455,9 +461,9 @@ def memory_mb() -> Tensor:
 
 
 def _host(pipe: Any, name: str, spec: Spec) -> None:
-    """A contender's process: set up, check, then a round for every number that comes; a string is a failure."""
+    """Run a contender's process: set up, check, then one round per number received. A string is a failure."""
     began = time.perf_counter()
-    with suppress(EOFError, OSError):  # nobody listens any more
+    with suppress(EOFError, OSError):  # the parent closed the pipe
         try:
             with CONTENDERS[name](spec) as contender, torch.inference_mode():
                 found: dict[str, Any] = {"reason": None, "setup_s": round(time.perf_counter() - began, 2)}
@@ -479,7 +485,7 @@ def _host(pipe: Any, name: str, spec: Spec) -> None:
 
 
 def _check(contender: Contender, spec: Spec) -> float:
-    """The largest difference to merged models: the first tasks and the last, two images of the first.
+    """Return the largest difference to merged models over the first and last tasks, and two images of the first.
 
     Raises:
         RuntimeError: it is above `TOLERANCE`.
@@ -494,7 +500,7 @@ def _check(contender: Contender, spec: Spec) -> float:
 
 
 def _task_by_task(spec: Spec, one: Callable[[int, list[int]], Tensor], work: Work) -> list[Tensor]:
-    """The answers of `one`, which takes all images of one task in a batch."""
+    """Return the answers of `one`, which takes all images of one task in a batch."""
     answers: list[Tensor] = []
     for batch in spec.batches(work):
         found: dict[int, Tensor] = {}
@@ -510,7 +516,7 @@ def _merged(backbone: Backbone, adapters: list[Adapter], task: int, image: Tenso
 
 
 def _copy_adapter(layer: Any, name: str) -> None:
-    """What peft's `add_adapter` leaves in a layer: the first adapter's parts, their numbers in another order."""
+    """Add to a layer what `add_adapter` would: the first adapter's parts, with their values in another order."""
     for part in (*layer.adapter_layer_names, *layer.other_param_names):
         held = getattr(layer, part)
         if hasattr(held, "keys") and "t0" in held:
@@ -521,8 +527,8 @@ def _copy_adapter(layer: Any, name: str) -> None:
 
 
 def _task_process(pipe: Any, threads: int) -> None:
-    """A task's own process: takes a merged model, tells its memory after one batch, answers until the pipe closes."""
-    gc.freeze()  # leaves shared what is
+    """Run a task's process: take a merged model, send its memory after one batch, answer until the pipe closes."""
+    gc.freeze()  # keeps shared memory shared
     torch.set_num_threads(threads)
     model = pickle.loads(pipe.recv_bytes())
     with suppress(EOFError), torch.inference_mode():

@@ -1,13 +1,13 @@
-"""Pre-train the backbone of the accuracy benchmark: `python -m benchmarks.pretrain`.
+"""Pre-training of the accuracy benchmark's backbone: `python -m benchmarks.pretrain`.
 
-A ViT of Ti size (5.4 M parameters; 32 x 32 pixels in patches of 8) learns 400 classes of drawings: 200 of invented
-handwriting (`adapters.demo.draw.glyph_image`) and 200 fractals (iterated function systems, after Kataoka et al.,
-"Pre-training without Natural Images", ACCV 2020), under random poses, blurs and colours, and beside it to say from
-each token how its patch looked before the colours: so small a budget of steps leaves the plateau only with so dense a
-signal. No photograph, no clothes, no digit, no geometric shape and no dot: whatever `benchmarks.accuracy` measures is
-new to it.
+A ViT of Ti size (5.4 M parameters; 32 x 32 pixels in patches of 8) learns 400 classes of drawings. 200 are invented
+handwriting (`adapters.demo.draw.glyph_image`). 200 are fractals (iterated function systems, after Kataoka et al.,
+"Pre-training without Natural Images", ACCV 2020). Poses, blurs and colours are random. A second loss predicts from each
+token how its patch looked before the colours: with so few steps, training leaves its plateau only with this dense
+signal. The drawings contain no photograph, clothes, digit, geometric shape or dot, so all tasks of
+`benchmarks.accuracy` are new to the backbone.
 
-Writes a folder that timm opens by itself, `local-dir:runs/vit-ti`. Seeded; 51 minutes on one busy core.
+The script writes a folder that timm opens, `local-dir:runs/vit-ti`. It is seeded and takes 51 minutes of one busy core.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def train(model: Any, images: Tensor, labels: Tensor, args: argparse.Namespace) -> None:
-    """AdamW with warm-up and cosine, label smoothing 0.1, bfloat16 autocast; prints the losses every 100 steps."""
+    """Train: AdamW, warm-up and cosine, label smoothing 0.1, bfloat16 autocast; print the losses every 100 steps."""
     decoder = nn.Linear(model.num_features, PATCH_PX**2)
     parameters = [*model.parameters(), *decoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.05, betas=(0.9, 0.98))
@@ -94,7 +94,7 @@ def train(model: Any, images: Tensor, labels: Tensor, args: argparse.Namespace) 
 
 
 def draw_fractals(classes: int, per_class: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(classes * per_class, 32, 32) uint8 and their int64 class numbers."""
+    """Return (classes * per_class, 32, 32) uint8 and their int64 class numbers."""
     rng = np.random.default_rng(seed)
     images, labels = [], []
     for label in track(range(classes), description="drawing fractals"):
@@ -104,7 +104,7 @@ def draw_fractals(classes: int, per_class: int, seed: int) -> tuple[Tensor, Tens
 
 
 def _fractal_class(rng: np.random.Generator, count: int, *, chains: int = 32, steps: int = 60) -> np.ndarray:
-    """`count` pictures of one class, (count, 32, 32) uint8: one random system of maps, its numbers shaken a little."""
+    """Return `count` drawings of one class, (count, 32, 32) uint8: a random system of maps with small changes."""
     while True:
         maps = int(rng.integers(2, 6))
         system = np.stack([_contraction(rng) for _ in range(maps)])  # (M, 2, 3)
@@ -116,13 +116,13 @@ def _fractal_class(rng: np.random.Generator, count: int, *, chains: int = 32, st
         pixels = np.clip((0.1 + 0.8 * unit) * SIDE_PX, 0, SIDE_PX - 1).astype(np.int64)
         hits = np.zeros((count, SIDE_PX * SIDE_PX))
         np.add.at(hits, (np.arange(count)[:, None], pixels[..., 1] * SIDE_PX + pixels[..., 0]), 1)
-        if ((hits > 0).mean(axis=1) > 0.08).all():  # else it is a few dots: draw another
+        if ((hits > 0).mean(axis=1) > 0.08).all():  # otherwise the drawing is only a few dots
             bright = 1 - np.exp(-hits)
             return (255 * bright).astype(np.uint8).reshape(count, SIDE_PX, SIDE_PX)
 
 
 def _contraction(rng: np.random.Generator) -> np.ndarray:
-    """A random affine map of the plane, (2, 3), whose singular values are below 1."""
+    """Return a random affine map of the plane, (2, 3), whose singular values are below 1."""
     u, _, v = np.linalg.svd(rng.normal(size=(2, 2)))
     linear = u @ np.diag(rng.uniform(0.25, 0.9, 2)) @ v
     return np.column_stack([linear, rng.uniform(-1, 1, 2)])
@@ -131,7 +131,7 @@ def _contraction(rng: np.random.Generator) -> np.ndarray:
 def _chaos_game(
     rng: np.random.Generator, systems: np.ndarray, weights: np.ndarray, chains: int, steps: int
 ) -> np.ndarray:
-    """Points of each system's attractor: (count, M, 2, 3) -> (count, chains * (steps - 10), 2)."""
+    """Return points of each system's attractor: (count, M, 2, 3) -> (count, chains * (steps - 10), 2)."""
     count = len(systems)
     point = np.zeros((count, chains, 2))
     trail = []
@@ -139,7 +139,7 @@ def _chaos_game(
     for step in range(steps):
         chosen = systems[which, rng.choice(len(weights), (count, chains), p=weights)]  # (count, chains, 2, 3)
         point = np.einsum("ncij,ncj->nci", chosen[..., :2], point) + chosen[..., 2]
-        if step >= 10:  # on the attractor by then
+        if step >= 10:  # the first steps are off the attractor
             trail.append(point)
     return np.concatenate(trail, axis=1)
 

@@ -3,16 +3,16 @@
     python -m benchmarks.rate_limits [--rounds 15] [--calls 300] [--output FILE]
 
 `leases` is the hub's `RateLimiter`: a gateway takes tokens and permits from Redis in small lots and spends them itself.
-`redis` is the alternative: each check is one call of one Lua script, which applies the generic cell rate algorithm
-(GCRA) to requests and images and counts images in flight. A classification then needs two checks (one request before
-its body is read, its images after) and one release, which no client waits for.
+`redis` is the alternative: each check is one call of one Lua script. The script applies the generic cell rate algorithm
+(GCRA) to requests and images, and counts images in flight. A classification then needs two checks: one request before
+its body is read, its images after. It also needs one release, for which no client waits.
 
 Each way runs against three real redis-servers: the hub's embedded one (unix socket, fsync of each write), the same with
 fsync each second, and one on a TCP port of the loopback interface (fsync each second). All cells run once in every
-round, one call after another, in one process on one event loop. Latency is the time that one call waits for its checks;
-processor time is that of this process, which is the gateway's. Figures are medians over the rounds, with quartiles.
+round, one call after another, in one process on one event loop. Latency is the time that one call waits for its checks.
+CPU time is that of this process, which acts as the gateway. Figures are medians over the rounds, with quartiles.
 
-Leases have 10 calls each, as with the default limit of 200 requests per second; the limits themselves are out of reach.
+A lease has 10 calls, as with the default limit of 200 requests per second. The benchmark never reaches the limits.
 """
 
 import argparse
@@ -258,7 +258,7 @@ async def _round(
 
 @contextmanager
 def tcp_redis(folder: Path) -> Iterator[str]:
-    """A redis-server on a free TCP port; yields its URL."""
+    """Start a redis-server on a free TCP port and yield its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

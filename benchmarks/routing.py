@@ -1,14 +1,16 @@
-"""Who should get an adapter's call? Serve's routers and ours under the same Zipf traffic, as a simulation.
+"""Simulation of routers: Serve's and ours under the same Zipf traffic.
 
     python -m benchmarks.routing                      # seconds on a core; a table, and benchmarks/results/routing.json
 
-Ours is what runs in production: `rank_workers` over `RendezvousHash` of `hub.cluster.rendezvous`. Serve's consistent
-hashing is Ray's own class, asked for its ranking; its default (the shorter of two random queues) is three lines here.
+Ours is the production code: `rank_workers` over `RendezvousHash` of `hub.cluster.rendezvous`. Serve's consistent
+hashing is Ray's own class, which returns its ranking. Serve's default (the shorter of two random queues) is three lines
+here.
 
-A worker serves one call after the other, in one unit of time each, and holds its adapters in slots, least recently
-used out; a cold call waits for its load beside the others, loads one after another. Each gateway knows of a worker's
-queue what Serve's does: what the worker said when this gateway last sent there, less its own calls that ended since.
-What is resident is told every `STATS` units. Times are in units of a call's service time.
+A worker serves one call after another, in one unit of time each. It holds its adapters in slots and evicts the least
+recently used. A cold call waits for its load beside the other calls, and a worker loads one adapter after another. Each
+gateway knows of a worker's queue what Serve's gateways know: the worker's report at this gateway's last call, minus
+this gateway's calls that ended since. Workers report their resident adapters every `STATS` units. Times are in units of
+a call's service time.
 """
 
 import argparse
@@ -29,9 +31,9 @@ from hub.cluster.rendezvous import RendezvousHash, rank_workers
 
 RESULTS = Path(__file__).parent / "results" / "routing.json"
 CALLS, ADAPTERS, SLOTS, GATEWAYS = 30_000, 10_000, 64, 2
-LOAD = 0.5  # to load an adapter, in service times
+LOAD = 0.5  # time to load an adapter, in service times
 STATS = 500.0
-USE = 0.7  # of all workers' time, if the calls were spread evenly
+USE = 0.7  # share of all workers' time, if the calls are spread evenly
 WORKERS = (1, 2, 4, 8)
 ZIPF = 1.0
 
@@ -41,7 +43,7 @@ Choose = Callable[[str, Loads, Mapping[str, frozenset[str]]], str]
 
 @dataclass
 class _Worker:
-    """One worker: until when it is busy, its slots with when each adapter is there, and what it told."""
+    """One worker: when it is free, its slots with the time at which each adapter is loaded, and its report."""
 
     free: float
     loader: float
@@ -52,15 +54,15 @@ class _Worker:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a router did; times in service times."""
+    """A router's figures; times in service times."""
 
     router: str
     workers: int
     churn: bool
-    hits: float  # share of calls that met their adapter in a slot
-    median: float  # from a call's coming to its answer
+    hits: float  # share of calls whose adapter was in a slot
+    median: float  # from a call's arrival to its answer
     p99: float
-    imbalance: float  # calls of the busiest worker over the mean, by the time that each was there
+    imbalance: float  # calls of the busiest worker over the mean, per time in service
 
 
 class OursRouter:
@@ -77,7 +79,7 @@ class OursRouter:
 
 
 class HashRouter:
-    """Serve's `ConsistentHashRouter`: the first of its ranking; others only where a worker refuses."""
+    """Serve's `ConsistentHashRouter`: the first worker of its ranking, others only if a worker refuses."""
 
     name = "consistent hashing (Serve)"
 
@@ -108,7 +110,7 @@ Router = OursRouter | HashRouter | RandomRouter
 
 
 def simulate(router: Router, count: int, *, churn: bool = False, calls: int = CALLS, seed: int = 0) -> Figures:
-    """Poisson traffic, Zipf over adapters; with `churn` a worker goes after a third, and a cold one comes at two."""
+    """Simulate Poisson traffic, Zipf over adapters; with `churn` a worker leaves after 1/3, a cold one joins at 2/3."""
     rng = np.random.default_rng(seed)
     times = np.cumsum(rng.exponential(1 / (USE * count), calls)).tolist()
     weights = 1 / np.arange(1, ADAPTERS + 1) ** ZIPF

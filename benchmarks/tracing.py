@@ -1,14 +1,19 @@
-"""What traces, metrics and log lines cost a gateway: processor time a request.
+"""Cost of traces, metrics and log lines for a gateway: CPU time per request.
 
     python -m benchmarks.tracing [--rounds 15] [--requests 200] [--output FILE]
 
-One gateway's whole application classifies one small image a request, in this process, over a real registry; the
-workers are a stand-in that answers at once, so that what is measured is the gateway's own work. Its ways take turns
-in every round: nothing on; metrics (`GatewayMetrics`, recorded outside of Ray's exporter); a debug line a request;
-traces that are on but not sampled; and traces of every request, with the worker's part, ended by an exporter that
-drops them. The last is the price without the network; a batch of spans is sent by a thread of its own. Figures are
-medians over rounds of milliseconds of this process' processor time a request, and of the difference to nothing in the
-same round, with quartiles.
+One gateway's whole application classifies one small image per request, in this process, over a real registry. The
+workers are a stand-in that answers at once, so the figures are the gateway's own work. These cases take turns in every
+round:
+- everything off
+- metrics (`GatewayMetrics`, recorded outside of Ray's exporter)
+- one debug line per request
+- traces on, but not sampled
+- traces of every request with the worker's part, and an exporter that drops them. This is the cost without the
+  network; a separate thread sends each batch of spans.
+
+Figures are medians over rounds with quartiles: milliseconds of this process's CPU time per request, and the difference
+to everything off in the same round.
 """
 
 import argparse
@@ -54,7 +59,7 @@ NOTHING = "nothing"
 
 
 class Instant:
-    """`service.Workers` that computes nothing, but tells of its passes as a worker does."""
+    """`service.Workers` without computation, which reports its passes as a worker does."""
 
     def __init__(self, limits: BankLimits, classes: int) -> None:
         self._limits = limits
@@ -84,7 +89,7 @@ class Dropped(SpanExporter):
 
 
 class Switch:
-    """`RequestMetrics` that can be off."""
+    """`RequestMetrics` that can be switched off."""
 
     def __init__(self) -> None:
         from hub.cluster.gateway_metrics import GatewayMetrics
@@ -118,7 +123,7 @@ def main() -> None:
 
 
 async def measure(backbone: Backbone, rounds: int, requests: int) -> list[dict[str, Any]]:
-    """Milliseconds of processor time a request, for each way."""
+    """Return the milliseconds of CPU time per request, for each case."""
     adapter = random_adapter(backbone, KarstConfig(kernels=2))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -139,7 +144,7 @@ async def measure(backbone: Backbone, rounds: int, requests: int) -> list[dict[s
             assert done.status_code == 201, done.text
             taken: dict[str, list[float]] = {name: [] for name in ways}
             for i in range(rounds + WARM_UP_ROUNDS):
-                for name in [*ways][i % len(ways) :] + [*ways][: i % len(ways)]:  # none is always the first
+                for name in [*ways][i % len(ways) :] + [*ways][: i % len(ways)]:  # no case always comes first
                     switch = ways[name]
                     switch(True)
                     ms = await _round(http, requests)
@@ -190,7 +195,7 @@ async def _round(http: httpx.AsyncClient, requests: int) -> float:
 
 
 async def owner(url: str) -> str:
-    """An owner's key of the new registry's tenant, whose rates no benchmark reaches."""
+    """Return an owner's key of the new registry's tenant, whose rate limits are above every load."""
     from hub.registry.audit import OPERATOR
 
     database = RegistryConnection(url)

@@ -1,4 +1,4 @@
-"""Traffic for the engine benchmark: a worker in this process over a store that grows, and callers of every kind."""
+"""Traffic for the engine benchmark: a worker in this process over a growing store, and several kinds of callers."""
 
 import asyncio
 import itertools
@@ -32,12 +32,12 @@ from .common import copy_of, random_adapter
 CONFIG = KarstConfig(kernels=2, rank=8)
 BATCH = 32
 CALLERS = 2 * BATCH
-DISTINCT = 8  # adapters with numbers of their own; the others differ in their metadata, and so in their digest
+DISTINCT = 8  # adapters with different numbers; the others differ only in their metadata, and so in their digest
 TOLERANCE = 1e-4
 
 
 class CountingStore(Store):
-    """A store that counts its reads."""
+    """Store that counts its reads."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -49,7 +49,7 @@ class CountingStore(Store):
 
 
 class Site:
-    """What the scenarios share: a backbone, a store that grows, sizes."""
+    """Shared parts of the scenarios: a backbone, a growing store, sizes."""
 
     def __init__(self, backbone: Backbone, folder: Path, rounds: int, images: int, scale: float) -> None:
         self.backbone, self.rounds, self.images = backbone, rounds, images
@@ -66,7 +66,7 @@ class Site:
         return max(4, round(full * self._scale))
 
     def digests(self, count: int) -> list[str]:
-        """So many adapters, in the store."""
+        """Return the digests of `count` adapters in the store, and add those that are missing."""
         for i in track(range(len(self._digests), count), "adapters", disable=len(self._digests) >= count):
             adapter = copy_of(self._originals[i % DISTINCT], i, torch.float16)
             self.store.put(adapter.digest, adapter.data)
@@ -74,10 +74,10 @@ class Site:
         return self._digests[:count]
 
     async def worker(self, slots: int, **settings: Any) -> Worker:
-        """A worker as the hub's, over this store.
+        """Return a worker as in the hub, over this store.
 
         Raises:
-            RuntimeError: its answers are not those of merged models.
+            RuntimeError: its answers differ from those of merged models.
         """
         made = Settings(
             backbone=self.backbone.name,
@@ -105,7 +105,7 @@ class Site:
 
 
 class _Cold(Prewarming):
-    """Nothing was busy before, and nobody is told."""
+    """Prewarming without recent adapters, which records no digests."""
 
     def __init__(self) -> None:
         pass
@@ -125,7 +125,7 @@ class _Cold(Prewarming):
 
 
 class _Silent(StatusBoard):
-    """Takes what a worker tells, and asks no Redis."""
+    """Status board that discards reports and does not use Redis."""
 
     def __init__(self) -> None:
         pass
@@ -136,7 +136,7 @@ class _Silent(StatusBoard):
 
 @dataclass(frozen=True)
 class Driven:
-    """What a stretch of traffic took: images a second, and each call's milliseconds."""
+    """Figures of a run of traffic: images per second, and each call's milliseconds."""
 
     rate: float
     ms: list[float]
@@ -157,7 +157,7 @@ class Driven:
 async def drive(
     worker: Worker, site: Site, digests: Iterable[str], callers: int = CALLERS, tenant: str = "tenant"
 ) -> Driven:
-    """One image for each of `digests`, by so many callers in a closed loop."""
+    """Classify one image for each of `digests`, by several callers in a closed loop."""
     left = iter(digests)
     ms: list[float] = []
 
@@ -173,7 +173,7 @@ async def drive(
 
 
 async def probed(worker: Worker, site: Site, warm: Sequence[str], asked: Iterator[str]) -> tuple[list[float], Driven]:
-    """Milliseconds of calls for `asked`, five a second, and of four callers of `warm` meanwhile."""
+    """Return milliseconds of calls for `asked`, five per second, and figures of four concurrent callers of `warm`."""
     others = asyncio.create_task(drive(worker, site, itertools.islice(itertools.cycle(warm), site.images), 4))
     ms = []
     while not others.done():
@@ -185,7 +185,7 @@ async def probed(worker: Worker, site: Site, warm: Sequence[str], asked: Iterato
 
 
 async def arriving(worker: Worker, site: Site, digests: Sequence[str], tenant: str, rate: float) -> Driven:
-    """An open loop of single images at exponential intervals, `rate` a second on average."""
+    """Run an open loop of single images at exponential intervals, `rate` per second on average."""
     rng = random.Random(0)
     ms: list[float] = []
 
@@ -205,7 +205,7 @@ async def arriving(worker: Worker, site: Site, digests: Sequence[str], tenant: s
 
 
 async def flooding(worker: Worker, site: Site, digests: Sequence[str], rate: float) -> float:
-    """Offer `rate` images a second until cancelled; the share that was refused."""
+    """Offer `rate` images per second until cancelled; return the refused share."""
     offered, refused, calls = 0, 0, set()
 
     async def call(digest: str) -> None:

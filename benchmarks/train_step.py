@@ -1,16 +1,17 @@
-"""A training step of KARST as we compute it, beside the official form and peft's LoKr and LoRA: time and memory.
+"""Time and memory of a training step of KARST, beside the official form and peft's LoKr and LoRA.
 
     python -m benchmarks.train_step [--backbone NAME] [--batch 32] [--rounds 7] [--kernels 2 8] [--output FILE]
 
-The official form writes dW out, a `torch.kron` for each kernel (and for each of q, k and v), and multiplies by
-W0 + dW; ours never does (`adapters.kronecker.apply`). LoKr and LoRA are Hugging Face's, on the same layers, with the
-ranks nearest to as many trained numbers. A step is forward, backward and AdamW in float32 on random images; weights
-are random, as speed does not depend on them. The official form and ours hold the same numbers, and must give the
-same logits and gradients before anything is timed.
+The official form writes dW out, with a `torch.kron` for each kernel (and for each of q, k and v), and multiplies by
+W0 + dW. Ours uses `adapters.kronecker.apply`. LoKr and LoRA are those of Hugging Face's peft, on the same layers, with
+the ranks nearest to as many trained parameters. A step is forward, backward and AdamW in float32 on random images.
+Weights are random, because speed does not depend on them. The official form and ours hold the same values. The
+benchmark checks that their logits and gradients agree before it measures.
 
-The four take turns in every round, so whatever else the machine does falls on all of them alike; a ratio is the
-median over rounds of the ratio within a round. Memory is the peak of two steps in a process of its own, on top of the
-loaded backbone: resident memory as Linux counts it or, on a GPU, allocated memory. Runs on a GPU where there is one.
+The four contenders take turns in every round, so other load on the machine affects them equally. A ratio is the median
+over rounds of the ratio within a round. Memory is the peak of two steps in a process of its own, on top of the loaded
+backbone. It is resident memory as Linux counts it, or allocated memory on a GPU. The benchmark uses a GPU if the
+machine has one.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from .common import machine, spread
 BACKBONE = "vit_base_patch16_224"
 CLASSES = 100
 CONTENDERS = ("ours", "official", "LoKr", "LoRA")
-# The official form's time through ours, at N kernels.
+# Target: the official form's time over ours, at N kernels.
 BARS = {2: 1.2, 8: 1.0}
 TOLERANCE = 1e-4
 WARM_UP_ROUNDS = 1
@@ -64,7 +65,7 @@ def main() -> None:
         memory = {n: {c: memory_mb(options.backbone, c, n, options.batch) for c in CONTENDERS} for n in options.kernels}
         backbone = _load(options.backbone)
         rows = [measure(backbone, n, options.batch, options.rounds) | {"memory_mb": memory[n]} for n in options.kernels]
-    except (BackboneError, MismatchError, OSError, RuntimeError) as error:  # memory that runs out is a RuntimeError
+    except (BackboneError, MismatchError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
         raise SystemExit(f"stopped: {error}") from None
     result = {
         "machine": machine() | {"device": _device_name()},
@@ -81,13 +82,13 @@ def main() -> None:
 
 
 class MismatchError(RuntimeError):
-    """The official form and ours do not compute the same; the message says where and by how much."""
+    """A difference between the official form and ours; the message gives the tensor and the size."""
 
 
 class OfficialLinear(nn.Module):
-    """A frozen linear layer with KARST in the official form: y = (1 + s1) * ((W0 + dW) x + b0) + s2, dW written out.
+    """Frozen linear layer with KARST in the official form: y = (1 + s1) * ((W0 + dW) x + b0) + s2, with dW written out.
 
-    A plain, working version of the published code, which cannot run (docs/method.md); the numbers are a `KarstLayer`'s.
+    A plain, working version of the published code, which cannot run (docs/method.md). The values are a `KarstLayer`'s.
     """
 
     def __init__(self, linear: nn.Linear, numbers: KarstLayer) -> None:
@@ -99,17 +100,17 @@ class OfficialLinear(nn.Module):
         if n.rescales_in:
             x = x * (1 + n.in_s1) + n.in_s2
         delta = torch.zeros_like(self.linear.weight)
-        for c, a, b in zip(n.c, n.a, n.b, strict=True):  # a kernel: (p, q), (S, d_out / S p, R), (R, d_in / q)
+        for c, a, b in zip(n.c, n.a, n.b, strict=True):  # per kernel: (p, q), (S, d_out / S p, R), (R, d_in / q)
             delta = delta + torch.cat([torch.kron(c, split @ b) for split in a])
         y = F.linear(x, self.linear.weight + n.gain * delta, self.linear.bias)
         return y * (1 + n.s1) + n.s2 if n.rescales_out else y
 
 
 def measure(backbone: Backbone, kernels: int, batch: int, rounds: int) -> dict[str, Any]:
-    """One row: milliseconds a step of every contender, and ratios to ours.
+    """Return a row: milliseconds per step of every contender, and ratios to ours.
 
     Raises:
-        MismatchError: the official form and ours differ; nothing was timed.
+        MismatchError: the official form and ours differ; there is no measurement.
     """
     models: dict[str, Any] = {name: contender(name, backbone, kernels) for name in CONTENDERS}
     pixels, targets = _batch(backbone, batch)
@@ -130,8 +131,8 @@ def measure(backbone: Backbone, kernels: int, batch: int, rounds: int) -> dict[s
 
 
 def contender(name: str, backbone: Backbone, kernels: int) -> nn.Module:
-    """The model of one of `CONTENDERS`, in training mode."""
-    torch.manual_seed(0)  # ours and the official form get the same numbers
+    """Return the model of one of `CONTENDERS`, in training mode."""
+    torch.manual_seed(0)  # ours and the official form get the same values
     config = KarstConfig(kernels=kernels)
     if name in ("ours", "official"):
         ours = attach(backbone, config, CLASSES)
@@ -142,7 +143,7 @@ def contender(name: str, backbone: Backbone, kernels: int) -> nn.Module:
 
 
 def official(ours: KarstModel) -> Adapted:
-    """The official form with the same numbers, in tensors of its own."""
+    """Return the official form with the same values, in tensors of its own."""
     body = ours.backbone.clone()
     for site in ours.backbone.sites:
         numbers: Any = ours.layers[site.name.replace(".", "/")]
@@ -151,7 +152,7 @@ def official(ours: KarstModel) -> Adapted:
 
 
 def check(ours: KarstModel, other: Adapted, backbone: Backbone, pixels: Tensor, targets: Tensor) -> float:
-    """The largest difference of the two KARST forms in logits and gradients, relative to each tensor's largest number.
+    """Return the largest difference of the two KARST forms in logits and gradients, relative to each tensor's maximum.
 
     Raises:
         MismatchError: it is above `TOLERANCE`.
@@ -182,7 +183,7 @@ def check(ours: KarstModel, other: Adapted, backbone: Backbone, pixels: Tensor, 
 
 
 def step_of(model: nn.Module, pixels: Tensor, targets: Tensor) -> Callable[[], None]:
-    """One training step as a function: forward, backward, AdamW."""
+    """Return one training step as a function: forward, backward, AdamW."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:
@@ -195,7 +196,7 @@ def step_of(model: nn.Module, pixels: Tensor, targets: Tensor) -> Callable[[], N
 
 
 def time_round(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Seconds that a step of each contender took, one after the other."""
+    """Return the seconds per step of each contender, one after another."""
     taken = {}
     for name, step in steps.items():
         _synchronise()
@@ -207,13 +208,13 @@ def time_round(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
 
 
 def memory_mb(backbone: str, name: str, kernels: int, batch: int) -> float:
-    """Peak memory of two training steps on top of the loaded backbone, in megabytes, in a process of its own."""
+    """Return the peak memory in MB of two training steps over the loaded backbone, in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_mb, backbone, name, kernels, batch).result()
 
 
 def bars(rows: list[dict[str, Any]]) -> list[str]:
-    """What was to be reached, and whether it was."""
+    """Return the targets and their verdicts."""
     lines = []
     for row in rows:
         if (bar := BARS.get(row["kernels"])) is not None:
@@ -227,7 +228,7 @@ def bars(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result for a terminal."""
+    """Print the result."""
     title = f"A training step of {result['backbone']}, batch {result['batch']}, {result['machine']['device']}"
     out = Table("N", "", title=title, box=box.SIMPLE_HEAD)
     for heading in ("numbers", "ms", "to ours", "peak MB"):
@@ -247,7 +248,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def _peak_mb(backbone_name: str, name: str, kernels: int, batch: int) -> float:
-    """Runs in a process of its own."""
+    """Measure the peak; runs in a process of its own."""
     backbone = _load(backbone_name)
     before = _restart_peak()
     step = step_of(contender(name, backbone, kernels), *_batch(backbone, batch))
@@ -257,13 +258,13 @@ def _peak_mb(backbone_name: str, name: str, kernels: int, batch: int) -> float:
 
 
 def _restart_peak() -> int:
-    """Count the peak from now on.
+    """Reset the peak memory of this process.
 
     Returns:
-        What this process holds now, in bytes.
+        The memory that this process holds now, in bytes.
 
     Raises:
-        OSError: no GPU, and no /proc as Linux has it.
+        OSError: no GPU, and no Linux /proc.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -273,7 +274,7 @@ def _restart_peak() -> int:
 
 
 def _peak_bytes() -> int:
-    """The most that this process has held since `_restart_peak`.
+    """Return the peak memory of this process since `_restart_peak`, in bytes.
 
     Not getrusage's ru_maxrss: a new process inherits that from its parent, and a large parent hides a small child.
     """
@@ -284,14 +285,14 @@ def _peak_bytes() -> int:
 
 
 def _randomise(model: KarstModel) -> None:
-    """No number stays at its start: B, s1 and s2 at zero would hide most errors and gradients."""
+    """Give every parameter a random value: with B, s1 and s2 at zero most errors and gradients would be invisible."""
     with torch.no_grad():
         for name, parameter in model.layers.named_parameters():
             parameter.normal_(std=0.2 if name.rpartition(".")[2] in ("a", "b", "c") else 0.05)
 
 
 def _batch(backbone: Backbone, batch: int) -> tuple[Tensor, Tensor]:
-    """Random normalised pixels (B, 3, H, W) and targets (B,)."""
+    """Return random normalised pixels (B, 3, H, W) and targets (B,)."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(batch, *backbone.input_size, generator=generator)
     targets = torch.randint(0, CLASSES, (batch,), generator=generator)

@@ -1,11 +1,12 @@
-"""VTAB-1K and few-shot with KARST, as in its paper: one command each, on as many GPUs as Ray sees.
+"""VTAB-1K and few-shot benchmarks with KARST as in its paper: one command each, on all GPUs of the Ray cluster.
 
     python -m benchmarks.vtab vtab --data ROOT --out DIR [--checkpoint ViT-B_16.npz] [--lr 1e-3 5e-3 ...]
     python -m benchmarks.vtab fewshot --data ROOT --out DIR
 
-One trial runs on one GPU, or on one CPU core where there is none. A trial's result is written to DIR as soon as it is
-there and not run again: stop and start as you like. A trial that fails is named at the end (exit code 1) and takes no
-other with it. What is run and how it is averaged is in `vtab_protocol.py`; data and protocol: docs/evaluation.md.
+One trial runs on one GPU, or on one CPU core without a GPU. The benchmark writes a trial's result to DIR when the trial
+ends, and does not repeat a trial with a result. You can stop and restart at any time. A failed trial does not stop the
+others. The benchmark lists the failed trials at the end (exit code 1). `vtab_protocol.py` has the trials and the
+averages; docs/evaluation.md has the data and the protocol.
 """
 
 import argparse
@@ -46,7 +47,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def main() -> None:
-    """Run what is left, then show the table of everything that is there."""
+    """Run the missing trials, then print the table of all results."""
     options = _options()
     try:
         failed = run(options)
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, str]:
-    """Returns the trials that failed, and why.
+    """Run the missing trials, and return the failed ones with their errors.
 
     Raises:
         BackboneError: as `load_backbone`.
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> dict[str, str]:
     every = make(options.data.resolve())
     trials = make(options.data.resolve(), options.tasks)
     options.out.mkdir(parents=True, exist_ok=True)
-    # The results of other calls in the folder are looked at, too, before anything is trained.
+    # The results of earlier calls in the folder are checked, too, before any training.
     done_before = {trial for trial in every if _result(options.out, plan, trial) is not None}
     left = [trial for trial in trials if trial not in done_before]
     print(f"{len(trials)} trials, {len(trials) - len(left)} of them done before")
@@ -91,7 +92,7 @@ def run(options: argparse.Namespace) -> dict[str, str]:
 def _on_ray(
     plan: Plan, trials: Sequence[Trial], address: str | None, keep: Callable[[Trial, dict[str, Any]], None]
 ) -> dict[str, str]:
-    """Run trials wherever Ray has room; `keep` is called as each ends. Returns the failed ones and why."""
+    """Run trials as Ray has capacity; call `keep` as each ends. Return the failed ones with their errors."""
     local: dict[str, Any] = {} if address else {"include_dashboard": False}
     ray.init(
         address=address or "local",
@@ -143,10 +144,10 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _result(out: Path, plan: Plan, trial: Trial) -> dict[str, Any] | None:
-    """What is there of a trial, or None.
+    """Return a trial's result, or None.
 
     Raises:
-        DataError: it belongs to another plan, or is no result.
+        DataError: it belongs to another plan, or is not a result.
     """
     path = out / f"{trial.name}.json"
     if not path.is_file():
@@ -169,7 +170,7 @@ def _result(out: Path, plan: Plan, trial: Trial) -> dict[str, Any] | None:
 
 
 def _summarise(out: Path, plan: Plan, trials: Sequence[Trial]) -> None:
-    """Print the table of all results in the folder, those of other calls too, and write the averages."""
+    """Print the table of all results in the folder, also of earlier calls, and write the averages."""
     results = {t: found for t in trials if (found := _result(out, plan, t)) is not None}
     if not results:
         return

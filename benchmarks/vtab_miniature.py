@@ -1,10 +1,11 @@
-"""Miniature data roots in the exact layout of VTAB-1K and of the few-shot lists, to try the benchmark with.
+"""Generator of miniature data roots in the exact layout of VTAB-1K and of the few-shot lists, to try the benchmark.
 
     python -m benchmarks.vtab_miniature DIR
 
 DIR/vtab: 19 folders with train800.txt (16 lines), val200.txt (4), train800val200.txt (20), test.txt (8) and images/.
-DIR/fewshot: 5 folders with annotations/ (lists for every number of shots and seed; as in NOAH's, paths start beneath
-images/, but for the cars, whose paths start at the folder) and images. The pictures are seeded drawings of shapes.
+DIR/fewshot: 5 folders with images and annotations/, which has lists for every number of shots and seed. As in NOAH's
+lists, paths start beneath images/; the paths of the cars start at the folder. The pictures are seeded drawings of
+shapes.
 """
 
 import argparse
@@ -22,7 +23,7 @@ HELD_LINES = {"val": 4, "test": 8}
 
 
 def make(root: Path) -> None:
-    """Write both roots; the same bytes each time."""
+    """Write both roots, with the same bytes each time."""
     for task in VTAB_TASKS:
         _vtab_task(root / "vtab" / task)
     for name in FEW_SHOT_SETS:

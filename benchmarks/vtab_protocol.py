@@ -1,10 +1,10 @@
-"""The protocols of KARST's paper, without the machinery: data sets, one trial, and the averages.
+"""Protocols of KARST's paper, without the execution: data sets, one trial, and the averages.
 
-VTAB-1K: 19 tasks of 1,000 images. Learning rate and number of epochs are chosen on train800 / val200; the model is
-then trained on train800val200 with what was chosen, for the full schedule, and tested once. Few-shot: 5 sets with 1,
-2, 4, 8 and 16 images a class, three lists of each, chosen on the set's own validation list. Every run takes the
-model of its last step, so that nothing but the choice looks at validation images, and nothing looks at test images.
-With one rate and one number of epochs there is no choice, and nothing is validated.
+VTAB-1K: 19 tasks of 1,000 images. A trial selects the learning rate and the number of epochs on train800 / val200. It
+then trains the model on train800val200 with these values, for the full schedule, and tests it once. Few-shot: 5 sets
+with 1, 2, 4, 8 and 16 images per class and three lists of each. A trial selects on the set's own validation list. Every
+run uses the model of its last step. Only the selection uses validation images, and only the final test uses test
+images. With one rate and one number of epochs there is no selection and no validation.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ GROUPS = {
     ),
 }
 VTAB_TASKS = tuple(task for tasks in GROUPS.values() for task in tasks)
-# Few-shot sets, and the folders that NOAH's data and scripts call them by.
+# Few-shot sets, and their folder names in NOAH's data and scripts.
 FEW_SHOT_SETS = {
     "fgvc-aircraft": ("fgvc-aircraft", "fgvc_aircraft"),
     "food-101": ("food-101", "food101"),
@@ -66,11 +66,11 @@ IMAGES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is the same for every trial; two results may stand in one table only if this is equal.
+    """Settings shared by all trials. Results may be in one table only if these are equal.
 
     Attributes:
-        backbone, checkpoint: as `load_backbone` takes them; `fingerprint` says what came of it.
-        recipe: its `lr` and `epochs` are replaced by the candidates.
+        backbone, checkpoint: as in `load_backbone`; `fingerprint` identifies the loaded weights.
+        recipe: the candidates replace its `lr` and `epochs`.
         lrs, epochs: the candidates.
     """
 
@@ -84,7 +84,7 @@ class Plan:
     epochs: tuple[int, ...]
 
     def described(self) -> dict[str, Any]:
-        """As it stands in a result; the checkpoint's path is left out, its fingerprint says more."""
+        """Return the plan as in a result, without the checkpoint's path; the fingerprint identifies the weights."""
         return {
             "protocol": self.protocol,
             "backbone": self.backbone,
@@ -107,11 +107,11 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its result file, without the suffix."""
+        """Return the name of its result file, without the suffix."""
         return self.data_set if self.shots is None else f"{self.data_set}.shots_{self.shots}.seed_{self.seed}"
 
     def digest(self) -> str:
-        """sha256 (hex) over the lists of the data set: results of other lists belong to another table."""
+        """Return sha256 (hex) over the lists of the data set: results of other lists belong to another table."""
         lists = sorted([*self.source.glob("*.txt"), *(self.source / "annotations").glob("*.list*")])
         digest = hashlib.sha256()
         for path in lists:
@@ -120,12 +120,12 @@ class Trial:
 
 
 def vtab_trials(root: Path, tasks: Sequence[str] = ()) -> list[Trial]:
-    """All 19, or those named."""
+    """Return all 19 tasks, or the named ones."""
     return [Trial(task, root / task) for task in VTAB_TASKS if not tasks or task in tasks]
 
 
 def few_shot_trials(root: Path, sets: Sequence[str] = ()) -> list[Trial]:
-    """5 sets x 5 shots x 3 seeds, or the sets named."""
+    """Return 5 sets x 5 shots x 3 seeds, or the named sets."""
     return [
         Trial(name, next((root / folder for folder in folders if (root / folder).is_dir()), root / name), shots, seed)
         for name, folders in FEW_SHOT_SETS.items()
@@ -136,12 +136,12 @@ def few_shot_trials(root: Path, sets: Sequence[str] = ()) -> list[Trial]:
 
 
 def run_trial(plan: Plan, trial: Trial, device: str) -> dict[str, Any]:
-    """Choose, train and test; everything that the result depends on is in the result.
+    """Select, train and test. The result contains everything that it depends on.
 
     Raises:
-        DataError: a list or an image that is not there or cannot be used.
+        DataError: a list or an image is missing or unusable.
         BackboneError: as `load_backbone`, or weights that are not the plan's.
-        FloatingPointError: every candidate's loss, or the last run's, is no longer finite.
+        FloatingPointError: the loss of every candidate, or of the last run, is not finite.
     """
     backbone = _backbone(plan.backbone, plan.checkpoint, device)
     if backbone.fingerprint != plan.fingerprint:
@@ -182,7 +182,7 @@ def run_trial(plan: Plan, trial: Trial, device: str) -> dict[str, Any]:
 
 
 def vtab_summary(accuracies: Mapping[str, float]) -> dict[str, Any]:
-    """Means of the groups, and both averages of VTAB-1K; None where a task of them is missing.
+    """Return the means of the groups, and both averages of VTAB-1K; None where a task is missing.
 
     Args:
         accuracies: task -> accuracy.
@@ -196,7 +196,7 @@ def vtab_summary(accuracies: Mapping[str, float]) -> dict[str, Any]:
 
 
 def few_shot_summary(accuracies: Mapping[tuple[str, int, int], float]) -> dict[str, Any]:
-    """For each set and number of shots the mean over seeds, and for each number of shots the mean over the sets.
+    """Return the mean over seeds per set and number of shots, and the mean over the sets per number of shots.
 
     Args:
         accuracies: (set, shots, seed) -> accuracy.
@@ -209,13 +209,13 @@ def few_shot_summary(accuracies: Mapping[tuple[str, int, int], float]) -> dict[s
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """None where one is missing: a mean over fewer is another figure."""
+    """Return the mean, or None if a value is missing: a mean over fewer values is another figure."""
     there = [value for value in values if value is not None]
     return statistics.fmean(there) if len(there) == len(values) else None
 
 
 def _best(validated: Sequence[float | None]) -> int:
-    """The index of the best candidate, the first of equals.
+    """Return the index of the best candidate, the first of equals.
 
     Raises:
         FloatingPointError: no candidate's loss stayed finite.
@@ -233,7 +233,7 @@ def _validated(
     validation: ImageSet | None,
     recipes: Sequence[Recipe],
 ) -> list[float | None]:
-    """Validation accuracy of each candidate at its last step; None for one whose loss ran away."""
+    """Return the validation accuracy of each candidate at its last step; None for one whose loss diverged."""
     if validation is None:
         raise DataError(f"{trial.source}: no validation list to choose among {len(recipes)} candidates with")
     pixels, held = _pixels(backbone, train), _pixels(backbone, validation)
@@ -252,6 +252,6 @@ def _pixels(backbone: Backbone, images: ImageSet, cache_bytes: int = DEFAULT_CAC
 
 @cache
 def _backbone(name: str, checkpoint: Path | None, device: str) -> Backbone:
-    """Once a process: on CPUs Ray gives the next trial to a process that is there (on GPUs it starts a new one)."""
+    """Load once per process: on CPUs Ray reuses a process for the next trial (on GPUs it starts a new one)."""
     backbone = load_backbone(name, checkpoint, device=device)
     return dataclasses.replace(backbone, data_config=backbone.data_config | IMAGES)
