@@ -19,7 +19,11 @@ from timm.data.config import resolve_model_data_config
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-DEMO_NAME = "demo"
+from .timm_models import DEMO_NAME as DEMO_NAME
+from .timm_models import BackboneError as BackboneError
+from .timm_models import create_model as create_model
+from .timm_models import first_line as first_line
+
 DEMO_CHECKPOINT = Path(__file__).parent / "demo" / "backbone.safetensors"
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 
@@ -37,10 +41,6 @@ _ROLES = {
     "mlp.fc1_x": {"rescale_out": False, "rescale_in": False},
 }
 _STAGE = re.compile(r"(?:^|\.)(?:layers|stages)\.(\d+)\.")
-
-
-class BackboneError(ValueError):
-    """A backbone that cannot be loaded or adapted; the message names the model, the file or the sites."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ def load_backbone(
     dtype: torch.dtype | None = None,
     *,
     pretrained: bool = True,
+    image_size: int | None = None,
 ) -> Backbone:
     """Load a timm model, frozen, without its classifier.
 
@@ -157,14 +158,16 @@ def load_backbone(
         device: of the weights.
         dtype: of the weights, cast after the fingerprint; None keeps the loaded dtype.
         pretrained: False leaves a model without checkpoint at its random weights (benchmarks and tests).
+        image_size: side of the input images in pixels; None takes the model's own. Another size resamples the
+            position embedding, so the fingerprint differs.
 
     Raises:
-        BackboneError: the name is unknown, weights are missing or do not fit, or KARST cannot reach the
-            model's linear layers.
+        BackboneError: the name is unknown, the model does not take the image size, weights are missing or do not fit,
+            or KARST cannot reach the model's linear layers.
     """
     if name == DEMO_NAME and checkpoint is None and pretrained:
         checkpoint = DEMO_CHECKPOINT
-    model = create_model(name, pretrained=pretrained and checkpoint is None)
+    model = create_model(name, pretrained=pretrained and checkpoint is None, image_size=image_size)
     if checkpoint is not None:
         _load_weights(model, Path(checkpoint))
     model.eval().requires_grad_(False)
@@ -180,24 +183,6 @@ def load_backbone(
     model.to(device=device, dtype=dtype)
     norms = _probe(name, model, sites, tuple(data_config["input_size"]))
     return Backbone(name, found, data_config, sites, norms, int(model.num_features), model)
-
-
-def create_model(name: str, *, num_classes: int = 0, pretrained: bool = False) -> Any:
-    """Return the timm module for a backbone name, `demo` included, in training mode with timm's initial weights.
-
-    Raises:
-        BackboneError: timm does not know the name, or cannot download its pretrained weights.
-    """
-    try:
-        if name == DEMO_NAME:
-            return _create_demo(num_classes)
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
-    except Exception as error:  # timm and its hub client raise many kinds
-        kind = "pretrained weights of " if pretrained else ""
-        raise BackboneError(
-            f"cannot load {kind}backbone {name!r}: {first_line(error)} "
-            "(give a timm model name, or a local checkpoint file if there is no network)"
-        ) from error
 
 
 def features(model: Any, pixels: Tensor) -> Tensor:
@@ -244,26 +229,6 @@ def _call_every_qkv(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "qkv_bias_separate", None) is False:
             setattr(module, "qkv_bias_separate", True)  # noqa: B010 (not in nn.Module's type)
-
-
-def _create_demo(num_classes: int) -> Any:
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        num_classes=num_classes,
-        img_size=32,
-        patch_size=4,
-        embed_dim=128,
-        depth=6,
-        num_heads=4,
-        global_pool="avg",
-        pretrained_cfg_overlay={
-            "input_size": (3, 32, 32),
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
-        },
-    )
 
 
 def _load_weights(model: Any, path: Path) -> None:
@@ -383,8 +348,3 @@ def _set_drop_path(model: nn.Module, rate: float) -> None:
         block_rate = rate * i / max(len(blocks) - 1, 1)
         if block_rate:
             block.drop_path1, block.drop_path2 = DropPath(block_rate), DropPath(block_rate)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of another library's error message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -66,16 +66,18 @@ class TaskError(ValueError):
 
 
 @cache
-def load_task(name: str) -> Task:
-    """Return one of `TASKS`. Each process makes a task once.
+def load_task(name: str, side_px: int = SIDE_PX) -> Task:
+    """Return one of `TASKS` with images of this side, enlarged (bicubic) if the originals are smaller.
+
+    Each process makes a task once.
 
     Raises:
         TaskError: `TASKS` has no such task, or its data set is not installed.
     """
     if name not in TASKS:
         raise TaskError(f"no task {name!r}; the tasks are {', '.join(TASKS)}")
-    images, targets = TASKS[name]()
-    everything = Labelled(_to_rgb(images), torch.as_tensor(targets))
+    images, targets = TASKS[name](side_px) if name in NATIVE else TASKS[name]()
+    everything = Labelled(_to_rgb(_resized(images, side_px)), torch.as_tensor(targets))
     pool, test = everything[:POOL], everything[POOL : POOL + TEST]
     return Task(name, int(everything.targets.max()) + 1, pool, test)
 
@@ -104,7 +106,7 @@ def fashion() -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([pool, test]), np.concatenate([pool_targets, test_targets])
 
 
-def elpv() -> tuple[np.ndarray, np.ndarray]:
+def elpv(side_px: int = SIDE_PX) -> tuple[np.ndarray, np.ndarray]:
     """Return electroluminescence images of solar cells with the four grades of defect probability: 0, 1/3, 2/3, 1.
 
     Source: Deitsch et al., "Segmentation of photovoltaic module cells in uncalibrated electroluminescence images",
@@ -120,7 +122,7 @@ def elpv() -> tuple[np.ndarray, np.ndarray]:
         raise TaskError("task elpv needs the package elpv-dataset: pip install elpv-dataset") from error
     images, probability, _ = load_dataset()
     order = np.random.default_rng(0).permutation(len(images))[: POOL + TEST]
-    side = (SIDE_PX, SIDE_PX)
+    side = (side_px, side_px)
     small = [np.asarray(Image.fromarray(images[i]).resize(side, Image.Resampling.BICUBIC)) for i in order]
     return np.stack(small), np.rint(3 * probability[order]).astype(np.int64)
 
@@ -154,7 +156,8 @@ def location() -> tuple[np.ndarray, list[int]]:
     return _drawn(BINS, 14, image)
 
 
-TASKS: dict[str, Callable[[], tuple[np.ndarray, object]]] = {
+NATIVE = ("elpv",)  # tasks whose originals are larger than any side here
+TASKS: dict[str, Callable[..., tuple[np.ndarray, object]]] = {
     "digits": digits,
     "fashion": fashion,
     "elpv": elpv,
@@ -195,6 +198,14 @@ def _drawn(
     rng = np.random.default_rng(seed)
     targets = [i % classes for i in range(POOL + TEST)]
     return np.stack([np.asarray(image(rng, k)) for k in targets]), targets
+
+
+def _resized(images: np.ndarray, side_px: int) -> np.ndarray:
+    """Return images (n, H, W) or (n, H, W, 3) with this side."""
+    if images.shape[1] == side_px:
+        return images
+    size = (side_px, side_px)
+    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images])
 
 
 def _to_rgb(images: np.ndarray) -> Tensor:

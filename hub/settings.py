@@ -22,6 +22,7 @@ class Settings(BaseSettings):
 
     backbone: str = Field(DEFAULT_BACKBONE, description="timm name, `hf-hub:...`, `local-dir:...`, or `demo`")
     checkpoint: Path | None = Field(None, description="local weights: .safetensors, .pth or Google .npz")
+    image_size: int | None = Field(None, ge=1, description="side of the backbone's images in pixels; unset: its own")
     device: str = Field("auto", description="torch device of a worker; `auto`: cuda if available, otherwise cpu")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of weights and activations")
     slots: int = Field(64, ge=1, description="adapters in a worker's device memory")

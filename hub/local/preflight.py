@@ -127,6 +127,6 @@ def check_backbone(settings: Settings) -> None:
     from adapters import BackboneError, load_backbone  # torch, which reads the environment at import
 
     try:
-        load_backbone(settings.backbone, settings.checkpoint)
+        load_backbone(settings.backbone, settings.checkpoint, image_size=settings.image_size)
     except BackboneError as error:
         raise StartError(str(error)) from error

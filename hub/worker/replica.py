@@ -112,7 +112,11 @@ class Worker:
     def _create_bank(self, settings: Settings) -> Bank:
         torch.set_num_threads(self._threads)
         backbone = load_backbone(
-            settings.backbone, settings.checkpoint, device=settings.torch_device, dtype=getattr(torch, settings.dtype)
+            settings.backbone,
+            settings.checkpoint,
+            device=settings.torch_device,
+            dtype=getattr(torch, settings.dtype),
+            image_size=settings.image_size,
         )
         return Bank(backbone, slots=settings.slots, max_rank=settings.max_rank, max_kernels=settings.max_kernels)
 
