@@ -18,8 +18,8 @@ from .serving.limits import BankLimits
 from .serving.slot_memory import Packed
 
 if TYPE_CHECKING:
+    from .paper.recipe import Recipe
     from .training.fit import Trained, Watch, fit
-    from .training.recipe import Recipe
 
 __all__ = [
     "Adapter",

@@ -24,7 +24,7 @@ from rich.table import Table
 from adapters import BackboneError, DataError, load_backbone
 from adapters.format.file import write_atomically
 from adapters.method.config import PRESETS
-from adapters.training.recipe import Recipe
+from adapters.paper.recipe import Recipe
 
 from .vtab_protocol import (
     FEW_SHOT_SETS,

@@ -23,9 +23,9 @@ from adapters import Backbone, DataError, KarstConfig, load_backbone
 from adapters.data.datasets import read_dataset
 from adapters.data.image_set import DEFAULT_CACHE_BYTES, ImageSet, ImageTensors
 from adapters.data.images import preprocess_of
+from adapters.paper.recipe import Recipe
+from adapters.paper.train import train_model
 from adapters.training.inference import accuracy
-from adapters.training.recipe import Recipe
-from adapters.training.train import train_model
 
 from .common import machine
 

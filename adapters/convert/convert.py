@@ -21,7 +21,7 @@ from torch import Tensor
 from ..backbone import DEMO_NAME, Backbone
 from ..format.errors import AdapterError, Problem, file_error
 from ..format.file import Adapter, write_atomically
-from ..format.validate import FORMAT
+from ..format.metadata import FORMAT
 from ..serving.limits import BankLimits
 from .export import to_onnx, to_timm
 from .importing import build_adapter, read_head, read_labels, read_preprocess

@@ -123,3 +123,14 @@ class ImageTensors(Dataset[tuple[Tensor, int]]):
         part._cache = {new: self._cache[old] for new, old in enumerate(indices) if old in self._cache}
         part._digests = {new: self._digests[old] for new, old in enumerate(indices) if old in self._digests}
         return part
+
+    def joined(self, more: "ImageTensors") -> "ImageTensors":
+        """Return these images followed by others of the same labels, with the cached pixels and digests of both."""
+        both = copy.copy(self)
+        both.images = ImageSet(
+            self.images.sources + more.images.sources, self.images.targets + more.images.targets, self.images.labels
+        )
+        start = len(self)
+        both._cache = self._cache | {start + i: pixels for i, pixels in more._cache.items()}
+        both._digests = self._digests | {start + i: digest for i, digest in more._digests.items()}
+        return both

@@ -16,7 +16,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from ..backbone import Backbone
-from ..format.validate import PREPROCESS
+from ..format.metadata import PREPROCESS
 from .errors import ImageError, ImageTooLargeError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")

@@ -1,9 +1,17 @@
-"""Stratified splits of image sets."""
+"""Stratified splits and folds of image sets."""
 
+from collections.abc import Iterator
+
+import torch
 from sklearn.model_selection import train_test_split
+from torch import Tensor
 
 from .errors import DataError
 from .image_set import ImageSet
+
+Fold = tuple[Tensor, Tensor]  # int64 indices of the training images, and of the held-out images
+SINGLE_FOLD_IMAGES = 1500  # from here on one held-out part is enough
+SINGLE_FOLD_SHARE = 0.2
 
 
 def stratified_split(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -26,3 +34,28 @@ def stratified_split(images: ImageSet, fraction: float, seed: int) -> tuple[Imag
             f"--val-fraction: {error}"
         ) from error
     return images.subset(sorted(kept)), images.subset(sorted(held_out))
+
+
+def stratified_folds(targets: Tensor, count: int, seed: int) -> Iterator[Fold]:
+    """Yield stratified folds. An image that is alone in its class is in every training part and in no held-out part."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.full((len(targets),), -1)
+    start = 0
+    for k in range(int(targets.max()) + 1):
+        members = (targets == k).nonzero()[:, 0]
+        members = members[torch.randperm(len(members), generator=generator)]
+        if len(members) > 1:
+            place[members] = (torch.arange(len(members)) + start) % count
+            start += len(members)  # small classes do not all begin with the first fold
+    if len(targets) >= SINGLE_FOLD_IMAGES:
+        parts = round(1 / SINGLE_FOLD_SHARE)
+        for k in range(int(targets.max()) + 1):
+            members = (targets == k).nonzero()[:, 0]
+            members = members[torch.randperm(len(members), generator=generator)]
+            if len(members) > 1:
+                place[members] = torch.arange(len(members)) % parts
+        count = 1
+    for fold in range(count):
+        held = (place == fold).nonzero()[:, 0]
+        if len(held):
+            yield (place != fold).nonzero()[:, 0], held

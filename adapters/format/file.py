@@ -29,16 +29,8 @@ from ..method.config import KarstConfig
 from .errors import AdapterError, Problem, file_error
 from .header import parse_header, read_header
 from .layouts import Layout, LayoutCache
-from .validate import (
-    FORMAT,
-    KRONECKER,
-    OPTIONAL_CONFIG,
-    all_finite,
-    check_layer_fits,
-    check_norm_fits,
-    check_tensors,
-    parse_metadata,
-)
+from .metadata import FORMAT, OPTIONAL_CONFIG, parse_metadata
+from .validate import KRONECKER, all_finite, check_layer_fits, check_norm_fits, check_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +49,8 @@ class Adapter:
         metrics: figures that the producer stored, or None.
         created: RFC 3339 time, or None.
         producer: program that wrote the file, or None.
+        coverage: pairs (coverage, threshold): the labels at or above the threshold are the set that covers that share
+            of images; None where the file has none.
     """
 
     data: bytes
@@ -70,6 +64,7 @@ class Adapter:
     metrics: dict[str, Any] | None
     created: str | None
     producer: str | None
+    coverage: tuple[tuple[float, float], ...] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -136,6 +131,7 @@ class Adapter:
         preprocess: Mapping[str, Any],
         metrics: Mapping[str, Any] | None = None,
         created: str | None = None,
+        coverage: Sequence[tuple[float, float]] | None = None,
     ) -> "Adapter":
         """Return an adapter with these tensors; equal arguments, `created` included, give equal bytes.
 
@@ -145,6 +141,7 @@ class Adapter:
             preprocess: the six fields of timm's data config that callers' images need.
             metrics: JSON-able figures to store.
             created: RFC 3339 time; None is now.
+            coverage: pairs (coverage, threshold) for label sets, or None.
 
         Raises:
             AdapterError: the result would not be a valid file.
@@ -165,6 +162,8 @@ class Adapter:
         }
         if metrics is not None:
             metadata["metrics"] = _json(dict(metrics))
+        if coverage is not None:
+            metadata["coverage"] = _json([list(pair) for pair in coverage])
         return cls.read(_serialise(tensors, metadata))
 
     def write(self, path: str | Path) -> None:
@@ -190,7 +189,7 @@ class Adapter:
 
     @cached_property
     def layers(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Tensors by the module path of their layer, then by their last name (`karst_c`, ...); without the head."""
+        """Tensors of the layers by module path, then by last name (`karst_c`, ...)."""
         return by_layer(self.tensors)
 
     def check(self, backbone: BackboneInfo) -> None:
@@ -272,11 +271,11 @@ class Adapter:
 
 
 def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return tensors by the module path of their layer, then by their last name; without the head."""
+    """Return tensors by the module path of their layer, then by their last name; without head and typicality."""
     out: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
-        if layer != "head":
+        if layer not in ("head", "typicality"):
             out.setdefault(layer, {})[part] = tensor
     return out
 

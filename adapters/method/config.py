@@ -26,7 +26,7 @@ class KarstConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kernels: int = Field(2, ge=1, le=256, description="N, number of Kronecker products summed in a layer")
+    kernels: int = Field(2, ge=0, le=256, description="N, number of Kronecker products summed in a layer")
     rank: int = Field(8, ge=1, le=1024, description="r, the inner dimension of A_i B_i")
     factor: int = Field(8, ge=1, le=1024, description="p = q, the side of C_i where it divides the layer's sides")
     gain: float | None = Field(None, gt=0, allow_inf_nan=False, description="g, fixed; None means 1 / rank")

@@ -17,6 +17,7 @@ from ..data.images import preprocess_of
 from ..format.file import Adapter
 from . import kronecker
 from .config import ConfigError, KarstConfig
+from .typicality import Typicality
 
 
 class KarstModel(nn.Module):
@@ -35,7 +36,7 @@ class KarstModel(nn.Module):
         self.layers = nn.ModuleDict()
         frozen = backbone.clone(drop_path=drop_path)
         modules = dict(frozen.named_modules())
-        for site in config.select(backbone.sites):
+        for site in config.select(backbone.sites) if config.kernels else ():
             layer = KarstLayer(site, config).to(backbone.device)
             layer.replace(modules[site.name])
             self.layers[_key(site.name)] = layer
@@ -44,7 +45,7 @@ class KarstModel(nn.Module):
             tuned = KarstNorm(modules[norm.name])
             tuned.replace(modules[norm.name])
             self.norms[_key(norm.name)] = tuned
-        if not self.adapted:
+        if config.kernels and not self.adapted:
             patterns = ", ".join(config.sites or ())
             raise ConfigError(
                 f"sites is {patterns}, which matches no layer; layers are named like {backbone.sites[0].name}"
@@ -179,6 +180,8 @@ def extract(
     *,
     preprocess: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
+    typicality: Typicality | None = None,
+    coverage: Sequence[tuple[float, float]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Adapter:
     """Return the trained numbers of a model as an adapter.
@@ -187,19 +190,23 @@ def extract(
         labels: K unique names, in the order of the head's rows.
         preprocess: timm data config for callers' images; None takes the backbone's own.
         metrics: JSON-able figures to store, such as the accuracy.
+        typicality: of the adapted features; None stores none.
+        coverage: pairs (coverage, threshold) for label sets; None stores none.
         dtype: of the tensors in the file: float32, float16 or bfloat16.
 
     Raises:
         AdapterError: labels or numbers are invalid, such as duplicate labels or NaN.
     """
+    tensors = model.tensors() | (typicality.tensors if typicality is not None else {})
     return Adapter.create(
-        {name: tensor.to(dtype).cpu().contiguous() for name, tensor in model.tensors().items()},
+        {name: tensor.to(dtype).cpu().contiguous() for name, tensor in tensors.items()},
         config=model.config,
         backbone=model.backbone.name,
         fingerprint=model.backbone.fingerprint,
         labels=labels,
         preprocess=preprocess if preprocess is not None else preprocess_of(model.backbone),
         metrics=metrics,
+        coverage=coverage,
     )
 
 

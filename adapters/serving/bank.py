@@ -23,6 +23,7 @@ from ..method import kronecker
 from .limits import BankLimits
 from .prepack import prepack_layers
 from .slot_memory import Packed, PackingPlan, SiteNumbers, SlotMemory
+from .typicality import DeviceTypicality, typicality_of
 
 ROUNDING = 1e-4  # of the largest feature, between two float32 implementations of the same model
 
@@ -50,6 +51,14 @@ class _Resident:
     norms: frozenset[str]
     head_weight: Tensor  # (K, D)
     head_bias: Tensor  # (K,)
+    typicality: DeviceTypicality | None
+
+
+class Scores(NamedTuple):
+    """Logits of one image, and its typicality."""
+
+    logits: Tensor  # (K,), in the backbone's dtype
+    typicality: float | None  # in [0, 1]; None where the adapter has no typicality
 
 
 @dataclass(frozen=True)
@@ -201,14 +210,17 @@ class Bank:
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
+        """Return the logits of `score`, image i's of shape (K_i,); raises what `score` raises."""
+        return [scores.logits for scores in self.score(pixels, slots, typicality=False)]
+
+    @torch.inference_mode()
+    def score(self, pixels: Tensor, slots: Sequence[Slot], *, typicality: bool = True) -> list[Scores]:
         """Run the backbone once, each image with its own adapter.
 
         Args:
             pixels: (B, 3, H, W), normalised.
             slots: B slots that `put` returned; the adapter in `slots[i]` classifies image i.
-
-        Returns:
-            B tensors of logits, image i's of shape (K_i,), in the backbone's dtype on its device.
+            typicality: False leaves it out.
 
         Raises:
             ValueError: the numbers of slots and images differ, or a slot's adapter was evicted.
@@ -223,25 +235,30 @@ class Bank:
             return []
         index = torch.tensor([slot.number for slot in slots], device=self.device)
         norms = frozenset().union(*(r.norms for r in residents))
+        kronecker_sites = frozenset().union(*(r.kronecker for r in residents))
+        rescaled = frozenset().union(*(r.rescaled for r in residents))
         with self._forward_lock:
-            self._batch = _Batch(
-                numbers=self._memory.gather(
-                    index,
-                    kernels=max(r.kernels for r in residents),
-                    rank=max(r.rank for r in residents),
-                ),
-                kronecker=frozenset().union(*(r.kronecker for r in residents)),
-                rescaled=frozenset().union(*(r.rescaled for r in residents)),
-                norms={n: own for n, own in self._memory.gather_norms(index).items() if n in norms} if norms else {},
-            )
+            if kronecker_sites or rescaled or norms:  # else all are heads on the frozen features
+                self._batch = _Batch(
+                    numbers=self._memory.gather(
+                        index, kernels=max(r.kernels for r in residents), rank=max(r.rank for r in residents)
+                    ),
+                    kronecker=kronecker_sites,
+                    rescaled=rescaled,
+                    norms={n: own for n, own in self._memory.gather_norms(index).items() if n in norms}
+                    if norms
+                    else {},
+                )
             try:
                 pooled = features(self._model, pixels.to(device=self.device, dtype=self.dtype))
             finally:
                 self._batch = None
-        return [
+        logits = [
             torch.addmv(resident.head_bias, resident.head_weight, row)
             for resident, row in zip(residents, pooled.unbind(), strict=True)
         ]
+        shares = typicality_of([r.typicality for r in residents], pooled) if typicality else [None] * len(logits)
+        return [Scores(row, share) for row, share in zip(logits, shares, strict=True)]
 
     @torch.inference_mode()
     def warm_up(self, pixels: Tensor, kernels: int, rank: int) -> Tensor:
@@ -302,6 +319,7 @@ class Bank:
             norms=packed.norms,
             head_weight=weight,
             head_bias=bias,
+            typicality=DeviceTypicality(packed.typicality, self.device) if packed.typicality else None,
         )
 
     def _hook_norm(self, norm: nn.Module, name: str) -> None:

@@ -20,6 +20,7 @@ from ..backbone import Backbone
 from ..format.file import Adapter, by_layer
 from ..format.layouts import Layout
 from ..method import kronecker
+from ..method.typicality import NAMES, PREFIX, Typicality
 
 _SCALES = ("scale", "shift", "in_scale", "in_shift")
 
@@ -47,11 +48,13 @@ class Packed:
     kronecker: frozenset[str]  # sites with a dW
     rescaled: frozenset[str]  # sites with a scale and shift, on the output or on the input
     norms: frozenset[str]  # norm layers that the adapter tunes
+    typicality: Typicality | None = None  # float32
 
     @property
     def size_bytes(self) -> int:
         """Size of the numbers in host memory, in bytes."""
-        return self.flat.numel() * self.flat.element_size()
+        extra = sum(tensor.nbytes for tensor in self.typicality.tensors.values()) if self.typicality else 0
+        return self.flat.nbytes + extra
 
 
 class PackingPlan(NamedTuple):
@@ -59,7 +62,8 @@ class PackingPlan(NamedTuple):
 
     source: Tensor  # int32, as long as `Packed.flat`: indices into (0, the file's numbers, the default numbers)
     c_numbers: int  # count of C's numbers, at the start; the gain multiplies them
-    sizes: dict[str, Any]  # the other fields of `Packed`
+    sizes: dict[str, Any]  # further fields of `Packed`
+    typicality: tuple[tuple[slice, tuple[int, ...]], ...] = ()  # place in the file's numbers, and shape
 
 
 class SlotMemory:
@@ -113,7 +117,10 @@ class SlotMemory:
         flat = torch.cat([torch.zeros(1), numbers, self._defaults]).index_select(0, plan.source)
         flat[: plan.c_numbers] *= gain
         flat = flat.to(self._dtype)
-        return Packed(flat if self._stream is None else flat.pin_memory(), **plan.sizes)
+        typicality = None
+        if plan.typicality:  # copies: views would keep all numbers of the file in memory
+            typicality = Typicality(*(numbers[place].view(shape).clone() for place, shape in plan.typicality))
+        return Packed(flat if self._stream is None else flat.pin_memory(), typicality=typicality, **plan.sizes)
 
     def plan(self, layout: Layout) -> PackingPlan:
         """Return the packing plan for adapters of a layout, whose layers must fit the backbone.
@@ -162,6 +169,11 @@ class SlotMemory:
         if shapes:
             weight.copy_(tensors["head.weight"].flatten())
             bias.copy_(tensors["head.bias"])
+        typicality: tuple[tuple[slice, tuple[int, ...]], ...] = ()
+        if f"{PREFIX}mean" in tensors:
+            own = [tensors[PREFIX + name] for name in NAMES]
+            starts = [int(t.flatten()[0]) - 1 for t in own]
+            typicality = tuple((slice(i, i + t.numel()), tuple(t.shape)) for i, t in zip(starts, own, strict=True))
         return PackingPlan(
             index.int(),
             c_numbers=len(c),
@@ -173,6 +185,7 @@ class SlotMemory:
                 "rescaled": frozenset(name for name, parts in layers.items() if {"scale", "in_scale"} & parts.keys()),
                 "norms": frozenset(name for name, parts in layers.items() if "norm_weight" in parts),
             },
+            typicality=typicality,
         )
 
     def write(self, slot: int, packed: Packed) -> tuple[Tensor, Tensor]:

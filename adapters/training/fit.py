@@ -1,36 +1,43 @@
 """`adapters.fit`: labelled images in, an adapter file and its report out.
 
-The steps: read the dataset, check it and prepare tensors, train, select an epoch, predict, write.
+The steps: read the dataset, check it and prepare tensors, train by a recipe, write.
 """
 
-import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..backbone import Backbone, load_backbone
 from ..data.checks import CheckedDataset, check_dataset
 from ..data.datasets import DatasetSplits, read_dataset, read_split
 from ..data.errors import DataError
 from ..data.images import preprocess_of
+from ..evaluation.html_report import write_html
+from ..evaluation.linear_probe import linear_probe
+from ..evaluation.outputs import checkpoint_file, described, report_folder, versions
+from ..evaluation.report import write_report
 from ..format.file import Adapter
-from ..method.config import KarstConfig
-from ..method.karst import extract
-from .devices import is_first_process
-from .inference import Predictions, predict
-from .linear_probe import linear_probe
-from .recipe import Recipe
-from .report import write_report
-from .selection import EpochResult
-from .train import TrainedModel, train_model
+from ..method.config import ConfigError, KarstConfig
+from ..paper.devices import is_first_process
+from ..paper.fit import fit_paper
+from ..paper.recipe import Recipe
+from ..paper.selection import EpochResult
+from .auto import Classifier, InstantFit
+from .steps import KarstRecipe, RefineWatch
 
+DEFAULT_BUDGET_S = 600.0
 _DEFAULT_CONFIG = KarstConfig()
-_DEFAULT_RECIPE = Recipe()
-_VERSIONED_PACKAGES = ("karst-hub", "torch", "timm", "numpy", "pillow")  # versions in report.json
+_DEFAULT_KARST = KarstRecipe()
+VAL_FRACTION = 0.2  # of the recipe `paper`
+
+RecipeName = Literal["auto", "instant", "karst", "paper"]
 
 
-class Watch:
+class NotBetterThanChance(DataError):
+    """The adapter is no better than a constant answer; the message names the file that was kept."""
+
+
+class Watch(RefineWatch):
     """Progress callbacks of `fit`. Override any of them; each does nothing by default."""
 
     def reading(self, images: int) -> None:
@@ -42,11 +49,14 @@ class Watch:
     def checked(self, images: CheckedDataset) -> None:
         """Called when the dataset has passed the checks. Show `images.warnings` to the user."""
 
+    def instant(self, classifier: Classifier) -> None:
+        """Called when the instant adapter is written, before KARST is trained."""
+
     def step(self, epoch: int, loss: float, accuracy: float) -> None:
-        """Called after each optimiser step: epoch number from 1, the batch's mean loss and accuracy in [0, 1]."""
+        """Called after each step of `paper`: epoch number from 1, the batch's mean loss and accuracy in [0, 1]."""
 
     def epoch(self, epoch: EpochResult) -> None:
-        """Called after each epoch."""
+        """Called after each epoch of the recipe `paper`."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +75,15 @@ def fit(
     *,
     backbone: str | Backbone = "demo",
     checkpoint: str | Path | None = None,
+    image_size: int | None = None,
     device: str = "cpu",
     config: KarstConfig = _DEFAULT_CONFIG,
-    recipe: Recipe = _DEFAULT_RECIPE,
+    recipe: RecipeName | Recipe = "auto",
+    karst: KarstRecipe = _DEFAULT_KARST,
+    budget_s: float = DEFAULT_BUDGET_S,
     validation: Path | None = None,
     test: Path | None = None,
-    val_fraction: float = 0.2,
+    val_fraction: float | None = None,
     shots: int | None = None,
     split_seed: int = 0,
     final: bool = False,
@@ -82,30 +95,43 @@ def fit(
 ) -> Trained:
     """Train an adapter on labelled images. Write it to `output`, and its report to a folder beside it.
 
-    During training `<output>.checkpoint` holds the state after the last epoch. It is deleted at the end.
+    The recipes:
+
+    - `instant`: a head on the frozen features, in closed form; seconds.
+    - `karst`, `auto`: the instant adapter is written first; KARST replaces it if it is better on held-out images.
+    - `paper`, or a `Recipe`: the epochs of the KARST paper. `<output>.checkpoint` holds the state after the last epoch
+      and is deleted at the end.
 
     Args:
         data: a dataset in any layout that `data.datasets.read_dataset` reads. `shots`, `split_seed` and `final`
             select one of several lists.
-        backbone: a timm name, `demo`, or a loaded backbone. `checkpoint` and `device` are those of `load_backbone`.
+        backbone: a timm name, `demo`, or a loaded backbone. `checkpoint`, `image_size` and `device` are those of
+            `load_backbone`.
+        karst: hyperparameters of `karst` and `auto`.
+        budget_s: seconds for KARST in `karst` and `auto`.
         validation, test: datasets that replace the validation and test splits of `data`.
-        val_fraction: share of the training images to hold out if there is no validation split, in [0, 1). With 0
-            the last epoch is selected.
+        val_fraction: for `paper`: share of the training images to hold out if there is no validation split, in [0, 1);
+            0.2 by default. With 0 the last epoch is selected. The other recipes hold out nothing.
         skip_bad: drop bad images instead of raising (`data.checks.check_dataset`).
         probe: also measure a linear probe on the test images.
-        devices: GPUs or CPU processes that share each batch (`train.train_model`).
-        resume: continue an interrupted training from its checkpoint.
+        devices: for `paper`: GPUs or CPU processes that share each batch (`train.train_model`).
+        resume: for `paper`: continue an interrupted training from its checkpoint.
 
     Raises:
         DataError: the images or labels cannot be used, the output cannot be written, or the checkpoint does not exist
             (with `resume`), exists (without), or belongs to another training.
-        BackboneError, AdapterError, ConfigError, FloatingPointError: as `load_backbone`, `extract` and `train_model`.
+        NotBetterThanChance: a `DataError`: the adapter is kept under another name.
+        ConfigError: an option belongs to another recipe, or `config` does not suit the backbone.
+        BackboneError, AdapterError, FloatingPointError: as `load_backbone`, `extract` and `train_model`.
     """
     output = Path(output)
     watch = watch or Watch()
+    epochs = Recipe() if recipe == "paper" else recipe if isinstance(recipe, Recipe) else None
+    if epochs is None:
+        _refuse_paper_options(str(recipe), val_fraction=val_fraction, devices=devices, resume=resume)
     report = report_folder(output)
     state_file = checkpoint_file(output)
-    if state_file.exists() and not resume:
+    if epochs is not None and state_file.exists() and not resume:
         raise DataError(
             f"{state_file}: checkpoint of an interrupted training; continue with --resume, or delete the file"
         )
@@ -113,26 +139,31 @@ def fit(
     if isinstance(backbone, Backbone):
         frozen, device = backbone, str(backbone.device)
     else:  # with several devices, each process copies the backbone to its own device later
-        frozen = load_backbone(backbone, checkpoint, device=device if devices == 1 else "cpu")
+        frozen = load_backbone(backbone, checkpoint, device=device if devices == 1 else "cpu", image_size=image_size)
     watch.reading(sum(map(len, splits.by_name().values())))
+    held_out = VAL_FRACTION if val_fraction is None else val_fraction
     images = check_dataset(
         splits,
         preprocess_of(frozen),
-        val_fraction=0 if final else val_fraction,
-        seed=recipe.seed,
+        val_fraction=0 if final or epochs is None else held_out,
+        seed=karst.seed if epochs is None else epochs.seed,
         skip_bad=skip_bad,
         on_image=watch.image,
     )
     watch.checked(images)
-    metrics: dict[str, Any] = {"train_images": len(images.train)}
+    extra: dict[str, Any] = {}
     if probe and images.test is not None and is_first_process(devices):
-        metrics["linear_probe_test_accuracy"] = round(linear_probe(frozen, images.train, images.test), 4)
-    trained = train_model(
+        extra["linear_probe_test_accuracy"] = round(linear_probe(frozen, images.train, images.test), 4)
+    metadata: dict[str, Any] = {"adapter": output.name, "data": str(data), "device": device}
+    metadata |= {"warnings": list(images.warnings), "versions": versions()}
+    if epochs is None:
+        return _fit_auto(frozen, images, config, str(recipe), karst, budget_s, output, report, extra, metadata, watch)
+    adapter, trained, predictions, metrics = fit_paper(
         frozen,
-        images.train,
+        images,
         config,
-        recipe,
-        validation=images.validation,
+        epochs,
+        metrics={"train_images": len(images.train)} | extra,
         device=device,
         devices=devices,
         checkpoint=state_file,
@@ -140,39 +171,59 @@ def fit(
         on_step=watch.step,
         on_epoch=watch.epoch,
     )
-    predictions = _predict(trained, images)
-    metrics |= _metrics(trained, images, predictions) | {"recipe": recipe.model_dump()}
-    adapter = extract(trained.model, predictions.labels, preprocess=preprocess_of(frozen), metrics=metrics)
     if is_first_process(devices):
         adapter.write(output)
-        metadata: dict[str, Any] = {"adapter": output.name, "data": str(data), "device": device, "seed": recipe.seed}
-        metadata |= {"warnings": list(images.warnings), "versions": _versions()} | _described(adapter) | metrics
+        metadata |= {"seed": epochs.seed} | described(adapter) | metrics
         write_report(report, predictions, trained, images.train.images.targets, metadata)
         state_file.unlink(missing_ok=True)
     return Trained(adapter, output, report, metrics)
 
 
-def report_folder(output: Path) -> Path:
-    """Return the folder of an adapter's report: `flowers.report` beside `flowers.safetensors`.
-
-    Raises:
-        DataError: the adapter or its report cannot be written there.
-    """
-    folder = output.with_name(f"{output.name.removesuffix('.safetensors')}.report")
-    if not output.absolute().parent.is_dir():
-        raise DataError(f"{output}: the folder {output.absolute().parent} does not exist; create it, or change --out")
-    if output.is_dir():
-        raise DataError(f"{output}: is a folder; --out must name a file")
-    if folder.exists() and not folder.is_dir():
-        raise DataError(
-            f"{folder}: is a file, but the report needs a folder of this name; move the file, or change --out"
+def _fit_auto(
+    backbone: Backbone,
+    images: CheckedDataset,
+    config: KarstConfig,
+    recipe: str,
+    karst: KarstRecipe,
+    budget_s: float,
+    output: Path,
+    report: Path,
+    extra: dict[str, Any],
+    metadata: dict[str, Any],
+    watch: Watch,
+) -> Trained:
+    """Write the instant adapter, then the one of KARST if it is better."""
+    fitted = InstantFit.of(backbone, images, extra)
+    classifier = fitted.classifier()
+    if recipe == "instant" or classifier.beats_chance:
+        _write(classifier, output, report, metadata)
+    watch.instant(classifier)
+    if recipe != "instant":
+        classifier = fitted.refine(images, config, karst, budget_s, classifier, watch)
+        _write(classifier, output, report, metadata)
+    if not classifier.beats_chance:
+        rejected = output.with_name(f"{output.name.removesuffix('.safetensors')}.rejected.safetensors")
+        output.replace(rejected)
+        low, high = classifier.held_out.interval
+        raise NotBetterThanChance(
+            f"the adapter is not better than a constant answer: {classifier.held_out.accuracy:.1%} of "
+            f"{len(classifier.held_out.targets)} left-out images are right (95 % interval {low:.1%} to {high:.1%}), "
+            f"and the largest class alone has {classifier.chance:.1%}. The file is kept as {rejected}; the report: "
+            f"{report}. Check the labels, add images, or use a larger backbone"
         )
-    return folder
+    return Trained(classifier.adapter, output, report, classifier.metrics)
 
 
-def checkpoint_file(output: Path) -> Path:
-    """Return the checkpoint file of a training in progress: `flowers.checkpoint` beside `flowers.safetensors`."""
-    return output.with_name(f"{output.name.removesuffix('.safetensors')}.checkpoint")
+def _write(classifier: Classifier, output: Path, report: Path, metadata: dict[str, Any]) -> None:
+    classifier.adapter.write(output)
+    write_html(report, classifier, metadata | described(classifier.adapter) | classifier.metrics)
+
+
+def _refuse_paper_options(recipe: str, *, val_fraction: float | None, devices: int, resume: bool) -> None:
+    given = {"val_fraction": val_fraction is not None, "devices": devices != 1, "resume": resume}
+    for name, is_given in given.items():
+        if is_given:
+            raise ConfigError(f"{name} belongs to the recipe `paper`, but the recipe is `{recipe}`; leave it out")
 
 
 def _read_splits(
@@ -194,44 +245,3 @@ def _read_splits(
     if probe and splits.test is None:
         raise DataError(f"{data}: no test split, which --probe needs; give test images with --test, or omit --probe")
     return splits
-
-
-def _predict(trained: TrainedModel, images: CheckedDataset) -> Predictions:
-    """Predict the test images, else the validation images, else the training images."""
-    if images.test is not None:
-        return predict(trained.model, images.test, "test")
-    if images.validation is not None:
-        return predict(trained.model, images.validation, "validation")
-    return predict(trained.model, images.train, "train")
-
-
-def _metrics(trained: TrainedModel, images: CheckedDataset, predictions: Predictions) -> dict[str, Any]:
-    selected = trained.selected
-    metrics: dict[str, Any] = {"epoch": selected.number, "train_accuracy": round(selected.train_accuracy, 4)}
-    if images.validation is not None and selected.val_accuracy is not None:
-        metrics["val_images"] = len(images.validation)
-        metrics["val_accuracy"] = round(selected.val_accuracy, 4)
-    if predictions.split == "test":
-        metrics["test_images"] = len(predictions.targets)
-        metrics["test_accuracy"] = round(predictions.accuracy, 4)
-    return metrics
-
-
-def _described(adapter: Adapter) -> dict[str, Any]:
-    return {
-        "digest": adapter.digest,
-        "backbone": adapter.backbone,
-        "fingerprint": adapter.fingerprint,
-        "config": adapter.config.model_dump(mode="json"),
-        "preprocess": adapter.preprocess,
-    }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _VERSIONED_PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # a source tree on the path, without an installed package
-            versions[name] = "unknown"
-    return versions

@@ -6,6 +6,7 @@ Axes: n images, K classes, D features.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from ..backbone import Backbone, features
 from ..data.image_set import ImageTensors
 from ..data.images import normalise_for
 from ..data.layouts import Split
+from ..evaluation.calibration import accuracy_interval
 from ..method.karst import KarstModel
 
 BATCH_SIZE = 64
@@ -27,11 +29,12 @@ class Predictions:
     """A model's predictions for a split.
 
     Attributes:
+        split: "left out" is leave-one-out, "held out" the folds of cross-validation.
         logits: (n, K) float32 on the CPU.
         targets: (n,) int64 on the CPU.
     """
 
-    split: Split
+    split: Split | Literal["left out", "held out"]
     images: ImageTensors
     logits: Tensor
     targets: Tensor
@@ -47,9 +50,19 @@ class Predictions:
         return self.logits.softmax(1).amax(1).numpy()
 
     @property
+    def correct(self) -> int:
+        """Number of correct predictions."""
+        return int((self.predicted == self.targets.numpy()).sum())
+
+    @property
     def accuracy(self) -> float:
         """Top-1 accuracy in [0, 1]."""
-        return float((self.predicted == self.targets.numpy()).mean())
+        return self.correct / len(self.targets)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy."""
+        return accuracy_interval(self.correct, len(self.targets))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -97,6 +110,16 @@ def pooled_features(backbone: Backbone, images: ImageTensors) -> tuple[Tensor, T
         return features(backbone.model, pixels.to(backbone.dtype)).float()
 
     return map_images(backbone, images, pooled)
+
+
+def adapted_features(model: KarstModel, images: ImageTensors) -> Tensor:
+    """Return the adapted backbone's pooled features, (n, D) float32 on the CPU.
+
+    Raises:
+        DataError: an image cannot be read or decoded.
+    """
+    model.eval()
+    return map_images(model.backbone, images, lambda pixels: features(model.frozen, pixels).float())[0]
 
 
 @torch.inference_mode()

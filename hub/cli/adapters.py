@@ -3,6 +3,7 @@
 Each command imports the library itself. An import at the top would make all other commands load torch.
 """
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,15 @@ import typer
 from .output import AsJson, checked, err, fail, out, settings, show, usage_error
 
 app = typer.Typer()
+
+
+class TrainingRecipe(StrEnum):
+    """Values of `train --recipe`; see `adapters.fit`."""
+
+    AUTO = "auto"
+    INSTANT = "instant"
+    KARST = "karst"
+    PAPER = "paper"
 
 
 @app.command()
@@ -26,6 +36,14 @@ def train(
     ],
     backbone: Annotated[str | None, typer.Option(help="timm model name or `demo`; default: HUB_BACKBONE")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="file with local weights; default: HUB_CHECKPOINT")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="side of the backbone's images in pixels; default: HUB_IMAGE_SIZE")
+    ] = None,
+    recipe: Annotated[
+        TrainingRecipe,
+        typer.Option(help="auto: instant, then KARST if it is better; instant: seconds; paper: by epochs"),
+    ] = TrainingRecipe.AUTO,
+    budget: Annotated[float | None, typer.Option(min=1, help="auto and karst: seconds for KARST; default: 600")] = None,
     validation: Annotated[
         Path | None,
         typer.Option(
@@ -36,13 +54,13 @@ def train(
         Path | None, typer.Option(help="test images, in any form that DATA accepts; the file records their accuracy")
     ] = None,
     val_fraction: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0,
             max=0.9,
-            help="share of DATA held out for validation if there are no validation images; 0 keeps the last epoch",
+            help="paper: share of DATA held out without validation images; 0 keeps the last epoch; default: 0.2",
         ),
-    ] = 0.2,
+    ] = None,
     shots: Annotated[int | None, typer.Option(min=1, help="few-shot lists: images per class")] = None,
     split_seed: Annotated[int, typer.Option(min=0, help="few-shot lists: seed of the list")] = 0,
     final: Annotated[
@@ -58,29 +76,41 @@ def train(
     kernels: Annotated[int | None, typer.Option(min=1, help="N, Kronecker products per layer; default: 2")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="r, rank of A B; default: 8")] = None,
     factor: Annotated[int | None, typer.Option(min=1, help="p = q, side of C; default: 8")] = None,
-    gain: Annotated[float | None, typer.Option(help="factor of the products; default: 1 / r")] = None,
+    gain: Annotated[float | None, typer.Option(help="factor of the products; default: 1 / N; paper: 1 / r")] = None,
     rescale: Annotated[str | None, typer.Option(help="channel, scalar or none; default: channel")] = None,
     sites: Annotated[
         list[str] | None, typer.Option(help="pattern of layer names to adapt, such as 'blocks.1[01].*'; repeatable")
     ] = None,
     norms: Annotated[bool | None, typer.Option("--norms/--no-norms", help="also train the norm layers")] = None,
     stage_ranks: Annotated[str | None, typer.Option(help="Swin: r of each stage, such as 2,2,4,8")] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="passes over the training images")] = 100,
-    warmup_epochs: Annotated[int, typer.Option(min=0, help="epochs in which the learning rate rises")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="images per step")] = 32,
-    lr: Annotated[float, typer.Option(help="peak learning rate")] = 1e-3,
-    weight_decay: Annotated[float | None, typer.Option(min=0, help="weight decay of AdamW; default: lr / 10")] = None,
-    drop_path: Annotated[float, typer.Option(min=0, max=0.9, help="stochastic depth: share of skipped blocks")] = 0.1,
+    epochs: Annotated[int | None, typer.Option(min=1, help="paper: passes over the training images")] = None,
+    warmup_epochs: Annotated[
+        int | None, typer.Option(min=0, help="paper: epochs in which the learning rate rises")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="paper: images per step")] = None,
+    lr: Annotated[float | None, typer.Option(help="paper: peak learning rate")] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(min=0, help="paper: weight decay of AdamW; default: lr / 10")
+    ] = None,
+    drop_path: Annotated[
+        float | None, typer.Option(min=0, max=0.9, help="paper: stochastic depth, share of skipped blocks")
+    ] = None,
     lr_start: Annotated[
-        float, typer.Option(help="learning rate at the start of the warm-up, as a factor of --lr")
-    ] = 0.01,
-    lr_end: Annotated[float, typer.Option(help="learning rate at the end of the cosine, as a factor of --lr")] = 0.1,
+        float | None, typer.Option(help="paper: learning rate at the start of the warm-up, as a factor of --lr")
+    ] = None,
+    lr_end: Annotated[
+        float | None, typer.Option(help="paper: learning rate at the end of the cosine, as a factor of --lr")
+    ] = None,
     grad_checkpointing: Annotated[
-        bool,
-        typer.Option("--grad-checkpointing", help="recompute activations: less memory, more time, the same results"),
-    ] = False,
-    devices: Annotated[int, typer.Option(min=1, help="GPUs (or CPU processes) that share each batch")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted training")] = False,
+        bool | None,
+        typer.Option(
+            "--grad-checkpointing", help="paper: recompute activations: less memory, more time, the same results"
+        ),
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="paper: GPUs (or CPU processes) that share each batch")
+    ] = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help="paper: continue an interrupted training")] = None,
     seed: Annotated[int, typer.Option(min=0, help="seed of all random numbers")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -91,6 +121,39 @@ def train(
         fail(f"training needs the package {error.name}, which is not installed; run: pip install 'karst-hub[train]'")
     if final and validation is not None:
         usage_error("--final trains on the validation images; omit --val")
+    paper = {
+        "epochs": epochs,
+        "warmup_epochs": warmup_epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "drop_path": drop_path,
+        "lr_start": lr_start,
+        "lr_end": lr_end,
+        "grad_checkpointing": grad_checkpointing,
+    }
+    given = {name: value for name, value in paper.items() if value is not None}
+    run_options = {"val_fraction": val_fraction, "devices": devices, "resume": resume}
+    run_options = {name: value for name, value in run_options.items() if value is not None}
+    is_paper = recipe is TrainingRecipe.PAPER
+    if not is_paper and (given or run_options):
+        first = next(iter({**given, **run_options})).replace("_", "-")
+        usage_error(
+            f"--{first} belongs to --recipe paper, but the recipe is {recipe.value}; omit it, or change --recipe"
+        )
+    sizes: dict[str, Any] = {
+        "preset": preset,
+        "kernels": kernels,
+        "rank": rank,
+        "factor": factor,
+        "gain": gain,
+        "rescale": rescale,
+    }
+    sizes |= {"sites": sites, "norms": norms, "stage_ranks": stage_ranks}
+    if recipe is TrainingRecipe.INSTANT and (size := [name for name, value in sizes.items() if value is not None]):
+        usage_error(f"--{size[0].replace('_', '-')} is of no use to --recipe instant, which trains no kernels; omit it")
+    if budget is not None and recipe not in (TrainingRecipe.AUTO, TrainingRecipe.KARST):
+        usage_error(f"--budget belongs to --recipe auto and karst, but the recipe is {recipe.value}; omit it")
     chosen = settings()
     report = training.run(
         err,
@@ -98,6 +161,7 @@ def train(
         output,
         backbone=backbone or chosen.backbone,
         checkpoint=checkpoint or chosen.checkpoint,
+        image_size=image_size or chosen.image_size,
         device=chosen.torch_device,
         config=adapter_config(
             preset,
@@ -110,29 +174,17 @@ def train(
             norms=norms,
             sites=tuple(sites) if sites else None,
         ),
-        recipe=checked(
-            training.Recipe,
-            epochs=epochs,
-            warmup_epochs=warmup_epochs,
-            batch_size=batch_size,
-            lr=lr,
-            weight_decay=weight_decay,
-            drop_path=drop_path,
-            lr_start=lr_start,
-            lr_end=lr_end,
-            grad_checkpointing=grad_checkpointing,
-            seed=seed,
-        ),
+        recipe=checked(training.Recipe, **given, seed=seed) if is_paper else recipe.value,
+        karst=training.KarstRecipe(seed=seed),
+        budget_s=training.DEFAULT_BUDGET_S if budget is None else budget,
         validation=validation,
         test=test,
-        val_fraction=val_fraction,
         shots=shots,
         split_seed=split_seed,
         final=final,
         skip_bad=skip_bad,
         probe=probe,
-        devices=devices,
-        resume=resume,
+        **run_options,
     )
     if not err.quiet:  # with several devices only the first process prints
         show(report, as_json)
@@ -246,7 +298,7 @@ def convert(
     if to not in TARGETS:
         usage_error(f"--to {to}: expected one of {', '.join(TARGETS)}")
     chosen = settings()
-    frozen = load_backbone(backbone or chosen.backbone, checkpoint or chosen.checkpoint)
+    frozen = load_backbone(backbone or chosen.backbone, checkpoint or chosen.checkpoint, image_size=chosen.image_size)
     try:
         report = run(
             source,

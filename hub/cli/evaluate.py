@@ -13,7 +13,7 @@ from rich.table import Table
 
 from adapters import Adapter, AdapterError, Backbone, Bank, BankLimits, DataError, KarstConfig, Problem, load_backbone
 from adapters.data.datasets import read_split
-from adapters.training.evaluate import BATCH_SIZE, compare_merged, evaluate, scores
+from adapters.evaluation.evaluate import BATCH_SIZE, compare_merged, evaluate, scores
 
 Pair = tuple[Path, Path]  # an adapter file and its images
 

@@ -1,6 +1,7 @@
 """`karst-hub train`: `adapters.fit` with a progress bar."""
 
 import signal
+from collections import Counter
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,15 +13,20 @@ from rich.text import Text
 
 from adapters import KarstConfig, Recipe, Watch, fit
 from adapters.data.checks import CheckedDataset
-from adapters.training.devices import is_first_process
-from adapters.training.fit import checkpoint_file
-from adapters.training.recipe import steps_per_epoch
-from adapters.training.selection import EpochResult
+from adapters.evaluation.outputs import checkpoint_file
+from adapters.paper.devices import is_first_process
+from adapters.paper.recipe import steps_per_epoch
+from adapters.paper.selection import EpochResult
+from adapters.training.auto import Classifier
+from adapters.training.fit import DEFAULT_BUDGET_S, RecipeName
+from adapters.training.steps import KarstRecipe
 
-__all__ = ["KarstConfig", "Recipe", "run"]
+__all__ = ["DEFAULT_BUDGET_S", "KarstConfig", "KarstRecipe", "Recipe", "run"]
+
+FEW_IMAGES = 5  # a class with fewer is named before training
 
 
-def run(console: Console, data: Path, output: Path, *, recipe: Recipe, **options: Any) -> dict[str, Any]:
+def run(console: Console, data: Path, output: Path, *, recipe: Recipe | RecipeName, **options: Any) -> dict[str, Any]:
     """Run `adapters.fit` with the same arguments and a progress bar.
 
     Returns:
@@ -43,7 +49,9 @@ def run(console: Console, data: Path, output: Path, *, recipe: Recipe, **options
     except KeyboardInterrupt:
         checkpoint = checkpoint_file(output)
         advice = f"continue with --resume (checkpoint of the last epoch: {checkpoint})"
-        if not checkpoint.exists():
+        if isinstance(recipe, str):
+            advice = f"{output} is the instant adapter" if output.exists() else "nothing was written"
+        elif not checkpoint.exists():
             advice = "no checkpoint yet, since no epoch has ended; start again"
         progress.stop()
         console.print(f"interrupted; {advice}", soft_wrap=True)
@@ -57,7 +65,7 @@ def run(console: Console, data: Path, output: Path, *, recipe: Recipe, **options
         "bytes": len(fitted.adapter.data),
         "digest": fitted.adapter.digest,
         "labels": len(fitted.adapter.labels),
-        **{name: value for name, value in fitted.metrics.items() if name != "recipe"},
+        **{n: v for n, v in fitted.metrics.items() if n != "classes" and not (n == "recipe" and isinstance(v, dict))},
         "report": str(fitted.report),
     }
 
@@ -65,7 +73,7 @@ def run(console: Console, data: Path, output: Path, *, recipe: Recipe, **options
 class ProgressWatch(Watch):
     """Progress bars of one training: one for reading the images, one for the training steps."""
 
-    def __init__(self, console: Console, progress: Progress, recipe: Recipe) -> None:
+    def __init__(self, console: Console, progress: Progress, recipe: Recipe | str) -> None:
         self._console, self._progress, self._recipe = console, progress, recipe
         self._bar: TaskID
         self._step_images = self._epoch_images = 0
@@ -88,9 +96,33 @@ class ProgressWatch(Watch):
             f"{count} training images, {validation} for validation, {test} held out; "
             f"{len(images.train.images.labels)} classes"
         )
+        for label, images_of_class in _smallest_classes(images):
+            self._console.print(f"warning: class {label!r} has only {images_of_class} images", soft_wrap=True)
+        height, width = images.train[0][0].shape[1:]
+        self._console.print(f"the backbone sees {width} x {height} pixels")
+        if isinstance(self._recipe, str):
+            self._progress.update(self._bar, description="images read")
+            return
         self._step_images = min(self._recipe.batch_size, count)
         self._epoch_images = steps_per_epoch(count, self._recipe) * self._step_images
         self._bar = self._progress.add_task("training", total=self._epoch_images * self._recipe.epochs)
+
+    def instant(self, classifier: Classifier) -> None:
+        low, high = classifier.held_out.interval
+        self._console.print(
+            f"instant: {classifier.held_out.accuracy:.1%} of {len(classifier.held_out.targets)} left-out images are "
+            f"right (95 % interval {low:.1%} to {high:.1%}; chance {classifier.chance:.1%}); the adapter is written",
+            soft_wrap=True,
+        )
+
+    def planned(self, steps: int, seconds: float) -> None:
+        self._console.print(f"KARST: {steps} steps, about {seconds:.0f} s", soft_wrap=True)
+        self._bar = self._progress.add_task("KARST", total=steps)
+
+    def stepped(self, stage: str, loss: float) -> None:
+        if self.interrupted:  # Python drops an exception of the signal handler if a destructor is running
+            raise KeyboardInterrupt
+        self._progress.update(self._bar, advance=1, description=f"KARST, {stage}: loss {loss:.3f}")
 
     def step(self, epoch: int, loss: float, accuracy: float) -> None:
         if self.interrupted:  # Python drops an exception of the signal handler if a destructor is running
@@ -109,6 +141,13 @@ class ProgressWatch(Watch):
             description=f"epoch {epoch.number}: loss {epoch.loss:.3f}, training {epoch.train_accuracy:.1%}"
             + self._validation,
         )
+
+
+def _smallest_classes(images: CheckedDataset) -> list[tuple[str, int]]:
+    """Return (label, images) of up to five classes with few images, the smallest first."""
+    counts = Counter(images.train.images.targets)
+    few = [(label, counts[k]) for k, label in enumerate(images.train.images.labels) if counts[k] < FEW_IMAGES]
+    return sorted(few, key=lambda item: item[1])[:5]
 
 
 class _Speed(ProgressColumn):

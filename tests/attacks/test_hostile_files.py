@@ -286,7 +286,7 @@ WRONG_TENSORS = {
     "no shift": (pack(arrays(shift=None)), f"{FC2}.shift: is missing, but {FC2}.scale is present"),
     "an extra tensor": (
         pack(arrays() | {f"{FC2}.weight": np.zeros((2, 2), np.float32)}),
-        f"{FC2}.weight: is not a tensor of a karst/1 file .head.weight, head.bias, <layer>.karst_c",
+        f"{FC2}.weight: is not a tensor of a karst/1 file .head.weight, head.bias, typicality.mean",
     ),
     "a tensor without a layer": (
         pack(arrays() | {"scale": np.zeros(1, np.float32)}),

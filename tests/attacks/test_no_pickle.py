@@ -6,15 +6,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 RUNS_CODE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml"}
 WEIGHTS = {
-    "adapters/training/checkpoint.py",
+    "adapters/paper/checkpoint.py",
     "adapters/convert/importing.py",
 }
 TRAINING_TOOLS = {
-    "adapters.training.checkpoint",
+    "adapters.paper.checkpoint",
     "adapters.convert.convert",
     "adapters.convert.importing",
+    "adapters.paper.fit",
     "adapters.training.fit",
-    "adapters.training.train",
+    "adapters.paper.train",
 }
 COMMANDS = {"hub/cli/adapters.py", "hub/cli/train.py"}  # neither gateway nor worker imports the training tools
 

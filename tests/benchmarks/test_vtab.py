@@ -14,8 +14,8 @@ import pytest
 from adapters import DataError, KarstModel
 from adapters.data.datasets import read_dataset
 from adapters.data.image_set import ImageSet, ImageTensors
+from adapters.paper.train import train_model
 from adapters.training.inference import accuracy
-from adapters.training.train import train_model
 from benchmarks import vtab, vtab_miniature
 from benchmarks.vtab_protocol import (
     FEW_SHOT_SETS,

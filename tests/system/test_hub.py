@@ -120,7 +120,9 @@ def test_commands_train_inspect_register_and_classify(
         return json.loads(done.stdout)
 
     data, test = str(tmp_path / "data"), str(tmp_path / "test")
-    trained = karst_hub("train", data, "-o", str(adapter), "--test", test, "--epochs", "12", "--batch-size", "4")
+    trained = karst_hub(
+        "train", data, "-o", str(adapter), "--test", test, "--recipe", "paper", "--epochs", "12", "--batch-size", "4"
+    )
     assert trained["test_accuracy"] == 1.0
     assert karst_hub("inspect", str(adapter))["labels"] == ["blue", "red"]
     assert karst_hub("register", "colours", str(adapter))["digest"] == trained["digest"]

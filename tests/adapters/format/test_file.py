@@ -109,7 +109,7 @@ def test_create_keeps_its_arguments(backbone: Backbone) -> None:
     adapter = create(backbone, head(backbone), labels=["Käse", "犬"], metrics={"val_accuracy": 0.75})
     assert [f.name for f in fields(Adapter)] == [
         *("data", "digest", "config", "backbone", "fingerprint", "labels", "preprocess", "layout"),
-        *("metrics", "created", "producer"),
+        *("metrics", "created", "producer", "coverage"),
     ]
     assert adapter.config == KarstConfig(kernels=2, rank=4, gain=0.25)
     assert (adapter.backbone, adapter.fingerprint) == ("demo", backbone.fingerprint)

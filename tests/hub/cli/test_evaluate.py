@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adapters import Adapter, load_backbone
-from adapters.training.evaluate import Agreement
+from adapters.evaluation.evaluate import Agreement
 from hub.cli import evaluate as evaluating
 from hub.cli import main as cli
 from tests.support.models import png, random_adapter, with_tensors

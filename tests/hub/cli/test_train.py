@@ -16,9 +16,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from adapters import Adapter, DataError, KarstConfig, Recipe
+from adapters.evaluation.outputs import report_folder
+from adapters.evaluation.report import FILES
 from adapters.method.config import PRESETS
-from adapters.training.fit import report_folder
-from adapters.training.report import FILES
 from hub.cli import train as training
 from hub.cli.adapters import adapter_config
 from hub.cli.main import app, main
@@ -177,6 +177,7 @@ def test_train_names_the_option_when_its_value_is_invalid(arguments: str, messag
 
 def test_train_records_every_option_of_the_recipe(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     options = {
+        "recipe": "paper",
         "kernels": "1",
         "rank": "2",
         "factor": "4",
@@ -216,7 +217,7 @@ def test_train_records_every_option_of_the_recipe(job: dict[str, Any], monkeypat
 
 
 def arguments(job: dict[str, Any], output: Path) -> list[str]:
-    return ["train", str(job["data"]), "-o", str(output), "--epochs", "40", "--batch-size", "4"]
+    return ["train", str(job["data"]), "-o", str(output), "--recipe", "paper", "--epochs", "40", "--batch-size", "4"]
 
 
 def command(job: dict[str, Any], output: Path, *options: str) -> subprocess.Popen[str]:

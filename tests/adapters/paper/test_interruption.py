@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adapters import Adapter, DataError, KarstConfig, Recipe, fit
-from adapters.training.fit import checkpoint_file
+from adapters.evaluation.outputs import checkpoint_file
 from tests.support.image_sets import coloured_images
 
 CONFIG = KarstConfig(kernels=1, rank=2)
@@ -19,7 +19,7 @@ RECIPE = Recipe(epochs=3, warmup_epochs=1, batch_size=4, lr=1e-3)
 TRAIN_AND_WAIT = """
 import signal, sys
 from adapters import Watch, fit
-from tests.adapters.training.test_interruption import CONFIG, RECIPE
+from tests.adapters.paper.test_interruption import CONFIG, RECIPE
 
 class WaitAfterEpoch(Watch):
     def epoch(self, epoch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.training.recipe import Recipe, learning_rate_schedule, steps_per_epoch
+from adapters.paper.recipe import Recipe, learning_rate_schedule, steps_per_epoch
 
 
 @pytest.mark.parametrize(("images", "steps"), [(3, 1), (33, 1), (64, 2)])

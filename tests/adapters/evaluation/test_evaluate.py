@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss, recall_score, top_k_accuracy_score
 from adapters import AdapterError, Backbone, Bank, BankFullError, DataError, load_backbone
 from adapters.data.image_set import ImageSet
 from adapters.data.images import decode_image, eval_transform, normalise
-from adapters.training.evaluate import (
+from adapters.evaluation.evaluate import (
     Outputs,
     agreement,
     bootstrap_interval,

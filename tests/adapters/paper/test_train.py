@@ -10,10 +10,10 @@ from adapters import Adapter, Backbone, ConfigError, DataError, KarstConfig, att
 from adapters.backbone import fingerprint
 from adapters.data.image_set import ImageSet, ImageTensors
 from adapters.data.images import preprocess_of
+from adapters.paper.recipe import Recipe, steps_per_epoch
+from adapters.paper.selection import EpochResult
+from adapters.paper.train import TrainedModel, enable_grad_checkpointing, train_model
 from adapters.training.inference import accuracy
-from adapters.training.recipe import Recipe, steps_per_epoch
-from adapters.training.selection import EpochResult
-from adapters.training.train import TrainedModel, enable_grad_checkpointing, train_model
 from tests.support.image_sets import coloured_images, image_file
 from tests.support.models import random_pixels
 

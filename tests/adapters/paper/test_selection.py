@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adapters.training.selection import BestEpoch, EpochResult
+from adapters.paper.selection import BestEpoch, EpochResult
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import torch
 from adapters import Backbone, DataError, KarstConfig, attach
 from adapters.data.image_set import ImageTensors
 from adapters.data.images import preprocess_of
-from adapters.training.checkpoint import load_checkpoint, training_identity
-from adapters.training.recipe import Recipe
-from adapters.training.selection import EpochResult
-from adapters.training.train import TrainedModel, train_model
+from adapters.paper.checkpoint import load_checkpoint, training_identity
+from adapters.paper.recipe import Recipe
+from adapters.paper.selection import EpochResult
+from adapters.paper.train import TrainedModel, train_model
 from tests.support.image_sets import coloured_images
 
 CONFIGS = {

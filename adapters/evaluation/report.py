@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..format.file import write_atomically
-from .inference import Predictions
-from .train import TrainedModel
+from ..paper.train import TrainedModel
+from ..training.inference import Predictions
 
 FILES = ("curves.png", "confusion.png", "errors.png", "report.json")
 MAX_TICKS = 40  # class names per axis of the confusion matrix; with more classes, every n-th is named
@@ -47,9 +47,9 @@ def write_report(
         OSError: the folder or a file cannot be written.
     """
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / "curves.png", _png(_draw_curves(trained)))
-    write_atomically(folder / "confusion.png", _png(_draw_confusion(predictions)))
-    write_atomically(folder / "errors.png", _png(_draw_errors(predictions)))
+    write_atomically(folder / "curves.png", png_bytes(_draw_curves(trained)))
+    write_atomically(folder / "confusion.png", png_bytes(draw_confusion(predictions)))
+    write_atomically(folder / "errors.png", png_bytes(draw_errors(predictions)))
     numbers = dict(metadata) | _numbers(predictions, trained, train_targets)
     text = json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False)
     # File names may contain bytes that are not UTF-8.
@@ -79,11 +79,11 @@ def _numbers(predictions: Predictions, trained: TrainedModel, train_targets: Seq
         "accuracy": predictions.accuracy,
         "classes": classes,
         "confusion": confusion.tolist(),
-        "errors": [_error(predictions, i) for i in predictions.worst_errors(ERROR_COLUMNS * ERROR_ROWS)],
+        "errors": [describe_error(predictions, i) for i in predictions.worst_errors(ERROR_COLUMNS * ERROR_ROWS)],
     }
 
 
-def _error(predictions: Predictions, i: int) -> dict[str, Any]:
+def describe_error(predictions: Predictions, i: int) -> dict[str, Any]:
     return {
         "image": str(predictions.images.images.sources[i]),
         "label": predictions.labels[int(predictions.targets[i])],
@@ -115,7 +115,7 @@ def _draw_curves(trained: TrainedModel) -> Figure:
     return figure
 
 
-def _draw_confusion(predictions: Predictions) -> Figure:
+def draw_confusion(predictions: Predictions) -> Figure:
     counts = predictions.confusion()
     k = len(predictions.labels)
     side = min(max(4.5, 0.32 * k + 2.5), 14)
@@ -138,7 +138,7 @@ def _draw_confusion(predictions: Predictions) -> Figure:
     return figure
 
 
-def _draw_errors(predictions: Predictions) -> Figure:
+def draw_errors(predictions: Predictions) -> Figure:
     worst = predictions.worst_errors(ERROR_COLUMNS * ERROR_ROWS)
     if not worst:
         figure = Figure(figsize=(6, 1.5))
@@ -156,7 +156,7 @@ def _draw_errors(predictions: Predictions) -> Figure:
 
 def _draw_error(axes: Axes, predictions: Predictions, i: int) -> None:
     pixels, _ = predictions.images[i]
-    error = _error(predictions, i)
+    error = describe_error(predictions, i)
     axes.imshow(pixels.permute(1, 2, 0).numpy())  # after resizing and cropping
     axes.set_title(
         f"true {_short(error['label'])}\npredicted {_short(error['predicted'])} ({error['score']:.0%})",
@@ -166,7 +166,13 @@ def _draw_error(axes: Axes, predictions: Predictions, i: int) -> None:
 
 
 def _title(predictions: Predictions) -> str:
-    kind = {"test": "test images", "validation": "validation images", "train": "training images (none held out)"}
+    kind = {
+        "test": "test images",
+        "validation": "validation images",
+        "train": "training images (none held out)",
+        "left out": "left-out images",
+        "held out": "held-out images",
+    }
     return f"{predictions.accuracy:.1%} of {len(predictions.targets)} {kind[predictions.split]} correct"
 
 
@@ -174,7 +180,7 @@ def _short(label: str) -> str:
     return label if len(label) <= MAX_LABEL_CHARACTERS else label[: MAX_LABEL_CHARACTERS - 1] + "…"
 
 
-def _png(figure: Figure) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # matplotlib draws a box instead of a missing glyph; report.json has the label.

@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from ..backbone import Backbone
 from ..data.errors import DataError
 from ..data.image_set import ImageTensors
-from .inference import pooled_features
+from ..training.inference import pooled_features
 
 INVERSE_PENALTIES = [1e-3, 1e-2, 1e-1, 1, 10]  # candidates for C, the inverse strength of the L2 penalty
 MAX_ITERATIONS = 5000

@@ -13,10 +13,10 @@ from adapters import Backbone, KarstConfig, attach
 from adapters.data.image_set import EncodedImage, ImageSet, ImageTensors
 from adapters.data.images import decode_image
 from adapters.data.layouts import Split
+from adapters.evaluation.report import FILES, write_report
+from adapters.paper.selection import EpochResult
+from adapters.paper.train import TrainedModel
 from adapters.training.inference import Predictions
-from adapters.training.report import FILES, write_report
-from adapters.training.selection import EpochResult
-from adapters.training.train import TrainedModel
 from tests.support.models import PREPROCESS, png
 
 

@@ -5,7 +5,7 @@ import pytest
 from adapters import Backbone, DataError
 from adapters.data.image_set import ImageSet, ImageTensors
 from adapters.data.images import preprocess_of
-from adapters.training.linear_probe import linear_probe
+from adapters.evaluation.linear_probe import linear_probe
 
 
 def test_linear_probe_returns_the_test_accuracy_when_labels_are_right_or_wrong(

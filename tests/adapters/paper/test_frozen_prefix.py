@@ -9,9 +9,9 @@ from torch import nn
 
 from adapters import Backbone, KarstConfig, attach, load_backbone
 from adapters.data.image_set import ImageTensors
-from adapters.training.frozen_prefix import find_prefix
-from adapters.training.recipe import Recipe
-from adapters.training.train import train_model
+from adapters.paper.frozen_prefix import find_prefix
+from adapters.paper.recipe import Recipe
+from adapters.paper.train import train_model
 from tests.support.models import local_backbone, random_pixels
 
 LAST_BLOCKS = KarstConfig(kernels=1, rank=4, sites=("blocks.[45].*",))

@@ -1,0 +1,54 @@
+"""Where a training writes, and what every report says about how the adapter was made."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..data.errors import DataError
+from ..format.file import Adapter
+
+VERSIONED_PACKAGES = ("karst-hub", "torch", "timm", "numpy", "pillow")
+
+
+def report_folder(output: Path) -> Path:
+    """Return the folder of an adapter's report: `flowers.report` beside `flowers.safetensors`.
+
+    Raises:
+        DataError: the adapter or its report cannot be written there.
+    """
+    folder = output.with_name(f"{output.name.removesuffix('.safetensors')}.report")
+    if not output.absolute().parent.is_dir():
+        raise DataError(f"{output}: the folder {output.absolute().parent} does not exist; create it, or change --out")
+    if output.is_dir():
+        raise DataError(f"{output}: is a folder; --out must name a file")
+    if folder.exists() and not folder.is_dir():
+        raise DataError(
+            f"{folder}: is a file, but the report needs a folder of this name; move the file, or change --out"
+        )
+    return folder
+
+
+def checkpoint_file(output: Path) -> Path:
+    """Return the checkpoint file of a training in progress: `flowers.checkpoint` beside `flowers.safetensors`."""
+    return output.with_name(f"{output.name.removesuffix('.safetensors')}.checkpoint")
+
+
+def described(adapter: Adapter) -> dict[str, Any]:
+    return {
+        "digest": adapter.digest,
+        "backbone": adapter.backbone,
+        "fingerprint": adapter.fingerprint,
+        "config": adapter.config.model_dump(mode="json"),
+        "preprocess": adapter.preprocess,
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in VERSIONED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a source tree on the path, without an installed package
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,246 @@
+"""Training of KARST in optimiser steps, from the instant head, on a part of an image set.
+
+The head starts as the instant head, so step 0 has its accuracy. Steps count, not epochs: nothing is dropped, and a set
+smaller than a batch is one batch. Every class has the same weight in the loss.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ..backbone import Backbone, features
+from ..data.image_set import ImageTensors
+from ..data.images import normalise_for
+from ..data.splitting import Fold
+from ..method.config import KarstConfig
+from ..method.karst import KarstModel, attach
+from .augmentation import KINDS, augment, keeps_labels
+from .inference import BATCH_SIZE as EVALUATION_BATCH
+from .instant import InstantHead
+
+CHECKPOINTS = 5  # evaluations of the held-out images in one training
+SEARCH_PART = 0.5  # of the steps, for each learning rate of the search
+MAX_PROBED = 500  # images for the test of augmentation
+MAX_REFERENCE = 200  # training images per checkpoint whose adapted features are kept, for typicality
+RESERVE = 0.9  # share of the budget that is planned; the rest absorbs noise
+DIVERGED = 3.0  # a mean loss above this many times 1 + ln(K) ends a training
+WINDOW = 5  # steps of that mean
+
+
+class KarstRecipe(BaseModel):
+    """Hyperparameters of the recipe `karst`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learning_rates: tuple[float, ...] = Field((1e-3, 4e-3), min_length=1, description="searched on the first fold")
+    head_rate: float = Field(0.01, ge=0, description="learning rate of the head, relative to the size of its weights")
+    batch_size: int = Field(16, ge=1, description="images per step")
+    passes: float = Field(16, gt=0, description="steps times batch size, relative to the number of images, at most")
+    min_steps: int = Field(60, ge=1, description="steps of one training, if the budget allows them")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay of AdamW")
+    folds: int = Field(3, ge=2, description="parts of cross-validation")
+    seed: int = Field(0, ge=0, description="seed of the initial values, the order of images and augmentation")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation: the optimiser steps so far, the mean training loss since the last one, held-out accuracy."""
+
+    step: int
+    loss: float
+    accuracy: float
+
+
+class RefineWatch:
+    """Progress callbacks of `refine`. Override any of them; each does nothing by default."""
+
+    def planned(self, steps: int, seconds: float) -> None:
+        """Called when the first steps are timed: optimiser steps in all, and the seconds that they will take."""
+
+    def stepped(self, stage: str, loss: float) -> None:
+        """Called after each optimiser step: what the step belongs to, and its loss."""
+
+
+@dataclass
+class Run:
+    """One training, evaluated at `CHECKPOINTS` steps."""
+
+    model: KarstModel
+    diverged: bool = False
+    points: list[Point] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)  # of the held-out images
+    features: list[Tensor] = field(default_factory=list)  # (m, D), of the same images
+    references: list[Tensor] = field(default_factory=list)  # features of training images
+
+
+class StepTrainer:
+    """Trains KARST on parts of one image set."""
+
+    def __init__(
+        self, backbone: Backbone, images: ImageTensors, config: KarstConfig, recipe: KarstRecipe, watch: RefineWatch
+    ) -> None:
+        self.targets = torch.tensor(images.images.targets)
+        self.classes = len(images.images.labels)
+        self.kinds: tuple[str, ...] = ()
+        self._backbone, self._images, self._config = backbone, images, config
+        self._recipe, self._watch = recipe, watch
+
+    def suitable_augmentation(self, fold: Fold, head: InstantHead, frozen: Tensor) -> tuple[str, ...]:
+        """Return the kinds of augmentation after which the fold's head still recognises the held-out images."""
+        held = fold[1][:MAX_PROBED]
+        targets = self.targets[held]
+        right = (frozen[held] @ head.weight.T + head.bias).argmax(1) == targets
+        generator = torch.Generator().manual_seed(self._recipe.seed)
+        found = []
+        for kind in KINDS:
+            augmented = self._frozen_features(held, kind, generator)
+            if keeps_labels(right, (augmented @ head.weight.T + head.bias).argmax(1) == targets):
+                found.append(kind)
+        return tuple(found)
+
+    def plan(
+        self, head: InstantHead, folds: Sequence[Fold], left_s: float, clock: Callable[[], float]
+    ) -> tuple[int, float]:
+        """Return the steps of one training that fit into the time left, and the seconds of one step."""
+        recipe = self._recipe
+        kept = folds[0][0]
+        run = self._steps(kept, head, recipe.learning_rates[0], 4)
+        next(run)  # the first step allocates memory
+        began = clock()
+        for _ in run:
+            pass
+        step_s = (clock() - began) / 3
+        batch = min(recipe.batch_size, len(kept))
+        wanted = max(recipe.min_steps, round(recipe.passes * len(kept) / batch))
+        # An evaluation costs a third of a step per image; each fold is evaluated CHECKPOINTS times.
+        evaluated = sum(len(held) + min(len(kept), MAX_REFERENCE) for kept, held in folds) + len(folds[0][1])
+        evaluation_s = CHECKPOINTS * evaluated * step_s / batch / 3
+        fits = (left_s * RESERVE - evaluation_s) / step_s / trainings(len(folds), recipe)
+        return min(wanted, int(fits)), step_s
+
+    def search(self, fold: Fold, head: InstantHead, steps: int) -> tuple[float | None, tuple[float, ...]]:
+        """Return the learning rate with the best held-out likelihood, and those that diverged."""
+        losses: dict[float, float] = {}
+        diverged = []
+        rates = self._recipe.learning_rates
+        for rate in rates:
+            if len(rates) == 1:
+                return rate, ()
+            run = self.train(fold, head, rate, steps, f"learning rate {rate:g}")
+            if run.diverged:
+                diverged.append(rate)
+            else:
+                losses[rate] = min(float(F.cross_entropy(x, self.targets[fold[1]])) for x in run.logits)
+        return min(losses, key=lambda rate: losses[rate]) if losses else None, tuple(diverged)
+
+    def train(self, fold: Fold, head: InstantHead, rate: float, steps: int, stage: str) -> Run:
+        """Train on one part and evaluate the other."""
+        kept, held = fold
+        run: Run | None = None
+        marks = {round(steps * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)}
+        losses: list[float] = []
+        since = 0
+        reference = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[:MAX_REFERENCE]]
+        for number, (model, loss) in enumerate(self._steps(kept, head, rate, steps), 1):
+            run = run or Run(model)
+            losses.append(loss)
+            self._watch.stepped(stage, loss)
+            window = losses[-WINDOW:]
+            limit = DIVERGED * (1 + math.log(max(self.classes, 2)))
+            if not math.isfinite(loss) or (len(window) == WINDOW and sum(window) / WINDOW > limit):
+                run.diverged = True
+                break
+            if number in marks and len(held):
+                logits, pooled = self._evaluate(model, held)
+                run.logits.append(logits)
+                run.features.append(pooled)
+                run.references.append(self._evaluate(model, reference)[1])
+                accuracy = float((logits.argmax(1) == self.targets[held]).double().mean())
+                run.points.append(Point(number, sum(losses[since:]) / len(losses[since:]), accuracy))
+                since = len(losses)
+                if not logits.isfinite().all():
+                    run.diverged = True
+                    break
+        assert run is not None  # noqa: S101 (steps is at least 1)
+        run.model.eval()
+        return run
+
+    def _steps(self, kept: Tensor, head: InstantHead, rate: float, steps: int) -> Iterator[tuple[KarstModel, float]]:
+        """Yield the model and the loss after each optimiser step."""
+        recipe, backbone = self._recipe, self._backbone
+        generator = torch.Generator().manual_seed(recipe.seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            model = attach(backbone, self._config, self.classes)
+        with torch.no_grad():
+            model.head.weight.copy_(head.weight)
+            model.head.bias.copy_(head.bias)
+        own = [p for name, p in model.named_parameters() if not name.startswith("head.")]
+        head_rate = recipe.head_rate * float(head.weight.square().mean().sqrt())
+        optimizer = torch.optim.AdamW(
+            [{"params": own, "lr": rate}, {"params": list(model.head.parameters()), "lr": head_rate}],
+            weight_decay=recipe.weight_decay,
+        )
+        warmup = max(1, steps // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: min((step + 1) / warmup, 1) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))),
+        )
+        counts = torch.bincount(self.targets[kept], minlength=self.classes).float()
+        weights = (len(kept) / (self.classes * counts.clamp_min(1))).to(backbone.device)
+        batch = min(recipe.batch_size, len(kept))
+        order = kept[:0]
+        model.train()
+        for _ in range(steps):
+            if len(order) < batch:
+                order = torch.cat([order, kept[torch.randperm(len(kept), generator=generator)]])
+            index, order = order[:batch], order[batch:]
+            pixels = augment(self._pixels(index), self.kinds, generator)
+            targets = self.targets[index].to(backbone.device)
+            logits = model(normalise_for(backbone, pixels))
+            loss = F.cross_entropy(logits.float(), targets, weights)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            yield model, loss.item()
+
+    @torch.inference_mode()
+    def _evaluate(self, model: KarstModel, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (m, K) and adapted features (m, D) of these images."""
+        model.eval()
+        logits, pooled = [], []
+        for part in torch.split(index, EVALUATION_BATCH):
+            found = features(model.frozen, normalise_for(self._backbone, self._pixels(part)))
+            pooled.append(found.float().cpu())
+            logits.append(model.head(found.to(model.head.weight.dtype)).float().cpu())
+        model.train()
+        return torch.cat(logits), torch.cat(pooled)
+
+    @torch.inference_mode()
+    def _frozen_features(self, index: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+        return torch.cat(
+            [
+                features(
+                    self._backbone.model,
+                    normalise_for(self._backbone, augment(self._pixels(part), (kind,), generator)),
+                )
+                .float()
+                .cpu()
+                for part in torch.split(index, EVALUATION_BATCH)
+            ]
+        )
+
+    def _pixels(self, index: Tensor) -> Tensor:
+        return torch.stack([self._images[int(i)][0] for i in index])
+
+
+def trainings(folds: int, recipe: KarstRecipe) -> float:
+    """Return the work of all trainings, in units of one: the search, the folds and the final one."""
+    search = SEARCH_PART * len(recipe.learning_rates) if len(recipe.learning_rates) > 1 else 0.0
+    return search + folds + 1

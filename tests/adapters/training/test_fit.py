@@ -1,0 +1,148 @@
+"""`adapters.fit` with the recipes `instant`, `karst` and `auto`, from folders of images to files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters import Adapter, Backbone, Bank, ConfigError, KarstConfig, load_backbone
+from adapters.data.images import normalise_for
+from adapters.demo.tasks import digits
+from adapters.evaluation.html_report import FILES
+from adapters.training.auto import Classifier
+from adapters.training.fit import NotBetterThanChance, Watch, fit
+from adapters.training.steps import KarstRecipe
+from tests.support.image_sets import coloured_images
+from tests.support.models import coloured_noise
+
+CLASSES = ("0", "1", "4")
+QUICK = KarstRecipe(min_steps=5, passes=1, learning_rates=(1e-3,))
+
+
+class Log(Watch):
+    """Record of the callbacks."""
+
+    def __init__(self) -> None:
+        self.classifiers: list[Classifier] = []
+        self.steps = 0
+
+    def instant(self, classifier: Classifier) -> None:
+        self.classifiers.append(classifier)
+
+    def stepped(self, stage: str, loss: float) -> None:
+        self.steps += 1
+
+
+@pytest.fixture(scope="module")
+def demo() -> Backbone:
+    return load_backbone("demo")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits"), 0, 8)
+
+
+def write_digits(root: Path, start: int, count: int) -> Path:
+    """Write some of scikit-learn's digits as class folders."""
+    images, labels = digits()
+    for label in CLASSES:
+        (root / label).mkdir(parents=True)
+        chosen = [image for image, own in zip(images, labels, strict=True) if own == label]
+        for i, image in enumerate(chosen[start : start + count]):
+            image.save(root / label / f"{i}.png")
+    return root
+
+
+def test_instant_writes_a_head_with_calibration_and_a_report(demo: Backbone, data: Path, tmp_path: Path) -> None:
+    test = write_digits(tmp_path / "test", 8, 3)
+    log = Log()
+    done = fit(data, tmp_path / "c.safetensors", backbone=demo, recipe="instant", test=test, watch=log)
+    adapter = Adapter.read(done.file)
+    assert adapter.config.kernels == 0
+    assert set(adapter.layers) == set()
+    assert "typicality.mean" in adapter.tensors
+    assert adapter.coverage is not None
+    assert adapter.metrics is not None
+    assert adapter.metrics["leave_one_out_accuracy"] == 1.0
+    assert adapter.metrics["test_accuracy"] == 1.0
+    low, high = adapter.metrics["leave_one_out_interval"]
+    assert 0.8 < low < high == 1.0
+    assert adapter.metrics["classes"]["0"]["images"] == 8
+    assert sorted(path.name for path in done.report.iterdir()) == sorted(FILES)
+    assert log.steps == 0
+    assert len(log.classifiers) == 1
+
+
+def test_report_is_one_page_without_links_to_other_files(demo: Backbone, data: Path, tmp_path: Path) -> None:
+    done = fit(data, tmp_path / "c.safetensors", backbone=demo, recipe="instant")
+    page = (done.report / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page.replace("</html>", "")
+    assert "100.0% of 24 left-out images are right" in page
+    numbers = json.loads((done.report / "report.json").read_text())
+    assert [images for images, _ in numbers["learning_curve"]] == [6, 12, 24]
+    assert numbers["learning_curve"][-1] == [24, 1.0]
+    assert numbers["advice"]
+    assert numbers["digest"] == done.adapter.digest
+
+
+def test_bank_serves_the_head_with_typicality_beside_other_adapters(demo: Backbone, data: Path, tmp_path: Path) -> None:
+    head = fit(data, tmp_path / "c.safetensors", backbone=demo, recipe="instant").adapter
+    bank = Bank(demo, slots=2)
+    own = bank.put(head)
+    from tests.support.models import random_adapter
+
+    other = bank.put(random_adapter(demo, classes=4))
+    images = coloured_images(tmp_path / "more", count=1, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (2, *demo.input_size), dtype=torch.uint8, generator=generator)
+    assert len(images) == 3
+    alone = bank.score(normalise_for(demo, pixels), [own, own])
+    mixed = bank.score(normalise_for(demo, pixels), [own, other])
+    merged = head.merge(demo)
+    with torch.inference_mode():
+        expected = merged(normalise_for(demo, pixels))
+    for scores in (alone[0], mixed[0]):
+        torch.testing.assert_close(scores.logits, expected[0], rtol=1e-3, atol=1e-3)
+        assert scores.typicality is not None
+        assert 0 <= scores.typicality < 0.01  # noise is no digit
+    assert mixed[1].typicality is None
+
+
+def test_auto_writes_the_instant_adapter_before_karst(demo: Backbone, data: Path, tmp_path: Path) -> None:
+    written: list[str] = []
+
+    class Reading(Log):
+        def instant(self, classifier: Classifier) -> None:
+            written.append(Adapter.read(tmp_path / "c.safetensors").digest)
+            assert classifier.adapter.digest == written[0]
+
+    log = Reading()
+    options = {"config": KarstConfig(kernels=1), "karst": QUICK, "budget_s": 600.0}
+    done = fit(data, tmp_path / "c.safetensors", backbone=demo, watch=log, **options)  # type: ignore[arg-type]
+    assert len(written) == 1
+    assert log.steps > 0
+    # All left-out images are right already, so KARST cannot be better.
+    assert done.adapter.config.kernels == 0
+    assert "not better" in done.metrics["comparison"]
+    assert "KARST is not better" in (done.report / "report.html").read_text()
+
+
+def test_adapter_that_is_not_better_than_chance_is_an_error_and_is_kept(demo: Backbone, tmp_path: Path) -> None:
+    grey = dict.fromkeys(("a", "b"), (120, 120, 120))
+    noise = coloured_noise(tmp_path / "noise", grey, 10, seed=5)
+    output = tmp_path / "n.safetensors"
+    with pytest.raises(NotBetterThanChance, match=r"not better than a constant answer.*n\.rejected\.safetensors"):
+        fit(noise, output, backbone=demo, recipe="instant")
+    assert not output.exists()
+    assert Adapter.read(tmp_path / "n.rejected.safetensors").labels == ("a", "b")
+    assert (tmp_path / "n.report" / "report.html").exists()
+
+
+@pytest.mark.parametrize("option", ["val_fraction", "devices", "resume"])
+def test_option_of_the_paper_recipe_is_refused_by_name(demo: Backbone, data: Path, tmp_path: Path, option: str) -> None:
+    values = {"val_fraction": 0.1, "devices": 2, "resume": True}
+    with pytest.raises(ConfigError, match=f"{option} belongs to the recipe `paper`"):
+        fit(data, tmp_path / "c.safetensors", backbone=demo, **{option: values[option]})  # type: ignore[arg-type]
