@@ -66,6 +66,12 @@ def accuracy_interval(right: int, images: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def paired_gain(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Return the mean gain in accuracy over the same images, bool (m,) each, and its standard error."""
+    gained = after.double() - before.double()
+    return float(gained.mean()), float(gained.std()) / math.sqrt(len(gained)) if len(gained) > 1 else 1.0
+
+
 def coverage_table(probabilities: Tensor, targets: Tensor) -> list[tuple[float, float]]:
     """Return pairs (coverage, threshold): labels at or above the threshold cover that share of images.
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..evaluation.calibration import paired_gain
+
 MAX_SHIFT = 1 / 12  # of the side
 MAX_ZOOM = 0.15
 MAX_LIGHT = 0.2  # relative change of brightness and contrast
@@ -69,6 +71,5 @@ def keeps_labels(right: Tensor, right_augmented: Tensor) -> bool:
         right: bool (n,), whether each original is recognised.
         right_augmented: bool (n,), the same of the augmented images.
     """
-    lost = right.double() - right_augmented.double()
-    error = float(lost.std()) / len(lost) ** 0.5 if len(lost) > 1 else 1.0
-    return float(lost.mean()) <= error
+    gain, error = paired_gain(right, right_augmented)
+    return -gain <= error

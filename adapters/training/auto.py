@@ -31,7 +31,6 @@ from .steps import KarstRecipe, RefineWatch
 HEAD_ONLY = KarstConfig(kernels=0, rescale="none")
 CURVE_PARTS = (0.25, 0.5, 1.0)  # of the images, in the learning curve
 MIN_CURVE_IMAGES = 2  # per class and part
-FEW_IMAGES = 10  # a class with fewer is named before training
 
 
 @dataclass(frozen=True)

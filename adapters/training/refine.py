@@ -23,7 +23,7 @@ from torch import Tensor
 from ..backbone import Backbone
 from ..data.image_set import ImageTensors
 from ..data.splitting import Fold, stratified_folds
-from ..evaluation.calibration import accuracy_interval
+from ..evaluation.calibration import accuracy_interval, paired_gain
 from ..method.config import KarstConfig
 from ..method.karst import KarstModel
 from .instant import fit_head
@@ -177,12 +177,6 @@ def refine(
         references=tuple(run.references[best] for run in runs),
         fold_sizes=tuple(len(held) for _, held in folds),
     )
-
-
-def paired_gain(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """Return the mean gain in accuracy over the same images, bool (m,) each, and its standard error."""
-    gained = after.double() - before.double()
-    return float(gained.mean()), float(gained.std()) / math.sqrt(len(gained)) if len(gained) > 1 else 1.0
 
 
 def _given_fold(train: int, total: int) -> Iterator[Fold]:

@@ -9,8 +9,9 @@ from torch import Tensor
 from adapters import Backbone, KarstConfig
 from adapters.data.image_set import ImageTensors
 from adapters.data.splitting import stratified_folds
+from adapters.evaluation.calibration import paired_gain
 from adapters.training.inference import pooled_features
-from adapters.training.refine import HeldOut, paired_gain, refine
+from adapters.training.refine import HeldOut, refine
 from adapters.training.steps import KarstRecipe, RefineWatch
 
 QUICK = KarstRecipe(min_steps=10, passes=1, learning_rates=(3e-3,))
