@@ -111,9 +111,15 @@ def command(pid: int) -> str:
 
 
 def environment_of(pid: int) -> dict[str, str]:
-    """Return the environment of a process, or nothing when it has ended."""
+    """Return the environment that a process started with.
+
+    Nothing is returned for a process that has ended, or that has overwritten its environment: Ray's agents and
+    Redis write a title over their command line, and a title longer than that continues into the environment.
+    """
     try:
         text = Path(f"/proc/{pid}/environ").read_bytes().decode()
     except OSError:
+        return {}
+    if text.startswith("\0"):
         return {}
     return dict(entry.split("=", 1) for entry in text.split("\0") if "=" in entry)
