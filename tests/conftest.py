@@ -36,10 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _place(item: pytest.Item) -> int:
-    """Return the rank of a test: hubs, the test that stops the shared hub, trainings, all others."""
+    """Return the rank of a test: hubs, the test that stops the shared hub, Prometheus, trainings, all others."""
     folder = item.path.relative_to(HERE).parts[0]
     if folder == "system":
         return 1 if "restarted" in getattr(item, "fixturenames", ()) else 0
+    if folder == "alerts":  # waits for ten minutes, so the second process must start with it
+        return 1
     return 2 if folder == "adapters" else 3
 
 

@@ -5,6 +5,12 @@ from ..observability.request_context import RequestContext
 
 MAX_TENANT_LABELS = MAX_TASK_LABELS = 50
 NO_TENANT = "none"  # label value of requests with an admin key or without a valid key
+STARTED = {  # series that exist before their first event, so that dashboards show 0 instead of "No data"
+    "karst_requests": [{"status": status} for status in ("2xx", "4xx", "5xx")],
+    "karst_errors": [{"type": "unavailable"}],
+    "karst_limits_hit": [{"limit": "requests_per_second"}],
+    "karst_images": [{"task": "none"}],
+}
 TIMED_PARTS = ("load", "queue", "compute")
 
 
@@ -16,6 +22,9 @@ class GatewayMetrics:
         self._counters, _, self._histograms = make_instruments(GATEWAY, types)
         self._tenants = BoundedLabel(MAX_TENANT_LABELS)
         self._tasks = BoundedLabel(MAX_TASK_LABELS)
+        for name, series in STARTED.items():
+            for tags in series:
+                self._counters[name].start({"tenant": NO_TENANT} | tags)
 
     def record(self, context: RequestContext, status: int, seconds: float) -> None:
         """Record a request. Only successful classifications are timed.

@@ -134,12 +134,19 @@ def autoscaling_config(**options: Any) -> "AutoscalingConfig":
 
 
 def ray_metrics() -> "MetricTypes":
-    """Return the metric types of Ray Serve. Serve adds the labels of the replica that creates a metric."""
+    """Return the metric types of Ray Serve. Serve adds the labels of the replica that creates a metric.
+
+    `Counter.inc` of Ray refuses 0, so `start` calls the private `_record` below it.
+    """
     from ray.serve import metrics
 
     from ..observability.metrics import MetricTypes
 
-    return MetricTypes(metrics.Counter, metrics.Gauge, metrics.Histogram)
+    class Counter(metrics.Counter):
+        def start(self, tags: dict[str, str] | None = None) -> None:
+            self._record(0.0, tags=tags)
+
+    return MetricTypes(Counter, metrics.Gauge, metrics.Histogram)
 
 
 # Gateway --------------------------------------------------------------------------------------------------------------

@@ -72,6 +72,9 @@ class Counter(Protocol):
     def inc(self, value: float = ..., tags: dict[str, str] = ...) -> None:
         """Add a positive number to the series with these labels."""
 
+    def start(self, tags: dict[str, str] = ...) -> None:
+        """Export the series with these labels at 0; otherwise it is absent until its first event."""
+
 
 class Gauge(Protocol):
     """A number that changes in both directions."""

@@ -26,6 +26,8 @@ class WorkerMetrics:
         """Create the metrics. In a Serve replica, because Serve adds the labels of the replica that creates them."""
         self._counters, self._gauges, self._histograms = make_instruments(WORKER, types)
         self._recorded = dict.fromkeys((*COUNTERS, "karst_adapter_store_reads"), 0.0)
+        for counter in self._counters.values():
+            counter.start()
 
     def record_pass(self, images: int, adapters: int, queue_ms: float, compute_ms: float) -> None:
         """Record a forward pass.

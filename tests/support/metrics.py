@@ -21,12 +21,17 @@ class RecordedMetric:
 
     inc = set = observe = record
 
+    def start(self, tags: Mapping[str, str] = MappingProxyType({})) -> None:
+        assert set(tags) == self._labels, self._name
+        self._recorder.started.add((self._name, *tags.values()))
+
 
 class Recorder:
     """All recorded values, by name and label values."""
 
     def __init__(self) -> None:
         self.values: dict[tuple[str, ...], list[float]] = {}
+        self.started: set[tuple[str, ...]] = set()  # series that were exported at 0
 
     def types(self) -> MetricTypes:
         return MetricTypes(self._make, self._make, self._make)

@@ -6,6 +6,7 @@ from hub.cluster.gateway_metrics import MAX_TASK_LABELS, MAX_TENANT_LABELS, Gate
 from hub.cluster.ray_compat import ray_metrics
 from hub.observability.metrics import ALL, make_instruments
 from hub.observability.request_context import RequestContext
+from hub.worker.metrics import WorkerMetrics
 from tests.support.metrics import Recorder
 
 
@@ -43,6 +44,13 @@ def test_a_refusal_is_counted_by_type_and_limit() -> None:
     }
 
 
+def test_every_counter_has_a_series_before_its_first_event() -> None:
+    recorder = Recorder()
+    GatewayMetrics(recorder.types())
+    WorkerMetrics(recorder.types())
+    assert {name for name, *_ in recorder.started} == {metric.name for metric in ALL if metric.kind == "counter"}
+
+
 def test_labels_are_bounded_when_thousands_of_tenants_and_tasks_send_requests() -> None:
     recorder = Recorder()
     metrics = GatewayMetrics(recorder.types())
@@ -60,6 +68,7 @@ def test_rays_metric_types_accept_every_metric_of_the_hub() -> None:
     instruments = make_instruments(ALL, ray_metrics())
     labels = {metric.name: dict.fromkeys(metric.labels, "x") for metric in ALL}
     for name, counter in instruments.counters.items():
+        counter.start(labels[name])
         counter.inc(1.5, labels[name])
     for name, gauge in instruments.gauges.items():
         gauge.set(2, labels[name])

@@ -1,23 +1,19 @@
 """Metrics: bounded labels, and dashboards and alerts that use only exported names and labels."""
 
 import json
-import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from hub.observability.metrics import ALL, OTHER, BoundedLabel
+from tests.support.dashboards import DASHBOARD, DEPLOY, RULES, alert_expressions, dashboard_expressions, names_in
 
-DEPLOY = Path(__file__).parents[3] / "deploy"
-DASHBOARD = DEPLOY / "grafana" / "dashboards" / "karst-hub.json"
-RULES = DEPLOY / "prometheus" / "rules.yaml"
 CONFIGS = [DEPLOY / "prometheus" / name for name in ("prometheus.yml", "cluster.yml")]
-PROMQL_WORDS = {"by", "without", "on", "ignoring", "and", "or", "unless", "bool", "offset"}
 SERVE_LABELS = {"deployment", "replica", "application"}  # added by Ray Serve
 
 
@@ -39,36 +35,10 @@ def test_a_label_has_no_more_values_than_its_limit() -> None:
     assert len(values) == 4
 
 
-def names_in(expression: str) -> Iterator[tuple[str, set[str]]]:
-    """Yield each metric of a PromQL expression, with the labels that select or group it."""
-    bare = re.sub(r'"[^"]*"', '""', expression)
-    grouped = {w for group in re.findall(r"\b(?:by|without)\s*\(([^)]*)\)", bare) for w in re.findall(r"\w+", group)}
-    bare = re.sub(r"\b(?:by|without)\s*\([^)]*\)", " ", bare)
-    bare = re.sub(r"\[[^\]]*\]", " ", bare)
-    for name, matchers in re.findall(r"\b([a-zA-Z_:][\w:]*)\b(?!\s*\()\s*(\{[^}]*\})?", re.sub(r"\$\w+", "1", bare)):
-        inside = any(name in group for group in re.findall(r"\{([^}]*)\}", bare))
-        if name not in PROMQL_WORDS and not inside:
-            yield name, grouped | set(re.findall(r"(\w+)\s*[=!]", matchers))
-
-
 def test_names_in_yields_names_and_labels() -> None:
     found = dict(names_in('sum by (le, a) (rate(x_bucket{b=~"$c",d!="y_z"}[$__rate_interval])) / vector(0) > z'))
     assert found == {"x_bucket": {"le", "a", "b", "d"}, "z": {"le", "a"}}
     assert list(names_in("histogram_quantile(0.99, sum by (le) (rate(m_bucket[5m]))) > 2")) == [("m_bucket", {"le"})]
-
-
-def dashboard_expressions() -> list[str]:
-    dashboard = json.loads(DASHBOARD.read_text())
-    variables = [v["definition"] for v in dashboard["templating"]["list"]]
-    queries = [re.fullmatch(r"label_values\((\w+), (\w+)\)", v) for v in variables]
-    assert all(queries)
-    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])] + [
-        f"sum by ({m[2]}) ({m[1]})" for m in queries if m
-    ]
-
-
-def alert_expressions() -> list[str]:
-    return [rule["expr"] for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 
 
 @pytest.mark.parametrize("expressions", [dashboard_expressions, alert_expressions])
@@ -120,3 +90,59 @@ def test_promtool_accepts_dashboard_and_alerts(tmp_path: Path) -> None:
     for arguments in (["rules", str(RULES), str(rules)], ["config", *map(str, CONFIGS)]):
         done = subprocess.run(["promtool", "check", *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+HEALTHY = {
+    "ray_karst_slots": "64x30",
+    "ray_karst_images_waiting": "4x30",
+    'ray_karst_requests_total{tenant="a", status="2xx"}': "0+600x30",
+    'ray_karst_requests_total{tenant="none", status="5xx"}': "0x30",
+    'ray_karst_errors_total{tenant="none", type="unavailable"}': "0x30",
+    'ray_karst_limits_hit_total{tenant="a", limit="requests_per_second"}': "0+6x30",
+    'ray_karst_request_seconds_bucket{tenant="a", le="1"}': "0+600x30",
+    'ray_karst_request_seconds_bucket{tenant="a", le="5"}': "0+600x30",
+    'ray_karst_request_seconds_bucket{tenant="a", le="+Inf"}': "0+600x30",
+    "ray_karst_adapter_hits_total": "0+600x30",
+    "ray_karst_adapter_evictions_total": "0+6x30",
+    "ray_karst_adapter_failures_total": "0x30",
+    "ray_karst_adapter_loads_total": "0+6x30",
+    "ray_karst_adapter_load_seconds_total": "0+1x30",
+}  # series -> values a minute apart
+FAULTS: dict[str, dict[str, str | None]] = {  # alert -> what differs; None: the series is absent
+    "KarstHubNoMetrics": {"ray_karst_slots": None},
+    "KarstHubFailing": {'ray_karst_requests_total{tenant="none", status="5xx"}': "0+10x30"},
+    "KarstHubUnavailable": {'ray_karst_errors_total{tenant="none", type="unavailable"}': "0+120x30"},
+    "KarstHubSlow": {'ray_karst_request_seconds_bucket{tenant="a", le="1"}': "0+500x30"},
+    "KarstHubQueues": {"ray_karst_images_waiting": "40x30"},
+    "KarstHubThrashing": {"ray_karst_adapter_evictions_total": "0+300x30"},
+    "KarstHubLoadsFail": {"ray_karst_adapter_failures_total": "0+6x30"},
+    "KarstHubColdLoadsSlow": {"ray_karst_adapter_load_seconds_total": "0+30x30"},
+    "KarstHubTenantAtItsLimit": {'ray_karst_limits_hit_total{tenant="a", limit="requests_per_second"}': "0+120x30"},
+}
+
+
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool (Debian's package `prometheus`) is not installed"
+)
+def test_each_fault_raises_its_alert_and_a_healthy_hub_none(tmp_path: Path) -> None:
+    rules = yaml.safe_load(RULES.read_text())
+    assert set(FAULTS) == {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
+    cases = [
+        {
+            "name": alert or "healthy",
+            "interval": "1m",
+            "input_series": [{"series": s, "values": v} for s, v in (HEALTHY | fault).items() if v is not None],
+            "promql_expr_test": [
+                {
+                    "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
+                    "eval_time": "29m",
+                    "exp_samples": [{"labels": f'{{alertname="{alert}"}}', "value": 1}] if alert else [],
+                }
+            ],
+        }
+        for alert, fault in {"": {}, **FAULTS}.items()
+    ]
+    file = tmp_path / "cases.yaml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": cases}))
+    done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
