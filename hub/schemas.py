@@ -26,8 +26,36 @@ Reference = Annotated[str, Field(max_length=63)]  # a version's number or an ali
 Weight = Annotated[int, Field(ge=1, le=1_000_000), NUMBER]
 
 
+# Metrics of a version: prefix of the names, name of the number of images, and what these images are; best first.
+ACCURACIES: tuple[
+    tuple[str, str, Literal["test images", "held-out images", "left-out images", "validation images"]], ...
+] = (
+    ("test", "test_images", "test images"),
+    ("held_out", "train_images", "held-out images"),
+    ("leave_one_out", "train_images", "left-out images"),
+    ("val", "val_images", "validation images"),
+)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MeasuredAccuracy(_Body):
+    """Accuracy that a version's training recorded, on images that did not train it."""
+
+    accuracy: float
+    interval: tuple[float, float] | None  # 95 % confidence
+    images: int | None
+    measured_on: Literal["test images", "held-out images", "left-out images", "validation images"]
 
 
 class VersionInfo(_Body):
@@ -43,6 +71,28 @@ class VersionInfo(_Body):
     metrics: dict[str, Any] | None
     size_bytes: int
     registered: str
+
+    def measured_accuracy(self) -> MeasuredAccuracy | None:
+        """Return the accuracy in the adapter's metrics, which the training tool wrote; None if there is none."""
+        metrics = self.metrics or {}
+        for prefix, counted, measured_on in ACCURACIES:
+            value, interval = metrics.get(f"{prefix}_accuracy"), metrics.get(f"{prefix}_interval")
+            if not _is_share(value):
+                continue
+            pair = None
+            if isinstance(interval, list) and len(interval) == 2 and all(map(_is_share, interval)):
+                pair = interval[0], interval[1]
+            return MeasuredAccuracy(
+                accuracy=value,
+                interval=pair,
+                images=_count(metrics.get(counted)),
+                measured_on=measured_on,
+            )
+        return None
+
+    def train_images(self) -> int | None:
+        """Return the number of training images in the adapter's metrics."""
+        return _count((self.metrics or {}).get("train_images"))
 
 
 class Registered(VersionInfo):
@@ -80,12 +130,15 @@ class SourceBody(_Body):
 
 
 class TaskSummary(_Body):
-    """One task of a list."""
+    """One task of a list. `classes` and the fields after `aliases` describe the version of the alias `latest`."""
 
     task: str
     latest: int | None
     classes: int
     aliases: dict[str, dict[int, int]]
+    accuracy: MeasuredAccuracy | None = None
+    train_images: int | None = None
+    registered: str | None = None
 
 
 class TaskList(_Body):

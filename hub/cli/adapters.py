@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import AsJson, checked, err, fail, out, settings, show, usage_error
+from .options import AsJson
+from .output import checked, err, fail, out, settings, show, usage_error
 
 app = typer.Typer()
 

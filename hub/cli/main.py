@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from http import HTTPStatus
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -16,8 +17,10 @@ from ..client.client import Client
 from ..errors import HubError
 from ..schemas import LATEST
 from . import adapters as cli_library
+from . import tasks as cli_tasks
 from . import tenants as cli_tenants
-from .output import AsJson, err, fail, out, settings, show
+from .options import DEFAULT_URL, AdminKey, AsJson, Key, Url
+from .output import err, fail, out, settings, show
 
 app = typer.Typer(
     help="One frozen vision transformer, many KARST adapters: train, register and classify.",
@@ -26,12 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_library.app)
+app.add_typer(cli_tasks.app)
 app.add_typer(cli_tenants.app, name="tenants")
 
-Url = Annotated[str, typer.Option(envvar="HUB_URL", help="URL of the hub")]
-Key = Annotated[
-    str, typer.Option(envvar="HUB_KEY", help="API key; prefer HUB_KEY, since other users can read command lines")
-]
 # Names instead of classes: an import of the classes would load torch for every command.
 _EXPECTED = (
     "AdapterError",
@@ -42,7 +42,6 @@ _EXPECTED = (
     "StartError",
     "FloatingPointError",
 )
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def main() -> None:
@@ -55,6 +54,15 @@ def main() -> None:
         if not isinstance(error, HubError) and type(error).__name__ not in _EXPECTED:
             raise
         fail(str(error))
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
+) -> None:
+    if version:
+        out.print(f"karst-hub {metadata.version('karst-hub')}")
+        raise typer.Exit
 
 
 @app.command()
@@ -120,28 +128,14 @@ def register(
 
 
 @app.command()
-def tasks(key: Key, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
-    """List the tasks of the key's tenant, and the tasks that other tenants share with it."""
-    with Client(url, key) as client:
-        found = client.tasks()
-    if as_json:
-        return show(found, True)
-    table = Table("task", "latest", "classes", "aliases")
-    for task in found.tasks:
-        aliases = ", ".join(f"{alias} -> {'/'.join(map(str, to))}" for alias, to in task.aliases.items())
-        table.add_row(task.task, str(task.latest or "-"), str(task.classes), aliases)
-    out.print(table)
-
-
-@app.command()
 def top(
-    key: cli_tenants.AdminKey,
+    key: AdminKey,
     interval_s: Annotated[float, typer.Option(min=0.2, help="seconds between two updates")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="print one status and exit")] = False,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Show live workers, tasks and tenants until Ctrl-C. Needs an admin key. `--json` prints one status."""
+    """Show live workers, tasks and tenants until `q` or Ctrl-C. `--json` prints one status."""
     from . import top as screen
 
     with Client(url, key) as client:
@@ -151,8 +145,29 @@ def top(
 
 
 @app.command()
+def status(
+    key: Annotated[
+        str | None, typer.Option("--key", envvar="HUB_ADMIN_KEY", help="admin key, to see workers, tasks and tenants")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Check that the hub is ready to classify. With an admin key, also show its workers, tasks and tenants."""
+    from . import top as screen
+
+    with Client(url, key or "none") as client:
+        ready = client.ready()
+        found = client.status() if key is not None else None
+    if as_json:
+        return show(ready if found is None else found, True)
+    out.print(f"{url}: ready", soft_wrap=True)
+    if found is not None:
+        screen.run(lambda: found, out, interval_s=0, once=True)
+
+
+@app.command()
 def gc(
-    key: cli_tenants.AdminKey,
+    key: AdminKey,
     older_than_s: Annotated[
         int, typer.Option(min=0, help="only files that no client has uploaded for this many seconds")
     ] = 3600,

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -14,8 +14,6 @@ from ..settings import InvalidSettings, Settings, load_settings
 # Markup would swallow the brackets in labels, paths and messages.
 out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False, markup=False)
-
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for scripts")]
 
 
 def settings(**fixed: Any) -> Settings:
@@ -54,6 +52,26 @@ def show(value: BaseModel | dict[str, Any], as_json: bool) -> None:
     for name, text in texts.items():
         table.add_row(name, text)
     out.print(table)
+
+
+def confirm(question: str, refused: str) -> None:
+    """Ask a question on the terminal. No, or no terminal, ends the command.
+
+    Args:
+        refused: result of an answer that did not come, such as "nothing was deleted".
+    """
+    try:
+        typer.confirm(question, abort=True)
+    except typer.Abort:
+        if sys.stdin.isatty():
+            raise
+        out.print()  # end the line of the question
+        usage_error(f"{refused}: no confirmation; without a terminal, add --yes")
+
+
+def day(at: str | None) -> str:
+    """Return the date of a time (RFC 3339, UTC), which fits into a table. `--json` shows the time."""
+    return at[:10] if at is not None else "-"
 
 
 def fail(message: str) -> NoReturn:

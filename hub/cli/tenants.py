@@ -1,6 +1,5 @@
 """`karst-hub tenants ...`: tenants, keys, limits, usage and audit log, through the admin routes."""
 
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
@@ -10,27 +9,11 @@ from rich.table import Table
 
 from ..client.client import Client
 from ..schemas import KeyInfo, LimitsChange, TenantInfo
-from .output import AsJson, checked, out, show, usage_error
+from . import tasks as cli_tasks
+from .options import DEFAULT_URL, AdminKey, AsJson, TenantKey, Url, Yes
+from .output import checked, confirm, day, out, show
 
-
-class _EnvironmentVariables(list[str]):
-    """Environment variables in order of precedence. Typer prints a plain list in Python syntax."""
-
-    def __str__(self) -> str:
-        return " or ".join(self)
-
-
-Url = Annotated[str, typer.Option(envvar="HUB_URL", help="URL of the hub")]
-AdminKey = Annotated[
-    str,
-    typer.Option(
-        "--key",
-        envvar=_EnvironmentVariables(["HUB_ADMIN_KEY", "HUB_KEY"]),
-        help="admin key, or an owner key of the tenant",
-    ),
-]
 Tenant = Annotated[str, typer.Argument(help="name of the tenant")]
-DEFAULT_URL = "http://127.0.0.1:8000"
 RequestsPerSecond = Annotated[float | None, typer.Option(help="requests of any kind per second")]
 ImagesPerSecond = Annotated[float | None, typer.Option(help="classified images per second")]
 ImagesInFlight = Annotated[int | None, typer.Option(help="images of unfinished requests")]
@@ -62,7 +45,7 @@ def list_tenants(key: AdminKey, url: Url = DEFAULT_URL, as_json: AsJson = False)
     for info in found.tenants:
         limits = info.limits
         rates = f"{limits.requests_per_second:g}", f"{limits.images_per_second:g}", f"{limits.weight:g}"
-        table.add_row(info.tenant, _day(info.created), str(limits.tasks), *rates)
+        table.add_row(info.tenant, day(info.created), str(limits.tasks), *rates)
     out.print(table)
 
 
@@ -102,7 +85,7 @@ def create(
 @app.command()
 def limits(
     tenant: Tenant,
-    key: AdminKey,
+    key: TenantKey,
     requests_per_second: RequestsPerSecond = None,
     images_per_second: ImagesPerSecond = None,
     images_in_flight: ImagesInFlight = None,
@@ -133,40 +116,26 @@ def limits(
 def delete(
     tenant: Tenant,
     key: AdminKey,
-    yes: Annotated[bool, typer.Option("--yes", help="delete without a question")] = False,
+    yes: Yes = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Delete a tenant with all its tasks and keys."""
     if not yes:
-        try:
-            typer.confirm(f"delete tenant {tenant} with all its tasks and keys?", abort=True)
-        except typer.Abort:
-            if sys.stdin.isatty():
-                raise
-            out.print()  # end the line of the question
-            usage_error(f"tenant {tenant} was not deleted: no confirmation; without a terminal, add --yes")
+        confirm(f"delete tenant {tenant} with all its tasks and keys?", f"tenant {tenant} was not deleted")
     with Client(url, key) as client:
         client.delete_tenant(tenant)
     out.print(f"{tenant}: deleted")
 
 
 @app.command("usage")
-def show_usage(tenant: Tenant, key: AdminKey, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
+def show_usage(tenant: Tenant, key: TenantKey, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     """Show the limits and the usage of a tenant."""
     with Client(url, key) as client:
-        found = client.usage(tenant)
-    if as_json:
-        return show(found, True)
-    limits, used = found.limits.model_dump(), found.used.model_dump()
-    table = Table("limit", "maximum", "used")
-    for name, value in limits.items():
-        table.add_row(name, f"{value:g}" if isinstance(value, float) else str(value), str(used.get(name, "")))
-    out.print(table)
-    out.print(", ".join(f"{name}: {n}" for name, n in found.counted.model_dump().items()))
+        cli_tasks.show_usage(client.usage(tenant), as_json)
 
 
 @app.command()
-def keys(tenant: Tenant, key: AdminKey, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
+def keys(tenant: Tenant, key: TenantKey, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     """List the keys of a tenant, without the secrets."""
     with Client(url, key) as client:
         found = client.keys(tenant)
@@ -177,7 +146,7 @@ def keys(tenant: Tenant, key: AdminKey, url: Url = DEFAULT_URL, as_json: AsJson 
 def add_key(
     tenant: Tenant,
     name: Annotated[str, typer.Argument(help="purpose of the key")],
-    key: AdminKey,
+    key: TenantKey,
     owner: Annotated[
         bool,
         typer.Option(
@@ -202,7 +171,7 @@ def add_key(
 def revoke(
     tenant: Tenant,
     id: Annotated[str, typer.Argument(help="id of the key, from `keys`")],
-    key: AdminKey,
+    key: TenantKey,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Revoke a key. All gateways refuse it within seconds."""
@@ -213,7 +182,7 @@ def revoke(
 
 @app.command()
 def audit(
-    key: AdminKey,
+    key: TenantKey,
     tenant: Annotated[str | None, typer.Argument(help="name of the tenant; default: the whole hub")] = None,
     after: Annotated[str | None, typer.Option(help="show entries after the entry of this id")] = None,
     count: Annotated[int, typer.Option(min=1, max=1000, help="maximum number of entries")] = 100,
@@ -245,7 +214,7 @@ def audit(
 def export(
     tenant: Tenant,
     file: Annotated[Path, typer.Argument(help="tar file to write")],
-    key: AdminKey,
+    key: TenantKey,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Write the tasks, versions, aliases and adapter files of a tenant to a tar file, without keys."""
@@ -278,10 +247,5 @@ def _show_keys(found: list[KeyInfo]) -> None:
     for column in ("role", "created", "expires", "last used"):
         table.add_column(column, no_wrap=True)
     for info in found:
-        table.add_row(info.id, info.name, info.role, *map(_day, (info.created, info.expires, info.last_used)))
+        table.add_row(info.id, info.name, info.role, *map(day, (info.created, info.expires, info.last_used)))
     out.print(table)
-
-
-def _day(at: str | None) -> str:
-    """Return the date of a time (RFC 3339, UTC), which fits into a table. `--json` shows the time."""
-    return at[:10] if at is not None else "-"

@@ -1,8 +1,13 @@
 """`karst-hub top`: a live view of workers, tasks and tenants in a terminal, from `GET /v1/status`."""
 
+import os
+import select
+import sys
+import termios
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import tty
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
@@ -35,9 +40,9 @@ def run(
     interval_s: float,
     once: bool,
     clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
+    wait: Callable[[float], bool] | None = None,
 ) -> None:
-    """Show the hub's status, and update it until Ctrl-C. An unavailable hub shows an error until it is back.
+    """Show the hub's status, and update it until `q` or Ctrl-C. An unavailable hub shows an error until it is back.
 
     Without a terminal, the function prints one status and returns.
 
@@ -46,7 +51,7 @@ def run(
         interval_s: seconds between two updates.
         once: print one status and return.
         clock: monotonic clock in seconds.
-        sleep: waits for a number of seconds.
+        wait: waits for a number of seconds, and returns whether the user has ended the view; None: for `q`.
 
     Raises:
         HubError: The first request fails, or the hub refuses the key.
@@ -59,9 +64,12 @@ def run(
     if once or not console.is_terminal:
         console.print(draw(before, None))
         return
-    with suppress(KeyboardInterrupt), Live(draw(before, None), console=console, screen=True) as live:
-        while True:
-            sleep(interval_s)
+    with (
+        suppress(KeyboardInterrupt),
+        key_presses() as pressed,
+        Live(draw(before, None), console=console, screen=True) as live,
+    ):
+        while not (wait or pressed)(interval_s):
             try:
                 now = TimedStatus(status(), clock())
             except Unavailable as error:
@@ -70,6 +78,35 @@ def run(
             else:
                 live.update(draw(now, before), refresh=True)
                 before = now
+
+
+@contextmanager
+def key_presses() -> Iterator[Callable[[float], bool]]:
+    """Yield a function that waits for some seconds, and returns at once with True when the user presses `q`."""
+    if not sys.stdin.isatty():
+
+        def sleep(seconds: float) -> bool:
+            time.sleep(seconds)
+            return False
+
+        yield sleep
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+
+    def pressed(seconds: float) -> bool:
+        end_s = time.monotonic() + seconds
+        while select.select([terminal], [], [], max(0.0, end_s - time.monotonic()))[0]:
+            typed = os.read(terminal, 100)
+            if b"q" in typed.lower() or not typed:
+                return True
+        return False
+
+    try:
+        tty.setcbreak(terminal)  # otherwise keys arrive only after Enter
+        yield pressed
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 def screen(now: TimedStatus, before: TimedStatus | None, *, narrow: bool = False) -> RenderableType:

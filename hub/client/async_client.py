@@ -75,6 +75,7 @@ class AsyncClient(BaseClient):
     revoke_admin_key = _single(endpoints.revoke_admin_key)
     export_tenant = _single(endpoints.export_tenant)
     import_tenant = _single(endpoints.import_tenant)
+    ready = _single(endpoints.ready)
     status = _single(endpoints.status)
     gc = _single(endpoints.gc)
 

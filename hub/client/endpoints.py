@@ -19,6 +19,7 @@ from ..schemas import (
     AuditPage,
     Classified,
     Collected,
+    Health,
     HubStatus,
     KeyList,
     LimitsChange,
@@ -338,6 +339,15 @@ def import_tenant(tenant: str, file: AnyPath) -> Call[TaskList]:
     """Create all tasks of a tar file from `export_tenant` in an existing tenant, or none. Needs an admin key."""
     path = route("tenants", tenant, "import")
     return Call("POST", path, _model(TaskList), headers=TAR, upload=Path(file), idempotent=False)
+
+
+def ready() -> Call[Health]:
+    """Check that a worker of the hub has loaded its backbone. Needs no valid key.
+
+    Raises:
+        Unavailable: No worker answers.
+    """
+    return Call("GET", "/readyz", _model(Health))
 
 
 def status() -> Call[HubStatus]:

@@ -79,7 +79,16 @@ class Task:
         """Return the task as clients see it in a list."""
         aliases = {alias: dict(targets) for alias, targets in self.aliases.items()}
         latest = max(aliases[LATEST]) if LATEST in aliases else None
-        return TaskSummary(task=self.name, latest=latest, classes=len(self.current.labels), aliases=aliases)
+        current = self.current
+        return TaskSummary(
+            task=self.name,
+            latest=latest,
+            classes=len(current.labels),
+            aliases=aliases,
+            accuracy=current.measured_accuracy(),
+            train_images=current.train_images(),
+            registered=current.registered,
+        )
 
 
 def task_not_found(task: str) -> NotFound:

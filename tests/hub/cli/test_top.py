@@ -3,6 +3,10 @@
 import asyncio
 import io
 import json
+import os
+import pty
+import sys
+import termios
 from itertools import count
 from typing import Any
 
@@ -11,7 +15,7 @@ from rich.console import Console
 
 from adapters import Adapter
 from hub.cli import top
-from hub.cli.top import TimedStatus, headline, rates_of, screen
+from hub.cli.top import TimedStatus, headline, key_presses, rates_of, screen
 from hub.errors import Forbidden, Unavailable
 from hub.registry.connection import RegistryConnection
 from hub.registry.status import StatusBoard, busiest_tasks
@@ -135,6 +139,10 @@ def test_screen_shows_zero_workers_when_the_hub_has_none() -> None:
 def test_top_shows_an_error_and_recovers_when_the_hub_is_unavailable() -> None:
     requests, pauses = count(), list[float]()
 
+    def wait(seconds: float) -> bool:
+        pauses.append(seconds)
+        return False
+
     def fetch() -> HubStatus:
         request = next(requests)
         if request == 1:
@@ -145,11 +153,24 @@ def test_top_shows_an_error_and_recovers_when_the_hub_is_unavailable() -> None:
 
     printed = io.StringIO()
     console = Console(file=printed, width=200, force_terminal=True)
-    top.run(fetch, console, interval_s=1.5, once=False, sleep=pauses.append, clock=lambda: 1.0)
+    top.run(fetch, console, interval_s=1.5, once=False, wait=wait, clock=lambda: 1.0)
     assert next(requests) == 4
     assert pauses == [1.5] * 3
     assert "the hub does not reply: no hub answers" in printed.getvalue()
     assert "node/1" in printed.getvalue()
+
+
+def test_q_ends_the_wait_and_other_keys_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs) as terminal, os.fdopen(ours, "wb", buffering=0) as keyboard:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        before = termios.tcgetattr(terminal)
+        with key_presses() as pressed:
+            keyboard.write(b"x")
+            assert not pressed(0.05)
+            keyboard.write(b"q")
+            assert pressed(60)
+        assert termios.tcgetattr(terminal) == before
 
 
 @pytest.mark.parametrize("once", [True, False])
