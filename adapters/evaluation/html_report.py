@@ -110,9 +110,6 @@ def _page(
     if metadata.get("warnings"):
         listed = "".join(f"<li>{html.escape(str(line))}</li>" for line in metadata["warnings"])
         sections.append(f"<h2>Warnings</h2><ul>{listed}</ul>")
-    if left_out := [entry for entry in metadata.get("left_out", []) if not entry["matters"]]:
-        listed = "".join(f"<li>{html.escape(str(LeftOut(**entry)))}</li>" for entry in left_out)
-        sections.append(f"<h2>Files left out</h2><ul>{listed}</ul>")
     title = html.escape(str(metadata.get("adapter", "adapter")))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
