@@ -7,6 +7,7 @@ KubeRay's CRD; `RAY_SERVICE` below lists the fields of its API reference that th
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -318,3 +319,15 @@ def test_every_setting_in_the_files_exists() -> None:
         if path.is_file():
             named = set(re.findall(r"\bHUB_[A-Z][A-Z_]*[A-Z]\b", path.read_text()))
             assert named <= known | {"HUB_ADMIN_KEY", "HUB_URL", "HUB_KEY"}, path.name
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_accepts_the_unit_and_rates_its_exposure_as_ok(tmp_path: Path) -> None:
+    unit = tmp_path / "karst-hub.service"
+    text = (DEPLOY / "karst-hub.service").read_text()
+    unit.write_text(text.replace("/opt/karst-hub/bin/karst-hub", str(BIN / "karst-hub")))
+    checked = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    limit = ["--offline=true", "--threshold=25"]  # tenths: 2.5 of 10
+    rated = subprocess.run(["systemd-analyze", "security", *limit, str(unit)], capture_output=True, text=True)
+    assert rated.returncode == 0, rated.stdout
