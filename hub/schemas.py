@@ -9,6 +9,7 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 TASK_PATTERN = r"^([a-z0-9][a-z0-9_-]{0,62}:)?[a-z0-9][a-z0-9_-]{0,62}$"  # `task`, or `tenant:task`
 LATEST = "latest"
 MAX_IMAGES = 64
+UNKNOWN_BELOW = 0.01  # default of a task: the rarest of a hundred of its own images is unknown too
 
 
 def _number(value: Any) -> Any:
@@ -45,6 +46,11 @@ def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
+def _optional(description: str | None = None) -> Any:
+    """Return the default of a member that replies omit. Replies about older adapter files stay as they were."""
+    return Field(None, exclude_if=lambda value: value is None, description=description)
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,6 +77,10 @@ class VersionInfo(_Body):
     metrics: dict[str, Any] | None
     size_bytes: int
     registered: str
+    coverage: list[tuple[float, float]] | None = _optional(
+        "pairs (coverage, threshold): labels whose score is at least the threshold are the set of this coverage"
+    )
+    typicality: Literal[True] | None = _optional("true if answers have a typicality")
 
     def measured_accuracy(self) -> MeasuredAccuracy | None:
         """Return the accuracy in the adapter's metrics, which the training tool wrote; None if there is none."""
@@ -95,10 +105,23 @@ class VersionInfo(_Body):
         return _count((self.metrics or {}).get("train_images"))
 
 
+class TaskSettings(_Body):
+    """Settings of a task. In a change, an omitted member keeps its value."""
+
+    unknown_below: Annotated[float, Field(ge=0, le=1), NUMBER] = Field(
+        UNKNOWN_BELOW, description="an image with a lower typicality is unknown"
+    )
+
+    def given(self) -> dict[str, Any]:
+        """Return the members that were set."""
+        return self.model_dump(exclude_unset=True)
+
+
 class Registered(VersionInfo):
     """Reply to a registration."""
 
     task: str
+    unknown_below: float | None = _optional("the task's setting, if the registration set it")
 
 
 class Sharing(_Body):
@@ -120,6 +143,7 @@ class TaskInfo(_Body):
     versions: list[VersionInfo]
     aliases: dict[str, dict[int, int]]
     sharing: Sharing | None = None  # only in replies to the task's own tenant
+    unknown_below: float = UNKNOWN_BELOW
 
 
 class SourceBody(_Body):
@@ -176,12 +200,19 @@ class ImagesBody(_Body):
 
 
 class Classified(_Body):
-    """Reply to a classification with one task: for each image its best labels, best first."""
+    """Reply to a classification with one task: for each image its best labels, best first.
+
+    Each list has one entry per image. `typicality` and `unknown` are present where the adapter has typicality, `sets`
+    where the call has a coverage.
+    """
 
     task: str
     version: int
     digest: str
     predictions: list[list[Prediction]]
+    typicality: list[float] | None = _optional()
+    unknown: list[bool] | None = _optional()
+    sets: list[list[str]] | None = _optional()
 
 
 class Input(_Body):
@@ -197,12 +228,15 @@ class InputsBody(_Body):
 
 
 class Result(_Body):
-    """Predictions of one input."""
+    """Predictions of one input. Its last members are present as in `Classified`."""
 
     task: str
     version: int
     digest: str
     predictions: list[Prediction]
+    typicality: float | None = _optional()
+    unknown: bool | None = _optional()
+    set: list[str] | None = _optional()
 
 
 class Results(_Body):

@@ -36,10 +36,16 @@ class PassStats:
 
 @dataclass(frozen=True)
 class Answer:
-    """Probabilities of one image: float32 (K,), one for each label of the adapter."""
+    """Answer to one image.
+
+    Attributes:
+        probabilities: float32 (K,), one for each label of the adapter.
+        typicality: in [0, 1]; None if the adapter has none.
+    """
 
     probabilities: NDArray[np.float32]
     computed: PassStats
+    typicality: float | None = None
 
 
 class Workers(Protocol):

@@ -27,6 +27,10 @@ VersionNumber = Annotated[int, Path(ge=1, le=2**53)]
 VersionReference = Annotated[str, Path(max_length=63, description="a version's number or an alias")]
 QueryVersion = Annotated[str, Query(max_length=63, description="a version's number or an alias")]
 TopK = Annotated[int, Query(ge=1, le=1000, description="labels per image")]
+Coverage = Annotated[
+    float | None,
+    Query(gt=0, lt=1, description="adds to each image the smallest set of labels that covers this share of images"),
+]
 CanaryKey = Annotated[
     str | None,
     Header(

@@ -21,6 +21,7 @@ from .oip_tensors import (
     InferRequest,
     ModelInfo,
     OutputFormat,
+    ReplyTensors,
     read_images,
     requested_outputs,
     tensors_of,
@@ -98,7 +99,7 @@ def _add_metadata_routes(api: FastAPI, service: ClassificationService, dependenc
     async def model(caller: TenantCaller, task: TaskName, version: Version = LATEST) -> ModelInfo:
         chosen = await service.version(caller, task, version)
         numbers = [str(v.version) for v in (await service.task(caller, task)).versions]
-        inputs, outputs = tensors_of(chosen.labels, chosen.preprocess["input_size"])
+        inputs, outputs = tensors_of(chosen)
         return ModelInfo(name=task, versions=numbers, inputs=inputs, outputs=outputs)
 
     @api.get("/v2/models/{task}/ready", summary="Check that a task can be called")
@@ -138,14 +139,19 @@ def _add_infer_routes(
         async with concurrency_limit.acquire(caller.tenant):
             data = await body.read_decompressed(max_request_bytes)
             members, images, outputs = await run_in_threadpool(_parse, data, json_length)
-            chosen, answers = await service.predict(caller, task, version, images, canary)
-        members = {"model_name": task, "model_version": str(chosen.version), **members}
-        probabilities = np.stack([answer.probabilities for answer in answers])  # (B, K)
-        content, length = await run_in_threadpool(write_reply, members, outputs, chosen.labels, probabilities)
+            predicted = await service.predict(caller, task, version, images, canary)
+        members = {"model_name": task, "model_version": str(predicted.version.version), **members}
+        tensors = ReplyTensors(
+            predicted.version.labels,
+            np.stack([answer.probabilities for answer in predicted.answers]),
+            predicted.typicality,
+            predicted.unknown,
+        )
+        content, length = await run_in_threadpool(write_reply, members, outputs, tensors)
         response = Response(content, media_type=JSON if length is None else OCTETS)
         if length is not None:
             response.headers[JSON_LENGTH_HEADER] = str(length)
-        add_batch_headers(response, [answer.computed for answer in answers])
+        add_batch_headers(response, [answer.computed for answer in predicted.answers])
         return response
 
 

@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol v2: request tensor -> images, probabilities -> reply tensors. No HTTP.
+"""Tensors of the Open Inference Protocol v2: request tensor -> images, answers -> reply tensors. No HTTP.
 
 Two of Triton's extensions are supported: binary data (tensors as bytes after the JSON) and classification (the best
 classes as text). Axes: B images, K classes, H and W pixels.
@@ -10,13 +10,13 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import InvalidRequest
-from ..schemas import MAX_IMAGES
+from ..schemas import MAX_IMAGES, VersionInfo
 from .bodies import decode_base64
 
 EXTENSIONS = ("binary_tensor_data", "classification")
@@ -24,7 +24,9 @@ PIXEL_DTYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "FP32": np.dt
 ROUNDING = 1e-3  # an FP32 pixel may be this far outside of 0 to 1, as a rounding error
 NO_SHARED_MEMORY = "the hub does not support shared memory; omit shared_memory_region"
 
-OutputName = Literal["probabilities", "labels"]
+OutputName = Literal["probabilities", "labels", "typicality", "unknown"]
+OUTPUTS: tuple[OutputName, ...] = get_args(OutputName)
+ALWAYS: tuple[OutputName, ...] = ("probabilities", "labels")  # the others need an adapter with typicality
 
 
 class _RequestModel(BaseModel):
@@ -66,12 +68,12 @@ class RequestParameters(_RequestModel):
 
 
 class InferRequest(_RequestModel):
-    """One input, `image` or `pixels`. Without `outputs` the reply has both outputs."""
+    """One input, `image` or `pixels`. Without `outputs` the reply has all outputs of the task."""
 
     id: str | None = Field(None, description="repeated in the reply")
     parameters: RequestParameters | None = None
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
-    outputs: list[OutputRequest] | None = Field(None, max_length=2)
+    outputs: list[OutputRequest] | None = Field(None, max_length=len(OUTPUTS))
 
 
 class TensorInfo(BaseModel):
@@ -96,7 +98,7 @@ class OutputTensor(TensorInfo):
     """Output tensor. `data` is flat and row-major, unless `parameters` has `binary_data_size`."""
 
     parameters: dict[str, int] = {}
-    data: list[float | str] = []
+    data: list[float | str | bool] = []
 
 
 class InferReply(BaseModel):
@@ -113,19 +115,18 @@ class OutputFormat:
     Attributes:
         binary: bytes after the JSON; False: in the JSON.
         classes: number of best classes to return as text; 0: all as numbers.
+        optional: left out where the adapter has no such output; False: the client named the output.
     """
 
     name: OutputName
     binary: bool
-    classes: int
+    classes: int = 0
+    optional: bool = False
 
 
-def tensors_of(labels: Sequence[str], input_size: Sequence[int]) -> tuple[list[TensorInfo], list[TensorInfo]]:
-    """Return a task's possible inputs and its outputs. A call has one input; `pixels` may be FP32 as well.
-
-    Args:
-        input_size: (3, H, W) of the adapter.
-    """
+def tensors_of(version: VersionInfo) -> tuple[list[TensorInfo], list[TensorInfo]]:
+    """Return a version's possible inputs and its outputs. A call has one input; `pixels` may be FP32 as well."""
+    labels, input_size = version.labels, version.preprocess["input_size"]  # (3, H, W)
     inputs = [
         TensorInfo(name="image", datatype="BYTES", shape=[-1]),
         TensorInfo(name="pixels", datatype="UINT8", shape=[-1, *input_size]),
@@ -134,6 +135,9 @@ def tensors_of(labels: Sequence[str], input_size: Sequence[int]) -> tuple[list[T
         TensorInfo(name="probabilities", datatype="FP32", shape=[-1, len(labels)]),
         TensorInfo(name="labels", datatype="BYTES", shape=[-1, len(labels)]),
     ]
+    if version.typicality:
+        outputs.append(TensorInfo(name="typicality", datatype="FP32", shape=[-1]))
+        outputs.append(TensorInfo(name="unknown", datatype="BOOL", shape=[-1]))
     return inputs, outputs
 
 
@@ -180,40 +184,63 @@ def requested_outputs(request: InferRequest) -> list[OutputFormat]:
     Raises:
         InvalidRequest: an output is requested twice, or in a format that it does not have.
     """
-    all_outputs = [OutputRequest(name="probabilities"), OutputRequest(name="labels")]
     binary = bool(request.parameters and request.parameters.binary_data_output)
+    if not request.outputs:
+        return [OutputFormat(name, binary, optional=name not in ALWAYS) for name in OUTPUTS]
     formats: list[OutputFormat] = []
-    for output in request.outputs or all_outputs:
+    for output in request.outputs:
         parameters = output.parameters or OutputParameters()
         if output.name in [f.name for f in formats]:
             raise InvalidRequest.at(output.name, "is requested twice")
         if parameters.shared_memory_region is not None:
             raise InvalidRequest.at(output.name, NO_SHARED_MEMORY)
-        if parameters.classification and output.name == "labels":
-            raise InvalidRequest.at("labels", "does not support classification; request it for probabilities")
+        if parameters.classification and output.name != "probabilities":
+            raise InvalidRequest.at(output.name, "does not support classification; request it for probabilities")
         chosen = binary if parameters.binary_data is None else parameters.binary_data
         formats.append(OutputFormat(output.name, chosen, parameters.classification or 0))
     return formats
 
 
+@dataclass(frozen=True)
+class ReplyTensors:
+    """Answers to the images of a call.
+
+    Attributes:
+        probabilities: float32 (B, K); column k belongs to `labels[k]`.
+        typicality, unknown: of each image; None if the adapter has no typicality.
+    """
+
+    labels: Sequence[str]
+    probabilities: np.ndarray
+    typicality: Sequence[float] | None
+    unknown: Sequence[bool] | None
+
+
 def write_reply(
-    members: Mapping[str, str], formats: Sequence[OutputFormat], labels: Sequence[str], probabilities: np.ndarray
+    members: Mapping[str, str], formats: Sequence[OutputFormat], tensors: ReplyTensors
 ) -> tuple[bytes, int | None]:
     """Return the body of a reply.
 
     Args:
         members: members of the JSON besides `outputs`.
-        probabilities: (B, K) float32; column k belongs to `labels[k]`.
 
     Returns:
         The body, and the length of its JSON; None if no binary data follow the JSON.
+
+    Raises:
+        InvalidRequest: the client named an output that the adapter does not have.
     """
     outputs: list[dict[str, Any]] = []
     blobs: list[bytes] = []
     for output in formats:
-        entry, elements = _output(output, labels, probabilities)
+        if tensors.typicality is None and output.name not in ALWAYS:
+            if output.optional:
+                continue
+            message = "this version's adapter has no typicality; omit the output, or train the adapter again"
+            raise InvalidRequest.at(output.name, message)
+        entry, elements = _output(output, tensors)
         if output.binary:
-            blob = _packed(elements) if isinstance(elements, list) else elements.astype("<f4").tobytes()
+            blob = _packed(elements) if isinstance(elements, list) else elements.tobytes()
             blobs.append(blob)
             entry["parameters"] = {"binary_data_size": len(blob)}
         else:
@@ -315,11 +342,14 @@ def _byte_strings(tensor: InputTensor, binary: memoryview) -> list[bytes]:
     return elements
 
 
-def _output(
-    output: OutputFormat, labels: Sequence[str], probabilities: np.ndarray
-) -> tuple[dict[str, Any], list[str] | np.ndarray]:
-    """Return an output's description and its elements: texts, or float32 (B, K)."""
+def _output(output: OutputFormat, tensors: ReplyTensors) -> tuple[dict[str, Any], list[str] | np.ndarray]:
+    """Return an output's description and its elements: texts, or little-endian numbers."""
+    labels, probabilities = tensors.labels, tensors.probabilities
     count, classes = probabilities.shape
+    if output.name == "typicality":
+        return {"name": output.name, "datatype": "FP32", "shape": [count]}, np.array(tensors.typicality, "<f4")
+    if output.name == "unknown":
+        return {"name": output.name, "datatype": "BOOL", "shape": [count]}, np.array(tensors.unknown, "?")
     elements: list[str] | np.ndarray
     if output.name == "labels":
         elements = [*labels] * count
@@ -330,7 +360,7 @@ def _output(
             f"{row[k]:.6f}:{k}:{labels[k]}" for row, order in zip(probabilities, best, strict=True) for k in order
         ]
     else:
-        elements = probabilities
+        elements = probabilities.astype("<f4")
     datatype = "BYTES" if isinstance(elements, list) else "FP32"
     return {"name": output.name, "datatype": datatype, "shape": [count, classes]}, elements
 

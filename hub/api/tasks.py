@@ -23,6 +23,7 @@ from ..schemas import (
     SourceBody,
     TaskInfo,
     TaskList,
+    TaskSettings,
     VersionInfo,
 )
 from ..services.classification import ClassificationService
@@ -32,6 +33,7 @@ from .dependencies import (
     AliasName,
     CallerDependencies,
     CanaryKey,
+    Coverage,
     QueryVersion,
     TaskName,
     TopK,
@@ -48,6 +50,9 @@ IMAGES_CONTENT: dict[str, Any] = {
     JSON: schema_of(ImagesBody),
 }
 MovedAlias = Annotated[str | None, Query(pattern=NAME_PATTERN, description="an alias to move besides `latest`")]
+UnknownBelow = Annotated[
+    float | None, Query(ge=0, le=1, description="the task's setting: an image with a lower typicality is unknown")
+]
 
 
 def add_health_routes(api: FastAPI, service: ClassificationService) -> None:
@@ -84,6 +89,14 @@ def add_task_routes(
     async def get_task(caller: TenantCaller, task: TaskName) -> TaskInfo:
         return await service.task(caller, task)
 
+    @api.put(
+        "/v1/tasks/{task}",
+        summary="Change settings of a task",
+        openapi_extra=request_body({JSON: schema_of(TaskSettings)}),
+    )
+    async def change_settings(caller: Owner, task: TaskName, body: Body) -> TaskInfo:
+        return await changes.change_settings(caller, task, await body.read_json(TaskSettings))
+
     @api.delete("/v1/tasks/{task}", status_code=204)
     async def delete_task(caller: Owner, task: TaskName) -> None:
         await changes.delete_task(caller, task)
@@ -104,14 +117,21 @@ def add_task_routes(
         openapi_extra=request_body({ADAPTER_FILE: BINARY, JSON: schema_of(SourceBody)}),
     )
     async def register(
-        caller: Owner, task: TaskName, body: Body, response: Response, alias: MovedAlias = None
+        caller: Owner,
+        task: TaskName,
+        body: Body,
+        response: Response,
+        alias: MovedAlias = None,
+        unknown_below: UnknownBelow = None,
     ) -> Registered:
         _refuse_version_number(alias)
+        settings = TaskSettings() if unknown_below is None else TaskSettings(unknown_below=unknown_below)
         if body.content_type == JSON:
-            registered, created = await changes.register_source(caller, task, await body.read_json(SourceBody), alias)
+            source = await body.read_json(SourceBody)
+            registered, created = await changes.register_source(caller, task, source, alias, settings)
         else:
             data = await body.read(max_adapter_bytes, "adapter file")
-            registered, created = await changes.register(caller, task, data, alias)
+            registered, created = await changes.register(caller, task, data, alias, settings)
         response.status_code = 201 if created else 200
         return registered
 
@@ -177,11 +197,12 @@ def add_classify_routes(
         response: Response,
         top_k: TopK = 5,
         version: QueryVersion = LATEST,
+        coverage: Coverage = None,
         canary: CanaryKey = None,
     ) -> Classified:
         async with concurrency_limit.acquire(caller.tenant):
             images = await body.read_images(max_request_bytes)
-            classified, stats = await service.classify(caller, task, version, images, top_k, canary)
+            classified, stats = await service.classify(caller, task, version, images, top_k, canary, coverage)
         add_batch_headers(response, stats)
         return classified
 
@@ -191,11 +212,16 @@ def add_classify_routes(
         openapi_extra=request_body({JSON: schema_of(InputsBody)}),
     )
     async def classify_inputs(
-        caller: TenantCaller, body: Body, response: Response, top_k: TopK = 5, canary: CanaryKey = None
+        caller: TenantCaller,
+        body: Body,
+        response: Response,
+        top_k: TopK = 5,
+        coverage: Coverage = None,
+        canary: CanaryKey = None,
     ) -> Results:
         async with concurrency_limit.acquire(caller.tenant):
             inputs, images = await run_in_threadpool(_parse_inputs, await body.read(max_request_bytes))
-            results, stats = await service.classify_inputs(caller, inputs, images, top_k, canary)
+            results, stats = await service.classify_inputs(caller, inputs, images, top_k, canary, coverage)
         add_batch_headers(response, stats)
         return Results(results=results)
 

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from ..client.client import Client
 from ..errors import HubError
-from ..schemas import LATEST
+from ..schemas import LATEST, Classified
 from . import adapters as cli_library
 from . import tasks as cli_tasks
 from . import tenants as cli_tenants
-from .options import DEFAULT_URL, AdminKey, AsJson, Key, Url
+from .options import DEFAULT_URL, AdminKey, AsJson, Key, UnknownBelow, Url
 from .output import err, fail, out, settings, show
 
 app = typer.Typer(
@@ -108,16 +108,17 @@ def register(
     adapter: Annotated[Path, typer.Argument(help="adapter file")],
     key: Key,
     alias: Annotated[str | None, typer.Option(help="alias to move to this version, in addition to `latest`")] = None,
+    unknown_below: UnknownBelow = None,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
     """Register an adapter file as a version of a task. Clients can call the version at once."""
     statuses: list[int] = []
     with Client(url, key, on_response=lambda response: statuses.append(response.status_code)) as client:
-        registered = client.register(task, adapter, alias=alias)
+        registered = client.register(task, adapter, alias=alias, unknown_below=unknown_below)
     if as_json:
-        show(registered, True)
-    elif statuses[-1] == HTTPStatus.OK:  # no new version: `latest` may have moved back to an older version
+        return show(registered, True)
+    if statuses[-1] == HTTPStatus.OK:  # no new version: `latest` may have moved back to an older version
         moved = "alias latest points" if alias in (None, LATEST) else f"aliases latest and {alias} point"
         out.print(
             f"{registered.task}: already registered as version {registered.version}; {moved} at it now", soft_wrap=True
@@ -125,6 +126,8 @@ def register(
     else:
         labels = len(registered.labels)
         out.print(f"{registered.task} version {registered.version}: {labels} labels, digest {registered.digest[:12]}")
+    if registered.unknown_below is not None:
+        cli_tasks.print_settings(registered.task, registered.unknown_below)
 
 
 @app.command()
@@ -201,22 +204,41 @@ def classify(
     key: Key,
     top_k: Annotated[int, typer.Option(min=1, help="number of labels per image")] = 1,
     version: Annotated[str, typer.Option(help="version number or alias")] = "latest",
+    coverage: Annotated[
+        float | None,
+        typer.Option(help="show the smallest set of labels that covers this share of images, such as 0.95"),
+    ] = None,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Classify image files with a task."""
+    """Classify image files with a task. Images that are unlike the task's own are marked as unknown."""
     try:
         with Client(url, key) as client:
-            reply = client.classify(task, list(images), top_k=top_k, version=version)
+            reply = client.classify(task, list(images), top_k=top_k, version=version, coverage=coverage)
     except HubError as error:
         fail(_with_file_names(str(error), images))
     if as_json:
         return show(reply, True)
+    out.print(_answers(images, reply))
+
+
+def _answers(images: list[Path], reply: Classified) -> Table:
+    """Return a table of labels, with typicality and label sets where the reply has them."""
     table = Table("image", "label", "score")
-    for image, predictions in zip(images, reply.predictions, strict=True):
+    if reply.typicality is not None:
+        table.add_column("typicality")
+    if reply.sets is not None:
+        table.add_column("set")
+    for i, (image, predictions) in enumerate(zip(images, reply.predictions, strict=True)):
+        more = []
+        if reply.typicality is not None and reply.unknown is not None:
+            more.append(f"{reply.typicality[i]:.3f}" + (" unknown" if reply.unknown[i] else ""))
+        if reply.sets is not None:
+            more.append(", ".join(reply.sets[i]))
         for prediction in predictions:
-            table.add_row(str(image), prediction.label, f"{prediction.score:.3f}")
-    out.print(table)
+            table.add_row(str(image), prediction.label, f"{prediction.score:.3f}", *more)
+            more = []  # once per image
+    return table
 
 
 def _with_file_names(text: str, images: list[Path]) -> str:

@@ -35,5 +35,9 @@ AdminKey = Annotated[
         help="admin key; the hub refuses the keys of tenants",
     ),
 ]
+UnknownBelow = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="setting of the task: an image with a lower typicality is unknown"),
+]
 Yes = Annotated[bool, typer.Option("--yes", help="delete without a question")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for scripts")]

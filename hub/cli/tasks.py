@@ -1,4 +1,4 @@
-"""Commands of a tenant's tasks: list, versions, aliases, canaries, sharing, usage, download and deletion."""
+"""Commands of a tenant's tasks: list, versions, aliases, canaries, settings, sharing, usage, download and deletion."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ from rich.table import Table
 from ..client.client import Client
 from ..errors import InvalidRequest
 from ..schemas import LATEST, MeasuredAccuracy, TaskInfo, Usage
-from .options import DEFAULT_URL, AsJson, Key, OwnerKey, Url, Yes
+from .options import DEFAULT_URL, AsJson, Key, OwnerKey, UnknownBelow, Url, Yes
 from .output import confirm, day, out, show, usage_error
 
 app = typer.Typer()
@@ -154,6 +154,22 @@ def share(
 
 
 @app.command()
+def settings(
+    task: Task,
+    key: OwnerKey,
+    unknown_below: UnknownBelow = None,
+    url: Url = DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Change settings of a task. Without options, show them."""
+    with Client(url, key) as client:
+        info = client.task(task) if unknown_below is None else client.change_settings(task, unknown_below=unknown_below)
+    if as_json:
+        return show({"task": info.task, "unknown_below": info.unknown_below}, True)
+    print_settings(info.task, info.unknown_below)
+
+
+@app.command()
 def usage(key: Key, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     """Show the limits and the usage of the key's tenant."""
     with Client(url, key) as client:
@@ -192,6 +208,11 @@ def delete(
     with Client(url, key) as client:
         client.delete_task(task) if version is None else client.delete_version(task, version)
     return show({"task": task, "version": version}, True) if as_json else out.print(f"{name}: deleted")
+
+
+def print_settings(task: str, unknown_below: float) -> None:
+    """Print the settings of a task."""
+    out.print(f"{task}: images with a typicality below {unknown_below:g} are unknown", soft_wrap=True)
 
 
 def show_usage(found: Usage, as_json: bool) -> None:

@@ -59,6 +59,7 @@ class Client(BaseClient):
     roll_back = _single(endpoints.roll_back)
     delete_alias = _single(endpoints.delete_alias)
     share = _single(endpoints.share)
+    change_settings = _single(endpoints.change_settings)
     delete_task = _single(endpoints.delete_task)
     delete_version = _single(endpoints.delete_version)
     classify = _series(endpoints.classify)

@@ -6,7 +6,7 @@ the same arguments, sends the calls, and returns the reply type: the last type p
 
 import base64
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -35,6 +35,7 @@ from ..schemas import (
     VersionInfo,
 )
 from .image_encoding import ImageSource, ImageSources, encode, iterate_images
+from .replies import joined, model, nothing
 from .request_parts import canary_header, item_count, json_body, route, set_fields, without_none
 from .transport import Call, CallSeries
 
@@ -52,17 +53,17 @@ TAR = {"content-type": "application/x-tar"}
 
 def tasks() -> Call[TaskList]:
     """List the tasks of the key's tenant, and the tasks that other tenants share with it."""
-    return Call("GET", "/v1/tasks", _model(TaskList))
+    return Call("GET", "/v1/tasks", model(TaskList))
 
 
 def task(name: str) -> Call[TaskInfo]:
     """Return a task with its versions and aliases. The name of another tenant's shared task is `tenant:task`."""
-    return Call("GET", route("tasks", name), _model(TaskInfo))
+    return Call("GET", route("tasks", name), model(TaskInfo))
 
 
 def version(name: str, version: int | str = LATEST) -> Call[VersionInfo]:
     """Return a version of a task, by number or alias, with digest, labels and preprocessing."""
-    return Call("GET", route("tasks", name, "versions", str(version)), _model(VersionInfo))
+    return Call("GET", route("tasks", name, "versions", str(version)), model(VersionInfo))
 
 
 def register(
@@ -72,6 +73,7 @@ def register(
     source: str | None = None,
     digest: str | None = None,
     alias: str | None = None,
+    unknown_below: float | None = None,
 ) -> Call[Registered]:
     """Register an adapter file as a version of a task. The same bytes again give the same version.
 
@@ -80,20 +82,21 @@ def register(
         source: URL that the hub downloads the file from, such as `s3://bucket/flowers.safetensors`; replaces `adapter`.
         digest: expected sha256 of the file at `source`, in hex.
         alias: alias to move to this version, in addition to `latest`.
+        unknown_below: setting of the task, see `change_settings`; None: no change.
 
     Raises:
         InvalidAdapter: The file is not a valid adapter for this hub; `errors` names each tensor or field.
         LimitReached: The tenant has reached a limit of tasks, versions or stored bytes.
     """
-    path, params = route("tasks", name, "versions"), without_none(alias=alias)
+    path, params = route("tasks", name, "versions"), without_none(alias=alias, unknown_below=unknown_below)
     if (adapter is None) == (source is None) or (digest is not None and source is None):
         raise InvalidRequest.at("adapter", "set either adapter or source, not both; set digest only with source")
     if source is not None:
         body = json_body(without_none(source=source, digest=digest))
-        return Call("POST", path, _model(Registered), params=params, headers=JSON, content=body)
+        return Call("POST", path, model(Registered), params=params, headers=JSON, content=body)
     if isinstance(adapter, bytes):
-        return Call("POST", path, _model(Registered), params=params, headers=BINARY, content=adapter)
-    return Call("POST", path, _model(Registered), params=params, headers=BINARY, upload=Path(adapter or ""))
+        return Call("POST", path, model(Registered), params=params, headers=BINARY, content=adapter)
+    return Call("POST", path, model(Registered), params=params, headers=BINARY, upload=Path(adapter or ""))
 
 
 def download(name: str, to: AnyPath, *, version: int | str = LATEST) -> Call[Path]:
@@ -108,17 +111,17 @@ def set_alias(name: str, alias: str, targets: int | Mapping[int, int]) -> Call[T
         targets: a version number, or version number -> weight.
     """
     body = {"version": targets} if isinstance(targets, int) else {"weights": dict(targets)}
-    return Call("PUT", route("tasks", name, "aliases", alias), _model(TaskInfo), headers=JSON, content=json_body(body))
+    return Call("PUT", route("tasks", name, "aliases", alias), model(TaskInfo), headers=JSON, content=json_body(body))
 
 
 def roll_back(name: str, alias: str) -> Call[TaskInfo]:
     """Point an alias at its previous target."""
-    return Call("POST", route("tasks", name, "aliases", alias, "rollback"), _model(TaskInfo), idempotent=False)
+    return Call("POST", route("tasks", name, "aliases", alias, "rollback"), model(TaskInfo), idempotent=False)
 
 
 def delete_alias(name: str, alias: str) -> Call[None]:
     """Delete an alias and keep its versions. The alias `latest` cannot be deleted."""
-    return Call("DELETE", route("tasks", name, "aliases", alias), _nothing)
+    return Call("DELETE", route("tasks", name, "aliases", alias), nothing)
 
 
 def share(name: str, *, public: bool = False, tenants: Sequence[str] = ()) -> Call[TaskInfo]:
@@ -129,12 +132,22 @@ def share(name: str, *, public: bool = False, tenants: Sequence[str] = ()) -> Ca
         tenants: share with these tenants.
     """
     body = {"public": public, "tenants": list(tenants)}
-    return Call("PUT", route("tasks", name, "sharing"), _model(TaskInfo), headers=JSON, content=json_body(body))
+    return Call("PUT", route("tasks", name, "sharing"), model(TaskInfo), headers=JSON, content=json_body(body))
+
+
+def change_settings(name: str, *, unknown_below: float | None = None) -> Call[TaskInfo]:
+    """Change settings of a task; None keeps the value.
+
+    Args:
+        unknown_below: an image with a lower typicality is unknown; 0 to 1, by default 0.01.
+    """
+    body = json_body(without_none(unknown_below=unknown_below))
+    return Call("PUT", route("tasks", name), model(TaskInfo), headers=JSON, content=body)
 
 
 def delete_task(name: str) -> Call[None]:
     """Delete a task with all its versions."""
-    return Call("DELETE", route("tasks", name), _nothing)
+    return Call("DELETE", route("tasks", name), nothing)
 
 
 def delete_version(name: str, version: int) -> Call[None]:
@@ -143,7 +156,7 @@ def delete_version(name: str, version: int) -> Call[None]:
     Raises:
         Conflict: An alias points at the version.
     """
-    return Call("DELETE", route("tasks", name, "versions", str(version)), _nothing)
+    return Call("DELETE", route("tasks", name, "versions", str(version)), nothing)
 
 
 # Classification
@@ -155,6 +168,7 @@ def classify(
     *,
     top_k: int = 5,
     version: int | str = LATEST,
+    coverage: float | None = None,
     canary_key: str | None = None,
     progress: bool = False,
 ) -> CallSeries[tuple[str, bytes], Classified, Classified]:
@@ -165,55 +179,58 @@ def classify(
         images: paths, bytes of image files, PIL images, or uint8 arrays (H, W, 3) or (H, W); read one at a time.
         top_k: number of labels per image, best first.
         version: version number or alias. One version classifies all images: the version of the first reply.
+        coverage: such as 0.95. `sets` then has for each image the smallest set of labels that covers this share.
         canary_key: ASCII text. A canary alias maps equal keys to the same version.
         progress: show a progress bar on stderr.
 
     Raises:
         InvalidImage: An image is unusable; `errors` names it by its index, such as `images.17`.
-        InvalidRequest: There are no images, or `canary_key` is not ASCII.
+        InvalidRequest: There are no images, `canary_key` is not ASCII, or the version has no sets of this coverage.
         NotFound: The tenant sees no such task, version or alias.
     """
     sources = iterate_images(images)
 
     def call(first: int, items: Sequence[tuple[str, bytes]], first_reply: Classified | None) -> Call[Classified]:
-        params: dict[str, str | int] = {
-            "top_k": top_k,
-            "version": version if first_reply is None else first_reply.version,
-        }
+        number = version if first_reply is None else first_reply.version
+        params = without_none(top_k=top_k, version=number, coverage=coverage)
         path = route("tasks", name, "classify")
-        return Call("POST", path, _model(Classified), params=params, headers=canary_header(canary_key), images=items)
-
-    def join(parts: Sequence[Classified]) -> Classified:
-        return parts[0].model_copy(update={"predictions": [p for part in parts for p in part.predictions]})
+        return Call("POST", path, model(Classified), params=params, headers=canary_header(canary_key), images=items)
 
     def items() -> Iterator[tuple[tuple[str, bytes], int]]:
         for i, image in enumerate(sources):
             data = encode(image, f"images.{i}")
             yield (f"images.{i}", data), len(data)
 
-    return CallSeries(items(), call, join, item_count(sources), progress)
+    return CallSeries(items(), call, joined, item_count(sources), progress)
 
 
 def classify_inputs(
-    inputs: Iterable[TaskInput], *, top_k: int = 5, canary_key: str | None = None, progress: bool = False
+    inputs: Iterable[TaskInput],
+    *,
+    top_k: int = 5,
+    coverage: float | None = None,
+    canary_key: str | None = None,
+    progress: bool = False,
 ) -> CallSeries[dict[str, str], Results, Results]:
     """Classify any number of images of several tasks, in concurrent calls of limited size.
 
     Args:
         inputs: (task, image) or (task, image, version); images as in `classify`.
         top_k: number of labels per image, best first.
+        coverage: such as 0.95. `set` of each result is then the smallest set of labels that covers this share.
         canary_key: ASCII text. A canary alias maps equal keys to the same version.
         progress: show a progress bar on stderr.
 
     Raises:
         InvalidImage: An image is unusable; `errors` names it by its index, such as `inputs.17.image`.
-        InvalidRequest: There are no inputs, or `canary_key` is not ASCII.
+        InvalidRequest: There are no inputs, `canary_key` is not ASCII, or a version has no sets of this coverage.
         NotFound: The tenant sees no such task, version or alias.
     """
 
     def call(first: int, items: Sequence[dict[str, str]], _first_reply: Results | None) -> Call[Results]:
-        params, headers, body = {"top_k": top_k}, JSON | canary_header(canary_key), json_body({"inputs": items})
-        return Call("POST", "/v1/classify", _model(Results), params=params, headers=headers, content=body, first=first)
+        params, headers = without_none(top_k=top_k, coverage=coverage), JSON | canary_header(canary_key)
+        body = json_body({"inputs": items})
+        return Call("POST", "/v1/classify", model(Results), params=params, headers=headers, content=body, first=first)
 
     def join(parts: Sequence[Results]) -> Results:
         return Results(results=[result for part in parts for result in part.results])
@@ -232,7 +249,7 @@ def classify_inputs(
 
 def usage(tenant: str | None = None) -> Call[Usage]:
     """Return limits and usage of the key's tenant. An admin key needs the name of a tenant."""
-    return Call("GET", "/v1/usage" if tenant is None else route("tenants", tenant, "usage"), _model(Usage))
+    return Call("GET", "/v1/usage" if tenant is None else route("tenants", tenant, "usage"), model(Usage))
 
 
 def audit(tenant: str | None = None, *, after: str | None = None, count: int = 100) -> Call[AuditPage]:
@@ -244,17 +261,17 @@ def audit(tenant: str | None = None, *, after: str | None = None, count: int = 1
         count: maximum number of entries.
     """
     path = "/v1/audit" if tenant is None else route("tenants", tenant, "audit")
-    return Call("GET", path, _model(AuditPage), params=without_none(after=after, count=count))
+    return Call("GET", path, model(AuditPage), params=without_none(after=after, count=count))
 
 
 def tenant(name: str) -> Call[TenantInfo]:
     """Return a tenant with its limits. Needs an owner key of the tenant or an admin key."""
-    return Call("GET", route("tenants", name), _model(TenantInfo))
+    return Call("GET", route("tenants", name), model(TenantInfo))
 
 
 def keys(tenant: str) -> Call[KeyList]:
     """List the keys of a tenant, without the secrets. Needs an owner key of the tenant or an admin key."""
-    return Call("GET", route("tenants", tenant, "keys"), _model(KeyList))
+    return Call("GET", route("tenants", tenant, "keys"), model(KeyList))
 
 
 def create_key(
@@ -273,7 +290,7 @@ def create_key(
 
 def revoke_key(tenant: str, id: str) -> Call[None]:
     """Revoke a key of a tenant. Needs an owner key of the tenant or an admin key."""
-    return Call("DELETE", route("tenants", tenant, "keys", id), _nothing)
+    return Call("DELETE", route("tenants", tenant, "keys", id), nothing)
 
 
 def export_tenant(tenant: str, to: AnyPath) -> Call[Path]:
@@ -289,7 +306,7 @@ def export_tenant(tenant: str, to: AnyPath) -> Call[Path]:
 
 def tenants() -> Call[TenantList]:
     """List all tenants. Needs an admin key."""
-    return Call("GET", "/v1/tenants", _model(TenantList))
+    return Call("GET", "/v1/tenants", model(TenantList))
 
 
 def create_tenant(name: str, limits: LimitsChange | TenantLimits | None = None) -> Call[TenantInfo]:
@@ -300,17 +317,17 @@ def create_tenant(name: str, limits: LimitsChange | TenantLimits | None = None) 
 def change_limits(tenant: str, limits: LimitsChange | TenantLimits) -> Call[TenantInfo]:
     """Change limits of a tenant. Omitted limits keep their values. Needs an admin key."""
     body = json_body({"limits": set_fields(limits)})
-    return Call("PATCH", route("tenants", tenant), _model(TenantInfo), headers=JSON, content=body)
+    return Call("PATCH", route("tenants", tenant), model(TenantInfo), headers=JSON, content=body)
 
 
 def delete_tenant(name: str) -> Call[None]:
     """Delete a tenant with all its tasks and keys. Needs an admin key."""
-    return Call("DELETE", route("tenants", name), _nothing)
+    return Call("DELETE", route("tenants", name), nothing)
 
 
 def admin_keys() -> Call[KeyList]:
     """List the admin keys, without the secrets. Needs an admin key."""
-    return Call("GET", "/v1/admin/keys", _model(KeyList))
+    return Call("GET", "/v1/admin/keys", model(KeyList))
 
 
 def create_admin_key(name: str, *, expires: datetime | None = None) -> Call[NewKey]:
@@ -332,13 +349,13 @@ def revoke_admin_key(id: str) -> Call[None]:
     Raises:
         Conflict: The key is the last admin key without an expiry date.
     """
-    return Call("DELETE", route("admin", "keys", id), _nothing)
+    return Call("DELETE", route("admin", "keys", id), nothing)
 
 
 def import_tenant(tenant: str, file: AnyPath) -> Call[TaskList]:
     """Create all tasks of a tar file from `export_tenant` in an existing tenant, or none. Needs an admin key."""
     path = route("tenants", tenant, "import")
-    return Call("POST", path, _model(TaskList), headers=TAR, upload=Path(file), idempotent=False)
+    return Call("POST", path, model(TaskList), headers=TAR, upload=Path(file), idempotent=False)
 
 
 def ready() -> Call[Health]:
@@ -347,12 +364,12 @@ def ready() -> Call[Health]:
     Raises:
         Unavailable: No worker answers.
     """
-    return Call("GET", "/readyz", _model(Health))
+    return Call("GET", "/readyz", model(Health))
 
 
 def status() -> Call[HubStatus]:
     """Return the current state of workers, busy tasks and active tenants. Needs an admin key."""
-    return Call("GET", "/v1/status", _model(HubStatus))
+    return Call("GET", "/v1/status", model(HubStatus))
 
 
 def gc(older_than_s: int = 3600) -> Call[Collected]:
@@ -361,24 +378,15 @@ def gc(older_than_s: int = 3600) -> Call[Collected]:
     Args:
         older_than_s: keep files that a client has uploaded in the last `older_than_s` seconds.
     """
-    return Call("POST", "/v1/gc", _model(Collected), headers=JSON, content=json_body({"older_than_s": older_than_s}))
+    return Call("POST", "/v1/gc", model(Collected), headers=JSON, content=json_body({"older_than_s": older_than_s}))
 
 
 # Helpers
 
 
 def _create(path: str, body: Mapping[str, Any], reply: type[Model]) -> Call[Model]:
-    return Call("POST", path, _model(reply), headers=JSON, content=json_body(body), idempotent=False)
+    return Call("POST", path, model(reply), headers=JSON, content=json_body(body), idempotent=False)
 
 
 def _to_file(path: str, to: AnyPath) -> Call[Path]:
     return Call("GET", path, lambda _content: Path(to), download=Path(to))
-
-
-def _model(kind: type[Model]) -> Callable[[bytes], Model]:
-    """Return a parser of replies. It ignores unknown fields: a newer hub may add fields."""
-    return lambda content: kind.model_validate_json(content, extra="ignore")
-
-
-def _nothing(_content: bytes) -> None:
-    """Parse an empty reply."""

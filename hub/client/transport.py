@@ -31,7 +31,7 @@ class Call(Generic[Reply]):
     method: str
     path: str
     parse: Callable[[bytes], Reply]
-    params: Mapping[str, str | int] = field(default_factory=dict)
+    params: Mapping[str, str | int | float] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     content: bytes | None = None
     images: Sequence[tuple[str, bytes]] = ()  # multipart form: field, encoded image

@@ -4,6 +4,7 @@ v:N        JSON of version N without its number
 d:DIGEST   N
 a:ALIAS    JSON {N: weight}: the alias's targets
 h:ALIAS    JSON [JSON {N: weight}, ...]: its former targets, oldest first
+s:NAME     JSON of a member of the `TaskSettings` that was set
 share      JSON of the `Sharing`
 n          the number of versions
 """
@@ -11,12 +12,14 @@ n          the number of versions
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import InvalidAdapter, NotFound
-from ..schemas import LATEST, Sharing, TaskInfo, TaskSummary, VersionInfo
+from ..schemas import LATEST, Sharing, TaskInfo, TaskSettings, TaskSummary, VersionInfo
 
 MAX_VERSION_BYTES = 512 * 1024  # of a version's JSON, which the registry holds in memory
 NOT_SHARED = Sharing()
+DEFAULT_SETTINGS = TaskSettings()
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Task:
     sharing: Sharing = NOT_SHARED
     history: Mapping[str, Sequence[Mapping[int, int]]] = field(default_factory=dict)
     last_number: int = 0
+    settings: TaskSettings = DEFAULT_SETTINGS
 
     @property
     def current(self) -> VersionInfo:
@@ -73,6 +77,7 @@ class Task:
             versions=list(self.versions.values()),
             aliases={alias: dict(targets) for alias, targets in self.aliases.items()},
             sharing=self.sharing,
+            unknown_below=self.settings.unknown_below,
         )
 
     def summary(self) -> TaskSummary:
@@ -101,6 +106,7 @@ def parse_task(name: str, fields: Mapping[str, str]) -> Task:
     versions: dict[int, str] = {}
     aliases: dict[str, dict[int, int]] = {}
     history: dict[str, list[dict[int, int]]] = {}
+    settings: dict[str, Any] = {}
     for key, value in fields.items():
         kind, _, rest = key.partition(":")
         if kind == "v":
@@ -109,8 +115,17 @@ def parse_task(name: str, fields: Mapping[str, str]) -> Task:
             aliases[rest] = _parse_targets(value)
         elif kind == "h":
             history[rest] = [_parse_targets(text) for text in json.loads(value)]
+        elif kind == "s" and rest in TaskSettings.model_fields:  # a newer hub may have written further settings
+            settings[rest] = json.loads(value)
     sharing = Sharing.model_validate_json(fields["share"]) if "share" in fields else NOT_SHARED
-    return Task(name, _Versions(versions), dict(sorted(aliases.items())), sharing, history)
+    return Task(
+        name,
+        _Versions(versions),
+        dict(sorted(aliases.items())),
+        sharing,
+        history,
+        settings=TaskSettings(**settings) if settings else DEFAULT_SETTINGS,
+    )
 
 
 class _Versions(Mapping[int, VersionInfo]):
@@ -145,9 +160,15 @@ def version_body(version: VersionInfo) -> str:
     return text
 
 
+def setting_texts(settings: TaskSettings) -> dict[str, str]:
+    """Return the stored JSON of each member that was set."""
+    return {name: json.dumps(value) for name, value in settings.given().items()}
+
+
 def task_fields(task: Task) -> dict[str, str]:
     """Return the Redis hash of a task, which `parse_task` reads."""
     fields = {"share": task.sharing.model_dump_json(), "n": str(len(task.versions))}
+    fields |= {f"s:{name}": text for name, text in setting_texts(task.settings).items()}
     for number, version in task.versions.items():
         fields |= {f"v:{number}": version_body(version), f"d:{version.digest}": str(number)}
     fields |= {f"a:{alias}": _targets_body(targets) for alias, targets in task.aliases.items()}

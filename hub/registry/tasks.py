@@ -9,10 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import Conflict, HubError, InvalidRequest, LimitReached, Unavailable
-from ..schemas import LATEST, Sharing, VersionInfo
+from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
 from .audit import Actor
 from .connection import READ_TIMEOUT_S, RegistryConnection, as_hash, as_optional_text, as_texts, tenant_key
-from .models import NOT_SHARED, Task, parse_task, task_fields, task_not_found, version_body
+from .models import (
+    DEFAULT_SETTINGS,
+    NOT_SHARED,
+    Task,
+    parse_task,
+    setting_texts,
+    task_fields,
+    task_not_found,
+    version_body,
+)
 from .scripts import TASKS, ChangeReply
 from .tenants import tenant_not_found
 
@@ -40,12 +49,14 @@ class TaskRegistry:
         version: VersionInfo,
         aliases: Sequence[str],
         source: str | None = None,
+        settings: TaskSettings = DEFAULT_SETTINGS,
     ) -> tuple[VersionInfo, bool]:
-        """Add a version, or find the one with this digest, and move the aliases to it, in one step.
+        """Add a version, or find the one with this digest, move the aliases to it, and change settings, in one step.
 
         Args:
             version: its number is ignored; the registry assigns one.
             source: the file's origin without secrets, for the audit; None: the client sent the file.
+            settings: the members to change; the task keeps the others.
 
         Returns:
             The stored version, and whether it is new.
@@ -56,7 +67,7 @@ class TaskRegistry:
             LimitReached: the limit of tasks, versions per task, stored bytes or aliases.
             Unavailable: a garbage collection removes the file of this digest; nothing was changed.
         """
-        details = {"task": task, "digest": version.digest, "aliases": list(aliases)}
+        details = {"task": task, "digest": version.digest, "aliases": list(aliases)} | settings.given()
         if source is not None:
             details["source"] = source
         reply = await self._connection.change(
@@ -71,6 +82,7 @@ class TaskRegistry:
             aliases=list(aliases),
             max_aliases=MAX_ALIASES,
             max_history=MAX_ALIAS_HISTORY,
+            settings=setting_texts(settings),
         )
         if reply.outcome != "done":
             raise _refusal(reply, tenant)
@@ -131,6 +143,19 @@ class TaskRegistry:
         details = {"public": sharing.public, "tenants": sharing.tenants[:20], "count": len(sharing.tenants)}
         entry = by.entry(tenant, "task.share", task=task, sharing=details)
         await self._change("share", tenant, task, entry, sharing=sharing.model_dump_json())
+        return await self.task(tenant, task)
+
+    async def change_settings(self, by: Actor, tenant: str, task: str, settings: TaskSettings) -> Task:
+        """Change settings of a task and return the task.
+
+        Args:
+            settings: the members to change; the task keeps the others.
+
+        Raises:
+            NotFound: the task does not exist.
+        """
+        entry = by.entry(tenant, "task.settings", task=task, **settings.given())
+        await self._change("change_settings", tenant, task, entry, settings=setting_texts(settings))
         return await self.task(tenant, task)
 
     async def set_alias(self, by: Actor, tenant: str, task: str, alias: str, targets: Mapping[int, int]) -> Task:

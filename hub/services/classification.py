@@ -4,6 +4,7 @@ import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -19,11 +20,45 @@ from ..observability import request_context, tracing
 from ..registry.cache import RegistryCache
 from ..registry.models import Task, task_not_found
 from ..registry.tasks import TaskRegistry
-from ..schemas import Classified, Input, Prediction, Result, TaskInfo, TaskSummary, VersionInfo
+from ..schemas import Classified, Input, Result, TaskInfo, TaskSummary, VersionInfo
 from ..worker_api import Answer, PassStats, Workers
 from .image_decoding import ImageDecoder
+from .label_sets import best, label_set, threshold_of
 
 CHUNK_BYTES = 2 * 1024**2  # pixels in one call to a worker: Ray passes arguments by value up to 4 MiB
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Answers to the images of one call, and the version that computed them.
+
+    Attributes:
+        unknown_below: of the task; an image with a lower typicality is unknown.
+        threshold: probability at or above which labels belong to an image's set; None: no sets.
+    """
+
+    version: VersionInfo
+    answers: list[Answer]
+    unknown_below: float
+    threshold: float | None
+
+    @property
+    def typicality(self) -> list[float] | None:
+        """Typicality of each image; None if the adapter has none."""
+        found = [answer.typicality for answer in self.answers if answer.typicality is not None]
+        return found if len(found) == len(self.answers) else None
+
+    @property
+    def unknown(self) -> list[bool] | None:
+        """Whether each image is unknown; None if the adapter has no typicality."""
+        return None if self.typicality is None else [found < self.unknown_below for found in self.typicality]
+
+    @property
+    def sets(self) -> list[list[str]] | None:
+        """Label set of each image; None if the call has no coverage."""
+        if self.threshold is None:
+            return None
+        return [label_set(self.version.labels, answer.probabilities, self.threshold) for answer in self.answers]
 
 
 class ClassificationService:
@@ -53,28 +88,34 @@ class ClassificationService:
         version: str,
         images: Sequence[tuple[str, bytes | np.ndarray]],
         canary: str | None = None,
-    ) -> tuple[VersionInfo, list[Answer]]:
-        """Return the version used and the probabilities of each image.
+        coverage: float | None = None,
+    ) -> Predicted:
+        """Return the version used and the answer to each image.
 
         Args:
             version: a version number or an alias.
             images: pairs of field name (for errors) and encoded bytes, or pixels as `ImageDecoder.decode` accepts them.
             canary: key of the caller's choice. If an alias has several versions, equal keys give equal versions.
+            coverage: of the label sets; None: no sets.
 
         Raises:
             NotFound: no such task or version.
+            InvalidRequest: the version cannot make label sets of this coverage.
             InvalidImage, TooLarge: an image is not usable.
             InvalidAdapter: the adapter's numbers overflow, so there are no probabilities.
             LimitReached: a limit of the tenant.
             Unavailable: no worker answers, or the adapter cannot be loaded in time.
         """
-        chosen = choose_version(await self._visible(caller, name), version, canary)
+        found = await self._visible(caller, name)
+        chosen = choose_version(found, version, canary)
+        threshold = threshold_of(name, chosen, coverage)
         request_context.note_task(name, chosen.version, chosen.digest)
         tenant, count = caller.tenant, len(images)
         async with self._limiter.images(tenant, count) as weight, self._images.acquire(tenant, count):
             with tracing.span("decode", images=count):
                 pixels = await self._decoder.decode(tenant, [(field, x, chosen.preprocess) for field, x in images])
-            return chosen, await self._compute(tenant, name, chosen, pixels, weight)
+            answers = await self._compute(tenant, name, chosen, pixels, weight)
+        return Predicted(chosen, answers, found.settings.unknown_below, threshold)
 
     async def classify(
         self,
@@ -84,18 +125,26 @@ class ClassificationService:
         images: Sequence[tuple[str, bytes]],
         top_k: int,
         canary: str | None = None,
+        coverage: float | None = None,
     ) -> tuple[Classified, list[PassStats]]:
         """Return the `top_k` labels of each image, and the forward pass that computed it.
+
+        Args:
+            coverage: of the label sets in the reply; None: no sets.
 
         Raises:
             HubError: any error of `predict`.
         """
-        chosen, answers = await self.predict(caller, name, version, images, canary)
+        predicted = await self.predict(caller, name, version, images, canary, coverage)
+        chosen, answers = predicted.version, predicted.answers
         body = Classified(
             task=name,
             version=chosen.version,
             digest=chosen.digest,
             predictions=[best(chosen.labels, answer.probabilities, top_k) for answer in answers],
+            typicality=predicted.typicality,
+            unknown=predicted.unknown,
+            sets=predicted.sets,
         )
         return body, [answer.computed for answer in answers]
 
@@ -106,16 +155,20 @@ class ClassificationService:
         images: Sequence[tuple[str, bytes]],
         top_k: int,
         canary: str | None = None,
+        coverage: float | None = None,
     ) -> tuple[list[Result], list[PassStats]]:
         """Classify one image each with several tasks in one call.
 
         Args:
             images: pairs of field name (for errors) and encoded bytes, one per input.
+            coverage: of the label sets in the reply; None: no sets.
 
         Raises:
             HubError: any error of `predict`; its field names the input.
         """
-        chosen = [choose_version(await self._visible(caller, x.task), x.version, canary) for x in inputs]
+        tasks = [await self._visible(caller, x.task) for x in inputs]
+        chosen = [choose_version(task, x.version, canary) for task, x in zip(tasks, inputs, strict=True)]
+        thresholds = [threshold_of(x.task, c, coverage) for x, c in zip(inputs, chosen, strict=True)]
         # One call per adapter: a worker batches the images of one call at once. Results return to the inputs' order.
         members = defaultdict(list)
         for i, c in enumerate(chosen):
@@ -132,13 +185,8 @@ class ClassificationService:
             )
         answers = dict(zip(chain(*members.values()), chain(*groups), strict=True))
         results = [
-            Result(
-                task=x.task,
-                version=c.version,
-                digest=c.digest,
-                predictions=best(c.labels, answers[i].probabilities, top_k),
-            )
-            for i, (x, c) in enumerate(zip(inputs, chosen, strict=True))
+            _result(x.task, Predicted(c, [answers[i]], task.settings.unknown_below, threshold), top_k)
+            for i, (x, task, c, threshold) in enumerate(zip(inputs, tasks, chosen, thresholds, strict=True))
         ]
         return results, [answers[i].computed for i in range(len(inputs))]
 
@@ -235,10 +283,18 @@ class ClassificationService:
         return [*chain(*answers)]
 
 
-def best(labels: Sequence[str], probabilities: np.ndarray, top_k: int) -> list[Prediction]:
-    """Return the `top_k` labels with the highest probabilities, highest first. Equal scores keep the labels' order."""
-    order = np.argsort(-probabilities, kind="stable")[:top_k]
-    return [Prediction(label=labels[i], score=float(probabilities[i])) for i in order]
+def _result(task: str, predicted: Predicted, top_k: int) -> Result:
+    """Return the reply to one input, from the answer to its image."""
+    version = predicted.version
+    return Result(
+        task=task,
+        version=version.version,
+        digest=version.digest,
+        predictions=best(version.labels, predicted.answers[0].probabilities, top_k),
+        typicality=predicted.typicality[0] if predicted.typicality else None,
+        unknown=predicted.unknown[0] if predicted.unknown else None,
+        set=predicted.sets[0] if predicted.sets else None,
+    )
 
 
 def choose_version(task: Task, reference: str, canary: str | None = None) -> VersionInfo:

@@ -1,4 +1,4 @@
-"""Changes in a caller's own tenant: register adapters, move aliases, share and delete tasks. No HTTP, no Ray."""
+"""Changes in a caller's own tenant: register adapters, move aliases, change and delete tasks. No HTTP, no Ray."""
 
 import asyncio
 import hashlib
@@ -12,9 +12,9 @@ from ..admission.quotas import SOURCE_DOWNLOADS, SOURCE_DOWNLOADS_QUEUED
 from ..concurrency import TenantConcurrencyLimit, run_blocking
 from ..errors import InvalidRequest
 from ..registry.cache import RegistryCache
-from ..registry.models import Task
+from ..registry.models import DEFAULT_SETTINGS, Task
 from ..registry.tasks import TaskRegistry
-from ..schemas import LATEST, Registered, Sharing, SourceBody, TaskInfo, VersionInfo
+from ..schemas import LATEST, Registered, Sharing, SourceBody, TaskInfo, TaskSettings, VersionInfo
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
 from ..worker_api import invalid_adapter
@@ -55,11 +55,18 @@ class RegistrationService:
         self._background: set[asyncio.Task[None]] = set()
 
     async def register(
-        self, caller: Caller, name: str, data: bytes, alias: str | None, source: str | None = None
+        self,
+        caller: Caller,
+        name: str,
+        data: bytes,
+        alias: str | None,
+        settings: TaskSettings = DEFAULT_SETTINGS,
+        source: str | None = None,
     ) -> tuple[Registered, bool]:
         """Check an adapter file, store it and add it to a task as a version. Equal bytes give the same version.
 
         Args:
+            settings: settings of the task to change in the same step, also if the version is known.
             source: reference that the hub read the file from, for the audit; None if the client sent the file.
 
         Returns:
@@ -78,15 +85,20 @@ class RegistrationService:
         registered = datetime.now(UTC).isoformat(timespec="milliseconds")
         version = VersionInfo(version=0, registered=registered, **version_fields(adapter))  # the registry numbers it
         aliases = [LATEST] if alias in (None, LATEST) else [LATEST, alias]
-        kept, created = await self._registry.register(caller, caller.tenant, task, version, aliases, source)
+        kept, created = await self._registry.register(caller, caller.tenant, task, version, aliases, source, settings)
         self._cache.invalidate_task(caller.tenant, task)
         prefetch = asyncio.create_task(self._classification.prefetch(adapter.digest))
         self._background.add(prefetch)  # otherwise the task could be garbage-collected: the loop holds weak references
         prefetch.add_done_callback(self._background.discard)
-        return Registered(task=task, **kept.model_dump()), created
+        return Registered(task=task, **kept.model_dump(), **settings.given()), created
 
     async def register_source(
-        self, caller: Caller, name: str, body: SourceBody, alias: str | None
+        self,
+        caller: Caller,
+        name: str,
+        body: SourceBody,
+        alias: str | None,
+        settings: TaskSettings = DEFAULT_SETTINGS,
     ) -> tuple[Registered, bool]:
         """Download an adapter file from an allowed source and register it.
 
@@ -100,7 +112,7 @@ class RegistrationService:
         if body.digest not in (None, hashlib.sha256(data).hexdigest()):
             # The message omits the actual digest: it would identify a file that the caller may not be allowed to read.
             raise InvalidRequest.at("digest", "the file at the source has a different sha256")
-        return await self.register(caller, name, data, alias, self._sources.canonical(body.source))
+        return await self.register(caller, name, data, alias, settings, self._sources.canonical(body.source))
 
     async def file(self, caller: Caller, name: str, reference: str) -> tuple[VersionInfo, bytes]:
         """Return a version of the caller's own task and its adapter file.
@@ -111,6 +123,11 @@ class RegistrationService:
         caller.own_task(name)
         version = await self._classification.version(caller, name, reference)
         return version, await run_blocking(self._executor, self._store.get, version.digest)
+
+    async def change_settings(self, caller: Caller, name: str, settings: TaskSettings) -> TaskInfo:
+        """Change settings of a task; omitted ones keep their values."""
+        task = caller.own_task(name)
+        return self._changed(caller, await self._registry.change_settings(caller, caller.tenant, task, settings))
 
     async def set_alias(self, caller: Caller, name: str, alias: str, targets: dict[int, int]) -> TaskInfo:
         """Point an alias at versions: version number -> weight."""

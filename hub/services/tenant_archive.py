@@ -1,7 +1,8 @@
 """Export and import of a whole tenant as one file: an uncompressed tar, format `karst-tenant/1`.
 
-`tenant.json` comes first: every task with its versions, aliases, their history, sharing and last version number. Then
-comes each adapter file once, as `files/<digest>.safetensors`. The tar has no keys, no counts and no audit.
+`tenant.json` comes first: every task with its versions, aliases, their history, sharing, last version number and the
+settings that were set. Then comes each adapter file once, as `files/<digest>.safetensors`. The tar has no keys, no
+counts and no audit.
 """
 
 import hashlib
@@ -18,13 +19,24 @@ from typing import IO, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from adapters import Adapter
+from adapters.method.typicality import Typicality
 
 from ..concurrency import run_blocking
 from ..errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
 from ..registry.audit import Actor
-from ..registry.models import Task
+from ..registry.models import DEFAULT_SETTINGS, Task
 from ..registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
-from ..schemas import LATEST, Name, Sharing, TenantInfo, TenantLimits, VersionInfo, VersionNumber, Weight
+from ..schemas import (
+    LATEST,
+    Name,
+    Sharing,
+    TaskSettings,
+    TenantInfo,
+    TenantLimits,
+    VersionInfo,
+    VersionNumber,
+    Weight,
+)
 from ..storage.store import FILE, Store
 
 FORMAT = "karst-tenant/1"
@@ -54,6 +66,7 @@ class _TaskEntry(_Strict):
     aliases: dict[Name, Targets]
     history: dict[Name, Annotated[list[Targets], Field(max_length=MAX_ALIAS_HISTORY)]]
     sharing: Sharing
+    settings: TaskSettings = DEFAULT_SETTINGS
 
     @model_validator(mode="after")
     def _consistent(self) -> "_TaskEntry":
@@ -189,6 +202,8 @@ def version_fields(adapter: Adapter) -> dict[str, Any]:
         "preprocess": adapter.preprocess,
         "metrics": adapter.metrics,
         "size_bytes": len(adapter.data),
+        "coverage": adapter.coverage,
+        "typicality": True if Typicality.of(adapter.tensors) else None,
     }
 
 
@@ -206,6 +221,8 @@ def _manifest(info: TenantInfo, tasks: Sequence[Task]) -> bytes:
                 "history": task.history,
                 "sharing": task.sharing.model_dump(mode="json"),
             }
+            # Only if a setting was set: a hub without settings refuses the member.
+            | ({"settings": task.settings.given()} if task.settings.given() else {})
             for task in tasks
         ],
     }
@@ -357,10 +374,11 @@ def _restored(task: _TaskEntry, fields_by_digest: Mapping[str, dict[str, Any]]) 
     versions = {}
     for stated in sorted(task.versions, key=lambda v: v.version):
         kept = VersionInfo(version=stated.version, registered=stated.registered, **fields_by_digest[stated.digest])
-        if json.loads(kept.model_dump_json()) != json.loads(stated.model_dump_json()):
+        known, claimed = json.loads(kept.model_dump_json()), json.loads(stated.model_dump_json())
+        if known | claimed != known:  # an older hub's manifest has no coverage and no typicality
             raise _invalid(f"{MANIFEST}: version {stated.version} of task {task.name!r} contradicts its file")
         versions[stated.version] = kept
-    return Task(task.name, versions, task.aliases, task.sharing, task.history, task.last_number)
+    return Task(task.name, versions, task.aliases, task.sharing, task.history, task.last_number, task.settings)
 
 
 def _invalid(message: str) -> InvalidRequest:

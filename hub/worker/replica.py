@@ -285,7 +285,7 @@ class Worker:
         # The pass has its own leases: a cancelled call must not free a slot that the pass reads.
         self._cache.retain(adapters)
         try:
-            probabilities = await self._forward(items)
+            scores = await self._forward(items)
         finally:
             self._cache.release(adapters)
         compute_ms = (time.perf_counter() - started_s) * 1000
@@ -296,12 +296,12 @@ class Worker:
         calls = {x.traceparent: (x.load_ms, ms) for x, ms in zip(items, queue_ms, strict=True) if x.traceparent}
         tracing.record_pass(calls, worker=self._name, images=len(items), tasks=tasks, compute_ms=compute_ms)
         return [
-            Answer(row, PassStats(self._name, len(items), tasks, item.load_ms, ms, compute_ms))
-            for item, row, ms in zip(items, probabilities, queue_ms, strict=True)
+            Answer(row, PassStats(self._name, len(items), tasks, item.load_ms, ms, compute_ms), typicality)
+            for item, (row, typicality), ms in zip(items, scores, queue_ms, strict=True)
         ]
 
-    async def _forward(self, items: list[Item]) -> list[NDArray[np.float32]]:
-        """Return the probabilities of each image, float32 (K,)."""
+    async def _forward(self, items: list[Item]) -> list[tuple[NDArray[np.float32], float | None]]:
+        """Return the probabilities of each image, float32 (K,), and its typicality."""
         loop = asyncio.get_running_loop()
         if self._copy_thread is None:
             return await loop.run_in_executor(self._pass_thread, lambda: self._compute(items, self._gather(items)))
@@ -316,11 +316,14 @@ class Worker:
         std = torch.stack([item.adapter.std for item in items]).to(device)
         return normalise(pixels, mean, std)
 
-    def _compute(self, items: list[Item], pixels: torch.Tensor) -> list[NDArray[np.float32]]:
+    def _compute(self, items: list[Item], pixels: torch.Tensor) -> list[tuple[NDArray[np.float32], float | None]]:
         slots = [item.adapter.slot for item in items]
-        return self._run_timed(
-            len(items), lambda: [row.float().softmax(0).cpu().numpy() for row in self._bank.forward(pixels, slots)]
-        )
+
+        def run() -> list[tuple[NDArray[np.float32], float | None]]:
+            scores = self._bank.score(pixels, slots)
+            return [(x.logits.float().softmax(0).cpu().numpy(), x.typicality) for x in scores]
+
+        return self._run_timed(len(items), run)
 
     def _start_background(self) -> None:
         """Start the periodic tasks once. Not in `__init__`, which Serve may call outside of the event loop."""

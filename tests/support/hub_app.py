@@ -60,8 +60,9 @@ class Engine:
         slot, adapter = self.slots[digest]
         mean, std = (torch.tensor(adapter.preprocess[name]) for name in ("mean", "std"))
         pixels = normalise(torch.from_numpy(np.stack(images)), mean, std)
-        rows = self._bank.forward(pixels, [slot] * len(images))
-        return [Answer(row.softmax(0).numpy(), PassStats("engine", len(images), 1, 0.0, 0.0, 0.0)) for row in rows]
+        stats = PassStats("engine", len(images), 1, 0.0, 0.0, 0.0)
+        scores = self._bank.score(pixels, [slot] * len(images))
+        return [Answer(x.logits.softmax(0).numpy(), stats, x.typicality) for x in scores]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,11 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from adapters import Adapter, Backbone, KarstConfig, KarstModel, attach, extract, load_backbone
+from adapters.backbone import features
+from adapters.data.images import decode_image, eval_transform, normalise, preprocess_of
+from adapters.evaluation.calibration import coverage_table
 from adapters.method.karst import KarstLayer, KarstNorm
+from adapters.method.typicality import fit_typicality
 
 # Of images with 8 x 8 pixels.
 PREPROCESS = {
@@ -67,6 +71,35 @@ def random_adapter(
     return extract(random_model(backbone, seed, classes, **config), labels or [f"class {i}" for i in range(classes)])
 
 
+def calibrated_adapter(backbone: Backbone, seed: int = 0, classes: int = 5) -> Adapter:
+    """Return an adapter without kernels whose task is `png` noise, with typicality and thresholds for label sets.
+
+    Its head is random, and the true label of each noise image is drawn from the probabilities.
+    """
+    preprocess = preprocess_of(backbone)
+    transform = eval_transform(preprocess)
+    pixels = torch.stack([transform(decode_image(png(1000 + i))) for i in range(60)])
+    mean, std = (torch.tensor(preprocess[name]) for name in ("mean", "std"))
+    with torch.inference_mode():
+        pooled = features(backbone.model, normalise(pixels, mean, std)).clone()
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(classes, pooled.shape[1], generator=generator)
+    centred = pooled - pooled.mean(0)
+    weight *= 2 / (centred @ weight.T).std()  # probabilities of different sizes
+    probabilities = (centred @ weight.T).softmax(1)
+    targets = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    return Adapter.create(
+        {"head.weight": weight, "head.bias": -weight @ pooled.mean(0)} | fit_typicality(pooled).tensors,
+        config=KarstConfig(kernels=0, rescale="none"),
+        backbone=backbone.name,
+        fingerprint=backbone.fingerprint,
+        labels=[f"class {i}" for i in range(classes)],
+        preprocess=preprocess,
+        created="2026-01-01T00:00:00Z",
+        coverage=coverage_table(probabilities, targets),
+    )
+
+
 def local_backbone(folder: Path, architecture: str, **model_args: Any) -> Backbone:
     """Return a timm model of any size with seeded random weights; timm opens it as `local-dir:`."""
     torch.manual_seed(0)
@@ -94,6 +127,11 @@ def png(value: int = 0, size: tuple[int, int] = (32, 32)) -> bytes:
     generator = torch.Generator().manual_seed(value)
     noise = torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
     return encoded(Image.fromarray(noise.numpy()), "PNG")
+
+
+def flat_png(value: int = 255, size: tuple[int, int] = (32, 32)) -> bytes:
+    """Return a PNG of one grey value: no image of a task of noise."""
+    return encoded(Image.new("RGB", size, (value, value, value)), "PNG")
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:

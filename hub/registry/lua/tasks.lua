@@ -33,11 +33,17 @@ local function move_alias(key, alias, targets, max_history)
   redis.call('HSET', key, 'a:' .. alias, targets)
 end
 
+-- Write settings: name -> JSON text. The task keeps its other settings.
+local function write_settings(key, settings)
+  for name, text in pairs(settings) do redis.call('HSET', key, 's:' .. name, text) end
+end
+
 -- Return whether the task may have one more alias, or has this one already.
 local function has_room_for_alias(key, alias, max_aliases)
   if redis.call('HEXISTS', key, 'a:' .. alias) == 1 then return true end
-  -- Two fields per version (v: and d:); at most two per alias (a: and h:).
+  -- Two fields per version (v: and d:); at most two per alias (a: and h:). A setting takes no alias's place.
   local other_fields = redis.call('HLEN', key) - 2 * tonumber(redis.call('HGET', key, 'n') or 0)
+  other_fields = other_fields - redis.call('HEXISTS', key, 's:unknown_below')
   return other_fields <= 2 * max_aliases
 end
 
@@ -70,7 +76,7 @@ function tasks.check_quota(args)
   return find_refusal(args) or DONE
 end
 
--- Also: version (JSON text without its number), max_history.
+-- Also: version (JSON text without its number), max_history, settings (name -> JSON text).
 function tasks.register(args)
   local refusal = find_refusal(args)
   if refusal then return refusal end
@@ -88,6 +94,7 @@ function tasks.register(args)
   for _, alias in ipairs(args.aliases) do
     move_alias(key, alias, '{"' .. number .. '":1}', args.max_history)
   end
+  write_settings(key, args.settings)
   local entry = with_details(args.entry, {version = tonumber(number)})
   record_change(args.tenant, 'task', args.task, entry)
   local version = redis.call('HGET', key, 'v:' .. number)
@@ -150,6 +157,16 @@ function tasks.share(args)
   update_shared_lists('SREM', args.tenant, args.task, redis.call('HGET', key, 'share'))
   update_shared_lists('SADD', args.tenant, args.task, args.sharing)
   redis.call('HSET', key, 'share', args.sharing)
+  record_change(args.tenant, 'task', args.task, args.entry)
+  return DONE
+end
+
+-- settings (name -> JSON text).
+function tasks.change_settings(args)
+  if is_revoked(args.entry) then return REVOKED end
+  local key = task_key(args.tenant, args.task)
+  if redis.call('EXISTS', key) == 0 then return ABSENT end
+  write_settings(key, args.settings)
   record_change(args.tenant, 'task', args.task, args.entry)
   return DONE
 end

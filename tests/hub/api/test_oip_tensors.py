@@ -93,7 +93,7 @@ INVALID_JSON: dict[str, Invalid] = {
         "image",
         "but 0 bytes follow",
     ),
-    "output's name": (output("logits"), "outputs.0.name", "'probabilities' or 'labels'"),
+    "output's name": (output("logits"), "outputs.0.name", "'probabilities', 'labels', 'typicality' or 'unknown'"),
     "labels' classes": (output("labels", classification=2), "labels", "does not support classification"),
     "below 0 classes": (
         output("probabilities", classification=-1),
@@ -101,7 +101,7 @@ INVALID_JSON: dict[str, Invalid] = {
         "equal to 0",
     ),
     "output in shared memory": (output("labels", shared_memory_region="a"), "labels", "does not support shared memory"),
-    "three outputs": ({"inputs": [image_tensor()], "outputs": [0, 0, 0]}, "outputs", "at most 2 items"),
+    "five outputs": ({"inputs": [image_tensor()], "outputs": [0] * 5}, "outputs", "at most 4 items"),
     "twice": ({"inputs": [image_tensor()], "outputs": [{"name": "labels"}] * 2}, "labels", "requested twice"),
 }
 

@@ -20,6 +20,7 @@ ROUTES = {
     "GET /readyz": "open",
     "GET /v1/tasks": "tenant",
     "GET /v1/tasks/{task}": "tenant",
+    "PUT /v1/tasks/{task}": "owner",
     "DELETE /v1/tasks/{task}": "owner",
     "PUT /v1/tasks/{task}/sharing": "owner",
     "POST /v1/tasks/{task}/versions": "owner",
@@ -81,6 +82,7 @@ def operations(hub: Hub) -> list[str]:
 
 
 BODIES: dict[str, dict[str, Any]] = {
+    "/tasks/{task}": {"json": {"unknown_below": 0.05}},
     "sharing": {"json": {"public": True}},
     "aliases/{alias}": {"json": {"version": 1}},
     "infer": {

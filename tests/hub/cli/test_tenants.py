@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from adapters import Adapter
+from adapters import Adapter, Backbone
 from hub.cli.main import app, main
 from hub.cli.output import show
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRecord, KeyRegistry
 from tests.support.hub_app import OCTETS, Hub, bearer, in_registry
-from tests.support.models import png
+from tests.support.models import calibrated_adapter, flat_png, png
 
 Run = Callable[..., str]
 
@@ -170,6 +170,60 @@ def test_register_prints_the_aliases_when_the_file_is_already_registered(
     assert again == "digits: already registered as version 1; alias latest points at it now\n"
     again = run("register", "digits", str(files[1]), "--alias", "stable", *key)
     assert again == "digits: already registered as version 2; aliases latest and stable point at it now\n"
+
+
+def test_register_and_settings_change_the_threshold_of_unknown_images(
+    hub: Hub, run: Run, adapters: list[Adapter], tmp_path: Path
+) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(adapters[0].data)
+    key = ("--key", hub.key)
+    printed = run("register", "digits", str(file), "--unknown-below", "0.05", *key).splitlines()
+    assert printed[1:] == ["digits: images with a typicality below 0.05 are unknown"]
+    printed = run("register", "digits", str(file), "--unknown-below", "0.1", *key).splitlines()
+    assert printed == [
+        "digits: already registered as version 1; alias latest points at it now",
+        "digits: images with a typicality below 0.1 are unknown",
+    ]
+    assert run("settings", "digits", *key) == "digits: images with a typicality below 0.1 are unknown\n"
+    changed = "digits: images with a typicality below 0.2 are unknown\n"
+    assert run("settings", "digits", "--unknown-below", "0.2", *key) == changed
+    assert json.loads(run("settings", "digits", "--json", *key)) == {"task": "digits", "unknown_below": 0.2}
+    assert hub.http.get("/v1/tasks/digits").json()["unknown_below"] == 0.2
+    for command in (("settings", "digits"), ("register", "digits", str(file))):
+        assert CliRunner().invoke(app, [*command, "--unknown-below", "2", *key]).exit_code == 2
+
+
+def test_classify_shows_typicality_and_sets_where_the_adapter_has_them(
+    hub: Hub, run: Run, adapters: list[Adapter], backbone: Backbone, tmp_path: Path
+) -> None:
+    adapter = calibrated_adapter(backbone)
+    for task, data in (("noise", adapter.data), ("old", adapters[0].data)):
+        hub.http.post(f"/v1/tasks/{task}/versions", content=data, headers=OCTETS)
+    own, foreign = tmp_path / "own.png", tmp_path / "foreign.png"
+    own.write_bytes(png(1))
+    foreign.write_bytes(flat_png())
+    key = ("--key", hub.key)
+    files = (str(own), str(foreign))
+
+    def rows(*arguments: str) -> list[list[str]]:
+        lines = [line for line in run("classify", *arguments, *key).splitlines() if ".png" in line]
+        return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+    reply = json.loads(run("classify", "noise", *files, "--coverage", "0.9", "--json", *key))
+    assert reply["unknown"] == [False, True]
+    shown = rows("noise", *files, "--coverage", "0.9")
+    assert [row[3] for row in shown] == [
+        f"{reply['typicality'][0]:.3f}",
+        f"{reply['typicality'][1]:.3f} unknown",
+    ]
+    assert [row[4] for row in shown] == [", ".join(labels) for labels in reply["sets"]]
+    assert [len(row) for row in rows("noise", *files)] == [4, 4]
+    assert [row[3] for row in rows("noise", str(foreign), "--top-k", "2")] == [shown[1][3], ""]
+    assert [len(row) for row in rows("old", *files)] == [3, 3]
+    refused = CliRunner().invoke(app, ["classify", "old", str(own), "--coverage", "0.9", *key])
+    assert refused.exit_code == 1
+    assert "error: coverage: version 1 of task 'old' has no data for label sets" in refused.stderr
 
 
 def test_classify_names_the_file_when_an_image_is_invalid(

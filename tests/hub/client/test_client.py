@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adapters import Adapter
+from adapters import Adapter, Backbone
 from hub import AsyncClient, Client
 from hub.client import endpoints
 from hub.client.transport import Call, CallSeries
@@ -22,7 +22,7 @@ from hub.errors import Conflict, Forbidden, InvalidAdapter, InvalidImage, Invali
 from hub.schemas import LimitsChange
 from tests.support.clients import KINDS
 from tests.support.hub_app import OCTETS, Hub
-from tests.support.models import encoded, png
+from tests.support.models import calibrated_adapter, encoded, flat_png, png
 
 Kind = Callable[..., Any]  # `Client`, or `AsyncClient` with blocking methods
 ROOT = Path(__file__).parents[3]
@@ -225,6 +225,43 @@ def test_client_returns_predictions_in_order_when_images_need_several_calls(
         assert len(responses) == 6  # each image is larger than `call_bytes`
 
 
+def test_client_returns_typicality_and_sets_in_order_when_images_need_several_calls(
+    client: Any, adapters: list[Adapter], backbone: Backbone
+) -> None:
+    client.register("old", adapters[0].data)
+    registered = client.register("a", calibrated_adapter(backbone).data, unknown_below=0.02)
+    assert (registered.unknown_below, registered.typicality) == (0.02, True)
+    assert client.task("a").unknown_below == 0.02
+    images = [flat_png() if i % 10 == 0 else png(i % 7) for i in range(100)]
+    reply = client.classify("a", images, top_k=1, coverage=0.9)
+    assert reply.unknown == [i % 10 == 0 for i in range(100)]
+    assert len(reply.typicality) == len(reply.sets) == 100
+    assert all(row[0].label == found[0] for row, found in zip(reply.predictions, reply.sets, strict=True))
+    plain = client.classify("a", images)
+    assert plain.sets is None
+    assert plain.typicality == pytest.approx(reply.typicality, rel=1e-3, abs=1e-6)
+    old = client.classify("old", [png()] * 70)
+    assert (old.typicality, old.unknown, old.sets) == (None, None, None)
+
+    one, other = client.classify_inputs([("a", png(1)), ("a", flat_png())], coverage=0.9).results
+    assert (one.unknown, other.unknown) == (False, True)
+    assert (one.set, one.typicality) == (reply.sets[1], pytest.approx(reply.typicality[1], rel=1e-3))
+
+
+def test_client_changes_the_settings_of_a_task(client: Any, adapters: list[Adapter]) -> None:
+    client.register("a", adapters[0].data)
+    assert client.change_settings("a", unknown_below=0.5).unknown_below == 0.5
+    assert client.change_settings("a").unknown_below == 0.5
+    with pytest.raises(InvalidRequest, match="unknown_below"):
+        client.change_settings("a", unknown_below=2)
+    with pytest.raises(InvalidRequest, match="coverage: version 1 of task 'a' has no data for label sets"):
+        client.classify("a", png(), coverage=0.95)
+    with pytest.raises(InvalidRequest, match="coverage"):
+        client.classify_inputs([("a", png())], coverage=2)
+    with pytest.raises(NotFound):
+        client.change_settings("nothing", unknown_below=0.5)
+
+
 def test_one_version_classifies_all_images_when_latest_moves_between_calls(
     kind: Kind, url: str, hub: Hub, adapters: list[Adapter]
 ) -> None:
@@ -264,6 +301,7 @@ def test_client_names_an_image_by_its_index_among_all_when_it_is_in_a_later_call
             {"source": "s3://b/c", "digest": "0" * 64},
         ),
         (endpoints.set_alias("a", "x", {1: 2}), "PUT /v1/tasks/a/aliases/x", {"weights": {"1": 2}}),
+        (endpoints.change_settings("a", unknown_below=0.2), "PUT /v1/tasks/a", {"unknown_below": 0.2}),
         (endpoints.share("a"), "PUT /v1/tasks/a/sharing", {"public": False, "tenants": []}),
         (endpoints.usage("t"), "GET /v1/tenants/t/usage", None),
         (endpoints.audit("t", after="1-2"), "GET /v1/tenants/t/audit", None),
@@ -314,6 +352,7 @@ def test_examples_of_the_documentation_run(
     url: str,
     hub: Hub,
     adapters: list[Adapter],
+    backbone: Backbone,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -322,6 +361,9 @@ def test_examples_of_the_documentation_run(
         (tmp_path / f"{name}.safetensors").write_bytes(adapter.data)
     for i, name in enumerate(("rose", "tulip", "oak")):
         (tmp_path / f"{name}.png").write_bytes(png(i))
+    (tmp_path / "noise.safetensors").write_bytes(calibrated_adapter(backbone).data)
+    (tmp_path / "noise.png").write_bytes(png(1))
+    (tmp_path / "empty.png").write_bytes(flat_png())
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 9
@@ -330,5 +372,6 @@ def test_examples_of_the_documentation_run(
         exec(compile(block, "docs/python.md", "exec"), names)
     shown = capsys.readouterr().out
     assert "images.1\n" in shown
+    assert "unknown ['class" in shown
     assert "there is no task 'nothing'" in shown
     assert (tmp_path / "copy.safetensors").read_bytes() == adapters[1].data

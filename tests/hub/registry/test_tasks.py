@@ -11,7 +11,7 @@ from hub.registry.connection import RegistryConnection
 from hub.registry.events import EventLog
 from hub.registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import LimitsChange, Sharing
+from hub.schemas import LimitsChange, Sharing, TaskSettings
 from tests.support.hub_app import in_registry
 from tests.support.registry import version, with_registry
 
@@ -86,6 +86,7 @@ def test_a_revoked_key_changes_nothing_when_its_request_was_in_flight(empty_redi
             registry.set_alias(revoked, "t", "x", "stable", {1: 1}),
             registry.roll_back(revoked, "t", "x", "latest"),
             registry.share(revoked, "t", "x", Sharing(public=True)),
+            registry.change_settings(revoked, "t", "x", TaskSettings(unknown_below=0.5)),
             registry.delete_version(revoked, "t", "x", 1),
             registry.delete_task(revoked, "t", "x"),
             registry.restore(revoked, "t", []),
@@ -94,6 +95,7 @@ def test_a_revoked_key_changes_nothing_when_its_request_was_in_flight(empty_redi
                 await change
         (task,) = await registry.tasks("t")
         assert (list(task.versions), dict(task.aliases)) == ([1], {"latest": {1: 1}})
+        assert task.settings == TaskSettings()
 
     with_registry(empty_redis, use)
 
@@ -108,9 +110,10 @@ def test_every_change_of_a_task_publishes_an_event(empty_redis: str) -> None:
         await registry.register(OPERATOR, "t", "x", version("b" * 64), ["latest"])
         await registry.set_alias(OPERATOR, "t", "x", "stable", {2: 1})
         await registry.delete_version(OPERATOR, "t", "x", 1)
+        await registry.change_settings(OPERATOR, "t", "x", TaskSettings(unknown_below=0.5))
         await registry.delete_task(OPERATOR, "t", "x")
         found = await events.read(start, 10)
-        assert [(e.tenant, e.kind, e.name) for e in found] == [("t", "task", "x")] * 6
+        assert [(e.tenant, e.kind, e.name) for e in found] == [("t", "task", "x")] * 7
         assert await events.read(found[-1].id, 10) == []
 
     in_registry(empty_redis, use)
@@ -132,10 +135,12 @@ def test_a_dump_is_restored_in_another_tenant(empty_redis: str) -> None:
         await registry.set_alias(OPERATOR, "one", "x", "canary", {1: 90, 3: 10})
         await registry.delete_version(OPERATOR, "one", "x", 2)
         await registry.share(OPERATOR, "one", "x", Sharing(tenants=["t"]))
+        await registry.change_settings(OPERATOR, "one", "x", TaskSettings(unknown_below=0.1 + 0.2))
         await registry.register(OPERATOR, "one", "y", version("a" * 64), ["latest"])
         dump = await registry.dump("one")
         await registry.restore(OPERATOR, "two", dump)
         assert await registry.dump("two") == dump
+        assert [task.settings.given() for task in dump] == [{"unknown_below": 0.1 + 0.2}, {}]
         assert [owner for owner, _ in await registry.shared_with("t")] == ["one", "two"]
         with pytest.raises(Conflict, match="existing tasks: x, y"):
             await registry.restore(OPERATOR, "two", dump)
@@ -180,6 +185,32 @@ def test_an_alias_keeps_its_last_former_targets(empty_redis: str) -> None:
         assert task.history["latest"] == [{n: 1} for n in range(3, count)]
 
     with_registry(empty_redis, use)
+
+
+def test_a_setting_takes_no_place_of_an_alias(empty_redis: str) -> None:
+    async def use(registry: TaskRegistry) -> None:
+        counts = []
+        for task, settings in (("x", TaskSettings()), ("y", TaskSettings(unknown_below=0.5))):
+            await registry.register(OPERATOR, "t", task, version("a" * 64), ["latest"], settings=settings)
+            changes = (registry.set_alias(OPERATOR, "t", task, f"alias-{i}", {1: 1}) for i in range(300))
+            refused = await asyncio.gather(*changes, return_exceptions=True)
+            assert any(isinstance(error, LimitReached) for error in refused)
+            counts.append(len((await registry.task("t", task)).aliases))
+        assert counts[0] == counts[1]
+
+    with_registry(empty_redis, use)
+
+
+def test_a_task_of_a_newer_hub_is_read_when_it_has_unknown_settings(empty_redis: str) -> None:
+    async def use(connection: RegistryConnection) -> None:
+        registry = TaskRegistry(connection)
+        await TenantRegistry(connection).create(OPERATOR, "t", LimitsChange())
+        settings = TaskSettings(unknown_below=0.5)
+        await registry.register(OPERATOR, "t", "x", version("a" * 64), ["latest"], settings=settings)
+        await connection.redis.hset("karst:t:t:task:x", "s:keep", '{"images": "none"}')
+        assert (await registry.task("t", "x")).settings == settings
+
+    in_registry(empty_redis, use)
 
 
 def test_a_version_is_refused_while_its_file_is_being_removed(empty_redis: str) -> None:

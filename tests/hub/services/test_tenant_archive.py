@@ -13,10 +13,10 @@ from adapters import Adapter, Backbone
 from hub.errors import Conflict, InvalidAdapter, InvalidRequest, LimitReached, TooLarge, Unavailable
 from hub.registry.audit import OPERATOR
 from hub.registry.tasks import TaskRegistry
-from hub.schemas import LimitsChange, Sharing
+from hub.schemas import LimitsChange, Sharing, TaskSettings
 from hub.services.tenant_archive import export_tenant
 from tests.support.hub_app import OCTETS, running
-from tests.support.models import png, with_metadata
+from tests.support.models import calibrated_adapter, png, with_metadata
 from tests.support.tenant_archives import Case, Run, members, runner, written
 
 
@@ -68,6 +68,48 @@ def test_export_is_a_plain_tar_and_equal_each_time(case: Run, adapters: Sequence
         assert list(manifest["tasks"][0]) == ["name", "last_number", "versions", "aliases", "history", "sharing"]
         assert b"kh_" not in entries[0][1]
         await case.restore(python)  # with the zeros that some tools add at the end
+
+    case(use)
+
+
+def test_import_keeps_settings_coverage_and_typicality(case: Run, backbone: Backbone) -> None:
+    adapter = calibrated_adapter(backbone)
+
+    async def use(case: Case) -> None:
+        assert "settings" not in json.loads(members(await case.export())[0][1])["tasks"][0]
+        await case.register("one", "flowers", adapter)
+        await case.registry.change_settings(OPERATOR, "one", "flowers", TaskSettings(unknown_below=0.05))
+        entries = members(await case.export())
+        manifest = json.loads(entries[0][1])
+        assert [task.get("settings") for task in manifest["tasks"]] == [{"unknown_below": 0.05}, None]
+        flowers, leaves = await case.restore(written(entries))
+        assert (flowers.settings.unknown_below, leaves.settings.unknown_below) == (0.05, 0.01)
+        assert flowers.current.typicality is True
+        assert flowers.current.coverage == [*(adapter.coverage or ())]
+        assert await case.registry.dump("two") == await case.registry.dump("one")
+
+    case(use)
+
+
+def test_import_adds_coverage_and_typicality_when_an_older_hub_did_not_state_them(
+    case: Run, backbone: Backbone
+) -> None:
+    adapter = calibrated_adapter(backbone)
+
+    async def use(case: Case) -> None:
+        await case.register("one", "flowers", adapter)
+        entries = members(await case.export())
+        manifest = json.loads(entries[0][1])
+        stated = manifest["tasks"][0]["versions"][-1]
+        wrong = json.loads(entries[0][1])
+        wrong["tasks"][0]["versions"][-1]["coverage"] = [[0.5, 0.5]]
+        files = entries[1:]
+        detail = await case.refused(InvalidRequest, written([("tenant.json", json.dumps(wrong).encode()), *files]))
+        assert "contradicts its file" in detail
+        del stated["coverage"], stated["typicality"]
+        flowers, _ = await case.restore(written([("tenant.json", json.dumps(manifest).encode()), *files]))
+        assert flowers.current.coverage
+        assert flowers.current.typicality
 
     case(use)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adapters import Adapter
+from adapters import Adapter, Backbone
+from adapters.data.images import decode_image, eval_transform
 from hub.errors import HubError, Unavailable
 from hub.registry.connection import RegistryConnection
 from hub.registry.status import StatusBoard
@@ -17,6 +18,7 @@ from hub.storage.store import Store
 from hub.worker.prewarming import Prewarming
 from hub.worker.replica import Worker
 from hub.worker_api import CallOrigin
+from tests.support.models import calibrated_adapter, flat_png, png
 from tests.support.workers import PassGate, fix_batch_size, make_worker, run
 
 
@@ -51,6 +53,31 @@ def test_adapters_share_a_pass_and_each_call_gets_its_own_answers(worker: Worker
         for one, other in zip([*alone[0], *alone[1]], [*together[0], *together[1]], strict=True):
             np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
         assert {(a.computed.images, a.computed.tasks) for group in together for a in group} == {(4, 2)}
+
+    run(use)
+
+
+def test_an_answer_has_typicality_where_its_adapter_has_it(
+    worker: Worker, adapters: list[Adapter], backbone: Backbone, store: Store
+) -> None:
+    adapter = calibrated_adapter(backbone)
+    store.put(adapter.digest, adapter.data)
+    transform = eval_transform(adapter.preprocess)
+    pixels = [transform(decode_image(data)).numpy() for data in (png(1), flat_png())]
+
+    async def use() -> None:
+        for digest in (adapter.digest, adapters[0].digest):
+            await worker.classify("t", digest, pixels)  # loads it
+        calls = (worker.classify("t", digest, pixels) for digest in (adapter.digest, adapters[0].digest))
+        calibrated, old = await asyncio.gather(*calls)
+        assert {answer.computed.tasks for answer in (*calibrated, *old)} == {2}
+        assert [answer.typicality for answer in old] == [None, None]
+        own, foreign = (answer.typicality for answer in calibrated)
+        assert own is not None
+        assert foreign is not None
+        assert own > 0.01 > foreign >= 0
+        sent = pickle.loads(pickle.dumps(calibrated))  # as Serve sends it
+        assert [answer.typicality for answer in sent] == [own, foreign]
 
     run(use)
 

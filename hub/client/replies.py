@@ -1,0 +1,28 @@
+"""Parsers of replies, and the reply that joins several replies of one kind."""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from ..schemas import Classified
+
+Model = TypeVar("Model", bound=BaseModel)
+PER_IMAGE = ("predictions", "typicality", "unknown", "sets")  # lists of `Classified` with one entry per image
+
+
+def model(kind: type[Model]) -> Callable[[bytes], Model]:
+    """Return a parser of replies. It ignores unknown fields: a newer hub may add fields."""
+    return lambda content: kind.model_validate_json(content, extra="ignore")
+
+
+def nothing(_content: bytes) -> None:
+    """Parse an empty reply."""
+
+
+def joined(parts: Sequence[Classified]) -> Classified:
+    """Return the reply for all images of these replies, in order. A list that one reply lacks is left out."""
+    lists = {name: [getattr(part, name) for part in parts] for name in PER_IMAGE}
+    update = {name: None if None in found else [*chain(*found)] for name, found in lists.items()}
+    return parts[0].model_copy(update=update)
