@@ -1,8 +1,9 @@
 """JSON bodies of the HTTP API under /v1, shared by gateway and client."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
@@ -322,6 +323,8 @@ class KeyInfo(_Body):
     created: str
     expires: str | None
     last_used: str | None
+    tasks: list[str] | None = None  # that the key may use; null: all
+    origins: list[str] | None = None  # web origins that the key works from; null: any client
 
 
 class KeyList(_Body):
@@ -335,10 +338,46 @@ class AdminKeyRequest(_Body):
     expires: Annotated[AwareDatetime, Field(strict=True)] | None = None
 
 
+def _origin(value: str) -> str:
+    """Refuse text that no browser sends as `Origin`; it would never match."""
+    if not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?", value):
+        message = "Input should be a web origin in lower case, such as https://app.example.org or http://localhost:3000"
+        raise PydanticCustomError("origin", message)
+    return value
+
+
+Origin = Annotated[str, Field(max_length=300), AfterValidator(_origin)]
+
+
 class KeyRequest(AdminKeyRequest):
-    """Request for a new key of a tenant."""
+    """Request for a new key of a tenant. A key with `tasks` or `origins` must be a caller's key."""
 
     role: Literal["owner", "caller"] = "caller"
+    tasks: Annotated[list[TaskName], Field(min_length=1, max_length=100)] | None = None
+    origins: Annotated[list[Origin], Field(min_length=1, max_length=20)] | None = None
+
+    @model_validator(mode="after")
+    def _only_callers_are_bound(self) -> "KeyRequest":
+        if self.role == "owner" and (self.tasks is not None or self.origins is not None):
+            raise ValueError("an owner's key cannot be bound to tasks or origins; use the role caller")
+        return self
+
+
+class TokenRequest(_Body):
+    """Request for a token: a substitute for the calling key, for one task and at most an hour."""
+
+    task: TaskName
+    expires_s: Annotated[int, Field(ge=1, le=3600, description="seconds until the token expires"), NUMBER] = 3600
+    origins: Annotated[list[Origin], Field(min_length=1, max_length=20)] | None = None
+
+
+class NewToken(_Body):
+    """A new token. Clients send it as they send a key."""
+
+    token: str
+    task: str
+    expires: str
+    origins: list[str] | None
 
 
 class NewKey(KeyInfo):

@@ -1,22 +1,37 @@
 """Authentication: from an API key to its tenant and role, and the checks of that role."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from ..errors import Forbidden, Unauthenticated
 from ..registry.audit import Actor
 from ..registry.cache import RegistryCache
-from ..registry.keys import ADMIN, OWNER, key_id
+from ..registry.keys import ADMIN, OWNER, KeyRecord, key_id
 from ..registry.models import task_not_found
 from ..registry.tenants import tenant_not_found
+from ..schemas import NewToken, TokenRequest
 from .rate_limits import RateLimiter
+from .tokens import TOKEN_PREFIX, Token, is_signed, read, sign
+
+CALLER = "caller"
+UNKNOWN = "The API key is unknown. Check it, or ask the owner of the tenant for a new key."
 
 
 @dataclass(frozen=True)
 class Caller(Actor):
-    """Sender of a request: its key, role, address and tenant. An admin key has no tenant (`''`)."""
+    """Sender of a request: its key, role, address and tenant.
+
+    Attributes:
+        tenant: empty for an admin key.
+        tasks: names of the tasks that the key may use; None: all.
+        by_token: whether the request has a token, which acts for the key.
+    """
 
     tenant: str
+    tasks: Sequence[str] | None = None
+    by_token: bool = False
 
     def resolve(self, name: str) -> tuple[str, str]:
         """Return the owner and the task of a name: `task` is the caller's own, `tenant:task` any tenant's."""
@@ -33,6 +48,28 @@ class Caller(Actor):
         if owner != self.tenant:
             raise task_not_found(name)
         return task
+
+    def may_use(self, name: str) -> bool:
+        """Return whether the key is bound to no tasks, or to this one."""
+        return self.tasks is None or self.resolve(name) in map(self.resolve, self.tasks)
+
+    def require_task(self, name: str) -> None:
+        """Refuse a task that the key is not bound to, whether the task exists or not.
+
+        Raises:
+            Forbidden: the key is bound to other tasks.
+        """
+        if not self.may_use(name):
+            raise Forbidden(f"This key may use only {_listed(self.tasks or ())}. Use another key for task {name!r}.")
+
+    def require_unbound(self) -> None:
+        """Refuse keys and tokens that are bound to tasks.
+
+        Raises:
+            Forbidden: the key is bound to tasks.
+        """
+        if self.tasks is not None:
+            raise Forbidden(f"This key may use only {_listed(self.tasks)}. Use a key without bounds.")
 
     def require_tenant(self) -> None:
         """Refuse admin keys.
@@ -76,6 +113,17 @@ class Caller(Actor):
         self.require_owner()
 
 
+@dataclass(frozen=True)
+class _Identity:
+    """Record and bounds of a valid key or token."""
+
+    id: str
+    record: KeyRecord
+    tasks: Sequence[str] | None
+    origins: Sequence[str] | None
+    is_token: bool
+
+
 class Authenticator:
     """Resolver of the `Authorization` header."""
 
@@ -83,15 +131,17 @@ class Authenticator:
         self._cache = cache
         self._limiter = limiter
 
-    async def authenticate(self, authorization: str | None, address: str) -> Caller:
+    async def authenticate(self, authorization: str | None, address: str, origin: str | None = None) -> Caller:
         """Return the caller of a request and count the request against its tenant's rate limit.
 
         Args:
             authorization: value of the `Authorization` header.
             address: the client's address, for the audit.
+            origin: value of the `Origin` header, which browsers send.
 
         Raises:
-            Unauthenticated: the header has no bearer key, or the key is unknown or expired.
+            Unauthenticated: the header has no bearer key, or the key or token is unknown or expired.
+            Forbidden: the key is bound to other web origins.
             LimitReached: the tenant's limit of requests per second.
             Unavailable: the gateway does not know the key, and the registry does not answer.
         """
@@ -99,17 +149,16 @@ class Authenticator:
         key = key.strip()
         if scheme.lower() != "bearer" or not key:
             raise Unauthenticated("Send the header `Authorization: Bearer <key>`.")
-        record = await self._cache.key(key)
-        if record is None:
-            raise Unauthenticated("The API key is unknown. Check it, or ask the owner of the tenant for a new key.")
         now_s = time.time()
-        if record.is_expired(now_s):
-            raise Unauthenticated(f"The API key expired at {record.expires}. Ask for a new key.")
-        id = key_id(key)
-        self._limiter.note_key(id, now_s)
+        found = await self._identify(key, now_s)
+        if found.origins is not None and origin not in found.origins:
+            raise Forbidden(f"This key works only on pages of {_listed(found.origins)}.")
+        record = found.record
+        self._limiter.note_key(found.id, now_s)
         if record.tenant:
             await self._limiter.request(record.tenant)
-        return Caller(id, record.name, record.role, address, record.tenant)
+        role = CALLER if found.is_token else record.role
+        return Caller(found.id, record.name, role, address, record.tenant, found.tasks, found.is_token)
 
     async def recheck(self, authorization: str) -> None:
         """Check a key again after a request's body has arrived, which may take minutes.
@@ -118,6 +167,55 @@ class Authenticator:
             Unauthenticated: the key was revoked or has expired since `authenticate`.
             Unavailable: the gateway does not know the key, and the registry does not answer.
         """
-        record = await self._cache.key(authorization.partition(" ")[2].strip())
-        if record is None or record.is_expired(time.time()):
-            raise Unauthenticated("The API key was revoked or expired while the request body arrived.")
+        try:
+            await self._identify(authorization.partition(" ")[2].strip(), time.time())
+        except Unauthenticated as error:
+            message = "The API key was revoked or expired while the request body arrived."
+            raise Unauthenticated(message) from error
+
+    async def issue(self, caller: Caller, request: TokenRequest) -> NewToken:
+        """Return a token that acts for the caller's key.
+
+        Raises:
+            Forbidden: the key is bound to other tasks or origins, or is a token itself.
+        """
+        if caller.by_token:  # otherwise a token could outlive its hour
+            raise Forbidden("A token cannot create tokens. Use its key.")
+        record = await self._cache.key(caller.key)
+        if record is None:
+            raise Unauthenticated(UNKNOWN)
+        caller.require_task(request.task)
+        if record.origins is not None and not {*(request.origins or record.origins)} <= {*record.origins}:
+            raise Forbidden.at("origins", f"this key works only on pages of {_listed(record.origins)}")
+        expires_s = int(time.time()) + request.expires_s
+        if record.expires is not None:
+            expires_s = min(expires_s, int(datetime.fromisoformat(record.expires).timestamp()))
+        origins = request.origins or (None if record.origins is None else [*record.origins])
+        token = Token(caller.key, request.task, expires_s, tuple(origins or ()))
+        expires = datetime.fromtimestamp(expires_s, UTC).isoformat(timespec="seconds")
+        return NewToken(token=sign(token, record.hash), task=request.task, expires=expires, origins=origins)
+
+    async def _identify(self, key: str, now_s: float) -> _Identity:
+        """Return the record and the bounds of a key or a token.
+
+        Raises:
+            Unauthenticated: it is unknown, revoked or expired.
+        """
+        token = read(key) if key.startswith(TOKEN_PREFIX) else None
+        id = token.key_id if token is not None else key_id(key)
+        record = await self._cache.key(id)
+        if token is not None:
+            if record is None or not is_signed(key, record.hash):
+                raise Unauthenticated("The token is not valid, or its key was revoked. Create a new token.")
+            if token.expires_s <= now_s or record.is_expired(now_s):
+                raise Unauthenticated("The token is expired. Create a new token.")
+            return _Identity(id, record, (token.task,), token.origins or None, is_token=True)
+        if record is None or not record.matches(key):
+            raise Unauthenticated(UNKNOWN)
+        if record.is_expired(now_s):
+            raise Unauthenticated(f"The API key expired at {record.expires}. Ask for a new key.")
+        return _Identity(id, record, record.tasks, record.origins, is_token=False)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)

@@ -55,6 +55,7 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
 
     @api.get("/v1/usage")
     async def own_usage(caller: TenantCaller) -> Usage:
+        caller.require_unbound()
         return await tenants.usage(caller.tenant)
 
     @api.get("/v1/tenants")
@@ -90,7 +91,9 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
     @api.post("/v1/tenants/{tenant}/keys", status_code=201, openapi_extra=request_body({JSON: schema_of(KeyRequest)}))
     async def create_key(caller: Manager, tenant: TenantName, body: Body) -> NewKey:
         new = await body.read_json(KeyRequest)
-        return await administration.keys.create(caller, tenant, new.role, new.name, new.expires)
+        return await administration.keys.create(
+            caller, tenant, new.role, new.name, new.expires, tasks=new.tasks, origins=new.origins
+        )
 
     @api.delete("/v1/tenants/{tenant}/keys/{id}", status_code=204)
     async def revoke_key(caller: Manager, tenant: TenantName, id: KeyId) -> None:

@@ -192,11 +192,12 @@ def create_app(
             tracing.stop()
 
     api = GatewayAPI(settings, metrics, lifespan)
-    dependencies = CallerDependencies(Authenticator(cache, limiter))
+    authenticator = Authenticator(cache, limiter)
+    dependencies = CallerDependencies(authenticator)
     limit = TenantConcurrencyLimit(tenant_calls, tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)
-    add_task_routes(api, service, changes, dependencies, max_adapter_bytes=settings.max_adapter_bytes)
+    add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)

@@ -46,7 +46,10 @@ class CallerDependencies:
 
     def __init__(self, authenticator: Authenticator) -> None:
         async def any_caller(request: Request, _bearer: Annotated[object, Security(BEARER)]) -> Caller:
-            caller = await authenticator.authenticate(request.headers.get("authorization"), client_address(request))
+            sent = request.headers
+            caller = await authenticator.authenticate(
+                sent.get("authorization"), client_address(request), sent.get("origin")
+            )
             claim_body(request.scope, caller.tenant)
             request_context.note_tenant(caller.tenant)
             _refuse_unknown_query(request)

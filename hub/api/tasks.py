@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Query, Response
 from starlette.concurrency import run_in_threadpool
 
-from ..admission.authentication import Caller
+from ..admission.authentication import Authenticator, Caller
 from ..concurrency import TenantConcurrencyLimit
 from ..errors import InvalidRequest
 from ..schemas import (
@@ -17,6 +17,7 @@ from ..schemas import (
     ImagesBody,
     Input,
     InputsBody,
+    NewToken,
     Registered,
     Results,
     Sharing,
@@ -24,6 +25,7 @@ from ..schemas import (
     TaskInfo,
     TaskList,
     TaskSettings,
+    TokenRequest,
     VersionInfo,
 )
 from ..services.classification import ClassificationService
@@ -73,10 +75,11 @@ def add_task_routes(
     service: ClassificationService,
     changes: RegistrationService,
     dependencies: CallerDependencies,
+    authenticator: Authenticator,
     *,
     max_adapter_bytes: int,
 ) -> None:
-    """Add the routes that read and change tasks."""
+    """Add the routes that read and change tasks, and the route of tokens for a task."""
     TenantCaller = Annotated[Caller, Depends(dependencies.tenant_caller)]
     Owner = Annotated[Caller, Depends(dependencies.owner)]
     Body = Annotated[RequestBody, Depends(dependencies.body)]
@@ -134,6 +137,18 @@ def add_task_routes(
             registered, created = await changes.register(caller, task, data, alias, settings)
         response.status_code = 201 if created else 200
         return registered
+
+    @api.post(
+        "/v1/tokens",
+        summary="Create a token, which acts for the key with one task for at most an hour",
+        status_code=201,
+        openapi_extra=request_body({JSON: schema_of(TokenRequest)}),
+    )
+    async def create_token(caller: TenantCaller, body: Body) -> NewToken:
+        request = await body.read_json(TokenRequest)
+        token = await authenticator.issue(caller, request)
+        await service.task(caller, request.task)  # a token for a task that does not exist would be of no use
+        return token
 
     @api.get("/v1/tasks/{task}/versions/{version}")
     async def get_version(caller: TenantCaller, task: TaskName, version: VersionReference) -> VersionInfo:

@@ -170,6 +170,23 @@ def settings(
 
 
 @app.command()
+def token(
+    task: AnyTask,
+    key: Key,
+    expires_s: Annotated[int, typer.Option(min=1, max=3600, help="seconds until the token expires")] = 3600,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="web origin that the token works from, such as https://app.example.org")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Create a token for one task, which a web page or a phone may hold in place of the key."""
+    with Client(url, key) as client:
+        created = client.create_token(task, expires_s=expires_s, origins=origin or None)
+    return show(created, True) if as_json else out.print(f"HUB_KEY={created.token}", soft_wrap=True)
+
+
+@app.command()
 def usage(key: Key, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     """Show the limits and the usage of the key's tenant."""
     with Client(url, key) as client:

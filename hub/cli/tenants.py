@@ -154,13 +154,19 @@ def add_key(
         ),
     ] = False,
     days: Annotated[float | None, typer.Option(min=0, help="days until the key expires; default: never")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="the only task that the key may use; repeatable")] = None,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="web origin that the key works from, such as https://app.example.org")
+    ] = None,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
     """Create a key of a tenant. The command shows it only once."""
     expires = datetime.now(UTC) + timedelta(days=days) if days is not None else None
     with Client(url, key) as client:
-        created = client.create_key(tenant, name, role="owner" if owner else "caller", expires=expires)
+        created = client.create_key(
+            tenant, name, role="owner" if owner else "caller", expires=expires, tasks=task, origins=origin
+        )
     if as_json:
         return show(created, True)
     out.print(f"key {created.id} ({created.role}); the hub shows it only once:")

@@ -74,6 +74,7 @@ class Client(BaseClient):
     delete_tenant = _single(endpoints.delete_tenant)
     keys = _single(endpoints.keys)
     create_key = _single(endpoints.create_key)
+    create_token = _single(endpoints.create_token)
     revoke_key = _single(endpoints.revoke_key)
     admin_keys = _single(endpoints.admin_keys)
     create_admin_key = _single(endpoints.create_admin_key)

@@ -24,6 +24,7 @@ from ..schemas import (
     KeyList,
     LimitsChange,
     NewKey,
+    NewToken,
     Registered,
     Results,
     TaskInfo,
@@ -275,7 +276,13 @@ def keys(tenant: str) -> Call[KeyList]:
 
 
 def create_key(
-    tenant: str, name: str, *, role: Literal["owner", "caller"] = "caller", expires: datetime | None = None
+    tenant: str,
+    name: str,
+    *,
+    role: Literal["owner", "caller"] = "caller",
+    expires: datetime | None = None,
+    tasks: Sequence[str] | None = None,
+    origins: Sequence[str] | None = None,
 ) -> Call[NewKey]:
     """Create a key of a tenant. Needs an owner key of the tenant or an admin key. Only the reply shows the secret.
 
@@ -283,9 +290,26 @@ def create_key(
         name: purpose of the key, as free text.
         role: a `caller` key may only classify; an `owner` key may also manage the tenant's tasks and keys.
         expires: time with a time zone; None: never.
+        tasks: the only tasks that a caller key may use; None: all.
+        origins: web origins, such as `https://app.example.org`, that a caller key works from; None: any client.
     """
-    body = without_none(name=name, role=role, expires=expires and expires.isoformat())
+    bounds = {"tasks": tasks and list(tasks), "origins": origins and list(origins)}
+    body = without_none(name=name, role=role, expires=expires and expires.isoformat(), **bounds)
     return _create(route("tenants", tenant, "keys"), body, NewKey)
+
+
+def create_token(task: str, *, expires_s: int = 3600, origins: Sequence[str] | None = None) -> Call[NewToken]:
+    """Create a token, which acts for the client's key with one task. Web pages and phones may hold it.
+
+    Args:
+        expires_s: seconds until the token expires, at most 3600.
+        origins: web origins that the token works from; None: those of the key.
+
+    Raises:
+        NotFound: The tenant sees no such task.
+    """
+    body = without_none(task=task, expires_s=expires_s, origins=origins and list(origins))
+    return _create("/v1/tokens", body, NewToken)
 
 
 def revoke_key(tenant: str, id: str) -> Call[None]:

@@ -17,7 +17,7 @@ from ..errors import Unavailable
 from ..schemas import TenantInfo
 from .connection import is_cancelled
 from .events import Event, EventLog
-from .keys import KeyRecord, KeyRegistry, key_id
+from .keys import KeyRecord, KeyRegistry
 from .models import Task
 from .tasks import TaskRegistry
 from .tenants import TenantRegistry
@@ -69,8 +69,10 @@ class RegistryCache:
         """Return a tenant's task if it is cached."""
         return self._tasks.get((tenant, name))
 
-    async def key(self, key: str) -> KeyRecord | None:
-        """Return the record of a key, or None if the hub does not know it.
+    async def key(self, id: str) -> KeyRecord | None:
+        """Return the record of a key by its public id, or None if the hub does not know it.
+
+        The caller must compare the key: an id is only a part of its hash.
 
         Raises:
             Unavailable: the key is not cached, and the registry does not answer; or it did not answer for too long.
@@ -80,14 +82,13 @@ class RegistryCache:
                 f"The registry has not answered for {KEY_TRUST_S:g} s, so no API key can be verified. Retry later."
             )
             raise Unavailable(message)
-        id = key_id(key)
         record = self._keys.get(id)
         if record is None:
             invalidations = self._invalidations
-            record = await self._key_registry.find(key)
+            record = await self._key_registry.find(id)
             if record is not None:
                 self._store(self._keys, id, record, invalidations)
-        return record if record is not None and record.matches(key) else None
+        return record
 
     async def tenant(self, tenant: str) -> TenantInfo:
         """Return a tenant.

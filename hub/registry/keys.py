@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -34,7 +34,15 @@ ADMIN, OWNER = "admin", "owner"
 
 @dataclass(frozen=True)
 class KeyRecord:
-    """The stored facts about an API key. `tenant` is empty for an admin key; times are RFC 3339."""
+    """The stored facts about an API key.
+
+    Attributes:
+        hash: SHA-256 of the key, in hex.
+        tenant: empty for an admin key.
+        created, expires: RFC 3339.
+        tasks: tasks that the key may use; None: all.
+        origins: web origins that the key works from; None: any client.
+    """
 
     hash: str
     tenant: str
@@ -42,6 +50,8 @@ class KeyRecord:
     name: str
     created: str
     expires: str | None = None
+    tasks: Sequence[str] | None = None
+    origins: Sequence[str] | None = None
 
     def matches(self, key: str) -> bool:
         """Compare the key's hash in constant time."""
@@ -59,12 +69,11 @@ class KeyRegistry:
         self._connection = connection
         self._redis = connection.redis
 
-    async def find(self, key: str) -> KeyRecord | None:
-        """Return the record of a key, or None if the hub does not know it."""
-        command = self._redis.hget("karst:keys", key_id(key))
+    async def find(self, id: str) -> KeyRecord | None:
+        """Return the record of a key by its public id, or None if the hub does not know it."""
+        command = self._redis.hget("karst:keys", id)
         text = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
-        record = KeyRecord(**json.loads(text)) if text is not None else None
-        return record if record is not None and record.matches(key) else None
+        return KeyRecord(**json.loads(text)) if text is not None else None
 
     async def list_keys(self, tenant: str) -> list[KeyInfo]:
         """Return a tenant's keys, or the admin keys (`''`), oldest first.
@@ -89,11 +98,23 @@ class KeyRegistry:
         ]
         return sorted(keys, key=lambda key: (key.created, key.id))
 
-    async def create(self, by: Actor, tenant: str, role: str, name: str, expires: datetime | None = None) -> NewKey:
+    async def create(
+        self,
+        by: Actor,
+        tenant: str,
+        role: str,
+        name: str,
+        expires: datetime | None = None,
+        *,
+        tasks: Sequence[str] | None = None,
+        origins: Sequence[str] | None = None,
+    ) -> NewKey:
         """Create a key. The reply is the only place that shows it.
 
         Args:
             tenant: the owner; `''` for an admin key.
+            tasks: tasks that the key may use; None: all.
+            origins: web origins that the key works from; None: any client.
 
         Raises:
             NotFound: the tenant does not exist.
@@ -106,12 +127,13 @@ class KeyRegistry:
         except OverflowError as error:
             message = "must be within the years 1 to 9999 in UTC"
             raise InvalidRequest.at("expires", message) from error
-        record = KeyRecord(hash_key(key), tenant, role, name, _now(), expiry)
+        record = KeyRecord(hash_key(key), tenant, role, name, _now(), expiry, tasks, origins)
+        bounds = {n: list(value) for n, value in (("tasks", tasks), ("origins", origins)) if value is not None}
         reply = await self._connection.change(
             KEYS,
             "create",
             tenant=tenant,
-            entry=by.entry(tenant, "key.create", id=key_id(key), role=role, name=name, expires=expiry),
+            entry=by.entry(tenant, "key.create", id=key_id(key), role=role, name=name, expires=expiry, **bounds),
             id=key_id(key),
             key=json.dumps(asdict(record)),
             max_keys=API_KEYS,
@@ -158,7 +180,8 @@ def key_id(key: str) -> str:
 
 
 def _key_info(id: str, record: KeyRecord, last_use: str | None) -> KeyInfo:
-    fields: dict[str, Any] = {name: getattr(record, name) for name in ("name", "role", "created", "expires")}
+    names = ("name", "role", "created", "expires", "tasks", "origins")
+    fields: dict[str, Any] = {name: getattr(record, name) for name in names}
     last_used = datetime.fromtimestamp(float(last_use), UTC).isoformat(timespec="seconds") if last_use else None
     return KeyInfo(id=id, last_used=last_used, **fields)
 

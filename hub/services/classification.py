@@ -191,11 +191,12 @@ class ClassificationService:
         return results, [answers[i].computed for i in range(len(inputs))]
 
     async def tasks(self, caller: Caller) -> list[TaskSummary]:
-        """Return the caller's own tasks, then the tasks that other tenants share with it."""
+        """Return the caller's own tasks, then the tasks that other tenants share with it, as far as its key may use."""
         shared = await self._registry.shared_with(caller.tenant)
-        return [task.summary() for task in await self._registry.tasks(caller.tenant)] + [
+        found = [task.summary() for task in await self._registry.tasks(caller.tenant)] + [
             task.summary().model_copy(update={"task": f"{owner}:{task.name}"}) for owner, task in shared
         ]
+        return [summary for summary in found if caller.may_use(summary.task)]
 
     async def task(self, caller: Caller, name: str) -> TaskInfo:
         """Return a task; only its owner sees with which tenants it is shared.
@@ -246,7 +247,9 @@ class ClassificationService:
         Raises:
             NotFound: no such task, or it is not shared with the caller. Both cases read the registry once; otherwise
                 the response time would reveal which tasks other tenants have.
+            Forbidden: the key is bound to other tasks.
         """
+        caller.require_task(name)
         owner, task = caller.resolve(name)
         if owner != caller.tenant:
             known = self._cache.cached_task(owner, task)
@@ -256,6 +259,7 @@ class ClassificationService:
 
     async def _described(self, caller: Caller, name: str) -> Task:
         """Return the task to describe, always from the registry; raises what `_visible` raises."""
+        caller.require_task(name)
         owner, task = caller.resolve(name)
         if owner != caller.tenant:
             await self._require_shared(caller, name)

@@ -179,7 +179,7 @@ def test_start_creates_an_admin_key_when_all_have_an_expiry_date(empty_redis: st
         again = await create_first_keys(tenants, keys)
         assert (again.owner, (await create_first_keys(tenants, keys)).admin) == (None, None)
         assert again.admin is not None
-        record = await keys.find(again.admin)
+        record = await keys.find(key_id(again.admin))
         assert record is not None
         assert record.expires is None
         await keys.revoke(OPERATOR, "", ending.id)

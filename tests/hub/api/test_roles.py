@@ -32,6 +32,7 @@ ROUTES = {
     "POST /v1/tasks/{task}/aliases/{alias}/rollback": "owner",
     "POST /v1/tasks/{task}/classify": "tenant",
     "POST /v1/classify": "tenant",
+    "POST /v1/tokens": "tenant",
     "GET /v1/usage": "tenant",
     "GET /v1/tenants": "admin",
     "POST /v1/tenants": "admin",
@@ -83,6 +84,7 @@ def operations(hub: Hub) -> list[str]:
 
 BODIES: dict[str, dict[str, Any]] = {
     "/tasks/{task}": {"json": {"unknown_below": 0.05}},
+    "tokens": {"json": {"task": TASK}},
     "sharing": {"json": {"public": True}},
     "aliases/{alias}": {"json": {"version": 1}},
     "infer": {

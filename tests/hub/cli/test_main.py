@@ -53,7 +53,7 @@ def test_a_wrong_setting_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, capsy
     [
         *("", "serve", "demo", "train", "inspect", "register", "tasks", "classify"),
         *("gc", "admin-key", "top", "status", "tenants", "tenants create"),
-        *("versions", "alias", "canary", "rollback", "settings", "share", "usage", "download", "delete"),
+        *("versions", "alias", "canary", "rollback", "settings", "share", "token", "usage", "download", "delete"),
     ],
 )
 def test_every_command_has_help(

@@ -118,6 +118,12 @@ def test_usage_and_status(run: Run, hub: Hub, url: str, task: list[Adapter], mon
     assert set(read(run("status", "--json"))) == {"workers", "tasks", "tenants"}
 
 
+def test_token_works_in_place_of_the_key(run: Run, hub: Hub, task: list[Adapter]) -> None:
+    held = ok(run("token", "cells", "--expires-s", "60")).strip().removeprefix("HUB_KEY=")
+    assert hub.http.get("/v1/tasks/cells", headers=bearer(held)).status_code == 200
+    assert read(run("token", "cells", "--origin", "https://a.example", "--json"))["origins"] == ["https://a.example"]
+
+
 def test_download_and_deletion(run: Run, hub: Hub, task: list[Adapter], tmp_path: Path) -> None:
     file = tmp_path / "cells.safetensors"
     assert read(run("download", "cells", "-o", str(file), "--version", "2", "--json"))["bytes"] == len(task[1].data)

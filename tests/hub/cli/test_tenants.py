@@ -16,7 +16,7 @@ from hub.cli.main import app, main
 from hub.cli.output import show
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.connection import RegistryConnection
-from hub.registry.keys import KeyRecord, KeyRegistry
+from hub.registry.keys import KeyRecord, KeyRegistry, key_id
 from tests.support.hub_app import OCTETS, Hub, bearer, in_registry
 from tests.support.models import calibrated_adapter, flat_png, png
 
@@ -39,7 +39,7 @@ def run(hub: Hub, url: str, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 async def record_of(key: str, database: RegistryConnection) -> KeyRecord | None:
-    return await KeyRegistry(database).find(key)
+    return await KeyRegistry(database).find(key_id(key))
 
 
 def secret(printed: str) -> str:

@@ -10,7 +10,7 @@ from hub.registry.audit import OPERATOR
 from hub.registry.cache import KEY_TRUST_S, RegistryCache
 from hub.registry.connection import RegistryConnection
 from hub.registry.events import Event, EventLog
-from hub.registry.keys import KeyRegistry
+from hub.registry.keys import KeyRegistry, key_id
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import LimitsChange
@@ -118,9 +118,9 @@ def test_a_key_is_rejected_when_the_registry_has_not_answered_for_five_minutes(e
         await TenantRegistry(connection).create(OPERATOR, "t", LimitsChange())
         key = (await KeyRegistry(connection).create(OPERATOR, "t", "owner", "test")).key
         now_s = KEY_TRUST_S
-        assert (await cache.key(key)) is not None
+        assert (await cache.key(key_id(key))) is not None
         now_s = KEY_TRUST_S + 1
         with pytest.raises(Unavailable, match="no API key can be verified"):
-            await cache.key(key)
+            await cache.key(key_id(key))
 
     in_registry(empty_redis, use)
