@@ -138,9 +138,8 @@ def test_changed_token_is_refused(hub: Hub) -> None:
     fields[1] = "trees"
     forged = base64.urlsafe_b64encode(json.dumps(fields, separators=(",", ":")).encode()).decode().rstrip("=")
     for text in (f"kt_{forged}.{signature}", f"kt_{payload}.", f"kt_{payload}", "kt_", held[:-2], held + "x", "kt_é"):
-        answer = hub.http.post(
-            "/v1/tasks/trees/classify", content=png(), headers={"authorization": b"Bearer " + text.encode()}
-        )
+        headers = [(b"authorization", b"Bearer " + text.encode())]
+        answer = hub.http.post("/v1/tasks/trees/classify", content=png(), headers=headers)
         assert answer.status_code == 401, text
 
 
