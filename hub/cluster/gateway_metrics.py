@@ -10,6 +10,7 @@ STARTED = {  # series that exist before their first event, so that dashboards sh
     "karst_errors": [{"type": "unavailable"}],
     "karst_limits_hit": [{"limit": "requests_per_second"}],
     "karst_images": [{"task": "none"}],
+    "karst_images_unknown": [{"task": "none"}],
 }
 TIMED_PARTS = ("load", "queue", "compute")
 
@@ -45,6 +46,8 @@ class GatewayMetrics:
             value = self._tasks.value(f"{context.tenant}/{task}", images)
             label = OTHER if OTHER in (value, tenant) else task
             self._counters["karst_images"].inc(images, tags | {"task": label})
+            if unknown := context.unknown.get(task):
+                self._counters["karst_images_unknown"].inc(unknown, tags | {"task": label})
         if context.images:
             self._histograms["karst_request_seconds"].observe(seconds, tags)
             for part in TIMED_PARTS:

@@ -28,6 +28,7 @@ class RequestContext:
     version: int | None = None
     digest: str = ""
     images: dict[str, int] = field(default_factory=dict)  # classified images by task
+    unknown: dict[str, int] = field(default_factory=dict)  # those below the task's `unknown_below`
     times_s: dict[str, float] = field(default_factory=dict)  # load, queue, compute
     error: str = ""  # code of the problem in the reply
     limit: str = ""  # the tenant's limit that caused a 429
@@ -85,6 +86,12 @@ def note_images(task: str, images: int) -> None:
     """Add classified images of a task."""
     if context := _request.get():
         context.images[task] = context.images.get(task, 0) + images
+
+
+def note_unknown(task: str, images: int) -> None:
+    """Add classified images that are unknown to their task."""
+    if (context := _request.get()) and images:
+        context.unknown[task] = context.unknown.get(task, 0) + images
 
 
 def note_times(**times_s: float) -> None:

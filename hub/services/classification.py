@@ -115,7 +115,9 @@ class ClassificationService:
             with tracing.span("decode", images=count):
                 pixels = await self._decoder.decode(tenant, [(field, x, chosen.preprocess) for field, x in images])
             answers = await self._compute(tenant, name, chosen, pixels, weight)
-        return Predicted(chosen, answers, found.settings.unknown_below, threshold)
+        predicted = Predicted(chosen, answers, found.settings.unknown_below, threshold)
+        request_context.note_unknown(name, sum(predicted.unknown or ()))
+        return predicted
 
     async def classify(
         self,
@@ -188,6 +190,8 @@ class ClassificationService:
             _result(x.task, Predicted(c, [answers[i]], task.settings.unknown_below, threshold), top_k)
             for i, (x, task, c, threshold) in enumerate(zip(inputs, tasks, chosen, thresholds, strict=True))
         ]
+        for result in results:
+            request_context.note_unknown(result.task, int(result.unknown or False))
         return results, [answers[i].computed for i in range(len(inputs))]
 
     async def tasks(self, caller: Caller) -> list[TaskSummary]:

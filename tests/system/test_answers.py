@@ -1,7 +1,9 @@
 """An adapter trained in seconds, and the worth of the hub's answers: typicality, unknown images, label sets."""
 
+import re
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,7 +12,7 @@ from adapters import Backbone, fit
 from adapters.demo import draw
 from adapters.demo.tasks import digits
 from hub.client.client import Client
-from tests.support.models import flat_png
+from tests.support.models import flat_png, wait_until
 
 from .conftest import SharedHub
 
@@ -50,3 +52,9 @@ def test_own_digits_are_typical_foreign_images_are_unknown_and_sets_cover(
         again = client.classify("trusted", foreign)
         assert again.typicality == pytest.approx(others.typicality, rel=1e-2, abs=1e-6)
         client.delete_task("trusted")
+
+    def counted() -> float:
+        page = httpx.get(hub.metrics_url).text
+        return sum(map(float, re.findall(r"^ray_karst_images_unknown_total\{.*\} (\S+)$", page, re.MULTILINE)))
+
+    wait_until(lambda: counted() >= 0.9 * len(foreign), 60, lambda: counted())

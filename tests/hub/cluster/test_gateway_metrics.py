@@ -26,6 +26,18 @@ def test_a_classification_is_counted_and_timed() -> None:
     }
 
 
+def test_unknown_images_are_counted_with_the_label_of_their_task() -> None:
+    recorder = Recorder()
+    metrics = GatewayMetrics(recorder.types())
+    for i in range(MAX_TASK_LABELS + 1):
+        metrics.record(RequestContext("r", "acme", images={f"t{i}": 3}, unknown={f"t{i}": 2}), 200, 0.1)
+    counted = {key[2]: value for key, value in recorder.sums().items() if key[0] == "karst_images_unknown"}
+    assert sum(counted.values()) == 2 * (MAX_TASK_LABELS + 1)
+    assert counted["t0"] == 2
+    assert {task for task in counted if task != "other"} < {f"t{i}" for i in range(MAX_TASK_LABELS)}
+    assert counted["other"] > 2
+
+
 def test_a_refusal_is_counted_by_type_and_limit() -> None:
     recorder = Recorder()
     metrics = GatewayMetrics(recorder.types())
