@@ -111,7 +111,7 @@ def build_adapter(
         backbone=backbone.name,
         fingerprint=backbone.fingerprint,
         labels=labels,
-        preprocess=preprocess if preprocess is not None else preprocess_of(backbone),
+        preprocess=preprocess if preprocess is not None else preprocess_of(backbone, background=None),
     )
     adapter.check(backbone)
     return adapter

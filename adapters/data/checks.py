@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from .datasets import DatasetSplits
 from .errors import DataError, ImageError
 from .image_set import ImageTensors
+from .images import MAX_IMAGE_PIXELS
 from .layouts import Split
 from .splitting import stratified_split
 
@@ -43,6 +44,7 @@ def check_dataset(
     val_fraction: float = 0.0,
     seed: int = 0,
     skip_bad: bool = False,
+    max_pixels: int = MAX_IMAGE_PIXELS,
     on_image: Callable[[], None] | None = None,
 ) -> CheckedDataset:
     """Decode every image, check the dataset, and hold out validation images if it has no validation split.
@@ -54,6 +56,7 @@ def check_dataset(
         skip_bad: drop bad images instead of raising. These are unreadable images, duplicates across splits (the
             earlier split's copy, so that a test image leaves the training split), and all copies of an image with
             two labels.
+        max_pixels: limit on an image's width times height.
         on_image: called after each image.
 
     Raises:
@@ -61,7 +64,9 @@ def check_dataset(
             labels in one split, fewer than two classes, a class that is validated or tested but not trained, or a
             class with a single image while validation images are held out.
     """
-    tensors = {name: ImageTensors(images, preprocess) for name, images in splits.by_name().items()}
+    tensors = {
+        name: ImageTensors(images, preprocess, max_pixels=max_pixels) for name, images in splits.by_name().items()
+    }
     digests, unreadable = _decode_all(tensors, on_image)
     report = _Report(skip_bad)
     report.add(

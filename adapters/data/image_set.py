@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import DataError, ImageError
-from .images import decode_image, eval_transform, needed_px
+from .images import MAX_IMAGE_PIXELS, background_of, decode_image, eval_transform, needed_px
 
 DEFAULT_CACHE_BYTES = 4 * 1024**3
 
@@ -67,8 +67,17 @@ class ImageTensors(Dataset[tuple[Tensor, int]]):
     Decoded images are cached until `cache_bytes` is used up. Digests of the encoded bytes are cached without limit.
     """
 
-    def __init__(self, images: ImageSet, preprocess: Mapping[str, Any], cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        preprocess: Mapping[str, Any],
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        *,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> None:
         self.images = images
+        self._max_pixels = max_pixels
+        self._background = background_of(preprocess)
         self._transform = eval_transform(preprocess)
         self._needed_px = needed_px(preprocess)
         self._cache: dict[int, Tensor] = {}
@@ -98,7 +107,8 @@ class ImageTensors(Dataset[tuple[Tensor, int]]):
         Raises:
             ImageError: the bytes cannot be decoded.
         """
-        pixels = self._transform(decode_image(data, needed_px=self._needed_px))
+        image = decode_image(data, max_pixels=self._max_pixels, needed_px=self._needed_px, background=self._background)
+        pixels = self._transform(image)
         if i not in self._digests:
             self._digests[i] = hashlib.sha256(data).digest()
         if i not in self._cache and self._free_cache_bytes >= pixels.nbytes:

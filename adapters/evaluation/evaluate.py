@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from ..backbone import Backbone
 from ..data.errors import DataError
 from ..data.image_set import ImageSet, ImageTensors
-from ..data.images import normalise
+from ..data.images import MAX_IMAGE_PIXELS, normalise
 from ..format.file import Adapter
 from ..serving.bank import Bank
 
@@ -90,13 +90,14 @@ class Agreement:
         return self.largest_difference <= self.tolerance * self.largest_logit
 
 
-def evaluate(bank: Bank, adapter: Adapter, images: ImageSet) -> Outputs:
+def evaluate(bank: Bank, adapter: Adapter, images: ImageSet, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Outputs:
     """Run an adapter unmerged through the bank, as the hub serves it.
 
     One slot of the bank is used and released. Images are preprocessed according to the adapter's metadata.
 
     Args:
         images: with the adapter's labels, as `datasets.read_split(..., labels=adapter.labels)` returns them.
+        max_pixels: limit on an image's width times height.
 
     Raises:
         AdapterError, BankFullError: as `Bank.put`.
@@ -112,23 +113,26 @@ def evaluate(bank: Bank, adapter: Adapter, images: ImageSet) -> Outputs:
         raise DataError("no images to evaluate on; expected at least 1")
     slot = bank.put(adapter)
     try:
-        return _run(bank.device, adapter, images, lambda pixels: bank.forward(pixels, [slot] * len(pixels)))
+        return _run(bank.device, adapter, images, lambda pixels: bank.forward(pixels, [slot] * len(pixels)), max_pixels)
     finally:
         bank.evict(slot)
 
 
-def compare_merged(backbone: Backbone, adapter: Adapter, images: ImageSet, unmerged: Outputs) -> Agreement:
+def compare_merged(
+    backbone: Backbone, adapter: Adapter, images: ImageSet, unmerged: Outputs, *, max_pixels: int = MAX_IMAGE_PIXELS
+) -> Agreement:
     """Merge an adapter into a copy of the backbone's weights, run the same images, and compare the logits.
 
     Args:
         unmerged: what `evaluate` returned for the same adapter and images.
+        max_pixels: limit on an image's width times height.
 
     Raises:
         AdapterError: the adapter does not fit the backbone.
         DataError: an image cannot be read.
     """
     model = adapter.merge(backbone)
-    merged = _run(backbone.device, adapter, images, lambda pixels: model(pixels.to(backbone.dtype)))
+    merged = _run(backbone.device, adapter, images, lambda pixels: model(pixels.to(backbone.dtype)), max_pixels)
     return agreement(unmerged.logits, merged.logits, TOLERANCE[backbone.dtype])
 
 
@@ -215,13 +219,18 @@ def agreement(unmerged: Tensor, merged: Tensor, tolerance: float) -> Agreement:
 
 @torch.inference_mode()
 def _run(
-    device: torch.device, adapter: Adapter, images: ImageSet, forward: Callable[[Tensor], Tensor | list[Tensor]]
+    device: torch.device,
+    adapter: Adapter,
+    images: ImageSet,
+    forward: Callable[[Tensor], Tensor | list[Tensor]],
+    max_pixels: int,
 ) -> Outputs:
     mean, std = (torch.tensor(adapter.preprocess[name], device=device) for name in ("mean", "std"))
     logits: list[Tensor] = []
     targets: list[Tensor] = []
     seconds = 0.0
-    for pixels, target in DataLoader(ImageTensors(images, adapter.preprocess, cache_bytes=0), BATCH_SIZE):
+    tensors = ImageTensors(images, adapter.preprocess, cache_bytes=0, max_pixels=max_pixels)
+    for pixels, target in DataLoader(tensors, BATCH_SIZE):
         prepared = normalise(pixels.to(device), mean, std)
         if not logits:
             forward(prepared)  # not timed: the first pass allocates memory and, on a GPU, selects kernels

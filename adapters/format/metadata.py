@@ -21,6 +21,7 @@ FORMAT = "karst/1"
 OPTIONAL_CONFIG = ("norms", "sites", "stage_ranks")  # a file leaves them out at their defaults
 _REQUIRED = ("format", "config", "backbone", "fingerprint", "labels", "preprocess")
 PREPROCESS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+OPTIONAL_PREPROCESS = ("background",)
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 _CROP_MODES = ("center", "squash", "border")
 MIN_STD, MAX_STD = 1e-4, 1e4  # within the range of float16, so that normalised pixels stay finite
@@ -106,7 +107,7 @@ def _parse_labels(value: Any) -> tuple[str, ...]:
 
 
 def _parse_preprocess(value: Any) -> dict[str, Any]:
-    _check_keys(value, set(PREPROCESS))
+    _check_keys(value, set(PREPROCESS), OPTIONAL_PREPROCESS)
     size = value["input_size"]
     if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MAX_SIDE_PX for n in size)):
         raise ValueError(
@@ -127,6 +128,11 @@ def _parse_preprocess(value: Any) -> dict[str, Any]:
     for name, allowed in (("interpolation", _INTERPOLATIONS), ("crop_mode", _CROP_MODES)):
         if value[name] not in allowed:
             raise ValueError(f"{name} is {_shown(value[name])}, expected one of {', '.join(allowed)}")
+    if "background" in value:
+        colour = value["background"]
+        three = isinstance(colour, list) and len(colour) == 3
+        if not (three and all(type(n) is int and 0 <= n <= 255 for n in colour)):
+            raise ValueError(f"background is {_shown(colour)}, expected three integers from 0 to 255")
     return dict(value)
 
 

@@ -11,7 +11,7 @@ from ..backbone import Backbone, load_backbone
 from ..data.checks import CheckedDataset, check_dataset
 from ..data.datasets import DatasetSplits, read_dataset, read_split
 from ..data.errors import DataError
-from ..data.images import preprocess_of
+from ..data.images import MAX_IMAGE_PIXELS, preprocess_of
 from ..evaluation.html_report import write_html
 from ..evaluation.linear_probe import linear_probe
 from ..evaluation.outputs import checkpoint_file, described, report_folder, versions
@@ -88,6 +88,7 @@ def fit(
     split_seed: int = 0,
     final: bool = False,
     skip_bad: bool = False,
+    max_pixels: int = MAX_IMAGE_PIXELS,
     probe: bool = False,
     devices: int = 1,
     resume: bool = False,
@@ -113,6 +114,7 @@ def fit(
         val_fraction: for `paper`: share of the training images to hold out if there is no validation split, in [0, 1);
             0.2 by default. With 0 the last epoch is selected. The other recipes hold out nothing.
         skip_bad: drop bad images instead of raising (`data.checks.check_dataset`).
+        max_pixels: limit on an image's width times height.
         probe: also measure a linear probe on the test images.
         devices: for `paper`: GPUs or CPU processes that share each batch (`train.train_model`).
         resume: for `paper`: continue an interrupted training from its checkpoint.
@@ -148,6 +150,7 @@ def fit(
         val_fraction=0 if final or epochs is None else held_out,
         seed=karst.seed if epochs is None else epochs.seed,
         skip_bad=skip_bad,
+        max_pixels=max_pixels,
         on_image=watch.image,
     )
     watch.checked(images)

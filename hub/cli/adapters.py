@@ -184,6 +184,7 @@ def train(
         split_seed=split_seed,
         final=final,
         skip_bad=skip_bad,
+        max_pixels=chosen.max_image_pixels,
         probe=probe,
         **run_options,
     )
@@ -233,6 +234,7 @@ def evaluate(
         dtype=chosen.dtype,
         merged=merged,
         seed=seed,
+        max_pixels=chosen.max_image_pixels,
     )
     if as_json:
         show(report, True)

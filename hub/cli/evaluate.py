@@ -57,6 +57,7 @@ def run(
     dtype: str,
     merged: bool,
     seed: int,
+    max_pixels: int,
 ) -> dict[str, Any]:
     """Evaluate every pair over one backbone.
 
@@ -84,12 +85,12 @@ def run(
             adapter = _read_adapter(
                 path, frozen
             )  # a second read: all adapters of a table together may not fit into memory
-            outputs = evaluate(banks[adapter.config.factor], adapter, images)
+            outputs = evaluate(banks[adapter.config.factor], adapter, images, max_pixels=max_pixels)
             row: dict[str, Any] = {"adapter": str(path), "digest": adapter.digest, "data": str(data)}
             row |= asdict(scores(outputs.logits, outputs.targets, adapter.labels, seed=seed))
             row["images_per_s"] = round(outputs.images_per_s, 1)
             if merged:
-                agreement = compare_merged(frozen, adapter, images, outputs)
+                agreement = compare_merged(frozen, adapter, images, outputs, max_pixels=max_pixels)
                 row["merged"] = asdict(agreement) | {"agrees": agreement.agrees}
             rows.append(row)
     return {

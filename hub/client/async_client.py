@@ -1,6 +1,7 @@
 """Python client for asyncio, with the methods of `Client` as coroutines."""
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -38,13 +39,13 @@ def _series(
 
 
 class AsyncClient(BaseClient):
-    """Client of one hub with one key, for one event loop. Methods and errors are those of `Client`.
+    """Client of one hub with one key for asyncio. Methods and errors are those of `Client`.
+
+    Each event loop, such as that of a second `asyncio.run`, and each forked process gets connections of its own.
 
     >>> async with AsyncClient("http://127.0.0.1:8000", key="kh_...") as client:  # doctest: +SKIP
     ...     (await client.classify("flowers", ["rose.jpg"])).predictions[0][0].label
     """
-
-    _http: httpx.AsyncClient
 
     tasks = _single(endpoints.tasks)
     task = _single(endpoints.task)
@@ -90,15 +91,33 @@ class AsyncClient(BaseClient):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections. Later calls raise `RuntimeError`."""
-        await self._http.aclose()
+        """Close the connections of this event loop. Later calls raise `RuntimeError`."""
+        self._closed = True
+        await self._pool().aclose()
 
-    def _connect(self, on_response: Callable[[httpx.Response], None] | None, **options: Any) -> None:
+    def _open(self) -> None:
+        self._closed = False
+        self._pools: dict[tuple[int, asyncio.AbstractEventLoop], httpx.AsyncClient] = {}
+        self._new_pool()  # the errors of the options are raised now, not at the first call
+
+    def _new_pool(self) -> httpx.AsyncClient:
         async def hook(response: httpx.Response) -> None:
-            if on_response is not None:
-                on_response(response)
+            if self._on_response is not None:
+                self._on_response(response)
 
-        self._http = httpx.AsyncClient(event_hooks={"response": [hook]}, **options)
+        return httpx.AsyncClient(event_hooks={"response": [hook]}, **self._http_options)
+
+    def _pool(self) -> httpx.AsyncClient:
+        """Return the connections of this process and event loop.
+
+        A connection belongs to the loop that opened it. Those of a closed loop are dropped; nothing can close them
+        properly. Those that a forked process inherits are neither used nor closed.
+        """
+        key = os.getpid(), asyncio.get_running_loop()
+        if key not in self._pools:
+            self._pools = {known: pool for known, pool in self._pools.items() if not known[1].is_closed()}
+            self._pools[key] = self._new_pool()
+        return self._pools[key]
 
     async def _send(self, call: Call[Reply]) -> Reply:
         """Send a call, and retry it as `RetrySchedule` allows."""
@@ -116,8 +135,11 @@ class AsyncClient(BaseClient):
 
     async def _attempt(self, call: Call[Reply]) -> Reply:
         content: bytes | AsyncIterator[bytes] | None = call.content if call.upload is None else _chunks(call.upload)
+        if self._closed:
+            raise self._closed_error()
+        http = self._pool()
         try:
-            async with self._http.stream(content=content, **call.options()) as response:
+            async with http.stream(content=content, **call.options()) as response:
                 if call.download is None or not response.is_success:
                     await response.aread()
                     return self._parse(call, response)
@@ -128,7 +150,7 @@ class AsyncClient(BaseClient):
         except httpx.RequestError as error:
             raise self._connection_error(error) from without_traceback(error)
         except RuntimeError as error:
-            if self._http.is_closed:
+            if http.is_closed:
                 raise self._closed_error() from error
             raise
 

@@ -1,9 +1,11 @@
 """Python client for a hub: typed replies, typed errors, retries, one connection pool."""
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -18,6 +20,14 @@ from .transport import CHUNK_BYTES, BaseClient, Call, CallSeries, atomic_file, d
 Part = TypeVar("Part")
 Reply = TypeVar("Reply")
 P = ParamSpec("P")
+
+
+@dataclass
+class _Pool:
+    """The connections of one process, and whether `close` was called."""
+
+    http: httpx.Client
+    closed: threading.Event = field(default_factory=threading.Event)
 
 
 def _single(endpoint: Callable[P, Call[Reply]]) -> Callable[Concatenate["Client", P], Reply]:
@@ -37,7 +47,7 @@ def _series(endpoint: Callable[P, CallSeries[Any, Any, Reply]]) -> Callable[Conc
 
 
 class Client(BaseClient):
-    """Client of one hub with one key. Threads may share it.
+    """Client of one hub with one key. Threads may share it; a forked process gets connections of its own.
 
     `hub/client/endpoints.py` documents the methods. Each method raises the `HubError` class of the hub's error reply
     (see `hub.errors`), `Unavailable` if no hub answers, `OSError` if a file cannot be read or written, and
@@ -47,8 +57,6 @@ class Client(BaseClient):
     ...     client.register("flowers", "flowers.safetensors")
     ...     client.classify("flowers", ["rose.jpg"]).predictions[0][0].label
     """
-
-    _http: httpx.Client
 
     tasks = _single(endpoints.tasks)
     task = _single(endpoints.task)
@@ -92,17 +100,40 @@ class Client(BaseClient):
         self.close()
 
     def close(self) -> None:
-        """Close the connections. Calls of other threads are not retried; later calls raise `RuntimeError`."""
-        self._closed.set()
-        self._http.close()
+        """Close the connections of this process.
 
-    def _connect(self, on_response: Callable[[httpx.Response], None] | None, **options: Any) -> None:
-        self._closed = threading.Event()
-        self._http = httpx.Client(event_hooks={"response": [on_response] if on_response is not None else []}, **options)
+        Calls of other threads are not retried; later calls raise `RuntimeError`.
+        """
+        pool = self._pool()
+        pool.closed.set()
+        pool.http.close()
+
+    def _open(self) -> None:
+        self._pools: dict[int, _Pool] = {}
+        self._pool()
+
+    def _pool(self) -> "_Pool":
+        """Return the connections of this process, by its id.
+
+        A forked process inherits the sockets of its parent. It must neither use them, otherwise one process would read
+        the other's answers, nor close them: the parent's pool stays in the dictionary.
+        """
+        process = os.getpid()
+        pool = self._pools.get(process)
+        if pool is None:
+            hooks = {"response": [self._on_response] if self._on_response is not None else []}
+            made = _Pool(httpx.Client(event_hooks=hooks, **self._http_options))
+            if any(other.closed.is_set() for other in list(self._pools.values())):  # closed before the fork
+                made.closed.set()
+                made.http.close()
+            pool = self._pools.setdefault(process, made)
+            if pool is not made:  # another thread was first
+                made.http.close()
+        return pool
 
     def _send(self, call: Call[Reply], cancelled: threading.Event | None = None) -> Reply:
         """Send a call, and retry it as `RetrySchedule` allows, unless it is cancelled or the client is closed."""
-        cancelled = cancelled or self._closed
+        cancelled = cancelled or self._pool().closed
         schedule = RetrySchedule(self._retry_s)
         while True:
             try:
@@ -116,8 +147,9 @@ class Client(BaseClient):
 
     def _attempt(self, call: Call[Reply]) -> Reply:
         content: bytes | Iterator[bytes] | None = call.content if call.upload is None else _chunks(call.upload)
+        http = self._pool().http
         try:
-            with self._http.stream(content=content, **call.options()) as response:
+            with http.stream(content=content, **call.options()) as response:
                 if call.download is None or not response.is_success:
                     response.read()
                     return self._parse(call, response)
@@ -128,7 +160,7 @@ class Client(BaseClient):
         except httpx.RequestError as error:
             raise self._connection_error(error) from without_traceback(error)
         except RuntimeError as error:
-            if self._http.is_closed:
+            if http.is_closed:
                 raise self._closed_error() from error
             raise
 

@@ -4,7 +4,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
+from typing import IO, TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 from ..errors import InvalidImage, InvalidRequest
 from ..schemas import MAX_IMAGES
@@ -14,7 +14,9 @@ if TYPE_CHECKING:  # otherwise every command would load both packages
     from PIL import Image
 
 T = TypeVar("T")
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray"
+ImageSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray"
+)
 ImageSources: TypeAlias = "ImageSource | Iterable[ImageSource]"
 
 _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}  # PNG has no other modes (CMYK, F, ...): TIFF holds them
@@ -22,8 +24,10 @@ _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}  # PNG has no other mo
 
 def iterate_images(images: ImageSources) -> Iterable[ImageSource]:
     """Return the images as an iterable; a single image becomes a list of one."""
-    single = isinstance(images, str | bytes | os.PathLike) or not isinstance(images, Iterable)
-    if single or getattr(images, "ndim", 4) < 4:  # one array (H, W, 3): an iteration would give its rows
+    one = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike) or hasattr(images, "read")
+    if (
+        one or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4
+    ):  # one array (H, W, 3): an iteration would give its rows
         return [cast("ImageSource", images)]
     return cast("Iterable[ImageSource]", images)
 
@@ -32,8 +36,9 @@ def encode(image: ImageSource, field: str) -> bytes:
     """Return an image as the bytes of an image file. The bytes of files stay unchanged.
 
     Args:
-        image: path, bytes of an image file, PIL image, or uint8 array (H, W, 3) or (H, W). A PIL image is rotated
-            according to its EXIF orientation, because the hub does the same with files.
+        image: path, bytes of an image file (also `bytearray`, `memoryview`), file open for reading bytes (read from its
+            position to its end), PIL image, or uint8 array (H, W, 3) or (H, W). A PIL image is rotated according to its
+            EXIF orientation, because the hub does the same with files.
         field: name of the image in errors.
 
     Raises:
@@ -42,19 +47,24 @@ def encode(image: ImageSource, field: str) -> bytes:
     """
     if isinstance(image, bytes):
         return image
+    if isinstance(image, bytearray | memoryview):
+        return bytes(image)
     if isinstance(image, str | os.PathLike):
         return Path(image).read_bytes()
+    if hasattr(image, "read"):
+        return _read(cast("IO[bytes]", image), field)
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         if isinstance(image, np.ndarray):
             pil_image = Image.fromarray(_checked(image))
         elif isinstance(image, Image.Image):
-            pil_image = ImageOps.exif_transpose(image)
+            pil_image = _upright(image)
         else:
             raise ValueError(
-                f"unsupported type {type(image).__name__}; give a path, bytes, a PIL image or a numpy array"
+                f"unsupported type {type(image).__name__}; "
+                "give a path, bytes, an open file, a PIL image or a numpy array"
             )
         buffer = io.BytesIO()
         if pil_image.mode in _PNG_MODES:
@@ -64,6 +74,37 @@ def encode(image: ImageSource, field: str) -> bytes:
     except (OSError, ValueError, SyntaxError) as error:  # Pillow decodes an opened file only now
         raise InvalidImage.at(field, str(error)) from error
     return buffer.getvalue()
+
+
+def _read(file: IO[bytes], field: str) -> bytes:
+    data = file.read()
+    if isinstance(data, str):
+        raise InvalidImage.at(field, "the file is open for text; open it with mode 'rb'")
+    if not data:
+        raise InvalidImage.at(field, "the file has no bytes behind its position; rewind it with seek(0)")
+    return bytes(data)
+
+
+def _upright(image: "Image.Image") -> "Image.Image":
+    """Return a copy, rotated according to the EXIF orientation, with transparency and without other metadata.
+
+    Pillow's `exif_transpose` writes the EXIF bytes again, which fails for odd entries; so would an encoder.
+    """
+    from PIL import Image
+
+    image.load()
+    try:
+        orientation = int(image.getexif().get(274, 1))
+    except Exception:  # Pillow raises struct.error, SyntaxError, ValueError and more for damaged EXIF
+        orientation = 1
+    turns = Image.Transpose
+    turn = {
+        **{2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE},
+        **{6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90},
+    }.get(orientation)
+    copy = image.copy() if turn is None else image.transpose(turn)
+    copy.info = {name: value for name, value in image.info.items() if name == "transparency"}
+    return copy
 
 
 def batches(items: Iterable[tuple[T, int]], max_bytes: int) -> Iterator[tuple[int, list[T]]]:

@@ -38,7 +38,7 @@ def error_of(response: httpx.Response, first: int = 0, now: Callable[[], datetim
     try:
         problem = ProblemDetails.model_validate_json(response.content)
     except ValueError:
-        return by_status(f"HTTP {response.status_code}: {response.text[:200]}", (), retry_after_s)
+        return by_status(_without_problem(response), (), retry_after_s)
 
     def renumber(text: str) -> str:
         return re.sub(r"\binputs\.(\d{1,9})", lambda match: f"inputs.{int(match[1]) + first}", text)
@@ -85,6 +85,18 @@ class RetrySchedule:
         return pause if self._clock() + pause <= self._deadline_s else None
 
 
+def _without_problem(response: httpx.Response) -> str:
+    """Return an error's text for a response that is not a hub's, such as a proxy's page or a redirect."""
+    status = f"HTTP {response.status_code} {response.reason_phrase}".strip()
+    if response.is_redirect:
+        return (
+            f"{status}: {response.url} redirects to {response.headers.get('location')}, and the client follows no "
+            "redirects, since they would carry the key; use the URL of the hub itself (HUB_URL)"
+        )
+    text = re.sub(r"<style.*?</style>|<[^>]*>", " ", response.text[:5000], flags=re.DOTALL)
+    return f"{status}, not from a hub: {' '.join(text.split())[:200]!r}"
+
+
 def _retry_after_s(retry_after: str, now: Callable[[], datetime]) -> int | None:
     """Parse `Retry-After` (RFC 9110, 10.2.3), which is a number of seconds or a date. None: the header is invalid."""
     if retry_after.isdecimal() and len(retry_after) < 10:
@@ -105,5 +117,6 @@ def _subclasses(kind: type[HubError]) -> Iterator[type[HubError]]:
 
 _CLASS_OF_CODE = {kind.code: kind for kind in _subclasses(HubError)}
 _CLASS_OF_STATUS: dict[int, type[HubError]] = {
-    kind.status: kind for kind in (Unauthenticated, LimitReached, TooLarge, Unavailable)
+    **{kind.status: kind for kind in (Unauthenticated, LimitReached, TooLarge, Unavailable)},
+    **dict.fromkeys((502, 504), Unavailable),  # of a proxy whose hub is away for a moment
 }

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar, get_args
+from typing import IO, Any, Generic, NoReturn, TypeVar, get_args
 
 import httpx
 
 from ..errors import HubError, InvalidRequest, Unauthenticated, Unavailable
 from .image_encoding import batches
+from .proxies import proxy_for
 from .retries import error_of
 
 Item = TypeVar("Item")
@@ -134,20 +135,35 @@ class BaseClient:
         self._retry_s = retry_s
         self._in_flight = in_flight
         self._call_bytes = call_bytes
+        self._on_response = on_response
         try:
-            self._connect(
-                on_response,
-                base_url=url,
-                timeout=timeout_s,
-                headers={"authorization": f"Bearer {key}"},
-                limits=httpx.Limits(max_connections=100, max_keepalive_connections=100),
-                verify=tls if tls is not None else True,
-            )
+            parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
             raise InvalidRequest(f"the URL of the hub (HUB_URL) is invalid: {url!r}: {error}") from error
+        self._proxy = proxy_for(parsed)
+        self._http_options: dict[str, Any] = {
+            "base_url": parsed,
+            "timeout": timeout_s,
+            "headers": {"authorization": f"Bearer {key}"},
+            "limits": httpx.Limits(max_connections=100, max_keepalive_connections=100),
+            "verify": tls if tls is not None else _trusted_certificates() if parsed.scheme == "https" else True,
+            "proxy": self._proxy and self._proxy.url,
+            "trust_env": False,  # `proxy_for` and `_trusted_certificates` read the environment
+        }
+        try:
+            self._open()
+        except ImportError as error:
+            raise InvalidRequest(
+                f"the proxy {self._proxy} needs a package: pip install 'httpx[socks]'; "
+                "or add the hub's host to NO_PROXY"
+            ) from error
 
-    def _connect(self, on_response: Callable[[httpx.Response], None] | None, **options: Any) -> None:
-        """Create the httpx client."""
+    def __reduce__(self) -> NoReturn:
+        kind = type(self).__name__
+        raise TypeError(f"a {kind} cannot be pickled, since it holds connections; create one in each process")
+
+    def _open(self) -> None:
+        """Create the httpx client of this process."""
         raise NotImplementedError
 
     def _parse(self, call: Call[Reply], response: httpx.Response) -> Reply:
@@ -174,7 +190,26 @@ class BaseClient:
 
     def _connection_error(self, error: httpx.RequestError) -> Unavailable:
         """Return the error of a request that got no response."""
-        return Unavailable(f"no hub answers at {self._url}: {_reason(error)}", retry_after_s=None)
+        through, remedy = "", ""
+        if self._proxy is not None:
+            through = f" through the proxy {self._proxy}"
+            remedy = f"; unset {self._proxy.variable}, or add the hub's host to NO_PROXY, if the hub needs no proxy"
+        return Unavailable(f"no hub answers at {self._url}{through}: {_reason(error)}{remedy}", retry_after_s=None)
+
+
+def _trusted_certificates() -> ssl.SSLContext:
+    """Return the public certificates, or those of SSL_CERT_FILE or SSL_CERT_DIR.
+
+    Raises:
+        InvalidRequest: the file cannot be read.
+    """
+    try:
+        return httpx.create_ssl_context()
+    except OSError as error:  # an `SSLError` too
+        raise InvalidRequest(
+            f"the trusted certificates (SSL_CERT_FILE or SSL_CERT_DIR) cannot be read: {error}; correct or unset the "
+            "variable"
+        ) from error
 
 
 def without_traceback(error: httpx.RequestError) -> httpx.RequestError:

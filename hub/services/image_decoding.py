@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from adapters import ImageError, ImageTooLargeError
-from adapters.data.images import decode_image, eval_transform, needed_px
+from adapters.data.images import background_of, decode_image, eval_transform, needed_px
 
 from ..concurrency import TenantConcurrencyLimit
 from ..errors import InvalidImage, TooLarge
@@ -131,7 +131,12 @@ class ImageDecoder:
         try:
             if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
                 raise ImageError(f"the JPEG has more than {MAX_JPEG_SCANS} scans; save it in a simpler form")
-            image = self._decode_image(data, max_pixels=self._max_pixels, needed_px=needed_px(preprocess))
+            image = self._decode_image(
+                data,
+                max_pixels=self._max_pixels,
+                needed_px=needed_px(preprocess),
+                background=background_of(preprocess),
+            )
         except ImageTooLargeError as error:
             raise TooLarge.at(field, str(error)) from error
         except ImageError as error:

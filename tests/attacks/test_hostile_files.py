@@ -255,6 +255,19 @@ WRONG_METADATA = {
         with_preprocess(crop_pct=0.001),
         "preprocess: crop_pct is 0.001, expected a number from 0.5 to 2",
     ),
+    "a background of text": (
+        with_preprocess(background="white"),
+        "preprocess: background is 'white', expected three integers from 0 to 255",
+    ),
+    "a background of two": (with_preprocess(background=[0, 0]), r"preprocess: background is \[0, 0\], expected three"),
+    "a background of 256": (
+        with_preprocess(background=[0, 0, 256]),
+        r"preprocess: background is \[0, 0, 256\], expected",
+    ),
+    "a background of truths": (
+        with_preprocess(background=[True] * 3),
+        r"preprocess: background is \[True, True, True\], ",
+    ),
     "a crop of 0": (with_preprocess(crop_pct=0), "preprocess: crop_pct is 0, expected"),
     "an unknown interpolation": (
         with_preprocess(interpolation="sinc"),

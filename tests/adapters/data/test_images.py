@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_decode_reads_a_jpeg_when_it_is_progressive_and_grey() -> None:
     assert decoded.getpixel((3, 3)) == pytest.approx((90, 90, 90), abs=2)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize(
     ("orientation", "size", "red"),
     [(1, (32, 16), (4, 8)), (3, (32, 16), (28, 8)), (6, (16, 32), (8, 4)), (8, (16, 32), (8, 28))],
@@ -110,8 +111,8 @@ def test_decode_rotates_an_image_when_exif_has_an_orientation(
     decoded = decode_image(encoded(two_halves(RED, BLUE), kind, exif=exif))
     assert decoded.size == size
     blue = (size[0] - red[0], size[1] - red[1])
-    assert decoded.getpixel(red) == pytest.approx(RED, abs=8)
-    assert decoded.getpixel(blue) == pytest.approx(BLUE, abs=8)
+    assert decoded.getpixel(red) == pytest.approx(RED, abs=12)
+    assert decoded.getpixel(blue) == pytest.approx(BLUE, abs=12)
 
 
 @pytest.mark.parametrize(("kind", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("PNG", {})])
@@ -138,7 +139,69 @@ def test_decode_drops_alpha_when_the_image_has_it(kind: str) -> None:
     assert decoded.getcolors() == [(16, RED)]
 
 
-TRUNCATED = {kind: encoded(noise(64, 64), kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")}
+GREEN = (0, 200, 0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])
+def test_decode_blends_with_the_background_when_it_is_given(kind: str) -> None:
+    lossless: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True, "exact": True}, "AVIF": {"quality": 100}}
+    options = lossless.get(kind, {})
+    image = Image.new("RGBA", (16, 8), (*RED, 0))
+    image.paste((*RED, 128), (8, 0, 16, 8))
+    decoded = decode_image(encoded(image, kind, **options), background=GREEN)
+    assert decoded.getpixel((2, 2)) == pytest.approx(GREEN, abs=2)
+    assert decoded.getpixel((12, 2)) == pytest.approx((128, 100, 0), abs=3)
+    opaque = noise(7, 5)
+    assert decode_image(encoded(opaque, "PNG"), background=GREEN).tobytes() == opaque.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_decode_blends_with_the_background_when_a_palette_has_a_transparent_colour(kind: str) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, *BLUE])
+    image.putpixel((1, 0), 1)
+    decoded = decode_image(encoded(image, kind, transparency=1), background=GREEN)
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [RED, GREEN]
+
+
+def png_of(bits: int, colour: int, lines: list[bytes], transparent: bytes) -> bytes:
+    """Return a PNG of 2 pixels a line in which one colour is transparent."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    parts = [
+        chunk(b"IHDR", struct.pack(">IIBBBBB", 2, len(lines), bits, colour, 0, 0, 0)),
+        chunk(b"tRNS", transparent),
+        chunk(b"IDAT", zlib.compress(b"".join(b"\0" + line for line in lines))),
+        chunk(b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("data", "other"),
+    [
+        (png_of(1, 0, [b"\x40"], b"\0\1"), (0, 0, 0)),
+        (png_of(2, 0, [b"\x60"], b"\0\2"), (85, 85, 85)),
+        (png_of(4, 0, [b"\x17"], b"\0\7"), (17, 17, 17)),
+        (png_of(8, 0, [b"\x10\x20"], b"\0\x20"), (16, 16, 16)),
+        (png_of(16, 0, [b"\x10\0\x20\1"], b"\x20\1"), (16, 16, 16)),
+        (png_of(8, 2, [bytes([*RED, *BLUE])], bytes([0, 0, 0, 0, 0, 255])), RED),
+        (png_of(16, 2, [b"\xff\xff\0\0\0\0" + b"\0\1\0\2\xff\3"], b"\0\1\0\2\xff\3"), RED),
+    ],
+    ids=["1 bit", "2 bits", "4 bits", "8 bits", "16 bits", "RGB", "RGB of 16 bits"],
+)
+def test_decode_blends_with_the_background_when_a_png_has_a_transparent_colour(
+    data: bytes, other: tuple[int, int, int]
+) -> None:
+    """Pillow compares the colour of the file with pixels of 8 bits, also in files of other depths."""
+    decoded = decode_image(data, background=GREEN)
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [other, GREEN]
+    assert decode_image(data).getpixel((0, 0)) == other
+
+
+TRUNCATED = {kind: encoded(noise(64, 64), kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")}
 
 
 @pytest.mark.parametrize(("kind", "data"), TRUNCATED.items(), ids=TRUNCATED.keys())
@@ -169,19 +232,13 @@ def test_decode_returns_an_image_or_raises_image_error_when_bytes_are_damaged(
     ("data", "message"),
     [
         (b"", r"^0 bytes; expected an image file$"),
-        (b"not an image, just text", r"^not an image; expected one of JPEG, PNG, WEBP, BMP, GIF, TIFF$"),
-        (b"\x89PNG\r\n\x1a\n", r"^not an image; expected one of"),
-        (encoded(noise(4, 4), "PPM"), r"^not an image; expected one of"),
-        (encoded(noise(4, 4), "EPS"), r"^not an image; expected one of"),
-        (encoded(noise(32, 32), "ICO"), r"^not an image; expected one of"),
-        (png(0, 4), r"^not an image; expected one of"),
-        (
-            encoded(Image.new("I", (2, 2)), "TIFF"),
-            r"^mode 'I' \(32 bits a pixel\) has no 8-bit meaning; save the image with 8",
-        ),
-        (encoded(Image.new("F", (2, 2)), "TIFF"), r"^mode 'F' \(32 bits a pixel\) has no 8-bit meaning"),
+        (b"not an image, just text", r"^not an image; expected one of JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF$"),
+        (b"\x89PNG\r\n\x1a\n", r"^a PNG that is damaged or truncated after 8 bytes; send the whole file$"),
+        (png(0, 4), r"^a PNG that is damaged or truncated"),
+        (encoded(Image.new("I", (2, 2)), "TIFF"), r"^a TIFF whose samples are signed integers of 32 bits"),
+        (encoded(Image.new("F", (2, 2)), "TIFF"), r"^a TIFF whose samples are floating-point numbers of 32 bits"),
     ],
-    ids=["empty", "text", "PNG signature", "PPM", "EPS", "ICO", "0 pixels", "32-bit integers", "floats"],
+    ids=["empty", "text", "PNG signature", "0 pixels", "32-bit integers", "floats"],
 )
 def test_decode_names_the_reason_when_bytes_are_not_a_supported_image(data: bytes, message: str) -> None:
     with pytest.raises(ImageError, match=message):
@@ -189,8 +246,31 @@ def test_decode_names_the_reason_when_bytes_are_not_a_supported_image(data: byte
 
 
 def test_decode_refuses_an_image_when_its_pixel_data_is_damaged() -> None:
-    with pytest.raises(ImageError, match=r"^the image cannot be decoded: "):
+    with pytest.raises(ImageError, match=r"^the image cannot be decoded: .*; it may be damaged or truncated"):
         decode_image(png(4, 4, b"\0" * 7))
+
+
+def test_decode_refuses_an_image_when_its_file_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"^the image cannot be decoded: No such file or directory$"):
+        decode_image(tmp_path / "none.png")
+
+
+@pytest.fixture
+def pillow_limit() -> Iterator[None]:
+    before = Image.MAX_IMAGE_PIXELS
+    yield
+    Image.MAX_IMAGE_PIXELS = before
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "GIF", "WEBP"])
+@pytest.mark.usefixtures("pillow_limit")
+def test_decode_reads_an_image_when_max_pixels_is_above_pillow_s_own_limit(kind: str) -> None:
+    """Pillow's limit is lowered here: 178 million real pixels would need 700 MB."""
+    Image.MAX_IMAGE_PIXELS = 100  # Pillow warns above it, and raises above twice that
+    data = encoded(noise(40, 30), kind)
+    with pytest.raises(ImageTooLargeError, match=r"^40 x 30 pixels, but at most 99|^far more than the 99 pixels"):
+        decode_image(data, max_pixels=99)
+    assert decode_image(data, max_pixels=1200).size == (40, 30)
 
 
 def test_decode_refuses_a_small_file_when_its_header_declares_too_many_pixels() -> None:
@@ -299,4 +379,6 @@ def test_preprocess_of_returns_json_types_when_given_a_backbone(backbone: Backbo
         "std": [0.5, 0.5, 0.5],
         "crop_pct": 1.0,
         "crop_mode": "center",
+        "background": [255, 255, 255],
     }
+    assert "background" not in preprocess_of(backbone, background=None)

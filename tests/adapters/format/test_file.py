@@ -76,8 +76,8 @@ def test_create_writes_the_documented_bytes(backbone: Backbone) -> None:
         "format": "karst/1",
         "labels": '["cat", "dog"]',
         "metrics": '{"a": 0.5, "b": 1}',
-        "preprocess": '{"crop_mode": "center", "crop_pct": 1.0, "input_size": [3, 32, 32], '
-        '"interpolation": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}',
+        "preprocess": '{"background": [255, 255, 255], "crop_mode": "center", "crop_pct": 1.0, '
+        '"input_size": [3, 32, 32], "interpolation": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}',
         "producer": adapter.producer,
     }
     header = {

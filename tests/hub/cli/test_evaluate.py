@@ -102,7 +102,7 @@ def test_evaluate_fails_when_the_merged_model_disagrees(
 ) -> None:
     """No adapter is known to disagree, so the test replaces only the result of the comparison."""
     far = Agreement(largest_difference=0.5, largest_logit=2.0, label_changes=3, tolerance=1e-3)
-    monkeypatch.setattr(evaluating, "compare_merged", lambda *_: far)
+    monkeypatch.setattr(evaluating, "compare_merged", lambda *_, **_options: far)
     code, text, stderr = call(root / "one.safetensors", "--data", root / "all", "--merged", "--json")
     assert code == 1
     assert json.loads(text)["rows"][0]["merged"]["agrees"] is False

@@ -101,6 +101,24 @@ def test_train_raises_data_error_when_an_image_is_unreadable_unless_skip_bad_is_
     assert len(numbers["warnings"]) == 1
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_command_refuses_images_when_they_exceed_hub_max_image_pixels(
+    command: str, job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = Path(__file__).parents[3] / "adapters" / "demo"
+    (tmp_path / "digits" / "7").mkdir(parents=True)
+    (tmp_path / "digits" / "7" / "a.png").write_bytes(next((demo / "samples" / "digits").iterdir()).read_bytes())
+    arguments = {
+        "train": ["train", str(job["data"]), "-o", str(job["output"])],
+        "evaluate": ["evaluate", str(demo / "digits.safetensors"), "--data", str(tmp_path / "digits")],
+    }[command]
+    monkeypatch.setenv("HUB_MAX_IMAGE_PIXELS", "10")
+    monkeypatch.setenv("HUB_BACKBONE", "demo")
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, DataError)
+    assert "pixels, but at most 10 are allowed; reduce the image first" in str(done.exception)
+
+
 def test_train_raises_data_error_when_test_images_are_training_images(job: dict[str, Any]) -> None:
     with pytest.raises(
         DataError,

@@ -17,6 +17,7 @@ from PIL import Image
 from adapters import Adapter, Backbone
 from hub import AsyncClient, Client
 from hub.client import endpoints
+from hub.client.image_encoding import encode
 from hub.client.transport import Call, CallSeries
 from hub.errors import Conflict, Forbidden, InvalidAdapter, InvalidImage, InvalidRequest, NotFound, Unauthenticated
 from hub.schemas import LimitsChange
@@ -139,11 +140,23 @@ def test_client_returns_equal_predictions_for_every_form_of_an_image(
     image = Image.open(tmp_path / "a.png")
     stack = np.stack([np.asarray(image)] * 2)
     forms = [png(1), tmp_path / "a.png", str(tmp_path / "a.png"), image, np.asarray(image), stack[0]]
-    results = client.classify("a", forms).predictions
+    forms += [bytearray(png(1)), memoryview(png(1)), memoryview(bytearray(png(1)))[:]]
+    results = client.classify("a", [*forms, io.BytesIO(png(1))]).predictions
     results += client.classify("a", stack).predictions
     for image_form in forms:
         results += client.classify("a", image_form).predictions
-    assert len(results) == 2 * len(forms) + 2
+    with (tmp_path / "a.png").open("rb") as file:
+        results += client.classify("a", file).predictions
+        with pytest.raises(InvalidImage, match=r"^images.0: the file has no bytes behind its position; rewind it"):
+            client.classify("a", [file])
+        file.seek(0)
+        results += [found.predictions for found in client.classify_inputs([("a", file)]).results]
+    with (
+        (tmp_path / "a.png").open("r", encoding="latin-1") as text,
+        pytest.raises(InvalidImage, match=r"^images.0: the file is open for text; open it with mode 'rb'"),
+    ):
+        client.classify("a", text)
+    assert len(results) == 2 * len(forms) + 5
     for result in results:
         assert [p.label for p in result] == [p.label for p in results[0]]
         assert [p.score for p in result] == pytest.approx([p.score for p in results[0]], abs=1e-5)
@@ -157,6 +170,19 @@ def test_client_returns_equal_predictions_for_every_form_of_an_image(
         assert [p.score for p in one] == pytest.approx([p.score for p in other], abs=1e-5)
     assert client.classify("a", turned).predictions != client.classify("a", png(1)).predictions
     image.close()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_encode_rotates_a_pil_image_when_its_exif_has_odd_entries(kind: str) -> None:
+    exif = _turned()
+    image = _opened(encoded(Image.linear_gradient("L").resize((40, 20)).convert("RGB"), kind, exif=exif))
+    image.load()
+    image.getexif()[41729] = object()  # an entry that Pillow cannot write
+    image.info["icc_profile"] = bytes(3_000_000)
+    data = encode(image, "images.0")
+    assert len(data) < 10_000
+    assert _opened(data).size == (20, 40)
+    assert not _opened(data).getexif()
 
 
 def _turned() -> Image.Exif:

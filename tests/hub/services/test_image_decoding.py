@@ -249,3 +249,18 @@ def test_jpeg_with_very_many_scans_is_refused() -> None:
                 await one(images, "a", more)
 
     run(use)
+
+
+@pytest.mark.parametrize(("more", "colour"), [({}, [0, 0, 0]), ({"background": [0, 200, 0]}, [0, 200, 0])])
+def test_decode_shows_the_adapter_s_background_when_an_image_is_transparent(
+    more: dict[str, Any], colour: list[int]
+) -> None:
+    """An adapter without a background sees the colour under the transparent pixels, as it was trained."""
+    drawing = encoded(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), "PNG")
+
+    async def use() -> None:
+        with decoder() as images:
+            [pixels] = await images.decode("a", [("body", drawing, PREPROCESS | more)])
+            assert pixels.reshape(3, -1).mean(axis=1).tolist() == colour
+
+    run(use)
