@@ -4,6 +4,7 @@ Ray writes the stderr of each of its actors to a file. A thread follows these fi
 they are, and puts other lines into a line of the configured format.
 """
 
+import ctypes
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from ..observability.log_format import OWN_LINE, Format, foreign_line
 
 POLL_S = 0.2
 CHUNK_BYTES = 1 << 20
+FREE_BYTES = 16 << 20  # of a file that are copied before they are given back to the disk
 # Lines that Ray writes without a fault: an actor's name and job, and what happens in Serve.
 ORDINARY = re.compile(rb":(actor_name|job_id|task_name):|(INFO|DEBUG) \d{4}-|  \xe2\x80\xa2 ")
 
@@ -50,6 +52,7 @@ class _Follower:
     def __init__(self, stream: TextIO, format: Format) -> None:
         self._stream, self._format = stream, format
         self._offsets: dict[Path, int] = {}
+        self._freed: dict[Path, int] = {}
 
     def copy(self, files: Sequence[Path]) -> None:
         """Write all whole new lines to the stream."""
@@ -66,12 +69,25 @@ class _Follower:
     def _new_lines(self, path: Path) -> bytes:
         """Return the next whole lines of a file, at most `CHUNK_BYTES`, and count them as copied."""
         offset = self._offsets.get(path, 0)
+        if offset - self._freed.get(path, 0) >= FREE_BYTES:
+            self._freed[path] = offset
+            _free_disk(path, offset)
         with path.open("rb") as file:
             file.seek(offset)
             new = file.read(CHUNK_BYTES)
         end = new.rfind(b"\n") + 1 or (len(new) if len(new) == CHUNK_BYTES else 0)
         self._offsets[path] = offset + end
         return new[:end]
+
+
+def _free_disk(path: Path, size: int) -> None:
+    """Give the first bytes of a file back to the disk; the file's length stays, so that its writer notices nothing.
+
+    Otherwise the files of a hub that logs each request would fill the disk. File systems without holes keep the bytes.
+    """
+    keep_size, punch_hole = 1, 2
+    with path.open("r+b") as file:
+        ctypes.CDLL(None).fallocate(file.fileno(), keep_size | punch_hole, ctypes.c_int64(0), ctypes.c_int64(size))
 
 
 def _formatted(text: bytes, format: Format) -> Iterator[str]:

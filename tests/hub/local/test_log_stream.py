@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hub.local.log_stream import CHUNK_BYTES, forwarded_logs
+from hub.local.log_stream import CHUNK_BYTES, FREE_BYTES, forwarded_logs
 from hub.observability.log_format import Format, JsonFormatter, TextFormatter
 from tests.support.models import wait_until
 
@@ -66,6 +66,19 @@ def test_a_line_that_never_ends_does_not_stop_the_others(tmp_path: Path) -> None
     line = own_line("text", "after")
     (tmp_path / "1.err").write_bytes(b"x" * (2 * CHUNK_BYTES) + b"\n" + line.encode() + b"\n")
     assert copied(tmp_path, "text")[-1] == line
+
+
+def test_copied_lines_do_not_stay_on_the_disk(tmp_path: Path) -> None:
+    file, stream = tmp_path / "1.err", io.StringIO()
+    line = own_line("text", "m" * 1000).encode() + b"\n"
+    count = 3 * FREE_BYTES // len(line)
+    with file.open("ab", buffering=0) as writer, forwarded_logs(lambda: [file], stream, "text"):
+        writer.write(line * count)
+        wait_until(lambda: stream.getvalue().count("\n") == count, 30, "all lines")
+        writer.write(line)  # where the file ends, as before
+    assert stream.getvalue().encode() == line * (count + 1)
+    assert file.stat().st_size == len(line) * (count + 1)
+    assert file.stat().st_blocks * 512 < 2 * FREE_BYTES
 
 
 def test_a_stream_that_is_closed_does_not_stop_the_hub(tmp_path: Path) -> None:

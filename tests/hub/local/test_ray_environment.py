@@ -99,7 +99,7 @@ def test_a_user_with_an_entry_in_the_password_database_keeps_the_home() -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_a_user_without_an_entry_gets_the_hub_s_home_and_a_name() -> None:
-    # The modules are imported before the change of the user, a user that may not be allowed to read them.
+    # The modules are imported before the change of the user; the other user may not read them.
     code = """
 import json, os
 from pathlib import Path
