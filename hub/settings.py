@@ -15,6 +15,13 @@ class InvalidSettings(ValueError):
     """An environment variable has a value that the hub cannot use; the message names the variable."""
 
 
+def _default_home() -> Path:
+    try:
+        return Path.home() / ".karst-hub"
+    except RuntimeError:  # neither HOME nor an entry in the password database
+        raise InvalidSettings("This user has no home folder. Set HUB_HOME to a writable folder.") from None
+
+
 class Settings(BaseSettings):
     """Settings of one hub; frozen. `HUB_SLOTS` sets field `slots`, and so on."""
 
@@ -40,7 +47,7 @@ class Settings(BaseSettings):
     scale_down_s: float = Field(300.0, ge=1, description="seconds of underload before replicas stop")
     redis_url: str | None = Field(None, description="registry; unset: an embedded redis-server under HUB_HOME")
     store_url: str | None = Field(None, description="adapter files, any fsspec URL; unset: a folder under HUB_HOME")
-    home: Path = Field(Path.home() / ".karst-hub", description="folder of this machine's registry, store and logs")
+    home: Path = Field(default_factory=_default_home, description="folder of this machine's registry, store and logs")
     host: str = Field("127.0.0.1", description="address that HTTP listens on")
     port: int = Field(8000, ge=1, le=65535, description="port that HTTP listens on")
     cors_origins: tuple[str, ...] = Field((), description="web origins that browsers may call the hub from")

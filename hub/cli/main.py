@@ -1,5 +1,8 @@
 """Command line `karst-hub`. Exit codes: 0 (success), 1 (error of the hub or of a file), 2 (usage error)."""
 
+import codecs
+import io
+import logging
 import re
 import signal
 import sys
@@ -21,6 +24,8 @@ from . import tasks as cli_tasks
 from . import tenants as cli_tenants
 from .options import DEFAULT_URL, AdminKey, AsJson, Key, UnknownBelow, Url
 from .output import err, fail, out, settings, show
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     help="One frozen vision transformer, many KARST adapters: train, register and classify.",
@@ -46,6 +51,10 @@ _EXPECTED = (
 
 def main() -> None:
     """Run the command line. Expected errors end in one line on stderr, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # Python's own default for the locale C, which PYTHONUTF8=0 turns off: labels and paths have other characters.
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name == "ascii":
+            stream.reconfigure(encoding="utf-8")
     try:
         app()
     except OSError as error:
@@ -68,30 +77,42 @@ def options(
 @app.command()
 def serve() -> None:
     """Run a hub on this machine until Ctrl-C. HUB_* environment variables configure it (docs/settings.md)."""
+    from ..local.bootstrap import write_first_keys
     from ..local.hub import local_hub
+    from ..observability import log_format
 
     chosen = settings()
+    log_format.start(chosen.log_format, chosen.log_level)
     stopping = threading.Event()
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         stopping.set()
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # during the start: unwind as Ctrl-C does
-    err.print(f"starting: backbone {chosen.backbone}, data in {chosen.home}")
+    _say(f"starting: backbone {chosen.backbone}, data in {chosen.home}")
     with local_hub(chosen) as hub:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
-        if hub.first_keys.admin is not None:
-            err.print("The first admin key. The hub shows it only once; store it:")
-            out.print(f"HUB_ADMIN_KEY={hub.first_keys.admin}", soft_wrap=True)
-        if hub.first_keys.owner is not None:
-            err.print("The first owner key of the tenant `default`. The hub shows it only once; store it:")
-            out.print(f"HUB_KEY={hub.first_keys.owner}", soft_wrap=True)
+        first = hub.first_keys.variables()
+        if first and out.is_terminal:
+            _say("The first keys, of the admin and of the owner of the tenant `default`. They are shown only here:")
+            for line in first:
+                out.print(line, soft_wrap=True)
+        elif first:  # otherwise a container's log would keep the keys
+            _say(f"The first keys are in {write_first_keys(hub.first_keys, chosen.home)} (mode 600).")
         out.print(f"HUB_URL={hub.url}", soft_wrap=True)
-        err.print("ready; press Ctrl-C to stop")
         sys.stdout.flush()
+        _say("ready; press Ctrl-C to stop")
         stopping.wait()
-        err.print("stopping")
+        _say("stopping")
+
+
+def _say(text: str) -> None:
+    """Report the hub's state on stderr: as text on a terminal, otherwise as a log line."""
+    if err.is_terminal:
+        err.print(text, soft_wrap=True)
+    else:
+        logger.info(text)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -89,10 +90,13 @@ def _workers_per_node(max_workers: int) -> int:
     return max(1, min(max_workers, cpus_of_this_node()))
 
 
-def start(settings: Settings) -> None:
+def start(settings: Settings, folder: Path) -> None:
     """Start Ray on this machine alone and the hub on it; return when a worker has loaded its backbone.
 
     The variables of `local.ray_environment` must be set before this module is imported: Ray reads them at import.
+
+    Args:
+        folder: the hub's private folder, for Ray's sockets and logs.
 
     Raises:
         RuntimeError: a deployment does not start; the text has the deployments' messages with their tracebacks.
@@ -105,7 +109,7 @@ def start(settings: Settings) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=OBJECT_STORE_BYTES,
-        **local_cluster_options(settings.metrics_port),
+        **local_cluster_options(settings.metrics_port, folder),
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # HAProxy listens on the hub's address and has its certificate; the gateways behind it stay on loopback.

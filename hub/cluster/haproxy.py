@@ -8,10 +8,12 @@ rule finds no section or line, HAProxy does not start: the configuration of an u
 The program imports only the standard library, since Ray starts it at every change of the gateways.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
@@ -19,6 +21,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 HEAD_TIMEOUT_S = 10
+CHECK_TIMEOUT_S = 10
 
 
 class ConfigurationError(Exception):
@@ -35,6 +38,7 @@ class Frontend:
         request_id: regular expression of valid values of `x-request-id`.
         requests_per_key: limit of concurrent requests with one API key.
         refusal: problem document of a request over that limit, as JSON.
+        max_connections: largest number of concurrent connections that the limit of open files allows.
         certificate: PEM file with certificate, chain and key; None: no TLS.
         client_ca: PEM file with certificate authorities; clients then need a certificate of one of them.
         trusted_proxies: networks of reverse proxies, whose `X-Forwarded-For` HAProxy keeps.
@@ -45,6 +49,7 @@ class Frontend:
     request_id: str
     requests_per_key: int
     refusal: str
+    max_connections: int
     certificate: str | None = None
     client_ca: str | None = None
     trusted_proxies: Sequence[str] = ()
@@ -58,53 +63,18 @@ class Rule:
         reason: why the hub needs it.
         section: header line of the section.
         line: beginning of the line to change; None: the whole section is removed.
-        template: file beside this module, filled from `Frontend`, in place of the line; None: the line is removed.
+        replacement: returns the hub's lines from Ray's line and the options; None: the line is removed.
     """
 
     reason: str
     section: str
     line: str | None = None
-    template: str | None = None
-
-
-RULES = (
-    Rule("The metrics page listens on all interfaces, and the hub does not use it.", "frontend prometheus"),
-    Rule("The statistics page listens on all interfaces, and the hub does not use it.", "listen stats"),
-    Rule(
-        "After a spliced body HAProxy 2.8 does not notice that a client disconnects: its workers would compute on.",
-        "defaults",
-        "option splice-request",
-    ),
-    Rule(
-        "Address, TLS, timeout of headers, limit per key, the client's address, headers that control Ray.",
-        "frontend http_frontend",
-        "bind ",
-        "haproxy_frontend.cfg",
-    ),
-)
+    replacement: Callable[[str, Frontend], list[str]] | None = None
 
 
 def command(frontend: Frontend, haproxy: str, python: str = sys.executable) -> list[str]:
     """Return the command that Ray starts as HAProxy; Ray appends its arguments."""
     return [python, "-I", __file__, json.dumps(asdict(frontend)), haproxy]
-
-
-def rewrite(config: str, frontend: Frontend, rules: Sequence[Rule] = RULES) -> str:
-    """Return Ray's configuration with all rules applied.
-
-    Raises:
-        ConfigurationError: a rule's section or line does not occur exactly once.
-    """
-    sections = _sections(config)
-    for rule in rules:
-        section = _only([s for s in sections if s[0] == rule.section], f"sections {rule.section!r}")
-        if rule.line is None:
-            sections.remove(section)
-            continue
-        found = [number for number, line in enumerate(section) if line.strip().startswith(rule.line)]
-        number = _only(found, f"lines {rule.line!r} in {rule.section!r}")
-        section[number : number + 1] = _filled(rule.template, section[number], frontend) if rule.template else []
-    return "\n".join(line for section in sections for line in section) + "\n"
 
 
 def _sections(config: str) -> list[list[str]]:
@@ -117,8 +87,19 @@ def _sections(config: str) -> list[list[str]]:
     return sections if sections[0] else sections[1:]
 
 
-def _filled(template: str, bind_line: str, frontend: Frontend) -> list[str]:
-    """Return the lines of the hub's template.
+def _connection_limit(maxconn_line: str, frontend: Frontend) -> list[str]:
+    """Return a limit of connections that is not above Ray's and fits the limit of open files."""
+    (ray,) = maxconn_line.split()[1:]
+    return [f"    maxconn {min(int(ray), frontend.max_connections)}"]
+
+
+def _check_timeout(_line: str, _frontend: Frontend) -> list[str]:
+    """Return a timeout of health checks. Without it, a check may take no longer than the interval of checks."""
+    return [f"    timeout check {CHECK_TIMEOUT_S}s"]
+
+
+def _frontend_lines(bind_line: str, frontend: Frontend) -> list[str]:
+    """Return the lines of `haproxy_frontend.cfg`.
 
     Raises:
         ConfigurationError: Ray's `bind` line has more than one address and port.
@@ -130,7 +111,8 @@ def _filled(template: str, bind_line: str, frontend: Frontend) -> list[str]:
     if tls and frontend.client_ca:
         tls += f" ca-file {_quoted(frontend.client_ca)} verify required"
     trusted = " ".join(frontend.trusted_proxies)
-    text = Template(Path(__file__).with_name(template).read_text()).substitute(
+    template = Path(__file__).with_name("haproxy_frontend.cfg").read_text(encoding="utf-8")
+    text = Template(template).substitute(
         bind=f"{host}:{port}{tls}",
         head_timeout_s=HEAD_TIMEOUT_S,
         refusal=frontend.refusal,
@@ -156,15 +138,65 @@ def _quoted(path: str) -> str:
     return f'"{path}"'
 
 
+RULES = (
+    Rule("The metrics page listens on all interfaces, and the hub does not use it.", "frontend prometheus"),
+    Rule("The statistics page listens on all interfaces, and the hub does not use it.", "listen stats"),
+    Rule(
+        "HAProxy does not start if the limit of open files is below what its limit of connections needs.",
+        "global",
+        "maxconn ",
+        _connection_limit,
+    ),
+    Rule(
+        "After a spliced body HAProxy 2.8 does not notice that a client disconnects: its workers would compute on. "
+        "Checks are more frequent than a busy gateway may answer.",
+        "defaults",
+        "option splice-request",
+        _check_timeout,
+    ),
+    Rule(
+        "Address, TLS, timeout of headers, limit per key, the client's address, headers that control Ray.",
+        "frontend http_frontend",
+        "bind ",
+        _frontend_lines,
+    ),
+)
+
+
+def rewrite(config: str, frontend: Frontend, rules: Sequence[Rule] = RULES) -> str:
+    """Return Ray's configuration with all rules applied.
+
+    Raises:
+        ConfigurationError: a rule's section or line does not occur exactly once.
+    """
+    sections = _sections(config)
+    for rule in rules:
+        section = _only([s for s in sections if s[0] == rule.section], f"sections {rule.section!r}")
+        if rule.line is None:
+            sections.remove(section)
+            continue
+        found = [number for number, line in enumerate(section) if line.strip().startswith(rule.line)]
+        number = _only(found, f"lines {rule.line!r} in {rule.section!r}")
+        section[number : number + 1] = rule.replacement(section[number], frontend) if rule.replacement else []
+    return "\n".join(line for section in sections for line in section) + "\n"
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for SIGKILL when the parent's thread ends, even by SIGKILL; the request survives `exec` (prctl)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def main() -> None:
     """Change the configuration file among the arguments, and become HAProxy."""
     description, haproxy, *arguments = sys.argv[1:]
     frontend = Frontend(**json.loads(description))
     path = Path(arguments[arguments.index("-f") + 1])
     try:
-        path.write_text(rewrite(path.read_text(), frontend))
+        path.write_text(rewrite(path.read_text(encoding="utf-8"), frontend), encoding="utf-8")
     except ConfigurationError as error:
         sys.exit(f"{error} Set HUB_HAPROXY=false, or install the version of Ray that karst-hub requires.")
+    _end_with_parent()  # otherwise HAProxy would keep the hub's port after a SIGKILL of all else
     os.execv(haproxy, [haproxy, *arguments])  # noqa: S606 (the process that Ray watches)
 
 

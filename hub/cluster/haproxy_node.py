@@ -5,6 +5,7 @@
 
 import json
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -20,6 +21,9 @@ from .haproxy import Frontend, command
 from .ray_compat import find_haproxy
 
 DRAIN_TIMEOUT_S = 30.0  # for accepted requests, when the hub stops
+FILES_PER_CONNECTION = 2.5  # a socket on each side, and a pipe for two of them that splice
+OTHER_FILES = 128  # HAProxy 2.8 needs 37, and one per gateway for its check
+MAX_CONNECTIONS = 100_000  # where files are not limited
 
 
 class HAProxyUnavailable(RuntimeError):
@@ -60,7 +64,8 @@ def install_haproxy(settings: Settings, host: str | None, folder: Path) -> Path:
     if binary is None:
         raise HAProxyUnavailable("HAProxy is not installed (ray[serve] has it on Linux only). Set HUB_HAPROXY=false.")
     script = folder / "haproxy"
-    script.write_text(f'#!/bin/sh\nexec {shlex.join(command(frontend(settings, host, folder), binary))} "$@"\n')
+    line = f'exec {shlex.join(command(frontend(settings, host, folder), binary))} "$@"'
+    script.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8", errors="surrogateescape")
     script.chmod(0o700)
     return script
 
@@ -74,10 +79,18 @@ def frontend(settings: Settings, host: str | None, folder: Path) -> Frontend:
         request_id=f"^{RAY_REQUEST_ID}$",
         requests_per_key=KEY_CALLS,
         refusal=json.dumps(LimitReached(detail).problem()),
+        max_connections=connections_for(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         certificate=_write_certificate(settings, folder),
         client_ca=str(settings.tls_client_ca) if settings.tls_client_ca else None,
         trusted_proxies=settings.trusted_proxies,
     )
+
+
+def connections_for(open_files: int) -> int:
+    """Return the number of concurrent connections that HAProxy can serve under a limit of open files."""
+    if open_files == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(1, min(MAX_CONNECTIONS, int((open_files - OTHER_FILES) / FILES_PER_CONNECTION)))
 
 
 def _write_certificate(settings: Settings, folder: Path) -> str | None:

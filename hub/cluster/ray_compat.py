@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 CHECKED_VERSION = "2.60.0"
 LOOPBACK = "127.0.0.1"
 
+CHECK_INTERVAL = "1s"  # of HAProxy's health checks of a gateway
+DRAINING_S = 3.0  # seconds in which a stopping gateway still takes requests
+HAPROXY_SOCKET, HAPROXY_METRICS_SOCKET = "a", "m"
+SESSIONS = "r"  # folder of Ray's sessions in the hub's folder
+# Linux allows 107 bytes for a socket's path and HAProxy 97. HAProxy's are below a folder named after the node's id, of
+# 56 characters; Ray's are longer by 66 than the hub's folder.
+RUN_FOLDER_BYTES = 38
+
 # Environment variables ------------------------------------------------------------------------------------------------
 
 # Ray takes 127.0.0.1 as this machine's address. Most of Ray's processes then listen on no other interface.
@@ -56,9 +64,12 @@ def haproxy_switches(executable: Path, folder: Path, fallback_port: int) -> dict
     haproxy = {
         "BINARY_PATH": executable,
         "TIMEOUT_CLIENT_S": 60,
-        "METRICS_SOCKET_PATH": folder / "metrics.sock",
+        # A stopping gateway fails its checks at once. HAProxy must notice that before the gateway closes its
+        # connections, otherwise requests on them are lost. Old HAProxies have no other way to hear of it.
+        "HEALTH_CHECK_INTER": CHECK_INTERVAL,
+        "METRICS_SOCKET_PATH": folder / HAPROXY_METRICS_SOCKET,
         "CONFIG_FILE_LOC": folder / "haproxy.cfg",
-        "SOCKET_PATH": folder / "admin.sock",
+        "SOCKET_PATH": folder / HAPROXY_SOCKET,
         "SERVER_STATE_BASE": folder,
         "SERVER_STATE_FILE": folder / "server-state",
     }
@@ -66,7 +77,7 @@ def haproxy_switches(executable: Path, folder: Path, fallback_port: int) -> dict
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # otherwise a warning is written 1,000 lines later
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Ray's 5 s are too short while every core is busy
         **{f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in haproxy.items()},
@@ -85,13 +96,31 @@ def stock_proxy_switches(middleware: str) -> dict[str, str]:
 # Start ----------------------------------------------------------------------------------------------------------------
 
 
-def local_cluster_options(metrics_port: int | None) -> dict[str, Any]:
+def local_cluster_options(metrics_port: int | None, folder: Path) -> dict[str, Any]:
     """Return the undocumented arguments of `ray.init` for a cluster on this machine alone.
 
     Args:
         metrics_port: port of the node's metrics; None: any free port.
+        folder: the hub's private folder, for Ray's sockets and logs.
     """
-    return {"_node_ip_address": LOOPBACK, "_metrics_export_port": metrics_port}
+    options = {"_node_ip_address": LOOPBACK, "_metrics_export_port": metrics_port}
+    return options | {"_temp_dir": str(folder / SESSIONS)}
+
+
+def haproxy_logs(folder: Path) -> list[Path]:
+    """Return the files with stderr of each HAProxy that Ray started for the hub with this folder, oldest first."""
+    return sorted(folder.glob(f"*/{HAPROXY_SOCKET}.*.stderr.log"), key=lambda path: path.stat().st_mtime)
+
+
+def process_logs(folder: Path) -> list[Path]:
+    """Return the files with the output of Ray's own processes on this machine."""
+    logs = folder / SESSIONS / "session_latest" / "logs"
+    return [path for name in ("gcs_server", "raylet") for path in sorted(logs.glob(f"{name}.[eo]*"))]
+
+
+def actor_logs(folder: Path) -> list[Path]:
+    """Return the files with stderr of all actors: gateways, workers, and those of Serve."""
+    return sorted((folder / SESSIONS / "session_latest" / "logs").glob("worker-*.err"))
 
 
 def cpus_of_this_node() -> int:

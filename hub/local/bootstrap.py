@@ -1,6 +1,8 @@
 """The first keys of a new registry."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import Conflict
 from ..registry.audit import OPERATOR
@@ -9,6 +11,7 @@ from ..registry.tenants import TenantRegistry
 from ..schemas import LimitsChange
 
 DEFAULT_TENANT = "default"
+KEYS_FILE = "first-keys"
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,11 @@ class FirstKeys:
 
     admin: str | None
     owner: str | None
+
+    def variables(self) -> list[str]:
+        """Return the keys as lines of a shell or of an environment file; none if this start created no key."""
+        named = {"HUB_ADMIN_KEY": self.admin, "HUB_KEY": self.owner}
+        return [f"{name}={key}" for name, key in named.items() if key is not None]
 
 
 async def create_first_keys(tenants: TenantRegistry, keys: KeyRegistry) -> FirstKeys:
@@ -38,3 +46,17 @@ async def create_first_keys(tenants: TenantRegistry, keys: KeyRegistry) -> First
     if any(key.expires is None for key in admins):
         return FirstKeys(None, owner)
     return FirstKeys((await keys.create(OPERATOR, "", ADMIN, "first admin key")).key, owner)
+
+
+def write_first_keys(keys: FirstKeys, home: Path) -> Path:
+    """Append the keys to a file of mode 600 in the home, and return its path.
+
+    Raises:
+        OSError: the file cannot be written, or is a symbolic link.
+    """
+    path = home / KEYS_FILE
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write("".join(f"{line}\n" for line in keys.variables()))
+    return path

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -145,7 +144,8 @@ def _socket_path(folder: Path) -> Path:
     if len(os.fsencode(socket)) <= SOCKET_PATH_BYTES:
         return socket
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    private = Path(tempfile.gettempdir()) / f"karst-hub-{os.getuid()}"
+    # Not TMPDIR: its path may be too long as well, and `karst-hub admin-key` may run with another one.
+    private = Path("/tmp") / f"karst-hub-{os.getuid()}"  # noqa: S108 (checked below)
     private.mkdir(mode=0o700, exist_ok=True)
     found = private.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077:

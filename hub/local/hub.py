@@ -5,17 +5,16 @@ Ray reads its environment variables at import, so this module imports Ray only a
 
 import asyncio
 import os
-import re
-import shutil
-import tempfile
+import resource
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from ..cluster.haproxy_node import drain
-from ..cluster.ray_compat import LOOPBACK_SWITCHES
+from ..cluster.ray_compat import LOOPBACK_SWITCHES, actor_logs
+from ..observability import log_format
 from ..registry.audit import OPERATOR
 from ..registry.connection import RegistryConnection
 from ..registry.keys import ADMIN, KeyRegistry
@@ -25,8 +24,12 @@ from . import preflight
 from .bootstrap import FirstKeys, create_first_keys
 from .embedded_redis import embedded_redis, url_of_running
 from .errors import StartError
+from .front_door import url_of, wait_until_answered
+from .log_stream import forwarded_logs
 from .ports import check_port
 from .ray_environment import ray_environment
+from .run_folder import run_folder
+from .start_error import start_error
 
 T = TypeVar("T")
 
@@ -50,7 +53,9 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
     preflight.check_import_names()
     with ExitStack() as stack:
         stack.enter_context(preflight.locked_home(settings.home))
+        folder = stack.enter_context(run_folder(settings.home))
         check_port(settings.host, settings.port)
+        preflight.check_open_files(settings, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         preflight.check_tls(settings)
         redis_url = settings.redis_url or stack.enter_context(embedded_redis(settings.home))
         store_url = settings.store_url or str(settings.home / "store")
@@ -58,23 +63,23 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
         preflight.check_store(store_url)
         preflight.check_sources(settings)
         preflight.check_registry(redis_url)
-        run_folder = Path(tempfile.mkdtemp(prefix="karst-hub-"))  # only this user may read it
-        stack.callback(shutil.rmtree, run_folder, ignore_errors=True)
-        os.environ.update(ray_environment(settings, run_folder) | LOOPBACK_SWITCHES)
+        os.environ.update(ray_environment(settings, folder) | LOOPBACK_SWITCHES)
         preflight.check_backbone(settings)
+        log_format.start(settings.log_format, settings.log_level)  # of this process
+        stack.enter_context(forwarded_logs(lambda: actor_logs(folder), sys.stderr, settings.log_format))
 
         from ..cluster import app  # imports Ray, which reads the environment now
 
         stack.callback(app.stop)
-        stack.callback(drain, run_folder)
+        stack.callback(drain, folder)
         try:
-            app.start(settings)
-        except (RuntimeError, TimeoutError) as error:  # Serve's own; the text has the workers' tracebacks
-            raise StartError(f"Ray Serve could not start the hub: {_reason(error)}") from error
+            app.start(settings, folder)
+            wait_until_answered(settings)
+        except (RuntimeError, TimeoutError, ValueError, OSError) as error:  # Ray's own; the text may have tracebacks
+            raise StartError(start_error(error, folder)) from error
         # Last: the keys of a start that failed would never be shown.
         keys = asyncio.run(_with_database(redis_url, lambda db: create_first_keys(TenantRegistry(db), KeyRegistry(db))))
-        scheme, host = "https" if settings.tls_cert else "http", settings.host
-        yield LocalHub(f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}", keys)
+        yield LocalHub(url_of(settings), keys)
 
 
 def new_admin_key(settings: Settings) -> str:
@@ -95,12 +100,6 @@ def new_admin_key(settings: Settings) -> str:
                 url = url_of_running(settings.home)
         made = asyncio.run(_with_database(url, lambda db: KeyRegistry(db).create(OPERATOR, "", ADMIN, "made by hand")))
         return made.key
-
-
-def _reason(error: Exception) -> str:
-    """Return the last error of a worker's traceback, without its module; otherwise the first line."""
-    named = re.findall(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Exception): .+)$", str(error), re.MULTILINE)
-    return named[-1] if named else str(error).partition("\n")[0]
 
 
 async def _with_database(url: str, use: Callable[[RegistryConnection], Awaitable[T]]) -> T:

@@ -2,12 +2,15 @@
 
 import asyncio
 import fcntl
+import logging
+import resource
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+from ..cluster.haproxy_node import connections_for
 from ..errors import Unavailable
 from ..registry.connection import RegistryConnection
 from ..registry.tenants import TenantRegistry
@@ -16,7 +19,11 @@ from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
 from .errors import StartError
 
+logger = logging.getLogger(__name__)
+
 DISTRIBUTION = "karst-hub"
+LEAST_OPEN_FILES = 1024
+HAPROXY_CONNECTIONS = 4096  # Ray's limit, see `RAY_SERVE_HAPROXY_MAXCONN`
 
 
 @contextmanager
@@ -53,6 +60,28 @@ def check_import_names() -> None:
                 f"The package {package!r} also belongs to {', '.join(others)}. Uninstall that, or install "
                 f"{DISTRIBUTION} into a virtual environment of its own."
             )
+
+
+def check_open_files(settings: Settings, limit: int) -> None:
+    """Log a warning if the limit of open files reduces the number of connections.
+
+    Args:
+        limit: the process's hard limit of open files.
+
+    Raises:
+        StartError: the limit is too low for Ray and HAProxy.
+    """
+    if limit != resource.RLIM_INFINITY and limit < LEAST_OPEN_FILES:
+        raise StartError(
+            f"The hard limit of open files is {limit}, and the hub needs {LEAST_OPEN_FILES}. Raise it: "
+            "`ulimit -Hn` in a shell, LimitNOFILE in a systemd unit, `--ulimit nofile=` in Docker."
+        )
+    connections = connections_for(limit)
+    if settings.haproxy and connections < HAPROXY_CONNECTIONS:
+        logger.warning(
+            "the hard limit of open files is %d: HAProxy serves at most %d connections at once instead of %d",
+            *(limit, connections, HAPROXY_CONNECTIONS),
+        )
 
 
 def check_tls(settings: Settings) -> None:

@@ -1,7 +1,9 @@
 """Environment variables of a local hub. Ray, uvicorn and OpenMP read them when they are imported."""
 
 import os
+import pwd
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..cluster.haproxy_node import HAProxyUnavailable, install_haproxy
@@ -11,6 +13,9 @@ from .errors import StartError
 from .ports import free_port
 
 STOCK_PROXY_MIDDLEWARE = "hub.api.security_headers:stock_proxy_middleware"
+
+
+LOCAL_NAMES = ("localhost", LOOPBACK, "::1")
 
 
 def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
@@ -32,6 +37,10 @@ def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
         # Proxies whose X-Forwarded-For uvicorn trusts.
         "FORWARDED_ALLOW_IPS": LOOPBACK if settings.haproxy else ",".join(settings.trusted_proxies),
+        **no_proxy(os.environ),
+        **home_variables(settings.home),
+        # Ray writes HAProxy's configuration in the locale's encoding, and it has characters beyond ASCII.
+        "PYTHONUTF8": "1",
     }
     if not settings.haproxy:
         return environment | stock_proxy_switches(STOCK_PROXY_MIDDLEWARE)
@@ -40,3 +49,29 @@ def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
     except (OSError, HAProxyUnavailable) as error:
         raise StartError(str(error)) from error
     return environment | haproxy_switches(haproxy, run_folder, fallback_port=free_port())
+
+
+def no_proxy(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return variables with which no local call goes to the proxy of `http_proxy` and its relatives.
+
+    gRPC reads the lower-case name, and Ray Serve calls workers by gRPC.
+    """
+    given = [name for variable in ("no_proxy", "NO_PROXY") for name in environment.get(variable, "").split(",")]
+    names = ",".join(dict.fromkeys(name.strip() for name in (*given, *LOCAL_NAMES) if name.strip()))
+    found = {"no_proxy": names, "NO_PROXY": names}
+    if own := environment.get("no_grpc_proxy"):  # gRPC then ignores `no_proxy`
+        found["no_grpc_proxy"] = ",".join([own, *LOCAL_NAMES])
+    return found
+
+
+def home_variables(home: Path) -> dict[str, str]:
+    """Return variables for a user without an entry in the password database; nothing for any other user.
+
+    Without HOME, libraries would create a folder named `~`. Without a name they fail.
+    """
+    try:
+        pwd.getpwuid(os.getuid())
+        return {}
+    except KeyError:
+        defaults = {"HOME": str(home), "LOGNAME": str(os.getuid())}
+        return {name: os.environ.get(name) or value for name, value in defaults.items()}

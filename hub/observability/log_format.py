@@ -16,6 +16,8 @@ Level = Literal["debug", "info", "warning", "error"]
 LOGGERS = ("hub", "adapters")
 # API keys, user and password of a URL, bearer tokens.
 SECRETS = re.compile(r"kh_[\w-]{8,}|(?<=://)[^/\s@]+:[^/\s@]*(?=@)|(?<=earer )\S+")
+FAULT = re.compile(r"Traceback|\bERROR\b|Fatal|Error: ")
+OWN_LINE = re.compile(rb'\{"time": "|\d{4}-\d\d-\d\dT[\d:.]+Z [A-Z]+ ')  # how each line of the two formatters begins
 CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
 
 
@@ -65,6 +67,15 @@ class TextFormatter(logging.Formatter):
         return line
 
 
+def foreign_line(text: str, format: Format) -> str:
+    """Return text that another program wrote to stderr, such as a traceback of Ray's, as a log line."""
+    text = mask_secrets(text)
+    if format == "text":
+        return text
+    level = "error" if FAULT.search(text) else "warning"
+    return json.dumps({"time": _text(datetime.now(UTC)), "level": level, "logger": "ray", "message": text})
+
+
 def mask_secrets(text: str) -> str:
     """Return the text with `***` in place of API keys, bearer tokens and the passwords of URLs."""
     return SECRETS.sub("***", text)
@@ -76,4 +87,8 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
 
 
 def _time(record: logging.LogRecord) -> str:
-    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return _text(datetime.fromtimestamp(record.created, UTC))
+
+
+def _text(time: datetime) -> str:
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -86,3 +86,15 @@ def test_the_settings_page_has_every_variable() -> None:
     fields = set(Settings.model_fields) - {"traces_exporter", "otlp_protocol"}
     assert {name for name in fields if f"`HUB_{name.upper()}`" not in page} == set()
     assert "`OTEL_TRACES_EXPORTER`" in page
+
+
+def test_a_user_without_a_home_folder_must_set_hub_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HUB_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(InvalidSettings, match=r"no home folder\. Set HUB_HOME"):
+        load_settings()
+    monkeypatch.setenv("HUB_HOME", "/srv/hub")
+    assert load_settings().home == Path("/srv/hub")

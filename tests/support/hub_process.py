@@ -6,13 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+
+from hub.local.bootstrap import KEYS_FILE
 
 KARST_HUB = Path(sys.executable).parent / "karst-hub"
 START_S = 180.0
@@ -27,13 +29,15 @@ class Served:
     url: str
     key: str | None
     admin_key: str | None
+    log: Path
 
     def stop(self) -> str:
         """Send SIGTERM and return the text of stderr; fail if one of the hub's processes stays alive."""
         group = descendants(self.process.pid)
         assert group
         self.process.send_signal(signal.SIGTERM)
-        _, errors = self.process.communicate(timeout=90)
+        self.process.communicate(timeout=90)
+        errors = self.logged()
         assert self.process.returncode == 0, errors
         deadline = time.monotonic() + 15
         while left := [pid for pid in group if alive(pid)]:
@@ -41,29 +45,48 @@ class Served:
             time.sleep(0.1)
         return errors
 
+    def logged(self) -> str:
+        """Return the text of stderr so far."""
+        return self.log.read_text(errors="replace")
 
-def serve(home: Path, port: int, **settings: str) -> Served:
-    """Start `karst-hub serve` and return when it prints its URL; fail after `START_S` seconds."""
+
+def serve(home: Path, port: int, *, prefix: Sequence[str] = (), **settings: str) -> Served:
+    """Start `karst-hub serve` and return when it prints its URL; fail after `START_S` seconds.
+
+    Args:
+        prefix: command that runs `karst-hub`, such as `setpriv`.
+    """
     environment = os.environ | {"HUB_BACKBONE": "demo", "HUB_HOME": str(home), "HUB_PORT": str(port)} | settings
-    process = subprocess.Popen(
-        [str(KARST_HUB), "serve"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    log = home.with_name(f"{home.name}-{port}.log")
+    with log.open("wb") as errors:
+        command = [*prefix, str(KARST_HUB), "serve"]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
     watchdog = threading.Timer(START_S, process.kill)
     watchdog.start()
-    key = admin_key = url = None
+    url = None
     assert process.stdout is not None
     for line in process.stdout:
         name, _, value = line.strip().partition("=")
-        key = value if name == "HUB_KEY" else key
-        admin_key = value if name == "HUB_ADMIN_KEY" else admin_key
         if name == "HUB_URL":
             url = value
             break
     watchdog.cancel()
     if url is None:
-        _, errors = process.communicate()
-        pytest.fail(f"the hub did not start: {errors}")
-    return Served(process, url, key, admin_key)
+        process.communicate()
+        pytest.fail(f"the hub did not start: {log.read_text(errors='replace')}")
+    keys = _take_first_keys(home)
+    return Served(process, url, keys.get("HUB_KEY"), keys.get("HUB_ADMIN_KEY"), log)
+
+
+def _take_first_keys(home: Path) -> dict[str, str]:
+    """Return the keys that this start created, and remove their file, so that a restart's are its own."""
+    file = home / KEYS_FILE
+    if not file.exists():
+        return {}
+    assert file.stat().st_mode & 0o777 == 0o600
+    keys = dict(line.split("=", 1) for line in file.read_text().splitlines())
+    file.unlink()
+    return keys
 
 
 def descendants(pid: int) -> list[int]:

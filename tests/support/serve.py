@@ -4,6 +4,7 @@ All private interfaces of Ray that tests use are here and in `tests/hub/cluster/
 """
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,16 +71,24 @@ async def assigned(router: RendezvousRouter, *calls: PendingRequest) -> list[str
     return [replica.replica_id.unique_id for replica in chosen]
 
 
-def haproxy_api(folder: Path) -> HAProxyApi:
-    """Return Ray's manager of HAProxy for a hub with two gateways; its files are in the folder."""
+def haproxy_api(
+    folder: Path, port: int = 8000, ports: Sequence[int] = (30000, 30001), check_interval: str = "5s"
+) -> HAProxyApi:
+    """Return Ray's manager of HAProxy for a hub with gateways on these ports; its files are in the folder."""
     config = HAProxyConfig(
         socket_path=str(folder / "admin.sock"),
         server_state_base=str(folder),
         server_state_file=str(folder / "server-state"),
         metrics_socket_path=str(folder / "metrics.sock"),
-        http_options=HTTPOptions(host="127.0.0.1", port=8000),
+        health_check_inter=check_interval,
+        http_options=HTTPOptions(host="127.0.0.1", port=port),
     )
-    gateways = [ServerConfig(f"gateway-{number}", "127.0.0.1", 30000 + number) for number in range(2)]
+    return HAProxyApi(config, backends(ports), config_file_path=str(folder / "haproxy.cfg"))
+
+
+def backends(ports: Sequence[int]) -> dict[str, BackendConfig]:
+    """Return the backend of a hub with gateways on these ports, as Ray's manager of HAProxy takes it."""
+    gateways = [ServerConfig(f"gateway-{port - 30000}", "127.0.0.1", port) for port in ports]
     backend = BackendConfig(
         name="http-karst-hub",
         path_prefix="/",
@@ -88,7 +97,7 @@ def haproxy_api(folder: Path) -> HAProxyApi:
         fallback_server=ServerConfig("fallback", "127.0.0.1", 8500),
         ingress_deployment_name="gateway",
     )
-    return HAProxyApi(config, {backend.name: backend}, config_file_path=str(folder / "haproxy.cfg"))
+    return {backend.name: backend}
 
 
 def ray_haproxy_config(folder: Path) -> str:

@@ -27,6 +27,7 @@ def test_restarted_hub_keeps_tasks_and_answers_and_shows_no_key_again(restarted:
 
 
 def test_home_has_no_key_in_clear(restarted: Restarted) -> None:
+    """The test took the file with the first keys away, as an operator does."""
     files = [path for path in restarted.home.rglob("*") if path.is_file()]
     assert files
     assert all(restarted.key not in path.read_text(errors="replace") for path in files)

@@ -54,6 +54,19 @@ def test_client_retries_when_the_error_is_temporary(kind: Kind, answers: list[An
         assert len(scripted.paths) == len(answers) + 1
 
 
+CLASSIFIED = {"task": "a", "version": 1, "digest": "0" * 64, "predictions": [[{"label": "cat", "score": 1.0}]]}
+
+
+def test_client_classifies_again_when_the_hub_disconnects_without_a_response(kind: Kind) -> None:
+    """A gateway that stops, or HAProxy, closes a kept-alive connection that has a request on it."""
+    reply: Answer = (200, {}, json.dumps(CLASSIFIED).encode())
+    with server(reply, DROP, DROP, reply) as scripted, kind(scripted.url, "kh_x") as client:
+        for _ in range(2):
+            assert client.classify("a", [b"an image"]).predictions[0][0].label == "cat"
+        assert len(scripted.bodies) == 4
+        assert all(b"an image" in body for body in scripted.bodies)
+
+
 @pytest.mark.parametrize(
     ("answer", "error"),
     [

@@ -17,7 +17,7 @@ import pytest
 
 from hub.cluster import haproxy
 from hub.cluster.haproxy import RULES, ConfigurationError, Frontend, command, rewrite
-from hub.cluster.haproxy_node import frontend
+from hub.cluster.haproxy_node import connections_for, frontend
 from hub.cluster.ray_compat import find_haproxy
 from hub.errors import LimitReached
 from hub.local.ports import free_port
@@ -31,7 +31,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Frontend:
     """Options of a hub without TLS."""
-    return frontend(Settings(), "127.0.0.1", tmp_path_factory.mktemp("haproxy"))
+    return replace(frontend(Settings(), "127.0.0.1", tmp_path_factory.mktemp("haproxy")), max_connections=100_000)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,36 @@ def test_haproxy_listens_only_on_the_hub_s_address(config: str, plain: Frontend,
     assert binds(rewrite(config, replace(plain, host=host))) == [f"bind {bind}:8000"]
 
 
+@pytest.mark.parametrize(("fits", "limit"), [(10, 10), (100_000, 4096)])
+def test_the_limit_of_connections_is_not_above_the_one_that_fits(
+    config: str, plain: Frontend, fits: int, limit: int
+) -> None:
+    assert f"maxconn {limit}" in lines(rewrite(config, replace(plain, max_connections=fits)))
+
+
+@pytest.mark.parametrize("open_files", [256, 1024, 4096])
+def test_haproxy_starts_when_few_files_may_be_open(
+    config: str, plain: Frontend, tmp_path: Path, open_files: int
+) -> None:
+    """The real HAProxy, with the largest number of connections for this limit."""
+    port = free_port()
+    text = config.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("/run/karst-hub", str(tmp_path))
+    text = rewrite(text, replace(plain, max_connections=connections_for(open_files)))
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(text.replace(f"{tmp_path}/admin.sock", f"abns@{port}"))  # the folder's path may be too long
+    (tmp_path / "500.http").write_text("HTTP/1.1 500 Internal Server Error\r\n\r\n")
+    (tmp_path / "server-state").touch()
+    shell = f'ulimit -n {open_files} && exec "$0" -db -f "$1"'
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(["/bin/sh", "-c", shell, str(find_haproxy()), str(file)], stderr=stderr)
+    try:
+        wait_until(lambda: listens(port) or process.poll() is not None, 30, "HAProxy")
+        assert process.poll() is None, (tmp_path / "stderr").read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_other_sections_of_ray_s_configuration_stay(config: str, plain: Frontend) -> None:
     sections = {line for line in config.splitlines() if line and not line[0].isspace()}
     kept = {line for line in rewrite(config, plain).splitlines() if line and not line[0].isspace()}
@@ -94,6 +124,7 @@ def test_trusted_proxies_keep_their_forwarded_headers(config: str, plain: Fronte
 def test_a_configuration_without_exactly_one_match_of_a_rule_is_refused(
     config: str, plain: Frontend, rule: haproxy.Rule
 ) -> None:
+    config = f"\n{config}"
     section = f"\n{rule.section}\n"
     assert config.count(section) == 1
     changed = [config.replace(section, f"\n{rule.section} changed\n"), config + section]
@@ -155,6 +186,8 @@ def in_front_of(gateway_port: int, folder: Path, options: Frontend) -> Iterator[
     """Run the real HAProxy before a gateway, and yield its port."""
     port = free_port()
     config = f"""
+global
+    maxconn 4096
 defaults
     mode http
     timeout connect 5s

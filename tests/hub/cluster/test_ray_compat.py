@@ -98,17 +98,33 @@ print(json.dumps([usage_lib.usage_stats_enabled(), ray_constants.RAY_DEDUP_LOGS_
     assert in_new_process(code, switches) == [False, switches["RAY_DEDUP_LOGS_SKIP_REGEX"]]
 
 
-def test_a_local_cluster_has_the_private_arguments_and_the_keys_of_its_node() -> None:
+def test_a_local_cluster_has_the_private_arguments_the_keys_of_its_node_and_its_files() -> None:
     code = f"""
-import ray
-from hub.cluster.ray_compat import cpus_of_this_node, local_cluster_options
-options = local_cluster_options({(port := free_port())})
-ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
-(node,) = ray.nodes()
-print(json.dumps([node["NodeManagerAddress"], node["MetricsExportPort"], cpus_of_this_node()]))
-ray.shutdown()
+import ray, sys, tempfile, time
+from pathlib import Path
+from hub.cluster.ray_compat import RUN_FOLDER_BYTES, actor_logs, cpus_of_this_node, local_cluster_options, process_logs
+with tempfile.TemporaryDirectory(dir="/tmp", prefix="karst-hub-", ignore_cleanup_errors=True) as name:
+    folder = Path(name)
+    options = local_cluster_options({(port := free_port())}, folder)
+    options |= dict(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=3, **options)
+    (node,) = ray.nodes()
+    @ray.remote
+    class Actor:
+        def speak(self):
+            print("a line of an actor", file=sys.stderr, flush=True)
+    actor = Actor.remote()
+    ray.get(actor.speak.remote())
+    spoken = any("a line of an actor" in path.read_text() for path in actor_logs(folder))
+    sockets = [len(str(path)) - len(name) for path in folder.rglob("*") if path.is_socket()]
+    found = [node["NodeManagerAddress"], node["MetricsExportPort"], cpus_of_this_node(), spoken]
+    processes = sorted({{path.stem for path in process_logs(folder)}})
+    ray.shutdown()
+print(json.dumps([*found, processes, RUN_FOLDER_BYTES + max(sockets)]))
 """
-    assert in_new_process(code, ray_compat.LOOPBACK_SWITCHES) == [ray_compat.LOOPBACK, port, 3]
+    *found, longest = in_new_process(code, ray_compat.LOOPBACK_SWITCHES)
+    assert found == [ray_compat.LOOPBACK, port, 3, True, ["gcs_server", "raylet"]]
+    assert longest <= 107  # of Linux
 
 
 def test_ray_brings_haproxy() -> None:

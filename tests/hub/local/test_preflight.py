@@ -9,6 +9,7 @@ import pytest
 from hub.local import preflight
 from hub.local.errors import StartError
 from hub.local.ports import FREE_PORTS, check_port, free_port
+from hub.local.preflight import check_open_files
 from hub.settings import Settings
 
 
@@ -89,3 +90,19 @@ def test_a_registry_that_cannot_be_used_is_refused(url: str) -> None:
 def test_a_backbone_that_cannot_be_loaded_is_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(StartError, match=message):
         preflight.check_backbone(Settings().model_copy(update=values))
+
+
+def test_too_few_open_files_are_refused_with_the_ways_to_raise_the_limit() -> None:
+    with pytest.raises(StartError, match=r"limit of open files is 256, and the hub needs 1024.*LimitNOFILE"):
+        check_open_files(Settings(), 256)
+
+
+@pytest.mark.parametrize(
+    ("limit", "haproxy", "warnings"), [(1024, True, 1), (1024, False, 0), (10_400, True, 0), (-1, True, 0)]
+)
+def test_a_limit_of_open_files_that_costs_connections_is_a_warning(
+    caplog: pytest.LogCaptureFixture, limit: int, haproxy: bool, warnings: int
+) -> None:
+    check_open_files(Settings(haproxy=haproxy), limit)
+    assert len(caplog.records) == warnings
+    assert all("at most 358 connections" in record.getMessage() for record in caplog.records)

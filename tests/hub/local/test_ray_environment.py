@@ -1,12 +1,15 @@
 """Environment variables of a local hub."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from hub.local import ray_environment as module
-from hub.local.ray_environment import ray_environment
+from hub.local.ray_environment import home_variables, no_proxy, ray_environment
 from hub.settings import Settings
 
 
@@ -47,3 +50,63 @@ def test_the_operator_s_number_of_threads_stays(
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     assert ray_environment(Settings(), tmp_path)["OMP_NUM_THREADS"] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"localhost", "127.0.0.1", "::1"}),
+        ({"NO_PROXY": "a.example, b.example"}, {"a.example", "b.example", "localhost", "127.0.0.1", "::1"}),
+        ({"no_proxy": "localhost", "NO_PROXY": "c.example"}, {"localhost", "c.example", "127.0.0.1", "::1"}),
+    ],
+)
+def test_local_calls_pass_the_proxy_by_and_the_operator_s_names_stay(given: dict[str, str], expected: set[str]) -> None:
+    found = no_proxy(given)
+    assert set(found) == {"no_proxy", "NO_PROXY"}
+    for names in found.values():
+        assert sorted(names.split(",")) == sorted(expected)
+
+
+def test_grpc_s_own_list_of_names_gets_the_local_ones() -> None:
+    assert no_proxy({"no_grpc_proxy": "d.example"})["no_grpc_proxy"] == "d.example,localhost,127.0.0.1,::1"
+
+
+def test_grpc_connects_to_this_machine_although_a_proxy_is_set() -> None:
+    """A real gRPC channel, as Ray Serve makes it, in a process with a proxy that does not answer."""
+    code = """
+import grpc
+from concurrent import futures
+server = grpc.server(futures.ThreadPoolExecutor(1))
+port = server.add_insecure_port("127.0.0.1:0")
+server.start()
+try:
+    grpc.channel_ready_future(grpc.insecure_channel(f"127.0.0.1:{port}")).result(3)
+    print("connected")
+except grpc.FutureTimeoutError:
+    print("to the proxy")
+"""
+    proxy = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    for variables, result in (({"no_proxy": ""}, "to the proxy"), (no_proxy({}), "connected")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | proxy | variables, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout.strip() == result, done.stderr
+
+
+def test_a_user_with_an_entry_in_the_password_database_keeps_the_home() -> None:
+    assert home_variables(Path("/srv/hub")) == {}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_user_without_an_entry_gets_the_hub_s_home_and_a_name() -> None:
+    # The modules are imported before the change of the user; the other user may not read them.
+    code = """
+import json, os
+from pathlib import Path
+from hub.local.ray_environment import home_variables
+os.setuid(12345)
+print(json.dumps(home_variables(Path("/srv/hub"))))
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "LOGNAME")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"HOME": "/srv/hub", "LOGNAME": "12345"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hub.observability import log_format, request_context
-from hub.observability.log_format import Format, JsonFormatter, TextFormatter
+from hub.observability.log_format import Format, JsonFormatter, TextFormatter, foreign_line
 from hub.observability.request_context import RequestContext
 
 
@@ -100,3 +100,12 @@ def test_start_adds_one_handler_when_it_is_called_twice(capfd: pytest.CaptureFix
         for logger, level, handlers in before:
             logger.setLevel(level)
             logger.handlers[:] = handlers
+
+
+def test_a_line_of_another_program_has_the_configured_format_and_no_secret() -> None:
+    text = "ValueError: kh_0123456789abcdef"
+    assert foreign_line(text, "text") == "ValueError: ***"
+    found = json.loads(foreign_line(text, "json"))
+    assert (found["level"], found["logger"], found["message"]) == ("error", "ray", "ValueError: ***")
+    assert found["time"].endswith("Z")
+    assert json.loads(foreign_line("odd", "json"))["level"] == "warning"
