@@ -267,6 +267,18 @@ class Health(_Body):
     status: Literal["ok"] = "ok"
 
 
+class ServedBackbone(_Body):
+    """The hub's backbone, and the sizes of adapters that its workers accept."""
+
+    name: str
+    fingerprint: str
+    input_size: tuple[int, int, int] = Field(description="channels, height and width of an image, in pixels")
+    checkpoint: str | None = Field(description="name of the hub's file of local weights; null: the backbone's own")
+    max_rank: int
+    max_kernels: int
+    factor: int
+
+
 class TenantLimits(_Body):
     """Limits of a tenant over all gateways."""
 

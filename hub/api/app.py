@@ -42,7 +42,7 @@ from .huggingface import add_huggingface_routes
 from .oip import add_oip_routes
 from .problems import add_exception_handlers
 from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEADERS, SecurityHeadersMiddleware
-from .tasks import add_classify_routes, add_health_routes, add_task_routes
+from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
 from .upload_guard import BodyMemory, HeaderLimitsMiddleware, UploadGuardMiddleware
 
 SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
@@ -197,6 +197,7 @@ def create_app(
     limit = TenantConcurrencyLimit(tenant_calls, tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)
+    add_backbone_route(api, service, dependencies, settings.checkpoint.name if settings.checkpoint else None)
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_admin_routes(api, administration, dependencies)

@@ -1,4 +1,4 @@
-"""Routes of health, tasks, versions, aliases and classification."""
+"""Routes of health, the backbone, tasks, versions, aliases and classification."""
 
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from ..schemas import (
     NewToken,
     Registered,
     Results,
+    ServedBackbone,
     Sharing,
     SourceBody,
     TaskInfo,
@@ -68,6 +69,29 @@ def add_health_routes(api: FastAPI, service: ClassificationService) -> None:
     async def readyz() -> Health:
         await service.ready()
         return Health()
+
+
+def add_backbone_route(
+    api: FastAPI, service: ClassificationService, dependencies: CallerDependencies, checkpoint: str | None
+) -> None:
+    """Add the route that describes the backbone, so that a client can train for it.
+
+    Args:
+        checkpoint: name of the file of local weights; None: the backbone's own weights.
+    """
+
+    @api.get("/v1/backbone", summary="Get the backbone and the sizes of adapters that fit")
+    async def get_backbone(_caller: Annotated[Caller, Depends(dependencies.any_caller)]) -> ServedBackbone:
+        limits = await service.limits()
+        return ServedBackbone(
+            name=limits.backbone.name,
+            fingerprint=limits.backbone.fingerprint,
+            input_size=limits.backbone.input_size,
+            checkpoint=checkpoint,
+            max_rank=limits.max_rank,
+            max_kernels=limits.max_kernels,
+            factor=limits.factor,
+        )
 
 
 def add_task_routes(

@@ -72,6 +72,7 @@ class Client(BaseClient):
     delete_version = _single(endpoints.delete_version)
     classify = _series(endpoints.classify)
     classify_inputs = _series(endpoints.classify_inputs)
+    backbone = _single(endpoints.backbone)
     usage = _single(endpoints.usage)
     audit = _single(endpoints.audit)
 

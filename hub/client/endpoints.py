@@ -27,6 +27,7 @@ from ..schemas import (
     NewToken,
     Registered,
     Results,
+    ServedBackbone,
     TaskInfo,
     TaskList,
     TenantInfo,
@@ -246,6 +247,11 @@ def classify_inputs(
 
 
 # The tenant
+
+
+def backbone() -> Call[ServedBackbone]:
+    """Return the hub's backbone, and the sizes of adapters that its workers accept. Any key works."""
+    return Call("GET", "/v1/backbone", _model(ServedBackbone))
 
 
 def usage(tenant: str | None = None) -> Call[Usage]:

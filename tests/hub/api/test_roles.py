@@ -13,11 +13,12 @@ from tests.support.protocols import Reply
 Headers = dict[str, str]
 
 TASK = "flowers"
-# Key that a route needs: `open` none, `tenant` any key of a tenant, `owner` an owner's key, `manager` an admin's key or
-# that of an owner of the tenant in the path, `admin` an admin's key.
+# Key that a route needs: `open` none, `any` any key, `tenant` any key of a tenant, `owner` an owner's key, `manager` an
+# admin's key or that of an owner of the tenant in the path, `admin` an admin's key.
 ROUTES = {
     "GET /healthz": "open",
     "GET /readyz": "open",
+    "GET /v1/backbone": "any",
     "GET /v1/tasks": "tenant",
     "GET /v1/tasks/{task}": "tenant",
     "PUT /v1/tasks/{task}": "owner",
@@ -66,13 +67,13 @@ ROUTES = {
 ROLES = ("none", "wrong", "admin", "owner", "caller", "foreign owner", "foreign caller")
 # role -> needed key -> status of the refusal; 0: no refusal.
 REFUSALS = {
-    "none": {"open": 0, "tenant": 401, "owner": 401, "manager": 401, "admin": 401},
-    "wrong": {"open": 0, "tenant": 401, "owner": 401, "manager": 401, "admin": 401},
-    "admin": {"open": 0, "tenant": 403, "owner": 403, "manager": 0, "admin": 0},
-    "owner": {"open": 0, "tenant": 0, "owner": 0, "manager": 0, "admin": 403},
-    "caller": {"open": 0, "tenant": 0, "owner": 403, "manager": 403, "admin": 403},
-    "foreign owner": {"open": 0, "tenant": 0, "owner": 0, "manager": 404, "admin": 403},
-    "foreign caller": {"open": 0, "tenant": 0, "owner": 403, "manager": 404, "admin": 403},
+    "none": {"open": 0, "any": 401, "tenant": 401, "owner": 401, "manager": 401, "admin": 401},
+    "wrong": {"open": 0, "any": 401, "tenant": 401, "owner": 401, "manager": 401, "admin": 401},
+    "admin": {"open": 0, "any": 0, "tenant": 403, "owner": 403, "manager": 0, "admin": 0},
+    "owner": {"open": 0, "any": 0, "tenant": 0, "owner": 0, "manager": 0, "admin": 403},
+    "caller": {"open": 0, "any": 0, "tenant": 0, "owner": 403, "manager": 403, "admin": 403},
+    "foreign owner": {"open": 0, "any": 0, "tenant": 0, "owner": 0, "manager": 404, "admin": 403},
+    "foreign caller": {"open": 0, "any": 0, "tenant": 0, "owner": 403, "manager": 404, "admin": 403},
 }
 
 

@@ -64,6 +64,19 @@ def test_a_registered_adapter_classifies_as_the_merged_model(
     assert reply.headers["server-timing"].startswith("load;dur=")
 
 
+def test_the_backbone_route_has_the_identity_and_the_limits_of_the_workers(hub: Hub, backbone: Backbone) -> None:
+    reply = hub.http.get("/v1/backbone")
+    assert reply.json() == {
+        "name": "demo",
+        "fingerprint": backbone.fingerprint,
+        "input_size": [3, 32, 32],
+        "checkpoint": None,
+        "max_rank": 8,
+        "max_kernels": 4,
+        "factor": 8,
+    }
+
+
 def test_raw_multipart_and_json_bodies_get_the_same_predictions(hub: Hub, adapters: list[Adapter]) -> None:
     register(hub, "flowers", adapters[0])
     images = [png(1), png(2)]

@@ -329,6 +329,7 @@ def test_client_names_an_image_by_its_index_among_all_when_it_is_in_a_later_call
         (endpoints.set_alias("a", "x", {1: 2}), "PUT /v1/tasks/a/aliases/x", {"weights": {"1": 2}}),
         (endpoints.change_settings("a", unknown_below=0.2), "PUT /v1/tasks/a", {"unknown_below": 0.2}),
         (endpoints.share("a"), "PUT /v1/tasks/a/sharing", {"public": False, "tenants": []}),
+        (endpoints.backbone(), "GET /v1/backbone", None),
         (endpoints.usage("t"), "GET /v1/tenants/t/usage", None),
         (endpoints.audit("t", after="1-2"), "GET /v1/tenants/t/audit", None),
         (endpoints.create_tenant("t"), "POST /v1/tenants", {"tenant": "t"}),
