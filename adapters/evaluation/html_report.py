@@ -7,6 +7,7 @@ import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 
 from ..format.file import write_atomically
 from .advice import advise
+from .outputs import AccuracyInUse, described
 from .report import ERROR_COLUMNS, ERROR_ROWS, describe_error, draw_confusion, draw_errors, png_bytes
 
 if TYPE_CHECKING:  # `auto` uses this room's calibration
@@ -30,24 +32,48 @@ td.number { text-align: right; } img { max-width: 100%; } .lead { font-size: 1.4
 """
 
 
-def write_html(folder: Path, classifier: "Classifier", metadata: Mapping[str, Any]) -> None:
-    """Write `FILES` into a folder, which is created if it does not exist. Each file is replaced atomically.
+class HtmlReport:
+    """The report of one training. It is written for the instant classifier, and again when KARST is trained."""
 
-    Args:
-        metadata: further entries of `report.json`, as JSON types.
+    def __init__(self, folder: Path, metadata: Mapping[str, Any], in_use: AccuracyInUse | None = None) -> None:
+        """
+        Args:
+            folder: created when the report is written.
+            metadata: further entries of `report.json`, as JSON types.
+            in_use: accuracy of the classifier in use; None: unknown.
+        """
+        self.folder = folder
+        self._metadata = dict(metadata) | ({} if in_use is None else {"in_use": asdict(in_use)})
+        self._in_use = in_use
+        self._drawn: tuple[Predictions, dict[str, bytes]] | None = None
 
-    Raises:
-        OSError: the folder or a file cannot be written.
-    """
-    folder.mkdir(exist_ok=True)
-    figures = {
-        "curves": png_bytes(_draw_curves(classifier)),
-        "confusion": png_bytes(draw_confusion(classifier.held_out)),
-        "errors": png_bytes(draw_errors(classifier.held_out)),
-    }
-    for name, data in figures.items():
-        write_atomically(folder / f"{name}.png", data)
-    advice = advise(classifier)
+    def write(self, classifier: "Classifier") -> None:
+        """Write `FILES` into the folder. Each file is replaced atomically.
+
+        Raises:
+            OSError: the folder or a file cannot be written.
+        """
+        figures = {"curves": png_bytes(_draw_curves(classifier))} | self._predictions(classifier.held_out)
+        metadata = self._metadata | described(classifier.adapter) | classifier.metrics
+        advice = advise(classifier)
+        text = json.dumps(_numbers(classifier, advice, metadata), indent=2, ensure_ascii=False, allow_nan=False)
+        page = _page(classifier, figures, advice, metadata, self._in_use)
+        self.folder.mkdir(exist_ok=True)
+        for name, data in figures.items():
+            write_atomically(self.folder / f"{name}.png", data)
+        # File names may contain bytes that are not UTF-8.
+        write_atomically(self.folder / "report.json", text.encode(errors="backslashreplace"))
+        write_atomically(self.folder / "report.html", page.encode(errors="xmlcharrefreplace"))
+
+    def _predictions(self, held_out: "Predictions") -> dict[str, bytes]:
+        """Return the figures of these predictions, which are drawn once."""
+        if self._drawn is None or self._drawn[0] is not held_out:
+            figures = {"confusion": png_bytes(draw_confusion(held_out)), "errors": png_bytes(draw_errors(held_out))}
+            self._drawn = held_out, figures
+        return self._drawn[1]
+
+
+def _numbers(classifier: "Classifier", advice: Sequence[str], metadata: Mapping[str, Any]) -> dict[str, Any]:
     held_out = classifier.held_out
     numbers = dict(metadata) | {
         "measured_on": held_out.split,
@@ -63,14 +89,15 @@ def write_html(folder: Path, classifier: "Classifier", metadata: Mapping[str, An
         numbers["curve"] = [
             {"step": point.step, "loss": point.loss, "accuracy": point.accuracy} for point in classifier.refined.curve
         ]
-    text = json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(folder / "report.json", text.encode(errors="backslashreplace"))
-    page = _page(classifier, figures, advice, metadata)
-    write_atomically(folder / "report.html", page.encode(errors="xmlcharrefreplace"))
+    return numbers
 
 
 def _page(
-    classifier: "Classifier", figures: Mapping[str, bytes], advice: Sequence[str], metadata: Mapping[str, Any]
+    classifier: "Classifier",
+    figures: Mapping[str, bytes],
+    advice: Sequence[str],
+    metadata: Mapping[str, Any],
+    in_use: AccuracyInUse | None,
 ) -> str:
     held_out, test = classifier.held_out, classifier.test
     rows = [("chance (the largest class)", f"{classifier.chance:.1%}", "")]
@@ -83,6 +110,9 @@ def _page(
         rows.append((f"{len(test.targets)} test images", *_shown(test)))
     if "linear_probe_test_accuracy" in metadata:
         rows.append(("linear probe, test images", f"{metadata['linear_probe_test_accuracy']:.1%}", ""))
+    if in_use is not None:
+        interval = "" if in_use.interval is None else "{:.1%} to {:.1%}".format(*in_use.interval)
+        rows.append((f"in use: {in_use.name}, {in_use.measurement}", f"{in_use.accuracy:.1%}", interval))
     classes = []
     for label, own in classifier.metrics["classes"].items():
         precision = "-" if own["precision"] is None else f"{own['precision']:.0%}"

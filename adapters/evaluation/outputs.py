@@ -1,6 +1,7 @@
 """Where a training writes, and what every report says about how the adapter was made."""
 
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,37 @@ from ..data.errors import DataError
 from ..format.file import Adapter
 
 VERSIONED_PACKAGES = ("karst-hub", "torch", "timm", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class AccuracyInUse:
+    """Accuracy of a classifier in use, to show beside a new one.
+
+    Attributes:
+        name: of the classifier, for the user.
+        accuracy: in [0, 1], on its own images.
+        interval: 95 % interval; None: unknown.
+        images: number of images that it was measured on; None: unknown.
+        measured_on: kind of these images, such as `held-out images`.
+    """
+
+    name: str
+    accuracy: float
+    interval: tuple[float, float] | None
+    images: int | None
+    measured_on: str
+
+    @property
+    def measurement(self) -> str:
+        """The images that it was measured on."""
+        count = "" if self.images is None else f"{self.images} "
+        return f"{count}{self.measured_on} of its own"
+
+    @property
+    def sentence(self) -> str:
+        """The figures as one line of text."""
+        interval = "" if self.interval is None else " (95 % interval {:.1%} to {:.1%})".format(*self.interval)
+        return f"{self.name}: {self.accuracy:.1%} of {self.measurement}{interval}"
 
 
 def report_folder(output: Path) -> Path:

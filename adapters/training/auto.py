@@ -63,6 +63,29 @@ class Classifier:
         return self.held_out.interval[0] > self.chance
 
 
+class InstantWatch(RefineWatch):
+    """Progress callbacks of `fit_auto`."""
+
+    def instant(self, classifier: Classifier) -> None:
+        """Called before KARST is trained. The instant adapter is written if `classifier.beats_chance`."""
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A training of KARST.
+
+    Attributes:
+        images: the images of the instant fit, with their splits.
+        config: its gain, if None, is 1 / kernels.
+        budget_s: seconds.
+    """
+
+    images: CheckedDataset
+    config: KarstConfig
+    recipe: KarstRecipe
+    budget_s: float
+
+
 @dataclass
 class InstantFit:
     """The instant classifier of one dataset, and the frozen features that it was fitted to."""
@@ -131,24 +154,13 @@ class InstantFit:
             curve.append((len(targets), round(float((scores.argmax(1) == targets).double().mean()), 4)))
         return tuple(curve)
 
-    def refine(
-        self,
-        checked: CheckedDataset,
-        config: KarstConfig,
-        recipe: KarstRecipe,
-        budget_s: float,
-        instant: Classifier,
-        watch: RefineWatch | None = None,
-    ) -> Classifier:
+    def refine(self, asked: Refinement, instant: Classifier, watch: RefineWatch | None = None) -> Classifier:
         """Train KARST within a budget; return its classifier if it is better, else the instant one with the report.
-
-        Args:
-            config: its gain, if None, is 1 / kernels.
-            budget_s: seconds.
 
         Raises:
             ConfigError: the config does not suit the backbone.
         """
+        checked, config = asked.images, asked.config
         if config.gain is None and config.kernels:
             # 1 / rank, the paper's, is too weak for a few hundred steps, and N kernels add up to N times the step.
             config = config.model_copy(update={"gain": 1 / config.kernels})
@@ -159,8 +171,8 @@ class InstantFit:
             checked.train,
             self.frozen[:train],
             config,
-            recipe,
-            budget_s=budget_s,
+            asked.recipe,
+            budget_s=asked.budget_s,
             validation=checked.validation,
             frozen_validation=self.frozen[train:] if given else None,
             watch=watch,

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..backbone import Backbone, load_backbone
+from ..backbone import Backbone, BackboneError, load_backbone
 from ..data.checks import CheckedDataset, check_dataset
 from ..data.datasets import DatasetSplits, read_dataset, read_split
 from ..data.errors import DataError
 from ..data.images import MAX_IMAGE_PIXELS, preprocess_of
-from ..evaluation.html_report import write_html
+from ..evaluation.html_report import HtmlReport
 from ..evaluation.linear_probe import linear_probe
-from ..evaluation.outputs import checkpoint_file, described, report_folder, versions
+from ..evaluation.outputs import AccuracyInUse, checkpoint_file, described, report_folder, versions
 from ..evaluation.report import write_report
 from ..format.file import Adapter
 from ..method.config import ConfigError, KarstConfig
@@ -22,8 +22,9 @@ from ..paper.devices import is_first_process
 from ..paper.fit import fit_paper
 from ..paper.recipe import Recipe
 from ..paper.selection import EpochResult
-from .auto import Classifier, InstantFit
-from .steps import KarstRecipe, RefineWatch
+from .auto import InstantFit, InstantWatch, Refinement
+from .auto_files import AutoFiles, fit_auto
+from .steps import KarstRecipe
 
 DEFAULT_BUDGET_S = 600.0
 _DEFAULT_CONFIG = KarstConfig()
@@ -33,11 +34,7 @@ VAL_FRACTION = 0.2  # of the recipe `paper`
 RecipeName = Literal["auto", "instant", "karst", "paper"]
 
 
-class NotBetterThanChance(DataError):
-    """The adapter is no better than a constant answer; the message names the file that was kept."""
-
-
-class Watch(RefineWatch):
+class Watch(InstantWatch):
     """Progress callbacks of `fit`. Override any of them; each does nothing by default."""
 
     def reading(self, images: int) -> None:
@@ -48,9 +45,6 @@ class Watch(RefineWatch):
 
     def checked(self, images: CheckedDataset) -> None:
         """Called when the dataset has passed the checks. Show `images.warnings` to the user."""
-
-    def instant(self, classifier: Classifier) -> None:
-        """Called when the instant adapter is written, before KARST is trained."""
 
     def step(self, epoch: int, loss: float, accuracy: float) -> None:
         """Called after each step of `paper`: epoch number from 1, the batch's mean loss and accuracy in [0, 1]."""
@@ -92,6 +86,8 @@ def fit(
     probe: bool = False,
     devices: int = 1,
     resume: bool = False,
+    fingerprint: str | None = None,
+    in_use: AccuracyInUse | None = None,
     watch: Watch | None = None,
 ) -> Trained:
     """Train an adapter on labelled images. Write it to `output`, and its report to a folder beside it.
@@ -118,13 +114,16 @@ def fit(
         probe: also measure a linear probe on the test images.
         devices: for `paper`: GPUs or CPU processes that share each batch (`train.train_model`).
         resume: for `paper`: continue an interrupted training from its checkpoint.
+        fingerprint: that the backbone must have; None: any.
+        in_use: accuracy of the classifier in use, for the report.
 
     Raises:
         DataError: the images or labels cannot be used, the output cannot be written, or the checkpoint does not exist
             (with `resume`), exists (without), or belongs to another training.
         NotBetterThanChance: a `DataError`: the adapter is kept under another name.
         ConfigError: an option belongs to another recipe, or `config` does not suit the backbone.
-        BackboneError, AdapterError, FloatingPointError: as `load_backbone`, `extract` and `train_model`.
+        BackboneError: the backbone cannot be loaded, or has another fingerprint.
+        AdapterError, FloatingPointError: as `extract` and `train_model`.
     """
     output = Path(output)
     watch = watch or Watch()
@@ -142,6 +141,11 @@ def fit(
         frozen, device = backbone, str(backbone.device)
     else:  # with several devices, each process copies the backbone to its own device later
         frozen = load_backbone(backbone, checkpoint, device=device if devices == 1 else "cpu", image_size=image_size)
+    if fingerprint is not None and frozen.fingerprint != fingerprint:
+        raise BackboneError(
+            f"the weights of backbone {frozen.name!r} have the fingerprint {frozen.fingerprint[:12]}..., "
+            f"but {fingerprint[:12]}... is required"
+        )
     watch.reading(sum(map(len, splits.by_name().values())))
     held_out = VAL_FRACTION if val_fraction is None else val_fraction
     images = check_dataset(
@@ -160,7 +164,13 @@ def fit(
     metadata: dict[str, Any] = {"adapter": output.name, "data": str(data), "device": device}
     metadata |= {"warnings": list(images.warnings), "versions": versions()}
     if epochs is None:
-        return _fit_auto(frozen, images, config, str(recipe), karst, budget_s, output, report, extra, metadata, watch)
+        fitted = InstantFit.of(frozen, images, extra)
+        refinement = None if recipe == "instant" else Refinement(images, config, karst, budget_s)
+        files = AutoFiles(output, HtmlReport(report, metadata, in_use))
+        classifier = fit_auto(fitted, refinement, files, watch)
+        return Trained(classifier.adapter, output, report, classifier.metrics)
+    if in_use is not None:
+        metadata |= {"in_use": asdict(in_use)}
     adapter, trained, predictions, metrics = fit_paper(
         frozen,
         images,
@@ -180,46 +190,6 @@ def fit(
         write_report(report, predictions, trained, images.train.images.targets, metadata)
         state_file.unlink(missing_ok=True)
     return Trained(adapter, output, report, metrics)
-
-
-def _fit_auto(
-    backbone: Backbone,
-    images: CheckedDataset,
-    config: KarstConfig,
-    recipe: str,
-    karst: KarstRecipe,
-    budget_s: float,
-    output: Path,
-    report: Path,
-    extra: dict[str, Any],
-    metadata: dict[str, Any],
-    watch: Watch,
-) -> Trained:
-    """Write the instant adapter, then the one of KARST if it is better."""
-    fitted = InstantFit.of(backbone, images, extra)
-    classifier = fitted.classifier()
-    if recipe == "instant" or classifier.beats_chance:
-        _write(classifier, output, report, metadata)
-    watch.instant(classifier)
-    if recipe != "instant":
-        classifier = fitted.refine(images, config, karst, budget_s, classifier, watch)
-        _write(classifier, output, report, metadata)
-    if not classifier.beats_chance:
-        rejected = output.with_name(f"{output.name.removesuffix('.safetensors')}.rejected.safetensors")
-        output.replace(rejected)
-        low, high = classifier.held_out.interval
-        raise NotBetterThanChance(
-            f"the adapter is not better than a constant answer: {classifier.held_out.accuracy:.1%} of "
-            f"{len(classifier.held_out.targets)} left-out images are right (95 % interval {low:.1%} to {high:.1%}), "
-            f"and the largest class alone has {classifier.chance:.1%}. The file is kept as {rejected}; the report: "
-            f"{report}. Check the labels, add images, or use a larger backbone"
-        )
-    return Trained(classifier.adapter, output, report, classifier.metrics)
-
-
-def _write(classifier: Classifier, output: Path, report: Path, metadata: dict[str, Any]) -> None:
-    classifier.adapter.write(output)
-    write_html(report, classifier, metadata | described(classifier.adapter) | classifier.metrics)
 
 
 def _refuse_paper_options(recipe: str, *, val_fraction: float | None, devices: int, resume: bool) -> None:

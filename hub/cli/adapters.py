@@ -3,6 +3,7 @@
 Each command imports the library itself. An import at the top would make all other commands load torch.
 """
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,10 +114,21 @@ def train(
     ] = None,
     resume: Annotated[bool | None, typer.Option("--resume", help="paper: continue an interrupted training")] = None,
     seed: Annotated[int, typer.Option(min=0, help="seed of all random numbers")] = 0,
+    url: Annotated[
+        str | None, typer.Option(envvar="HUB_URL", help="URL of the hub to train for; its backbone is the default")
+    ] = None,
+    key: Annotated[str | None, typer.Option(envvar="HUB_KEY", help="API key; prefer HUB_KEY")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="task of the hub whose accuracy the report shows, too; default: the name of -o")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train an adapter on labelled images. Write the adapter file, and a report beside it."""
+    """Train an adapter on labelled images. Write the adapter file, and a report beside it.
+
+    If HUB_URL and HUB_KEY are set, the hub's backbone and image size are the defaults, and others are refused.
+    """
     try:
+        from . import hub_target
         from . import train as training
     except ModuleNotFoundError as error:
         fail(f"training needs the package {error.name}, which is not installed; run: pip install 'karst-hub[train]'")
@@ -155,26 +167,41 @@ def train(
         usage_error(f"--{size[0].replace('_', '-')} is of no use to --recipe instant, which trains no kernels; omit it")
     if budget is not None and recipe not in (TrainingRecipe.AUTO, TrainingRecipe.KARST):
         usage_error(f"--budget belongs to --recipe auto and karst, but the recipe is {recipe.value}; omit it")
+    config = adapter_config(
+        preset,
+        stage_ranks,
+        kernels=kernels,
+        rank=rank,
+        factor=factor,
+        gain=gain,
+        rescale=rescale,
+        norms=norms,
+        sites=tuple(sites) if sites else None,
+    )
     chosen = settings()
+    training.silence_further_processes(err, devices or 1)
+    target = None
+    if url is not None:
+        target = hub_target.ask_hub(err, url, key, task or output.name.removesuffix(".safetensors"))
+    name = backbone or (chosen.backbone if "backbone" in chosen.model_fields_set else None)
+    side = image_size or chosen.image_size
+    if target is not None:
+        try:
+            name, side = target.loading(name, side)
+            if recipe is not TrainingRecipe.INSTANT:
+                target.check_sizes(config)
+        except hub_target.TargetError as error:
+            usage_error(str(error))
     report = training.run(
         err,
         data,
         output,
-        backbone=backbone or chosen.backbone,
+        target=target,
+        backbone=name or chosen.backbone,
         checkpoint=checkpoint or chosen.checkpoint,
-        image_size=image_size or chosen.image_size,
+        image_size=side,
         device=chosen.torch_device,
-        config=adapter_config(
-            preset,
-            stage_ranks,
-            kernels=kernels,
-            rank=rank,
-            factor=factor,
-            gain=gain,
-            rescale=rescale,
-            norms=norms,
-            sites=tuple(sites) if sites else None,
-        ),
+        config=config,
         recipe=checked(training.Recipe, **given, seed=seed) if is_paper else recipe.value,
         karst=training.KarstRecipe(seed=seed),
         budget_s=training.DEFAULT_BUDGET_S if budget is None else budget,
@@ -188,6 +215,8 @@ def train(
         probe=probe,
         **run_options,
     )
+    if target is not None and target.in_use is not None:
+        report["in_use"] = asdict(target.in_use) if as_json else target.in_use.sentence
     if not err.quiet:  # with several devices only the first process prints
         show(report, as_json)
 
@@ -230,6 +259,7 @@ def evaluate(
         pairs,
         backbone=backbone or chosen.backbone,
         checkpoint=checkpoint or chosen.checkpoint,
+        image_size=chosen.image_size,
         device=chosen.torch_device,
         dtype=chosen.dtype,
         merged=merged,

@@ -53,6 +53,7 @@ def run(
     *,
     backbone: str,
     checkpoint: Path | None,
+    image_size: int | None,
     device: str,
     dtype: str,
     merged: bool,
@@ -72,7 +73,7 @@ def run(
         BackboneError: See `load_backbone`.
         AdapterError: See `BankLimits.check`. The message names the adapter file.
     """
-    frozen = load_backbone(backbone, checkpoint, device=device, dtype=getattr(torch, dtype))
+    frozen = load_backbone(backbone, checkpoint, device=device, dtype=getattr(torch, dtype), image_size=image_size)
     configs, sets = [], []
     for path, data in pairs:  # otherwise an invalid file would end the run after hours
         adapter = _read_adapter(path, frozen)

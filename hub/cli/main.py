@@ -60,7 +60,8 @@ def main() -> None:
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except Exception as error:
-        if not isinstance(error, HubError) and type(error).__name__ not in _EXPECTED:
+        expected = any(kind.__name__ in _EXPECTED for kind in type(error).__mro__)
+        if not isinstance(error, HubError) and not expected:
             raise
         fail(str(error))
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
-from adapters import KarstConfig, Recipe, Watch, fit
+from adapters import BackboneError, KarstConfig, Recipe, Watch, fit
 from adapters.data.checks import CheckedDataset
 from adapters.evaluation.outputs import checkpoint_file
 from adapters.paper.devices import is_first_process
@@ -21,13 +21,31 @@ from adapters.training.auto import Classifier
 from adapters.training.fit import DEFAULT_BUDGET_S, RecipeName
 from adapters.training.steps import KarstRecipe
 
+from .hub_target import HubTarget
+
 __all__ = ["DEFAULT_BUDGET_S", "KarstConfig", "KarstRecipe", "Recipe", "run"]
 
 FEW_IMAGES = 5  # a class with fewer is named before training
 
 
-def run(console: Console, data: Path, output: Path, *, recipe: Recipe | RecipeName, **options: Any) -> dict[str, Any]:
+def silence_further_processes(console: Console, devices: int) -> None:
+    """Make a console print nothing in the further processes of a training on several devices."""
+    console.quiet = console.quiet or not is_first_process(devices)
+
+
+def run(
+    console: Console,
+    data: Path,
+    output: Path,
+    *,
+    recipe: Recipe | RecipeName,
+    target: HubTarget | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Run `adapters.fit` with the same arguments and a progress bar.
+
+    Args:
+        target: the hub whose backbone the adapter needs; None: any backbone.
 
     Returns:
         File, size in bytes, digest, number of labels, report folder, and the metrics of the file's metadata.
@@ -35,7 +53,9 @@ def run(console: Console, data: Path, output: Path, *, recipe: Recipe | RecipeNa
     Raises:
         DataError, BackboneError, AdapterError, ConfigError, FloatingPointError: See `adapters.fit`.
     """
-    console.quiet = console.quiet or not is_first_process(options.get("devices", 1))
+    silence_further_processes(console, options.get("devices", 1))
+    if target is not None:
+        options |= {"fingerprint": target.backbone.fingerprint, "in_use": target.in_use}
     progress = progress_bar(console)
     bar = ProgressWatch(console, progress, recipe)
 
@@ -46,11 +66,15 @@ def run(console: Console, data: Path, output: Path, *, recipe: Recipe | RecipeNa
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         fitted = fit(data, output, recipe=recipe, watch=bar, **options)
+    except BackboneError as error:
+        if target is None:
+            raise
+        raise BackboneError(f"{error}. {target.advice}") from error
     except KeyboardInterrupt:
         checkpoint = checkpoint_file(output)
         advice = f"continue with --resume (checkpoint of the last epoch: {checkpoint})"
         if isinstance(recipe, str):
-            advice = f"{output} is the instant adapter" if output.exists() else "nothing was written"
+            advice = f"{output} is the instant adapter" if bar.instant_written else "nothing was written"
         elif not checkpoint.exists():
             advice = "no checkpoint yet, since no epoch has ended; start again"
         progress.stop()
@@ -80,6 +104,7 @@ class ProgressWatch(Watch):
         self._number = 1
         self._validation = ""
         self.interrupted = False
+        self.instant_written = False
 
     def reading(self, images: int) -> None:
         self._progress.start()
@@ -109,9 +134,11 @@ class ProgressWatch(Watch):
 
     def instant(self, classifier: Classifier) -> None:
         low, high = classifier.held_out.interval
+        self.instant_written = classifier.beats_chance
+        end = "the adapter is written" if classifier.beats_chance else "not better than chance, so nothing is written"
         self._console.print(
             f"instant: {classifier.held_out.accuracy:.1%} of {len(classifier.held_out.targets)} left-out images are "
-            f"right (95 % interval {low:.1%} to {high:.1%}; chance {classifier.chance:.1%}); the adapter is written",
+            f"right (95 % interval {low:.1%} to {high:.1%}; chance {classifier.chance:.1%}); {end}",
             soft_wrap=True,
         )
 

@@ -5,18 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from adapters import Adapter, Backbone, Bank, ConfigError, KarstConfig, load_backbone
+from adapters import Adapter, Backbone, BackboneError, Bank, ConfigError, KarstConfig, load_backbone
 from adapters.data.images import normalise_for
-from adapters.demo.tasks import digits
+from adapters.evaluation import html_report
 from adapters.evaluation.html_report import FILES
+from adapters.evaluation.outputs import AccuracyInUse
+from adapters.evaluation.report import draw_confusion
 from adapters.training.auto import Classifier
-from adapters.training.fit import NotBetterThanChance, Watch, fit
+from adapters.training.auto_files import NotBetterThanChance
+from adapters.training.fit import Watch, fit
+from adapters.training.inference import Predictions
 from adapters.training.steps import KarstRecipe
-from tests.support.image_sets import coloured_images
+from tests.support.image_sets import coloured_images, write_digits
 from tests.support.models import coloured_noise
 
-CLASSES = ("0", "1", "4")
 QUICK = KarstRecipe(min_steps=5, passes=1, learning_rates=(1e-3,))
 
 
@@ -42,17 +46,6 @@ def demo() -> Backbone:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("digits"), 0, 8)
-
-
-def write_digits(root: Path, start: int, count: int) -> Path:
-    """Write some of scikit-learn's digits as class folders."""
-    images, labels = digits()
-    for label in CLASSES:
-        (root / label).mkdir(parents=True)
-        chosen = [image for image, own in zip(images, labels, strict=True) if own == label]
-        for i, image in enumerate(chosen[start : start + count]):
-            image.save(root / label / f"{i}.png")
-    return root
 
 
 def test_instant_writes_a_head_with_calibration_and_a_report(demo: Backbone, data: Path, tmp_path: Path) -> None:
@@ -139,6 +132,56 @@ def test_adapter_that_is_not_better_than_chance_is_an_error_and_is_kept(demo: Ba
     assert not output.exists()
     assert Adapter.read(tmp_path / "n.rejected.safetensors").labels == ("a", "b")
     assert (tmp_path / "n.report" / "report.html").exists()
+
+
+def test_rejected_adapter_leaves_an_older_file_untouched(demo: Backbone, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    older = fit(data, output, backbone=demo, recipe="instant").adapter
+    grey = dict.fromkeys(("a", "b"), (120, 120, 120))
+    with pytest.raises(NotBetterThanChance):
+        fit(coloured_noise(tmp_path / "noise", grey, 10, seed=5), output, backbone=demo, recipe="instant")
+    assert Adapter.read(output).digest == older.digest
+
+
+def test_figures_of_the_same_predictions_are_drawn_once_when_karst_is_not_kept(
+    demo: Backbone, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    def counted(predictions: Predictions) -> Figure:
+        drawn.append(len(predictions.targets))
+        return draw_confusion(predictions)
+
+    monkeypatch.setattr(html_report, "draw_confusion", counted)
+    done = fit(data, tmp_path / "c.safetensors", backbone=demo, config=KarstConfig(kernels=1), karst=QUICK)
+    assert done.adapter.config.kernels == 0
+    assert drawn == [24]
+
+
+def test_fit_refuses_other_weights_before_it_reads_images(demo: Backbone, data: Path, tmp_path: Path) -> None:
+    class Unread(Watch):
+        def reading(self, images: int) -> None:
+            raise AssertionError("images are read")
+
+    with pytest.raises(BackboneError, match=rf"'demo' have the fingerprint {demo.fingerprint[:12]}.*0123456789ab"):
+        fit(data, tmp_path / "c.safetensors", backbone=demo, fingerprint="0123456789abcdef", watch=Unread())
+
+
+def test_report_shows_the_accuracy_of_the_version_in_use(demo: Backbone, data: Path, tmp_path: Path) -> None:
+    in_use = AccuracyInUse("version 3 of digits", 0.9, (0.77, 0.96), 40, "held-out images")
+    done = fit(data, tmp_path / "c.safetensors", backbone=demo, recipe="instant", in_use=in_use)
+    page = (done.report / "report.html").read_text()
+    assert "in use: version 3 of digits, 40 held-out images of its own" in page
+    assert "77.0% to 96.0%" in page
+    numbers = json.loads((done.report / "report.json").read_text())
+    assert numbers["in_use"] | {"name": "version 3 of digits", "images": 40} == numbers["in_use"]
+    assert "in_use" not in done.metrics
+
+
+def test_accuracy_in_use_names_only_known_figures() -> None:
+    assert AccuracyInUse("a", 0.5, None, None, "test images").sentence == "a: 50.0% of test images of its own"
+    full = AccuracyInUse("a", 0.5, (0.25, 0.75), 8, "test images")
+    assert full.sentence == "a: 50.0% of 8 test images of its own (95 % interval 25.0% to 75.0%)"
 
 
 @pytest.mark.parametrize("option", ["val_fraction", "devices", "resume"])

@@ -9,6 +9,7 @@ import pytest
 
 from hub.cli.main import main
 from hub.local.ports import free_port
+from tests.support.models import coloured_noise
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, **variables: str) -> int:
@@ -80,3 +81,17 @@ def test_serve_ends_with_one_error_and_without_ray_when_the_backbone_cannot_be_l
     assert "'nonsense'" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Ray" not in done.stderr
+
+
+def test_an_adapter_that_is_not_better_than_chance_is_one_line_and_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = coloured_noise(tmp_path / "noise", dict.fromkeys(("a", "b"), (120, 120, 120)), 10, seed=5)
+    output = tmp_path / "n.safetensors"
+    arguments = ["train", str(data), "-o", str(output), "--recipe", "instant"]
+    assert run(monkeypatch, *arguments, HUB_BACKBONE="demo") == 1
+    printed = capsys.readouterr().err
+    assert "not better than chance, so nothing is written" in printed
+    assert printed.splitlines()[-1].startswith("error: the adapter is not better than a constant answer: ")
+    assert "Traceback" not in printed
+    assert not output.exists()

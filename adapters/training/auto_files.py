@@ -1,0 +1,70 @@
+"""Files of the recipes `instant`, `karst` and `auto`: the instant adapter first, then KARST if it is better."""
+
+from pathlib import Path
+from typing import NoReturn
+
+from ..data.errors import DataError
+from ..evaluation.html_report import HtmlReport
+from .auto import Classifier, InstantFit, InstantWatch, Refinement
+
+
+class NotBetterThanChance(DataError):
+    """The adapter is no better than a constant answer; the message names the file that was kept."""
+
+
+class AutoFiles:
+    """The adapter file of a training and the report beside it."""
+
+    def __init__(self, output: Path, report: HtmlReport) -> None:
+        self._output, self._report = output, report
+        self._written = ""  # digest
+
+    def write(self, classifier: Classifier) -> None:
+        """Write the adapter, unless the file has it already, and the report."""
+        if classifier.adapter.digest != self._written:
+            classifier.adapter.write(self._output)
+            self._written = classifier.adapter.digest
+        self._report.write(classifier)
+
+    def reject(self, classifier: Classifier) -> NoReturn:
+        """Write the report, and the adapter under another name. A file that this training wrote does not remain.
+
+        Raises:
+            NotBetterThanChance: always.
+        """
+        rejected = self._output.with_name(f"{self._output.name.removesuffix('.safetensors')}.rejected.safetensors")
+        classifier.adapter.write(rejected)
+        self._report.write(classifier)
+        if self._written:
+            self._output.unlink(missing_ok=True)
+        held_out = classifier.held_out
+        low, high = held_out.interval
+        raise NotBetterThanChance(
+            f"the adapter is not better than a constant answer: {held_out.accuracy:.1%} of "
+            f"{len(held_out.targets)} {held_out.split.replace(' ', '-')} images are right (95 % interval {low:.1%} to "
+            f"{high:.1%}), and the largest class alone has {classifier.chance:.1%}. The file is kept as {rejected}; "
+            f"the report: {self._report.folder}. Check the labels, add images, or use a larger backbone"
+        )
+
+
+def fit_auto(fitted: InstantFit, refinement: Refinement | None, files: AutoFiles, watch: InstantWatch) -> Classifier:
+    """Write the instant adapter, then the one of KARST if it is better; return the classifier of the written file.
+
+    Args:
+        refinement: the training of KARST; None keeps the instant adapter.
+
+    Raises:
+        NotBetterThanChance: neither is better than a constant answer.
+        ConfigError: the config does not suit the backbone.
+    """
+    classifier = fitted.classifier()
+    if classifier.beats_chance:
+        files.write(classifier)
+    watch.instant(classifier)
+    if refinement is not None:
+        classifier = fitted.refine(refinement, classifier, watch)
+    if not classifier.beats_chance:
+        files.reject(classifier)
+    if refinement is not None:
+        files.write(classifier)
+    return classifier
