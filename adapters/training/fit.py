@@ -3,7 +3,7 @@
 The steps: read the dataset, check it and prepare tensors, train by a recipe, write.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
