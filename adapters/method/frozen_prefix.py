@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method.karst import KarstModel
+from .karst import KarstModel
+
+MAX_PREFIX_BYTES = 4 * 1024**3  # limit on cached outputs of a frozen prefix, in memory
 
 # Modules that follow the blocks in timm's vision transformers. Any other adapted module precedes them.
 _MODULES_AFTER_BLOCKS = ("norm", "fc_norm", "attn_pool")

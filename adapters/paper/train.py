@@ -19,15 +19,13 @@ from ..backbone import Backbone
 from ..data.image_set import ImageTensors
 from ..data.images import normalise_for
 from ..method.config import ConfigError, KarstConfig
+from ..method.frozen_prefix import MAX_PREFIX_BYTES, FrozenPrefix, find_prefix
 from ..method.karst import KarstModel, attach
 from ..training.inference import accuracy, map_images
 from .checkpoint import load_checkpoint, save_checkpoint, training_identity
 from .devices import copy_to_device, launch_fabric, seed_epoch
-from .frozen_prefix import FrozenPrefix, find_prefix
 from .recipe import Recipe, learning_rate_schedule, steps_per_epoch
 from .selection import BestEpoch, EpochResult
-
-MAX_PREFIX_BYTES = 4 * 1024**3  # limit on cached outputs of a frozen prefix, in memory
 
 
 @dataclass(frozen=True)

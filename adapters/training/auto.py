@@ -180,6 +180,7 @@ class InstantFit:
         figures: dict[str, Any] = {"comparison": found.reason, "instant_accuracy": round(found.instant.accuracy, 4)}
         if found.karst is not None:
             figures["karst_accuracy"] = round(found.karst.accuracy, 4)
+            figures["training_dtype"] = str(found.dtype).removeprefix("torch.")
         if found.model is None or found.karst is None:
             metrics = instant.metrics | figures
             return Classifier(

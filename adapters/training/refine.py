@@ -71,6 +71,7 @@ class Refined:
         features: float32 (m, D), adapted features of the held-out images, each from its own fold's model.
         references: for each fold, adapted features of some of its training images.
         fold_sizes: held-out images of each fold, in the order of `features`.
+        dtype: in which the training computed.
     """
 
     model: KarstModel | None
@@ -85,6 +86,7 @@ class Refined:
     features: Tensor = field(default_factory=lambda: torch.empty(0))
     references: tuple[Tensor, ...] = ()
     fold_sizes: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
 
 
 def refine(
@@ -158,7 +160,16 @@ def refine(
     )
     gain, error = paired_gain(instant.right, karst.right)
     compared = Refined(
-        None, "", instant, karst, rate, chosen_steps, augmentation=trainer.kinds, curve=curve, diverged=diverged
+        None,
+        "",
+        instant,
+        karst,
+        rate,
+        chosen_steps,
+        augmentation=trainer.kinds,
+        curve=curve,
+        diverged=diverged,
+        dtype=trainer.dtype,
     )
     figures = f"{karst.accuracy:.1%} against {instant.accuracy:.1%} on {len(karst.targets)} held-out images"
     if gain <= error:

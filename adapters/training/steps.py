@@ -7,6 +7,7 @@ smaller than a batch is one batch. Every class has the same weight in the loss.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,16 @@ from ..data.splitting import Fold
 from ..method.config import KarstConfig
 from ..method.karst import KarstModel, attach
 from .augmentation import KINDS, augment, keeps_labels
+from .batches import VARIANTS, ModelRunner, TokenCache
 from .inference import BATCH_SIZE as EVALUATION_BATCH
 from .instant import InstantHead
+from .precision import autocast_dtype, cpu_capabilities
 
 CHECKPOINTS = 5  # evaluations of the held-out images in one training
 SEARCH_PART = 0.5  # of the steps, for each learning rate of the search
 MAX_PROBED = 500  # images for the test of augmentation
 MAX_REFERENCE = 200  # training images per checkpoint whose adapted features are kept, for typicality
+TIMED_STEPS = 3
 RESERVE = 0.9  # share of the budget that is planned; the rest absorbs noise
 DIVERGED = 3.0  # a mean loss above this many times 1 + ln(K) ends a training
 WINDOW = 5  # steps of that mean
@@ -87,8 +91,10 @@ class StepTrainer:
         self.targets = torch.tensor(images.images.targets)
         self.classes = len(images.images.labels)
         self.kinds: tuple[str, ...] = ()
-        self._backbone, self._images, self._config = backbone, images, config
+        self.dtype = autocast_dtype(backbone.device, cpu_capabilities())
+        self._backbone, self._config = backbone, config
         self._recipe, self._watch = recipe, watch
+        self._cache = TokenCache(backbone, images, recipe.seed)
 
     def suitable_augmentation(self, fold: Fold, head: InstantHead, frozen: Tensor) -> tuple[str, ...]:
         """Return the kinds of augmentation after which the fold's head still recognises the held-out images."""
@@ -98,7 +104,12 @@ class StepTrainer:
         generator = torch.Generator().manual_seed(self._recipe.seed)
         found = []
         for kind in KINDS:
-            augmented = self._frozen_features(held, kind, generator)
+
+            def frozen_features(part: Tensor, kind: str = kind) -> Tensor:
+                pixels = augment(self._cache.pixels(part), (kind,), generator)
+                return features(self._backbone.model, normalise_for(self._backbone, pixels))
+
+            augmented = _in_batches(frozen_features, held)
             if keeps_labels(right, (augmented @ head.weight.T + head.bias).argmax(1) == targets):
                 found.append(kind)
         return tuple(found)
@@ -109,19 +120,30 @@ class StepTrainer:
         """Return the steps of one training that fit into the time left, and the seconds of one step."""
         recipe = self._recipe
         kept = folds[0][0]
-        run = self._steps(kept, head, recipe.learning_rates[0], 4)
-        next(run)  # the first step allocates memory
-        began = clock()
-        for _ in run:
-            pass
-        step_s = (clock() - began) / 3
         batch = min(recipe.batch_size, len(kept))
+        step_s, fill_s = self._step_times(kept, head, clock)
         wanted = max(recipe.min_steps, round(recipe.passes * len(kept) / batch))
         # An evaluation costs a third of a step per image; each fold is evaluated CHECKPOINTS times.
         evaluated = sum(len(held) + min(len(kept), MAX_REFERENCE) for kept, held in folds) + len(folds[0][1])
         evaluation_s = CHECKPOINTS * evaluated * step_s / batch / 3
-        fits = (left_s * RESERVE - evaluation_s) / step_s / trainings(len(folds), recipe)
+        fits = (left_s * RESERVE - evaluation_s - fill_s) / step_s / trainings(len(folds), recipe)
         return min(wanted, int(fits)), step_s
+
+    def _step_times(self, kept: Tensor, head: InstantHead, clock: Callable[[], float]) -> tuple[float, float]:
+        """Return the seconds of one step, and the seconds that the outputs of a frozen prefix take in all trainings."""
+        times = []
+        cached = False
+        for _ in range(2):  # the same images in both: the second time, their outputs of a frozen prefix are cached
+            run = self._steps(kept, head, self._recipe.learning_rates[0], TIMED_STEPS + 1)
+            cached = next(run)[0].prefix is not None  # the first step allocates memory
+            began = clock()
+            for _ in run:
+                pass
+            times.append((clock() - began) / TIMED_STEPS)
+            if not cached:
+                return times[0], 0.0
+        per_image_s = max(times[0] - times[1], 0.0) / min(self._recipe.batch_size, len(kept))
+        return times[1], per_image_s * len(self.targets) * (1 + VARIANTS if self.kinds else 1)
 
     def search(self, fold: Fold, head: InstantHead, steps: int) -> tuple[float | None, tuple[float, ...]]:
         """Return the learning rate with the best held-out likelihood, and those that diverged."""
@@ -146,8 +168,8 @@ class StepTrainer:
         losses: list[float] = []
         since = 0
         reference = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[:MAX_REFERENCE]]
-        for number, (model, loss) in enumerate(self._steps(kept, head, rate, steps), 1):
-            run = run or Run(model)
+        for number, (runner, loss) in enumerate(self._steps(kept, head, rate, steps), 1):
+            run = run or Run(runner.model)
             losses.append(loss)
             self._watch.stepped(stage, loss)
             window = losses[-WINDOW:]
@@ -156,10 +178,10 @@ class StepTrainer:
                 run.diverged = True
                 break
             if number in marks and len(held):
-                logits, pooled = self._evaluate(model, held)
+                logits, pooled = _evaluate(runner, held)
                 run.logits.append(logits)
                 run.features.append(pooled)
-                run.references.append(self._evaluate(model, reference)[1])
+                run.references.append(_evaluate(runner, reference)[1])
                 accuracy = float((logits.argmax(1) == self.targets[held]).double().mean())
                 run.points.append(Point(number, sum(losses[since:]) / len(losses[since:]), accuracy))
                 since = len(losses)
@@ -170,8 +192,8 @@ class StepTrainer:
         run.model.eval()
         return run
 
-    def _steps(self, kept: Tensor, head: InstantHead, rate: float, steps: int) -> Iterator[tuple[KarstModel, float]]:
-        """Yield the model and the loss after each optimiser step."""
+    def _steps(self, kept: Tensor, head: InstantHead, rate: float, steps: int) -> Iterator[tuple[ModelRunner, float]]:
+        """Yield the model's runner and the loss after each optimiser step."""
         recipe, backbone = self._recipe, self._backbone
         generator = torch.Generator().manual_seed(recipe.seed)
         with torch.random.fork_rng():
@@ -195,49 +217,37 @@ class StepTrainer:
         weights = (len(kept) / (self.classes * counts.clamp_min(1))).to(backbone.device)
         batch = min(recipe.batch_size, len(kept))
         order = kept[:0]
+        runner = ModelRunner(model, self._cache)
         model.train()
         for _ in range(steps):
             if len(order) < batch:
                 order = torch.cat([order, kept[torch.randperm(len(kept), generator=generator)]])
             index, order = order[:batch], order[batch:]
-            pixels = augment(self._pixels(index), self.kinds, generator)
             targets = self.targets[index].to(backbone.device)
-            logits = model(normalise_for(backbone, pixels))
+            with torch.autocast(backbone.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                logits = runner.call(model, index, self.kinds, generator)
             loss = F.cross_entropy(logits.float(), targets, weights)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-            yield model, loss.item()
+            yield runner, loss.item()
 
-    @torch.inference_mode()
-    def _evaluate(self, model: KarstModel, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits (m, K) and adapted features (m, D) of these images."""
-        model.eval()
-        logits, pooled = [], []
-        for part in torch.split(index, EVALUATION_BATCH):
-            found = features(model.frozen, normalise_for(self._backbone, self._pixels(part)))
-            pooled.append(found.float().cpu())
-            logits.append(model.head(found.to(model.head.weight.dtype)).float().cpu())
-        model.train()
-        return torch.cat(logits), torch.cat(pooled)
 
-    @torch.inference_mode()
-    def _frozen_features(self, index: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-        return torch.cat(
-            [
-                features(
-                    self._backbone.model,
-                    normalise_for(self._backbone, augment(self._pixels(part), (kind,), generator)),
-                )
-                .float()
-                .cpu()
-                for part in torch.split(index, EVALUATION_BATCH)
-            ]
-        )
+def _evaluate(runner: ModelRunner, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits (m, K) and adapted features (m, D) of these images, in float32 as a hub computes them."""
+    model = runner.model.eval()
+    pooled = _in_batches(lambda part: runner.call(partial(features, model.frozen), part), index)
+    with torch.no_grad():
+        logits = model.head(pooled.to(model.head.weight)).float().cpu()
+    model.train()
+    return logits, pooled
 
-    def _pixels(self, index: Tensor) -> Tensor:
-        return torch.stack([self._images[int(i)][0] for i in index])
+
+@torch.no_grad()
+def _in_batches(function: Callable[[Tensor], Tensor], index: Tensor) -> Tensor:
+    """Return the rows that a function computes for these images, float32 on the CPU."""
+    return torch.cat([function(part).float().cpu() for part in torch.split(index, EVALUATION_BATCH)])
 
 
 def trainings(folds: int, recipe: KarstRecipe) -> float:

@@ -9,7 +9,7 @@ from torch import nn
 
 from adapters import Backbone, KarstConfig, attach, load_backbone
 from adapters.data.image_set import ImageTensors
-from adapters.paper.frozen_prefix import find_prefix
+from adapters.method.frozen_prefix import find_prefix
 from adapters.paper.recipe import Recipe
 from adapters.paper.train import train_model
 from tests.support.models import local_backbone, random_pixels
