@@ -22,6 +22,7 @@ from ..backbone import DEMO_NAME, Backbone
 from ..format.errors import AdapterError, Problem, file_error
 from ..format.file import Adapter, write_atomically
 from ..format.metadata import FORMAT
+from ..method import typicality
 from ..serving.limits import BankLimits
 from .export import to_onnx, to_timm
 from .importing import build_adapter, read_head, read_labels, read_preprocess
@@ -82,6 +83,8 @@ def convert(
             "config": adapter.config.model_dump(mode="json"),
             "serving": _serving(adapter, backbone),
         }
+    if left_out := _left_out(adapter, to):
+        report["left_out"] = left_out
     if to == "lokr":
         config, tensors = lokr_files(adapter, backbone)
         report |= {"rank": config["r"], "decompose_factor": config["decompose_factor"]}
@@ -207,6 +210,14 @@ def _read(
         read_preprocess(preprocess) if preprocess is not None else None,
     )
     return adapter, imported.ignored
+
+
+def _left_out(adapter: Adapter, to: str) -> list[str]:
+    """Return the names of the adapter's parts that a target other than `karst` cannot hold."""
+    names = [name for name in sorted(adapter.tensors) if name.startswith(typicality.PREFIX)]
+    if adapter.coverage is not None and to in ("lokr", "lora"):
+        names.append("coverage")
+    return names
 
 
 def _if_file(path: Path) -> Path | None:

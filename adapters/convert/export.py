@@ -28,7 +28,7 @@ _PROBES = 4
 def to_timm(adapter: Adapter, backbone: Backbone) -> tuple[bytes, float]:
     """Return a safetensors checkpoint for `timm.create_model(name, num_classes=K, checkpoint_path=...)`.
 
-    Its metadata has the labels, preprocess, and the digest of the adapter.
+    Its metadata has the labels, preprocess, coverage, and the digest of the adapter.
 
     Returns:
         The file, and the largest difference of its logits on probe images, relative to the largest logit.
@@ -40,7 +40,11 @@ def to_timm(adapter: Adapter, backbone: Backbone) -> tuple[bytes, float]:
     merged = adapter.merge(backbone)
     state = {name: tensor.contiguous() for name, tensor in merged.state_dict().items()}
     data = safetensors.torch.save(state, metadata={"format": "pt", **_metadata(adapter)})
-    model = create_model(backbone.name, num_classes=adapter.num_classes).eval()
+    model = create_model(backbone.name, num_classes=adapter.num_classes)
+    if tuple(model.pretrained_cfg["input_size"]) != backbone.input_size:
+        side_px = backbone.input_size[1]
+        model = create_model(backbone.name, num_classes=adapter.num_classes, image_size=side_px)
+    model.eval()
     try:
         model.load_state_dict(safetensors.torch.load(data), strict=True)
     except RuntimeError as error:
@@ -54,7 +58,7 @@ def to_timm(adapter: Adapter, backbone: Backbone) -> tuple[bytes, float]:
 def to_onnx(adapter: Adapter, backbone: Backbone) -> tuple[bytes, float]:
     """Return one ONNX file: `pixels` (batch, 3, H, W) float32, normalised, to `logits` (batch, K); any batch size.
 
-    Its metadata has the labels, preprocess (with mean and std), and the digest of the adapter.
+    Its metadata has the labels, preprocess (with mean and std), coverage, and the digest of the adapter.
 
     Returns:
         The file, and the largest difference as in `to_timm`, computed with onnxruntime.
@@ -166,9 +170,12 @@ def _probes(backbone: Backbone, count: int) -> Tensor:
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
-    return {
+    found = {
         "labels": json.dumps(list(adapter.labels), ensure_ascii=False),
         "preprocess": json.dumps(adapter.preprocess),
         "backbone": adapter.backbone,
         "adapter": adapter.digest,
     }
+    if adapter.coverage is not None:
+        found["coverage"] = json.dumps(adapter.coverage)
+    return found

@@ -197,7 +197,8 @@ def create_app(
     limit = TenantConcurrencyLimit(tenant_calls, tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)
-    add_backbone_route(api, service, dependencies, settings.checkpoint.name if settings.checkpoint else None)
+    checkpoint = settings.checkpoint.name if settings.checkpoint else None
+    add_backbone_route(api, service, dependencies, image_size=settings.image_size, checkpoint=checkpoint)
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_admin_routes(api, administration, dependencies)

@@ -72,11 +72,17 @@ def add_health_routes(api: FastAPI, service: ClassificationService) -> None:
 
 
 def add_backbone_route(
-    api: FastAPI, service: ClassificationService, dependencies: CallerDependencies, checkpoint: str | None
+    api: FastAPI,
+    service: ClassificationService,
+    dependencies: CallerDependencies,
+    *,
+    image_size: int | None,
+    checkpoint: str | None,
 ) -> None:
     """Add the route that describes the backbone, so that a client can train for it.
 
     Args:
+        image_size: side of the images in pixels; None: the model's own.
         checkpoint: name of the file of local weights; None: the backbone's own weights.
     """
 
@@ -87,6 +93,7 @@ def add_backbone_route(
             name=limits.backbone.name,
             fingerprint=limits.backbone.fingerprint,
             input_size=limits.backbone.input_size,
+            image_size=image_size,
             checkpoint=checkpoint,
             max_rank=limits.max_rank,
             max_kernels=limits.max_kernels,

@@ -55,7 +55,7 @@ class HubTarget:
                 f"the image size is {image_size} (--image-size or HUB_IMAGE_SIZE), but the hub at {self.url} serves "
                 f"images of {height} x {width} pixels. Omit the option; to train for another hub, unset HUB_URL"
             )
-        return backbone or served.name, height if height == width else None
+        return backbone or served.name, image_size or served.image_size
 
     def check_sizes(self, config: KarstConfig) -> None:
         """Check that the hub accepts adapters of these sizes.

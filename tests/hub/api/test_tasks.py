@@ -70,6 +70,7 @@ def test_the_backbone_route_has_the_identity_and_the_limits_of_the_workers(hub: 
         "name": "demo",
         "fingerprint": backbone.fingerprint,
         "input_size": [3, 32, 32],
+        "image_size": None,
         "checkpoint": None,
         "max_rank": 8,
         "max_kernels": 4,
