@@ -251,7 +251,7 @@ def classify_inputs(
 
 def backbone() -> Call[ServedBackbone]:
     """Return the hub's backbone, and the sizes of adapters that its workers accept. Any key works."""
-    return Call("GET", "/v1/backbone", _model(ServedBackbone))
+    return Call("GET", "/v1/backbone", model(ServedBackbone))
 
 
 def usage(tenant: str | None = None) -> Call[Usage]:
