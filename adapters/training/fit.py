@@ -3,7 +3,7 @@
 The steps: read the dataset, check it and prepare tensors, train by a recipe, write.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,6 +159,7 @@ def fit(
         extra["linear_probe_test_accuracy"] = round(linear_probe(frozen, images.train, images.test), 4)
     metadata: dict[str, Any] = {"adapter": output.name, "data": str(data), "device": device}
     metadata |= {"warnings": list(images.warnings), "versions": versions()}
+    metadata |= {"left_out": [asdict(files) for files in images.left_out]}
     if epochs is None:
         return _fit_auto(frozen, images, config, str(recipe), karst, budget_s, output, report, extra, metadata, watch)
     adapter, trained, predictions, metrics = fit_paper(
