@@ -7,25 +7,22 @@ every weight.
 import copy
 import hashlib
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
+from .checkpoints import load_weights
 from .timm_models import DEMO_NAME as DEMO_NAME
 from .timm_models import BackboneError as BackboneError
 from .timm_models import create_model as create_model
 from .timm_models import first_line as first_line
 
 DEMO_CHECKPOINT = Path(__file__).parent / "demo" / "backbone.safetensors"
-CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 
 # The last two parts of a layer's module path -> the re-scaling of that site (docs/method.md).
 _ROLES = {
@@ -153,7 +150,8 @@ def load_backbone(
 
     Args:
         name: `demo`, or a name for `timm.create_model`, including `hf-hub:...` and `local-dir:...`.
-        checkpoint: a local `.safetensors`, `.pth` (read with weights only) or Google `.npz` file. None takes the
+        checkpoint: a local `.safetensors`, `.pth`, `.pth.tar`, `.ckpt`, `.bin` (read with weights only) or Google
+            `.npz` file. One of another image or patch size is resampled, with a warning in the log. None takes the
             demo's own weights, or timm's pretrained ones, which need a network or a cache.
         device: of the weights.
         dtype: of the weights, cast after the fingerprint; None keeps the loaded dtype.
@@ -169,7 +167,7 @@ def load_backbone(
         checkpoint = DEMO_CHECKPOINT
     model = create_model(name, pretrained=pretrained and checkpoint is None, image_size=image_size)
     if checkpoint is not None:
-        _load_weights(model, Path(checkpoint))
+        load_weights(model, Path(checkpoint), resized=image_size is not None)
     model.eval().requires_grad_(False)
     _call_every_qkv(model)
     sites = find_sites(model)
@@ -229,50 +227,6 @@ def _call_every_qkv(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "qkv_bias_separate", None) is False:
             setattr(module, "qkv_bias_separate", True)  # noqa: B010 (not in nn.Module's type)
-
-
-def _load_weights(model: Any, path: Path) -> None:
-    if path.suffix not in CHECKPOINT_SUFFIXES:
-        raise BackboneError(f"checkpoint {path}: the file must end in one of {', '.join(CHECKPOINT_SUFFIXES)}")
-    if not path.is_file():
-        raise BackboneError(f"checkpoint {path}: no such file")
-    try:
-        if path.suffix == ".npz":
-            missing, unexpected = _load_npz(model, path)
-        else:
-            state = timm.models.load_state_dict(str(path), device="cpu", weights_only=True)
-            to_timm = _checkpoint_filter(model)
-            state = to_timm(state, model) if to_timm else state
-            state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-            missing, unexpected = model.load_state_dict(state, strict=False)
-    except Exception as error:  # torch, numpy, zipfile and safetensors each raise their own
-        raise BackboneError(f"checkpoint {path}: {first_line(error)}") from error
-    stray = [k for k in unexpected if not k.startswith(("head.", "head_dist.", "fc_norm.", "classifier."))]
-    if missing or stray:
-        raise BackboneError(
-            f"checkpoint {path} does not fit the model: missing {missing[:5] or 'nothing'}, unexpected "
-            f"{stray[:5] or 'nothing'} ({len(missing)} missing and {len(stray)} unexpected in all)"
-        )
-
-
-def _load_npz(model: Any, path: Path) -> tuple[list[str], list[str]]:
-    """Load Google's layout with timm's reader, which ignores missing parameters and surplus blocks.
-
-    Returns:
-        The model's parameters that the file did not set, and the file's blocks that the model lacks.
-    """
-    before = {name: parameter._version for name, parameter in model.named_parameters()}
-    model.load_pretrained(str(path))
-    missing = [name for name, parameter in model.named_parameters() if parameter._version == before[name]]
-    with np.load(path) as archive:
-        blocks = sorted({found[0] for found in map(re.compile(r".*encoderblock_\d+").match, archive.files) if found})
-    unexpected = [name for name in blocks if int(name.rpartition("_")[2]) >= len(model.blocks)]
-    return missing, unexpected
-
-
-def _checkpoint_filter(model: Any) -> Any:
-    """Return timm's translation of foreign checkpoint layouts (DINOv2, CLIP) for the model's family, or None."""
-    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
 
 
 def _probe(name: str, model: Any, sites: tuple[Site, ...], input_size: tuple[int, ...]) -> tuple[Norm, ...]:

@@ -1,7 +1,8 @@
 """Conversion from and to other tools, by way of an `Adapter`.
 
 Sources: a `karst/1` file, a peft LoKr folder (`peft.py`), an official-style checkpoint (`official.py`).
-Targets: `karst/1`, a peft LoKr or LoRA folder, and the merged model as a timm checkpoint or ONNX (`export.py`).
+Targets: `karst/1`, a peft LoKr or LoRA folder (`peft_export.py`), and the merged model as a timm checkpoint or ONNX
+(`export.py`).
 An inexact conversion is refused with a reason, except a LoRA of a chosen rank, which reports its error.
 """
 
@@ -25,9 +26,10 @@ from ..format.metadata import FORMAT
 from ..method import typicality
 from ..serving.limits import BankLimits
 from .export import to_onnx, to_timm
-from .importing import build_adapter, read_head, read_labels, read_preprocess
+from .importing import ImportedTensors, build_adapter, read_head, read_labels, read_preprocess
 from .official import read_official
-from .peft import CONFIG, WEIGHTS, lokr_files, lora_files, read_lokr
+from .peft import CONFIG, WEIGHTS, read_lokr
+from .peft_export import lokr_files, lora_files
 
 TARGETS = ("karst", "lokr", "lora", "timm", "onnx")
 Kind = Literal["karst/1 file", "peft LoKr folder", "official checkpoint"]
@@ -72,10 +74,11 @@ def convert(
     kind = detect_kind(source)
     files = {"labels": labels, "head": head, "preprocess": preprocess}
     _check_options(kind, to, source, output, files, multiplier=multiplier, rank=rank)
-    adapter, ignored = _read(kind, source, backbone, files, 1.0 if multiplier is None else multiplier)
+    adapter, imported = _read(kind, source, backbone, files, 1.0 if multiplier is None else multiplier)
     report: dict[str, Any] = {"source": kind, "to": to, "output": str(output), "labels": adapter.num_classes}
-    if kind != "karst/1 file":
-        report |= {"ignored": ignored, "preprocess": adapter.preprocess}
+    if imported is not None:
+        report |= {"ignored": imported.ignored, "preprocess": adapter.preprocess}
+        report |= {"notes": imported.notes} if imported.notes else {}
     if to == "karst":
         adapter.write(output)
         return report | {
@@ -188,12 +191,12 @@ def _check_options(
 
 def _read(
     kind: Kind, source: Path, backbone: Backbone, files: Mapping[str, Path | None], multiplier: float
-) -> tuple[Adapter, int]:
-    """Return the source as an adapter, and the number of its ignored tensors."""
+) -> tuple[Adapter, ImportedTensors | None]:
+    """Return the source as an adapter, and the tensors that were read of a foreign source."""
     if kind == "karst/1 file":
         adapter = Adapter.read(source)
         adapter.check(backbone)
-        return adapter, 0
+        return adapter, None
     labels, preprocess, head = files["labels"], files["preprocess"], files["head"]
     if kind == "peft LoKr folder":
         imported = read_lokr(source, backbone)
@@ -209,7 +212,7 @@ def _read(
         read_labels(labels) if labels is not None else None,
         read_preprocess(preprocess) if preprocess is not None else None,
     )
-    return adapter, imported.ignored
+    return adapter, imported
 
 
 def _left_out(adapter: Adapter, to: str) -> list[str]:

@@ -10,20 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from ..backbone import Backbone, first_line
+from ..checkpoints import PICKLED_SUFFIXES, has_suffix, load_pickled, not_finite, state_dict_in
 from ..data.images import preprocess_of
 from ..format.errors import AdapterError, Problem, file_error
 from ..format.file import Adapter
 from ..method import kronecker
 from ..method.config import KarstConfig
-
-_PICKLED = (".pth", ".pt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,14 @@ class ImportedTensors:
     Attributes:
         layers: site -> its dW.
         others: tensors under their `karst/1` names: head, re-scaling, norms.
-        ignored: number of tensors that are not the adapter's, such as the backbone's weights.
+        ignored: number of tensors that are not the adapter's: the backbone's weights, and buffers.
+        notes: remarks for the report.
     """
 
     layers: dict[str, KroneckerLayer] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
     ignored: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 def build_adapter(
@@ -123,22 +123,28 @@ def read_tensors(path: Path) -> dict[str, Any]:
     Raises:
         AdapterError: the suffix is unknown, the file does not exist or is unreadable, or the pickle has code.
     """
-    if path.suffix != ".safetensors" and path.suffix not in _PICKLED:
-        raise file_error(f"{path}: the file must end in one of .safetensors, {', '.join(_PICKLED)}")
+    pickled = has_suffix(path, PICKLED_SUFFIXES)
+    if path.suffix != ".safetensors" and not pickled:
+        raise file_error(f"{path}: the file must end in one of .safetensors, {', '.join(PICKLED_SUFFIXES)}")
     if not path.is_file():
         raise file_error(f"{path}: no such file")
     try:
-        if path.suffix == ".safetensors":
+        if not pickled:
             return dict(safetensors.torch.load_file(path))
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles raise many kinds
+        found = load_pickled(path)
+    except Exception as error:  # damaged files raise many kinds
         raise file_error(f"{path}: cannot be read as tensors only: {first_line(error)}") from error
-    if not isinstance(found, dict):
-        raise file_error(f"{path}: holds a {type(found).__name__}, expected a dictionary of tensors (a state dict)")
-    for key in ("state_dict", "model"):  # training loops nest the state dict under these keys
-        if isinstance(found.get(key), Mapping):
-            found = found[key]
+    try:
+        found = state_dict_in(found, ("state_dict", "model"))
+    except ValueError as error:
+        raise file_error(f"{path}: {error}") from error
     return {str(name): value for name, value in found.items()}
+
+
+def not_finite_problems(state: Mapping[str, Any]) -> list[Problem]:
+    """Return a problem for each tensor with NaN or infinite numbers."""
+    advice = "has NaN or infinite numbers, so the training diverged; convert an earlier checkpoint"
+    return [Problem(name, advice) for name in not_finite(state)]
 
 
 def read_labels(path: Path) -> list[str]:
@@ -222,13 +228,15 @@ def take_model_weights(backbone: Backbone, state: Mapping[str, Any], imported: I
     """Add the head and tuned norms of a state dict to `imported.others`, and count the rest in `imported.ignored`.
 
     Returns:
-        Problems: frozen weights that differ from the backbone's, and norm layers that it lacks.
+        Problems: frozen weights that differ from the backbone's, norm layers that it lacks, and unknown tensors, which
+        may have been trained.
     """
     problems: list[Problem] = []
     heads = {f"{path}.{part}": f"head.{part}" for path in ("head", classifier_name(backbone)) for part in _PARTS}
     frozen = backbone.model.state_dict()
+    buffers = {name for name, _ in backbone.model.named_buffers()}
     norms = {norm.name for norm in backbone.norms}
-    tuned = set()
+    tuned: dict[str, None] = {}  # in the order of the file; the order of a set would depend on the process
     for name, value in state.items():
         path, _, part = name.rpartition(".")
         if not isinstance(value, Tensor):
@@ -238,6 +246,15 @@ def take_model_weights(backbone: Backbone, state: Mapping[str, Any], imported: I
         elif name not in frozen:
             if "norm" in path.rpartition(".")[2] and part in _PARTS:
                 problems.append(Problem(name, f"backbone {backbone.name!r} has no such norm layer; remove it"))
+            elif value.is_floating_point() and name not in buffers:
+                problems.append(
+                    Problem(
+                        name,
+                        f"is neither a weight of backbone {backbone.name!r} nor a known part of an adapter, and may "
+                        "have been trained; remove it if the model does not use it, and give another classifier with "
+                        "--head",
+                    )
+                )
             imported.ignored += 1
         elif value.shape != frozen[name].shape:
             found, right = tuple(value.shape), tuple(frozen[name].shape)
@@ -248,7 +265,7 @@ def take_model_weights(backbone: Backbone, state: Mapping[str, Any], imported: I
                 )
             )
         elif path in norms and not torch.equal(value, frozen[name].to(value.dtype)):
-            tuned.add(path)
+            tuned[path] = None
         else:
             if not torch.allclose(value.float(), frozen[name].to(value.dtype).float(), rtol=1e-3, atol=1e-6):
                 problems.append(

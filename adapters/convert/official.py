@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backbone import Backbone, Site
 from ..format.errors import AdapterError, Problem
-from .importing import ImportedTensors, KroneckerLayer, read_tensors, take_model_weights
+from .importing import ImportedTensors, KroneckerLayer, not_finite_problems, read_tensors, take_model_weights
 
 _MODULE = re.compile(r"(?P<path>.+)\.(?P<name>attention|proj|fc1|fc2)_(?:ka|kar|karst|lokr)\.(?P<part>.+)")
 _PART = re.compile(r"w1_group_1|alpha|w1_group\.\d{1,9}|w2_group_a\.\d{1,9}(\.\d)?|w2_group_b\.\d{1,9}")
@@ -41,20 +41,20 @@ def read_official(path: Path, backbone: Backbone, multiplier: float = 1.0) -> Im
     """Return the tensors of an official-style checkpoint; gain = multiplier^2 * alpha / r, with alpha 1 by default.
 
     `module.` prefixes are removed. The backbone's weights in the file must equal the backbone's, except for tuned
-    norms, which are kept. Other tensors, such as an optimiser's, are counted as ignored.
+    norms, which are kept. Frozen weights and values that are no tensors are counted as ignored.
 
     Args:
-        path: `.pth`, `.pt` or `.bin` (read with weights only), or `.safetensors`.
+        path: `.pth`, `.pt`, `.bin`, `.pth.tar` or `.ckpt` (read with weights only), or `.safetensors`.
         multiplier: argument of the official layer, which no file stores.
 
     Raises:
         AdapterError: the file is unreadable or of another backbone, or a tensor is missing, has a wrong shape, or has
-            an unknown adapter-like name.
+            an unknown name.
     """
     state = {name.removeprefix("module."): value for name, value in read_tensors(path).items()}
     sites = {site.name: site for site in backbone.sites}
     groups: dict[str, _Group] = {}
-    imported, rest, problems = ImportedTensors(), {}, []
+    imported, rest, problems = ImportedTensors(), {}, not_finite_problems(state)
     for name, value in state.items():
         module, rescale = _MODULE.fullmatch(name), _RESCALE.fullmatch(name)
         found = module or rescale

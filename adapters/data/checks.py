@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 from .datasets import DatasetSplits
 from .errors import DataError, ImageError
+from .files import LeftOut
 from .image_set import ImageTensors
 from .images import MAX_IMAGE_PIXELS
+from .labels import label_text, near_duplicates, shown_apart
 from .layouts import Split
 from .splitting import stratified_split
 
@@ -29,12 +31,17 @@ class ImageKey(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckedDataset:
-    """Prepared tensors that passed the checks, and the warnings for the user."""
+    """Prepared tensors that passed the checks, and the warnings for the user.
+
+    Attributes:
+        left_out: files of the dataset that its readers did not take. Those that matter are also warnings.
+    """
 
     train: ImageTensors
     validation: ImageTensors | None
     test: ImageTensors | None
     warnings: tuple[str, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def check_dataset(
@@ -60,15 +67,24 @@ def check_dataset(
         on_image: called after each image.
 
     Raises:
-        DataError: with all problems in one message: unreadable images, duplicates across splits, an image with two
-            labels in one split, fewer than two classes, a class that is validated or tested but not trained, or a
-            class with a single image while validation images are held out.
+        DataError: a label is empty or not UTF-8; no image is decoded then. Otherwise with all problems in one
+            message: unreadable images, duplicates across splits, an image with two labels in one split, fewer than
+            two classes, a class that is validated or tested but not trained, or a class with a single image while
+            validation images are held out.
     """
+    for label in splits.train.labels:
+        label_text(label, "labels")
     tensors = {
         name: ImageTensors(images, preprocess, max_pixels=max_pixels) for name, images in splits.by_name().items()
     }
     digests, unreadable = _decode_all(tensors, on_image)
     report = _Report(skip_bad)
+    report.warnings += [f"left out: {files}" for files in splits.left_out if files.matters]
+    report.warnings += [
+        f"labels that differ only in case, spaces or Unicode form: {shown_apart(group)}; "
+        "merge them if they are one class"
+        for group in near_duplicates(splits.train.labels)
+    ]
     report.add(
         {key: f"{_name(tensors, key)}: {reason}" for key, reason in unreadable.items()},
         f"{len(unreadable)} of {len(digests) + len(unreadable)} images cannot be read",
@@ -107,7 +123,7 @@ def check_dataset(
     train, validation = kept["train"], kept.get("validation")
     if holds_out:
         train, validation = _hold_out(train, train_digests, val_fraction, seed)
-    return CheckedDataset(train, validation, kept.get("test"), (*report.warnings, *warnings))
+    return CheckedDataset(train, validation, kept.get("test"), (*report.warnings, *warnings), splits.left_out)
 
 
 class _Report:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import DataError, ImageError
+from .files import LeftOut
 from .images import MAX_IMAGE_PIXELS, background_of, decode_image, eval_transform, needed_px
 
 DEFAULT_CACHE_BYTES = 4 * 1024**3
@@ -35,11 +36,13 @@ class ImageSet:
         sources: one file path or encoded image per image.
         targets: per image, the index of its class in `labels`.
         labels: class names.
+        left_out: files of the dataset that its reader did not take.
     """
 
     sources: tuple[Path | EncodedImage, ...]
     targets: tuple[int, ...]
     labels: tuple[str, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
     def __len__(self) -> int:
         return len(self.sources)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
+from ..data.files import LeftOut
 from ..format.file import write_atomically
 from .advice import advise
 from .outputs import AccuracyInUse, described
@@ -140,6 +141,9 @@ def _page(
     if metadata.get("warnings"):
         listed = "".join(f"<li>{html.escape(str(line))}</li>" for line in metadata["warnings"])
         sections.append(f"<h2>Warnings</h2><ul>{listed}</ul>")
+    if left_out := [entry for entry in metadata.get("left_out", []) if not entry["matters"]]:
+        listed = "".join(f"<li>{html.escape(str(LeftOut(**entry)))}</li>" for entry in left_out)
+        sections.append(f"<h2>Files left out</h2><ul>{listed}</ul>")
     title = html.escape(str(metadata.get("adapter", "adapter")))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"

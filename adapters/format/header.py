@@ -49,6 +49,11 @@ def read_header(data: bytes) -> RawHeader:
     if len(data) < 8:
         raise file_error(f"not a safetensors file: {len(data)} bytes are too few for its header")
     length = struct.unpack("<Q", data[:8])[0]
+    if length > MAX_HEADER_BYTES and data.startswith((b"PK\3\4", b"\x80")):
+        raise file_error(
+            "not a safetensors file, but a pickle or zip such as PyTorch's .pth, which is not loaded, since it can run "
+            "code; convert an adapter with `karst-hub convert`"
+        )
     if length > MAX_HEADER_BYTES:
         raise file_error(
             f"not a safetensors file, or its header is too long: the header claims {length} bytes, "

@@ -163,6 +163,7 @@ def fit(
         extra["linear_probe_test_accuracy"] = round(linear_probe(frozen, images.train, images.test), 4)
     metadata: dict[str, Any] = {"adapter": output.name, "data": str(data), "device": device}
     metadata |= {"warnings": list(images.warnings), "versions": versions()}
+    metadata |= {"left_out": [asdict(files) for files in images.left_out]}
     if epochs is None:
         fitted = InstantFit.of(frozen, images, extra)
         refinement = None if recipe == "instant" else Refinement(images, config, karst, budget_s)

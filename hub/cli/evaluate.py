@@ -79,6 +79,8 @@ def run(
         adapter = _read_adapter(path, frozen)
         configs.append(adapter.config)
         sets.append(read_split(data, "test", adapter.labels))
+        for files in sets[-1].left_out:
+            console.print(f"{'warning: ' if files.matters else ''}left out: {files}", soft_wrap=True)
     banks = _banks(frozen, configs)
     rows = []
     with Progress(console=console, transient=True) as progress:

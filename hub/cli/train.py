@@ -116,6 +116,9 @@ class ProgressWatch(Watch):
     def checked(self, images: CheckedDataset) -> None:
         for warning in images.warnings:
             self._console.print(f"warning: {warning}", soft_wrap=True)
+        for files in images.left_out:
+            if not files.matters:  # the others are among the warnings
+                self._console.print(f"left out: {files}", soft_wrap=True)
         count, validation, test = (len(part) if part else 0 for part in (images.train, images.validation, images.test))
         self._console.print(
             f"{count} training images, {validation} for validation, {test} held out; "

@@ -1,5 +1,6 @@
 """Loading, fingerprint, sites and clones of a backbone."""
 
+import argparse
 import hashlib
 import pickle
 from pathlib import Path
@@ -142,6 +143,97 @@ def test_load_reads_a_checkpoint(small: Backbone, tmp_path: Path, suffix: str) -
     loaded = load_backbone("test_vit", path)
     assert loaded.fingerprint == fingerprint(small.model)
     assert same_outputs(loaded, small)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "extra"),
+    [
+        (
+            "model_best.pth.tar",
+            "",
+            {"epoch": 3, "args": argparse.Namespace(lr=1, out=Path("x")), "best": np.float64(1)},
+        ),
+        ("last.ckpt", "model.", {"epoch": 3, "pytorch-lightning_version": "2.5", "hyper_parameters": {"lr": 1}}),
+        ("ddp.pth", "module.", {}),
+        ("compiled.pt", "_orig_mod.module.", {}),
+        ("deep.ckpt", "student.backbone.", {}),
+    ],
+)
+def test_load_reads_the_checkpoint_of_a_training_loop(
+    small: Backbone, tmp_path: Path, name: str, prefix: str, extra: dict[str, Any]
+) -> None:
+    state = small.model.state_dict() | {"head.weight": torch.ones(10, 64)}
+    torch.save({"state_dict": {prefix + key: value for key, value in state.items()}} | extra, tmp_path / name)
+    assert load_backbone("test_vit", tmp_path / name).fingerprint == fingerprint(small.model)
+
+
+def test_load_reads_a_flat_state_dict_beside_a_counter(small: Backbone, tmp_path: Path) -> None:
+    torch.save(dict(small.model.state_dict()) | {"epoch": 3}, tmp_path / "flat.pth")
+    assert load_backbone("test_vit", tmp_path / "flat.pth").fingerprint == fingerprint(small.model)
+
+
+def test_load_refuses_a_checkpoint_that_has_the_model_twice(small: Backbone, tmp_path: Path) -> None:
+    state = {p + key: value for p in ("model.", "ema.") for key, value in small.model.state_dict().items()}
+    torch.save(state, tmp_path / "two.ckpt")
+    with pytest.raises(
+        BackboneError, match=r"two.ckpt: has the model's weights under model. and ema.; save one of them"
+    ):
+        load_backbone("test_vit", tmp_path / "two.ckpt")
+
+
+def test_load_says_what_to_do_when_a_whole_model_was_pickled(small: Backbone, tmp_path: Path) -> None:
+    torch.save(nn.Linear(1, 1), tmp_path / "model.pth")
+    with pytest.raises(
+        BackboneError,
+        match=r"the file holds torch.nn.modules.linear.Linear, .* torch.save\(model.state_dict\(\), FILE\)$",
+    ):
+        load_backbone("test_vit", tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_load_names_the_weights_when_they_have_nan(small: Backbone, tmp_path: Path, suffix: str, number: float) -> None:
+    path = tmp_path / f"diverged{suffix}"
+    model = small.clone()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["blocks.0.norm1.weight"][3] = number
+    if suffix == ".npz":
+        spoilt = google_layout(small.model)
+        spoilt["Transformer/encoderblock_0/LayerNorm_0/scale"] = state["blocks.0.norm1.weight"].numpy()
+        np.savez(path, **spoilt)
+    else:
+        safetensors.torch.save_file(state, path)
+    with pytest.raises(
+        BackboneError, match=r"NaN or infinite numbers in blocks.0.norm1.weight \(1 tensors in all\); the"
+    ):
+        load_backbone("test_vit", path)
+
+
+def test_load_says_that_positions_were_resampled_when_the_image_size_differs(
+    small: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    side = 2 * small.input_size[1]
+    larger = load_backbone("test_vit", pretrained=False, image_size=side)
+    patches = larger.model.pos_embed.shape[1]
+    for name in ("larger.pth", "larger.npz"):
+        path = tmp_path / name
+        if name.endswith(".npz"):
+            np.savez(path, **google_layout(larger.model))
+        else:
+            torch.save(larger.model.state_dict(), path)
+        with caplog.at_level("INFO", "adapters.checkpoints"):
+            load_backbone("test_vit", path)
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert f"{name} is of another image or patch size; these weights were resampled" in record.message
+        assert f"pos_embed from 1 x {patches} x 64 to 1 x {small.model.pos_embed.shape[1]} x 64" in record.message
+        caplog.clear()
+    torch.save(small.model.state_dict(), tmp_path / "small.pth")
+    with caplog.at_level("INFO", "adapters.checkpoints"):
+        load_backbone("test_vit", tmp_path / "small.pth")
+        assert caplog.records == []
+        load_backbone("test_vit", tmp_path / "small.pth", image_size=side)
+    assert [record.levelname for record in caplog.records] == ["INFO"]  # the caller has chosen the size
 
 
 def test_load_reads_a_google_npz(small: Backbone, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from adapters.data.image_set import ImageSet
-from adapters.data.layouts import read_folder
+from adapters.data.readers.folders import read_folder
 from adapters.demo.tasks import digits
 from tests.support.models import coloured_noise
 

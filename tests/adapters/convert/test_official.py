@@ -1,5 +1,6 @@
 """Import of official-style checkpoints, against a repaired forward pass with the official code's names."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,11 +229,33 @@ def test_import_accepts_a_prefix_a_full_state_dict_and_alphas(backbone: Backbone
         state[f"blocks.{i}.mlp.fc1_ka.alpha"] = torch.tensor(float(2 + i % 2))
     bare = dict(state)
     frozen = {n: t for n, t in backbone.model.state_dict().items() if not n.startswith("head")}
-    full = {f"module.{n}": t for n, t in {**state, **frozen}.items()} | {"module.head_dist.bias": torch.zeros(2)}
+    full = {f"module.{n}": t for n, t in {**state, **frozen}.items()} | {
+        "module.counter": torch.ones(1, dtype=torch.int64)
+    }
     adapter, report = imported(backbone, {"state_dict": full, "epoch": 3}, tmp_path, labels)
     assert report["ignored"] == len(frozen) + 1
     pixels = random_pixels(backbone, 3)
     assert_logits(adapter, backbone, repaired_forward(backbone, bare, pixels), pixels)
+
+
+@pytest.mark.parametrize("suffix", ["pth.tar", "ckpt", "bin"])
+def test_import_reads_the_files_of_training_loops(
+    backbone: Backbone, tmp_path: Path, labels: Path, suffix: str
+) -> None:
+    state = official(backbone)
+    content = {"state_dict": state, "epoch": 3, "args": argparse.Namespace(lr=1e-3), "best": np.float64(0.5)}
+    adapter, _ = imported(backbone, content, tmp_path, labels, suffix)
+    pixels = random_pixels(backbone, 3)
+    assert_logits(adapter, backbone, repaired_forward(backbone, state, pixels), pixels)
+
+
+def test_import_names_a_tensor_with_nan(backbone: Backbone, tmp_path: Path, labels: Path) -> None:
+    state = official(backbone)
+    state["blocks.0.mlp.fc1_ka.w1_group.0"][0, 0] = float("nan")
+    with pytest.raises(
+        AdapterError, match=r"blocks.0.mlp.fc1_ka.w1_group.0: has NaN or infinite numbers, so the train"
+    ):
+        imported(backbone, state, tmp_path, labels)
 
 
 def test_import_refuses_weights_of_another_backbone(backbone: Backbone, tmp_path: Path, labels: Path) -> None:
@@ -260,6 +283,8 @@ def test_import_refuses_weights_of_another_backbone(backbone: Backbone, tmp_path
         ({"blocks.0.norm7.weight": (128,)}, "blocks.0.norm7.weight", "has no such norm layer"),
         ({"pos_embed": (1, 5, 128)}, "pos_embed", "has shape (1, 5, 128)"),
         ({"head.weight": None}, "head", "no classifier"),
+        ({"head_dist.weight": (3, 128)}, "head_dist.weight", "may have been trained; remove it if the model does not"),
+        ({"blocks.0.mlp.gate": (128,)}, "blocks.0.mlp.gate", "neither a weight of backbone 'demo' nor a known part"),
     ],
 )
 def test_import_names_a_wrong_tensor(
@@ -323,7 +348,8 @@ def test_import_refuses_a_file_without_tensors(
     for name, message in {
         "junk.pth": "cannot be read",
         "junk.safetensors": "not a valid safetensors file",
-        "junk.ckpt": "the file must end in one of",
+        "junk.ckpt": "not a PyTorch file, or a damaged one",
+        "junk.h5": "the file must end in one of",
         "gone.pth": "no such file or folder",
     }.items():
         if not name.startswith("gone"):

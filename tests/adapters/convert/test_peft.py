@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import safetensors.torch
 import torch
 from peft.tuners.lokr.layer import factorization
 
-from adapters import Adapter, AdapterError, Backbone, Bank
+from adapters import Adapter, AdapterError, Backbone, Bank, load_backbone
 from adapters.backbone import create_model
 from adapters.convert.convert import convert
 from adapters.convert.importing import read_labels
-from adapters.convert.peft import peft_side
+from adapters.convert.peft_export import peft_side
 from adapters.method import kronecker
 from tests.support.models import random_adapter, random_pixels, with_metadata
 
@@ -391,3 +392,114 @@ def test_convert_refuses_to_overwrite_its_source(backbone: Backbone, tmp_path: P
     random_adapter(backbone, kernels=1, rank=2).write(tmp_path / "own.safetensors")
     with pytest.raises(AdapterError, match=r"--out: .*own.safetensors is an input file"):
         convert(tmp_path / "own.safetensors", tmp_path / name, to, backbone)
+
+
+# Folders of peft before 0.14, which stored alpha and did not use it. `peft_0_13/make.py` wrote them with that peft.
+
+OLD = Path(__file__).parent / "peft_0_13"
+
+
+@pytest.fixture(scope="module")
+def demo() -> Backbone:
+    """Return the demo backbone with its own weights, as in `peft_0_13`."""
+    return load_backbone("demo")
+
+
+def copied(folder: Path, **changes: Any) -> Path:
+    """Copy the folder of peft 0.13, with changes of its config; None removes a field."""
+    shutil.copytree(OLD / "lokr", folder)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    return folder
+
+
+def assert_old_logits(demo: Backbone, adapter_file: Path, equal: bool = True) -> None:
+    expected = safetensors.torch.load_file(OLD / "expected.safetensors")
+    with torch.no_grad():
+        found = Adapter.read(adapter_file).merge(demo)(expected["pixels"].float())
+    assert torch.allclose(found, expected["logits"], rtol=1e-4, atol=1e-4) is equal
+
+
+def test_import_does_not_scale_a_lokr_when_peft_before_0_14_wrote_it(
+    demo: Backbone, tmp_path: Path, labels: Path
+) -> None:
+    report = convert(OLD / "lokr", tmp_path / "out.safetensors", "karst", demo, labels=labels)
+    assert report["notes"] == ["peft before 0.14 wrote the folder: dW is not multiplied by alpha / r, as in that peft"]
+    assert_old_logits(demo, tmp_path / "out.safetensors")
+
+
+def test_import_scales_a_lokr_when_its_config_says_so(demo: Backbone, tmp_path: Path, labels: Path) -> None:
+    folder = copied(tmp_path / "new", rank_dropout_scale=False)
+    report = convert(folder, tmp_path / "out.safetensors", "karst", demo, labels=labels)
+    assert "notes" not in report
+    assert_old_logits(demo, tmp_path / "out.safetensors", equal=False)
+    assert_logits(loaded_by_peft(demo, folder), tmp_path / "out.safetensors", demo)
+
+
+def test_import_refuses_a_lokr_when_its_config_does_not_show_the_scale(
+    demo: Backbone, tmp_path: Path, labels: Path
+) -> None:
+    folder = copied(tmp_path / "unknown", auto_mapping=None, revision=None)
+    with pytest.raises(
+        AdapterError, match=r"alpha: is 16 for .* r = 4, and .* add \"rank_dropout_scale\": false if dW"
+    ):
+        convert(folder, tmp_path / "out.safetensors", "karst", demo, labels=labels)
+    shutil.rmtree(folder)
+    copied(folder, auto_mapping=None, alpha=4, alpha_pattern={"blocks.0.attn.proj": 40})
+    convert(folder, tmp_path / "out.safetensors", "karst", demo, labels=labels)
+    assert_old_logits(demo, tmp_path / "out.safetensors")
+
+
+def test_import_scales_an_older_export_of_this_project(backbone: Backbone, tmp_path: Path) -> None:
+    """Its config had no rank_dropout_scale, like those of peft before 0.14."""
+    adapter = exportable(backbone)
+    adapter.write(tmp_path / "in.safetensors")
+    convert(tmp_path / "in.safetensors", tmp_path / "lokr", "lokr", backbone)
+    path = tmp_path / "lokr" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config["alpha"] != config["r"]
+    assert config.pop("rank_dropout_scale") is False
+    path.write_text(json.dumps(config))
+    convert(tmp_path / "lokr", tmp_path / "again.safetensors", "karst", backbone)
+    again = Adapter.read(tmp_path / "again.safetensors")
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in adapter.tensors.items())
+    assert again.config.effective_gain == adapter.config.effective_gain
+
+
+def test_import_reads_pickled_weights_of_a_peft_folder(demo: Backbone, tmp_path: Path, labels: Path) -> None:
+    folder = copied(tmp_path / "bin")
+    state = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(state, folder / "adapter_model.bin")
+    convert(folder, tmp_path / "out.safetensors", "karst", demo, labels=labels)
+    assert_old_logits(demo, tmp_path / "out.safetensors")
+    torch.save(torch.nn.Linear(1, 1), folder / "adapter_model.bin")
+    with pytest.raises(
+        AdapterError, match=r"holds torch.nn.modules.linear.Linear, a Python object .*; save the state d"
+    ):
+        convert(folder, tmp_path / "other.safetensors", "karst", demo, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("blocks.0.attn.proj.lora_A.weight", torch.ones(4, 128), "is neither a weight of backbone 'demo' nor a known"),
+        (
+            "head.fc1.weight",
+            torch.ones(9, 128),
+            "is neither a weight of backbone 'demo' nor a known part of an adapter",
+        ),
+        ("blocks.1.mlp.fc1.lokr_w1", torch.full((8, 8), float("nan")), "has NaN or infinite numbers"),
+        ("head.bias", torch.full((3,), float("inf")), "has NaN or infinite numbers, so the training diverged"),
+    ],
+)
+def test_import_names_a_tensor_that_it_would_drop_or_that_has_nan(
+    demo: Backbone, tmp_path: Path, labels: Path, name: str, value: torch.Tensor, message: str
+) -> None:
+    folder = copied(tmp_path / "lokr")
+    path = folder / "adapter_model.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(path) | {f"base_model.model.{name}": value}, path)
+    with pytest.raises(AdapterError) as caught:
+        convert(folder, tmp_path / "out.safetensors", "karst", demo, labels=labels)
+    assert any(p.where.endswith(name) and message in p.message for p in caught.value.problems), caught.value.problems

@@ -9,6 +9,7 @@ import torch
 from adapters import DataError
 from adapters.data.checks import CheckedDataset, check_dataset
 from adapters.data.datasets import DatasetSplits
+from adapters.data.files import LeftOut
 from adapters.data.image_set import ImageSet, ImageTensors
 from adapters.data.images import decode_image, eval_transform
 from tests.support.image_sets import image_file
@@ -234,3 +235,24 @@ def test_check_accepts_a_file_when_it_is_listed_twice(tmp_path: Path) -> None:
     checked = check_dataset(DatasetSplits(twice), PREPROCESS, val_fraction=0.25)
     assert not set(file_names(checked.train)) & set(file_names(checked.validation))
     assert (len(checked.train), len(present(checked.validation))) == (12, 4)
+
+
+def test_check_warns_of_files_left_out_and_of_labels_that_look_like_one_class(tmp_path: Path) -> None:
+    labels = ("cat", "Cat", "dog")
+    train = images(tmp_path, *((f"{i}.png", i, labels[i % 3]) for i in range(6)), labels=labels)
+    left_out = (LeftOut("images of no class", 1, ("a.png",), True), LeftOut("hidden files", 1, (".b",), False))
+    checked = check_dataset(DatasetSplits(train, left_out=left_out), PREPROCESS)
+    assert checked.left_out == left_out
+    assert checked.warnings == (
+        "left out: 1 images of no class: a.png",
+        "labels that differ only in case, spaces or Unicode form: 'cat', 'Cat'; merge them if they are one class",
+    )
+
+
+@pytest.mark.parametrize("label", ["", "\udcff"])
+def test_check_refuses_a_label_that_no_file_can_hold_before_it_decodes_an_image(tmp_path: Path, label: str) -> None:
+    train = images(tmp_path, ("a.png", 1, "cat"), ("b.png", 2, label), labels=("cat", label))
+    seen: list[None] = []
+    with pytest.raises(DataError, match=r"^labels: label .*(is empty|is not UTF-8)"):
+        check_dataset(DatasetSplits(train), PREPROCESS, on_image=lambda: seen.append(None))
+    assert seen == []

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from adapters import DataError
 from adapters.data.image_set import ImageTensors
-from adapters.data.layouts import read_folder
+from adapters.data.readers.folders import read_folder
 from tests.support.image_sets import image_file
 from tests.support.models import PREPROCESS
 
@@ -68,15 +68,22 @@ def test_read_folder_names_the_folder_when_it_is_invalid(tmp_path: Path) -> None
     ):
         read_folder(tmp_path / "none")
     root = make_folder(tmp_path / "one", {"a": 1})
-    with pytest.raises(DataError, match=r"one: 1 class folders, but a task needs at least 2; add folders of images$"):
+    with pytest.raises(
+        DataError, match=r"one: 1 class folders with images, but a task needs at least 2; add folders of images$"
+    ):
         read_folder(root)
     (root / "empty").mkdir()
-    with pytest.raises(DataError, match=r"one/empty: no images; expected files that end in .jpg, .*, .tiff$"):
+    with pytest.raises(DataError, match=r"one: 1 class folders with images, .*. Without images: empty$"):
+        read_folder(root)
+    (root / "empty" / "scan.dcm").write_bytes(b"DICM")
+    with pytest.raises(
+        DataError, match=r"one/empty: no images, only scan.dcm; expected files that end in .jpg, .*tiff"
+    ):
         read_folder(root)
     with pytest.raises(
-        DataError, match=r"one: classes empty are not among the task's labels a, b; rename or remove these folders$"
+        DataError, match=r"two: classes a are not among the task's labels b, c; rename or remove these folders$"
     ):
-        read_folder(root, labels=["a", "b"])
+        read_folder(make_folder(tmp_path / "two", {"a": 1, "b": 1}), labels=["b", "c"])
 
 
 def test_read_folder_refuses_a_folder_when_it_has_no_class_folders(tmp_path: Path) -> None:

@@ -314,3 +314,10 @@ def test_check_collects_all_problems(backbone: Backbone) -> None:
 def test_read_refuses_an_invalid_time(backbone: Backbone, created: str) -> None:
     with pytest.raises(AdapterError, match=r"created: is .*, expected an RFC 3339 time"):
         Adapter.read(with_metadata(create(backbone, head(backbone)), created=created))
+
+
+def test_read_says_what_to_do_when_the_file_is_a_pickle(tmp_path: Path) -> None:
+    for zipped in (True, False):
+        torch.save({"w": torch.ones(1)}, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(AdapterError, match=r"but a pickle or zip such as PyTorch's .pth, .* `karst-hub convert`"):
+            Adapter.read(tmp_path / "model.pth")

@@ -48,6 +48,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("digits"), 0, 8)
 
 
+def test_fit_reports_the_files_that_it_left_out(demo: Backbone, tmp_path: Path) -> None:
+    root = write_digits(tmp_path / "data", 0, 4)
+    (root / "0" / ".DS_Store").write_bytes(b"")
+    (root / "0" / "0.png").rename(root / "loose.png")
+    done = fit(root, tmp_path / "c.safetensors", backbone=demo, recipe="instant")
+    numbers = json.loads((done.report / "report.json").read_text())
+    assert {entry["reason"]: entry["count"] for entry in numbers["left_out"]} == {
+        "images outside the class folders": 1,
+        "files that macOS, Windows or a NAS added": 1,
+    }
+    assert [line for line in numbers["warnings"] if line.startswith("left out: 1 images outside the class folders: ")]
+    page = (done.report / "report.html").read_text()
+    assert "Files left out" in page
+    assert "1 files that macOS, Windows or a NAS added: " in page
+
+
 def test_instant_writes_a_head_with_calibration_and_a_report(demo: Backbone, data: Path, tmp_path: Path) -> None:
     test = write_digits(tmp_path / "test", 8, 3)
     log = Log()

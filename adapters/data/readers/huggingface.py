@@ -1,7 +1,8 @@
 """Reader of local datasets in the layouts of Hugging Face's `datasets` library. Nothing is downloaded.
 
-Three layouts are read: the output of `save_to_disk`, Parquet files with an image column, and an image folder with a
-metadata file. Images stay encoded and on disk until they are read. `datasets` copies Parquet files into its own cache.
+Two layouts are read: the output of `save_to_disk`, and Parquet files with an image column. `metadata.py` reads image
+folders with a metadata file. Images stay encoded and on disk until they are read. `datasets` copies Parquet files into
+its own cache.
 """
 
 from collections.abc import Iterator
@@ -9,25 +10,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, ImageError
-from .image_set import EncodedImage
-from .layouts import Rows
+from ..errors import DataError, ImageError
+from ..files import LeftOut, LeftOutFiles
+from ..image_set import EncodedImage
+from ..labels import label_text
+from ..layouts import Rows, SplitRows, by_split, split_of
 
 PARQUET_FOLDERS = (".", "data")  # folders of the shards: `train.parquet`, `data/train-00000-of-00002.parquet`
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")  # of an image folder; they have a column `file_name`
-_LABEL_DTYPES = ("string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-_METADATA_PROBE_BYTES = 4096  # the start of a metadata file, where its column names are
 
 
 def is_local_dataset(source: Path) -> bool:
     """Return whether `read_local_dataset` can read this folder or Parquet file."""
     if source.is_file():
         return source.suffix == ".parquet" and _has_images(source)
-    return _is_saved(source) or _has_metadata(source) or bool(_shards(source))
+    return _is_saved(source) or bool(_shards(source))
 
 
-def read_local_dataset(source: Path) -> tuple[dict[str, Rows], tuple[str, ...] | None]:
-    """Return the rows of each split, by its own name, and the class names of a `ClassLabel` column, else None.
+def read_local_dataset(source: Path) -> SplitRows:
+    """Return the rows of each split, with the class names of a `ClassLabel` column. A single split may have any name.
 
     Raises:
         DataError: `datasets` is not installed or cannot read the dataset, the image or label column is missing or
@@ -51,15 +51,18 @@ def read_local_dataset(source: Path) -> tuple[dict[str, Rows], tuple[str, ...] |
         )
     image = _image_column(datasets, source, first)
     label = _label_column(datasets, source, first)
-    names = tuple(first[label].names) if isinstance(first[label], datasets.ClassLabel) else None
-    return {name: _rows(datasets, source, name, part, image, label, names) for name, part in splits.items()}, names
+    names = None
+    if isinstance(first[label], datasets.ClassLabel):
+        names = tuple(label_text(name, f"{source}, column {label!r}") for name in first[label].names)
+    rows = {name: _rows(datasets, source, name, part, image, label, names) for name, part in splits.items()}
+    if len(rows) == 1:
+        rows = {split_of(name) or "train": part for name, part in rows.items()}
+    return SplitRows(by_split(source, rows), names, _left_out(source))
 
 
 def _load(datasets: Any, source: Path) -> Any:
     if source.is_dir() and _is_saved(source):
         return datasets.load_from_disk(str(source))
-    if source.is_dir() and _has_metadata(source):
-        return datasets.load_dataset("imagefolder", data_dir=str(source))
     shards = {"train": [source]} if source.is_file() else _shards(source)
     files = {name: [str(path) for path in paths] for name, paths in shards.items()}
     return datasets.load_dataset("parquet", data_files=files)
@@ -74,12 +77,12 @@ def _rows(
     rows: Rows = []
     for i, value in enumerate(part[label][:]):
         name = f"{source} ({split}, row {i})"
-        if value is None or (
-            names is not None and not 0 <= value < len(names)
-        ):  # -1 marks a test label that is not published
+        if names is not None and (value is None or not 0 <= value < len(names)):
+            # -1 marks a test label that is not published.
             raise DataError(f"{name}: column {label!r} is {value}; add the label, or remove the row")
-        text = names[value] if names is not None else str(value)
-        rows.append((EncodedImage(name, _RowReader(encoded, image, i)), text))
+        rows.append(
+            (EncodedImage(name, _RowReader(encoded, image, i)), label_text(names[value] if names else value, name))
+        )
     return rows
 
 
@@ -108,7 +111,7 @@ def _image_column(datasets: Any, source: Path, features: Any) -> str:
 
 def _label_column(datasets: Any, source: Path, features: Any) -> str:
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    plain = [name for name in ("label", "labels") if getattr(features.get(name), "dtype", None) in _LABEL_DTYPES]
+    plain = [name for name in ("label", "labels") if name in features]
     return _single_column(source, "label", classes or plain, features)
 
 
@@ -127,11 +130,6 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _has_metadata(folder: Path) -> bool:
-    candidates = (folder / part / name for part in (".", "train") for name in METADATA_FILES)
-    return any(path.is_file() and b"file_name" in path.read_bytes()[:_METADATA_PROBE_BYTES] for path in candidates)
-
-
 def _shards(folder: Path) -> dict[str, list[Path]]:
     """Return the Parquet files by split, the first word of their names: `train-00000-of-00002.parquet` is `train`."""
     shards: dict[str, list[Path]] = {}
@@ -139,6 +137,16 @@ def _shards(folder: Path) -> dict[str, list[Path]]:
         for path in sorted((folder / part).glob("*.parquet")):
             shards.setdefault(path.stem.split("-")[0], []).append(path)
     return shards
+
+
+def _left_out(source: Path) -> tuple[LeftOut, ...]:
+    """Return the Parquet files of a folder that are in none of the folders of the shards."""
+    left_out = LeftOutFiles()
+    if source.is_dir() and not _is_saved(source):
+        read = {path for shards in _shards(source).values() for path in shards}
+        others = [path for path in sorted(source.rglob("*.parquet")) if path not in read]
+        left_out.add("Parquet files outside the folder and its data/", others, matters=True)
+    return left_out.found()
 
 
 def _has_images(path: Path) -> bool:
