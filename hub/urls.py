@@ -11,7 +11,9 @@ REDIS_SCHEMES = ("redis", "rediss", "unix")
 # Harmless options of a URL. The value of any other one may be a password.
 SHOWN_OPTIONS = frozenset({"db", "ssl_ca_certs", "ssl_cert_reqs", "ssl_check_hostname", "socket_timeout", "protocol"})
 AUTHORITY = re.compile(r"([\w.~-]*|\[[0-9A-Fa-f:.]+\])(:\d*)?")
-URL_IN_TEXT = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*:/{0,2}[^\s'\"<>]*@[^\s'\"<>]*|\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+URL_IN_TEXT = re.compile(
+    r"\b[A-Za-z][A-Za-z0-9+.-]*:/{0,2}[^\s'\"<>]*@[^\s'\"<>]*|\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+"
+)
 
 
 def shown_url(url: str) -> str:
