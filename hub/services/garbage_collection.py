@@ -73,8 +73,9 @@ async def bind_store(integrity: Integrity, store: Store, executor: Executor | No
         )
     elif owner != identity:
         raise Conflict(
-            "The adapter store belongs to another registry. Use a store of its own for each registry. If the other one "
-            f"is gone and its files are not needed, remove {OWNER} from the store, register a version, and collect again."
+            "The adapter store belongs to another registry. Use a store of its own for each registry. If the other "
+            f"registry is gone and its files are not needed, remove {OWNER} from the store, register a version, and "
+            "collect again."
         )
 
 
