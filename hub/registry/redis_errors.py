@@ -1,5 +1,6 @@
 """Errors of Redis and of its connection: the remedy for the operator, and the errors that a new connection cures."""
 
+import os
 import re
 import socket
 import ssl
@@ -32,7 +33,6 @@ REMEDIES = {
     "CROSSSLOT": CLUSTER,
 }
 TEXTS = {
-    "without any password configured": "This Redis has no password. Remove the password from HUB_REDIS_URL.",
     "invalid password": REMEDIES["WRONGPASS"],
     "DB index is out of range": "Redis has the databases 0 to 15 by default. Correct the number in HUB_REDIS_URL.",
     "unknown command": "The server lacks a command that the hub needs. Use Redis 6.2 or newer with EVALSHA and INFO.",
@@ -54,6 +54,7 @@ TEXTS = {
 }
 UNKNOWN_HOST = "The host in HUB_REDIS_URL has no address. Correct its name, or this machine's DNS."
 TIMEOUT = "Redis does not answer in time. Check its load, its address, and the firewall between this machine and Redis."
+TLS_TIMEOUT = "The server answers no TLS in time. Check its address and its TLS port; without TLS use redis://."
 CLOSED = "The server closed the connection. Check its log; a server that expects TLS needs rediss:// in HUB_REDIS_URL."
 
 
@@ -83,15 +84,26 @@ def error_code(error: BaseException) -> str:
 
 def explain(error: BaseException, url: str) -> str:
     """Return the words of Redis or of the socket, and what the operator can do. The text has no password."""
+    causes, code = list(_chain(error)), error_code(error)
     said = shown_text(_first_line(error), url).rstrip(".")
-    code = error_code(error)
     if isinstance(error, ResponseError) or code:
-        said = f"Redis said: {said if code in said else f'{code} {said}'}"
-    return f"{said}. {_remedy(list(_chain(error)), code)}".strip()
+        said = f"Redis said: {said[said.index(code) :] if code in said else f'{code} {said}'}"
+    reasons = _system_reasons(causes)
+    if reasons and reasons not in said:
+        said += f" ({reasons})"
+    if url.startswith("rediss://") and any("imeout" in type(cause).__name__ for cause in causes):
+        return f"{said}. {TLS_TIMEOUT}"
+    return f"{said}. {_remedy(causes, code)}".strip()
+
+
+def _system_reasons(causes: list[BaseException]) -> str:
+    """Return the system's words for the error numbers in the texts; asyncio replaces them by its own."""
+    found = re.findall(r"\bErr(?:no|or) (\d+)\b", " ".join(str(cause) for cause in causes))
+    return ", ".join(dict.fromkeys(os.strerror(int(number)) for number in found))
 
 
 def _remedy(causes: list[BaseException], code: str) -> str:
-    text = " ".join(str(cause) for cause in causes)
+    text = f"{_system_reasons(causes)} {' '.join(str(cause) for cause in causes)}"
     if code in REMEDIES:
         return REMEDIES[code]
     for part, remedy in TEXTS.items():

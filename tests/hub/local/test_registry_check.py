@@ -69,14 +69,11 @@ def test_a_cluster_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_the_words_of_a_redis_with_a_password_are_shown(tmp_path: Path) -> None:
-    with redis_server(tmp_path / "a", password="right") as server, redis_server(tmp_path / "b") as without:
+    with redis_server(tmp_path, password="right") as server:
         assert "WRONGPASS" in refusal(f"redis://:{SECRET}@127.0.0.1:{server.port}/0")
         assert "Correct user and password" in refusal(f"redis://:{SECRET}@127.0.0.1:{server.port}/0")
         assert "NOAUTH" in refusal(server.url)
         assert "Add the password to HUB_REDIS_URL" in refusal(server.url)
-        text = refusal(f"redis://:{SECRET}@127.0.0.1:{without.port}/0")
-        assert "without any password configured" in text
-        assert "Remove the password" in text
 
 
 def test_missing_permissions_are_shown_and_the_remedy_works(tmp_path: Path) -> None:
@@ -89,9 +86,7 @@ def test_missing_permissions_are_shown_and_the_remedy_works(tmp_path: Path) -> N
         server.client.execute_command("ACL", "SETUSER", "hub", "~karst:*", "+@all", "-@admin")
         preflight.check_registry(url)
         done = CliRunner().invoke(app, ["admin-key"], env={"HUB_REDIS_URL": url})
-        assert (done.exit_code, done.stdout[:18]) == (0, "HUB_ADMIN_KEY=kh_"[:18]) or done.stdout.startswith(
-            "HUB_ADMIN"
-        )
+        assert done.stdout.startswith("HUB_ADMIN_KEY=kh_")
 
 
 def test_a_wrong_database_is_shown(tmp_path: Path) -> None:
@@ -103,7 +98,8 @@ def test_a_wrong_database_is_shown(tmp_path: Path) -> None:
 
 def test_the_words_of_the_socket_are_shown(tmp_path: Path) -> None:
     port = free_port()
-    assert "Connection refused. Start Redis" in refusal(f"redis://:{SECRET}@127.0.0.1:{port}/0")
+    text = refusal(f"redis://:{SECRET}@127.0.0.1:{port}/0")
+    assert "(Connection refused). Start Redis, or correct the host and the port" in text
     assert "The host in HUB_REDIS_URL has no address" in refusal(f"redis://:{SECRET}@no-such-host.invalid/0")
     assert "correct the path of its socket" in refusal(f"unix://{tmp_path}/none.sock?password={SECRET}")
 
@@ -142,7 +138,7 @@ def test_the_words_of_tls_are_shown(tmp_path: Path) -> None:
         assert "?ssl_ca_certs=/PATH/TO/CA.pem" in text
         trusted = refusal(f"rediss://:{SECRET}@localhost:{port}/0?ssl_ca_certs={cert}")
         assert "CERTIFICATE_VERIFY_FAILED" not in trusted
-        assert "uses no TLS at this port" in refusal(f"rediss://localhost:{plain.port}/0")
+        assert "without TLS use redis://" in refusal(f"rediss://localhost:{plain.port}/0")
         assert "needs rediss://" in refusal(f"redis://127.0.0.1:{port}/0")
 
 
@@ -169,8 +165,8 @@ def test_a_full_redis_is_shown(tmp_path: Path) -> None:
     with redis_server(tmp_path, "--maxmemory", "1") as server:
         done = CliRunner().invoke(app, ["admin-key"], env={"HUB_REDIS_URL": server.url})
         assert done.exit_code == 1
-        assert "OOM" in done.stderr
-        assert "Raise its maxmemory" in done.stderr
+        assert "Redis said: OOM command not allowed" in str(done.exception)
+        assert "Raise its maxmemory" in str(done.exception)
 
 
 @pytest.mark.parametrize(

@@ -177,9 +177,10 @@ def test_a_gateway_registers_and_sees_changes_after_a_failover(
 
 
 def test_a_gateway_forgets_changes_that_the_new_primary_lacks(
-    backbone: Backbone, adapters: list[Adapter], tmp_path: Path
+    backbone: Backbone, adapters: list[Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replication is asynchronous: a failover may lose the last changes, and a cached task must not outlive them."""
+    monkeypatch.setattr("hub.registry.health.WATCH_INTERVAL_S", 0.1)
     with (
         two_servers(tmp_path / "redis") as (first, second, address),
         running(address.url, backbone, tmp_path / "store") as hub,

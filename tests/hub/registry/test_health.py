@@ -69,8 +69,9 @@ def test_the_log_repeats_a_reason_rarely(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_a_gateway_classifies_but_changes_nothing_while_the_policy_evicts(
-    backbone: Backbone, adapters: list[Adapter], tmp_path: Path
+    backbone: Backbone, adapters: list[Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hub.registry.health.WATCH_INTERVAL_S", 0.1)
     path = "/v1/tasks/flowers/versions"
     with redis_server(tmp_path / "redis") as server, running(server.url, backbone, tmp_path / "store") as hub:
         assert hub.http.post(path, content=adapters[0].data, headers=OCTETS).status_code == 201
