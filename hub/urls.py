@@ -6,7 +6,7 @@ A URL of a registry, a store or a source may contain a password, also where its 
 import re
 from urllib.parse import SplitResult, unquote, urlsplit
 
-HIDDEN = "***"
+HIDDEN = "..."
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 # Harmless options of a URL. The value of any other one may be a password.
 SHOWN_OPTIONS = frozenset({"db", "ssl_ca_certs", "ssl_cert_reqs", "ssl_check_hostname", "socket_timeout", "protocol"})

@@ -11,20 +11,20 @@ SECRET = "hunter2"
     ("url", "shown"),
     [
         ("redis://host:6379/0", "redis://host:6379/0"),
-        ("redis://:hunter2@host:6379/0", "redis://***@host:6379/0"),
-        ("rediss://user:hunter2@[::1]:6379/0", "rediss://***@[::1]:6379/0"),
-        ("redis://:a/hunter2?b#c@d@host:6379/0", "redis://***@host:6379/0"),  # not escaped
-        ("redis://host/0?password=hunter2&db=1", "redis://host/0?password=***&db=1"),
-        ("redis://:hunter2", "redis://***"),  # the host is missing
-        ("redis://user:hunter2/0", "redis://***"),
-        ("user:hunter2@host", "***@host"),
-        ("unix:///run/redis.sock?db=1&password=hunter2", "unix:///run/redis.sock?db=1&password=***"),
-        ("redis+sentinel://:hunter2@a:1,b:2/primary/0", "redis+sentinel://***@a:1,b:2/primary/0"),
-        ("s3://key:hunter2@bucket/prefix", "s3://***@bucket/prefix"),
-        ("simplecache::s3://key:hunter2@bucket", "simplecache::s3://***@bucket"),
+        ("redis://:hunter2@host:6379/0", "redis://...@host:6379/0"),
+        ("rediss://user:hunter2@[::1]:6379/0", "rediss://...@[::1]:6379/0"),
+        ("redis://:a/hunter2?b#c@d@host:6379/0", "redis://...@host:6379/0"),  # not escaped
+        ("redis://host/0?password=hunter2&db=1", "redis://host/0?password=...&db=1"),
+        ("redis://:hunter2", "redis://..."),  # the host is missing
+        ("redis://user:hunter2/0", "redis://..."),
+        ("user:hunter2@host", "...@host"),
+        ("unix:///run/redis.sock?db=1&password=hunter2", "unix:///run/redis.sock?db=1&password=..."),
+        ("redis+sentinel://:hunter2@a:1,b:2/primary/0", "redis+sentinel://...@a:1,b:2/primary/0"),
+        ("s3://key:hunter2@bucket/prefix", "s3://...@bucket/prefix"),
+        ("simplecache::s3://key:hunter2@bucket", "simplecache::s3://...@bucket"),
         ("s3://bucket/prefix", "s3://bucket/prefix"),
         ("/data/with@sign", "/data/with@sign"),
-        ("https://host/a?X-Amz-Signature=hunter2", "https://host/a?X-Amz-Signature=***"),
+        ("https://host/a?X-Amz-Signature=hunter2", "https://host/a?X-Amz-Signature=..."),
         ("", ""),
     ],
 )
@@ -44,11 +44,11 @@ def test_a_shown_url_has_no_password(url: str, shown: str) -> None:
 def test_a_shown_text_has_no_password(text: str) -> None:
     shown = shown_text(text, "redis://user:hunter2")
     assert SECRET not in shown
-    assert "***" in shown
+    assert "..." in shown
 
 
 def test_a_decoded_password_is_hidden_too() -> None:
-    assert shown_text("bad 'a/b/c'", "redis://:a%2Fb%2Fc@host") == "bad '***'"
+    assert shown_text("bad 'a/b/c'", "redis://:a%2Fb%2Fc@host") == "bad '...'"
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,15 @@ def two_servers(folder: Path) -> Iterator[tuple[RedisServer, RedisServer, "Servi
 
 
 def fail_over(old: RedisServer, new: RedisServer, address: "ServiceAddress") -> None:
-    """Promote the replica, demote the primary, and move the address; every open connection stays open."""
+    """Promote the replica, demote the primary, and move the address; every open connection stays open.
+
+    The replica has all changes that were made before the call.
+    """
+    written = int(old.client.info("replication")["master_repl_offset"])
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while int(new.client.info("replication")["slave_repl_offset"]) < written:
+        assert time.monotonic() < deadline, "the replica did not get the last changes"
+        time.sleep(0.01)
     new.promote()
     old.client.replicaof("127.0.0.1", new.port)
     address.target = new.port
