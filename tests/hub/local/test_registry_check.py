@@ -79,11 +79,13 @@ def test_the_words_of_a_redis_with_a_password_are_shown(tmp_path: Path) -> None:
 def test_missing_permissions_are_shown_and_the_remedy_works(tmp_path: Path) -> None:
     with redis_server(tmp_path) as server:
         url = f"redis://hub:{SECRET}@127.0.0.1:{server.port}/0"
-        server.client.execute_command("ACL", "SETUSER", "hub", "on", f">{SECRET}", "~karst:*", "+@read")
+        server.client.acl_setuser("hub", True, passwords=[f"+{SECRET}"], keys=["karst:*"], categories=["+@read"])
         text = refusal(url)
         assert "NOPERM" in text
         assert "ACL SETUSER NAME ~karst:* +@all -@admin" in text
-        server.client.execute_command("ACL", "SETUSER", "hub", "~karst:*", "+@all", "-@admin")
+        server.client.acl_setuser(
+            "hub", True, passwords=[f"+{SECRET}"], keys=["karst:*"], categories=["+@all", "-@admin"]
+        )
         preflight.check_registry(url)
         done = CliRunner().invoke(app, ["admin-key"], env={"HUB_REDIS_URL": url})
         assert done.stdout.startswith("HUB_ADMIN_KEY=kh_")
