@@ -25,7 +25,9 @@ def _default_home() -> Path:
 class Settings(BaseSettings):
     """Settings of one hub; frozen. `HUB_SLOTS` sets field `slots`, and so on."""
 
-    model_config = SettingsConfigDict(env_prefix="HUB_", frozen=True, extra="forbid", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="HUB_", frozen=True, extra="forbid", populate_by_name=True, hide_input_in_errors=True
+    )
 
     backbone: str = Field(DEFAULT_BACKBONE, description="timm name, `hf-hub:...`, `local-dir:...`, or `demo`")
     checkpoint: Path | None = Field(None, description="local weights: .safetensors, .pth or Google .npz")
@@ -45,8 +47,13 @@ class Settings(BaseSettings):
     max_gateways: int = Field(1, ge=1, description="largest number of gateways")
     scale_up_s: float = Field(10.0, ge=1, description="seconds of overload before replicas start")
     scale_down_s: float = Field(300.0, ge=1, description="seconds of underload before replicas stop")
-    redis_url: str | None = Field(None, description="registry; unset: an embedded redis-server under HUB_HOME")
-    store_url: str | None = Field(None, description="adapter files, any fsspec URL; unset: a folder under HUB_HOME")
+    # No repr: the URLs may contain passwords.
+    redis_url: str | None = Field(
+        None, repr=False, description="registry; unset: an embedded redis-server under HUB_HOME"
+    )
+    store_url: str | None = Field(
+        None, repr=False, description="adapter files, any fsspec URL; unset: a folder under HUB_HOME"
+    )
     home: Path = Field(default_factory=_default_home, description="folder of this machine's registry, store and logs")
     host: str = Field("127.0.0.1", description="address that HTTP listens on")
     port: int = Field(8000, ge=1, le=65535, description="port that HTTP listens on")
@@ -78,6 +85,11 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(10 * 1024**2, ge=1, description="largest encoded image")
     max_image_pixels: int = Field(50_000_000, ge=1, description="largest decoded image")
     max_adapter_bytes: int = Field(64 * 1024**2, ge=1, description="largest adapter file")
+
+    @field_validator("redis_url", "store_url")
+    @classmethod
+    def _take_empty_as_unset(cls, url: str | None) -> str | None:
+        return url or None
 
     @field_validator("home")
     @classmethod
@@ -155,7 +167,8 @@ def load_settings(**fixed: Any) -> Settings:
         if not first["loc"]:
             raise InvalidSettings(message) from error
         name = str(first["loc"][0])
-        value = "" if name == "sources" else f"={first['input']!r}"  # a prefix may contain a password
+        secret = name in ("sources", "redis_url", "store_url")  # a URL may contain a password
+        value = "" if secret else f"={first['input']!r}"
         variable = name if name.isupper() else f"HUB_{name.upper()}"
         raise InvalidSettings(f"{variable}{value}: {message}") from error
     except SettingsError as error:  # the value of a list is not JSON

@@ -23,12 +23,14 @@ from ..registry.audit import AuditLog
 from ..registry.cache import RegistryCache
 from ..registry.connection import RegistryConnection
 from ..registry.events import EventLog
+from ..registry.health import RegistryIntegrity, RegistryWatch
 from ..registry.keys import KeyRegistry
 from ..registry.status import StatusBoard
 from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..services.administration import AdministrationService
 from ..services.classification import ClassificationService
+from ..services.garbage_collection import keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
 from ..settings import Settings
@@ -140,6 +142,7 @@ def create_app(
     store = Store(str(settings.store_url))
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))
     limiter = RateLimiter(database, cache, keys)
+    integrity, watch = RegistryIntegrity(database), RegistryWatch(database, cache.resynchronise)
     service = ClassificationService(
         registry=registry,
         cache=cache,
@@ -168,6 +171,7 @@ def create_app(
         keys=keys,
         audit=AuditLog(database),
         status=StatusBoard(database),
+        integrity=integrity,
         cache=cache,
         store=store,
         registration=changes,
@@ -177,7 +181,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        background = {asyncio.create_task(cache.follow()), asyncio.create_task(limiter.run())}
+        steps = cache.follow(), limiter.run(), watch.run(), keep_bound(integrity, store, executor)
+        background = {asyncio.create_task(step) for step in steps}
         yield
         while background:  # repeated: a timeout of the Redis client can swallow a cancellation
             for task in background:

@@ -12,6 +12,7 @@ from ray.serve.config import RequestRouterConfig
 from ..api.app import create_app
 from ..settings import Settings
 from ..storage.store import Store
+from ..urls import check_redis_url
 from ..worker.prewarming import Prewarming
 from ..worker.replica import Worker
 from .autoscaling import replica_options
@@ -39,10 +40,14 @@ def build(settings: Settings) -> serve.Application:
             has no GPU and the workers' nodes have one.
 
     Raises:
-        ValueError: `redis_url` or `store_url` is not set.
+        ValueError: `redis_url` or `store_url` is not set, or `redis_url` is not valid.
     """
     if settings.redis_url is None or settings.store_url is None:
         raise ValueError("redis_url and store_url are required: every node of the cluster uses them")
+    try:
+        check_redis_url(settings.redis_url)
+    except ValueError as error:
+        raise ValueError(f"redis_url: {error}.") from None
     prewarming = Prewarming(settings.redis_url, settings.pinned)
     store = Store(settings.store_url)
     workers = serve.deployment(**worker_options(settings))(Worker).bind(

@@ -14,12 +14,14 @@ from typing import TypeVar
 
 from ..cluster.haproxy_node import drain
 from ..cluster.ray_compat import LOOPBACK_SWITCHES, actor_logs
+from ..errors import Unavailable
 from ..observability import log_format
 from ..registry.audit import OPERATOR
-from ..registry.connection import RegistryConnection
+from ..registry.connection import RegistryConnection, reason_of
 from ..registry.keys import ADMIN, KeyRegistry
 from ..registry.tenants import TenantRegistry
 from ..settings import Settings
+from ..urls import shown_url
 from . import preflight
 from .bootstrap import FirstKeys, create_first_keys
 from .embedded_redis import embedded_redis, url_of_running
@@ -88,11 +90,13 @@ def new_admin_key(settings: Settings) -> str:
     For an operator without an admin key: the call requires access to the registry, but no key.
 
     Raises:
-        EmbeddedRedisError, Unavailable: the registry does not answer.
+        EmbeddedRedisError, StartError: the registry does not answer, or a hub could not start with it.
     """
     with ExitStack() as stack:
         url = settings.redis_url
-        if url is None:
+        if url is not None:
+            preflight.check_registry(url)
+        else:
             try:
                 stack.enter_context(preflight.locked_home(settings.home))
                 url = stack.enter_context(embedded_redis(settings.home))
@@ -103,8 +107,10 @@ def new_admin_key(settings: Settings) -> str:
 
 
 async def _with_database(url: str, use: Callable[[RegistryConnection], Awaitable[T]]) -> T:
-    database = RegistryConnection(url)
+    database = RegistryConnection(url, quiet=True)
     try:
         return await use(database)
+    except Unavailable as error:
+        raise StartError(f"The registry at {shown_url(url)}: {reason_of(error, url)}") from error
     finally:
         await database.close()

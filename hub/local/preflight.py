@@ -12,11 +12,13 @@ from pathlib import Path
 
 from ..cluster.haproxy_node import connections_for
 from ..errors import Unavailable
-from ..registry.connection import RegistryConnection
+from ..registry.connection import RegistryConnection, reason_of
+from ..registry.health import read_facts
 from ..registry.tenants import TenantRegistry
 from ..settings import Settings
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
+from ..urls import shown_text, shown_url
 from .errors import StartError
 
 logger = logging.getLogger(__name__)
@@ -103,12 +105,13 @@ def check_tls(settings: Settings) -> None:
 def check_store(url: str) -> None:
     """
     Raises:
-        StartError: fsspec does not know the URL's scheme, or its package is not installed.
+        StartError: fsspec does not know the URL's scheme, its package is not installed, or it refuses the URL.
     """
     try:
         Store(url)
-    except (ValueError, ImportError) as error:
-        raise StartError(f"HUB_STORE_URL={url}: {error}") from error
+    except Exception as error:  # some file systems connect at once, and each has its own exception types
+        said = shown_text(str(error) or type(error).__name__, url)
+        raise StartError(f"HUB_STORE_URL={shown_url(url)}: {said}") from error
 
 
 def check_sources(settings: Settings) -> None:
@@ -125,19 +128,22 @@ def check_sources(settings: Settings) -> None:
 def check_registry(url: str) -> None:
     """
     Raises:
-        StartError: Redis does not answer, or an older version of the hub wrote its data.
+        StartError: the URL is not valid, Redis does not answer, it is a replica, it may evict keys, or an older version
+            of the hub wrote its data.
     """
     try:
         asyncio.run(_check_registry(url))
     except ValueError as error:
-        raise StartError(f"HUB_REDIS_URL={url}: {error}") from error
+        raise StartError(f"HUB_REDIS_URL={shown_url(url)}: {error}.") from error
     except Unavailable as error:
-        raise StartError(f"HUB_REDIS_URL={url}: {error.detail}") from error
+        raise StartError(f"HUB_REDIS_URL={shown_url(url)}: {reason_of(error, url)}") from error
 
 
 async def _check_registry(url: str) -> None:
-    database = RegistryConnection(url)
+    database = RegistryConnection(url, quiet=True)
     try:
+        if (fault := (await read_facts(database)).fault()) is not None:
+            raise StartError(f"HUB_REDIS_URL={shown_url(url)}: {fault}")
         if await TenantRegistry(database).has_outdated_format():
             raise StartError(
                 "An older karst-hub wrote this registry and stored keys in another form. Start with an empty registry "

@@ -54,6 +54,7 @@ class RegistryCache:
         self._tenants: LRUCache[str, TenantInfo] = LRUCache(MAX_TENANTS)
         self._invalidations = 0  # a value that was read across an invalidation is not cached
         self._following = False
+        self._resynchronising = False
         self._last_contact_s = clock()
 
     async def task(self, tenant: str, name: str) -> Task:
@@ -118,17 +119,27 @@ class RegistryCache:
         self._invalidations += 1
         self._keys.pop(id, None)
 
+    def resynchronise(self) -> None:
+        """Drop everything and read change events from their end: another server may lack the last changes."""
+        self._resynchronising = True
+        self._clear()
+
     async def follow(self) -> None:
         """Read change events until cancelled. Nothing is cached before the first contact with the registry."""
         last: str | None = None
         while not is_cancelled():
             try:
                 oldest, newest = await self._events.span()
-                if last is None or not _position(oldest) <= _position(last) <= _position(newest):
+                if (
+                    last is None
+                    or self._resynchronising
+                    or not _position(oldest) <= _position(last) <= _position(newest)
+                ):
+                    self._resynchronising = False
                     self._clear()  # at the start, and after lost events: a new stream or a long absence
                     last = newest
                 self._following = True
-                while not is_cancelled():
+                while not (self._resynchronising or is_cancelled()):
                     self._last_contact_s = self._clock()
                     for event in await self._events.read(last, EVENT_WAIT_MS):
                         self._invalidate(event)

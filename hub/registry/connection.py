@@ -4,6 +4,7 @@ A Lua script may access keys that it reads from other keys. So the registry is o
 Cluster is not supported. All keys start with `karst:`. Names of tenants and tasks contain no colon.
 
     tenants                     hash    tenant -> JSON {created, limits}
+    identity                    string  random id of this registry; the store has a copy (`storage/store.OWNER`)
     keys                        hash    id of an API key -> JSON of a `KeyRecord`
     admins                      set     ids of admin keys
     used                        hash    id of an API key -> its last use, in seconds since 1970
@@ -32,15 +33,31 @@ Cluster is not supported. All keys start with `karst:`. Names of tenants and tas
 
 import asyncio
 import json
-from collections.abc import Awaitable
+import logging
+import time
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    SSLConnection,
+    UnixDomainSocketConnection,
+    parse_url,
+)
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
 from redis.commands.core import AsyncScript
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import BusyLoadingError, RedisError, ResponseError
 
 from ..errors import Unauthenticated, Unavailable
+from ..urls import check_redis_url
+from .redis_errors import NOT_PRIMARY, NotPrimary, error_code, explain
 from .scripts import ChangeReply, LuaScript
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MAX_CONNECTIONS = 64  # per process; further commands wait for a free connection
@@ -49,28 +66,121 @@ CONNECT_TIMEOUT_S = 2
 SOCKET_TIMEOUT_S = 5
 PROBE_INTERVAL_S = 0.25
 READ_TIMEOUT_S = 1.0  # for a read that a request waits for
+# Retries after an answer of a server that is not the primary: 0.75 s in all, the time of a short failover.
+RETRIES, FIRST_PAUSE_S, LONGEST_PAUSE_S = 4, 0.05, 0.4
+LOG_INTERVAL_S = 30.0  # between two log lines with the same reason
+
+
+@dataclass
+class Failovers:
+    """Number of failovers that a pool has seen. Connections of an earlier number may lead to a former primary."""
+
+    count: int = 0
+
+
+class _PrimaryConnection(AbstractConnection):
+    """A connection that is dropped when the server answers that it is not the primary.
+
+    After a failover the old connections may stay open to a server that refuses every change. A new connection looks the
+    address up again, so it reaches the new primary.
+    """
+
+    def __init__(self, *, failovers: Failovers, **options: Any) -> None:
+        super().__init__(**options)
+        self._failovers = failovers
+        self._seen = failovers.count
+
+    async def connect(self) -> None:
+        """Connect, unless a connection exists since the last failover. The pool calls this before each use."""
+        if self._seen != self._failovers.count:
+            await self.disconnect(nowait=True)
+            self._seen = self._failovers.count
+        await super().connect()  # type: ignore[no-untyped-call]  # redis-py has no type here
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        """Read a reply. `NotPrimary` makes the Redis client connect and send the command once more."""
+        try:
+            return await super().read_response(*args, **options)
+        except (ResponseError, BusyLoadingError) as error:
+            code = error_code(error)
+            if code not in NOT_PRIMARY:
+                raise
+            await self.disconnect(nowait=True)
+            self._failovers.count += 1
+            raise NotPrimary(code, str(error)) from error
+
+
+class _TCPConnection(_PrimaryConnection, Connection):
+    pass
+
+
+class _TLSConnection(_PrimaryConnection, SSLConnection):
+    pass
+
+
+class _SocketConnection(_PrimaryConnection, UnixDomainSocketConnection):
+    pass
+
+
+CONNECTIONS: Mapping[type[AbstractConnection], type[_PrimaryConnection]] = {
+    Connection: _TCPConnection,
+    SSLConnection: _TLSConnection,
+    UnixDomainSocketConnection: _SocketConnection,
+}
 
 
 class RegistryConnection:
     """A connection pool to the registry's Redis. Every method raises `Unavailable` if Redis does not answer.
 
     After the first failure, commands fail at once until a probe succeeds. Otherwise each request would wait for the
-    socket timeout of a Redis that hangs.
+    socket timeout of a Redis that hangs. The log has Redis's own words and the remedy; a client sees neither.
     """
 
-    def __init__(self, url: str) -> None:
-        """Prepare the pool. The first command connects."""
+    def __init__(self, url: str, *, quiet: bool = False) -> None:
+        """Prepare the pool. The first command connects.
+
+        Args:
+            quiet: log nothing, because the caller shows every error itself.
+
+        Raises:
+            ValueError: the URL cannot name a Redis server; the message has no password.
+        """
+        check_redis_url(url)
+        self._url = url
+        self._failovers = Failovers()
         options: dict[str, Any] = {
             "decode_responses": True,
             "socket_timeout": SOCKET_TIMEOUT_S,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "failovers": self._failovers,
+            **parse_url(url),
         }
-        pool = BlockingConnectionPool.from_url(url, max_connections=MAX_CONNECTIONS, timeout=POOL_TIMEOUT_S, **options)
-        self.redis = Redis.from_pool(pool)
-        # For change events and probes; otherwise many requests could take all connections from them.
-        self.dedicated = Redis.from_url(url, **options)
+        options["connection_class"] = CONNECTIONS[options.get("connection_class", Connection)]
+        pause = ExponentialBackoff(cap=LONGEST_PAUSE_S, base=FIRST_PAUSE_S / 2)
+        retry = Retry(pause, RETRIES, (NotPrimary,))
+        self.redis = Redis.from_pool(
+            BlockingConnectionPool(max_connections=MAX_CONNECTIONS, timeout=POOL_TIMEOUT_S, retry=retry, **options)
+        )
+        # For change events and probes; otherwise many requests could take all connections from them. It does not retry:
+        # the reader of change events must know that it lost its server.
+        self.dedicated = Redis.from_pool(ConnectionPool(**options))
         self._scripts: dict[str, AsyncScript] = {}
         self._probe: asyncio.Task[None] | None = None
+        self._refusal: str | None = None
+        self._quiet = quiet
+        self._logged: tuple[str, float] = ("", 0.0)
+
+    def refuse_changes(self, reason: str | None) -> None:
+        """Refuse every change until a call with None, because Redis could lose it. The log has the reason."""
+        if reason is not None:
+            self._log(reason)
+        elif self._refusal is not None:
+            logger.warning("registry: Redis keeps every key again, so the hub accepts changes again")
+        self._refusal = reason
+
+    def drop_connections(self) -> None:
+        """Replace each connection before its next command. The new ones look the address up again."""
+        self._failovers.count += 1
 
     async def execute(self, command: Awaitable[T], *, timeout_s: float | None = None, dedicated: bool = False) -> T:
         """Await a command of `redis` or `dedicated`, or a pipeline's `execute`, and return its reply.
@@ -86,13 +196,14 @@ class RegistryConnection:
         try:
             async with asyncio.timeout(timeout_s):
                 return await command
-        except ResponseError as error:
-            raise Unavailable(f"The registry (Redis) rejected a command: {type(error).__name__}.") from error
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
+            self._log(explain(error, self._url))
+            if isinstance(error, ResponseError) or (isinstance(error, NotPrimary) and error.allows_reads):
+                message = "The registry (Redis) refused a command. The hub's log has the reason. Retry later."
+                raise Unavailable(message) from error
             if self._probe is None and not dedicated:
                 self._probe = asyncio.create_task(self._probe_until_available())
-            message = f"The registry (Redis) does not answer: {type(error).__name__}. Retry later."
-            raise Unavailable(message) from error
+            raise Unavailable("The registry (Redis) does not answer. Retry later.") from error
 
     async def evaluate(self, text: str, *arguments: str | float, timeout_s: float | None = None) -> object:
         """Run a Lua script with these arguments as ARGV. Redis gets its text once, then only its SHA-1."""
@@ -110,7 +221,11 @@ class RegistryConnection:
 
         Raises:
             Unauthenticated: the caller's key was revoked while the request was in flight.
+            Unavailable: Redis does not answer, or it could lose the change.
         """
+        if self._refusal is not None:
+            self._log(self._refusal)
+            raise Unavailable("The registry (Redis) accepts no changes now. The hub's log has the reason. Retry later.")
         reply = ChangeReply.model_validate_json(await self.call(script, function, **argument))
         if reply.outcome == "revoked":
             raise Unauthenticated("The API key was revoked while the request was in flight. Use another key.")
@@ -128,13 +243,28 @@ class RegistryConnection:
         try:
             while not is_cancelled():
                 try:
-                    # Another command: a type checker takes `ping` for a plain value.
-                    await self.dedicated.time()
+                    # A read: Redis answers others, such as PING, also while it loads its data.
+                    await self.dedicated.exists("karst:tenants")
+                    return
+                except ResponseError:  # it answers, and the next command shows its refusal
                     return
                 except (RedisError, OSError):
                     await asyncio.sleep(PROBE_INTERVAL_S)
         finally:
             self._probe = None
+
+    def _log(self, reason: str) -> None:
+        """Log a reason once, and once more every 30 s while it lasts."""
+        last, logged_at = self._logged
+        now = time.monotonic()
+        if not self._quiet and (reason != last or now - logged_at > LOG_INTERVAL_S):
+            self._logged = reason, now
+            logger.error("registry: %s", reason)
+
+
+def reason_of(error: Unavailable, url: str) -> str:
+    """Return why the registry did not do a command, and the remedy, for the operator alone."""
+    return error.detail if error.__cause__ is None else explain(error.__cause__, url)
 
 
 def is_cancelled() -> bool:

@@ -5,6 +5,7 @@ from concurrent.futures import Executor
 
 from ..registry.audit import Actor, AuditLog
 from ..registry.cache import RegistryCache
+from ..registry.health import RegistryIntegrity
 from ..registry.keys import KeyRegistry
 from ..registry.status import StatusBoard
 from ..registry.tasks import TaskRegistry
@@ -27,6 +28,7 @@ class AdministrationService:
         keys: KeyRegistry,
         audit: AuditLog,
         status: StatusBoard,
+        integrity: RegistryIntegrity,
         cache: RegistryCache,
         store: Store,
         registration: RegistrationService,
@@ -42,6 +44,7 @@ class AdministrationService:
         self.keys = keys
         self._audit = audit
         self._status = status
+        self._integrity = integrity
         self._registry = registry
         self._cache = cache
         self._store = store
@@ -124,8 +127,12 @@ class AdministrationService:
         return TaskList(tasks=[task.summary() for task in tasks])
 
     async def collect_garbage(self, by: Actor, older_than_s: float) -> Collected:
-        """Remove files that no version holds; the audit records start and result."""
+        """Remove files that no version holds; the audit records start and result.
+
+        Raises:
+            Conflict: the registry may have lost keys; nothing was removed.
+        """
         await self._audit.append(by.entry("", "store.collect.begin", older_than_s=older_than_s))
-        done = await collect_garbage(self._registry, self._store, self._executor, older_than_s)
+        done = await collect_garbage(self._registry, self._integrity, self._store, self._executor, older_than_s)
         await self._audit.append(by.entry("", "store.collect", removed=done.removed, bytes=done.bytes))
         return done

@@ -1,8 +1,12 @@
 """Garbage collection of the store: removes files that no version of any tenant holds.
 
-A failed registration and a deleted version each leave such a file.
+A failed registration and a deleted version each leave such a file. To a registry that lost its keys every file would
+look like garbage. So the store keeps the id of its registry, and a collection removes nothing unless both ids agree and
+the registry is complete.
 """
 
+import asyncio
+import logging
 import time
 from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
@@ -10,10 +14,15 @@ from itertools import islice
 from typing import Protocol
 
 from ..concurrency import run_blocking
+from ..errors import Conflict, HubError
+from ..registry.connection import is_cancelled
 from ..schemas import Collected
-from ..storage.store import Store
+from ..storage.store import OWNER, Store
+
+logger = logging.getLogger(__name__)
 
 FILES_PER_LISTING = 1000
+BIND_INTERVAL_S = 10.0
 CLAIM_USE_S = 30.0  # half of a claim's lifetime; a removal that has not started by then waits for the next collection
 
 
@@ -24,8 +33,68 @@ class OrphanRegistry(Protocol):
         """Return whether no version holds the digest. If so, no version can start to hold it for one minute."""
 
 
+class Integrity(Protocol):
+    """The part of the registry that recognises its loss."""
+
+    async def identity(self) -> str | None:
+        """Return the random id of the registry, or None."""
+
+    async def make_identity(self) -> str:
+        """Return the random id of the registry; make one if there is none."""
+
+    async def has_versions(self) -> bool:
+        """Return whether a version of any tenant exists."""
+
+    async def check_complete(self) -> None:
+        """Raise `Conflict` if keys may be missing."""
+
+
+async def bind_store(integrity: Integrity, store: Store, executor: Executor | None) -> None:
+    """Check that registry and store belong together. The first call for a new store binds it to the registry.
+
+    Raises:
+        Conflict: the store belongs to another registry, or this registry lost its keys.
+        Unavailable: the registry or the store is unavailable.
+    """
+    owner, identity = await run_blocking(executor, store.owner), await integrity.identity()
+    if owner is None:
+        has_files = bool(await run_blocking(executor, lambda: list(islice(store.files(), 1))))
+        if has_files and not await integrity.has_versions():
+            raise Conflict(
+                "The adapter store has files, but the registry has no version. It may have lost its keys. Restore the "
+                "registry from a backup, or register a version first if the files are not needed."
+            )
+        await run_blocking(executor, store.set_owner, await integrity.make_identity())
+    elif identity is None:
+        raise Conflict(
+            "The registry has lost its keys, or it is a new one beside the store of an old one. Restore the registry "
+            f"from a backup. If the files are not needed, remove {OWNER} from the store, register a version, and "
+            "collect again."
+        )
+    elif owner != identity:
+        raise Conflict(
+            "The adapter store belongs to another registry. Use a store of its own for each registry. If the other "
+            f"registry is gone and its files are not needed, remove {OWNER} from the store, register a version, and "
+            "collect again."
+        )
+
+
+async def keep_bound(integrity: Integrity, store: Store, executor: Executor | None) -> None:
+    """Bind the store at the start of a gateway. Repeat until registry and store answer; log a conflict."""
+    while not is_cancelled():
+        try:
+            await bind_store(integrity, store, executor)
+            return
+        except Conflict as error:
+            logger.error("garbage collection removes nothing: %s", error.detail)
+            return
+        except HubError:
+            await asyncio.sleep(BIND_INTERVAL_S)
+
+
 async def collect_garbage(
     registry: OrphanRegistry,
+    integrity: Integrity,
     store: Store,
     executor: Executor | None,
     older_than_s: float,
@@ -43,8 +112,11 @@ async def collect_garbage(
         now: reference time for ages; None for the clock.
 
     Raises:
+        Conflict: the registry may have lost keys; nothing was removed.
         Unavailable: the registry or the store is unavailable; files removed before that stay removed.
     """
+    await bind_store(integrity, store, executor)
+    await integrity.check_complete()
     before = (now or datetime.now(UTC)) - timedelta(seconds=older_than_s)
     unfinished = await run_blocking(executor, store.delete_unfinished, before)
     removed, size_bytes, kept = len(unfinished), sum(unfinished), 0

@@ -18,6 +18,7 @@ import fsspec
 import httpx
 
 from ..errors import InvalidRequest, TooLarge, Unavailable
+from ..urls import shown_text, shown_url
 
 OBJECT_STORES = ("s3", "gs", "hf")
 MAX_URL_CHARACTERS = 2048
@@ -130,8 +131,7 @@ def parse_prefixes(prefixes: Iterable[str], object_stores: Collection[str] = OBJ
         try:
             url = SourceURL.parse(text, object_stores)
         except ValueError as error:
-            shown = re.sub(r"//[^/]*@", "//...@", text)  # otherwise an error would show a password
-            raise ValueError(f"{shown!r}: {error}") from error
+            raise ValueError(f"{shown_url(text)!r}: {error}") from error
         if url.scheme == "file" and not url.parts:
             raise ValueError(f"{text!r}: name a folder, not the whole file system")
         urls.append(url)
@@ -351,9 +351,8 @@ def _host(scheme: str, authority: str) -> tuple[str, int]:
 
 
 def _without_secrets(error: Exception) -> str:
-    """Return an error's first line, with URLs cut to scheme, host and path, and without text that looks like a key."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    line = re.sub(r"\b([a-z][a-z0-9+]*://)(?:[^\s/@]*@)?([^\s?#'\"]*)[^\s'\"]*", r"\1\2", line, flags=re.IGNORECASE)
+    """Return an error's first line, with its URLs made safe to show, and without text that looks like a key."""
+    line = shown_text((str(error).strip() or type(error).__name__).splitlines()[0])
     return re.sub(r"[A-Za-z0-9+/=_-]{20,}", "...", line)
 
 

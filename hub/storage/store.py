@@ -21,10 +21,12 @@ from fsspec.implementations.local import LocalFileSystem
 from adapters.format.file import write_atomically
 
 from ..errors import Unavailable
+from ..urls import shown_text
 
 logger = logging.getLogger(__name__)
 
 FILE = re.compile(r"([0-9a-f]{64})\.safetensors")
+OWNER = "registry-id"  # file with the id of the registry that the store belongs to
 UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.safetensors\.[a-z0-9_]{8}")  # temporary files of `write_atomically`
 TIMES = (
     "mtime",
@@ -148,6 +150,35 @@ class Store:
                 removed.append(entry["size"])
         return removed
 
+    def owner(self) -> str | None:
+        """Return the id of the registry that the store belongs to; None for a new store.
+
+        Raises:
+            Unavailable: the store cannot be read.
+        """
+        try:
+            return bytes(self._fs.cat_file(f"{self._root}/{OWNER}")).decode().strip()
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise _unavailable(error, f"read {OWNER}") from error
+
+    def set_owner(self, id: str) -> None:
+        """Write the id of the registry that the store belongs to.
+
+        Raises:
+            Unavailable: the store cannot be written.
+        """
+        path = f"{self._root}/{OWNER}"
+        try:
+            if self._local:
+                self._fs.makedirs(self._root, exist_ok=True)
+                write_atomically(Path(path), id.encode())
+            else:
+                self._fs.pipe_file(path, id.encode())
+        except Exception as error:
+            raise _unavailable(error, f"write {OWNER}") from error
+
     def _entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield name and details of all files in the folders `00` to `ff`, one folder at a time."""
         self._fs.invalidate_cache()
@@ -198,7 +229,7 @@ def _time(entry: dict[str, Any]) -> datetime:
 
 
 def _unavailable(error: Exception, action: str) -> Unavailable:
-    logger.error("the adapter store cannot %s: %s", action, _first_line(error))
+    logger.error("the adapter store cannot %s: %s", action, shown_text(_first_line(error)))
     return Unavailable(f"The adapter store cannot {action}. The hub's log has the cause.")
 
 

@@ -25,7 +25,7 @@ from hub.registry.keys import KeyRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import LimitsChange
 from hub.settings import Settings
-from hub.storage.store import Store
+from hub.storage.store import OWNER, Store
 from hub.worker_api import Answer, PassStats
 
 T = TypeVar("T")
@@ -95,8 +95,8 @@ class Hub:
         return self.api.state.cache.cached_task("default", task) is not None
 
     def stored(self) -> list[str]:
-        """Return the name of every file in the store."""
-        return sorted(p.name for p in self.store_folder.rglob("*") if p.is_file())
+        """Return the name of every file in the store, except that with the registry's id."""
+        return sorted(p.name for p in self.store_folder.rglob("*") if p.is_file() and p.name != OWNER)
 
     def registered(self) -> dict[str, str]:
         """Return the tenants' part of Redis as text: two equal results mean that nothing changed.

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
-from hub.errors import Unavailable
+from hub.errors import Conflict, Unavailable
 from hub.registry.audit import OPERATOR
 from hub.registry.connection import RegistryConnection
+from hub.registry.health import RegistryIntegrity
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import Collected, LimitsChange, VersionInfo
-from hub.services.garbage_collection import collect_garbage
-from hub.storage.store import Store
+from hub.services.garbage_collection import bind_store, collect_garbage
+from hub.storage.store import OWNER, Store
+from tests.support.models import wait_until
+from tests.support.redis_servers import redis_server
 
 HOUR_S = 3600
 
@@ -46,10 +50,12 @@ def version(i: int) -> VersionInfo:
 
 
 class Case:
-    """A registry with tenant `t`, a store in a folder, and files that are two hours old."""
+    """A registry with tenant `t`, a store in a folder that belongs to it, and files that are two hours old."""
 
-    def __init__(self, registry: TaskRegistry, folder: Path) -> None:
-        self.registry = registry
+    def __init__(self, database: RegistryConnection, folder: Path) -> None:
+        self.database = database
+        self.registry = TaskRegistry(database)
+        self.integrity = RegistryIntegrity(database)
         self.folder = folder
         self.store = Store(str(folder))
 
@@ -66,25 +72,35 @@ class Case:
         return kept
 
     async def collect(self, older_than_s: float = HOUR_S, **options: Any) -> Collected:
-        return await collect_garbage(self.registry, self.store, None, older_than_s, **options)
+        return await collect_garbage(self.registry, self.integrity, self.store, None, older_than_s, **options)
 
     def stored(self, *numbers: int) -> bool:
         return sorted(file.digest for file in self.store.files()) == sorted(digest(i) for i in numbers)
 
 
-Run = Callable[[Callable[[Case], Coroutine[Any, Any, None]]], None]
+Use = Callable[[Case], Coroutine[Any, Any, None]]
+Run = Callable[[Use], None]
+RunAt = Callable[[str, Use], None]
 
 
 @pytest.fixture
-def case(empty_redis: str, tmp_path: Path) -> Run:
+def case(empty_redis: str, case_at: RunAt) -> Run:
     """Return a function that runs `use(case)` on an event loop."""
+    return lambda use: case_at(empty_redis, use)
 
-    def run(use: Callable[[Case], Coroutine[Any, Any, None]]) -> None:
+
+@pytest.fixture
+def case_at(tmp_path: Path) -> RunAt:
+    """Return a function that runs `use(case)` with the Redis of a URL."""
+
+    def run(url: str, use: Use) -> None:
         async def main() -> None:
-            database = RegistryConnection(empty_redis)
+            database = RegistryConnection(url)
             try:
                 await TenantRegistry(database).create(OPERATOR, "t", LimitsChange())
-                await use(Case(TaskRegistry(database), tmp_path))
+                case = Case(database, tmp_path / "store")
+                await bind_store(case.integrity, case.store, None)
+                await use(case)
             finally:
                 await database.close()
 
@@ -195,3 +211,99 @@ def test_every_version_keeps_its_file_when_registrations_and_collections_run_tog
         assert case.stored(*registered)
 
     case(use)
+
+
+def lose(url: str, *names: str) -> None:
+    """Delete keys of the registry, as an eviction does; all keys without names."""
+    with redis.Redis.from_url(url) as client:
+        if names:
+            assert client.delete(*names) == len(names)
+        else:
+            client.flushall()
+
+
+LOSSES: list[tuple[str, ...]] = [
+    (),
+    ("karst:digests",),
+    ("karst:tenants",),
+    ("karst:identity",),
+    ("karst:t:t:tasks",),
+    ("karst:t:t:task:leaves",),
+    ("karst:identity", "karst:digests", "karst:t:t:tasks", "karst:t:t:task:leaves"),
+]
+
+
+@pytest.mark.parametrize("names", LOSSES, ids=lambda names: " ".join(names) or "all keys")
+def test_collection_removes_nothing_when_the_registry_lost_keys(
+    case: Run, empty_redis: str, names: tuple[str, ...]
+) -> None:
+    async def use(case: Case) -> None:
+        case.put(1, 2)
+        await case.register("flowers", 1)
+        await case.register("leaves", 2)
+        lose(empty_redis, *names)
+        with pytest.raises(Conflict, match=r"lost (its )?keys"):
+            await case.collect()
+        assert case.stored(1, 2)
+
+    case(use)
+
+
+def test_collection_removes_nothing_when_a_lost_registry_is_in_use_again(case: Run, empty_redis: str) -> None:
+    """The operator registers one adapter after the loss, before restoring the backup."""
+
+    async def use(case: Case) -> None:
+        case.put(1, 2)
+        await case.register("flowers", 1)
+        await case.register("leaves", 2)
+        lose(empty_redis)
+        await TenantRegistry(case.database).create(OPERATOR, "t", LimitsChange())
+        await case.register("flowers", 1)
+        for _ in range(2):
+            with pytest.raises(Conflict, match="lost its keys"):
+                await case.collect()
+        await case.integrity.make_identity()
+        with pytest.raises(Conflict, match="belongs to another registry"):
+            await case.collect()
+        assert case.stored(1, 2)
+        (case.folder / OWNER).unlink()  # the operator gives the files up
+        assert (await case.collect()).removed == 1
+        assert case.stored(1)
+
+    case(use)
+
+
+def test_collection_removes_nothing_when_a_new_registry_has_a_store_with_files(case: Run) -> None:
+    async def use(case: Case) -> None:
+        case.put(1, 2)
+        (case.folder / OWNER).unlink()  # a store of an earlier version of the hub
+        with pytest.raises(Conflict, match="the registry has no version"):
+            await case.collect()
+        await case.register("flowers", 1)
+        assert (await case.collect()).removed == 1
+
+    case(use)
+
+
+def test_collection_removes_nothing_when_redis_has_evicted_keys(case_at: RunAt, tmp_path: Path) -> None:
+    with redis_server(tmp_path / "redis") as server:
+
+        async def use(case: Case) -> None:
+            case.put(1, 2)
+            await case.register("flowers", 1)
+            server.client.config_set("maxmemory-policy", "allkeys-lru")
+            with pytest.raises(Conflict, match="maxmemory-policy of this Redis is allkeys-lru"):
+                await case.collect()
+            server.client.config_set("maxmemory-policy", "volatile-lru")
+            server.client.set("other", "x", ex=1000)  # only this key has an expiry, so only this key is evicted
+            server.client.config_set("maxmemory", 1)
+            wait_until(lambda: not server.client.exists("other"))
+            server.client.config_set("maxmemory", 0)
+            server.client.config_set("maxmemory-policy", "noeviction")
+            with pytest.raises(Conflict, match="has evicted 1 keys since its start"):
+                await case.collect()
+            assert case.stored(1, 2)
+            server.client.config_resetstat()
+            assert (await case.collect()).removed == 1
+
+        case_at(server.url, use)

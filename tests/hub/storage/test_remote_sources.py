@@ -287,4 +287,6 @@ def test_error_of_an_object_store_hides_credentials(objects: RemoteSources, monk
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", broken)
     detail = refusal(objects, "memory://bucket/adapters/a", Unavailable)
-    assert detail == "The source cannot be read: 403 for https://s3.example/a with ..."
+    assert detail == (
+        "The source cannot be read: 403 for https://...@s3.example/a?X-Amz-Signature=...&Key=... with ..."
+    )
