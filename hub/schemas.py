@@ -118,10 +118,20 @@ class TaskSettings(_Body):
         return self.model_dump(exclude_unset=True)
 
 
+class LiveVersion(_Body):
+    """The version behind `latest` before a registration."""
+
+    version: int
+    accuracy: MeasuredAccuracy | None
+
+
 class Registered(VersionInfo):
-    """Reply to a registration."""
+    """Reply to a registration. `accuracy` and `previous` set the new version beside the one that was live before."""
 
     task: str
+    moved: list[str] = []  # aliases that point at this version since this registration
+    accuracy: MeasuredAccuracy | None = None
+    previous: LiveVersion | None = None
     unknown_below: float | None = _optional("the task's setting, if the registration set it")
 
 

@@ -1,6 +1,6 @@
 """Routes of health, the backbone, tasks, versions, aliases and classification."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Response
 from starlette.concurrency import run_in_threadpool
@@ -52,7 +52,13 @@ IMAGES_CONTENT: dict[str, Any] = {
     FORM: {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}},
     JSON: schema_of(ImagesBody),
 }
-MovedAlias = Annotated[str | None, Query(pattern=NAME_PATTERN, description="an alias to move besides `latest`")]
+MovedAlias = Annotated[
+    str | None, Query(pattern=NAME_PATTERN, description="a further alias that a new version gets, besides `latest`")
+]
+Stage = Annotated[bool, Query(description="true: `latest` stays where it is")]
+Labels = Annotated[
+    Literal["changed"] | None, Query(description="`changed`: the labels may differ from those behind `latest`")
+]
 UnknownBelow = Annotated[
     float | None, Query(ge=0, le=1, description="the task's setting: an image with a lower typicality is unknown")
 ]
@@ -157,15 +163,22 @@ def add_task_routes(
         response: Response,
         alias: MovedAlias = None,
         unknown_below: UnknownBelow = None,
+        stage: Stage = False,
+        labels: Labels = None,
     ) -> Registered:
         _refuse_version_number(alias)
+        changed = labels is not None
         settings = TaskSettings() if unknown_below is None else TaskSettings(unknown_below=unknown_below)
         if body.content_type == JSON:
             source = await body.read_json(SourceBody)
-            registered, created = await changes.register_source(caller, task, source, alias, settings)
+            registered, created = await changes.register_source(
+                caller, task, source, alias, settings, stage=stage, labels_may_change=changed
+            )
         else:
             data = await body.read(max_adapter_bytes, "adapter file")
-            registered, created = await changes.register(caller, task, data, alias, settings)
+            registered, created = await changes.register(
+                caller, task, data, alias, settings, stage=stage, labels_may_change=changed
+            )
         response.status_code = 201 if created else 200
         return registered
 

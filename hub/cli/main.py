@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..client.client import Client
 from ..errors import HubError
-from ..schemas import LATEST, Classified
+from ..schemas import Classified
 from . import adapters as cli_library
 from . import tasks as cli_tasks
 from . import tenants as cli_tenants
@@ -129,25 +129,28 @@ def register(
     task: Annotated[str, typer.Argument(help="name of the task")],
     adapter: Annotated[Path, typer.Argument(help="adapter file")],
     key: Key,
-    alias: Annotated[str | None, typer.Option(help="alias to move to this version, in addition to `latest`")] = None,
+    alias: Annotated[str | None, typer.Option(help="further alias that a new version gets")] = None,
+    stage: Annotated[bool, typer.Option("--stage", help="leave `latest` where it is")] = False,
+    labels_changed: Annotated[
+        bool, typer.Option("--labels-changed", help="accept labels that differ from those behind `latest`")
+    ] = False,
     unknown_below: UnknownBelow = None,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Register an adapter file as a version of a task. Clients can call the version at once."""
+    """Register an adapter file as a version of a task, which becomes `latest`. Known bytes move no alias."""
     statuses: list[int] = []
     with Client(url, key, on_response=lambda response: statuses.append(response.status_code)) as client:
-        registered = client.register(task, adapter, alias=alias, unknown_below=unknown_below)
+        registered = client.register(
+            task, adapter, alias=alias, unknown_below=unknown_below, stage=stage, labels_may_change=labels_changed
+        )
     if as_json:
         return show(registered, True)
-    if statuses[-1] == HTTPStatus.OK:  # no new version: `latest` may have moved back to an older version
-        moved = "alias latest points" if alias in (None, LATEST) else f"aliases latest and {alias} point"
-        out.print(
-            f"{registered.task}: already registered as version {registered.version}; {moved} at it now", soft_wrap=True
-        )
+    if statuses[-1] == HTTPStatus.OK:
+        message = f"{registered.task}: already registered as version {registered.version}; no alias moved"
+        out.print(f"{message} (`karst-hub alias` moves one)", soft_wrap=True)
     else:
-        labels = len(registered.labels)
-        out.print(f"{registered.task} version {registered.version}: {labels} labels, digest {registered.digest[:12]}")
+        cli_tasks.print_registered(registered)
     if registered.unknown_below is not None:
         cli_tasks.print_settings(registered.task, registered.unknown_below)
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..client.client import Client
 from ..errors import InvalidRequest
-from ..schemas import LATEST, MeasuredAccuracy, TaskInfo, Usage
+from ..schemas import LATEST, MeasuredAccuracy, Registered, TaskInfo, Usage
 from .options import DEFAULT_URL, AsJson, Key, OwnerKey, UnknownBelow, Url, Yes
 from .output import confirm, day, out, show, usage_error
 
@@ -230,6 +230,15 @@ def delete(
 def print_settings(task: str, unknown_below: float) -> None:
     """Print the settings of a task."""
     out.print(f"{task}: images with a typicality below {unknown_below:g} are unknown", soft_wrap=True)
+
+
+def print_registered(new: Registered) -> None:
+    """Print a new version, its aliases, and its accuracy beside that of the version which was live before."""
+    out.print(f"{new.task} version {new.version}: {len(new.labels)} labels, digest {new.digest[:DIGEST_CHARS]}")
+    out.print(f"aliases: {', '.join(new.moved) or 'none; clients call it by its number'}", soft_wrap=True)
+    if new.previous is not None:
+        before = f"version {new.previous.version} {_accuracy(new.previous.accuracy)}"
+        out.print(f"accuracy: version {new.version} {_accuracy(new.accuracy)}, {before}", soft_wrap=True)
 
 
 def show_usage(found: Usage, as_json: bool) -> None:

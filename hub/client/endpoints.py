@@ -76,21 +76,31 @@ def register(
     digest: str | None = None,
     alias: str | None = None,
     unknown_below: float | None = None,
+    stage: bool = False,
+    labels_may_change: bool = False,
 ) -> Call[Registered]:
-    """Register an adapter file as a version of a task. The same bytes again give the same version.
+    """Register an adapter file as a version of a task.
+
+    A new version becomes `latest`, which clients call that name no version. The same bytes again give the same version
+    and move no alias.
 
     Args:
         adapter: path of the file, or its bytes.
         source: URL that the hub downloads the file from, such as `s3://bucket/flowers.safetensors`; replaces `adapter`.
         digest: expected sha256 of the file at `source`, in hex.
-        alias: alias to move to this version, in addition to `latest`.
+        alias: further alias that a new version gets.
         unknown_below: setting of the task, see `change_settings`; None: no change.
+        stage: leave `latest` where it is.
+        labels_may_change: accept labels that differ from those of the version behind `latest`.
 
     Raises:
         InvalidAdapter: The file is not a valid adapter for this hub; `errors` names each tensor or field.
+        Conflict: The labels differ from those of the version behind `latest`.
         LimitReached: The tenant has reached a limit of tasks, versions or stored bytes.
     """
-    path, params = route("tasks", name, "versions"), without_none(alias=alias, unknown_below=unknown_below)
+    path = route("tasks", name, "versions")
+    options = {"stage": "true" if stage else None, "labels": "changed" if labels_may_change else None}
+    params = without_none(alias=alias, unknown_below=unknown_below, **options)
     if (adapter is None) == (source is None) or (digest is not None and source is None):
         raise InvalidRequest.at("adapter", "set either adapter or source, not both; set digest only with source")
     if source is not None:

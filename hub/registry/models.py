@@ -96,6 +96,37 @@ class Task:
         )
 
 
+@dataclass(frozen=True)
+class Live:
+    """The version behind a task's alias `latest`.
+
+    Attributes:
+        targets: the alias's targets as stored; empty if the task has no such alias, or does not exist.
+        version: the newest of them.
+    """
+
+    targets: str = ""
+    version: VersionInfo | None = None
+
+
+NOTHING_LIVE = Live()
+MAX_NAMED_LABELS = 5  # in a message
+
+
+def label_difference(old: Sequence[str], new: Sequence[str]) -> str:
+    """Return how the labels of two versions differ, in words; empty if they are equal."""
+    if [*old] == [*new]:
+        return ""
+    added, missing = [x for x in new if x not in {*old}], [x for x in old if x not in {*new}]
+    parts = [f"{name}: {_some(labels)}" for name, labels in (("new", added), ("missing", missing)) if labels]
+    return "; ".join(parts) or "the same labels in another order"
+
+
+def _some(labels: Sequence[str]) -> str:
+    more = len(labels) - MAX_NAMED_LABELS
+    return ", ".join(map(repr, labels[:MAX_NAMED_LABELS])) + (f" and {more} more" if more > 0 else "")
+
+
 def task_not_found(task: str) -> NotFound:
     """Return the same error for a task that does not exist and for one that the client may not see."""
     return NotFound.at("task", f"there is no task {task!r}")

@@ -63,6 +63,7 @@ class ChangeReply(BaseModel):
         "no_permanent_key",  # no other admin key without an expiry date exists
         "removing",  # a garbage collection removes the file
         "in_use",  # a version refers to the file
+        "latest_moved",  # the alias `latest` has other targets than those that the caller read
     ]
     limit: str = ""
     maximum: int = 0

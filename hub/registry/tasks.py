@@ -3,6 +3,7 @@
 Every change is one atomic script. It publishes a change event that names the task, and it leaves an audit entry.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,10 @@ from .connection import READ_TIMEOUT_S, RegistryConnection, as_hash, as_optional
 from .models import (
     DEFAULT_SETTINGS,
     NOT_SHARED,
+    NOTHING_LIVE,
+    Live,
     Task,
+    label_difference,
     parse_task,
     setting_texts,
     task_fields,
@@ -29,6 +33,10 @@ MAX_ALIASES = 100  # per task
 MAX_ALIAS_HISTORY = 20  # former targets kept per alias
 MAX_SHARED_TASKS = 1000  # tasks of other tenants in a tenant's list
 CLAIM_S = 60  # how long a garbage collection claims a file that it removes
+
+
+class LatestMovedError(Exception):
+    """Another change has moved the alias `latest` since the caller read it; read it again."""
 
 
 class TaskRegistry:
@@ -50,11 +58,15 @@ class TaskRegistry:
         aliases: Sequence[str],
         source: str | None = None,
         settings: TaskSettings = DEFAULT_SETTINGS,
+        live: Live | None = None,
     ) -> tuple[VersionInfo, bool]:
-        """Add a version, or find the one with this digest, move the aliases to it, and change settings, in one step.
+        """Add a version and move the aliases to it, or find the one with this digest; change settings; in one step.
+
+        A known version moves no alias.
 
         Args:
             version: its number is ignored; the registry assigns one.
+            live: what the caller found behind `latest`, where it depends on that.
             source: the file's origin without secrets, for the audit; None: the client sent the file.
             settings: the members to change; the task keeps the others.
 
@@ -62,6 +74,7 @@ class TaskRegistry:
             The stored version, and whether it is new.
 
         Raises:
+            LatestMovedError: `latest` no longer points at `live`; nothing was changed.
             InvalidAdapter: labels and metrics are too long.
             NotFound: the tenant does not exist.
             LimitReached: the limit of tasks, versions per task, stored bytes or aliases.
@@ -83,13 +96,31 @@ class TaskRegistry:
             max_aliases=MAX_ALIASES,
             max_history=MAX_ALIAS_HISTORY,
             settings=setting_texts(settings),
+            latest=None if live is None else live.targets,
         )
+        if reply.outcome == "latest_moved":
+            raise LatestMovedError
         if reply.outcome != "done":
             raise _refusal(reply, tenant)
         return VersionInfo(version=reply.number, **json.loads(reply.text)), reply.created
 
-    async def check_quota(self, by: Actor, tenant: str, task: str, digest: str, size_bytes: int) -> None:
-        """Check whether a version could be registered, before its file is stored. Raise the errors of `register`."""
+    async def live(self, tenant: str, task: str) -> Live:
+        """Return the version behind the alias `latest`; the task need not exist."""
+        command = self._redis.hget(_task_key(tenant, task), f"a:{LATEST}")
+        targets = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
+        if targets is None:
+            return NOTHING_LIVE
+        number = max(map(int, json.loads(targets)))
+        command = self._redis.hget(_task_key(tenant, task), f"v:{number}")
+        text = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
+        return Live(targets, VersionInfo(version=number, **json.loads(text)) if text is not None else None)
+
+    async def check_quota(self, by: Actor, tenant: str, task: str, digest: str, size_bytes: int) -> bool:
+        """Check whether a version could be registered, before its file is stored. Raise the errors of `register`.
+
+        Returns:
+            Whether the version is new.
+        """
         reply = await self._connection.change(
             TASKS,
             "check_quota",
@@ -103,6 +134,7 @@ class TaskRegistry:
         )
         if reply.outcome != "done":
             raise _refusal(reply, tenant)
+        return reply.created
 
     async def task(self, tenant: str, task: str) -> Task:
         """Return a task of a tenant.
@@ -167,8 +199,11 @@ class TaskRegistry:
         Raises:
             NotFound: the task does not exist.
             InvalidRequest: a version does not exist.
+            Conflict: several versions with different labels.
             LimitReached: the task has the maximum number of aliases.
         """
+        if len(targets) > 1:
+            await self._require_equal_labels(tenant, task, targets)
         weights = {str(number): targets[number] for number in sorted(targets)}
         await self._change(
             "set_alias",
@@ -182,6 +217,19 @@ class TaskRegistry:
             max_history=MAX_ALIAS_HISTORY,
         )
         return await self.task(tenant, task)
+
+    async def _require_equal_labels(self, tenant: str, task: str, targets: Mapping[int, int]) -> None:
+        """Refuse a canary between versions with different labels: a client would get other labels at random.
+
+        Raises:
+            Conflict: the labels differ.
+        """
+        versions = (await self.task(tenant, task)).versions
+        known = [versions[number] for number in sorted(targets) if number in versions]
+        for first, second in itertools.pairwise(known):
+            if difference := label_difference(first.labels, second.labels):
+                message = f"versions {first.version} and {second.version} have different labels ({difference}); "
+                raise Conflict.at("weights", message + "a canary needs versions with equal labels")
 
     async def roll_back(self, by: Actor, tenant: str, task: str, alias: str) -> Task:
         """Point an alias at its former targets and return the task. A second call goes back one more step.

@@ -10,11 +10,11 @@ from adapters import Adapter, AdapterError, BankLimits
 from ..admission.authentication import Caller
 from ..admission.quotas import SOURCE_DOWNLOADS, SOURCE_DOWNLOADS_QUEUED
 from ..concurrency import TenantConcurrencyLimit, run_blocking
-from ..errors import InvalidRequest
+from ..errors import Conflict, InvalidRequest
 from ..registry.cache import RegistryCache
-from ..registry.models import DEFAULT_SETTINGS, Task
-from ..registry.tasks import TaskRegistry
-from ..schemas import LATEST, Registered, Sharing, SourceBody, TaskInfo, TaskSettings, VersionInfo
+from ..registry.models import DEFAULT_SETTINGS, Task, label_difference
+from ..registry.tasks import LatestMovedError, TaskRegistry
+from ..schemas import LATEST, LiveVersion, Registered, Sharing, SourceBody, TaskInfo, TaskSettings, VersionInfo
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
 from ..worker_api import invalid_adapter
@@ -62,10 +62,18 @@ class RegistrationService:
         alias: str | None,
         settings: TaskSettings = DEFAULT_SETTINGS,
         source: str | None = None,
+        *,
+        stage: bool = False,
+        labels_may_change: bool = False,
     ) -> tuple[Registered, bool]:
-        """Check an adapter file, store it and add it to a task as a version. Equal bytes give the same version.
+        """Check an adapter file, store it and add it to a task as a version.
+
+        A new version becomes `latest`. Equal bytes give the same version, and move no alias.
 
         Args:
+            alias: further alias that a new version gets.
+            stage: whether `latest` stays where it is. The first version of a task becomes `latest` in any case.
+            labels_may_change: whether the labels may differ from those of the version behind `latest`.
             settings: settings of the task to change in the same step, also if the version is known.
             source: reference that the hub read the file from, for the audit; None if the client sent the file.
 
@@ -75,22 +83,47 @@ class RegistrationService:
         Raises:
             InvalidAdapter: the file breaks the format or does not fit the backbone.
             LimitReached: the tenant's limit of tasks, of versions per task or of stored bytes.
+            Conflict: the labels differ from those of the version behind `latest`.
             Unavailable: the store, the registry or the workers are unavailable; the hub has registered nothing.
         """
         task = caller.own_task(name)
+        if stage and alias == LATEST:
+            raise InvalidRequest.at("stage", f"a staged version does not become {LATEST!r}; omit stage or alias")
         adapter = await self.check(data)
         # Before the put: otherwise a reached limit or an unavailable registry would leave an orphan in the store.
-        await self._registry.check_quota(caller, caller.tenant, task, adapter.digest, len(data))
-        await run_blocking(self._executor, self._store.put, adapter.digest, data)
+        is_new = await self._registry.check_quota(caller, caller.tenant, task, adapter.digest, len(data))
         registered = datetime.now(UTC).isoformat(timespec="milliseconds")
         version = VersionInfo(version=0, registered=registered, **version_fields(adapter))  # the registry numbers it
-        aliases = [LATEST] if alias in (None, LATEST) else [LATEST, alias]
-        kept, created = await self._registry.register(caller, caller.tenant, task, version, aliases, source, settings)
+        further = [] if alias in (None, LATEST) else [alias]
+        live = await self._registry.live(caller.tenant, task)
+        if is_new and live.version is not None and not labels_may_change:
+            _require_equal_labels(live.version, version)
+        await run_blocking(self._executor, self._store.put, adapter.digest, data)
+        while True:
+            # A task without `latest` could not be called by most clients, so its first version always gets it.
+            aliases = further if stage and live.version is not None else [LATEST, *further]
+            try:
+                kept, created = await self._registry.register(
+                    caller, caller.tenant, task, version, aliases, source, settings, live
+                )
+                break
+            except LatestMovedError:  # by another registration since `live` was read
+                live = await self._registry.live(caller.tenant, task)
+                if live.version is not None and not labels_may_change:
+                    _require_equal_labels(live.version, version)
         self._cache.invalidate_task(caller.tenant, task)
         prefetch = asyncio.create_task(self._classification.prefetch(adapter.digest))
         self._background.add(prefetch)  # otherwise the task could be garbage-collected: the loop holds weak references
         prefetch.add_done_callback(self._background.discard)
-        return Registered(task=task, **kept.model_dump(), **settings.given()), created
+        reply = Registered(
+            task=task,
+            **kept.model_dump(),
+            moved=aliases if created else [],
+            accuracy=kept.measured_accuracy(),
+            previous=_live_version(live.version),
+            **settings.given(),
+        )
+        return reply, created
 
     async def register_source(
         self,
@@ -99,6 +132,9 @@ class RegistrationService:
         body: SourceBody,
         alias: str | None,
         settings: TaskSettings = DEFAULT_SETTINGS,
+        *,
+        stage: bool = False,
+        labels_may_change: bool = False,
     ) -> tuple[Registered, bool]:
         """Download an adapter file from an allowed source and register it.
 
@@ -112,7 +148,10 @@ class RegistrationService:
         if body.digest not in (None, hashlib.sha256(data).hexdigest()):
             # The message omits the actual digest: it would identify a file that the caller may not be allowed to read.
             raise InvalidRequest.at("digest", "the file at the source has a different sha256")
-        return await self.register(caller, name, data, alias, settings, self._sources.canonical(body.source))
+        source = self._sources.canonical(body.source)
+        return await self.register(
+            caller, name, data, alias, settings, source, stage=stage, labels_may_change=labels_may_change
+        )
 
     async def file(self, caller: Caller, name: str, reference: str) -> tuple[VersionInfo, bytes]:
         """Return a version of the caller's own task and its adapter file.
@@ -186,3 +225,18 @@ class RegistrationService:
         except AdapterError as error:
             raise invalid_adapter(error) from error
         return adapter
+
+
+def _require_equal_labels(live: VersionInfo, new: VersionInfo) -> None:
+    """Refuse labels that clients of `latest` do not expect.
+
+    Raises:
+        Conflict: the labels differ.
+    """
+    if difference := label_difference(live.labels, new.labels):
+        message = f"differ from those of version {live.version}, which {LATEST!r} points at ({difference}); "
+        raise Conflict.at("labels", message + "to register the version nevertheless, set labels=changed")
+
+
+def _live_version(version: VersionInfo | None) -> LiveVersion | None:
+    return None if version is None else LiveVersion(version=version.version, accuracy=version.measured_accuracy())

@@ -73,16 +73,22 @@ end
 
 -- digest, size_bytes, aliases, max_aliases. Change nothing.
 function tasks.check_quota(args)
-  return find_refusal(args) or DONE
+  local refusal = find_refusal(args)
+  if refusal then return refusal end
+  return {outcome = 'done', created = redis.call('HEXISTS', task_key(args.tenant, args.task), 'd:' .. args.digest) == 0}
 end
 
--- Also: version (JSON text without its number), max_history, settings (name -> JSON text).
+-- Also: version (JSON text without its number), max_history, settings (name -> JSON text), latest (targets of the alias
+-- `latest` that the caller has compared labels with; '' for none; null: any). Known bytes move no alias.
 function tasks.register(args)
   local refusal = find_refusal(args)
   if refusal then return refusal end
   local key = task_key(args.tenant, args.task)
   local number = redis.call('HGET', key, 'd:' .. args.digest)
   local created = not number
+  if created and args.latest ~= cjson.null and args.latest ~= (redis.call('HGET', key, 'a:latest') or '') then
+    return {outcome = 'latest_moved'}
+  end
   if created then
     number = string.format('%.0f', redis.call('HINCRBY', tenant_key(args.tenant, 'numbers'), args.task, 1))
     redis.call('SADD', tenant_key(args.tenant, 'tasks'), args.task)
@@ -91,8 +97,10 @@ function tasks.register(args)
     redis.call('INCRBY', tenant_key(args.tenant, 'bytes'), args.size_bytes)
     redis.call('HINCRBY', 'karst:digests', args.digest, 1)
   end
-  for _, alias in ipairs(args.aliases) do
-    move_alias(key, alias, '{"' .. number .. '":1}', args.max_history)
+  if created then
+    for _, alias in ipairs(args.aliases) do
+      move_alias(key, alias, '{"' .. number .. '":1}', args.max_history)
+    end
   end
   write_settings(key, args.settings)
   local entry = with_details(args.entry, {version = tonumber(number)})

@@ -83,7 +83,9 @@ def test_a_reply_is_as_before_when_the_adapter_has_no_typicality(hub: Hub, adapt
     assert not {"coverage", "typicality", "unknown_below"} & set(made)
     body = classify(hub, png())
     assert set(body) == {"task", "version", "digest", "predictions"}
-    assert set(hub.http.get(f"{URL}/versions/1").json()) == set(made) - {"task"}
+    assert set(hub.http.get(f"{URL}/versions/1").json()) == set(made) - {
+        *("task", "moved", "accuracy", "previous"),
+    }
     reply = hub.http.post(INFER, json={"inputs": [image_tensor()]}).json()
     assert [output["name"] for output in reply["outputs"]] == ["probabilities", "labels"]
 
@@ -201,10 +203,12 @@ def test_a_registration_sets_the_threshold_also_of_known_bytes(hub: Hub, adapter
     assert made.json()["typicality"] is True
     assert hub.http.get(URL).json()["unknown_below"] == 0.2
     again = register(hub, adapter.data)
-    assert (again.status_code, again.json()) == (200, {k: v for k, v in made.json().items() if k != "unknown_below"})
+    version = {k: v for k, v in made.json().items() if k not in ("unknown_below", "moved", "previous")}
+    known = {"moved": [], "previous": {"version": 1, "accuracy": None}}
+    assert (again.status_code, again.json()) == (200, version | known)
     assert hub.http.get(URL).json()["unknown_below"] == 0.2
     other = register(hub, adapter.data, unknown_below=0.3)
-    assert (other.status_code, other.json()) == (200, made.json() | {"unknown_below": 0.3})
+    assert (other.status_code, other.json()) == (200, version | known | {"unknown_below": 0.3})
     assert hub.http.get(URL).json()["unknown_below"] == 0.3
     for value in ("2", "-1", "nan", "x"):
         refused = register(hub, adapter.data, unknown_below=value)

@@ -9,14 +9,20 @@ import torch
 
 from adapters import Adapter, Backbone, load_backbone
 from adapters.data.images import decode_image, eval_transform, normalise
+from adapters.method.karst import extract
 from hub.api.problems import PROBLEM_JSON
 from tests.support.hub_app import MAX_ADAPTER_BYTES, MAX_IMAGE_BYTES, OCTETS, Hub, bearer
-from tests.support.models import bomb_png, png, random_adapter, with_metadata, with_tensors
+from tests.support.models import bomb_png, png, random_adapter, random_model, with_metadata, with_tensors
 from tests.support.protocols import Reply
 
 
 def register(hub: Hub, task: str, adapter: Adapter, **params: str) -> Reply:
     return hub.http.post(f"/v1/tasks/{task}/versions", content=adapter.data, params=params, headers=OCTETS)
+
+
+def random_adapter_with(labels: list[str], seed: int = 9, metrics: dict[str, Any] | None = None) -> Adapter:
+    model = random_model(load_backbone("demo"), seed=seed, classes=len(labels))
+    return extract(model, labels, metrics=metrics)
 
 
 def problem_of(reply: Reply, status: int) -> dict[str, Any]:
@@ -106,13 +112,61 @@ def test_only_new_bytes_become_a_new_version(hub: Hub, adapters: list[Adapter]) 
     assert register(hub, "flowers", adapters[0], alias="stable").status_code == 201
     assert register(hub, "flowers", adapters[1]).json()["version"] == 2
     again = register(hub, "flowers", adapters[0])
-    assert (again.status_code, again.json()["version"]) == (200, 1)
+    assert (again.status_code, again.json()["version"], again.json()["moved"]) == (200, 1, [])
     task = hub.http.get("/v1/tasks/flowers").json()
-    assert task["aliases"] == {"latest": {"1": 1}, "stable": {"1": 1}}
+    assert task["aliases"] == {"latest": {"2": 1}, "stable": {"1": 1}}
     assert [v["version"] for v in task["versions"]] == [1, 2]
-    assert hub.http.get("/v1/tasks").json() == {
-        "tasks": [{"task": "flowers", "latest": 1, "classes": 3, "aliases": task["aliases"]}]
+    (summary,) = hub.http.get("/v1/tasks").json()["tasks"]
+    assert summary == {
+        "task": "flowers",
+        "latest": 2,
+        "classes": 5,
+        "aliases": task["aliases"],
+        "accuracy": None,
+        "train_images": None,
+        "registered": task["versions"][1]["registered"],
     }
+
+
+def test_staged_version_does_not_become_latest(hub: Hub, adapters: list[Adapter]) -> None:
+    first = register(hub, "flowers", adapters[0], stage="true").json()
+    assert first["moved"] == ["latest"]  # a task always has one
+    assert register(hub, "flowers", adapters[1], stage="true").json()["moved"] == []
+    assert register(hub, "flowers", adapters[2], stage="true", alias="next").json()["moved"] == ["next"]
+    assert hub.http.get("/v1/tasks/flowers").json()["aliases"] == {"latest": {"1": 1}, "next": {"3": 1}}
+    problem_of(register(hub, "flowers", adapters[3], stage="true", alias="latest"), 422)
+    problem_of(register(hub, "flowers", adapters[3], stage="perhaps"), 422)
+
+
+def test_version_with_other_labels_is_refused_unless_it_is_meant(hub: Hub, adapters: list[Adapter]) -> None:
+    labels = list(adapters[0].labels)
+    other = random_adapter_with([*labels[:-1], "weed"])
+    register(hub, "flowers", adapters[0])
+    for params in ({}, {"stage": "true"}, {"alias": "next"}):
+        problem = problem_of(register(hub, "flowers", other, **params), 409)
+        assert problem["errors"][0]["field"] == "labels"
+        assert "version 1" in problem["detail"]
+        assert f"(new: 'weed'; missing: {labels[-1]!r})" in problem["detail"]
+        assert "labels=changed" in problem["detail"]
+    swapped = random_adapter_with([labels[1], labels[0], *labels[2:]])
+    assert "the same labels in another order" in problem_of(register(hub, "flowers", swapped), 409)["detail"]
+    problem_of(register(hub, "flowers", other, labels="same"), 422)
+    assert hub.stored() == [f"{adapters[0].digest}.safetensors"]  # a refused file is not kept
+    assert register(hub, "flowers", other, labels="changed").json()["moved"] == ["latest"]
+    assert register(hub, "flowers", adapters[0]).status_code == 200  # known bytes move nothing
+    canary = {"weights": {"1": 90, "2": 10}}
+    problem = problem_of(hub.http.put("/v1/tasks/flowers/aliases/stable", json=canary), 409)
+    assert "different labels" in problem["detail"]
+    assert hub.http.put("/v1/tasks/flowers/aliases/stable", json={"version": 2}).status_code == 200
+
+
+def test_reply_shows_the_accuracy_beside_that_of_the_version_before(hub: Hub, backbone: Backbone) -> None:
+    for seed, accuracy in enumerate((0.75, 0.875)):
+        metrics = {"test_accuracy": accuracy, "test_images": 80}
+        made = register(hub, "flowers", random_adapter_with(["a", "b"], seed=seed, metrics=metrics)).json()
+    measured = {"interval": None, "images": 80, "measured_on": "test images"}
+    assert made["accuracy"] == {"accuracy": 0.875, **measured}
+    assert made["previous"] == {"version": 1, "accuracy": {"accuracy": 0.75, **measured}}
 
 
 def test_versions_and_aliases_select_the_adapter(hub: Hub, adapters: list[Adapter]) -> None:

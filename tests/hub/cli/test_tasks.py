@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from adapters import Adapter, Backbone
 from adapters.method.karst import extract
 from hub.cli.main import app
+from hub.cli.output import out
 from hub.schemas import VersionInfo
 from tests.support.hub_app import Hub, bearer
 from tests.support.models import random_adapter, random_model
@@ -24,7 +25,7 @@ def run(hub: Hub, url: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("HUB_URL", url)
     monkeypatch.setenv("HUB_KEY", hub.key)
     monkeypatch.delenv("HUB_ADMIN_KEY", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(out, "width", 200)  # COLUMNS would be too late: rich reads it when `out` is made
     return lambda *arguments: CliRunner().invoke(app, arguments)
 
 
@@ -43,7 +44,7 @@ def task(hub: Hub, backbone: Backbone) -> list[Adapter]:
     files = [random_adapter(backbone, seed=i, classes=3) for i in range(2)]
     accuracy: dict[str, Any] = {"leave_one_out_accuracy": 0.915, "leave_one_out_interval": [0.85, 0.96]}
     model = random_model(backbone, seed=2, classes=3)
-    files.append(extract(model, ["a", "b", "c"], metrics={"train_images": 120} | accuracy))
+    files.append(extract(model, files[0].labels, metrics={"train_images": 120} | accuracy))
     for file in files:
         assert hub.http.post("/v1/tasks/cells/versions", content=file.data).status_code == 201
     return files

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from adapters import Adapter, Backbone
 from hub.cli.main import app, main
-from hub.cli.output import show
+from hub.cli.output import out, show
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRecord, KeyRegistry, key_id
@@ -28,7 +28,7 @@ def run(hub: Hub, url: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Function that runs a command with the admin key in the environment, and returns its output."""
     monkeypatch.setenv("HUB_URL", url)
     monkeypatch.setenv("HUB_ADMIN_KEY", hub.admin_key)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(out, "width", 200)  # COLUMNS would be too late: rich reads it when `out` is made
 
     def run(*arguments: str) -> str:
         done = CliRunner().invoke(app, arguments, catch_exceptions=False)
@@ -92,7 +92,7 @@ def test_commands_manage_a_tenant_from_creation_to_deletion(
 def test_tables_show_whole_ids_when_the_terminal_has_80_columns(
     hub: Hub, run: Run, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(out, "width", 80)
     name = "the camera above the second window of hall 7"
     run("tenants", "create", "acme")
     key = bearer(secret(run("tenants", "add-key", "acme", name, "--days", "30", "--owner")))
@@ -157,19 +157,23 @@ def test_delete_fails_and_names_the_option_yes_when_there_is_no_confirmation(run
     assert "acme" not in run("tenants", "list")
 
 
-def test_register_prints_the_aliases_when_the_file_is_already_registered(
+def test_register_prints_what_is_live_and_moves_nothing_when_the_file_is_known(
     hub: Hub, run: Run, adapters: list[Adapter], tmp_path: Path
 ) -> None:
     files = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for file, adapter in zip(files, adapters, strict=False):
         file.write_bytes(adapter.data)
     key = ("--key", hub.key)
-    assert "digits version 1: 3 labels" in run("register", "digits", str(files[0]), *key)
-    assert "digits version 2: 4 labels" in run("register", "digits", str(files[1]), *key)
+    first = run("register", "digits", str(files[0]), *key)
+    assert first == f"digits version 1: 5 labels, digest {adapters[0].digest[:12]}\naliases: latest\n"
+    second = run("register", "digits", str(files[1]), "--alias", "stable", *key).splitlines()
+    assert second[1:] == ["aliases: latest, stable", "accuracy: version 2 -, version 1 -"]
     again = run("register", "digits", str(files[0]), *key)
-    assert again == "digits: already registered as version 1; alias latest points at it now\n"
-    again = run("register", "digits", str(files[1]), "--alias", "stable", *key)
-    assert again == "digits: already registered as version 2; aliases latest and stable point at it now\n"
+    assert again == "digits: already registered as version 1; no alias moved (`karst-hub alias` moves one)\n"
+    files[0].write_bytes(adapters[2].data)
+    staged = run("register", "digits", str(files[0]), "--stage", *key).splitlines()
+    assert staged[1] == "aliases: none; clients call it by its number"
+    assert json.loads(run("versions", "digits", "--json", *key))["aliases"]["latest"] == {"2": 1}
 
 
 def test_register_and_settings_change_the_threshold_of_unknown_images(
@@ -179,10 +183,10 @@ def test_register_and_settings_change_the_threshold_of_unknown_images(
     file.write_bytes(adapters[0].data)
     key = ("--key", hub.key)
     printed = run("register", "digits", str(file), "--unknown-below", "0.05", *key).splitlines()
-    assert printed[1:] == ["digits: images with a typicality below 0.05 are unknown"]
+    assert printed[2:] == ["digits: images with a typicality below 0.05 are unknown"]
     printed = run("register", "digits", str(file), "--unknown-below", "0.1", *key).splitlines()
     assert printed == [
-        "digits: already registered as version 1; alias latest points at it now",
+        "digits: already registered as version 1; no alias moved (`karst-hub alias` moves one)",
         "digits: images with a typicality below 0.1 are unknown",
     ]
     assert run("settings", "digits", *key) == "digits: images with a typicality below 0.1 are unknown\n"
