@@ -1,5 +1,6 @@
 """JSON bodies of the HTTP API under /v1, shared by gateway and client."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -7,6 +8,7 @@ from pydantic_core import PydanticCustomError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 TASK_PATTERN = r"^([a-z0-9][a-z0-9_-]{0,62}:)?[a-z0-9][a-z0-9_-]{0,62}$"  # `task`, or `tenant:task`
+DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 LATEST = "latest"
 MAX_IMAGES = 64
 
@@ -14,7 +16,26 @@ MAX_IMAGES = 64
 def _number(value: Any) -> Any:
     """Refuse text and booleans, which pydantic would convert. Its strict integers would refuse 1.0, a JSON number."""
     if isinstance(value, bool | str):
-        raise PydanticCustomError("number_type", "Input should be a number")
+        raise PydanticCustomError("number_type", "must be a number")
+    return value
+
+
+def _weight(value: Any) -> Any:
+    """Refuse a fraction with an example, since weights are often taken for shares of 1."""
+    if isinstance(value, float) and not value.is_integer():
+        message = "is {value}; weights are whole numbers, such as 90 and 10"
+        raise PydanticCustomError("weight", message, {"value": value})
+    return _number(value)
+
+
+def _weights(value: Any) -> Any:
+    """Refuse all keys but plain numbers: pydantic would read `01` as 1, and one of two targets would be lost."""
+    if not isinstance(value, dict):
+        message = "must map versions to weights, such as {example}"
+        raise PydanticCustomError("weights", message, {"example": '{"3": 90, "4": 10}'})
+    for key in value:
+        if not re.fullmatch("[1-9][0-9]*", str(key)):
+            raise PydanticCustomError("version", "{key} is not a version number, such as 3", {"key": repr(key)[:40]})
     return value
 
 
@@ -23,7 +44,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 TaskName = Annotated[str, Field(pattern=TASK_PATTERN)]
 VersionNumber = Annotated[int, Field(ge=1, le=2**53)]  # largest integer that every JSON parser reads exactly
 Reference = Annotated[str, Field(max_length=63)]  # a version's number or an alias
-Weight = Annotated[int, Field(ge=1, le=1_000_000), NUMBER]
+Weight = Annotated[int, Field(ge=1, le=1_000_000), BeforeValidator(_weight)]
 
 
 # Metrics of a version: prefix of the names, name of the number of images, and what these images are; best first.
@@ -126,7 +147,7 @@ class SourceBody(_Body):
     """URL of an adapter file that the hub downloads, and the sha256 that the file must have."""
 
     source: Annotated[str, Field(min_length=1, max_length=2048)]
-    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    digest: Annotated[str, Field(pattern=DIGEST_PATTERN)] | None = None
 
 
 class TaskSummary(_Body):
@@ -149,7 +170,7 @@ class AliasChange(_Body):
     """New target of an alias: one version, or several versions with weights (a canary)."""
 
     version: Annotated[VersionNumber, NUMBER] | None = None
-    weights: Annotated[dict[VersionNumber, Weight], Field(min_length=1)] | None = None
+    weights: Annotated[dict[VersionNumber, Weight], Field(min_length=1), BeforeValidator(_weights)] | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "AliasChange":
@@ -169,8 +190,15 @@ class Prediction(_Body):
     score: float
 
 
-class ImagesBody(_Body):
-    """Images as base64 texts (RFC 4648, section 4)."""
+class ClassifyOptions(_Body):
+    """Options of a classification in its body; None: as in the query. An option may be set only once."""
+
+    top_k: Annotated[int, Field(ge=1, le=1000, description="labels per image"), NUMBER] | None = None
+    version: Annotated[Reference, Field(description="a version's number or an alias")] | None = None
+
+
+class ImagesBody(ClassifyOptions):
+    """Images as base64 texts (RFC 4648), and options."""
 
     images: list[str] = Field(min_length=1, max_length=MAX_IMAGES)
 
@@ -194,6 +222,7 @@ class Input(_Body):
 
 class InputsBody(_Body):
     inputs: list[Input] = Field(min_length=1, max_length=MAX_IMAGES)
+    top_k: Annotated[int, Field(ge=1, le=1000, description="labels per image"), NUMBER] | None = None
 
 
 class Result(_Body):
