@@ -41,9 +41,23 @@ class _RequestModel(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-class InputParameters(_RequestModel):
-    binary_data_size: int | None = Field(None, ge=0, description="bytes of this tensor after the JSON")
+class _Parameters(_RequestModel):
     shared_memory_region: str | None = Field(None, description="refused; shared memory is not supported")
+    shared_memory_byte_size: int | None = Field(None, description="refused")
+    shared_memory_offset: int | None = Field(None, description="refused")
+
+    def refuse_shared_memory(self, name: str) -> None:
+        """Refuse shared memory for a tensor.
+
+        Raises:
+            InvalidRequest: a parameter of shared memory is set.
+        """
+        if {self.shared_memory_region, self.shared_memory_byte_size, self.shared_memory_offset} != {None}:
+            raise InvalidRequest.at(name, NO_SHARED_MEMORY)
+
+
+class InputParameters(_Parameters):
+    binary_data_size: int | None = Field(None, ge=0, description="bytes of this tensor after the JSON")
 
 
 class InputTensor(_RequestModel):
@@ -60,12 +74,11 @@ class InputTensor(_RequestModel):
     data: list[Any] | None = Field(None, description="row-major, flat or nested; omit it if binary_data_size is set")
 
 
-class OutputParameters(_RequestModel):
+class OutputParameters(_Parameters):
     binary_data: bool | None = Field(None, description="send this output as bytes after the JSON")
     classification: int | None = Field(
         None, ge=0, description="for probabilities: return this many best classes as score:index:label"
     )
-    shared_memory_region: str | None = Field(None, description="refused; shared memory is not supported")
 
 
 class OutputRequest(_RequestModel):
@@ -165,8 +178,7 @@ def read_images(tensor: InputTensor, binary: memoryview) -> list[tuple[str, byte
     """
     parameters = tensor.parameters or InputParameters()
     claimed = parameters.binary_data_size
-    if parameters.shared_memory_region is not None:
-        raise InvalidRequest.at(tensor.name, NO_SHARED_MEMORY)
+    parameters.refuse_shared_memory(tensor.name)
     if (tensor.data is None) == (claimed is None):
         raise InvalidRequest.at(
             tensor.name, "needs either data, or binary_data_size and that many bytes after the JSON"
@@ -203,8 +215,7 @@ def requested_outputs(request: InferRequest) -> list[OutputFormat]:
         parameters = output.parameters or OutputParameters()
         if output.name in [f.name for f in formats]:
             raise InvalidRequest.at(output.name, "is requested twice")
-        if parameters.shared_memory_region is not None:
-            raise InvalidRequest.at(output.name, NO_SHARED_MEMORY)
+        parameters.refuse_shared_memory(output.name)
         if parameters.classification and output.name == "labels":
             raise InvalidRequest.at("labels", "does not support classification; request it for probabilities")
         chosen = binary if parameters.binary_data is None else parameters.binary_data

@@ -94,7 +94,11 @@ def inflated(body: bytes, coding: str, limit_bytes: int | None, chunk_bytes: int
     return asyncio.run(collect())
 
 
-CODINGS = [("gzip", gzip.compress), ("x-gzip", gzip.compress), ("deflate", zlib.compress)]
+CODINGS: list[tuple[str, Callable[[bytes], bytes]]] = [
+    ("gzip", gzip.compress),
+    ("x-gzip", gzip.compress),
+    ("deflate", zlib.compress),
+]
 
 
 @pytest.mark.parametrize(("coding", "compress"), CODINGS)

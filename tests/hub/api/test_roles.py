@@ -203,7 +203,7 @@ def test_every_route_without_a_body_refuses_content(hub: Hub, keys: dict[str, He
             reply = send(hub, operation, keys[role], content=content)
             assert reply.status_code == 422, (operation, reply.text)
             assert reply.json()["errors"] == [{"field": "body", "message": "this route has no body; remove it"}]
-        if ROUTES[operation] != "open":
+        if ROUTES[operation] != "open" and not operation.startswith("DELETE"):
             assert "no body" not in send(hub, operation, keys[role], content=b" {} ").text, operation
 
 

@@ -96,9 +96,8 @@ def test_only_new_bytes_become_a_new_version(hub: Hub, adapters: list[Adapter]) 
     task = hub.http.get("/v1/tasks/flowers").json()
     assert task["aliases"] == {"latest": {"1": 1}, "stable": {"1": 1}}
     assert [v["version"] for v in task["versions"]] == [1, 2]
-    assert hub.http.get("/v1/tasks").json() == {
-        "tasks": [{"task": "flowers", "latest": 1, "classes": 3, "aliases": task["aliases"]}]
-    }
+    [summary] = hub.http.get("/v1/tasks").json()["tasks"]
+    assert summary | {"task": "flowers", "latest": 1, "classes": 3, "aliases": task["aliases"]} == summary
 
 
 def test_versions_and_aliases_select_the_adapter(hub: Hub, adapters: list[Adapter]) -> None:
