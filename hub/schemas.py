@@ -1,82 +1,25 @@
 """JSON bodies of the HTTP API under /v1, shared by gateway and client."""
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
-TASK_PATTERN = r"^([a-z0-9][a-z0-9_-]{0,62}:)?[a-z0-9][a-z0-9_-]{0,62}$"  # `task`, or `tenant:task`
-DIGEST_PATTERN = r"^[0-9a-f]{64}$"
+from .field_types import (
+    DIGEST_PATTERN,
+    NUMBER,
+    MeasuredAccuracy,
+    Name,
+    Reference,
+    TaskName,
+    VersionNumber,
+    VersionWeights,
+    accuracy_of,
+    count_of,
+)
+from .field_types import Body as _Body
+
 LATEST = "latest"
 MAX_IMAGES = 64
-
-
-def _number(value: Any) -> Any:
-    """Refuse text and booleans, which pydantic would convert. Its strict integers would refuse 1.0, a JSON number."""
-    if isinstance(value, bool | str):
-        raise PydanticCustomError("number_type", "must be a number")
-    return value
-
-
-def _weight(value: Any) -> Any:
-    """Refuse a fraction with an example, since weights are often taken for shares of 1."""
-    if isinstance(value, float) and not value.is_integer():
-        message = "is {value}; weights are whole numbers, such as 90 and 10"
-        raise PydanticCustomError("weight", message, {"value": value})
-    return _number(value)
-
-
-def _weights(value: Any) -> Any:
-    """Refuse all keys but plain numbers: pydantic would read `01` as 1, and one of two targets would be lost."""
-    if not isinstance(value, dict):
-        message = "must map versions to weights, such as {example}"
-        raise PydanticCustomError("weights", message, {"example": '{"3": 90, "4": 10}'})
-    for key in value:
-        if not re.fullmatch("[1-9][0-9]*", str(key)):
-            raise PydanticCustomError("version", "{key} is not a version number, such as 3", {"key": repr(key)[:40]})
-    return value
-
-
-NUMBER = BeforeValidator(_number)
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-TaskName = Annotated[str, Field(pattern=TASK_PATTERN)]
-VersionNumber = Annotated[int, Field(ge=1, le=2**53)]  # largest integer that every JSON parser reads exactly
-Reference = Annotated[str, Field(max_length=63)]  # a version's number or an alias
-Weight = Annotated[int, Field(ge=1, le=1_000_000), BeforeValidator(_weight)]
-
-
-# Metrics of a version: prefix of the names, name of the number of images, and what these images are; best first.
-ACCURACIES: tuple[
-    tuple[str, str, Literal["test images", "held-out images", "left-out images", "validation images"]], ...
-] = (
-    ("test", "test_images", "test images"),
-    ("held_out", "train_images", "held-out images"),
-    ("leave_one_out", "train_images", "left-out images"),
-    ("val", "val_images", "validation images"),
-)
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MeasuredAccuracy(_Body):
-    """Accuracy that a version's training recorded, on images that did not train it."""
-
-    accuracy: float
-    interval: tuple[float, float] | None  # 95 % confidence
-    images: int | None
-    measured_on: Literal["test images", "held-out images", "left-out images", "validation images"]
 
 
 class VersionInfo(_Body):
@@ -95,25 +38,11 @@ class VersionInfo(_Body):
 
     def measured_accuracy(self) -> MeasuredAccuracy | None:
         """Return the accuracy in the adapter's metrics, which the training tool wrote; None if there is none."""
-        metrics = self.metrics or {}
-        for prefix, counted, measured_on in ACCURACIES:
-            value, interval = metrics.get(f"{prefix}_accuracy"), metrics.get(f"{prefix}_interval")
-            if not _is_share(value):
-                continue
-            pair = None
-            if isinstance(interval, list) and len(interval) == 2 and all(map(_is_share, interval)):
-                pair = interval[0], interval[1]
-            return MeasuredAccuracy(
-                accuracy=value,
-                interval=pair,
-                images=_count(metrics.get(counted)),
-                measured_on=measured_on,
-            )
-        return None
+        return accuracy_of(self.metrics or {})
 
     def train_images(self) -> int | None:
         """Return the number of training images in the adapter's metrics."""
-        return _count((self.metrics or {}).get("train_images"))
+        return count_of((self.metrics or {}).get("train_images"))
 
 
 class Registered(VersionInfo):
@@ -170,7 +99,7 @@ class AliasChange(_Body):
     """New target of an alias: one version, or several versions with weights (a canary)."""
 
     version: Annotated[VersionNumber, NUMBER] | None = None
-    weights: Annotated[dict[VersionNumber, Weight], Field(min_length=1), BeforeValidator(_weights)] | None = None
+    weights: VersionWeights | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "AliasChange":

@@ -9,9 +9,9 @@ from fastapi import Depends, FastAPI, Path, Query
 from fastapi.responses import StreamingResponse
 
 from ..admission.authentication import Caller
+from ..field_types import NAME_PATTERN
 from ..registry.keys import ADMIN
 from ..schemas import (
-    NAME_PATTERN,
     AdminKeyRequest,
     AuditPage,
     Collected,

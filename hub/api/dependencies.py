@@ -12,8 +12,8 @@ from fastapi.security import HTTPBearer
 
 from ..admission.authentication import Authenticator, Caller
 from ..errors import FieldProblem, InvalidRequest
+from ..field_types import NAME_PATTERN, TASK_PATTERN
 from ..observability import request_context
-from ..schemas import NAME_PATTERN, TASK_PATTERN
 from ..worker_api import PassStats
 from .bodies import NO_BODY, RequestBody, is_announced
 from .problems import invalid_fields

@@ -18,8 +18,8 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from ..errors import FieldProblem, HubError, InvalidRequest, Unauthenticated
+from ..field_types import DIGEST_PATTERN, NAME_PATTERN, TASK_PATTERN
 from ..observability import request_context
-from ..schemas import DIGEST_PATTERN, NAME_PATTERN, TASK_PATTERN
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from starlette.concurrency import run_in_threadpool
 from ..admission.authentication import Caller
 from ..concurrency import TenantConcurrencyLimit
 from ..errors import InvalidRequest
+from ..field_types import NAME_PATTERN
 from ..schemas import (
     LATEST,
-    NAME_PATTERN,
     AliasChange,
     Classified,
     ClassifyOptions,

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from ..client.client import Client
 from ..errors import InvalidRequest
-from ..schemas import LATEST, MeasuredAccuracy, TaskInfo, Usage
+from ..field_types import MeasuredAccuracy
+from ..schemas import LATEST, TaskInfo, Usage
 from .options import DEFAULT_URL, AsJson, Key, OwnerKey, Url, Yes
 from .output import confirm, day, out, show, usage_error
 

@@ -21,10 +21,11 @@ from adapters import Adapter
 
 from ..concurrency import run_blocking
 from ..errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
+from ..field_types import Name, VersionNumber, Weight
 from ..registry.audit import Actor
 from ..registry.models import Task
 from ..registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
-from ..schemas import LATEST, Name, Sharing, TenantInfo, TenantLimits, VersionInfo, VersionNumber, Weight
+from ..schemas import LATEST, Sharing, TenantInfo, TenantLimits, VersionInfo
 from ..storage.store import FILE, Store
 
 FORMAT = "karst-tenant/1"
