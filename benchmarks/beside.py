@@ -17,6 +17,7 @@ from typing import Any
 
 import anyio
 
+from hub.admin_schemas import LimitsChange
 from hub.local.embedded_redis import embedded_redis
 from hub.local.hub import local_hub
 from hub.local.ports import free_port
@@ -24,7 +25,6 @@ from hub.registry.audit import OPERATOR
 from hub.registry.connection import RegistryConnection
 from hub.registry.keys import OWNER, KeyRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import LimitsChange
 from hub.settings import Settings
 
 NO_LIMITS = LimitsChange(

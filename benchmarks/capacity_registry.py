@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import redis
 
+from hub.admin_schemas import LimitsChange, TenantInfo
 from hub.admission.rate_limits import NAMES
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
@@ -27,7 +28,7 @@ from hub.registry.scripts import LEASES
 from hub.registry.status import StatusBoard
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import LATEST, LimitsChange, TenantInfo, VersionInfo
+from hub.schemas import LATEST, VersionInfo
 
 TENANT = "capacity"
 NO_LIMITS = LimitsChange(

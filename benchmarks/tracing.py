@@ -37,6 +37,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from PIL import Image
 
 from adapters import Backbone, BankLimits, KarstConfig, load_backbone
+from hub.admin_schemas import LimitsChange
 from hub.api.app import create_app
 from hub.local.bootstrap import create_first_keys
 from hub.local.embedded_redis import embedded_redis
@@ -47,7 +48,6 @@ from hub.observability.request_log import RequestLogMiddleware
 from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import LimitsChange
 from hub.settings import Settings
 from hub.worker_api import Answer, PassStats
 

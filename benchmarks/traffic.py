@@ -18,10 +18,10 @@ from safetensors.torch import save_model
 
 from adapters import Adapter, Backbone, KarstConfig
 from adapters.data.images import normalise
+from hub.admin_schemas import WorkerStatus
 from hub.cluster.ray_compat import ray_metrics
 from hub.errors import LimitReached
 from hub.registry.status import StatusBoard
-from hub.schemas import WorkerStatus
 from hub.settings import Settings
 from hub.storage.store import Store
 from hub.worker.prewarming import Prewarming

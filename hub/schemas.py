@@ -1,68 +1,31 @@
 """JSON bodies of the HTTP API under /v1, shared by gateway and client."""
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
-TASK_PATTERN = r"^([a-z0-9][a-z0-9_-]{0,62}:)?[a-z0-9][a-z0-9_-]{0,62}$"  # `task`, or `tenant:task`
+from .field_types import (
+    DIGEST_PATTERN,
+    NUMBER,
+    MeasuredAccuracy,
+    Name,
+    Reference,
+    TaskName,
+    VersionNumber,
+    VersionWeights,
+    accuracy_of,
+    count_of,
+)
+from .field_types import Body as _Body
+
 LATEST = "latest"
 MAX_IMAGES = 64
 UNKNOWN_BELOW = 0.01  # default of a task: the rarest of a hundred of its own images is unknown too
 
 
-def _number(value: Any) -> Any:
-    """Refuse text and booleans, which pydantic would convert. Its strict integers would refuse 1.0, a JSON number."""
-    if isinstance(value, bool | str):
-        raise PydanticCustomError("number_type", "Input should be a number")
-    return value
-
-
-NUMBER = BeforeValidator(_number)
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-TaskName = Annotated[str, Field(pattern=TASK_PATTERN)]
-VersionNumber = Annotated[int, Field(ge=1, le=2**53)]  # largest integer that every JSON parser reads exactly
-Reference = Annotated[str, Field(max_length=63)]  # a version's number or an alias
-Weight = Annotated[int, Field(ge=1, le=1_000_000), NUMBER]
-
-
-# Metrics of a version: prefix of the names, name of the number of images, and what these images are; best first.
-ACCURACIES: tuple[
-    tuple[str, str, Literal["test images", "held-out images", "left-out images", "validation images"]], ...
-] = (
-    ("test", "test_images", "test images"),
-    ("held_out", "train_images", "held-out images"),
-    ("leave_one_out", "train_images", "left-out images"),
-    ("val", "val_images", "validation images"),
-)
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
 def _optional(description: str | None = None) -> Any:
     """Return the default of a member that replies omit. Replies about older adapter files stay as they were."""
     return Field(None, exclude_if=lambda value: value is None, description=description)
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MeasuredAccuracy(_Body):
-    """Accuracy that a version's training recorded, on images that did not train it."""
-
-    accuracy: float
-    interval: tuple[float, float] | None  # 95 % confidence
-    images: int | None
-    measured_on: Literal["test images", "held-out images", "left-out images", "validation images"]
 
 
 class VersionInfo(_Body):
@@ -85,25 +48,11 @@ class VersionInfo(_Body):
 
     def measured_accuracy(self) -> MeasuredAccuracy | None:
         """Return the accuracy in the adapter's metrics, which the training tool wrote; None if there is none."""
-        metrics = self.metrics or {}
-        for prefix, counted, measured_on in ACCURACIES:
-            value, interval = metrics.get(f"{prefix}_accuracy"), metrics.get(f"{prefix}_interval")
-            if not _is_share(value):
-                continue
-            pair = None
-            if isinstance(interval, list) and len(interval) == 2 and all(map(_is_share, interval)):
-                pair = interval[0], interval[1]
-            return MeasuredAccuracy(
-                accuracy=value,
-                interval=pair,
-                images=_count(metrics.get(counted)),
-                measured_on=measured_on,
-            )
-        return None
+        return accuracy_of(self.metrics or {})
 
     def train_images(self) -> int | None:
         """Return the number of training images in the adapter's metrics."""
-        return _count((self.metrics or {}).get("train_images"))
+        return count_of((self.metrics or {}).get("train_images"))
 
 
 class TaskSettings(_Body):
@@ -129,7 +78,7 @@ class Registered(VersionInfo):
     """Reply to a registration. `accuracy` and `previous` set the new version beside the one that was live before."""
 
     task: str
-    moved: list[str] = []  # aliases that point at this version since this registration
+    moved: list[str] = Field(default=[])  # aliases that point at this version since this registration
     accuracy: MeasuredAccuracy | None = None
     previous: LiveVersion | None = None
     unknown_below: float | None = _optional("the task's setting, if the registration set it")
@@ -161,7 +110,7 @@ class SourceBody(_Body):
     """URL of an adapter file that the hub downloads, and the sha256 that the file must have."""
 
     source: Annotated[str, Field(min_length=1, max_length=2048)]
-    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    digest: Annotated[str, Field(pattern=DIGEST_PATTERN)] | None = None
 
 
 class TaskSummary(_Body):
@@ -184,7 +133,7 @@ class AliasChange(_Body):
     """New target of an alias: one version, or several versions with weights (a canary)."""
 
     version: Annotated[VersionNumber, NUMBER] | None = None
-    weights: Annotated[dict[VersionNumber, Weight], Field(min_length=1)] | None = None
+    weights: VersionWeights | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "AliasChange":
@@ -204,8 +153,22 @@ class Prediction(_Body):
     score: float
 
 
-class ImagesBody(_Body):
-    """Images as base64 texts (RFC 4648, section 4)."""
+BodyTopK = Annotated[int, Field(ge=1, le=1000, description="labels per image"), NUMBER]
+BodyCoverage = Annotated[
+    float, Field(gt=0, lt=1, description="share of images that a set of labels shall cover, see `sets`"), NUMBER
+]
+
+
+class ClassifyOptions(_Body):
+    """Options of a classification in its body; None: as in the query. An option may be set only once."""
+
+    top_k: BodyTopK | None = None
+    version: Annotated[Reference, Field(description="a version's number or an alias")] | None = None
+    coverage: BodyCoverage | None = None
+
+
+class ImagesBody(ClassifyOptions):
+    """Images as base64 texts (RFC 4648), and options."""
 
     images: list[str] = Field(min_length=1, max_length=MAX_IMAGES)
 
@@ -236,6 +199,8 @@ class Input(_Body):
 
 class InputsBody(_Body):
     inputs: list[Input] = Field(min_length=1, max_length=MAX_IMAGES)
+    top_k: BodyTopK | None = None
+    coverage: BodyCoverage | None = None
 
 
 class Result(_Body):
@@ -288,224 +253,3 @@ class ServedBackbone(_Body):
     max_rank: int
     max_kernels: int
     factor: int
-
-
-class TenantLimits(_Body):
-    """Limits of a tenant over all gateways."""
-
-    requests_per_second: float = Field(200.0, ge=1e-3, le=1e6, description="requests of any kind per second")
-    images_per_second: float = Field(1000.0, ge=1e-3, le=1e7, description="classified images per second")
-    images_in_flight: int = Field(1024, ge=1, le=10**6, description="images of unfinished requests")
-    tasks: int = Field(1000, ge=0, le=10**7, description="tasks of the tenant")
-    versions: int = Field(100, ge=0, le=10**5, description="versions per task")
-    stored_bytes: int = Field(10 * 1024**3, ge=0, le=10**14, description="bytes of the adapter files of all versions")
-    weight: float = Field(1.0, ge=0.01, le=100, description="share of a busy worker relative to other tenants")
-
-
-class LimitsChange(_Body):
-    """Limits to change; an omitted limit keeps its value."""
-
-    requests_per_second: Annotated[float, Field(ge=1e-3, le=1e6), NUMBER] | None = None
-    images_per_second: Annotated[float, Field(ge=1e-3, le=1e7), NUMBER] | None = None
-    images_in_flight: Annotated[int, Field(ge=1, le=10**6), NUMBER] | None = None
-    tasks: Annotated[int, Field(ge=0, le=10**7), NUMBER] | None = None
-    versions: Annotated[int, Field(ge=0, le=10**5), NUMBER] | None = None
-    stored_bytes: Annotated[int, Field(ge=0, le=10**14), NUMBER] | None = None
-    weight: Annotated[float, Field(ge=0.01, le=100), NUMBER] | None = None
-
-    def on(self, limits: TenantLimits) -> TenantLimits:
-        """Return the limits after the change."""
-        return limits.model_copy(update=self.model_dump(exclude_none=True))
-
-
-class TenantInfo(_Body):
-    tenant: str
-    created: str
-    limits: TenantLimits
-
-
-class TenantList(_Body):
-    tenants: list[TenantInfo]
-
-
-class NewTenant(_Body):
-    tenant: Name
-    limits: LimitsChange = LimitsChange()
-
-
-class TenantChange(_Body):
-    limits: LimitsChange
-
-
-class KeyInfo(_Body):
-    """Facts about a key without the key itself. Times are RFC 3339."""
-
-    id: str
-    name: str
-    role: Literal["admin", "owner", "caller"]
-    created: str
-    expires: str | None
-    last_used: str | None
-    tasks: list[str] | None = None  # that the key may use; null: all
-    origins: list[str] | None = None  # web origins that the key works from; null: any client
-
-
-class KeyList(_Body):
-    keys: list[KeyInfo]
-
-
-class AdminKeyRequest(_Body):
-    """Request for a new admin key."""
-
-    name: Annotated[str, Field(min_length=1, max_length=100)]
-    expires: Annotated[AwareDatetime, Field(strict=True)] | None = None
-
-
-def _origin(value: str) -> str:
-    """Refuse text that no browser sends as `Origin`; it would never match."""
-    if not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?", value):
-        message = "Input should be a web origin in lower case, such as https://app.example.org or http://localhost:3000"
-        raise PydanticCustomError("origin", message)
-    return value
-
-
-Origin = Annotated[str, Field(max_length=300), AfterValidator(_origin)]
-
-
-class KeyRequest(AdminKeyRequest):
-    """Request for a new key of a tenant. A key with `tasks` or `origins` must be a caller's key."""
-
-    role: Literal["owner", "caller"] = "caller"
-    tasks: Annotated[list[TaskName], Field(min_length=1, max_length=100)] | None = None
-    origins: Annotated[list[Origin], Field(min_length=1, max_length=20)] | None = None
-
-    @model_validator(mode="after")
-    def _only_callers_are_bound(self) -> "KeyRequest":
-        if self.role == "owner" and (self.tasks is not None or self.origins is not None):
-            raise ValueError("an owner's key cannot be bound to tasks or origins; use the role caller")
-        return self
-
-
-class TokenRequest(_Body):
-    """Request for a token: a substitute for the calling key, for one task and at most an hour."""
-
-    task: TaskName
-    expires_s: Annotated[int, Field(ge=1, le=3600, description="seconds until the token expires"), NUMBER] = 3600
-    origins: Annotated[list[Origin], Field(min_length=1, max_length=20)] | None = None
-
-
-class NewToken(_Body):
-    """A new token. Clients send it as they send a key."""
-
-    token: str
-    task: str
-    expires: str
-    origins: list[str] | None
-
-
-class NewKey(KeyInfo):
-    """A new key. No later reply contains the key again."""
-
-    key: str
-
-
-class UsedNow(_Body):
-    """Current use of a tenant."""
-
-    tasks: int
-    stored_bytes: int
-    images_in_flight: int
-
-
-class Counted(_Body):
-    """Counters of a tenant since its creation."""
-
-    requests: int
-    images: int
-    refused: int
-
-
-class Usage(_Body):
-    tenant: str
-    limits: TenantLimits
-    used: UsedNow
-    counted: Counted
-
-
-class AuditEntry(_Body):
-    """One change: its time, its key, the client's address as the gateway saw it, and the action."""
-
-    id: str
-    at: str
-    key: str
-    name: str
-    role: str
-    address: str
-    tenant: str
-    action: str
-    detail: dict[str, Any]
-
-
-class AuditPage(_Body):
-    """Changes, oldest first. `next` is the parameter `after` of the next page; null on the last page."""
-
-    entries: list[AuditEntry]
-    next: str | None
-
-
-class TaskRate(_Body):
-    """Current rate of a task, under the name that the calling tenant uses."""
-
-    tenant: str
-    task: str
-    images_per_second: float
-
-
-class WorkerStatus(_Body):
-    """Current state of a worker, and its counters since its start."""
-
-    worker: str
-    uptime_s: float
-    device: str
-    slots: int
-    slots_used: int
-    host_bytes: int
-    host_limit_bytes: int
-    waiting: int  # queued images
-    images_per_second: float
-    images_per_pass: float
-    adapters_per_pass: float
-    tasks: list[TaskRate]  # the busiest tasks
-    hits: int
-    loads: int
-    load_s: float
-    evictions: int
-    failures: int
-
-
-class TenantStatus(_Body):
-    """A tenant with requests in the last minute."""
-
-    tenant: str
-    images_in_flight: int
-    counted: Counted
-
-
-class HubStatus(_Body):
-    """Current state of the hub."""
-
-    workers: list[WorkerStatus]
-    tasks: list[TaskRate]  # the busiest over all workers
-    tenants: list[TenantStatus]
-
-
-class GcRequest(_Body):
-    older_than_s: Annotated[int, Field(ge=0, le=10**9, description="delete only older files"), NUMBER] = 3600
-
-
-class Collected(_Body):
-    """Result of a garbage collection: deleted files, their bytes, and remaining files."""
-
-    removed: int
-    bytes: int
-    kept: int

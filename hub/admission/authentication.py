@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from ..admin_schemas import NewToken, TokenRequest
 from ..errors import Forbidden, Unauthenticated
 from ..registry.audit import Actor
 from ..registry.cache import RegistryCache
 from ..registry.keys import ADMIN, OWNER, KeyRecord, key_id
 from ..registry.models import task_not_found
 from ..registry.tenants import tenant_not_found
-from ..schemas import NewToken, TokenRequest
 from .rate_limits import RateLimiter
 from .tokens import TOKEN_PREFIX, Token, is_signed, read, sign
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..schemas import TenantLimits
+from ..admin_schemas import TenantLimits
 
 LEASE_S = 0.05  # a lot has the tokens of this time
 PERMIT_SHARE = 16  # a lot has this fraction of the tenant's permits

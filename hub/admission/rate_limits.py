@@ -23,11 +23,11 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from ..admin_schemas import TenantInfo, TenantLimits
 from ..errors import LimitReached, Unavailable
 from ..registry.connection import RegistryConnection
 from ..registry.keys import KeyRegistry
 from ..registry.scripts import LEASES
-from ..schemas import TenantInfo, TenantLimits
 from .leases import Amounts, Lease, Refusal, wanted
 
 logger = logging.getLogger(__name__)

@@ -5,13 +5,10 @@ An owner's key reaches its own tenant; an admin key reaches all tenants.
 
 from typing import Annotated, Literal
 
-from fastapi import Depends, FastAPI, Path, Query, Request
+from fastapi import Depends, FastAPI, Path, Query
 from fastapi.responses import StreamingResponse
 
-from ..admission.authentication import Caller
-from ..registry.keys import ADMIN
-from ..schemas import (
-    NAME_PATTERN,
+from ..admin_schemas import (
     AdminKeyRequest,
     AuditPage,
     Collected,
@@ -21,21 +18,25 @@ from ..schemas import (
     KeyRequest,
     NewKey,
     NewTenant,
-    TaskList,
     TenantChange,
     TenantInfo,
     TenantList,
     Usage,
 )
+from ..admission.authentication import Caller
+from ..field_types import NAME_PATTERN
+from ..registry.keys import ADMIN
+from ..schemas import TaskList
 from ..services.administration import AdministrationService
-from .bodies import JSON, MAX_CHANGE_BYTES, RequestBody, parse_json
+from .bodies import JSON, RequestBody
 from .dependencies import CallerDependencies
-from .openapi import BINARY, request_body, schema_of
+from .openapi import BINARY, OCTETS, request_body, schema_of
+from .problems import CURSOR_PATTERN, KEY_ID_PATTERN
 
 TAR = "application/x-tar"
 TenantName = Annotated[str, Path(pattern=NAME_PATTERN)]
-KeyId = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$", description="a key's public id")]
-After = Annotated[str, Query(pattern=r"^[0-9]{1,15}(-[0-9]{1,10})?$", description="`next` of the previous page")]
+KeyId = Annotated[str, Path(pattern=KEY_ID_PATTERN, description="a key's public id")]
+After = Annotated[str, Query(pattern=CURSOR_PATTERN, description="`next` of the previous page")]
 Count = Annotated[int, Query(ge=1, le=1000)]
 
 
@@ -54,7 +55,7 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
     Manager = Annotated[Caller, Depends(manager)]
 
     @api.get("/v1/usage")
-    async def own_usage(caller: TenantCaller) -> Usage:
+    async def get_own_usage(caller: TenantCaller) -> Usage:
         caller.require_unbound()
         return await tenants.usage(caller.tenant)
 
@@ -116,9 +117,9 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
         }
         return StreamingResponse(export.chunks, media_type=TAR, headers=headers)
 
-    @api.post("/v1/tenants/{tenant}/import", status_code=201, openapi_extra=request_body({TAR: BINARY}))
-    async def import_tenant(caller: Admin, tenant: TenantName, request: Request) -> TaskList:
-        return await administration.restore(caller, tenant, request.stream())
+    @api.post("/v1/tenants/{tenant}/import", status_code=201, openapi_extra=request_body({TAR: BINARY, OCTETS: BINARY}))
+    async def import_tenant(caller: Admin, tenant: TenantName, body: Body) -> TaskList:
+        return await administration.restore(caller, tenant, body.stream())
 
     @api.get("/v1/admin/keys")
     async def list_admin_keys(_caller: Admin) -> KeyList:
@@ -148,6 +149,6 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
         summary="Delete stored files that belong to no version",
         openapi_extra=request_body({JSON: schema_of(GcRequest)}, required=False),
     )
-    async def collect(caller: Admin, body: Body) -> Collected:
-        options = parse_json(GcRequest, await body.read(MAX_CHANGE_BYTES) or b"{}")
+    async def collect_garbage(caller: Admin, body: Body) -> Collected:
+        options = await body.read_json(GcRequest, default=b"{}")
         return await administration.collect_garbage(caller, options.older_than_s)

@@ -63,7 +63,16 @@ class GatewayAPI(FastAPI):
         Args:
             metrics: see `create_app`.
         """
-        super().__init__(title="karst-hub", lifespan=lifespan, docs_url=None, redoc_url=None)
+        super().__init__(
+            title="karst-hub",
+            lifespan=lifespan,
+            docs_url=None,
+            redoc_url=None,
+            # A redirect has the scheme and the path that the gateway sees, which differ behind a proxy.
+            redirect_slashes=False,
+            root_path_in_servers=False,
+            generate_unique_id_function=lambda route: route.name,
+        )
         self._settings = settings
         self._metrics = metrics
         add_exception_handlers(self)

@@ -1,27 +1,59 @@
 """Request bodies: read within limits, decompressed, and parsed as JSON, multipart or images."""
 
 import base64
+import json
+import re
 import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from pathlib import PurePath
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from ..errors import InvalidImage, InvalidRequest, TooLarge
-from ..schemas import MAX_IMAGES, ImagesBody
-from .problems import invalid_request
+from ..errors import FieldProblem, InvalidImage, InvalidRequest, TooLarge
+from ..schemas import MAX_IMAGES, ClassifyOptions, ImagesBody
+from .problems import invalid_fields, invalid_request
 
 JSON = "application/json"
 FORM = "multipart/form-data"
+URLENCODED = "application/x-www-form-urlencoded"  # curl's content type for -d and --data-binary
+NO_BODY = "this route has no body; remove it"
 MAX_CHANGE_BYTES = 64 * 1024  # body of a request that changes settings, aliases, keys or tenants
+MAX_EMPTY_BYTES = 1024  # body of a request to a route without a body, which may be `{}` or `null`
 MAX_JSON_VALUES = 10_000  # a parsed value takes tens of bytes, and an invalid one becomes an error
 JSON_START_BYTES = 64  # of a body that are searched for `{`
+PIECE_BYTES = 1024**2  # most decompressed bytes at once
+
+CODINGS = ("gzip", "x-gzip", "deflate")  # RFC 9110, section 8.4.1; `x-gzip` is the old name of gzip
+APPLE_DOUBLE = b"\x00\x05\x16\x07"  # RFC 1740: the start of a macOS file of metadata, `._cat.jpg` beside `cat.jpg`
+# Starts of PNG, JPEG, GIF, WebP and TIFF as base64, and of a data URL. No image file starts with these bytes.
+BASE64_STARTS = (b"iVBORw0KGgo", b"/9j/", b"R0lGOD", b"UklGR", b"SUkqA", b"TU0AK", b"data:image/")
+FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 Model = TypeVar("Model", bound=BaseModel)
+Option = TypeVar("Option")
 NamedImage = tuple[str, bytes]  # field name for errors, encoded image
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """Images and options of a classification's body.
+
+    Attributes:
+        skipped: number of AppleDouble files of a form. They are no images; macOS adds them to folders and archives.
+    """
+
+    images: Sequence[NamedImage]
+    options: ClassifyOptions = dataclass_field(default_factory=ClassifyOptions)
+    skipped: int = 0
 
 
 class RequestBody:
@@ -43,79 +75,201 @@ class RequestBody:
         """Media type in lower case, without parameters; "" if the client sent none."""
         return self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
-    async def read(self, limit_bytes: int, subject: str = "body") -> bytes:
-        """Return the whole body.
+    def option(self, name: str, query: Option, own: Option | None) -> Option:
+        """Return an option that the query or the body may set.
 
         Args:
+            query: value of the query, or its default.
+            own: value in the body; None if the body does not set it.
+
+        Raises:
+            InvalidRequest: both set the option.
+        """
+        if own is None:
+            return query
+        if name in self._request.query_params:
+            raise InvalidRequest.at(name, "is set in the query and in the body; set it in one of them")
+        return own
+
+    async def read(self, limit_bytes: int, subject: str = "body") -> bytes:
+        """Return the whole body, decompressed if it has a `Content-Encoding`.
+
+        Args:
+            limit_bytes: limit of the body both before and after decompression.
             subject: name of the body in the error.
 
         Raises:
             TooLarge: the body is over the limit; raised before the rest is read.
+            InvalidRequest: the body is a form, or not one whole stream of its content coding; or the coding is unknown.
             Unauthenticated: the key has expired or was revoked during the upload.
         """
         return b"".join([chunk async for chunk in self.stream(limit_bytes, subject)])
 
-    async def stream(self, limit_bytes: int, subject: str = "body") -> AsyncGenerator[bytes, None]:
-        """Yield the body in chunks. Raises the errors of `read`."""
-        error = TooLarge.at("body", f"the {subject} exceeds the limit of {limit_bytes} bytes")
-        declared = self._request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > limit_bytes:
-            raise error
-        received = 0
-        async for chunk in self._request.stream():
-            received += len(chunk)
-            if received > limit_bytes:
-                raise error
+    async def read_file(self, limit_bytes: int, subject: str = "body") -> bytes:
+        """Return the whole body, which is a binary file. Raises the errors of `read`.
+
+        Raises:
+            InvalidRequest: `curl -d` has removed bytes of the file.
+        """
+        data = await self.read(limit_bytes, subject)
+        self._refuse_text(data)
+        return data
+
+    async def stream(self, limit_bytes: int | None = None, subject: str = "body") -> AsyncGenerator[bytes, None]:
+        """Yield the body in chunks, decompressed. Raises the errors of `read`; without a limit no `TooLarge`."""
+        if self.content_type == FORM:
+            raise InvalidRequest.at("body", "this route accepts no form; send the file or the JSON itself as the body")
+        async for chunk in self._decoded(limit_bytes, subject):
             yield chunk
-        await self._recheck_key()
 
-    async def read_json(self, model: type[Model], limit_bytes: int = MAX_CHANGE_BYTES) -> Model:
-        """Return the body as a model. Raises the errors of `read` and of `parse_json`."""
-        return parse_json(model, await self.read(limit_bytes))
-
-    async def read_decompressed(self, limit_bytes: int) -> bytes:
-        """Return the whole body, decompressed if it has a `Content-Encoding`.
-
-        Raises the errors of `read` and of `inflate`.
+    async def read_json(self, model: type[Model], limit_bytes: int = MAX_CHANGE_BYTES, default: bytes = b"") -> Model:
+        """Return the body as a model. Raises the errors of `read` and of `parse_json`.
 
         Args:
-            limit_bytes: limit of the body both before and after decompression.
-        """
-        body = await self.read(limit_bytes)
-        coding = self._request.headers.get("content-encoding", "identity").strip().lower()
-        return body if coding == "identity" else await run_in_threadpool(inflate, body, coding, limit_bytes)
+            default: JSON in place of an empty body.
 
-    async def read_images(self, limit_bytes: int) -> list[NamedImage]:
+        Raises:
+            InvalidRequest: an object has a member twice; the model would have the last value only.
+        """
+        body = await self.read(limit_bytes) or default
+        _refuse_repeated_members(body)
+        return parse_json(model, body)
+
+    async def read_images(self, limit_bytes: int) -> ImageRequest:
         """Return the images of a classification: one as the whole body, several as multipart or JSON.
 
         Raises:
-            InvalidRequest: the multipart body or the JSON is not valid.
-            InvalidImage: not base64, or JSON without its content type.
+            InvalidRequest: the multipart body or the JSON is not valid, or has an unknown option.
+            InvalidImage: not base64, or base64 or JSON without its content type.
             TooLarge, Unauthenticated: see `read`.
         """
         if self.content_type == JSON:
             return await run_in_threadpool(_images_of_json, await self.read(limit_bytes))
         if self.content_type == FORM:
             return await self._read_form(limit_bytes)
+        return ImageRequest([await self.read_image(limit_bytes)])
+
+    async def read_image(self, limit_bytes: int) -> NamedImage:
+        """Return the body as one image file. Raises the errors of `read_images`."""
         body = await self.read(limit_bytes)
         if body[:JSON_START_BYTES].lstrip().startswith(b"{"):  # no image format starts like this
             raise InvalidImage.at("body", f"the body looks like JSON; send it with Content-Type: {JSON}")
-        return [("body", body)]
+        refuse_base64("body", body)
+        self._refuse_text(body)
+        return "body", body
 
-    async def _read_form(self, limit_bytes: int) -> list[NamedImage]:
-        stream = self.stream(limit_bytes)
-        parser = MultiPartParser(self._request.headers, stream, max_files=MAX_IMAGES, max_fields=MAX_IMAGES)
+    async def refuse_content(self) -> None:
+        """Refuse a body. The route has none, so it would ignore the options in the body.
+
+        Raises:
+            InvalidRequest: the body has content other than `{}` or `null`, which some clients always send.
+        """
+        if not is_announced(self._request):
+            return
+        try:
+            content = await self.read(MAX_EMPTY_BYTES)
+        except TooLarge as error:
+            raise InvalidRequest.at("body", NO_BODY) from error
+        if content.strip() not in (b"", b"{}", b"null"):
+            raise InvalidRequest.at("body", NO_BODY)
+
+    def _refuse_text(self, data: bytes) -> None:
+        if self.content_type == URLENCODED and data and b"\0" not in data:  # every image and adapter has zero bytes
+            message = "is the text of a form, without the zero bytes of a file; send a file by curl --data-binary @FILE"
+            raise InvalidRequest.at("body", message)
+
+    async def _decoded(self, limit_bytes: int | None, subject: str) -> AsyncGenerator[bytes, None]:
+        """Yield the body in chunks, decompressed."""
+        coding = ", ".join(self._request.headers.getlist("content-encoding")).strip().lower()
+        chunks = self._received(limit_bytes, subject)
+        if coding not in ("", "identity"):
+            chunks = inflate(chunks, coding, limit_bytes, subject)
+        async for chunk in chunks:
+            yield chunk
+        await self._recheck_key()
+
+    async def _received(self, limit_bytes: int | None, subject: str) -> AsyncGenerator[bytes, None]:
+        """Yield the body in chunks as the client sent it."""
+        error = TooLarge.at("body", f"the {subject} exceeds the limit of {limit_bytes} bytes")
+        declared = self._request.headers.get("content-length", "")
+        if limit_bytes is not None and declared.isdecimal() and int(declared) > limit_bytes:
+            raise error
+        received = 0
+        async for chunk in self._request.stream():
+            received += len(chunk)
+            if limit_bytes is not None and received > limit_bytes:
+                raise error
+            yield chunk
+
+    async def _read_form(self, limit_bytes: int) -> ImageRequest:
+        stream = self._decoded(limit_bytes, "body")
+        # Twice the images: a form may have an AppleDouble file for each image.
+        parser = MultiPartParser(self._request.headers, stream, max_files=2 * MAX_IMAGES, max_fields=MAX_IMAGES)
         try:
             form = await parser.parse()
         except MultiPartException as error:
-            raise InvalidRequest.at("body", error.message) from error
+            raise InvalidRequest.at("body", f"{error.message.rstrip('.')}; send each image as a file") from error
         try:
-            images = [(name, await part.read()) for name, part in form.multi_items() if not isinstance(part, str)]
+            return await _images_of_form(form)
         finally:
             await form.close()
-        if not images:
-            raise InvalidRequest.at("body", "the form has no file part; send each image as a file")
-        return images
+
+
+def is_announced(request: Request) -> bool:
+    """Return whether the headers announce a body."""
+    return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+
+
+async def _images_of_form(form: FormData) -> ImageRequest:
+    """Return the files of a form as images, and its text fields as options.
+
+    Raises:
+        InvalidRequest: no image, or a text field that is not an option.
+        InvalidImage: a file is base64 text.
+    """
+    texts: dict[str, list[str]] = {}
+    images: list[NamedImage] = []
+    skipped = 0
+    for name, part in form.multi_items():
+        if isinstance(part, str):
+            texts.setdefault(name, []).append(part)
+            continue
+        data = await part.read()
+        if data.startswith(APPLE_DOUBLE) and PurePath(part.filename or "").name.startswith("._"):
+            skipped += 1
+            continue
+        refuse_base64(name, data)
+        images.append((name, data))
+    options = _options_of_form(texts)
+    if not images:
+        files = f"; {skipped} AppleDouble files (._NAME) are not images" if skipped else ""
+        raise InvalidRequest.at("body", f"the form has no image; send each image as a file{files}")
+    if len(images) > MAX_IMAGES:
+        raise InvalidRequest.at("body", f"the form has {len(images)} images; send at most {MAX_IMAGES}")
+    return ImageRequest(images, options, skipped)
+
+
+def _options_of_form(texts: Mapping[str, Sequence[str]]) -> ClassifyOptions:
+    """Return the options of a form's text fields, whose numbers are text.
+
+    Raises:
+        InvalidRequest: a field is not an option, occurs twice, or has an invalid value.
+    """
+    names = ", ".join(ClassifyOptions.model_fields)
+    hint = f"is text, and the text fields of this form are {names}; send an image as a file: curl -F image=@FILE"
+    problems = [FieldProblem(name, hint) for name in texts if name not in ClassifyOptions.model_fields]
+    problems += [FieldProblem(name, f"is set {len(v)} times; set it once") for name, v in texts.items() if len(v) > 1]
+    if problems:
+        raise invalid_fields(problems)
+    values: dict[str, Any] = {name: text for name, (text,) in texts.items()}
+    if re.fullmatch("[0-9]{1,9}", values.get("top_k", "")):
+        values["top_k"] = int(values["top_k"])
+    if re.fullmatch(r"[0-9]{0,9}\.?[0-9]{1,9}", values.get("coverage", "")):
+        values["coverage"] = float(values["coverage"])
+    try:
+        return ClassifyOptions.model_validate(values)
+    except ValidationError as error:
+        raise invalid_request(error.errors()) from error
 
 
 def parse_json(model: type[Model], body: bytes, max_values: int = MAX_JSON_VALUES) -> Model:
@@ -131,47 +285,107 @@ def parse_json(model: type[Model], body: bytes, max_values: int = MAX_JSON_VALUE
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise invalid_request(error.errors()) from error
+        raise invalid_request(error.errors(), members=sorted(model.model_fields)) from error
 
 
 def decode_base64(images: Sequence[tuple[str, str]]) -> list[NamedImage]:
-    """Return base64 texts as bytes. The header of a `data:` URL is skipped.
+    """Return base64 texts as bytes: either alphabet of RFC 4648, with or without line breaks and padding.
+
+    The header of a `data:` URL is skipped.
 
     Raises:
         InvalidImage: a text is not base64; the error names its field.
     """
     decoded = []
     for field, text in images:
-        encoded = text.partition(",")[2] if text.startswith("data:") else text
         try:
-            decoded.append((field, base64.b64decode(encoded, validate=True)))
+            decoded.append((field, _decode_base64(text.partition(",")[2] if text.startswith("data:") else text)))
         except ValueError as error:  # binascii.Error, or a character outside of ASCII
-            raise InvalidImage.at(field, f"not base64 (RFC 4648, section 4): {error}") from error
+            raise InvalidImage.at(field, f"not base64 (RFC 4648): {error}") from error
     return decoded
 
 
-def inflate(body: bytes, coding: str, limit_bytes: int) -> bytes:
-    """Return a decompressed body. Decompression stops at the limit.
+def _decode_base64(text: str) -> bytes:
+    encoded = text.strip().encode("ascii").translate(None, b"\r\n")
+    if b" " in encoded:
+        raise ValueError("has a space; decoding of a URL or a form turns + into a space")
+    if b"-" in encoded or b"_" in encoded:
+        if b"+" in encoded or b"/" in encoded:
+            raise ValueError("mixes the standard and the URL-safe alphabet")
+        encoded = encoded.translate(FROM_URL_SAFE)
+    if b"=" not in encoded:  # the URL-safe form is often sent without padding
+        encoded += b"=" * (-len(encoded) % 4)
+    return base64.b64decode(encoded, validate=True)
+
+
+def refuse_base64(field: str, data: bytes) -> None:
+    """Refuse base64 text in place of an image file.
+
+    Raises:
+        InvalidImage: the data start as the base64 text of an image, or as a `data:` URL.
+    """
+    if data.startswith(BASE64_STARTS):
+        message = "is base64 text of an image; send the bytes of the image file, or base64 text in JSON"
+        raise InvalidImage.at(field, message)
+
+
+async def inflate(
+    chunks: AsyncIterable[bytes], coding: str, limit_bytes: int | None, subject: str = "body"
+) -> AsyncGenerator[bytes, None]:
+    """Yield a decompressed body in pieces of at most `PIECE_BYTES`. Decompression stops at the limit.
+
+    Args:
+        coding: value of `Content-Encoding`.
+        limit_bytes: limit of all pieces; None: no limit.
+        subject: name of the body in the error.
 
     Raises:
         InvalidRequest: unknown coding, or the body is not one whole stream of it.
         TooLarge: the decompressed body is over the limit.
     """
-    if coding not in ("gzip", "deflate"):
+    if coding not in CODINGS:
         message = f"{coding!r} is not supported; send gzip, deflate or no compression"
         raise InvalidRequest.at("Content-Encoding", message)
     inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)  # accepts the headers of gzip and of zlib
-    try:
-        plain = inflater.decompress(body, limit_bytes + 1)
-    except zlib.error as error:
-        raise InvalidRequest.at("body", f"is not {coding}: {error}") from error
-    if len(plain) > limit_bytes:
-        raise TooLarge.at("body", f"the decompressed body exceeds the limit of {limit_bytes} bytes")
+    size = 0
+    async for chunk in chunks:
+        more = bool(chunk)
+        while more:
+            try:
+                piece = await run_in_threadpool(inflater.decompress, chunk, PIECE_BYTES)
+            except zlib.error as error:
+                raise InvalidRequest.at("body", f"is not {coding}: {error}") from error
+            size += len(piece)
+            if limit_bytes is not None and size > limit_bytes:
+                raise TooLarge.at("body", f"the decompressed {subject} exceeds the limit of {limit_bytes} bytes")
+            if piece:
+                yield piece
+            chunk = inflater.unconsumed_tail
+            more = bool(chunk) or len(piece) == PIECE_BYTES  # a full piece may have a rest inside of zlib
+        if inflater.unused_data:
+            break
     if not inflater.eof or inflater.unused_data:
         raise InvalidRequest.at("body", f"is truncated, or has more than one {coding} stream")
-    return plain
 
 
-def _images_of_json(body: bytes) -> list[NamedImage]:
-    images = parse_json(ImagesBody, body).images
-    return decode_base64([(f"images.{i}", text) for i, text in enumerate(images)])
+def _images_of_json(body: bytes) -> ImageRequest:
+    request = parse_json(ImagesBody, body)
+    images = decode_base64([(f"images.{i}", text) for i, text in enumerate(request.images)])
+    return ImageRequest(images, ClassifyOptions(top_k=request.top_k, version=request.version))
+
+
+def _refuse_repeated_members(body: bytes) -> None:
+    """Refuse an object that has a member twice.
+
+    Raises:
+        InvalidRequest: the error names the member.
+    """
+
+    def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1:
+                raise InvalidRequest.at(name, f"is set {count} times; set it once")
+        return dict(pairs)
+
+    with suppress(ValueError, RecursionError):  # the parser of the model reports these
+        json.loads(body, object_pairs_hook=once)

@@ -1,20 +1,21 @@
 """Parts that routes share: the caller and the body as FastAPI dependencies, parameters, and headers of replies."""
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated
 
 from fastapi import Depends, Header, Path, Query, Request, Response, Security
 from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from ..admission.authentication import Authenticator, Caller
-from ..errors import FieldProblem
+from ..errors import FieldProblem, InvalidRequest
+from ..field_types import NAME_PATTERN, TASK_PATTERN
 from ..observability import request_context
-from ..schemas import NAME_PATTERN, TASK_PATTERN
 from ..worker_api import PassStats
-from .bodies import RequestBody
+from .bodies import NO_BODY, RequestBody, is_announced
 from .problems import invalid_fields
 from .upload_guard import claim_body
 
@@ -31,10 +32,14 @@ Coverage = Annotated[
     float | None,
     Query(gt=0, lt=1, description="adds to each image the smallest set of labels that covers this share of images"),
 ]
+CANARY_HEADER = "x-canary-key"
+JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
+OPTION_HEADERS = (CANARY_HEADER, JSON_LENGTH_HEADER)  # refused on routes that do not have them
+SINGLE_HEADERS = ("authorization", "content-type", *OPTION_HEADERS)
 CanaryKey = Annotated[
     str | None,
     Header(
-        alias="x-canary-key",
+        alias=CANARY_HEADER,
         max_length=256,
         description="calls with the same key get the same version of an alias with several versions",
     ),
@@ -46,13 +51,13 @@ class CallerDependencies:
 
     def __init__(self, authenticator: Authenticator) -> None:
         async def any_caller(request: Request, _bearer: Annotated[object, Security(BEARER)]) -> Caller:
-            sent = request.headers
-            caller = await authenticator.authenticate(
-                sent.get("authorization"), client_address(request), sent.get("origin")
-            )
+            authorization, origin = request.headers.get("authorization"), request.headers.get("origin")
+            caller = await authenticator.authenticate(authorization, client_address(request), origin)
             claim_body(request.scope, caller.tenant)
             request_context.note_tenant(caller.tenant)
-            _refuse_unknown_query(request)
+            _refuse_unknown_options(request)
+            if not _has_body(request):
+                await RequestBody(request, partial(authenticator.recheck, str(authorization))).refuse_content()
             return caller
 
         async def tenant_caller(caller: Annotated[Caller, Depends(any_caller)]) -> Caller:
@@ -102,23 +107,59 @@ def add_batch_headers(response: Response, stats: Sequence[PassStats]) -> None:
     request_context.note_times(**{name: ms / 1000 for name, ms in times_ms.items()})
 
 
-def _refuse_unknown_query(request: Request) -> None:
-    """Refuse a query parameter that the route does not have. A misspelt one would silently keep its default.
+async def no_options(request: Request) -> None:
+    """Refuse options and a body: the dependency of routes without a key.
 
     Raises:
-        InvalidRequest: unknown parameters under /v1. Elsewhere they are ignored, since the protocols may add some.
+        InvalidRequest: the request has an option, or its headers announce a body.
     """
-    route = request.scope["route"]
-    if not request.query_params or not route.path.startswith("/v1/"):
-        return
-    known = _query_names(route.dependant)
-    unknown = sorted({*request.query_params} - known)
-    if unknown:
-        message = f"unknown query parameter; this route accepts {', '.join(sorted(known)) or 'none'}"
-        raise invalid_fields([FieldProblem(name, message) for name in unknown])
+    _refuse_unknown_options(request)
+    if is_announced(request):
+        raise InvalidRequest.at("body", NO_BODY)
 
 
-def _query_names(dependant: Dependant) -> set[str]:
-    """Return the names of all query parameters of a route and of its dependencies."""
-    names = {field.alias for field in dependant.query_params}
-    return names.union(*(_query_names(dependency) for dependency in dependant.dependencies))
+def _refuse_unknown_options(request: Request) -> None:
+    """Refuse query parameters and option headers that the route does not have, or that the client sent twice.
+
+    A misspelt parameter would silently keep its default, and of two values one would be lost.
+
+    Raises:
+        InvalidRequest: the error names each of them.
+    """
+    dependant = _route(request).dependant
+    query, headers = request.query_params, request.headers
+    known = sorted(_query_names(dependant))
+    accepts = f"this route accepts {', '.join(known) or 'none'}"
+    problems = [FieldProblem(name, f"unknown query parameter; {accepts}") for name in sorted({*query} - {*known})]
+    own = {name.lower() for name in _header_names(dependant)}
+    for name in OPTION_HEADERS:
+        if name in headers and name.lower() not in own:
+            problems.append(FieldProblem(name, "this route does not have this header; remove it"))
+    counts = {name: len(query.getlist(name)) for name in known}
+    counts |= {name: len(headers.getlist(name)) for name in SINGLE_HEADERS}
+    problems += [FieldProblem(name, f"is sent {n} times; send it once") for name, n in counts.items() if n > 1]
+    if problems:
+        raise invalid_fields(problems)
+
+
+def _route(request: Request) -> APIRoute:
+    route: APIRoute = request.scope["route"]
+    return route
+
+
+def _has_body(request: Request) -> bool:
+    return "requestBody" in (_route(request).openapi_extra or {})
+
+
+def _query_names(dependant: Dependant) -> Iterator[str]:
+    """Yield the names of all query parameters of a route and of its dependencies."""
+    yield from (field.alias for field in dependant.query_params)
+    for dependency in dependant.dependencies:
+        yield from _query_names(dependency)
+
+
+def _header_names(dependant: Dependant) -> Iterator[str]:
+    """Yield the names of all headers that a route and its dependencies read as parameters."""
+    yield from (field.alias for field in dependant.header_params)
+    for dependency in dependant.dependencies:
+        yield from _header_names(dependency)

@@ -12,10 +12,9 @@ from ..concurrency import TenantConcurrencyLimit
 from ..schemas import LATEST, Prediction
 from ..services.classification import ClassificationService
 from .bodies import JSON, NamedImage, RequestBody, decode_base64, parse_json
-from .dependencies import CallerDependencies, CanaryKey, QueryVersion, TaskName, add_batch_headers
-from .openapi import BINARY, request_body, schema_of
+from .dependencies import CallerDependencies, CanaryKey, QueryVersion, TaskName, TopK, add_batch_headers
+from .openapi import BINARY, OCTETS, request_body, schema_of
 
-OCTETS = "application/octet-stream"
 MAX_JSON_VALUES = 100
 DEFAULT_TOP_K = 5
 
@@ -37,7 +36,7 @@ class HuggingFaceParameters(BaseModel):
 class HuggingFaceBody(BaseModel):
     """One image as base64 text."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     inputs: str
     parameters: HuggingFaceParameters | None = None
@@ -65,26 +64,28 @@ def add_huggingface_routes(
         summary="Classify an image",
         openapi_extra=request_body({"image/*": BINARY, OCTETS: BINARY, JSON: schema_of(HuggingFaceBody)}),
     )
-    async def hugging_face(
+    async def classify_hugging_face(
         caller: TenantCaller,
         task: TaskName,
         body: Body,
         response: Response,
+        top_k: TopK = DEFAULT_TOP_K,
         version: QueryVersion = LATEST,
         canary: CanaryKey = None,
     ) -> list[Prediction]:
         async with concurrency_limit.acquire(caller.tenant):
-            data = await body.read_decompressed(max_request_bytes)
-            is_json = body.content_type == JSON
-            image, top_k = await run_in_threadpool(_parse, data) if is_json else (("body", data), DEFAULT_TOP_K)
+            if body.content_type == JSON:
+                image, own = await run_in_threadpool(_parse, await body.read(max_request_bytes))
+                top_k = body.option("top_k", top_k, own)
+            else:
+                image = await body.read_image(max_request_bytes)
             classified, stats = await service.classify(caller, task, version, [image], top_k, canary)
         add_batch_headers(response, stats)
         return classified.predictions[0]
 
 
-def _parse(body: bytes) -> tuple[NamedImage, int]:
-    """Return the image of a JSON body, and the number of labels in the reply."""
+def _parse(body: bytes) -> tuple[NamedImage, int | None]:
+    """Return the image of a JSON body, and its number of labels in the reply."""
     request = parse_json(HuggingFaceBody, body, MAX_JSON_VALUES)
     [image] = decode_base64([("inputs", request.inputs)])
-    top_k = request.parameters.top_k if request.parameters else None
-    return image, top_k or DEFAULT_TOP_K
+    return image, request.parameters.top_k if request.parameters else None

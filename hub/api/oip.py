@@ -14,7 +14,7 @@ from ..errors import InvalidRequest
 from ..schemas import LATEST
 from ..services.classification import ClassificationService
 from .bodies import JSON, RequestBody, parse_json
-from .dependencies import CallerDependencies, CanaryKey, TaskName, add_batch_headers
+from .dependencies import JSON_LENGTH_HEADER, CallerDependencies, CanaryKey, TaskName, add_batch_headers, no_options
 from .oip_tensors import (
     EXTENSIONS,
     InferReply,
@@ -27,11 +27,9 @@ from .oip_tensors import (
     tensors_of,
     write_reply,
 )
-from .openapi import BINARY, request_body, schema_of
+from .openapi import BINARY, OCTETS, request_body, schema_of
 
-OCTETS = "application/octet-stream"
 MAX_JSON_VALUES = 2**20  # six images of 224 x 224 pixels; more images fit as binary data
-JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 
 # A version's number or an alias. FastAPI reads it from the path, or from the query where the path has none.
 Version = Annotated[str, StringConstraints(max_length=63)]
@@ -81,31 +79,44 @@ def _add_metadata_routes(api: FastAPI, service: ClassificationService, dependenc
     TenantCaller = Annotated[Caller, Depends(dependencies.tenant_caller)]
     server_info = ServerInfo(name="karst-hub", version=installed_version("karst-hub"), extensions=[*EXTENSIONS])
 
-    @api.get("/v2/health/live", summary="Check that the gateway runs")
-    async def live() -> Live:
+    alone = [Depends(no_options)]
+
+    @api.head("/v2/health/live", include_in_schema=False, dependencies=alone)
+    @api.get("/v2/health/live", summary="Check that the gateway runs", dependencies=alone)
+    async def check_server_live() -> Live:
         return Live()
 
-    @api.get("/v2/health/ready", summary="Check that a worker has loaded its backbone")
-    async def ready() -> Ready:
+    @api.head("/v2/health/ready", include_in_schema=False, dependencies=alone)
+    @api.get("/v2/health/ready", summary="Check that a worker has loaded its backbone", dependencies=alone)
+    async def check_server_ready() -> Ready:
         await service.ready()
         return Ready()
 
     @api.get("/v2", summary="Get name, version and extensions of the server")
-    async def server(_caller: TenantCaller) -> ServerInfo:
+    async def get_server(_caller: TenantCaller) -> ServerInfo:
         return server_info
 
-    @api.get("/v2/models/{task}", summary="Get versions, inputs and outputs of a task")
-    @api.get("/v2/models/{task}/versions/{version}", summary="Get versions, inputs and outputs of a task")
-    async def model(caller: TenantCaller, task: TaskName, version: Version = LATEST) -> ModelInfo:
-        chosen = await service.version(caller, task, version)
+    described = "Get versions, inputs and outputs of a task"
+    ready = "Check that a task can be called"
+
+    @api.get("/v2/models/{task}", summary=described)
+    @api.get("/v2/models/{task}/versions/{version}", summary=described, operation_id="get_model_version")
+    async def get_model(
+        caller: TenantCaller, task: TaskName, version: Version = LATEST, canary: CanaryKey = None
+    ) -> ModelInfo:
+        chosen = await service.version(caller, task, version, canary)
         numbers = [str(v.version) for v in (await service.task(caller, task)).versions]
         inputs, outputs = tensors_of(chosen)
         return ModelInfo(name=task, versions=numbers, inputs=inputs, outputs=outputs)
 
-    @api.get("/v2/models/{task}/ready", summary="Check that a task can be called")
-    @api.get("/v2/models/{task}/versions/{version}/ready", summary="Check that a task can be called")
-    async def model_ready(caller: TenantCaller, task: TaskName, version: Version = LATEST) -> ModelReady:
-        await service.version(caller, task, version)
+    @api.head("/v2/models/{task}/ready", include_in_schema=False)
+    @api.head("/v2/models/{task}/versions/{version}/ready", include_in_schema=False)
+    @api.get("/v2/models/{task}/ready", summary=ready)
+    @api.get("/v2/models/{task}/versions/{version}/ready", summary=ready, operation_id="check_model_version_ready")
+    async def check_model_ready(
+        caller: TenantCaller, task: TaskName, version: Version = LATEST, canary: CanaryKey = None
+    ) -> ModelReady:
+        await service.version(caller, task, version, canary)
         await service.ready()
         return ModelReady(name=task)
 
@@ -127,7 +138,7 @@ def _add_infer_routes(
     }
 
     @api.post("/v2/models/{task}/infer", **options)
-    @api.post("/v2/models/{task}/versions/{version}/infer", **options)
+    @api.post("/v2/models/{task}/versions/{version}/infer", operation_id="infer_version", **options)
     async def infer(
         caller: TenantCaller,
         task: TaskName,
@@ -137,7 +148,7 @@ def _add_infer_routes(
         canary: CanaryKey = None,
     ) -> Response:
         async with concurrency_limit.acquire(caller.tenant):
-            data = await body.read_decompressed(max_request_bytes)
+            data = await body.read(max_request_bytes)
             members, images, outputs = await run_in_threadpool(_parse, data, json_length)
             predicted = await service.predict(caller, task, version, images, canary)
         members = {"model_name": task, "model_version": str(predicted.version.version), **members}

@@ -13,11 +13,12 @@ from itertools import chain
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from ..errors import InvalidRequest
 from ..schemas import MAX_IMAGES, VersionInfo
-from .bodies import decode_base64
+from .bodies import decode_base64, refuse_base64
 
 EXTENSIONS = ("binary_tensor_data", "classification")
 PIXEL_DTYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}
@@ -29,19 +30,44 @@ OUTPUTS: tuple[OutputName, ...] = get_args(OutputName)
 ALWAYS: tuple[OutputName, ...] = ("probabilities", "labels")  # the others need an adapter with typicality
 
 
+def _one_input(inputs: Any) -> Any:
+    """Refuse two inputs. Clients that fill all inputs of the metadata send both."""
+    if isinstance(inputs, list) and len(inputs) > 1:
+        raise PydanticCustomError("one_input", "has {count} tensors; send one, image or pixels", {"count": len(inputs)})
+    return inputs
+
+
 class _RequestModel(BaseModel):
-    """Part of a request. Types are strict; unknown members (sequences, priorities) are ignored."""
+    """Part of a request. Types are strict; members without a meaning here (sequences, priorities) are refused."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-class InputParameters(_RequestModel):
-    binary_data_size: int | None = Field(None, ge=0, description="bytes of this tensor after the JSON")
+class _Parameters(_RequestModel):
     shared_memory_region: str | None = Field(None, description="refused; shared memory is not supported")
+    shared_memory_byte_size: int | None = Field(None, description="refused")
+    shared_memory_offset: int | None = Field(None, description="refused")
+
+    def refuse_shared_memory(self, name: str) -> None:
+        """Refuse shared memory for a tensor.
+
+        Raises:
+            InvalidRequest: a parameter of shared memory is set.
+        """
+        if {self.shared_memory_region, self.shared_memory_byte_size, self.shared_memory_offset} != {None}:
+            raise InvalidRequest.at(name, NO_SHARED_MEMORY)
+
+
+class InputParameters(_Parameters):
+    binary_data_size: int | None = Field(None, ge=0, description="bytes of this tensor after the JSON")
 
 
 class InputTensor(_RequestModel):
-    """`image`: BYTES [B], image files (base64 in JSON). `pixels`: [B, 3, H, W], UINT8 (0 to 255) or FP32 (0 to 1)."""
+    """Input `image` or `pixels`.
+
+    `image`: BYTES [B] or [B, 1], image files (base64 in JSON).
+    `pixels`: [B, 3, H, W], UINT8 (0 to 255) or FP32 (0 to 1).
+    """
 
     name: Literal["image", "pixels"]
     shape: list[Annotated[int, Field(ge=1, le=2**31)]] = Field(max_length=8)
@@ -50,12 +76,11 @@ class InputTensor(_RequestModel):
     data: list[Any] | None = Field(None, description="row-major, flat or nested; omit it if binary_data_size is set")
 
 
-class OutputParameters(_RequestModel):
+class OutputParameters(_Parameters):
     binary_data: bool | None = Field(None, description="send this output as bytes after the JSON")
     classification: int | None = Field(
         None, ge=0, description="for probabilities: return this many best classes as score:index:label"
     )
-    shared_memory_region: str | None = Field(None, description="refused; shared memory is not supported")
 
 
 class OutputRequest(_RequestModel):
@@ -72,7 +97,7 @@ class InferRequest(_RequestModel):
 
     id: str | None = Field(None, description="repeated in the reply")
     parameters: RequestParameters | None = None
-    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
+    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1), BeforeValidator(_one_input)]
     outputs: list[OutputRequest] | None = Field(None, max_length=len(OUTPUTS))
 
 
@@ -90,6 +115,7 @@ class ModelInfo(BaseModel):
     name: str
     versions: list[str]
     platform: str = "karst_safetensors"
+    parameters: dict[str, str] = {"inputs": "alternatives: a request has one input, image or pixels"}
     inputs: list[TensorInfo]
     outputs: list[TensorInfo]
 
@@ -152,12 +178,11 @@ def read_images(tensor: InputTensor, binary: memoryview) -> list[tuple[str, byte
 
     Raises:
         InvalidRequest: the data do not match the tensor's name, shape or datatype.
-        InvalidImage: a text is not base64.
+        InvalidImage: a text is not base64, or binary data are base64 text.
     """
     parameters = tensor.parameters or InputParameters()
     claimed = parameters.binary_data_size
-    if parameters.shared_memory_region is not None:
-        raise InvalidRequest.at(tensor.name, NO_SHARED_MEMORY)
+    parameters.refuse_shared_memory(tensor.name)
     if (tensor.data is None) == (claimed is None):
         raise InvalidRequest.at(
             tensor.name, "needs either data, or binary_data_size and that many bytes after the JSON"
@@ -171,7 +196,10 @@ def read_images(tensor: InputTensor, binary: memoryview) -> list[tuple[str, byte
         pixels = _numbers(tensor, binary).reshape(tensor.shape)  # (B, 3, H, W)
         return [(f"pixels.{i}", image) for i, image in enumerate(pixels)]
     if tensor.data is None:
-        return [(f"image.{i}", data) for i, data in enumerate(_byte_strings(tensor, binary))]
+        files = [(f"image.{i}", data) for i, data in enumerate(_byte_strings(tensor, binary))]
+        for field, data in files:
+            refuse_base64(field, data)
+        return [*files]
     texts = _elements(tensor)
     if set(map(type, texts)) != {str}:
         raise InvalidRequest.at(tensor.name, "data must be base64 texts of image files")
@@ -192,8 +220,7 @@ def requested_outputs(request: InferRequest) -> list[OutputFormat]:
         parameters = output.parameters or OutputParameters()
         if output.name in [f.name for f in formats]:
             raise InvalidRequest.at(output.name, "is requested twice")
-        if parameters.shared_memory_region is not None:
-            raise InvalidRequest.at(output.name, NO_SHARED_MEMORY)
+        parameters.refuse_shared_memory(output.name)
         if parameters.classification and output.name != "probabilities":
             raise InvalidRequest.at(output.name, "does not support classification; request it for probabilities")
         chosen = binary if parameters.binary_data is None else parameters.binary_data
@@ -256,8 +283,8 @@ def _check_kind(tensor: InputTensor) -> None:
     if (name == "image") != (datatype == "BYTES"):
         expected = "BYTES (image files)" if name == "image" else "UINT8 or FP32; send image files in the input image"
         raise InvalidRequest.at(name, f"datatype is {datatype}; expected {expected}")
-    if name == "image" and len(shape) != 1:
-        raise InvalidRequest.at(name, f"shape is {shape}; expected [B], one image file per element")
+    if name == "image" and len(shape) != 1 and shape[1:] != [1]:
+        raise InvalidRequest.at(name, f"shape is {shape}; expected [B] or [B, 1], one image file per element")
     if name == "pixels" and (len(shape) != 4 or shape[1] != 3):
         raise InvalidRequest.at(name, f"shape is {shape}; expected [B, 3, H, W]")
     if shape[0] > MAX_IMAGES:

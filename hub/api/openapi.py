@@ -18,8 +18,9 @@ from starlette.responses import HTMLResponse, Response
 
 from ..errors import HubError
 from ..schemas import ProblemDetails
-from .problems import PROBLEM_JSON, PROTOCOL_PATHS
+from .problems import PROBLEM_JSON, is_protocol_path
 
+OCTETS = "application/octet-stream"
 BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 SCHEMA = "#/components/schemas/{model}"
 DESCRIPTION = (
@@ -101,6 +102,8 @@ def request_body(content: dict[str, dict[str, Any]], *, required: bool = True) -
 
 def complete(document: dict[str, Any]) -> None:
     """Complete FastAPI's document in place."""
+    # Relative to the document: a proxy may serve the hub below a path that the hub does not know.
+    document["servers"] = [{"url": "."}]
     document["info"] |= {"version": version("karst-hub"), "description": DESCRIPTION}
     document["info"]["license"] = {"name": "Apache-2.0", "identifier": "Apache-2.0"}
     components = document["components"]
@@ -120,7 +123,7 @@ def complete(document: dict[str, Any]) -> None:
 
 
 def _complete_responses(path: str, method: str, operation: dict[str, Any]) -> None:
-    schema = "ProtocolProblem" if path.startswith(PROTOCOL_PATHS) else "Problem"
+    schema = "ProtocolProblem" if is_protocol_path(path) else "Problem"
     replies = {status: reply for status, reply in operation["responses"].items() if int(status) < 400}
     problems = {str(status): _problem_reply(status, schema) for status in _problem_statuses(path, method, operation)}
     if _classifies(path, method):
@@ -130,7 +133,7 @@ def _complete_responses(path: str, method: str, operation: dict[str, Any]) -> No
 
 def _problem_statuses(path: str, method: str, operation: dict[str, Any]) -> Iterator[int]:
     """Yield the statuses of an operation's problems."""
-    body, parameters = "requestBody" in operation, operation.get("parameters")
+    body = "requestBody" in operation
     change = method != "get" and not _classifies(path, method)
     if operation.get("security"):
         yield from (401, 403, 404, 429)
@@ -140,10 +143,7 @@ def _problem_statuses(path: str, method: str, operation: dict[str, Any]) -> Iter
         yield 409
     if body:
         yield 413
-    yield 414
-    if body or parameters or path.startswith("/v1"):  # under /v1 also for unknown query parameters
-        yield 422
-    yield from (431, 500)
+    yield from (414, 422, 431, 500)  # 422 on every route: none accepts an unknown query parameter
     if operation.get("security") or path.endswith(("/ready", "/readyz")):
         yield 503
 

@@ -6,6 +6,7 @@ Three kinds of errors become problems: the hub's own (`HubError`), HTTP statuses
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -14,22 +15,80 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from starlette.types import Scope
 
 from ..errors import FieldProblem, HubError, InvalidRequest, Unauthenticated
+from ..field_types import DIGEST_PATTERN, NAME_PATTERN, TASK_PATTERN
 from ..observability import request_context
 
 logger = logging.getLogger(__name__)
 
 PROBLEM_JSON = "application/problem+json"
-PROTOCOL_PATHS = ("/v2", "/models/")  # clients of these protocols read the error's text from the member `error`
+# Clients of these protocols read the error's text from the member `error`. The path may begin with a prefix that a
+# proxy should have removed.
+PROTOCOL_PATH = re.compile(r"(?!/v1/).*/(v2(/|$)|models/)")
 MAX_ERRORS = 50  # field errors in one problem
 MAX_DETAIL_ERRORS = 5  # field errors that `detail` repeats
 
 
-def error_response(error: HubError, path: str, *, close: bool = False) -> Response:
+NAME_RULE = "1 to 63 characters, each a lower-case letter, a digit, _ or -, the first a letter or a digit"
+KEY_ID_PATTERN = r"^[0-9a-f]{16}$"
+CURSOR_PATTERN = r"^[0-9]{1,15}(-[0-9]{1,10})?$"
+# Regular expression -> the rule in words.
+RULES = {
+    NAME_PATTERN: NAME_RULE,
+    TASK_PATTERN: f"{NAME_RULE}; for a task of another tenant TENANT:TASK",
+    DIGEST_PATTERN: "a sha256 of 64 hexadecimal digits in lower case",
+    KEY_ID_PATTERN: "a key's public id of 16 hexadecimal digits in lower case",
+    CURSOR_PATTERN: "the value `next` of the previous page",
+}
+# Type of pydantic's error -> message. `{value}` is the refused value, other fields are the error's own.
+MESSAGES = {
+    "missing": "is missing",
+    "json_invalid": "is not JSON: {error}",
+    "int_from_float": "is {value}; must be a whole number",
+    "int_parsing": "is {value}; must be a whole number",
+    "int_parsing_size": "is too large",
+    "int_type": "is {value}; must be a whole number",
+    "float_parsing": "is {value}; must be a number",
+    "float_type": "is {value}; must be a number",
+    "finite_number": "is {value}; must be a finite number",
+    "greater_than_equal": "is {value}; must be at least {ge}",
+    "less_than_equal": "is {value}; must be at most {le}",
+    "string_type": "is {value}; must be text",
+    "string_too_short": "has too few characters; must have at least {min_length}",
+    "string_too_long": "has too many characters; must have at most {max_length}",
+    "bool_type": "is {value}; must be true or false",
+    "literal_error": "is {value}; must be {expected}",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "too_short": "has {actual_length} items; must have at least {min_length}",
+    "too_long": "has too many items; must have at most {max_length}",
+    "timezone_aware": "must be a time with a time zone, such as 2027-01-01T00:00:00Z",
+    "datetime_from_date_parsing": "must be a time with a time zone, such as 2027-01-01T00:00:00Z",
+    "value_error": "{error}",
+}
+MAX_SHOWN = 40  # characters of a refused value
+
+
+def route_path(scope: Scope) -> str:
+    """Return the path below the application's own, which Serve's `route_prefix` sets."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
+
+
+def is_protocol_path(path: str) -> bool:
+    """Return whether a path belongs to another protocol, whose clients read the member `error`."""
+    return PROTOCOL_PATH.match(path) is not None
+
+
+def error_response(error: HubError, scope: Scope, *, close: bool = False) -> Response:
     """Return the problem of one of the hub's errors, and record its code for logs and metrics.
 
     Args:
+        scope: the request.
         close: end the connection after the reply. Otherwise the server would read the rest of a refused body.
     """
     request_context.note_error(error.code, error.errors[0].field if error.errors else "")
@@ -38,17 +97,17 @@ def error_response(error: HubError, path: str, *, close: bool = False) -> Respon
         headers["retry-after"] = str(error.retry_after_s)
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
-    return _response(error.problem(), path, headers)
+    return _response(error.problem(), scope, headers)
 
 
-def status_response(status: int, detail: str, path: str, headers: Mapping[str, str] | None = None) -> Response:
+def status_response(status: int, detail: str, scope: Scope, headers: Mapping[str, str] | None = None) -> Response:
     """Return the problem of an HTTP status that has no class in the hub's error tree."""
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": int(status), "detail": detail}
-    return _response(body, path, headers)
+    return _response(body, scope, headers)
 
 
-def _response(body: dict[str, Any], path: str, headers: Mapping[str, str] | None) -> Response:
-    if path.startswith(PROTOCOL_PATHS):
+def _response(body: dict[str, Any], scope: Scope, headers: Mapping[str, str] | None) -> Response:
+    if is_protocol_path(route_path(scope)):  # the hub may be below a path, Serve's `route_prefix`
         body |= {"error": body["detail"]}
     # ASCII: the detail may repeat half a surrogate pair from the request, which UTF-8 cannot encode.
     return Response(json.dumps(body), body["status"], headers, PROBLEM_JSON)
@@ -60,20 +119,40 @@ def invalid_fields(problems: Sequence[FieldProblem]) -> InvalidRequest:
     return InvalidRequest(detail, problems[:MAX_ERRORS])
 
 
-def invalid_request(errors: Sequence[Any], default_field: str = "body") -> InvalidRequest:
+def invalid_request(errors: Sequence[Any], members: Sequence[str] = ()) -> InvalidRequest:
     """Return pydantic's validation errors as one error of the hub's, each with the path of its field.
 
     Args:
-        default_field: field of an error without a path.
+        members: names of the members of the whole JSON object, for the error about an unknown one.
     """
     problems = []
     for error in errors[:MAX_ERRORS]:
-        location = [str(part) for part in error["loc"] if part not in ("path", "query", "header", "body")]
-        message = error["msg"]
-        if "pattern" in error.get("ctx", {}):
-            message = f"{error['input']!r} does not match {error['ctx']['pattern']}"
-        problems.append(FieldProblem(".".join(location) or default_field, message))
+        location = [str(part) for part in error["loc"] if part != "[key]"]
+        problems.append(FieldProblem(".".join(location) or "body", _message(error, members)))
     return invalid_fields(problems)
+
+
+def _message(error: Any, members: Sequence[str]) -> str:
+    """Return a message for the client. Pydantic's own texts show regular expressions and its names of types."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        accepts = f"the JSON accepts {', '.join(members)}" if members and len(error["loc"]) == 1 else "remove it"
+        return f"unknown member; {accepts}"
+    if kind == "string_pattern_mismatch":
+        return f"is {_shown(error['input'])}; must be {RULES.get(context['pattern'], context['pattern'])}"
+    if kind == "json_invalid" and error["input"] in ("", b""):
+        return "is empty; send JSON"
+    template = MESSAGES.get(kind)
+    return template.format(**{**context, "value": _shown(error["input"])}) if template else str(error["msg"])
+
+
+def _shown(value: Any) -> str:
+    """Return the start of a refused value."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more than 4300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def add_exception_handlers(api: FastAPI) -> None:
@@ -81,24 +160,38 @@ def add_exception_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(HubError)
     async def hub_error(request: Request, error: HubError) -> Response:
-        return error_response(error, request.url.path)
+        return error_response(error, request.scope)
 
     @api.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
-        return error_response(invalid_request(error.errors()), request.url.path)
+        # FastAPI's locations begin with `path`, `query` or `header`.
+        errors = [{**found, "loc": found["loc"][1:]} for found in error.errors()]
+        return error_response(invalid_request(errors), request.scope)
 
     @api.exception_handler(HTTPException)
     async def http_exception(request: Request, error: HTTPException) -> Response:
-        headers = error.headers
+        headers, detail = error.headers, error.detail
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            detail += _hint(api, request.scope)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette lists the methods of one route only
             headers = {"allow": ", ".join(sorted(_methods(api, request)))}
-        return status_response(error.status_code, error.detail, request.url.path, headers)
+        return status_response(error.status_code, detail, request.scope, headers)
 
     @api.exception_handler(Exception)
     async def unexpected_error(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         detail = "An unexpected error occurred. The hub's log has the traceback under this request's X-Request-Id."
-        return error_response(HubError(detail), request.url.path)
+        return error_response(HubError(detail), request.scope)
+
+
+def _hint(api: FastAPI, scope: Scope) -> str:
+    """Return a hint if the path has a slash too many. A redirect could lead from https to http, or out of a prefix."""
+    path = route_path(scope)
+    clean = re.sub("/{2,}", "/", path).rstrip("/")
+    corrected = {**scope, "path": scope.get("root_path", "").rstrip("/") + clean}
+    if clean in ("", path) or all(route.matches(corrected)[0] == Match.NONE for route in api.routes):
+        return ""
+    return f": the path has a slash too many; use {clean}"
 
 
 def _methods(api: FastAPI, request: Request) -> set[str]:

@@ -42,6 +42,7 @@ CORS_REPLY_HEADERS = (
     "x-batch-images",
     "x-batch-tasks",
     "x-request-id",
+    "x-skipped-files",
     "x-worker",
 )
 

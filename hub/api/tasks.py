@@ -5,19 +5,19 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, FastAPI, Query, Response
 from starlette.concurrency import run_in_threadpool
 
+from ..admin_schemas import NewToken, TokenRequest
 from ..admission.authentication import Authenticator, Caller
 from ..concurrency import TenantConcurrencyLimit
 from ..errors import InvalidRequest
+from ..field_types import NAME_PATTERN
 from ..schemas import (
     LATEST,
-    NAME_PATTERN,
     AliasChange,
     Classified,
+    ClassifyOptions,
     Health,
     ImagesBody,
-    Input,
     InputsBody,
-    NewToken,
     Registered,
     Results,
     ServedBackbone,
@@ -26,7 +26,6 @@ from ..schemas import (
     TaskInfo,
     TaskList,
     TaskSettings,
-    TokenRequest,
     VersionInfo,
 )
 from ..services.classification import ClassificationService
@@ -43,13 +42,17 @@ from .dependencies import (
     VersionNumber,
     VersionReference,
     add_batch_headers,
+    no_options,
 )
-from .openapi import BINARY, request_body, schema_of
+from .openapi import BINARY, OCTETS, request_body, schema_of
 
-ADAPTER_FILE = "application/octet-stream"
 IMAGES_CONTENT: dict[str, Any] = {
     "image/*": BINARY,
-    FORM: {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}},
+    OCTETS: BINARY,
+    FORM: {
+        "type": "object",
+        "properties": {"image": {"type": "array", "items": BINARY}, **schema_of(ClassifyOptions)["properties"]},
+    },
     JSON: schema_of(ImagesBody),
 }
 MovedAlias = Annotated[
@@ -67,12 +70,16 @@ UnknownBelow = Annotated[
 def add_health_routes(api: FastAPI, service: ClassificationService) -> None:
     """Add the routes that an orchestrator probes."""
 
-    @api.get("/healthz", summary="Check that the gateway runs")
-    async def healthz() -> Health:
+    alone = [Depends(no_options)]
+
+    @api.head("/healthz", include_in_schema=False, dependencies=alone)
+    @api.get("/healthz", summary="Check that the gateway runs", dependencies=alone)
+    async def check_gateway() -> Health:
         return Health()
 
-    @api.get("/readyz", summary="Check that a worker has loaded its backbone")
-    async def readyz() -> Health:
+    @api.head("/readyz", include_in_schema=False, dependencies=alone)
+    @api.get("/readyz", summary="Check that a worker has loaded its backbone", dependencies=alone)
+    async def check_workers() -> Health:
         await service.ready()
         return Health()
 
@@ -146,7 +153,7 @@ def add_task_routes(
         summary="Share a task with all or some tenants",
         openapi_extra=request_body({JSON: schema_of(Sharing)}),
     )
-    async def share(caller: Owner, task: TaskName, body: Body) -> TaskInfo:
+    async def share_task(caller: Owner, task: TaskName, body: Body) -> TaskInfo:
         return await changes.share(caller, task, await body.read_json(Sharing))
 
     @api.post(
@@ -154,9 +161,9 @@ def add_task_routes(
         summary="Register an adapter file as a version",
         status_code=201,
         responses={200: {"model": Registered}},
-        openapi_extra=request_body({ADAPTER_FILE: BINARY, JSON: schema_of(SourceBody)}),
+        openapi_extra=request_body({OCTETS: BINARY, JSON: schema_of(SourceBody)}),
     )
-    async def register(
+    async def register_version(
         caller: Owner,
         task: TaskName,
         body: Body,
@@ -175,7 +182,7 @@ def add_task_routes(
                 caller, task, source, alias, settings, stage=stage, labels_may_change=changed
             )
         else:
-            data = await body.read(max_adapter_bytes, "adapter file")
+            data = await body.read_file(max_adapter_bytes, "adapter file")
             registered, created = await changes.register(
                 caller, task, data, alias, settings, stage=stage, labels_may_change=changed
             )
@@ -195,19 +202,23 @@ def add_task_routes(
         return token
 
     @api.get("/v1/tasks/{task}/versions/{version}")
-    async def get_version(caller: TenantCaller, task: TaskName, version: VersionReference) -> VersionInfo:
-        return await service.version(caller, task, version)
+    async def get_version(
+        caller: TenantCaller, task: TaskName, version: VersionReference, canary: CanaryKey = None
+    ) -> VersionInfo:
+        return await service.version(caller, task, version, canary)
 
     @api.get(
         "/v1/tasks/{task}/versions/{version}/file",
         response_class=Response,
-        responses={200: {"content": {ADAPTER_FILE: {"schema": BINARY}}}},
+        responses={200: {"content": {OCTETS: {"schema": BINARY}}}},
     )
-    async def get_file(caller: Owner, task: TaskName, version: VersionReference) -> Response:
-        info, data = await changes.file(caller, task, version)
+    async def download_version(
+        caller: Owner, task: TaskName, version: VersionReference, canary: CanaryKey = None
+    ) -> Response:
+        info, data = await changes.file(caller, task, version, canary)
         name = f"{task.rpartition(':')[2]}-{info.version}.safetensors"
         headers = {"content-disposition": f'attachment; filename="{name}"', "etag": f'"{info.digest}"'}
-        return Response(data, media_type=ADAPTER_FILE, headers=headers)
+        return Response(data, media_type=OCTETS, headers=headers)
 
     @api.delete("/v1/tasks/{task}/versions/{version}", status_code=204)
     async def delete_version(caller: Owner, task: TaskName, version: VersionNumber) -> None:
@@ -224,7 +235,7 @@ def add_task_routes(
         await changes.delete_alias(caller, task, alias)
 
     @api.post("/v1/tasks/{task}/aliases/{alias}/rollback", summary="Point an alias at its previous target")
-    async def roll_back(caller: Owner, task: TaskName, alias: AliasName) -> TaskInfo:
+    async def roll_back_alias(caller: Owner, task: TaskName, alias: AliasName) -> TaskInfo:
         return await changes.roll_back(caller, task, alias)
 
 
@@ -260,9 +271,14 @@ def add_classify_routes(
         canary: CanaryKey = None,
     ) -> Classified:
         async with concurrency_limit.acquire(caller.tenant):
-            images = await body.read_images(max_request_bytes)
-            classified, stats = await service.classify(caller, task, version, images, top_k, canary, coverage)
+            sent = await body.read_images(max_request_bytes)
+            top_k = body.option("top_k", top_k, sent.options.top_k)
+            version = body.option("version", version, sent.options.version)
+            coverage = body.option("coverage", coverage, sent.options.coverage)
+            classified, stats = await service.classify(caller, task, version, sent.images, top_k, canary, coverage)
         add_batch_headers(response, stats)
+        if sent.skipped:
+            response.headers["x-skipped-files"] = str(sent.skipped)
         return classified
 
     @api.post(
@@ -279,16 +295,18 @@ def add_classify_routes(
         canary: CanaryKey = None,
     ) -> Results:
         async with concurrency_limit.acquire(caller.tenant):
-            inputs, images = await run_in_threadpool(_parse_inputs, await body.read(max_request_bytes))
-            results, stats = await service.classify_inputs(caller, inputs, images, top_k, canary, coverage)
+            sent, images = await run_in_threadpool(_parse_inputs, await body.read(max_request_bytes))
+            top_k = body.option("top_k", top_k, sent.top_k)
+            coverage = body.option("coverage", coverage, sent.coverage)
+            results, stats = await service.classify_inputs(caller, sent.inputs, images, top_k, canary, coverage)
         add_batch_headers(response, stats)
         return Results(results=results)
 
 
-def _parse_inputs(body: bytes) -> tuple[list[Input], list[NamedImage]]:
-    """Return the inputs of a call for several tasks, and their decoded images."""
-    inputs = parse_json(InputsBody, body).inputs
-    return inputs, decode_base64([(f"inputs.{i}.image", x.image) for i, x in enumerate(inputs)])
+def _parse_inputs(body: bytes) -> tuple[InputsBody, list[NamedImage]]:
+    """Return the body of a call for several tasks, and its decoded images."""
+    sent = parse_json(InputsBody, body)
+    return sent, decode_base64([(f"inputs.{i}.image", x.image) for i, x in enumerate(sent.inputs)])
 
 
 def _refuse_version_number(alias: str | None) -> None:

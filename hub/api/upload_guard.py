@@ -71,7 +71,7 @@ def _over_header_limits(scope: Scope) -> Response | None:
         detail = f"The request's headers have {header_bytes} bytes (limit {MAX_HEADER_BYTES})."
     else:
         return None
-    return status_response(status, detail, scope["path"], {"connection": "close"})
+    return status_response(status, detail, scope, {"connection": "close"})
 
 
 class BodyMemory:
@@ -164,7 +164,7 @@ class UploadGuardMiddleware:
         except HubError as error:
             await _cancel(reply)
             if not started:
-                await error_response(error, scope["path"], close=True)(scope, receive, send)
+                await error_response(error, scope, close=True)(scope, receive, send)
         finally:
             try:
                 await _cancel(upload)

@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..admin_schemas import Usage
 from ..client.client import Client
 from ..errors import InvalidRequest
-from ..schemas import LATEST, MeasuredAccuracy, Registered, TaskInfo, Usage
+from ..field_types import MeasuredAccuracy
+from ..schemas import LATEST, Registered, TaskInfo
 from .options import DEFAULT_URL, AsJson, Key, OwnerKey, UnknownBelow, Url, Yes
 from .output import confirm, day, out, show, usage_error
 

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..admin_schemas import KeyInfo, LimitsChange, TenantInfo
 from ..client.client import Client
-from ..schemas import KeyInfo, LimitsChange, TenantInfo
 from . import tasks as cli_tasks
 from .options import DEFAULT_URL, AdminKey, AsJson, TenantKey, Url, Yes
 from .output import checked, confirm, day, out, show

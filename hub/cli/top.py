@@ -15,8 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..admin_schemas import Counted, HubStatus, WorkerStatus
 from ..errors import Unavailable
-from ..schemas import Counted, HubStatus, WorkerStatus
 
 MIB = 1024**2
 WIDE_COLUMNS = 160  # the table of workers needs this width

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import httpx
 
 from ..errors import HubError, NotFound
-from . import endpoints
+from . import admin_endpoints, endpoints
 from .retries import RetrySchedule
 from .transport import CHUNK_BYTES, BaseClient, Call, CallSeries, atomic_file, documented_by, without_traceback
 
@@ -61,27 +61,27 @@ class AsyncClient(BaseClient):
     delete_version = _single(endpoints.delete_version)
     classify = _series(endpoints.classify)
     classify_inputs = _series(endpoints.classify_inputs)
-    backbone = _single(endpoints.backbone)
-    usage = _single(endpoints.usage)
-    audit = _single(endpoints.audit)
+    backbone = _single(admin_endpoints.backbone)
+    usage = _single(admin_endpoints.usage)
+    audit = _single(admin_endpoints.audit)
 
-    tenants = _single(endpoints.tenants)
-    tenant = _single(endpoints.tenant)
-    create_tenant = _single(endpoints.create_tenant)
-    change_limits = _single(endpoints.change_limits)
-    delete_tenant = _single(endpoints.delete_tenant)
-    keys = _single(endpoints.keys)
-    create_key = _single(endpoints.create_key)
-    create_token = _single(endpoints.create_token)
-    revoke_key = _single(endpoints.revoke_key)
-    admin_keys = _single(endpoints.admin_keys)
-    create_admin_key = _single(endpoints.create_admin_key)
-    revoke_admin_key = _single(endpoints.revoke_admin_key)
-    export_tenant = _single(endpoints.export_tenant)
-    import_tenant = _single(endpoints.import_tenant)
-    ready = _single(endpoints.ready)
-    status = _single(endpoints.status)
-    gc = _single(endpoints.gc)
+    tenants = _single(admin_endpoints.tenants)
+    tenant = _single(admin_endpoints.tenant)
+    create_tenant = _single(admin_endpoints.create_tenant)
+    change_limits = _single(admin_endpoints.change_limits)
+    delete_tenant = _single(admin_endpoints.delete_tenant)
+    keys = _single(admin_endpoints.keys)
+    create_key = _single(admin_endpoints.create_key)
+    create_token = _single(admin_endpoints.create_token)
+    revoke_key = _single(admin_endpoints.revoke_key)
+    admin_keys = _single(admin_endpoints.admin_keys)
+    create_admin_key = _single(admin_endpoints.create_admin_key)
+    revoke_admin_key = _single(admin_endpoints.revoke_admin_key)
+    export_tenant = _single(admin_endpoints.export_tenant)
+    import_tenant = _single(admin_endpoints.import_tenant)
+    ready = _single(admin_endpoints.ready)
+    status = _single(admin_endpoints.status)
+    gc = _single(admin_endpoints.gc)
 
     async def __aenter__(self) -> "AsyncClient":
         return self

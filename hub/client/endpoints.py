@@ -5,49 +5,23 @@ the same arguments, sends the calls, and returns the reply type: the last type p
 """
 
 import base64
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from pydantic import BaseModel
 
 from ..errors import InvalidRequest
-from ..schemas import (
-    LATEST,
-    AuditPage,
-    Classified,
-    Collected,
-    Health,
-    HubStatus,
-    KeyList,
-    LimitsChange,
-    NewKey,
-    NewToken,
-    Registered,
-    Results,
-    ServedBackbone,
-    TaskInfo,
-    TaskList,
-    TenantInfo,
-    TenantLimits,
-    TenantList,
-    Usage,
-    VersionInfo,
-)
+from ..schemas import LATEST, Classified, Registered, Results, TaskInfo, TaskList, VersionInfo
 from .image_encoding import ImageSource, ImageSources, encode, iterate_images
-from .replies import joined, model, nothing
-from .request_parts import canary_header, item_count, json_body, route, set_fields, without_none
+from .replies import AnyPath, joined, model, nothing, to_file
+from .request_parts import JSON, canary_header, item_count, json_body, route, without_none
 from .transport import Call, CallSeries
 
 Model = TypeVar("Model", bound=BaseModel)
-AnyPath: TypeAlias = str | os.PathLike[str]
 TaskInput: TypeAlias = "tuple[str, ImageSource] | tuple[str, ImageSource, str]"
 
-JSON = {"content-type": "application/json"}
 BINARY = {"content-type": "application/octet-stream"}
-TAR = {"content-type": "application/x-tar"}
 
 
 # Tasks
@@ -113,7 +87,7 @@ def register(
 
 def download(name: str, to: AnyPath, *, version: int | str = LATEST) -> Call[Path]:
     """Download the adapter file of a version to `to`, which appears only when complete. Needs an owner key."""
-    return _to_file(route("tasks", name, "versions", str(version), "file"), to)
+    return to_file(route("tasks", name, "versions", str(version), "file"), to)
 
 
 def set_alias(name: str, alias: str, targets: int | Mapping[int, int]) -> Call[TaskInfo]:
@@ -254,179 +228,3 @@ def classify_inputs(
             yield {"task": given[0], "image": data, "version": version}, len(data)
 
     return CallSeries(items(), call, join, item_count(inputs), progress)
-
-
-# The tenant
-
-
-def backbone() -> Call[ServedBackbone]:
-    """Return the hub's backbone, and the sizes of adapters that its workers accept. Any key works."""
-    return Call("GET", "/v1/backbone", model(ServedBackbone))
-
-
-def usage(tenant: str | None = None) -> Call[Usage]:
-    """Return limits and usage of the key's tenant. An admin key needs the name of a tenant."""
-    return Call("GET", "/v1/usage" if tenant is None else route("tenants", tenant, "usage"), model(Usage))
-
-
-def audit(tenant: str | None = None, *, after: str | None = None, count: int = 100) -> Call[AuditPage]:
-    """Return a page of the audit log, oldest entry first. Needs an owner key of the tenant or an admin key.
-
-    Args:
-        tenant: name of the tenant; None: the whole hub, which needs an admin key.
-        after: `next` of the previous page.
-        count: maximum number of entries.
-    """
-    path = "/v1/audit" if tenant is None else route("tenants", tenant, "audit")
-    return Call("GET", path, model(AuditPage), params=without_none(after=after, count=count))
-
-
-def tenant(name: str) -> Call[TenantInfo]:
-    """Return a tenant with its limits. Needs an owner key of the tenant or an admin key."""
-    return Call("GET", route("tenants", name), model(TenantInfo))
-
-
-def keys(tenant: str) -> Call[KeyList]:
-    """List the keys of a tenant, without the secrets. Needs an owner key of the tenant or an admin key."""
-    return Call("GET", route("tenants", tenant, "keys"), model(KeyList))
-
-
-def create_key(
-    tenant: str,
-    name: str,
-    *,
-    role: Literal["owner", "caller"] = "caller",
-    expires: datetime | None = None,
-    tasks: Sequence[str] | None = None,
-    origins: Sequence[str] | None = None,
-) -> Call[NewKey]:
-    """Create a key of a tenant. Needs an owner key of the tenant or an admin key. Only the reply shows the secret.
-
-    Args:
-        name: purpose of the key, as free text.
-        role: a `caller` key may only classify; an `owner` key may also manage the tenant's tasks and keys.
-        expires: time with a time zone; None: never.
-        tasks: the only tasks that a caller key may use; None: all.
-        origins: web origins, such as `https://app.example.org`, that a caller key works from; None: any client.
-    """
-    bounds = {"tasks": tasks and list(tasks), "origins": origins and list(origins)}
-    body = without_none(name=name, role=role, expires=expires and expires.isoformat(), **bounds)
-    return _create(route("tenants", tenant, "keys"), body, NewKey)
-
-
-def create_token(task: str, *, expires_s: int = 3600, origins: Sequence[str] | None = None) -> Call[NewToken]:
-    """Create a token, which acts for the client's key with one task. Web pages and phones may hold it.
-
-    Args:
-        expires_s: seconds until the token expires, at most 3600.
-        origins: web origins that the token works from; None: those of the key.
-
-    Raises:
-        NotFound: The tenant sees no such task.
-    """
-    body = without_none(task=task, expires_s=expires_s, origins=origins and list(origins))
-    return _create("/v1/tokens", body, NewToken)
-
-
-def revoke_key(tenant: str, id: str) -> Call[None]:
-    """Revoke a key of a tenant. Needs an owner key of the tenant or an admin key."""
-    return Call("DELETE", route("tenants", tenant, "keys", id), nothing)
-
-
-def export_tenant(tenant: str, to: AnyPath) -> Call[Path]:
-    """Export a tenant with its adapter files to the tar file `to`, which appears only when complete.
-
-    Needs an owner key of the tenant or an admin key.
-    """
-    return _to_file(route("tenants", tenant, "export"), to)
-
-
-# The hub (needs an admin key)
-
-
-def tenants() -> Call[TenantList]:
-    """List all tenants. Needs an admin key."""
-    return Call("GET", "/v1/tenants", model(TenantList))
-
-
-def create_tenant(name: str, limits: LimitsChange | TenantLimits | None = None) -> Call[TenantInfo]:
-    """Create a tenant. Omitted limits have the defaults of the hub. Needs an admin key."""
-    return _create("/v1/tenants", without_none(tenant=name, limits=limits and set_fields(limits)), TenantInfo)
-
-
-def change_limits(tenant: str, limits: LimitsChange | TenantLimits) -> Call[TenantInfo]:
-    """Change limits of a tenant. Omitted limits keep their values. Needs an admin key."""
-    body = json_body({"limits": set_fields(limits)})
-    return Call("PATCH", route("tenants", tenant), model(TenantInfo), headers=JSON, content=body)
-
-
-def delete_tenant(name: str) -> Call[None]:
-    """Delete a tenant with all its tasks and keys. Needs an admin key."""
-    return Call("DELETE", route("tenants", name), nothing)
-
-
-def admin_keys() -> Call[KeyList]:
-    """List the admin keys, without the secrets. Needs an admin key."""
-    return Call("GET", "/v1/admin/keys", model(KeyList))
-
-
-def create_admin_key(name: str, *, expires: datetime | None = None) -> Call[NewKey]:
-    """Create an admin key. Needs an admin key. Only the reply shows the secret.
-
-    Args:
-        name: purpose of the key, as free text.
-        expires: time with a time zone; None: never.
-
-    Raises:
-        Conflict: `expires` is set, and no admin key without an expiry date exists yet.
-    """
-    return _create("/v1/admin/keys", without_none(name=name, expires=expires and expires.isoformat()), NewKey)
-
-
-def revoke_admin_key(id: str) -> Call[None]:
-    """Revoke an admin key. Needs an admin key.
-
-    Raises:
-        Conflict: The key is the last admin key without an expiry date.
-    """
-    return Call("DELETE", route("admin", "keys", id), nothing)
-
-
-def import_tenant(tenant: str, file: AnyPath) -> Call[TaskList]:
-    """Create all tasks of a tar file from `export_tenant` in an existing tenant, or none. Needs an admin key."""
-    path = route("tenants", tenant, "import")
-    return Call("POST", path, model(TaskList), headers=TAR, upload=Path(file), idempotent=False)
-
-
-def ready() -> Call[Health]:
-    """Check that a worker of the hub has loaded its backbone. Needs no valid key.
-
-    Raises:
-        Unavailable: No worker answers.
-    """
-    return Call("GET", "/readyz", model(Health))
-
-
-def status() -> Call[HubStatus]:
-    """Return the current state of workers, busy tasks and active tenants. Needs an admin key."""
-    return Call("GET", "/v1/status", model(HubStatus))
-
-
-def gc(older_than_s: int = 3600) -> Call[Collected]:
-    """Remove unused adapter files from the store. Needs an admin key.
-
-    Args:
-        older_than_s: keep files that a client has uploaded in the last `older_than_s` seconds.
-    """
-    return Call("POST", "/v1/gc", model(Collected), headers=JSON, content=json_body({"older_than_s": older_than_s}))
-
-
-# Helpers
-
-
-def _create(path: str, body: Mapping[str, Any], reply: type[Model]) -> Call[Model]:
-    return Call("POST", path, model(reply), headers=JSON, content=json_body(body), idempotent=False)
-
-
-def _to_file(path: str, to: AnyPath) -> Call[Path]:
-    return Call("GET", path, lambda _content: Path(to), download=Path(to))

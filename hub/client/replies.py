@@ -1,14 +1,18 @@
 """Parsers of replies, and the reply that joins several replies of one kind."""
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import TypeVar
+from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 from pydantic import BaseModel
 
 from ..schemas import Classified
+from .transport import Call
 
 Model = TypeVar("Model", bound=BaseModel)
+AnyPath: TypeAlias = str | os.PathLike[str]
 PER_IMAGE = ("predictions", "typicality", "unknown", "sets")  # lists of `Classified` with one entry per image
 
 
@@ -26,3 +30,8 @@ def joined(parts: Sequence[Classified]) -> Classified:
     lists = {name: [getattr(part, name) for part in parts] for name in PER_IMAGE}
     update = {name: None if None in found else [*chain(*found)] for name, found in lists.items()}
     return parts[0].model_copy(update=update)
+
+
+def to_file(path: str, to: AnyPath) -> Call[Path]:
+    """Return a call that downloads a file, which appears only when complete."""
+    return Call("GET", path, lambda _content: Path(to), download=Path(to))

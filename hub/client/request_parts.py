@@ -9,6 +9,8 @@ from pydantic import BaseModel
 
 from ..errors import InvalidRequest
 
+JSON = {"content-type": "application/json"}
+
 
 def json_body(body: Any) -> bytes:
     return json.dumps(body).encode()

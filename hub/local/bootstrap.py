@@ -4,11 +4,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..admin_schemas import LimitsChange
 from ..errors import Conflict
 from ..registry.audit import OPERATOR
 from ..registry.keys import ADMIN, OWNER, KeyRegistry
 from ..registry.tenants import TenantRegistry
-from ..schemas import LimitsChange
 
 DEFAULT_TENANT = "default"
 KEYS_FILE = "first-keys"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from ..schemas import AuditEntry, AuditPage
+from ..admin_schemas import AuditEntry, AuditPage
 from .connection import RegistryConnection, as_entries, tenant_key
 from .scripts import AUDIT
 

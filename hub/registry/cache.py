@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from cachetools import LRUCache
 
+from ..admin_schemas import TenantInfo
 from ..errors import Unavailable
-from ..schemas import TenantInfo
 from .connection import is_cancelled
 from .events import Event, EventLog
 from .keys import KeyRecord, KeyRegistry

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from ..admin_schemas import KeyInfo, NewKey
 from ..admission.quotas import API_KEYS
 from ..errors import Conflict, InvalidRequest, LimitReached, NotFound
-from ..schemas import KeyInfo, NewKey
 from .audit import Actor
 from .connection import (
     READ_TIMEOUT_S,

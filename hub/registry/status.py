@@ -7,7 +7,7 @@ Prometheus metrics are the place for history.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from ..schemas import HubStatus, TaskRate, TenantStatus, WorkerStatus
+from ..admin_schemas import HubStatus, TaskRate, TenantStatus, WorkerStatus
 from .connection import RegistryConnection, as_optional_texts, as_texts
 from .scripts import STATUS
 from .tenants import TenantRegistry

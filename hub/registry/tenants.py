@@ -5,8 +5,8 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
+from ..admin_schemas import Counted, LimitsChange, TenantInfo, TenantLimits, Usage, UsedNow
 from ..errors import Conflict, NotFound
-from ..schemas import Counted, LimitsChange, TenantInfo, TenantLimits, Usage, UsedNow
 from .audit import Actor
 from .connection import (
     READ_TIMEOUT_S,

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterable
 from concurrent.futures import Executor
 
+from ..admin_schemas import AuditPage, Collected, HubStatus, LimitsChange, TenantInfo
 from ..registry.audit import Actor, AuditLog
 from ..registry.cache import RegistryCache
 from ..registry.health import RegistryIntegrity
@@ -10,7 +11,7 @@ from ..registry.keys import KeyRegistry
 from ..registry.status import StatusBoard
 from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
-from ..schemas import AuditPage, Collected, HubStatus, LimitsChange, TaskList, TenantInfo
+from ..schemas import TaskList
 from ..storage.store import Store
 from .garbage_collection import collect_garbage
 from .registration import RegistrationService

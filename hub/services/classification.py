@@ -212,16 +212,17 @@ class ClassificationService:
         foreign = caller.resolve(name)[0] != caller.tenant
         return info.model_copy(update={"task": name, "sharing": None}) if foreign else info
 
-    async def version(self, caller: Caller, name: str, reference: str) -> VersionInfo:
+    async def version(self, caller: Caller, name: str, reference: str, canary: str | None = None) -> VersionInfo:
         """Return one version.
 
         Args:
             reference: a version number or an alias.
+            canary: see `predict`.
 
         Raises:
             NotFound: the caller sees no such task or version.
         """
-        return choose_version(await self._described(caller, name), reference)
+        return choose_version(await self._described(caller, name), reference, canary)
 
     async def limits(self) -> BankLimits:
         """Return the limits of the workers' banks; cached after the first reply.

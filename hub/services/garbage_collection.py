@@ -13,10 +13,10 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Protocol
 
+from ..admin_schemas import Collected
 from ..concurrency import run_blocking
 from ..errors import Conflict, HubError
 from ..registry.connection import is_cancelled
-from ..schemas import Collected
 from ..storage.store import OWNER, Store
 
 logger = logging.getLogger(__name__)

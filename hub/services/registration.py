@@ -153,14 +153,17 @@ class RegistrationService:
             caller, name, data, alias, settings, source, stage=stage, labels_may_change=labels_may_change
         )
 
-    async def file(self, caller: Caller, name: str, reference: str) -> tuple[VersionInfo, bytes]:
+    async def file(
+        self, caller: Caller, name: str, reference: str, canary: str | None = None
+    ) -> tuple[VersionInfo, bytes]:
         """Return a version of the caller's own task and its adapter file.
 
         Args:
-            reference: a version number, or an alias of one version.
+            reference: a version number or an alias.
+            canary: key of the caller's choice. If an alias has several versions, equal keys give equal versions.
         """
         caller.own_task(name)
-        version = await self._classification.version(caller, name, reference)
+        version = await self._classification.version(caller, name, reference, canary)
         return version, await run_blocking(self._executor, self._store.get, version.digest)
 
     async def change_settings(self, caller: Caller, name: str, settings: TaskSettings) -> TaskInfo:

@@ -21,22 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from adapters import Adapter
 from adapters.method.typicality import Typicality
 
+from ..admin_schemas import TenantInfo, TenantLimits
 from ..concurrency import run_blocking
 from ..errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
+from ..field_types import Name, VersionNumber, Weight
 from ..registry.audit import Actor
 from ..registry.models import DEFAULT_SETTINGS, Task
 from ..registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
-from ..schemas import (
-    LATEST,
-    Name,
-    Sharing,
-    TaskSettings,
-    TenantInfo,
-    TenantLimits,
-    VersionInfo,
-    VersionNumber,
-    Weight,
-)
+from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
 from ..storage.store import FILE, Store
 
 FORMAT = "karst-tenant/1"

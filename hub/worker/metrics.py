@@ -1,7 +1,7 @@
 """Metrics of one worker: forward passes, the queue, slots and host memory."""
 
+from ..admin_schemas import WorkerStatus
 from ..observability.metrics import WORKER, MetricTypes, make_instruments
-from ..schemas import WorkerStatus
 
 COUNTERS = {  # metric -> field of `WorkerStatus`: a total since the worker started
     "karst_adapter_hits": "hits",

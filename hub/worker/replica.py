@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from adapters import Bank, BankLimits, load_backbone
 from adapters.data.images import normalise
 
+from ..admin_schemas import WorkerStatus
 from ..admission.quotas import WORKER_IMAGES_QUEUED
 from ..errors import HubError
 from ..observability import log_format, request_context, tracing
 from ..observability.metrics import MetricTypes
-from ..schemas import WorkerStatus
 from ..settings import Settings
 from ..storage.store import Store
 from ..worker_api import ROUTING_DIGEST_CHARS, Answer, CallOrigin, PassStats

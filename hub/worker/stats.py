@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..schemas import TaskRate
+from ..admin_schemas import TaskRate
 
 MAX_REPORTED_TASKS = 20
 MAX_COUNTED_TASKS = 1000  # per interval; images of further tasks are not counted by task, otherwise memory could grow

@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from adapters import Adapter, Backbone, Bank, BankLimits, Slot
 from adapters.data.images import normalise
+from hub.admin_schemas import LimitsChange
 from hub.api.app import create_app
 from hub.errors import Conflict
 from hub.local.bootstrap import FirstKeys, create_first_keys
@@ -23,7 +24,6 @@ from hub.registry.audit import OPERATOR
 from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import LimitsChange
 from hub.settings import Settings
 from hub.storage.store import OWNER, Store
 from hub.worker_api import Answer, PassStats

@@ -3,11 +3,12 @@
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
+from hub.admin_schemas import LimitsChange
 from hub.registry.audit import OPERATOR
 from hub.registry.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import LimitsChange, VersionInfo
+from hub.schemas import VersionInfo
 from tests.support.hub_app import in_registry
 
 T = TypeVar("T")

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from adapters import Adapter, AdapterError
+from hub.admin_schemas import LimitsChange, TenantInfo
 from hub.errors import HubError
 from hub.registry.audit import OPERATOR
 from hub.registry.connection import RegistryConnection
 from hub.registry.models import Task
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import LimitsChange, Sharing, TenantInfo, VersionInfo
+from hub.schemas import Sharing, VersionInfo
 from hub.services.tenant_archive import export_tenant, import_tenant, version_fields
 from hub.storage.store import Store
 from hub.worker_api import invalid_adapter

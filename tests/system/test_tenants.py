@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from adapters import Backbone
+from hub.admin_schemas import LimitsChange, NewKey
 from hub.client.client import Client
 from hub.errors import HubError, LimitReached, NotFound, Unauthenticated
-from hub.schemas import LimitsChange, NewKey
 from tests.support.models import png, random_adapter
 
 from .conftest import SharedHub

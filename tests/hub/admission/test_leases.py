@@ -4,8 +4,8 @@ from itertools import count
 
 import pytest
 
+from hub.admin_schemas import TenantLimits
 from hub.admission.leases import Amounts, Lease, Refusal, wanted
-from hub.schemas import TenantLimits
 
 LIMITS = TenantLimits(requests_per_second=20, images_per_second=10, images_in_flight=40)
 

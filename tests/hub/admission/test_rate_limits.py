@@ -12,6 +12,7 @@ import pytest
 import redis
 
 from adapters import Adapter
+from hub.admin_schemas import LimitsChange, TenantInfo
 from hub.admission.rate_limits import PERMIT_EXPIRY_S, RateLimiter
 from hub.errors import LimitReached, NotFound
 from hub.local.embedded_redis import embedded_redis
@@ -19,7 +20,6 @@ from hub.registry.audit import OPERATOR
 from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import LimitsChange, TenantInfo
 from tests.support.hub_app import OCTETS, Hub, in_registry
 from tests.support.models import png
 

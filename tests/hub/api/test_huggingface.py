@@ -53,7 +53,7 @@ def test_the_client_shows_the_detail_of_an_error(flowers: Hub, address: str) -> 
     assert flowers.http.get("/v1/tasks", headers=bearer("kh_wrong")).json()["detail"] in error(token="kh_wrong")
     assert "the hub returns probabilities only" in error(function_to_apply="sigmoid")
     assert "the hub returns probabilities only" in error(function_to_apply="none")
-    assert "less than or equal to 1000" in error(top_k=1001)
+    assert "must be at most 1000" in error(top_k=1001)
 
 
 INVALID_BODIES: dict[str, tuple[dict[str, object], str]] = {

@@ -15,7 +15,7 @@ import tritonclient.http.aio
 from PIL import Image
 
 from adapters import Adapter
-from hub.api.oip import JSON_LENGTH_HEADER
+from hub.api.dependencies import JSON_LENGTH_HEADER
 from tests.support.hub_app import Hub
 from tests.support.models import encoded
 from tests.support.protocols import (
@@ -157,8 +157,48 @@ def test_the_client_gets_the_named_version_with_and_without_compression(
             assert answer.as_numpy("probabilities") == near(v1_probabilities(flowers, adapter, number))
             assert answer.get_response()["model_name"] == "default:flowers"
             assert answer.get_response()["model_version"] == number
-    answer = client.infer("flowers", [image_input()], sequence_id=7, sequence_start=True, priority=1, timeout=10**6)
-    assert answer.as_numpy("probabilities") == near(v1_probabilities(flowers, adapters[1]))
+
+
+def test_the_client_gets_an_error_for_each_option_that_the_hub_does_not_support(
+    client: triton.InferenceServerClient,
+) -> None:
+    """The hub would otherwise ignore a priority or a timeout."""
+    for name, options in (
+        ("priority", {"priority": 1}),
+        ("timeout", {"timeout": 10**6}),
+        ("sequence_id", {"sequence_id": 7}),
+        ("top_k", {"parameters": {"top_k": 1}}),
+    ):
+        with pytest.raises(triton.InferenceServerException, match=rf"\[422\] .*parameters.{name}: unknown member"):
+            client.infer("flowers", [image_input()], **options)
+
+
+def test_the_client_can_send_image_files_in_a_column(
+    flowers: Hub, adapters: list[Adapter], client: triton.InferenceServerClient
+) -> None:
+    """A model with `max_batch_size` has inputs of shape [B, 1]."""
+    column = np.array([[image] for image in IMAGES], dtype=np.object_)
+    texts = np.array([[base64.b64encode(image)] for image in IMAGES], dtype=np.object_)
+    for data, binary in ((column, True), (texts, False)):
+        tensor = triton.InferInput("image", [len(IMAGES), 1], "BYTES").set_data_from_numpy(data, binary_data=binary)
+        answer = client.infer("flowers", [tensor])
+        assert answer.as_numpy("probabilities") == near(v1_probabilities(flowers, adapters[1]))
+
+
+def test_the_client_gets_a_hint_when_binary_data_are_base64_text(client: triton.InferenceServerClient) -> None:
+    texts = [base64.b64encode(image) for image in IMAGES]
+    with pytest.raises(triton.InferenceServerException, match=r"image\.0: is base64 text of an image; send the bytes"):
+        client.infer("flowers", [image_input(texts)])
+
+
+def test_metadata_and_error_say_that_a_call_has_one_input(
+    adapters: list[Adapter], client: triton.InferenceServerClient
+) -> None:
+    model = client.get_model_metadata("flowers")
+    assert model["parameters"]["inputs"] == "alternatives: a request has one input, image or pixels"
+    both = [image_input(), pixel_input(preprocessed(adapters[1]))]
+    with pytest.raises(triton.InferenceServerException, match="inputs: has 2 tensors; send one, image or pixels"):
+        client.infer("flowers", both)
 
 
 def test_the_client_shows_the_detail_of_an_error(flowers: Hub, client: triton.InferenceServerClient) -> None:

@@ -108,7 +108,11 @@ def test_the_pages_load_only_files_of_the_hub(hub: Hub) -> None:
 
 
 def test_a_wrong_method_gets_405_with_the_supported_methods(hub: Hub) -> None:
-    for path, allowed in (("/v1/tasks/x", "DELETE, GET, PUT"), ("/v1/admin/keys", "GET, POST"), ("/healthz", "GET")):
+    for path, allowed in (
+        ("/v1/tasks/x", "DELETE, GET, PUT"),
+        ("/v1/admin/keys", "GET, POST"),
+        ("/healthz", "GET, HEAD"),
+    ):
         answer = hub.http.request("PATCH", path)
         assert answer.status_code == 405
         assert answer.headers["allow"] == allowed

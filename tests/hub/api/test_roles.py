@@ -99,14 +99,27 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 def send(
-    hub: Hub, operation: str, headers: Headers, *, task: str = TASK, tenant: str = "default", query: str = ""
+    hub: Hub,
+    operation: str,
+    headers: Headers,
+    *,
+    task: str = TASK,
+    tenant: str = "default",
+    query: str = "",
+    content: bytes | None = None,
 ) -> Reply:
-    """Send a valid request. Its task, version, alias, tenant or key need not exist."""
+    """Send a valid request. Its task, version, alias, tenant or key need not exist.
+
+    Args:
+        content: body in place of a valid one.
+    """
     method, path = operation.split(" ")
     version = "1" if method == "DELETE" or "/v2/" in path else "latest"
     parts = {"task": task, "version": version, "alias": "stable", "tenant": tenant, "id": "0" * 16}
-    body: dict[str, Any] = {} if method in ("GET", "DELETE") else {"content": png()}
+    body: dict[str, Any] = {} if method in ("GET", "DELETE") or path.endswith("/rollback") else {"content": png()}
     body = next((b for end, b in BODIES.items() if path.endswith(end) and body), body)
+    if content is not None:
+        body = {"content": content}
     return hub.http.request(method, path.format(**parts) + query, headers=headers, **body)
 
 
@@ -142,22 +155,61 @@ def test_a_role_reaches_only_its_routes(hub: Hub, keys: dict[str, Headers], role
             assert reply.status_code not in (401, 403, 500, 503), (operation, reply.text)
 
 
-def test_every_route_under_v1_refuses_an_unknown_query_parameter(hub: Hub, keys: dict[str, Headers]) -> None:
+def described(hub: Hub) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return each operation, a role that may use it, and its description in the OpenAPI document; deletes last."""
     paths = hub.http.get("/openapi.json").json()["paths"]
+    found = []
     for operation, need in sorted(ROUTES.items(), key=lambda item: item[0].startswith("DELETE")):
         method, path = operation.split(" ")
-        role = "admin" if need == "admin" else "owner"
+        found.append((operation, "admin" if need == "admin" else "owner", paths[path][method.lower()]))
+    return found
+
+
+def parameters(description: dict[str, Any], where: str) -> list[str]:
+    return sorted(p["name"] for p in description.get("parameters", ()) if p["in"] == where)
+
+
+def test_every_route_refuses_an_unknown_query_parameter(hub: Hub, keys: dict[str, Headers]) -> None:
+    for operation, role, description in described(hub):
         reply = send(hub, operation, keys[role], query="?topk=3")
-        if not path.startswith("/v1/"):
-            assert reply.status_code != 422, (operation, reply.text)
-            continue
-        known = sorted(p["name"] for p in paths[path][method.lower()].get("parameters", ()) if p["in"] == "query")
         assert reply.status_code == 422, operation
         assert reply.json()["type"].endswith(":invalid-request")
-        message = f"unknown query parameter; this route accepts {', '.join(known) or 'none'}"
+        known = ", ".join(parameters(description, "query")) or "none"
+        message = f"unknown query parameter; this route accepts {known}"
         assert reply.json()["errors"] == [{"field": "topk", "message": message}]
-        assert send(hub, operation, keys["wrong"], query="?topk=3").status_code == 401
+        if ROUTES[operation] != "open":
+            assert send(hub, operation, keys["wrong"], query="?topk=3").status_code == 401
     assert send(hub, "POST /v1/tasks/{task}/classify", keys["owner"], query="?top_k=1&version=1").status_code == 200
+
+
+def test_every_route_refuses_an_option_that_is_sent_twice(hub: Hub, keys: dict[str, Headers]) -> None:
+    for operation, role, description in described(hub):
+        for name in parameters(description, "query"):
+            reply = send(hub, operation, keys[role], query=f"?{name}=1&{name}=2")
+            assert reply.status_code == 422, operation
+            assert reply.json()["errors"] == [{"field": name, "message": "is sent 2 times; send it once"}]
+
+
+def test_every_route_refuses_an_option_header_that_it_does_not_have(hub: Hub, keys: dict[str, Headers]) -> None:
+    for operation, role, description in described(hub):
+        own = [name.lower() for name in parameters(description, "header")]
+        for name in ("x-canary-key", "Inference-Header-Content-Length"):
+            reply = send(hub, operation, {**keys[role], name: "1"})
+            refused = "this route does not have this header; remove it" in reply.text
+            assert refused == (name.lower() not in own), (operation, name)
+
+
+def test_every_route_without_a_body_refuses_content(hub: Hub, keys: dict[str, Headers]) -> None:
+    """A body such as `{"version": 2}` of a roll-back would be ignored."""
+    for operation, role, description in described(hub):
+        if "requestBody" in description:
+            continue
+        for content in (b'{"version": 2}', b"x" * 5000):
+            reply = send(hub, operation, keys[role], content=content)
+            assert reply.status_code == 422, (operation, reply.text)
+            assert reply.json()["errors"] == [{"field": "body", "message": "this route has no body; remove it"}]
+        if ROUTES[operation] != "open" and not operation.startswith("DELETE"):
+            assert "no body" not in send(hub, operation, keys[role], content=b" {} ").text, operation
 
 
 @pytest.mark.parametrize("role", ["owner", "caller", "admin"])

@@ -16,11 +16,11 @@ from PIL import Image
 
 from adapters import Adapter, Backbone
 from hub import AsyncClient, Client
-from hub.client import endpoints
+from hub.admin_schemas import LimitsChange
+from hub.client import admin_endpoints, endpoints
 from hub.client.image_encoding import encode
 from hub.client.transport import Call, CallSeries
 from hub.errors import Conflict, Forbidden, InvalidAdapter, InvalidImage, InvalidRequest, NotFound, Unauthenticated
-from hub.schemas import LimitsChange
 from tests.support.clients import KINDS
 from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import calibrated_adapter, encoded, flat_png, png
@@ -329,25 +329,29 @@ def test_client_names_an_image_by_its_index_among_all_when_it_is_in_a_later_call
         (endpoints.set_alias("a", "x", {1: 2}), "PUT /v1/tasks/a/aliases/x", {"weights": {"1": 2}}),
         (endpoints.change_settings("a", unknown_below=0.2), "PUT /v1/tasks/a", {"unknown_below": 0.2}),
         (endpoints.share("a"), "PUT /v1/tasks/a/sharing", {"public": False, "tenants": []}),
-        (endpoints.backbone(), "GET /v1/backbone", None),
-        (endpoints.usage("t"), "GET /v1/tenants/t/usage", None),
-        (endpoints.audit("t", after="1-2"), "GET /v1/tenants/t/audit", None),
-        (endpoints.create_tenant("t"), "POST /v1/tenants", {"tenant": "t"}),
+        (admin_endpoints.backbone(), "GET /v1/backbone", None),
+        (admin_endpoints.usage("t"), "GET /v1/tenants/t/usage", None),
+        (admin_endpoints.audit("t", after="1-2"), "GET /v1/tenants/t/audit", None),
+        (admin_endpoints.create_tenant("t"), "POST /v1/tenants", {"tenant": "t"}),
         (
-            endpoints.create_tenant("t", LimitsChange(tasks=0)),
+            admin_endpoints.create_tenant("t", LimitsChange(tasks=0)),
             "POST /v1/tenants",
             {"tenant": "t", "limits": {"tasks": 0}},
         ),
-        (endpoints.change_limits("t", LimitsChange(weight=2)), "PATCH /v1/tenants/t", {"limits": {"weight": 2.0}}),
         (
-            endpoints.create_key("t", "n", role="owner", expires=datetime(2030, 1, 2, tzinfo=UTC)),
+            admin_endpoints.change_limits("t", LimitsChange(weight=2)),
+            "PATCH /v1/tenants/t",
+            {"limits": {"weight": 2.0}},
+        ),
+        (
+            admin_endpoints.create_key("t", "n", role="owner", expires=datetime(2030, 1, 2, tzinfo=UTC)),
             "POST /v1/tenants/t/keys",
             {"name": "n", "role": "owner", "expires": "2030-01-02T00:00:00+00:00"},
         ),
-        (endpoints.create_admin_key("n"), "POST /v1/admin/keys", {"name": "n"}),
-        (endpoints.revoke_admin_key("i"), "DELETE /v1/admin/keys/i", None),
-        (endpoints.status(), "GET /v1/status", None),
-        (endpoints.gc(5), "POST /v1/gc", {"older_than_s": 5}),
+        (admin_endpoints.create_admin_key("n"), "POST /v1/admin/keys", {"name": "n"}),
+        (admin_endpoints.revoke_admin_key("i"), "DELETE /v1/admin/keys/i", None),
+        (admin_endpoints.status(), "GET /v1/status", None),
+        (admin_endpoints.gc(5), "POST /v1/gc", {"older_than_s": 5}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from hub.admin_schemas import LimitsChange
 from hub.errors import NotFound, Unavailable
 from hub.registry.audit import OPERATOR
 from hub.registry.cache import KEY_TRUST_S, RegistryCache
@@ -13,7 +14,6 @@ from hub.registry.events import Event, EventLog
 from hub.registry.keys import KeyRegistry, key_id
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import LimitsChange
 from tests.support.hub_app import in_registry
 from tests.support.registry import version
 

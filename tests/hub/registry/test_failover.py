@@ -9,6 +9,7 @@ import pytest
 import redis
 
 from adapters import Adapter, Backbone
+from hub.admin_schemas import LimitsChange
 from hub.errors import Unavailable
 from hub.registry.audit import OPERATOR
 from hub.registry.connection import RegistryConnection
@@ -16,7 +17,6 @@ from hub.registry.events import EventLog
 from hub.registry.health import RegistryWatch
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import LimitsChange
 from tests.support.hub_app import OCTETS, running
 from tests.support.models import png, wait_until
 from tests.support.redis_servers import RedisServer, fail_over, redis_server, two_servers

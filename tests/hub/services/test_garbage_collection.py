@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import redis
 
+from hub.admin_schemas import Collected, LimitsChange
 from hub.errors import Conflict, Unavailable
 from hub.registry.audit import OPERATOR
 from hub.registry.connection import RegistryConnection
 from hub.registry.health import RegistryIntegrity
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import Collected, LimitsChange, VersionInfo
+from hub.schemas import VersionInfo
 from hub.services.garbage_collection import bind_store, collect_garbage
 from hub.storage.store import OWNER, Store
 from tests.support.models import wait_until

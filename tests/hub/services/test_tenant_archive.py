@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from adapters import Adapter, Backbone
+from hub.admin_schemas import LimitsChange
 from hub.errors import Conflict, InvalidAdapter, InvalidRequest, LimitReached, TooLarge, Unavailable
 from hub.registry.audit import OPERATOR
 from hub.registry.tasks import TaskRegistry
-from hub.schemas import LimitsChange, Sharing, TaskSettings
+from hub.schemas import Sharing, TaskSettings
 from hub.services.tenant_archive import export_tenant
 from tests.support.hub_app import OCTETS, running
 from tests.support.models import calibrated_adapter, png, with_metadata

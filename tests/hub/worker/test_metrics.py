@@ -1,7 +1,7 @@
 """A worker's metrics: each pass is recorded, and totals become increases of counters."""
 
+from hub.admin_schemas import WorkerStatus
 from hub.observability.metrics import WORKER
-from hub.schemas import WorkerStatus
 from hub.worker.metrics import WorkerMetrics
 from tests.support.metrics import Recorder
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters import Backbone
+from hub.admin_schemas import LimitsChange
 from hub.client.client import Client
 from hub.local.bootstrap import create_first_keys
 from hub.local.embedded_redis import embedded_redis
@@ -26,7 +27,6 @@ from hub.local.ray_environment import ray_environment
 from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import LimitsChange
 from hub.settings import Settings
 from tests.support.faults.load import Load, RedisServer, Report, Tasks, replicas
 from tests.support.hub_process import alive, descendants

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import Backbone
+from hub.admin_schemas import LimitsChange
 from hub.client.client import Client
 from hub.errors import HubError, Unavailable
 from hub.local.ports import free_port
-from hub.schemas import LimitsChange
 from tests.support.faults.load import Load, RedisServer, Report, StoreServer, Tasks, replicas
 from tests.support.hub_process import GATEWAY_PORTS, Served, listening_sockets, serve
 from tests.support.models import png, wait_until

@@ -1,0 +1,231 @@
+"""JSON bodies of the routes for tenants, keys, limits, audit and status; see `schemas` for those of tasks."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, AwareDatetime, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from .field_types import NUMBER, Name, TaskName
+from .field_types import Body as _Body
+
+
+class TenantLimits(_Body):
+    """Limits of a tenant over all gateways."""
+
+    requests_per_second: float = Field(200.0, ge=1e-3, le=1e6, description="requests of any kind per second")
+    images_per_second: float = Field(1000.0, ge=1e-3, le=1e7, description="classified images per second")
+    images_in_flight: int = Field(1024, ge=1, le=10**6, description="images of unfinished requests")
+    tasks: int = Field(1000, ge=0, le=10**7, description="tasks of the tenant")
+    versions: int = Field(100, ge=0, le=10**5, description="versions per task")
+    stored_bytes: int = Field(10 * 1024**3, ge=0, le=10**14, description="bytes of the adapter files of all versions")
+    weight: float = Field(1.0, ge=0.01, le=100, description="share of a busy worker relative to other tenants")
+
+
+class LimitsChange(_Body):
+    """Limits to change; an omitted limit keeps its value."""
+
+    requests_per_second: Annotated[float, Field(ge=1e-3, le=1e6), NUMBER] | None = None
+    images_per_second: Annotated[float, Field(ge=1e-3, le=1e7), NUMBER] | None = None
+    images_in_flight: Annotated[int, Field(ge=1, le=10**6), NUMBER] | None = None
+    tasks: Annotated[int, Field(ge=0, le=10**7), NUMBER] | None = None
+    versions: Annotated[int, Field(ge=0, le=10**5), NUMBER] | None = None
+    stored_bytes: Annotated[int, Field(ge=0, le=10**14), NUMBER] | None = None
+    weight: Annotated[float, Field(ge=0.01, le=100), NUMBER] | None = None
+
+    def on(self, limits: TenantLimits) -> TenantLimits:
+        """Return the limits after the change."""
+        return limits.model_copy(update=self.model_dump(exclude_none=True))
+
+
+class TenantInfo(_Body):
+    tenant: str
+    created: str
+    limits: TenantLimits
+
+
+class TenantList(_Body):
+    tenants: list[TenantInfo]
+
+
+class NewTenant(_Body):
+    tenant: Name
+    limits: LimitsChange = LimitsChange()
+
+
+class TenantChange(_Body):
+    limits: LimitsChange
+
+
+class KeyInfo(_Body):
+    """Facts about a key without the key itself. Times are RFC 3339."""
+
+    id: str
+    name: str
+    role: Literal["admin", "owner", "caller"]
+    created: str
+    expires: str | None
+    last_used: str | None
+    tasks: list[str] | None = None  # that the key may use; null: all
+    origins: list[str] | None = None  # web origins that the key works from; null: any client
+
+
+class KeyList(_Body):
+    keys: list[KeyInfo]
+
+
+class AdminKeyRequest(_Body):
+    """Request for a new admin key."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    expires: Annotated[AwareDatetime, Field(strict=True)] | None = None
+
+
+def _origin(value: str) -> str:
+    """Refuse text that no browser sends as `Origin`; it would never match."""
+    if not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?", value):
+        message = "Input should be a web origin in lower case, such as https://app.example.org or http://localhost:3000"
+        raise PydanticCustomError("origin", message)
+    return value
+
+
+Origin = Annotated[str, Field(max_length=300), AfterValidator(_origin)]
+
+
+class KeyRequest(AdminKeyRequest):
+    """Request for a new key of a tenant. A key with `tasks` or `origins` must be a caller's key."""
+
+    role: Literal["owner", "caller"] = "caller"
+    tasks: Annotated[list[TaskName], Field(min_length=1, max_length=100)] | None = None
+    origins: Annotated[list[Origin], Field(min_length=1, max_length=20)] | None = None
+
+    @model_validator(mode="after")
+    def _only_callers_are_bound(self) -> "KeyRequest":
+        if self.role == "owner" and (self.tasks is not None or self.origins is not None):
+            raise ValueError("an owner's key cannot be bound to tasks or origins; use the role caller")
+        return self
+
+
+class TokenRequest(_Body):
+    """Request for a token: a substitute for the calling key, for one task and at most an hour."""
+
+    task: TaskName
+    expires_s: Annotated[int, Field(ge=1, le=3600, description="seconds until the token expires"), NUMBER] = 3600
+    origins: Annotated[list[Origin], Field(min_length=1, max_length=20)] | None = None
+
+
+class NewToken(_Body):
+    """A new token. Clients send it as they send a key."""
+
+    token: str
+    task: str
+    expires: str
+    origins: list[str] | None
+
+
+class NewKey(KeyInfo):
+    """A new key. No later reply contains the key again."""
+
+    key: str
+
+
+class UsedNow(_Body):
+    """Current use of a tenant."""
+
+    tasks: int
+    stored_bytes: int
+    images_in_flight: int
+
+
+class Counted(_Body):
+    """Counters of a tenant since its creation."""
+
+    requests: int
+    images: int
+    refused: int
+
+
+class Usage(_Body):
+    tenant: str
+    limits: TenantLimits
+    used: UsedNow
+    counted: Counted
+
+
+class AuditEntry(_Body):
+    """One change: its time, its key, the client's address as the gateway saw it, and the action."""
+
+    id: str
+    at: str
+    key: str
+    name: str
+    role: str
+    address: str
+    tenant: str
+    action: str
+    detail: dict[str, Any]
+
+
+class AuditPage(_Body):
+    """Changes, oldest first. `next` is the parameter `after` of the next page; null on the last page."""
+
+    entries: list[AuditEntry]
+    next: str | None
+
+
+class TaskRate(_Body):
+    """Current rate of a task, under the name that the calling tenant uses."""
+
+    tenant: str
+    task: str
+    images_per_second: float
+
+
+class WorkerStatus(_Body):
+    """Current state of a worker, and its counters since its start."""
+
+    worker: str
+    uptime_s: float
+    device: str
+    slots: int
+    slots_used: int
+    host_bytes: int
+    host_limit_bytes: int
+    waiting: int  # queued images
+    images_per_second: float
+    images_per_pass: float
+    adapters_per_pass: float
+    tasks: list[TaskRate]  # the busiest tasks
+    hits: int
+    loads: int
+    load_s: float
+    evictions: int
+    failures: int
+
+
+class TenantStatus(_Body):
+    """A tenant with requests in the last minute."""
+
+    tenant: str
+    images_in_flight: int
+    counted: Counted
+
+
+class HubStatus(_Body):
+    """Current state of the hub."""
+
+    workers: list[WorkerStatus]
+    tasks: list[TaskRate]  # the busiest over all workers
+    tenants: list[TenantStatus]
+
+
+class GcRequest(_Body):
+    older_than_s: Annotated[int, Field(ge=0, le=10**9, description="delete only older files"), NUMBER] = 3600
+
+
+class Collected(_Body):
+    """Result of a garbage collection: deleted files, their bytes, and remaining files."""
+
+    removed: int
+    bytes: int
+    kept: int
