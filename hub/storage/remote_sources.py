@@ -233,7 +233,8 @@ class RemoteSources:
             fs = fsspec.filesystem(url.scheme, skip_instance_cache=True)
             if fs.info(path)["type"] != "file":
                 raise FileNotFoundError
-            return bytes(fs.cat_file(path, 0, self._max_bytes + 1))
+            # By name: the second parameter of s3fs is `version_id`.
+            return bytes(fs.cat_file(path, start=0, end=self._max_bytes + 1))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise _refused("no such file") from error
         except Exception as error:  # each object store has its own exception types
