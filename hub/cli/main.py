@@ -3,7 +3,6 @@
 import codecs
 import io
 import logging
-import re
 import signal
 import sys
 import threading
@@ -14,16 +13,14 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from ..client.client import Client
 from ..errors import HubError
-from ..schemas import Classified
 from . import adapters as cli_library
 from . import tasks as cli_tasks
 from . import tenants as cli_tenants
 from .options import DEFAULT_URL, AdminKey, AsJson, Key, UnknownBelow, Url
-from .output import err, fail, out, settings, show
+from .output import err, fail, out, settings, show, usage_error
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +222,7 @@ def admin_key() -> None:
 @app.command()
 def classify(
     task: Annotated[str, typer.Argument(help="name of the task")],
-    images: Annotated[list[Path], typer.Argument(help="image files")],
+    images: Annotated[list[Path], typer.Argument(help="image files, and folders of them")],
     key: Key,
     top_k: Annotated[int, typer.Option(min=1, help="number of labels per image")] = 1,
     version: Annotated[str, typer.Option(help="version number or alias")] = "latest",
@@ -233,40 +230,42 @@ def classify(
         float | None,
         typer.Option(help="show the smallest set of labels that covers this share of images, such as 0.95"),
     ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="print CSV, one row per label")] = False,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Classify image files with a task. Images that are unlike the task's own are marked as unknown."""
+    """Classify image files with a task. Images that are unlike the task's own are marked as unknown.
+
+    The command classifies all files below a folder. It lists images that the hub refuses, and answers the rest; the
+    exit code is then 1.
+    """
+    from . import classify as classification
+
+    if as_json and as_csv:
+        usage_error("--json and --csv exclude each other; omit one")
+    files = classification.find_images(images)
+    if not files:
+        fail(f"{', '.join(map(str, images))}: no files; name image files, or a folder that has some")
     try:
         with Client(url, key) as client:
-            reply = client.classify(task, list(images), top_k=top_k, version=version, coverage=coverage)
+            answers = classification.run(
+                client,
+                task,
+                files,
+                top_k=top_k,
+                version=version,
+                coverage=coverage,
+                progress=classification.shows_progress(files),
+            )
     except HubError as error:
-        fail(_with_file_names(str(error), images))
+        fail(str(error))
     if as_json:
-        return show(reply, True)
-    out.print(_answers(images, reply))
-
-
-def _answers(images: list[Path], reply: Classified) -> Table:
-    """Return a table of labels, with typicality and label sets where the reply has them."""
-    table = Table("image", "label", "score")
-    if reply.typicality is not None:
-        table.add_column("typicality")
-    if reply.sets is not None:
-        table.add_column("set")
-    for i, (image, predictions) in enumerate(zip(images, reply.predictions, strict=True)):
-        more = []
-        if reply.typicality is not None and reply.unknown is not None:
-            more.append(f"{reply.typicality[i]:.3f}" + (" unknown" if reply.unknown[i] else ""))
-        if reply.sets is not None:
-            more.append(", ".join(reply.sets[i]))
-        for prediction in predictions:
-            table.add_row(str(image), prediction.label, f"{prediction.score:.3f}", *more)
-            more = []  # once per image
-    return table
-
-
-def _with_file_names(text: str, images: list[Path]) -> str:
-    """Replace the fields of an error text, such as `images.1`, by file names."""
-    names = {f"images.{i}": str(image) for i, image in enumerate(images)}
-    return re.sub(r"\bimages\.\d+", lambda found: names.get(found[0], found[0]), text)
+        show(classification.as_dict(answers), True)
+    elif as_csv:
+        sys.stdout.write(classification.as_csv(answers))
+    elif answers.reply is not None:
+        out.print(classification.table(answers))
+    if answers.refused:
+        for file, reason in answers.refused.items():
+            err.print(f"error: {file}: {reason}", soft_wrap=True)
+        raise SystemExit(1)

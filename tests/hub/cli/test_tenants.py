@@ -1,6 +1,8 @@
 """Tests of `karst-hub tenants ...`, `register`, `classify`, `gc` and `admin-key` against the hub's application."""
 
+import csv
 import fcntl
+import io
 import json
 import sys
 import tarfile
@@ -241,6 +243,38 @@ def test_classify_names_the_file_when_an_image_is_invalid(
     assert done.exit_code == 1
     assert done.stderr.startswith(f"error: {bad}: ")
     assert "images." not in done.stderr
+
+
+def test_classify_answers_a_folder_and_lists_the_images_that_are_refused(
+    hub: Hub, run: Run, adapters: list[Adapter], tmp_path: Path
+) -> None:
+    hub.http.post("/v1/tasks/digits/versions", content=adapters[0].data, headers=OCTETS)
+    folder = tmp_path / "images"
+    files = [folder / name for name in ("a/10.png", "a/9.png", "b/c/1.png")]
+    for i, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(i))
+    bad = folder / "a" / "bad.png"
+    bad.write_bytes(b"no image")
+    for name in ("a/.DS_Store", "a/._9.png", "__MACOSX/9.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    command = ["classify", "digits", str(folder), "--key", hub.key]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert done.exit_code == 1
+    answer = json.loads(done.stdout)
+    assert answer["images"] == list(map(str, files))
+    assert len(answer["predictions"]) == 3
+    assert [refused["image"] for refused in answer["refused"]] == [str(bad)]
+    assert done.stderr.count("error: ") == 1
+    rows = list(csv.DictReader(io.StringIO(CliRunner().invoke(app, [*command, "--csv", "--top-k", "2"]).stdout)))
+    assert [row["image"] for row in rows] == [str(file) for file in files for _ in range(2)] + [str(bad)]
+    assert [bool(row["label"]) for row in rows] == [True] * 6 + [False]
+    assert rows[-1]["error"] == answer["refused"][0]["error"]
+    assert CliRunner().invoke(app, [*command, "--csv", "--json"]).exit_code == 2
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no files" in CliRunner().invoke(app, ["classify", "digits", str(empty), "--key", hub.key]).stderr
 
 
 def test_admin_key_creates_a_key_when_the_hub_runs_and_when_it_is_stopped(

@@ -1,0 +1,143 @@
+"""`karst-hub classify`: files and folders of images, in calls of limited size; a bad image does not stop the others."""
+
+import csv
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.table import Table
+
+from ..client.client import Client
+from ..client.replies import joined
+from ..errors import InvalidImage, TooLarge
+from ..schemas import Classified
+
+CALL_IMAGES = 256  # classified before the next bad images are looked for
+HIDDEN_FOLDERS = {"__MACOSX", "@eaDir"}
+NO_IMAGES = {"Thumbs.db", "desktop.ini"}
+
+
+@dataclass
+class Answers:
+    """Result for all files.
+
+    Attributes:
+        files: the classified ones, in the order of `reply`.
+        refused: file -> reason of the hub.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    reply: Classified | None = None
+    refused: dict[Path, str] = field(default_factory=dict)
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Return the files, and all files below the folders in the order of their names, without hidden ones."""
+    return [file for path in paths for file in (_below(path) if path.is_dir() else [path])]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith(".") or entry.name in NO_IMAGES:
+            continue
+        if entry.is_dir():
+            if entry.name not in HIDDEN_FOLDERS:
+                yield from _below(Path(entry.path))
+        else:
+            yield Path(entry.path)
+
+
+def run(
+    client: Client,
+    task: str,
+    files: Sequence[Path],
+    *,
+    top_k: int,
+    version: str,
+    coverage: float | None,
+    progress: bool,
+) -> Answers:
+    """Classify files. Leave out those that the hub refuses as images.
+
+    Raises:
+        HubError: any error that is not about single images.
+    """
+    answers, parts = Answers(), list[Classified]()
+    for first in range(0, len(files), CALL_IMAGES):
+        left = list(files[first : first + CALL_IMAGES])
+        while left:
+            chosen = parts[0].version if parts else version  # one version for all files
+            try:
+                part = client.classify(
+                    task, list(left), top_k=top_k, version=chosen, coverage=coverage, progress=progress
+                )
+            except (InvalidImage, TooLarge) as error:
+                bad = {
+                    int(found[1]): problem.message
+                    for problem in error.errors
+                    if (found := re.fullmatch(r"images\.(\d+)", problem.field))
+                }
+                if not bad:
+                    raise
+                answers.refused |= {left[i]: message for i, message in bad.items()}
+                left = [file for i, file in enumerate(left) if i not in bad]
+                continue
+            parts.append(part)
+            answers.files += left
+            break
+    if parts:
+        answers.reply = joined(parts)
+    return answers
+
+
+def rows(answers: Answers) -> Iterator[tuple[str, str, str, str, str]]:
+    """Yield file, label, score, typicality and set of each label; the last two only once for each image."""
+    reply = answers.reply
+    if reply is None:
+        return
+    for i, (file, predictions) in enumerate(zip(answers.files, reply.predictions, strict=True)):
+        typicality = ""
+        if reply.typicality is not None and reply.unknown is not None:
+            typicality = f"{reply.typicality[i]:.3f}" + (" unknown" if reply.unknown[i] else "")
+        labels = ", ".join(reply.sets[i]) if reply.sets is not None else ""
+        for prediction in predictions:
+            yield str(file), prediction.label, f"{prediction.score:.3f}", typicality, labels
+            typicality = labels = ""
+
+
+def table(answers: Answers) -> Table:
+    """Return a table of labels, with typicality and label sets where the reply has them."""
+    reply = answers.reply
+    columns = [True, True, True, reply is not None and reply.typicality is not None]
+    columns.append(reply is not None and reply.sets is not None)
+    names = ("image", "label", "score", "typicality", "set")
+    shown = Table(*(name for name, used in zip(names, columns, strict=True) if used))
+    for row in rows(answers):
+        shown.add_row(*(cell for cell, used in zip(row, columns, strict=True) if used))
+    return shown
+
+
+def as_csv(answers: Answers) -> str:
+    """Return CSV with a header: one row per label, and one per refused file with its reason."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image", "label", "score", "typicality", "set", "error"))
+    writer.writerows((*row, "") for row in rows(answers))
+    writer.writerows((file, "", "", "", "", reason) for file, reason in answers.refused.items())
+    return text.getvalue()
+
+
+def as_dict(answers: Answers) -> dict[str, object]:
+    """Return the reply for JSON, with the names of the files."""
+    reply = answers.reply.model_dump(mode="json") if answers.reply is not None else {"predictions": []}
+    refused = [{"image": str(file), "error": reason} for file, reason in answers.refused.items()]
+    return reply | {"images": [str(file) for file in answers.files], "refused": refused}
+
+
+def shows_progress(files: Sequence[Path]) -> bool:
+    """Return whether a progress bar is of use: many files, on a terminal."""
+    return len(files) > CALL_IMAGES // 4 and sys.stderr.isatty()
