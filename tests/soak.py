@@ -98,7 +98,7 @@ class World:
                 norms=self._seed % 5 == 0,
             )  # fmt: skip
             self.adapters[adapter.digest] = adapter
-        client.register(f"task-{task}", adapter.data)
+        client.register(f"task-{task}", adapter.data, labels_may_change=True)
 
     def call(self, url: str, key: str, seed: int, until: float) -> None:
         """Send requests as one caller until the time `until`."""

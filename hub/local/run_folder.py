@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import signal
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -101,7 +102,13 @@ def _processes(folder: Path) -> list[int]:
 
 
 def _belongs(process: Path, folder: str) -> bool:
-    """Return whether a process writes its output into the folder, as Ray's processes and HAProxy do."""
+    """Return whether a process writes to a file in the folder, as Ray's processes and HAProxy do.
+
+    A program that only reads one, such as `tail -f` on a log, does not belong to the hub.
+    """
     with suppress(OSError):  # a process of another user, or one that has just ended
-        return any(os.readlink(process / "fd" / number).startswith(folder) for number in "12")
+        for file in (process / "fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                if os.readlink(file).startswith(folder) and file.lstat().st_mode & stat.S_IWUSR:
+                    return True
     return False

@@ -47,7 +47,7 @@ def adapters() -> list[Adapter]:
 def register(url: str, key: str, adapters: list[Adapter]) -> None:
     with Client(url, key, timeout_s=CHANGE_S, retry_s=0) as client:
         for i, adapter in enumerate(adapters):
-            client.register(f"task{i}", adapter.data)
+            client.register(f"task{i}", adapter.data, labels_may_change=True)
 
 
 class Load:

@@ -96,7 +96,7 @@ def test_tenants_never_get_answers_of_each_other_and_revoked_keys_are_refused(
                 limits = LimitsChange(images_per_second=2 if change % 4 < 2 else 1000)  # the owner can still register
                 admin.change_limits("bolt", limits)
                 load.ended.wait(0.5)
-                owners[tenant].register("trees", adapter(tenant, "trees", 100 + change))
+                owners[tenant].register("trees", adapter(tenant, "trees", 100 + change), labels_may_change=True)
                 load.revoked[key.key] = float("inf")  # from now on the key may be refused
                 admin.revoke_key(tenant, key.id)
                 load.revoked[key.key] = time.monotonic()
