@@ -18,43 +18,35 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapters import Backbone
-from adapters.backbone import features
 from adapters.data.images import normalise_for
 from adapters.evaluation.calibration import paired_gain
-from adapters.evaluation.linear_probe import INVERSE_PENALTIES, MAX_FOLDS, MAX_ITERATIONS
 from adapters.format.file import write_atomically
 from adapters.training.instant import InstantHead, fit_head
 from adapters.training.steps import KarstRecipe
 
 from . import real_backbone
+from .accuracy_frozen import SIDE_PX, backbone, frozen_features, head_only
 from .accuracy_methods import (
     ADAPTERS,
     HEADS,
     INSTANT,
     KARST,
     METHODS,
-    NEIGHBOURS,
     OTHERS,
-    PROBE,
     TRAINED,
     VARIANTS,
     build,
@@ -64,16 +56,15 @@ from .accuracy_methods import (
 from .accuracy_tasks import TASKS, Task, balanced_accuracy, load_task
 from .common import machine
 
-SIDE_PX = 98
 PER_CLASS = (5, 10, 25, 50, 100)
 SEEDS = (0, 1, 2)
-SEARCH_TASKS = ("count", "elpv")
+SEARCH_TASKS = ("count",)
 SEARCH_PER_CLASS = 25
+TABLE = ("count", "location", "elpv", "orientation", "fashion", "digits")  # the order of a part-run
 STEPS, BATCH = 60, 8
 WARM_UP = 0.1  # share of the steps; then a cosine to a twentieth
 HEAD_RATE = KarstRecipe().head_rate
-NEIGHBOUR_COUNTS = (1, 3, 5, 9)  # cross-validated, for kNN
-FEATURE_BATCH = 64
+PREDICT_BATCH = 64
 OUTPUT = Path(__file__).parent / "results" / "accuracy.json"
 
 
@@ -98,23 +89,30 @@ class Results:
         self._path = path
         self.cells: list[dict[str, Any]] = json.loads(path.read_text())["cells"] if path.exists() else []
 
-    def fill(self, stage: str, cells: list[Cell], workers: int, until: str | None) -> None:
-        """Measure the missing cells, `workers` at a time, until a time of day."""
-        done = {_key(row) for row in self.cells}
-        missing = [cell for cell in cells if _key(asdict(cell)) not in done]
-        print(f"{stage}: {len(cells) - len(missing)} of {len(cells)} cells are there", flush=True)
-        if not missing or _is_over(until):
+    def fill(self, stages: Sequence[str], workers: int, until: str | None) -> None:
+        """Measure the missing cells of these stages, `workers` at a time, until a time of day."""
+        if workers == 1:
+            while (cell := self._next(stages, [], until)) is not None:
+                self._add(execute(cell))
             return
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            running: set[Future[dict[str, Any]]] = set()
-            while missing or running:
-                if _is_over(until):
-                    missing = []
-                while missing and len(running) < workers:
-                    running.add(pool.submit(execute, missing.pop(0)))
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
+            running: dict[Future[dict[str, Any]], Cell] = {}
+            while True:
+                while len(running) < workers and (cell := self._next(stages, running.values(), until)) is not None:
+                    running[pool.submit(execute, cell)] = cell
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
                     self._add(future.result())
+
+    def _next(self, stages: Sequence[str], running: Iterable[Cell], until: str | None) -> Cell | None:
+        """Return the first cell that is neither finished nor running; a stage may depend on finished cells."""
+        if until is not None and f"{datetime.now():%H:%M}" >= until:
+            return None
+        taken = {_key(row) for row in self.cells} | {_key(asdict(cell)) for cell in running}
+        cells = (cell for stage in stages for cell in STAGES[stage](self))
+        return next((cell for cell in cells if _key(asdict(cell)) not in taken), None)
 
     def chosen_rates(self) -> dict[str, float]:
         """Return each method's rate of the best mean validation accuracy in the search; the lower one in a tie."""
@@ -152,8 +150,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the workers: two threads of one cell are slower than two cells
     results = Results(options.output)
-    for stage in options.stages:
-        results.fill(stage, list(STAGES[stage](results)), options.workers, options.until)
+    print(f"{len(results.cells)} cells are there", flush=True)
+    results.fill(options.stages, options.workers, options.until)
 
 
 def selected_rate(cells: Sequence[dict[str, Any]], method: str) -> float | None:
@@ -183,16 +181,19 @@ def _search(method: str, rate: float) -> list[Cell]:
     return [Cell(method, task, SEARCH_PER_CLASS, 0, rate) for task in SEARCH_TASKS]
 
 
-def heads(_results: Results) -> Iterator[Cell]:
+def heads(seed: int) -> Stage:
     """All methods without training."""
-    for seed in SEEDS:
+
+    def cells(_results: Results) -> Iterator[Cell]:
         for per_class in PER_CLASS:
             for task in TASKS:
                 yield from (Cell(method, task, per_class, seed) for method in HEADS)
 
+    return cells
+
 
 def search(methods: Sequence[str]) -> Stage:
-    """Both rates of these methods on the tasks of the search."""
+    """Both rates of these methods in the search."""
 
     def cells(_results: Results) -> Iterator[Cell]:
         for method in methods:
@@ -203,19 +204,19 @@ def search(methods: Sequence[str]) -> Stage:
 
 
 def variants(results: Results) -> Iterator[Cell]:
-    """KARST's variants on the tasks of the search, at KARST's rate."""
+    """KARST's variants in the search, at KARST's rate."""
     rate = results.chosen_rates().get(KARST)
     if rate is not None:
         for method in VARIANTS:
             yield from _search(method, rate)
 
 
-def table(per_class: int, seed: int, methods: Sequence[str] = tuple(TRAINED)) -> Stage:
-    """These methods on all tasks, each at the rate that the search selected."""
+def table(per_class: int, seed: int, methods: Sequence[str] = tuple(TRAINED), tasks: Sequence[str] = TABLE) -> Stage:
+    """These methods on these tasks, each at the rate that the search selected."""
 
     def cells(results: Results) -> Iterator[Cell]:
         rates = results.chosen_rates()
-        for task in TASKS:
+        for task in tasks:
             yield from (Cell(method, task, per_class, seed, rates[method]) for method in methods if method in rates)
 
     return cells
@@ -223,8 +224,11 @@ def table(per_class: int, seed: int, methods: Sequence[str] = tuple(TRAINED)) ->
 
 STAGES: dict[str, Stage] = {
     "search": search(ADAPTERS),
+    "heads": heads(0),
+    "25 first": table(25, 0, ADAPTERS, TABLE[:3]),
+    "heads seed 1": heads(1),
+    "heads seed 2": heads(2),
     "25": table(25, 0, ADAPTERS),
-    "heads": heads,
     "variants": variants,
     "search others": search(OTHERS),
     "25 others": table(25, 0, OTHERS),
@@ -242,8 +246,8 @@ def execute(cell: Cell) -> dict[str, Any]:
 
     Returns:
         The cell, `accuracy` on the test images, `validation` (both are means over classes), `gain` and `error`: the
-        paired difference in validation accuracy to the instant head and its standard error, and figures of the
-        training.
+        paired difference in validation accuracy to the instant head and its standard error. `right` has a bit per test
+        image, in hexadecimal. Trained methods have figures of the training.
     """
     torch.set_num_threads(1)
     began = time.process_time()
@@ -260,7 +264,7 @@ def execute(cell: Cell) -> dict[str, Any]:
         predicted = head_only(cell.method, frozen[draw.train], task.targets[draw.train], frozen[held])
     else:
         assert cell.rate is not None
-        model, loss = fit(cell.method, backbone(), task, draw.train, instant, cell.rate, seed=cell.seed)
+        model, loss = fit(cell.method, backbone(), task, draw.train, instant, cell.rate, seed=cell.seed, steps=STEPS)
         predicted = predict(model, backbone(), task, held)
         figures = {"parameters": trainable(model), "loss": loss if math.isfinite(loss) else None}
     right, own = predicted == task.targets[held], before == task.targets[held]
@@ -271,6 +275,7 @@ def execute(cell: Cell) -> dict[str, Any]:
         "validation": round(balanced_accuracy(right[:parts], task.targets[draw.validation]), 4),
         "gain": round(gain, 4),
         "error": round(error, 4),
+        "right": np.packbits(right[parts:].numpy()).tobytes().hex(),
         **figures,
         "seconds": round(time.process_time() - began, 1),
     }
@@ -285,7 +290,7 @@ def fit(
     rate: float,
     *,
     seed: int,
-    steps: int = STEPS,
+    steps: int,
 ) -> tuple[nn.Module, float]:
     """Return the model of the last step and its last loss: AdamW, batches of 8, no augmentation, bfloat16 autocast.
 
@@ -333,64 +338,10 @@ def batches(train: Tensor, steps: int, seed: int, size: int = BATCH) -> Iterator
 def predict(model: nn.Module, frozen: Backbone, task: Task, index: Tensor) -> Tensor:
     """Return the predicted classes, int64 (n,), computed under bfloat16 autocast as in training."""
     found = []
-    for part in index.split(FEATURE_BATCH):
+    for part in index.split(PREDICT_BATCH):
         with torch.autocast("cpu", torch.bfloat16):
             found.append(model(normalise_for(frozen, task.pixels(part))).argmax(1))
     return torch.cat(found)
-
-
-def head_only(method: str, x: Tensor, y: Tensor, held: Tensor) -> Tensor:
-    """Return the predicted classes of `held` features by a linear probe or by nearest neighbours.
-
-    Three-fold cross-validation on the training images selects the penalty, or the number of neighbours (cosine).
-
-    Raises:
-        ValueError: another method.
-    """
-    folds = min(MAX_FOLDS, int(y.bincount().min()))
-    if method == PROBE:
-        search = GridSearchCV(
-            make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS)),
-            {"logisticregression__C": INVERSE_PENALTIES},
-            cv=folds,
-        )
-    elif method == NEIGHBOURS:
-        counts = [n for n in NEIGHBOUR_COUNTS if n <= len(y) * (folds - 1) // folds]
-        search = GridSearchCV(KNeighborsClassifier(metric="cosine"), {"n_neighbors": counts}, cv=folds)
-    else:
-        raise ValueError(f"method {method!r} is not one of {PROBE}, {NEIGHBOURS}")
-    return torch.from_numpy(search.fit(x.numpy(), y.numpy()).predict(held.numpy()))
-
-
-@cache
-def backbone() -> Backbone:
-    """Return the ViT-S/14 at 98 pixels."""
-    return real_backbone.load(SIDE_PX)
-
-
-@cache
-def frozen_features(name: str) -> Tensor:
-    """Return the frozen features of all images of a task, float32 (n, D), from a file beside the checkpoint."""
-    path = real_backbone.DEFAULT_OUTPUT.parent / f"features-{name}-{SIDE_PX}.pt"
-    if path.exists():
-        found: Tensor = torch.load(path, weights_only=True)
-        return found
-    frozen, task = backbone(), load_task(name, SIDE_PX)
-    with torch.inference_mode():
-        found = torch.cat(
-            [
-                features(frozen.model, normalise_for(frozen, task.pixels(part)))
-                for part in torch.arange(len(task.targets)).split(FEATURE_BATCH)
-            ]
-        )
-    part = path.with_suffix(f".{os.getpid()}.part")  # two workers may compute the same features
-    torch.save(found, part)
-    part.rename(path)
-    return found
-
-
-def _is_over(until: str | None) -> bool:
-    return until is not None and f"{datetime.now():%H:%M}" >= until
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -70,7 +70,7 @@ TRAINED = MappingProxyType(
         "full": Method("full", rates=(3e-5, 1e-4)),
     }
 )
-ADAPTERS, OTHERS = (KARST, "LoRA", "LoKr", PAPER), ("bias", "full")
+ADAPTERS, OTHERS = (KARST, "LoKr", "LoRA"), (PAPER, "bias", "full")
 # Each differs from KARST in one thing, or from another one of these.
 VARIANTS = MappingProxyType(
     {

@@ -97,10 +97,10 @@ def load_task(name: str, side_px: int = SIDE_PX) -> Task:
         raise TaskError(f"no task {name!r}; the tasks are {', '.join(TASKS)}")
     images, labels = TASKS[name](side_px) if name in NATIVE else TASKS[name]()
     targets = torch.as_tensor(np.asarray(labels)).long()
-    return Task(name, _resized(images, side_px), targets, test_part(targets))
+    return Task(name, _resized(images, side_px), targets, chosen_for_test(targets))
 
 
-def test_part(targets: Tensor) -> Tensor:
+def chosen_for_test(targets: Tensor) -> Tensor:
     """Return the numbers of the test images: the first ones of each class."""
     classes = int(targets.max()) + 1
     members = [(targets == k).nonzero()[:, 0] for k in range(classes)]
@@ -231,6 +231,8 @@ def _resized(images: np.ndarray, side_px: int) -> Tensor:
     """Return images (n, H, W) or (n, H, W, 3) with this side, as a tensor (n, 1 or 3, H, W)."""
     if images.shape[1] != side_px:
         size = (side_px, side_px)
-        images = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images])
+        images = np.stack(
+            [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images]
+        )
     pixels = torch.from_numpy(np.ascontiguousarray(images))
     return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
