@@ -222,6 +222,17 @@ def table(per_class: int, seed: int, methods: Sequence[str] = tuple(TRAINED), ta
     return cells
 
 
+def table_rates(per_class: int, seed: int, methods: Sequence[str]) -> Stage:
+    """These methods on all tasks at both rates."""
+
+    def cells(_results: Results) -> Iterator[Cell]:
+        for method in methods:
+            for rate in METHODS[method].rates:
+                yield from (Cell(method, task, per_class, seed, rate) for task in TABLE)
+
+    return cells
+
+
 STAGES: dict[str, Stage] = {
     "search": search(ADAPTERS),
     "heads": heads(0),
@@ -229,6 +240,7 @@ STAGES: dict[str, Stage] = {
     "heads seed 1": heads(1),
     "heads seed 2": heads(2),
     "25": table(25, 0, ADAPTERS),
+    "25 rates": table_rates(25, 0, (KARST,)),
     "variants": variants,
     "search others": search(OTHERS),
     "25 others": table(25, 0, OTHERS),

@@ -28,6 +28,7 @@ from .common import markdown_table
 
 DOCS = Path(__file__).parent.parent / "docs"
 AUTO = "auto"
+EACH = "KARST, rate per task"
 ORIGIN = {
     "digits": "scikit-learn's handwritten digits",
     "fashion": "Fashion-MNIST",
@@ -53,29 +54,36 @@ class Results:
     rates: dict[str, float]
 
     def cell(self, method: str, task: str, per_class: int, seed: int) -> Cell | None:
-        """Return the cell at the method's selected rate, or None."""
-        for cell in self.file["cells"]:
-            place = (cell["method"], cell["task"], cell["per_class"], cell["seed"])
-            if place == (method, task, per_class, seed) and cell["rate"] in (None, self.rates.get(method)):
-                return dict(cell)
-        return None
+        """Return the cell at the method's selected rate, or None.
+
+        `EACH` is KARST at the rate with the better validation accuracy on this task. `AUTO` is that one, or KARST where
+        one rate ran, if it is better than instant on validation images by more than one standard error; else instant.
+        """
+        if method == EACH:
+            found = self._cells(KARST, task, per_class, seed)
+            if len(found) < len(METHODS[KARST].rates):
+                return None
+            return max(found, key=lambda cell: (cell["validation"], -cell["rate"]))
+        if method == AUTO:
+            karst = self.cell(EACH, task, per_class, seed) or self.cell(KARST, task, per_class, seed)
+            if karst is None or karst["gain"] > karst["error"]:
+                return karst
+            return self.cell(INSTANT, task, per_class, seed)
+        found = self._cells(method, task, per_class, seed)
+        return next((cell for cell in found if cell["rate"] in (None, self.rates.get(method))), None)
+
+    def _cells(self, *place: object) -> list[Cell]:
+        keys = ("method", "task", "per_class", "seed")
+        return [cell for cell in self.file["cells"] if tuple(cell[key] for key in keys) == place]
 
     def accuracy(self, method: str, task: str, per_class: int, seed: int) -> float | None:
-        """Return the test accuracy in percent, or None. `AUTO` is KARST where it is better on validation images."""
-        if method == AUTO:
-            karst = self.cell(KARST, task, per_class, seed)
-            if karst is None:
-                return None
-            return self.accuracy(KARST if karst["gain"] > karst["error"] else INSTANT, task, per_class, seed)
+        """Return the test accuracy in percent, or None."""
         cell = self.cell(method, task, per_class, seed)
         return None if cell is None else 100 * float(cell["accuracy"])
 
     def right(self, method: str, task: str, per_class: int, seed: int) -> npt.NDArray[np.float64]:
         """Return 1 or 0 per test image, (n,), whether the method recognises it."""
         cell = self.cell(method, task, per_class, seed)
-        if method == AUTO:
-            karst = self.cell(KARST, task, per_class, seed)
-            cell = karst if karst and karst["gain"] > karst["error"] else self.cell(INSTANT, task, per_class, seed)
         assert cell is not None, (method, task)
         return np.unpackbits(np.frombuffer(bytes.fromhex(cell["right"]), np.uint8)).astype(np.float64)
 
@@ -125,7 +133,7 @@ def read(path: Path) -> Results:
 def targets(results: Results) -> list[str]:
     """Return a line of Markdown per target of KARST, with its verdict, at the images of the search and seed 0."""
     lines = []
-    for method, title in ((KARST, "KARST"), (AUTO, "`auto`")):
+    for method, title in ((KARST, "KARST"), (EACH, EACH), (AUTO, "`auto`")):
         for task in complete(results, (INSTANT, method), SEARCH_PER_CLASS):
             gap, error = _gap(results, method, INSTANT, [task])
             lines.append(
@@ -201,8 +209,10 @@ def report(results: Results, worth: dict[str, Any]) -> str:
         "recipe: a random head, gain 1 / r, one learning rate, weight decay lr / 10, stochastic depth 0.1, and the "
         "same number of steps. LoRA and LoKr are those of Hugging Face's peft on the same layers, with gain 1 and the "
         "ranks that give the number of parameters nearest to KARST's. Bias trains every bias; full trains "
-        "everything. `auto` is KARST where it is better than instant on validation images by more than one standard "
-        "error, else instant.",
+        "everything. Each method has one learning rate for all tasks. The product searches it for each task: see the "
+        f"row `{EACH}`, where both rates ran. `auto` is KARST where it is better than instant on validation images by "
+        "more than one standard error, else instant. KARST's gain was chosen in earlier trials on some of these tasks, "
+        "and the gain of LoRA and LoKr is peft's, so the comparison favours KARST.",
         *_trained_tables(results),
         "## Targets",
         f"At {SEARCH_PER_CLASS} images a class and seed 0. The standard error is that of the paired differences over "
@@ -234,7 +244,7 @@ def plot(results: Results, path: Path) -> None:
     """Plot accuracy against images a class: a panel per task."""
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, task in zip(figure.subplots(2, 3).flat, TASKS, strict=True):
+    for axes, task in zip(figure.subplots(2, 3).flat, TASKS, strict=False):
         for method in (*HEADS, *TRAINED):
             points = {n: results.seeds([method], task, n) for n in PER_CLASS}
             known = [n for n in PER_CLASS if points[n]]
@@ -245,7 +255,7 @@ def plot(results: Results, path: Path) -> None:
         axes.minorticks_off()
         axes.set_title(task, fontsize=10)
         axes.grid(alpha=0.3)
-        if task == "location":
+        if axes.get_title() == next(iter(TASKS)):
             axes.legend(fontsize=7)
     figure.supxlabel("images a class")
     figure.supylabel("test accuracy, %")
@@ -295,7 +305,7 @@ def _trained_tables(results: Results) -> list[str]:
         ran = [m for m in TRAINED if complete(results, [m], per_class)]
         if not ran:
             continue
-        for method in (INSTANT, *ran, *([AUTO] if KARST in ran else [])):
+        for method in (INSTANT, *ran, *([EACH, AUTO] if KARST in ran else [])):
             found = {task: results.accuracy(method, task, per_class, 0) for task in TASKS}
             known = [value for value in found.values() if value is not None]
             mean = f"{statistics.fmean(known):.1f}" if len(known) == len(TASKS) else ""
