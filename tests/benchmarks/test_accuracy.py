@@ -20,7 +20,15 @@ from adapters import Backbone, load_backbone
 from adapters.backbone import features
 from adapters.data.images import normalise_for
 from adapters.training.instant import InstantHead, fit_head
-from benchmarks import accuracy, accuracy_frozen, accuracy_methods, accuracy_report, answers, train_step
+from benchmarks import (
+    accuracy,
+    accuracy_frozen,
+    accuracy_methods,
+    accuracy_report,
+    accuracy_results,
+    answers,
+    train_step,
+)
 from benchmarks.accuracy_methods import ADAPTERS, HEADS, INSTANT, KARST, METHODS, OTHERS, PAPER, TRAINED, VARIANTS
 from benchmarks.accuracy_tasks import (
     BINS,
@@ -268,7 +276,7 @@ def small(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.inference_mode():
             return features(backbone.model, normalise_for(backbone, task.pixels(torch.arange(len(task.targets)))))
 
-    for module in (accuracy, accuracy_report, answers):
+    for module in (accuracy, accuracy_report, accuracy_results, answers):
         monkeypatch.setattr(module, "TASKS", tasks)
     for module in (accuracy, accuracy_report):
         monkeypatch.setattr(module, "PER_CLASS", (accuracy.SEARCH_PER_CLASS,))
@@ -310,12 +318,12 @@ def test_run_is_measured_once_and_reported(tmp_path: Path, monkeypatch: pytest.M
     accuracy_report.main()
     text = (tmp_path / "accuracy.md").read_text()
     assert (tmp_path / "img" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    for line in (*lines, *accuracy_report.targets(accuracy_report.read(output))):
+    for line in (*lines, *accuracy_report.targets(accuracy_results.read(output))):
         assert line in text
     assert "- Trained, 25 images a class, seed 0: 4 of 12 cells." in text
 
 
-def results(accuracies: dict[str, list[int]], gain: float = 0.1) -> accuracy_report.Results:
+def results(accuracies: dict[str, list[int]], gain: float = 0.1) -> accuracy_results.Results:
     """One task with 100 test images; a method's list is the numbers of the images that it recognises."""
     low = METHODS[KARST].rates[0]
     cells = []
@@ -335,7 +343,7 @@ def results(accuracies: dict[str, list[int]], gain: float = 0.1) -> accuracy_rep
                 "right": np.packbits(right).tobytes().hex(),
             }
         )
-    return accuracy_report.Results({"cells": cells}, dict.fromkeys(TRAINED, low))
+    return accuracy_results.Results({"cells": cells}, dict.fromkeys(TRAINED, low))
 
 
 @pytest.mark.parametrize(
@@ -356,14 +364,14 @@ def test_the_targets_are_computed_from_paired_differences(karst: range, verdict:
 @pytest.mark.parametrize(("gain", "expected"), [(0.1, 40.0), (0.04, 60.0)])
 def test_auto_is_karst_only_if_it_is_better_on_validation_images(gain: float, expected: float) -> None:
     found = results({KARST: list(range(40)), INSTANT: list(range(60))}, gain)
-    assert found.accuracy(accuracy_report.AUTO, "count", accuracy.SEARCH_PER_CLASS, 0) == expected
+    assert found.accuracy(accuracy_results.AUTO, "count", accuracy.SEARCH_PER_CLASS, 0) == expected
 
 
 def test_a_report_without_a_search_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     path.write_text(json.dumps({"cells": []}))
-    with pytest.raises(accuracy_report.ReportError, match="the search of the learning rate is not complete for KARST"):
-        accuracy_report.read(path)
+    with pytest.raises(accuracy_results.ReportError, match="the search of the learning rate is not complete for KARST"):
+        accuracy_results.read(path)
 
 
 def test_perfect_probabilities_have_no_calibration_error() -> None:
