@@ -43,8 +43,9 @@ def client(kind: Kind, url: str, hub: Hub) -> Iterator[Any]:
 
 def endpoint_functions() -> dict[str, Callable[..., Any]]:
     """Return every public function of `hub.client.endpoints`."""
-    public = {n: f for n, f in vars(endpoints).items() if inspect.isfunction(f) and not n.startswith("_")}
-    return {n: f for n, f in public.items() if f.__module__ == endpoints.__name__}
+    public = vars(endpoints) | vars(admin_endpoints)
+    functions = {n: f for n, f in public.items() if inspect.isfunction(f) and not n.startswith("_")}
+    return {n: f for n, f in functions.items() if f.__module__ in (endpoints.__name__, admin_endpoints.__name__)}
 
 
 @pytest.mark.parametrize("client", [Client, AsyncClient])
