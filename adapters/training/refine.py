@@ -26,8 +26,20 @@ from ..data.splitting import Fold, stratified_folds
 from ..evaluation.calibration import accuracy_interval, paired_gain
 from ..method.config import KarstConfig
 from ..method.karst import KarstModel
-from .instant import fit_head
-from .steps import CHECKPOINTS, RESERVE, SEARCH_PART, KarstRecipe, Point, RefineWatch, StepTrainer, trainings
+from .instant import InstantHead, fit_head
+from .steps import (
+    CHECKPOINTS,
+    RESERVE,
+    SEARCH_PART,
+    KarstRecipe,
+    OutOfTimeError,
+    Point,
+    RefineWatch,
+    StepTrainer,
+    trainings,
+)
+
+OVERRUN = 1.1  # times the budget, after which a training ends without a result
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,29 @@ def refine(
         )
     watch.planned(round(steps * trainings(len(folds), recipe)), step_s * steps * trainings(len(folds), recipe))
 
+    # The plan trusts the first steps; other load may slow the rest down.
+    trainer.is_late = lambda: clock() - began > OVERRUN * budget_s
+    try:
+        return _compare(trainer, folds, heads, frozen, instant, recipe, steps)
+    except OutOfTimeError:
+        reason = f"KARST was stopped at the end of the budget of {budget_s:.0f} s: its steps became slower than planned"
+        return Refined(None, reason, instant)
+
+
+def _compare(
+    trainer: StepTrainer,
+    folds: Sequence[Fold],
+    heads: Sequence[InstantHead],
+    frozen: Tensor,
+    instant: HeldOut,
+    recipe: KarstRecipe,
+    steps: int,
+) -> Refined:
+    """Search the learning rate, train on each fold, and on all images if the folds' held-out images are better.
+
+    Raises:
+        OutOfTimeError: the budget has ended.
+    """
     rate, diverged = trainer.search(folds[0], heads[0], max(CHECKPOINTS, round(steps * SEARCH_PART)))
     if rate is None:
         return Refined(None, "KARST diverged at every learning rate", instant, diverged=diverged)

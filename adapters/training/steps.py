@@ -60,6 +60,10 @@ class Point:
     accuracy: float
 
 
+class OutOfTimeError(Exception):
+    """The budget ended during a training."""
+
+
 class RefineWatch:
     """Progress callbacks of `refine`. Override any of them; each does nothing by default."""
 
@@ -83,7 +87,12 @@ class Run:
 
 
 class StepTrainer:
-    """Trains KARST on parts of one image set."""
+    """Trains KARST on parts of one image set.
+
+    Attributes:
+        kinds: kinds of augmentation.
+        is_late: asked after each step of `train`; True ends the training.
+    """
 
     def __init__(
         self, backbone: Backbone, images: ImageTensors, config: KarstConfig, recipe: KarstRecipe, watch: RefineWatch
@@ -91,6 +100,7 @@ class StepTrainer:
         self.targets = torch.tensor(images.images.targets)
         self.classes = len(images.images.labels)
         self.kinds: tuple[str, ...] = ()
+        self.is_late: Callable[[], bool] = lambda: False
         self.dtype = autocast_dtype(backbone.device, cpu_capabilities())
         self._backbone, self._config = backbone, config
         self._recipe, self._watch = recipe, watch
@@ -161,7 +171,11 @@ class StepTrainer:
         return min(losses, key=lambda rate: losses[rate]) if losses else None, tuple(diverged)
 
     def train(self, fold: Fold, head: InstantHead, rate: float, steps: int, stage: str) -> Run:
-        """Train on one part and evaluate the other."""
+        """Train on one part and evaluate the other.
+
+        Raises:
+            OutOfTimeError: `is_late` returned True.
+        """
         kept, held = fold
         run: Run | None = None
         marks = {round(steps * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)}
@@ -172,6 +186,8 @@ class StepTrainer:
             run = run or Run(runner.model)
             losses.append(loss)
             self._watch.stepped(stage, loss)
+            if self.is_late():
+                raise OutOfTimeError
             window = losses[-WINDOW:]
             limit = DIVERGED * (1 + math.log(max(self.classes, 2)))
             if not math.isfinite(loss) or (len(window) == WINDOW and sum(window) / WINDOW > limit):

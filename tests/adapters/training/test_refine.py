@@ -80,6 +80,36 @@ def test_short_budget_says_how_many_seconds_are_needed(backbone: Backbone, train
     assert "it needs about" in found.reason
 
 
+def test_training_is_stopped_when_its_steps_become_slower_than_planned(
+    backbone: Backbone, train: ImageTensors, frozen: Tensor
+) -> None:
+    now_s, log = [0.0], Log()
+
+    def clock() -> float:
+        now_s[0] += 0.001
+        return now_s[0]
+
+    class Slower(Log):
+        def stepped(self, stage: str, loss: float) -> None:
+            log.stages.append(stage)
+            now_s[0] += 200.0
+
+    found = refine(
+        backbone,
+        train,
+        frozen,
+        KarstConfig(kernels=1),
+        QUICK,
+        budget_s=600,
+        watch=Slower(),
+        clock=clock,
+    )
+    assert len(log.stages) == 4  # the fourth step ends after 800 of at most 660 seconds
+    assert found.model is None
+    assert found.karst is None
+    assert "stopped at the end of the budget of 600 s" in found.reason
+
+
 def test_validation_set_is_the_one_fold(
     backbone: Backbone, train: ImageTensors, held_out: ImageTensors, frozen: Tensor
 ) -> None:
