@@ -103,8 +103,10 @@ def add_batch_headers(response: Response, stats: Sequence[PassStats]) -> None:
     response.headers["x-batch-images"] = str(max(s.images for s in stats))
     response.headers["x-batch-tasks"] = str(max(s.tasks for s in stats))
     times_ms = {name: max(getattr(s, f"{name}_ms") for s in stats) for name in ("load", "queue", "compute")}
-    response.headers["server-timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in times_ms.items())
     request_context.note_times(**{name: ms / 1000 for name, ms in times_ms.items()})
+    decode_s = request_context.time_s("decode")
+    shown = times_ms if decode_s is None else {"decode": decode_s * 1000} | times_ms
+    response.headers["server-timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in shown.items())
 
 
 async def no_options(request: Request) -> None:

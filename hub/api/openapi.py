@@ -50,7 +50,7 @@ BATCH_HEADERS = {
     "x-worker": "worker that computed the reply",
     "x-batch-images": "images in the largest forward pass of the reply",
     "x-batch-tasks": "largest number of tasks in a forward pass of the reply",
-    "server-timing": "load, queue and compute in milliseconds",
+    "server-timing": "decode, load, queue and compute in milliseconds",
 }
 PAGE = """<!doctype html>
 <html lang="en">

@@ -5,6 +5,7 @@ facts with the `note_*` functions. A worker receives a `CallOrigin` with each ca
 Log lines, metrics and traces read the context. No Ray, no HTTP framework.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,7 +30,7 @@ class RequestContext:
     digest: str = ""
     images: dict[str, int] = field(default_factory=dict)  # classified images by task
     unknown: dict[str, int] = field(default_factory=dict)  # those below the task's `unknown_below`
-    times_s: dict[str, float] = field(default_factory=dict)  # load, queue, compute
+    times_s: dict[str, float] = field(default_factory=dict)  # decode, load, queue, compute
     error: str = ""  # code of the problem in the reply
     limit: str = ""  # the tenant's limit that caused a 429
 
@@ -95,9 +96,23 @@ def note_unknown(task: str, images: int) -> None:
 
 
 def note_times(**times_s: float) -> None:
-    """Record the seconds of load, queue and compute."""
+    """Record the seconds of parts of the request: decode, load, queue, compute."""
     if context := _request.get():
-        context.times_s = times_s
+        context.times_s |= times_s
+
+
+@contextmanager
+def timed(part: str) -> Iterator[None]:
+    """Record the seconds of a part of the request: those inside of the `with` block."""
+    started_s = time.perf_counter()
+    yield
+    note_times(**{part: time.perf_counter() - started_s})
+
+
+def time_s(part: str) -> float | None:
+    """Return the recorded seconds of a part of the request."""
+    context = _request.get()
+    return context.times_s.get(part) if context else None
 
 
 def note_error(code: str, field_name: str = "") -> None:

@@ -112,7 +112,7 @@ class ClassificationService:
         request_context.note_task(name, chosen.version, chosen.digest)
         tenant, count = caller.tenant, len(images)
         async with self._limiter.images(tenant, count) as weight, self._images.acquire(tenant, count):
-            with tracing.span("decode", images=count):
+            with tracing.span("decode", images=count), request_context.timed("decode"):
                 pixels = await self._decoder.decode(tenant, [(field, x, chosen.preprocess) for field, x in images])
             answers = await self._compute(tenant, name, chosen, pixels, weight)
         predicted = Predicted(chosen, answers, found.settings.unknown_below, threshold)
@@ -177,7 +177,7 @@ class ClassificationService:
             members[c.digest].append(i)
         tenant, count = caller.tenant, len(inputs)
         async with self._limiter.images(tenant, count) as weight, self._images.acquire(tenant, count):
-            with tracing.span("decode", images=count):
+            with tracing.span("decode", images=count), request_context.timed("decode"):
                 pixels = await self._decoder.decode(
                     tenant, [(field, data, c.preprocess) for (field, data), c in zip(images, chosen, strict=True)]
                 )

@@ -80,6 +80,7 @@ def test_clients_work_through_nginx(nginx: str, hub: SharedHub, adapters: list[A
         assert made.status_code == 201
         answer = http.post("/v1/tasks/a/classify", content=photo.read_bytes(), headers=owner)
         assert answer.status_code == 200
+        assert "decode;dur=" in answer.headers["server-timing"]
         refused = http.post("/v1/tasks/a/classify", content=photo.read_bytes())
         assert refused.status_code == 401
         assert refused.headers["content-type"] == "application/problem+json"

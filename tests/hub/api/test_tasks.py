@@ -67,7 +67,9 @@ def test_a_registered_adapter_classifies_as_the_merged_model(
     scores = [p["score"] for p in body["predictions"][0]]
     assert scores == sorted(scores, reverse=True)
     assert reply.headers["x-batch-images"] == "1"
-    assert reply.headers["server-timing"].startswith("load;dur=")
+    timing = reply.headers["server-timing"].split(", ")
+    assert [part.partition(";dur=")[0] for part in timing] == ["decode", "load", "queue", "compute"]
+    assert float(timing[0].partition("=")[2]) > 0
 
 
 def test_the_backbone_route_has_the_identity_and_the_limits_of_the_workers(hub: Hub, backbone: Backbone) -> None:
