@@ -98,7 +98,9 @@ def _kill_processes(folder: Path) -> None:
 
 def _processes(folder: Path) -> list[int]:
     """Return the processes of the hub that had the folder; none on systems without /proc."""
-    return [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if _belongs(entry, f"{folder}/")]
+    own = str(os.getpid())  # holds the folder's lock
+    found = [entry for entry in Path("/proc").glob("[0-9]*") if entry.name != own and _belongs(entry, f"{folder}/")]
+    return [int(entry.name) for entry in found]
 
 
 def _belongs(process: Path, folder: str) -> bool:
