@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
@@ -38,6 +38,7 @@ class Frontend:
         request_id: regular expression of valid values of `x-request-id`.
         requests_per_key: limit of concurrent requests with one API key.
         refusal: problem document of a request over that limit, as JSON.
+        errors: status -> problem document of HAProxy's own error with this status, as JSON.
         max_connections: largest number of concurrent connections that the limit of open files allows.
         certificate: PEM file with certificate, chain and key; None: no TLS.
         client_ca: PEM file with certificate authorities; clients then need a certificate of one of them.
@@ -49,6 +50,7 @@ class Frontend:
     request_id: str
     requests_per_key: int
     refusal: str
+    errors: Mapping[str, str]
     max_connections: int
     certificate: str | None = None
     client_ca: str | None = None
@@ -98,6 +100,15 @@ def _check_timeout(_line: str, _frontend: Frontend) -> list[str]:
     return [f"    timeout check {CHECK_TIMEOUT_S}s"]
 
 
+def _own_errors(_line: str, frontend: Frontend) -> list[str]:
+    """Return the errors of requests that no gateway answers, as problems."""
+    return [
+        f"    http-error status {status} content-type application/problem+json string {_single_quoted(problem)}"
+        + (" hdr retry-after 2" if status == "503" else "")
+        for status, problem in frontend.errors.items()
+    ]
+
+
 def _frontend_lines(bind_line: str, frontend: Frontend) -> list[str]:
     """Return the lines of `haproxy_frontend.cfg`.
 
@@ -115,7 +126,7 @@ def _frontend_lines(bind_line: str, frontend: Frontend) -> list[str]:
     text = Template(template).substitute(
         bind=f"{host}:{port}{tls}",
         head_timeout_s=HEAD_TIMEOUT_S,
-        refusal=frontend.refusal,
+        refusal=_single_quoted(frontend.refusal),
         requests_per_key=frontend.requests_per_key,
         unless_trusted=f" unless {{ src {trusted} }}" if trusted else "",
         protocol="https" if tls else "http",
@@ -129,6 +140,11 @@ def _only(found: Sequence[T], what: str) -> T:
     if len(found) != 1:
         raise ConfigurationError(f"Ray's HAProxy configuration has {len(found)} {what}, not one.")
     return found[0]
+
+
+def _single_quoted(document: str) -> str:
+    """Return a JSON document as HAProxy reads it between single quotes, which have no escapes."""
+    return "'" + document.replace("'", "\\u0027") + "'"
 
 
 def _quoted(path: str) -> str:
@@ -154,6 +170,9 @@ RULES = (
         "option splice-request",
         _check_timeout,
     ),
+    Rule("HAProxy's own errors would be plain text with status 500.", "defaults", "errorfile 502 ", _own_errors),
+    Rule("See 502.", "defaults", "errorfile 503 "),
+    Rule("See 502.", "defaults", "errorfile 504 "),
     Rule(
         "Address, TLS, timeout of headers, limit per key, the client's address, headers that control Ray.",
         "frontend http_frontend",

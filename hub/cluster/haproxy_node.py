@@ -11,11 +11,13 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from ..admission.quotas import KEY_CALLS
 from ..api.security_headers import DISCONNECT_HEADER, RAY_HEADERS, RAY_REQUEST_ID
-from ..errors import LimitReached
+from ..errors import LimitReached, Unavailable
 from ..settings import InvalidSettings, Settings, load_settings
 from .haproxy import Frontend, command
 from .ray_compat import find_haproxy
@@ -78,12 +80,35 @@ def frontend(settings: Settings, host: str | None, folder: Path) -> Frontend:
         delete_headers=[name for name in RAY_HEADERS if name != DISCONNECT_HEADER],
         request_id=f"^{RAY_REQUEST_ID}$",
         requests_per_key=KEY_CALLS,
-        refusal=json.dumps(LimitReached(detail).problem()),
+        refusal=_document(LimitReached(detail).problem()),
+        errors={str(problem["status"]): _document(problem) for problem in _own_errors()},
         max_connections=connections_for(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         certificate=_write_certificate(settings, folder),
         client_ca=str(settings.tls_client_ca) if settings.tls_client_ca else None,
         trusted_proxies=settings.trusted_proxies,
     )
+
+
+def _own_errors() -> list[dict[str, Any]]:
+    """Return the problems of requests that no gateway answers.
+
+    HAProxy answers a malformed request (400) and slow headers (408) before its configuration applies.
+    """
+    unclear = "A change may have been made."
+    details = {
+        HTTPStatus.BAD_GATEWAY: f"The gateway closed the connection before it had answered. {unclear}",
+        HTTPStatus.GATEWAY_TIMEOUT: f"The gateway did not answer in time. {unclear}",
+    }
+    others = [
+        {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail}
+        for status, detail in details.items()
+    ]
+    return [*others, Unavailable("No gateway answers. Retry later.").problem()]
+
+
+def _document(problem: dict[str, Any]) -> str:
+    """Return a problem as JSON. HAProxy does not know the protocol of a path, so each one has the member `error`."""
+    return json.dumps(problem | {"error": problem["detail"]})
 
 
 def connections_for(open_files: int) -> int:

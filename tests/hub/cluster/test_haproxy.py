@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -195,6 +197,9 @@ defaults
     timeout server 30s
     option abortonclose
     option splice-request
+    errorfile 502 /dev/null
+    errorfile 503 /dev/null
+    errorfile 504 /dev/null
 frontend prometheus
     bind :9101
 frontend http_frontend
@@ -233,7 +238,7 @@ def test_haproxy_refuses_requests_of_one_key_over_the_limit(plain: Frontend, tmp
                 refused = [call.result() for call in calls if call.done()]
                 assert [r.status_code for r in refused] == [429] * 4
                 detail = refused[0].json()["detail"]
-                assert refused[0].json() == LimitReached(detail).problem()
+                assert refused[0].json() == LimitReached(detail).problem() | {"error": detail}
                 assert refused[0].headers["retry-after"] == "1"
                 assert refused[0].headers["content-type"] == "application/problem+json"
                 WaitingGateway.answer.set()
@@ -262,3 +267,42 @@ def test_a_gateway_notices_a_disconnect_after_a_whole_body(plain: Frontend, tmp_
                 received += connection.recv(1 << 16)
         with connection, suppress(ConnectionResetError):
             assert connection.recv(1) == b""
+
+
+def reply_to(port: int, request: bytes, timeout_s: float = 30) -> tuple[int, dict[str, str], Any]:
+    """Return status, headers and JSON of HAProxy's reply to these bytes."""
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.settimeout(timeout_s)
+        client.sendall(request)
+        response = HTTPResponse(client)
+        response.begin()
+        return response.status, {k.lower(): v for k, v in response.getheaders()}, json.loads(response.read())
+
+
+def test_a_request_that_no_gateway_answers_gets_a_problem_with_the_member_error(
+    plain: Frontend, tmp_path: Path
+) -> None:
+    get = b"GET /v2/models/a HTTP/1.1\r\nhost: hub\r\n\r\n"
+    with (
+        socket.create_server(("127.0.0.1", 0)) as gateway,
+        in_front_of(gateway.getsockname()[1], tmp_path, plain) as port,
+    ):
+
+        def close_at_once() -> None:
+            connection, _ = gateway.accept()
+            connection.recv(1 << 16)
+            connection.close()
+
+        with ThreadPoolExecutor(1) as pool:
+            closing = pool.submit(close_at_once)
+            replies = [reply_to(port, get)]
+            closing.result()
+        gateway.close()
+        replies.append(reply_to(port, get))
+    assert [status for status, _, _ in replies] == [502, 503]
+    for status, headers, body in replies:
+        assert headers["content-type"] == "application/problem+json"
+        assert body["status"] == status
+        assert body["error"] == body["detail"]
+    assert replies[1][1]["retry-after"] == "2"
+    assert replies[1][2]["type"] == "urn:karst-hub:problem:unavailable"
