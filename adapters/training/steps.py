@@ -91,7 +91,7 @@ class StepTrainer:
 
     Attributes:
         kinds: kinds of augmentation.
-        is_late: asked after each step of `train`; True ends the training.
+        is_late: called after each step of `train`; True ends the training.
     """
 
     def __init__(
