@@ -1,12 +1,10 @@
 """JSON bodies of the routes for tenants, keys, limits, audit and status; see `schemas` for those of tasks."""
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AwareDatetime, ConfigDict, Field, model_validator
 
-from .field_types import NUMBER, Name, TaskName
+from .field_types import NUMBER, ORIGIN_PATTERN, Name, TaskName
 from .field_types import Body as _Body
 
 
@@ -81,19 +79,23 @@ class AdminKeyRequest(_Body):
     expires: Annotated[AwareDatetime, Field(strict=True)] | None = None
 
 
-def _origin(value: str) -> str:
-    """Refuse text that no browser sends as `Origin`; it would never match."""
-    if not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?", value):
-        message = "Input should be a web origin in lower case, such as https://app.example.org or http://localhost:3000"
-        raise PydanticCustomError("origin", message)
-    return value
-
-
-Origin = Annotated[str, Field(max_length=300), AfterValidator(_origin)]
+Origin = Annotated[str, Field(max_length=300, pattern=ORIGIN_PATTERN)]
 
 
 class KeyRequest(AdminKeyRequest):
     """Request for a new key of a tenant. A key with `tasks` or `origins` must be a caller's key."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "not": {
+                "properties": {"role": {"const": "owner"}},
+                "required": ["role"],
+                "anyOf": [
+                    {"properties": {name: {"type": "array"}}, "required": [name]} for name in ("tasks", "origins")
+                ],
+            }
+        }
+    )
 
     role: Literal["owner", "caller"] = "caller"
     tasks: Annotated[list[TaskName], Field(min_length=1, max_length=100)] | None = None

@@ -18,7 +18,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from ..errors import FieldProblem, HubError, InvalidRequest, Unauthenticated
-from ..field_types import DIGEST_PATTERN, NAME_PATTERN, TASK_PATTERN
+from ..field_types import DIGEST_PATTERN, NAME_PATTERN, ORIGIN_PATTERN, TASK_PATTERN
 from ..observability import request_context
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ RULES = {
     TASK_PATTERN: f"{NAME_RULE}; for a task of another tenant TENANT:TASK",
     DIGEST_PATTERN: "a sha256 of 64 hexadecimal digits in lower case",
     KEY_ID_PATTERN: "a key's public id of 16 hexadecimal digits in lower case",
+    ORIGIN_PATTERN: "a web origin in lower case, such as https://app.example.org or http://localhost:3000",
     CURSOR_PATTERN: "the value `next` of the previous page",
 }
 # Type of pydantic's error -> message. `{value}` is the refused value, other fields are the error's own.

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent.parent
 RUNS_CODE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml"}
 WEIGHTS = {
     "adapters/paper/checkpoint.py",
-    "adapters/convert/importing.py",
+    "adapters/checkpoints.py",
 }
 TRAINING_TOOLS = {
     "adapters.paper.checkpoint",
