@@ -118,8 +118,22 @@ def complete(document: dict[str, Any]) -> None:
         groups.add(group)
         for method, operation in operations.items():
             operation["tags"] = [group]
+            _name_json_body(operation, components["schemas"])
             _complete_responses(path, method, operation)
     document["tags"] = [{"name": group} for group in dict.fromkeys(GROUPS.values()) if group in groups]
+
+
+def _name_json_body(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+    """Move the schema of a JSON body to the components: generators of clients name classes by components."""
+    content = operation.get("requestBody", {}).get("content", {}).get("application/json")
+    if content is None:
+        return
+    schema = content["schema"]
+    name = schema["title"]
+    if schemas.get(name, schema) != schema:  # the model of a reply, whose schema differs in defaults
+        name = f"{name}Request"
+    schemas[name] = schema
+    content["schema"] = {"$ref": SCHEMA.format(model=name)}
 
 
 def _complete_responses(path: str, method: str, operation: dict[str, Any]) -> None:
