@@ -51,7 +51,7 @@ def errors(reply: Reply, status: int = 422) -> dict[str, str]:
 
 
 def test_the_options_of_a_form_count(flowers: Hub) -> None:
-    assert version_and_labels(form(flowers, image_part())) == (2, 4)
+    assert version_and_labels(form(flowers, image_part())) == (2, 5)
     assert version_and_labels(form(flowers, image_part(), text_part("version", "1"))) == (1, 3)
     assert version_and_labels(form(flowers, text_part("version", "stable"), image_part())) == (1, 3)
     assert version_and_labels(form(flowers, image_part(), text_part("top_k", "1"))) == (2, 1)
@@ -60,7 +60,7 @@ def test_the_options_of_a_form_count(flowers: Hub) -> None:
 @pytest.mark.parametrize(
     ("texts", "field", "message"),
     [
-        ({"verison": ["1"]}, "verison", "the text fields of this form are top_k and version"),
+        ({"verison": ["1"]}, "verison", "the text fields of this form are top_k, version, coverage"),
         ({"b": [TEXT]}, "b", "send an image as a file: curl -F image=@FILE"),
         ({"version": ["1", "2"]}, "version", "is set 2 times"),
         ({"top_k": ["one"]}, "top_k", "must be a number"),
@@ -92,7 +92,7 @@ def test_an_option_is_refused_when_the_query_and_the_body_set_it(flowers: Hub) -
 def test_the_options_of_json_count(flowers: Hub) -> None:
     body: dict[str, Any] = {"images": [TEXT], "version": "1", "top_k": 2}
     assert version_and_labels(flowers.http.post(CLASSIFY, json=body)) == (1, 2)
-    assert version_and_labels(flowers.http.post(CLASSIFY, json={"images": [TEXT], "top_k": None})) == (2, 4)
+    assert version_and_labels(flowers.http.post(CLASSIFY, json={"images": [TEXT], "top_k": None})) == (2, 5)
     inputs = {"inputs": [{"task": "flowers", "image": TEXT, "version": "1"}], "top_k": 2}
     [result] = flowers.http.post("/v1/classify", json=inputs).json()["results"]
     assert (result["version"], len(result["predictions"])) == (1, 2)
@@ -103,7 +103,7 @@ def test_the_options_of_a_call_by_hugging_faces_protocol_count(flowers: Hub) -> 
         assert reply.status_code == 200, reply.text
         return len(reply.json())
 
-    assert labels(flowers.http.post("/models/flowers", content=IMAGE)) == 4
+    assert labels(flowers.http.post("/models/flowers", content=IMAGE)) == 5
     assert labels(flowers.http.post("/models/flowers?version=1", content=IMAGE)) == 3
     assert labels(flowers.http.post("/models/flowers?top_k=1", content=IMAGE)) == 1
     assert labels(flowers.http.post("/models/flowers?top_k=1", json={"inputs": TEXT})) == 1
