@@ -84,7 +84,7 @@ class AdminKeyRequest(_Body):
 def _origin(value: str) -> str:
     """Refuse text that no browser sends as `Origin`; it would never match."""
     if not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?", value):
-        message = "Input should be a web origin in lower case, such as https://app.example.org or http://localhost:3000"
+        message = "must be a web origin in lower case, such as https://app.example.org or http://localhost:3000"
         raise PydanticCustomError("origin", message)
     return value
 

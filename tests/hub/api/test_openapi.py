@@ -150,3 +150,10 @@ def test_a_wrong_method_gets_405_with_the_supported_methods(hub: Hub) -> None:
         answer = hub.http.request("PATCH", path)
         assert answer.status_code == 405
         assert answer.headers["allow"] == allowed
+
+
+def test_tuples_are_lists_of_fixed_length(document: dict[str, Any]) -> None:
+    """Schemathesis and generators of clients fail on the keyword `prefixItems`."""
+    assert "prefixItems" not in json.dumps(document)
+    size = document["components"]["schemas"]["ServedBackbone"]["properties"]["input_size"]
+    assert (size["items"], size["minItems"], size["maxItems"]) == ({"type": "integer"}, 3, 3)

@@ -52,8 +52,8 @@ def errors(reply: Reply, status: int = 422) -> dict[str, str]:
 
 def test_the_options_of_a_form_count(flowers: Hub) -> None:
     assert version_and_labels(form(flowers, image_part())) == (2, 5)
-    assert version_and_labels(form(flowers, image_part(), text_part("version", "1"))) == (1, 3)
-    assert version_and_labels(form(flowers, text_part("version", "stable"), image_part())) == (1, 3)
+    assert version_and_labels(form(flowers, image_part(), text_part("version", "1"))) == (1, 5)
+    assert version_and_labels(form(flowers, text_part("version", "stable"), image_part())) == (1, 5)
     assert version_and_labels(form(flowers, image_part(), text_part("top_k", "1"))) == (2, 1)
 
 
@@ -104,7 +104,9 @@ def test_the_options_of_a_call_by_hugging_faces_protocol_count(flowers: Hub) -> 
         return len(reply.json())
 
     assert labels(flowers.http.post("/models/flowers", content=IMAGE)) == 5
-    assert labels(flowers.http.post("/models/flowers?version=1", content=IMAGE)) == 3
+    first = flowers.http.post("/models/flowers?version=1", content=IMAGE).json()
+    assert first == flowers.http.post(f"{CLASSIFY}?version=1", content=IMAGE).json()["predictions"][0]
+    assert first != flowers.http.post("/models/flowers", content=IMAGE).json()
     assert labels(flowers.http.post("/models/flowers?top_k=1", content=IMAGE)) == 1
     assert labels(flowers.http.post("/models/flowers?top_k=1", json={"inputs": TEXT})) == 1
     assert labels(flowers.http.post("/models/flowers", json={"inputs": TEXT, "parameters": {"top_k": 2}})) == 2
