@@ -112,14 +112,39 @@ def complete(document: dict[str, Any]) -> None:
     for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own errors, which the hub never sends
         components["schemas"].pop(unused, None)
     components["schemas"] |= _problem_schemas()
+    _make_tuples_lists(document)
     groups = set()
     for path, operations in document["paths"].items():
         group = GROUPS[max((prefix for prefix in GROUPS if path.startswith(prefix)), key=len)]
         groups.add(group)
         for method, operation in operations.items():
             operation["tags"] = [group]
+            _name_json_body(operation, components["schemas"])
             _complete_responses(path, method, operation)
     document["tags"] = [{"name": group} for group in dict.fromkeys(GROUPS.values()) if group in groups]
+
+
+def _make_tuples_lists(node: Any) -> None:
+    """Describe each tuple as a list of fixed length. Schemathesis and generators of clients fail on `prefixItems`."""
+    if isinstance(node, dict):
+        kinds = node.get("prefixItems")
+        if isinstance(kinds, list) and all(kind == kinds[0] for kind in kinds):
+            node["items"] = node.pop("prefixItems")[0]
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _make_tuples_lists(child)
+
+
+def _name_json_body(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+    """Move the schema of a JSON body to the components: generators of clients name classes by components."""
+    content = operation.get("requestBody", {}).get("content", {}).get("application/json")
+    if content is None:
+        return
+    schema = content["schema"]
+    name = schema["title"]
+    if schemas.get(name, schema) != schema:  # the model of a reply, whose schema differs in defaults
+        name = f"{name}Request"
+    schemas[name] = schema
+    content["schema"] = {"$ref": SCHEMA.format(model=name)}
 
 
 def _complete_responses(path: str, method: str, operation: dict[str, Any]) -> None:

@@ -274,5 +274,6 @@ def test_the_openapi_document_describes_answers_and_settings(hub: Hub) -> None:
         (coverage,) = [p for p in document["paths"][path]["post"]["parameters"] if p["name"] == "coverage"]
         assert (coverage["in"], coverage["required"]) == ("query", False)
     body = document["paths"]["/v1/tasks/{task}"]["put"]["requestBody"]["content"]["application/json"]["schema"]
-    assert set(body["properties"]) == {"unknown_below"}
-    assert body["additionalProperties"] is False
+    assert body == {"$ref": "#/components/schemas/TaskSettings"}
+    assert set(schemas["TaskSettings"]["properties"]) == {"unknown_below"}
+    assert schemas["TaskSettings"]["additionalProperties"] is False

@@ -3,13 +3,15 @@
 import json
 import re
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hub.api.problems import PROBLEM_JSON
+from hub.api.problems import PROBLEM_JSON, RULES
 from tests.support.hub_app import Hub
 
+DOCS = Path(__file__).parents[3] / "docs" / "http.md"
 WITHOUT_KEY = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 
 
@@ -78,9 +80,41 @@ def test_both_classify_routes_are_in_one_group(document: dict[str, Any]) -> None
     assert one == many == "classify"
 
 
-def test_operation_ids_are_unique(document: dict[str, Any]) -> None:
+def test_operation_ids_are_unique_names_of_functions(document: dict[str, Any]) -> None:
+    """Generators of clients name functions by them."""
     names = [operation["operationId"] for _, _, operation in operations(document)]
     assert len(set(names)) == len(names)
+    assert [name for name in names if not re.fullmatch("[a-z]+(_[a-z]+){0,4}", name)] == []
+    assert {"classify", "list_tasks", "register_version", "import_tenant", "infer", "infer_version"} <= set(names)
+
+
+def test_every_body_with_another_media_type_than_json_may_be_octets(document: dict[str, Any]) -> None:
+    """Generators of clients do not know `image/*` and `application/x-tar`."""
+    for path, method, operation in operations(document):
+        kinds = set(operation.get("requestBody", {}).get("content", {}))
+        assert "application/octet-stream" in kinds or kinds <= {"application/json"}, f"{method} {path}"
+
+
+def patterns_in(node: Any) -> set[str]:
+    """Return every regular expression of a document."""
+    if isinstance(node, list):
+        return set().union(*map(patterns_in, node))
+    if not isinstance(node, dict):
+        return set()
+    own = {node["pattern"]} if isinstance(node.get("pattern"), str) else set()
+    return own.union(*map(patterns_in, node.values()))
+
+
+def test_every_pattern_has_a_rule_in_words(document: dict[str, Any]) -> None:
+    assert patterns_in(document) - set(RULES) == set()
+
+
+def test_the_docs_list_every_status_of_the_document_and_no_other(document: dict[str, Any]) -> None:
+    documented = {status for _, _, operation in operations(document) for status in operation["responses"]}
+    listed = set(re.findall(r"^\| ([1-5][0-9]{2}) \|", DOCS.read_text(), re.MULTILINE))
+    # An operation has no unsupported method; no gateway sends 502 and 504.
+    assert listed - documented == {"405", "502", "504"}
+    assert documented - listed == set()
 
 
 def test_the_document_is_created_once(hub: Hub) -> None:
@@ -116,3 +150,10 @@ def test_a_wrong_method_gets_405_with_the_supported_methods(hub: Hub) -> None:
         answer = hub.http.request("PATCH", path)
         assert answer.status_code == 405
         assert answer.headers["allow"] == allowed
+
+
+def test_tuples_are_lists_of_fixed_length(document: dict[str, Any]) -> None:
+    """Schemathesis and generators of clients fail on the keyword `prefixItems`."""
+    assert "prefixItems" not in json.dumps(document)
+    size = document["components"]["schemas"]["ServedBackbone"]["properties"]["input_size"]
+    assert (size["items"], size["minItems"], size["maxItems"]) == ({"type": "integer"}, 3, 3)

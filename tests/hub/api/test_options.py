@@ -104,9 +104,9 @@ def test_the_options_of_a_call_by_hugging_faces_protocol_count(flowers: Hub) -> 
         return len(reply.json())
 
     assert labels(flowers.http.post("/models/flowers", content=IMAGE)) == 5
-    first = flowers.http.post("/models/flowers?version=1", content=IMAGE)
-    assert labels(first) == 5
-    assert first.json() != flowers.http.post("/models/flowers", content=IMAGE).json()
+    first = flowers.http.post("/models/flowers?version=1", content=IMAGE).json()
+    assert first == flowers.http.post(f"{CLASSIFY}?version=1", content=IMAGE).json()["predictions"][0]
+    assert first != flowers.http.post("/models/flowers", content=IMAGE).json()
     assert labels(flowers.http.post("/models/flowers?top_k=1", content=IMAGE)) == 1
     assert labels(flowers.http.post("/models/flowers?top_k=1", json={"inputs": TEXT})) == 1
     assert labels(flowers.http.post("/models/flowers", json={"inputs": TEXT, "parameters": {"top_k": 2}})) == 2
