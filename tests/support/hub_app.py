@@ -1,7 +1,7 @@
 """The hub's HTTP application over a real Redis and a real store, with an engine in this process instead of Ray."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +76,15 @@ class Hub:
     store_folder: Path
     redis_url: str
     api: FastAPI
+    settings: Mapping[str, object]
 
     def another_gateway(self) -> TestClient:
-        """Return a second gateway over the same registry, store and engine."""
-        return TestClient(make_api(self.redis_url, self.store_folder, self.engine), headers=bearer(self.key))
+        """Return a second gateway with the same settings over the same registry, store and engine.
+
+        A gateway's connections belong to one event loop, so a server of a test needs a gateway of its own.
+        """
+        api = make_api(self.redis_url, self.store_folder, self.engine, **self.settings)
+        return TestClient(api, headers=bearer(self.key))
 
     def key_of(self, tenant: str, role: str = "owner") -> dict[str, str]:
         """Return the header of a new key; create the tenant if it does not exist."""
@@ -124,7 +129,7 @@ def running(redis_url: str, backbone: Backbone, store_folder: Path, **settings: 
     assert keys.admin is not None
     api = make_api(redis_url, store_folder, engine, **settings)
     with TestClient(api, headers=bearer(keys.owner), raise_server_exceptions=False) as http:
-        yield Hub(http, keys.owner, keys.admin, engine, store_folder, redis_url, api)
+        yield Hub(http, keys.owner, keys.admin, engine, store_folder, redis_url, api, settings)
 
 
 def make_api(redis_url: str, store_folder: Path, engine: Engine, **settings: object) -> FastAPI:

@@ -120,7 +120,7 @@ def with_checkpoint(empty_redis: str, tmp_path: Path, monkeypatch: pytest.Monkey
     save_file({name: tensor.contiguous() for name, tensor in own.model.state_dict().items()}, file)
     with (
         running(empty_redis, own, tmp_path / "store", checkpoint=Path("/srv/own-weights.safetensors")) as hub,
-        listening(hub.api) as url,
+        listening(hub.another_gateway().app) as url,
     ):
         monkeypatch.setenv("HUB_URL", url)
         monkeypatch.setenv("HUB_KEY", hub.key)
