@@ -49,9 +49,8 @@ Weight = Annotated[int, Field(ge=1, le=1_000_000), BeforeValidator(_weight)]
 VersionWeights = Annotated[dict[VersionNumber, Weight], Field(min_length=1), BeforeValidator(_weights)]
 
 # Metrics of a version: prefix of the names, name of the number of images, and what these images are; best first.
-ACCURACIES: tuple[
-    tuple[str, str, Literal["test images", "held-out images", "left-out images", "validation images"]], ...
-] = (
+MeasuredOn = Literal["test images", "held-out images", "left-out images", "validation images"]
+ACCURACIES: tuple[tuple[str, str, MeasuredOn], ...] = (
     ("test", "test_images", "test images"),
     ("held_out", "train_images", "held-out images"),
     ("leave_one_out", "train_images", "left-out images"),
@@ -80,7 +79,7 @@ class MeasuredAccuracy(Body):
     accuracy: float
     interval: tuple[float, float] | None  # 95 % confidence
     images: int | None
-    measured_on: Literal["test images", "held-out images", "left-out images", "validation images"]
+    measured_on: MeasuredOn
 
 
 def accuracy_of(metrics: Mapping[str, Any]) -> MeasuredAccuracy | None:

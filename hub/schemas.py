@@ -247,9 +247,7 @@ class ServedBackbone(_Body):
 
     name: str
     fingerprint: str
-    input_size: Annotated[
-        list[int], Field(min_length=3, max_length=3, description="channels, height and width of an image, in pixels")
-    ]
+    input_size: tuple[int, int, int] = Field(description="channels, height and width of an image, in pixels")
     image_size: int | None = Field(description="side that the hub was started with, in pixels; null: the model's own")
     checkpoint: str | None = Field(description="name of the hub's file of local weights; null: the backbone's own")
     max_rank: int

@@ -37,16 +37,14 @@ SECRET = "label of the owner alone"
 TENANT = "default"
 TASKS = ("flowers", "trees")
 UNLIMITED = {"requests_per_second": 1e6, "images_per_second": 1e7, "tasks": 10**6}
-# A schema cannot describe these bodies: an image, an adapter, an alias that is not a number, a web origin. The hub may
-# refuse a body that the schema allows.
+# A schema cannot describe these bodies: an image, an adapter, an alias that is not a number. The hub may refuse a body
+# that the schema allows.
 BEYOND_SCHEMA = (
     "/v1/classify",
     "/v1/tasks/{task}/aliases/{alias}",
     "/v1/tasks/{task}/classify",
     "/v1/tasks/{task}/versions",
     "/v1/tenants/{tenant}/import",
-    "/v1/tenants/{tenant}/keys",
-    "/v1/tokens",
     "/v2/models/{task}/infer",
     "/v2/models/{task}/versions/{version}/infer",
     "/models/{task}",

@@ -9,13 +9,12 @@ from ..admin_schemas import NewToken, TokenRequest
 from ..errors import Forbidden, Unauthenticated
 from ..registry.audit import Actor
 from ..registry.cache import RegistryCache
-from ..registry.keys import ADMIN, OWNER, KeyRecord, key_id
+from ..registry.keys import ADMIN, CALLER, OWNER, KeyRecord, key_id
 from ..registry.models import task_not_found
 from ..registry.tenants import tenant_not_found
 from .rate_limits import RateLimiter
 from .tokens import TOKEN_PREFIX, Token, is_signed, read, sign
 
-CALLER = "caller"
 UNKNOWN = "The API key is unknown. Check it, or ask the owner of the tenant for a new key."
 
 

@@ -105,7 +105,7 @@ def add_backbone_route(
         return ServedBackbone(
             name=limits.backbone.name,
             fingerprint=limits.backbone.fingerprint,
-            input_size=list(limits.backbone.input_size),
+            input_size=limits.backbone.input_size,
             image_size=image_size,
             checkpoint=checkpoint,
             max_rank=limits.max_rank,

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..client.client import Client
 from ..client.replies import joined
-from ..errors import InvalidImage, TooLarge
+from ..errors import HubError, InvalidImage, TooLarge
 from ..schemas import Classified
 
 CALL_IMAGES = 256  # classified before the next bad images are looked for
@@ -76,22 +76,24 @@ def run(
                     task, list(left), top_k=top_k, version=chosen, coverage=coverage, progress=progress
                 )
             except (InvalidImage, TooLarge) as error:
-                bad = {
-                    int(found[1]): problem.message
-                    for problem in error.errors
-                    if (found := re.fullmatch(r"images\.(\d+)", problem.field))
-                }
+                bad = _bad_images(error)
                 if not bad:
                     raise
                 answers.refused |= {left[i]: message for i, message in bad.items()}
                 left = [file for i, file in enumerate(left) if i not in bad]
-                continue
-            parts.append(part)
-            answers.files += left
-            break
+            else:
+                parts.append(part)
+                answers.files += left
+                break
     if parts:
         answers.reply = joined(parts)
     return answers
+
+
+def _bad_images(error: HubError) -> dict[int, str]:
+    """Return the reason for each image that an error names, by its index in the call."""
+    named = ((re.fullmatch(r"images\.(\d+)", problem.field), problem.message) for problem in error.errors)
+    return {int(found[1]): message for found, message in named if found}
 
 
 def rows(answers: Answers) -> Iterator[tuple[str, str, str, str, str]]:

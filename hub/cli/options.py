@@ -14,6 +14,7 @@ class _EnvironmentVariables(list[str]):
         return " or ".join(self)
 
 
+_ADMIN_OR_OWNER = _EnvironmentVariables(["HUB_ADMIN_KEY", "HUB_KEY"])
 Url = Annotated[str, typer.Option(envvar="HUB_URL", help="URL of the hub")]
 Key = Annotated[
     str, typer.Option(envvar="HUB_KEY", help="API key; prefer HUB_KEY, since other users can read command lines")
@@ -23,7 +24,7 @@ TenantKey = Annotated[
     str,
     typer.Option(
         "--key",
-        envvar=_EnvironmentVariables(["HUB_ADMIN_KEY", "HUB_KEY"]),
+        envvar=_ADMIN_OR_OWNER,
         help="admin key, or an owner key of the tenant",
     ),
 ]
@@ -31,7 +32,7 @@ AdminKey = Annotated[
     str,
     typer.Option(
         "--key",
-        envvar=_EnvironmentVariables(["HUB_ADMIN_KEY", "HUB_KEY"]),
+        envvar=_ADMIN_OR_OWNER,
         help="admin key; the hub refuses the keys of tenants",
     ),
 ]

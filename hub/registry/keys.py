@@ -29,7 +29,7 @@ from .scripts import KEYS
 from .tenants import tenant_not_found
 
 KEY_PREFIX = "kh_"
-ADMIN, OWNER = "admin", "owner"
+ADMIN, OWNER, CALLER = "admin", "owner", "caller"
 
 
 @dataclass(frozen=True)

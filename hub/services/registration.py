@@ -12,7 +12,7 @@ from ..admission.quotas import SOURCE_DOWNLOADS, SOURCE_DOWNLOADS_QUEUED
 from ..concurrency import TenantConcurrencyLimit, run_blocking
 from ..errors import Conflict, InvalidRequest
 from ..registry.cache import RegistryCache
-from ..registry.models import DEFAULT_SETTINGS, Task, label_difference
+from ..registry.models import DEFAULT_SETTINGS, Live, Task, label_difference
 from ..registry.tasks import LatestMovedError, TaskRegistry
 from ..schemas import LATEST, LiveVersion, Registered, Sharing, SourceBody, TaskInfo, TaskSettings, VersionInfo
 from ..storage.remote_sources import RemoteSources
@@ -95,9 +95,8 @@ class RegistrationService:
         registered = datetime.now(UTC).isoformat(timespec="milliseconds")
         version = VersionInfo(version=0, registered=registered, **version_fields(adapter))  # the registry numbers it
         further = [] if alias in (None, LATEST) else [alias]
-        live = await self._registry.live(caller.tenant, task)
-        if is_new and live.version is not None and not labels_may_change:
-            _require_equal_labels(live.version, version)
+        compared = None if labels_may_change else version
+        live = await self._live(caller.tenant, task, compared if is_new else None)
         await run_blocking(self._executor, self._store.put, adapter.digest, data)
         while True:
             # A task without `latest` could not be called by most clients, so its first version always gets it.
@@ -108,9 +107,7 @@ class RegistrationService:
                 )
                 break
             except LatestMovedError:  # by another registration since `live` was read
-                live = await self._registry.live(caller.tenant, task)
-                if live.version is not None and not labels_may_change:
-                    _require_equal_labels(live.version, version)
+                live = await self._live(caller.tenant, task, compared)
         self._cache.invalidate_task(caller.tenant, task)
         prefetch = asyncio.create_task(self._classification.prefetch(adapter.digest))
         self._background.add(prefetch)  # otherwise the task could be garbage-collected: the loop holds weak references
@@ -216,6 +213,17 @@ class RegistrationService:
             Unavailable: no worker has loaded its backbone yet.
         """
         return await run_blocking(self._executor, self._check, await self._classification.limits(), data)
+
+    async def _live(self, tenant: str, task: str, new: VersionInfo | None) -> Live:
+        """Return what `latest` points at, and compare its labels with those of a new version, if there is one.
+
+        Raises:
+            Conflict: the labels differ.
+        """
+        live = await self._registry.live(tenant, task)
+        if new is not None and live.version is not None:
+            _require_equal_labels(live.version, new)
+        return live
 
     def _changed(self, caller: Caller, task: Task) -> TaskInfo:
         self._cache.invalidate_task(caller.tenant, task.name)

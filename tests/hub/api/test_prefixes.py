@@ -1,8 +1,6 @@
 """A hub below a path, such as `/hub/`: paths, problems and pages, also through nginx with TLS."""
 
-import shutil
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urljoin
@@ -17,9 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from hub.local.ports import free_port
 from tests.support.asgi import listening
 from tests.support.hub_app import Hub, bearer
-from tests.support.models import wait_until
+from tests.support.nginx import CERTIFICATE, KEY, nginx
 from tests.support.protocols import IMAGES
-from tests.support.tls import certificate
 
 HOST = "localhost"
 HEALTH = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
@@ -99,38 +96,17 @@ def test_triton_client_shows_errors_of_a_hub_below_a_path(flowers: Hub) -> None:
 @pytest.fixture
 def proxied(flowers: Hub, tmp_path: Path) -> Iterator[tuple[str, ssl.SSLContext]]:
     """Run nginx with TLS in front of the hub, which is below `/hub/`; return its URL and its certificate."""
-    if shutil.which("nginx") is None:
-        pytest.skip("nginx (Debian's package `nginx-light`) is not installed")
-    key, cert = certificate(HOST)
-    (tmp_path / "cert.pem").write_bytes(cert)
-    (tmp_path / "key.pem").write_bytes(key)
     port = free_port()
-    folders = "".join(f"{n}_temp_path {tmp_path}/{n};\n" for n in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    url = f"https://{HOST}:{port}/hub"
     with listening(flowers.another_gateway().app) as hub:
-        config = tmp_path / "nginx.conf"
-        config.write_text(
-            f"daemon off;\npid {tmp_path}/pid;\nerror_log stderr warn;\nevents {{}}\nhttp {{\naccess_log off;\n"
-            f"{folders}server {{\nlisten 127.0.0.1:{port} ssl;\nserver_name {HOST};\n"
-            f"ssl_certificate {tmp_path}/cert.pem;\nssl_certificate_key {tmp_path}/key.pem;\n"
+        site = (
+            f"server {{\nlisten 127.0.0.1:{port} ssl;\nserver_name {HOST};\n"
+            f"ssl_certificate {tmp_path / CERTIFICATE};\nssl_certificate_key {tmp_path / KEY};\n"
             f"location /hub/ {{\nproxy_pass {hub}/;\nproxy_set_header Host $host;\n"
-            "proxy_set_header X-Forwarded-Proto $scheme;\n}\n}\n}\n"
+            "proxy_set_header X-Forwarded-Proto $scheme;\n}\n}\n"
         )
-        trusted = ssl.create_default_context(cafile=tmp_path / "cert.pem")
-        with subprocess.Popen(["nginx", "-c", str(config), "-p", str(tmp_path)], stderr=subprocess.PIPE) as process:
-            url = f"https://{HOST}:{port}/hub"
-
-            def answers() -> bool:
-                assert process.poll() is None, process.stderr and process.stderr.read()
-                try:
-                    return httpx.get(f"{url}/healthz", verify=trusted).status_code == 200
-                except httpx.TransportError:
-                    return False
-
-            try:
-                wait_until(answers)
-                yield url, trusted
-            finally:
-                process.terminate()
+        with nginx(tmp_path, site, url) as trusted:
+            yield url, trusted
 
 
 @pytest.mark.slow

@@ -1,0 +1,54 @@
+"""A real nginx with TLS in front of a hub."""
+
+import shutil
+import ssl
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.models import wait_until
+from tests.support.tls import certificate
+
+CERTIFICATE, KEY = "cert.pem", "key.pem"  # in the server's folder
+TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+
+
+@contextmanager
+def nginx(folder: Path, site: str, url: str) -> Iterator[ssl.SSLContext]:
+    """Run nginx until the end of the block; skip the test where it is not installed. Yield a context that trusts it.
+
+    Args:
+        folder: for its files. The certificate and its key are there under `CERTIFICATE` and `KEY`.
+        site: the configuration inside of `http { }`.
+        url: the hub's address at nginx; its host is the certificate's name.
+    """
+    if shutil.which("nginx") is None:
+        pytest.skip("nginx (Debian's package `nginx-light`) is not installed")
+    key, cert = certificate(httpx.URL(url).host)
+    (folder / CERTIFICATE).write_bytes(cert)
+    (folder / KEY).write_bytes(key)
+    config = folder / "nginx.conf"
+    folders = "".join(f"{name}_temp_path {folder}/{name};\n" for name in TEMPORARY)
+    config.write_text(
+        f"daemon off;\npid {folder}/pid;\nerror_log stderr warn;\nevents {{}}\n"
+        f"http {{\naccess_log off;\n{folders}{site}}}\n"
+    )
+    trusted = ssl.create_default_context(cafile=folder / CERTIFICATE)
+    with subprocess.Popen(["nginx", "-c", str(config), "-p", str(folder)], stderr=subprocess.PIPE) as process:
+
+        def answers() -> bool:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            try:
+                return httpx.get(f"{url}/healthz", verify=trusted).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        try:
+            wait_until(answers)
+            yield trusted
+        finally:
+            process.terminate()
