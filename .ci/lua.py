@@ -14,7 +14,7 @@ from pathlib import Path
 from lupa import lua51
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from hub.registry import scripts
+from hub.registry.redis import scripts
 
 GLOBALS = {"ARGV", "cjson", "ipairs", "math", "next", "pairs", "redis", "string", "table", "tonumber", "tostring"}
 GETGLOBAL, SETGLOBAL = 5, 7

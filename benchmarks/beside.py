@@ -22,8 +22,8 @@ from hub.local.embedded_redis import embedded_redis
 from hub.local.hub import local_hub
 from hub.local.ports import free_port
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import RegistryConnection
 from hub.registry.keys import OWNER, KeyRegistry
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tenants import TenantRegistry
 from hub.settings import Settings
 

@@ -22,9 +22,9 @@ from hub.admin_schemas import LimitsChange, TenantInfo
 from hub.admission.rate_limits import NAMES
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import RegistryConnection
 from hub.registry.events import EventLog
-from hub.registry.scripts import LEASES
+from hub.registry.redis.connection import RegistryConnection
+from hub.registry.redis.scripts import LEASES
 from hub.registry.status import StatusBoard
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry

@@ -38,9 +38,9 @@ from hub.admission.rate_limits import RateLimiter
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
 from hub.registry.cache import RegistryCache
-from hub.registry.connection import RegistryConnection
 from hub.registry.events import EventLog
 from hub.registry.keys import KeyRegistry
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 

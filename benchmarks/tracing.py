@@ -45,8 +45,8 @@ from hub.observability import request_context, tracing
 from hub.observability.log_format import JsonFormatter
 from hub.observability.request_context import RequestContext
 from hub.observability.request_log import RequestLogMiddleware
-from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRegistry
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tenants import TenantRegistry
 from hub.settings import Settings
 from hub.worker_api import Answer, PassStats

@@ -4,7 +4,7 @@ Redis has the truth: two token buckets and a table of permits. A gateway leases 
 and returns unused ones within a second. A round trip to Redis per call would cost more: `benchmarks/rate_limits.py`
 measures both. While Redis is unavailable, each gateway enforces the tenant's whole limits by itself.
 
-`registry/lua/leases.lua` compares the tenant's creation time, so a later tenant of the same name inherits nothing.
+`redis/lua/leases.lua` compares the tenant's creation time, so a later tenant of the same name inherits nothing.
 
     t:{tenant}:rate      hash    requests, images: tokens left; at: time of that, in seconds since 1970
     t:{tenant}:flight    hash    gateway -> permits:images in flight:expiry in milliseconds since 1970
@@ -25,16 +25,16 @@ from pydantic import BaseModel, ConfigDict
 
 from ..admin_schemas import TenantInfo, TenantLimits
 from ..errors import LimitReached, Unavailable
-from ..registry.connection import RegistryConnection
 from ..registry.keys import KeyRegistry
-from ..registry.scripts import LEASES
+from ..registry.redis.connection import RegistryConnection
+from ..registry.redis.scripts import LEASES
 from .leases import Amounts, Lease, Refusal, wanted
 
 logger = logging.getLogger(__name__)
 
 SETTLE_INTERVAL_S = 0.5
 MAX_ATTEMPTS = 3
-REDIS_TIMEOUT_S = 0.25  # a call waits no longer for Redis
+REDIS_TIMEOUT_S = 0.25
 PERMIT_EXPIRY_S = 10.0  # then the permits of a gateway that died are free
 NAMES = {
     "requests_per_second": "requests per second",
@@ -81,15 +81,18 @@ class RateLimiter:
         keys: KeyRegistry,
         *,
         permit_expiry_s: float = PERMIT_EXPIRY_S,
+        redis_timeout_s: float = REDIS_TIMEOUT_S,
     ) -> None:
         """
         Args:
+            redis_timeout_s: time after which a call is admitted by this gateway alone, because Redis is too slow.
             permit_expiry_s: time without settlement after which Redis frees this gateway's permits.
         """
         self._db = database
         self._cache = cache
         self._keys = keys
         self._permit_expiry_s = permit_expiry_s
+        self._redis_timeout_s = redis_timeout_s
         self._gateway = uuid.uuid4().hex[:12]
         self._leases: dict[str, Lease] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -236,7 +239,7 @@ class RateLimiter:
             "gateway": self._gateway,
             "expiry_ms": round(1000 * self._permit_expiry_s),
         }
-        reply = await self._db.call(LEASES, function, timeout_s=REDIS_TIMEOUT_S, **argument)
+        reply = await self._db.call(LEASES, function, timeout_s=self._redis_timeout_s, **argument)
         return LeaseReply.model_validate_json(reply)
 
     def _refuse(self, lease: Lease, limits: TenantLimits, refusal: Refusal, detail: str = "") -> LimitReached:

@@ -21,10 +21,10 @@ from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
 from ..registry.audit import AuditLog
 from ..registry.cache import RegistryCache
-from ..registry.connection import RegistryConnection
 from ..registry.events import EventLog
 from ..registry.health import RegistryIntegrity, RegistryWatch
 from ..registry.keys import KeyRegistry
+from ..registry.redis.connection import RegistryConnection
 from ..registry.status import StatusBoard
 from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
@@ -40,9 +40,9 @@ from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
 from .dependencies import CallerDependencies
-from .huggingface import add_huggingface_routes
-from .oip import add_oip_routes
 from .problems import add_exception_handlers
+from .protocols.huggingface import add_huggingface_routes
+from .protocols.oip import add_oip_routes
 from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEADERS, SecurityHeadersMiddleware
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
 from .upload_guard import BodyMemory, HeaderLimitsMiddleware, UploadGuardMiddleware

@@ -17,8 +17,8 @@ from ..cluster.ray_compat import LOOPBACK_SWITCHES, actor_logs
 from ..errors import Unavailable
 from ..observability import log_format
 from ..registry.audit import OPERATOR
-from ..registry.connection import RegistryConnection, reason_of
 from ..registry.keys import ADMIN, KeyRegistry
+from ..registry.redis.connection import RegistryConnection, reason_of
 from ..registry.tenants import TenantRegistry
 from ..settings import Settings
 from ..urls import shown_url

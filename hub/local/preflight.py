@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..cluster.haproxy_node import connections_for
 from ..errors import Unavailable
-from ..registry.connection import RegistryConnection, reason_of
 from ..registry.health import read_facts
+from ..registry.redis.connection import RegistryConnection, reason_of
 from ..registry.tenants import TenantRegistry
 from ..settings import Settings
 from ..storage.remote_sources import RemoteSources

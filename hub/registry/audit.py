@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..admin_schemas import AuditEntry, AuditPage
-from .connection import RegistryConnection, as_entries, tenant_key
-from .scripts import AUDIT
+from .redis.connection import RegistryConnection, as_entries, tenant_key
+from .redis.scripts import AUDIT
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from cachetools import LRUCache
 
 from ..admin_schemas import TenantInfo
 from ..errors import Unavailable
-from .connection import is_cancelled
 from .events import Event, EventLog
 from .keys import KeyRecord, KeyRegistry
 from .models import Task
+from .redis.connection import is_cancelled
 from .tasks import TaskRegistry
 from .tenants import TenantRegistry
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .connection import RegistryConnection, as_entries
+from .redis.connection import RegistryConnection, as_entries
 
 STREAM = "karst:events"
 SPAN_TIMEOUT_S = 1.0

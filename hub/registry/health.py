@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import Conflict, Unavailable
-from .connection import RegistryConnection, as_hash, as_optional_text, as_text, as_texts, is_cancelled, tenant_key
+from .redis.connection import RegistryConnection, as_hash, as_optional_text, as_text, as_texts, is_cancelled, tenant_key
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from ..admin_schemas import KeyInfo, NewKey
 from ..admission.quotas import API_KEYS
 from ..errors import Conflict, InvalidRequest, LimitReached, NotFound
 from .audit import Actor
-from .connection import (
+from .redis.connection import (
     READ_TIMEOUT_S,
     RegistryConnection,
     as_optional_text,
@@ -25,7 +25,7 @@ from .connection import (
     as_texts,
     tenant_key,
 )
-from .scripts import KEYS
+from .redis.scripts import KEYS
 from .tenants import tenant_not_found
 
 KEY_PREFIX = "kh_"

@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from ..admin_schemas import HubStatus, TaskRate, TenantStatus, WorkerStatus
-from .connection import RegistryConnection, as_optional_texts, as_texts
-from .scripts import STATUS
+from .redis.connection import RegistryConnection, as_optional_texts, as_texts
+from .redis.scripts import STATUS
 from .tenants import TenantRegistry
 
 REPORT_EXPIRY_S = 10

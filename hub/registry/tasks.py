@@ -12,7 +12,6 @@ from typing import Any
 from ..errors import Conflict, HubError, InvalidRequest, LimitReached, Unavailable
 from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
 from .audit import Actor
-from .connection import READ_TIMEOUT_S, RegistryConnection, as_hash, as_optional_text, as_texts, tenant_key
 from .models import (
     DEFAULT_SETTINGS,
     NOT_SHARED,
@@ -26,7 +25,8 @@ from .models import (
     task_not_found,
     version_body,
 )
-from .scripts import TASKS, ChangeReply
+from .redis.connection import READ_TIMEOUT_S, RegistryConnection, as_hash, as_optional_text, as_texts, tenant_key
+from .redis.scripts import TASKS, ChangeReply
 from .tenants import tenant_not_found
 
 MAX_ALIASES = 100  # per task

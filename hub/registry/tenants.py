@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from ..admin_schemas import Counted, LimitsChange, TenantInfo, TenantLimits, Usage, UsedNow
 from ..errors import Conflict, NotFound
 from .audit import Actor
-from .connection import (
+from .redis.connection import (
     READ_TIMEOUT_S,
     RegistryConnection,
     as_hash,
@@ -17,7 +17,7 @@ from .connection import (
     as_texts,
     tenant_key,
 )
-from .scripts import TENANTS
+from .redis.scripts import TENANTS
 
 
 class TenantRegistry:

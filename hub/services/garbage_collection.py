@@ -16,7 +16,7 @@ from typing import Protocol
 from ..admin_schemas import Collected
 from ..concurrency import run_blocking
 from ..errors import Conflict, HubError
-from ..registry.connection import is_cancelled
+from ..registry.redis.connection import is_cancelled
 from ..storage.store import OWNER, Store
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 from ..errors import NotFound
-from ..registry.connection import RegistryConnection
+from ..registry.redis.connection import RegistryConnection
 from ..registry.status import StatusBoard
 from ..registry.tasks import TaskRegistry
 from ..schemas import LATEST

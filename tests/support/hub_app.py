@@ -21,8 +21,8 @@ from hub.api.app import create_app
 from hub.errors import Conflict
 from hub.local.bootstrap import FirstKeys, create_first_keys
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRegistry
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tenants import TenantRegistry
 from hub.settings import Settings
 from hub.storage.store import OWNER, Store

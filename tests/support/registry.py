@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from hub.admin_schemas import LimitsChange
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import RegistryConnection
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import VersionInfo

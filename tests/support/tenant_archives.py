@@ -14,8 +14,8 @@ from adapters import Adapter, AdapterError
 from hub.admin_schemas import LimitsChange, TenantInfo
 from hub.errors import HubError
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import RegistryConnection
 from hub.registry.models import Task
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import Sharing, VersionInfo

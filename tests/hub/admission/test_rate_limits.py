@@ -13,12 +13,12 @@ import redis
 
 from adapters import Adapter
 from hub.admin_schemas import LimitsChange, TenantInfo
-from hub.admission.rate_limits import PERMIT_EXPIRY_S, RateLimiter
+from hub.admission.rate_limits import PERMIT_EXPIRY_S, REDIS_TIMEOUT_S, RateLimiter
 from hub.errors import LimitReached, NotFound
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRegistry
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tenants import TenantRegistry
 from tests.support.hub_app import OCTETS, Hub, in_registry
 from tests.support.models import png
@@ -43,17 +43,21 @@ class LateCache:
 class Gateway:
     """A limiter with its cache."""
 
-    def __init__(self, database: RegistryConnection, permit_expiry_s: float = PERMIT_EXPIRY_S) -> None:
+    def __init__(
+        self,
+        database: RegistryConnection,
+        permit_expiry_s: float = PERMIT_EXPIRY_S,
+        redis_timeout_s: float = REDIS_TIMEOUT_S,
+    ) -> None:
         self.database = database
         self.tenants = TenantRegistry(database)
         self.cache = LateCache(self.tenants)
-        self.permit_expiry_s = permit_expiry_s
+        self.options = {"permit_expiry_s": permit_expiry_s, "redis_timeout_s": redis_timeout_s}
         self.restart()
 
     def restart(self) -> None:
         """Drop the leases and keep the cache."""
-        options = {"permit_expiry_s": self.permit_expiry_s}
-        self.limiter = RateLimiter(self.database, self.cache, KeyRegistry(self.database), **options)
+        self.limiter = RateLimiter(self.database, self.cache, KeyRegistry(self.database), **self.options)
 
     async def spend(self, images: int = 1) -> bool:
         """Make one call of images that ends at once. Return whether it was admitted."""
@@ -71,12 +75,17 @@ class Gateway:
 Use = Callable[[Gateway, Gateway, Gateway], Awaitable[None]]
 
 
-def with_gateways(url: str, use: Use, *, permit_expiry_s: float = PERMIT_EXPIRY_S, **limits: float) -> None:
-    """Run `use` with three gateways and a tenant `t` that has these limits."""
+def with_gateways(
+    url: str, use: Use, *, permit_expiry_s: float = PERMIT_EXPIRY_S, redis_timeout_s: float = 30, **limits: float
+) -> None:
+    """Run `use` with three gateways and a tenant `t` that has these limits.
+
+    The gateways wait for Redis also on a busy machine; otherwise they would admit calls without it.
+    """
 
     async def run(database: RegistryConnection) -> None:
         await TenantRegistry(database).create(OPERATOR, "t", LimitsChange.model_validate(limits))
-        await use(*(Gateway(database, permit_expiry_s) for _ in range(3)))
+        await use(*(Gateway(database, permit_expiry_s, redis_timeout_s) for _ in range(3)))
 
     in_registry(url, run)
 
@@ -121,7 +130,7 @@ def test_redis_that_hangs_delays_no_request(tmp_path: Path) -> None:
     with embedded_redis(tmp_path) as url:
         with redis.Redis.from_url(url) as client:
             server = int(client.info("server")["process_id"])
-        with_gateways(url, use, requests_per_second=400, images_per_second=400)
+        with_gateways(url, use, redis_timeout_s=REDIS_TIMEOUT_S, requests_per_second=400, images_per_second=400)
 
 
 def test_settlement_ends_when_the_redis_client_drops_the_cancellation(empty_redis: str) -> None:

@@ -17,8 +17,8 @@ from adapters import Adapter, Backbone
 from hub.cli.main import app, main
 from hub.cli.output import out, show
 from hub.local.embedded_redis import embedded_redis
-from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRecord, KeyRegistry, key_id
+from hub.registry.redis.connection import RegistryConnection
 from tests.support.hub_app import OCTETS, Hub, bearer, in_registry
 from tests.support.models import calibrated_adapter, flat_png, png
 

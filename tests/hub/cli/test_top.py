@@ -18,7 +18,7 @@ from hub.admin_schemas import Counted, HubStatus, TaskRate, TenantStatus, Worker
 from hub.cli import top
 from hub.cli.top import TimedStatus, headline, key_presses, rates_of, screen
 from hub.errors import Forbidden, Unavailable
-from hub.registry.connection import RegistryConnection
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.status import StatusBoard, busiest_tasks
 from tests.support.hub_app import Hub, bearer, in_registry
 from tests.support.models import png

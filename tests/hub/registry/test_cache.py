@@ -9,9 +9,9 @@ from hub.admin_schemas import LimitsChange
 from hub.errors import NotFound, Unavailable
 from hub.registry.audit import OPERATOR
 from hub.registry.cache import KEY_TRUST_S, RegistryCache
-from hub.registry.connection import RegistryConnection
 from hub.registry.events import Event, EventLog
 from hub.registry.keys import KeyRegistry, key_id
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from tests.support.hub_app import in_registry

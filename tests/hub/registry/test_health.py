@@ -10,9 +10,9 @@ from adapters import Adapter, Backbone
 from hub.admin_schemas import LimitsChange
 from hub.errors import Unavailable
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import RegistryConnection
 from hub.registry.health import RegistryWatch, read_facts
 from hub.registry.keys import KeyRegistry
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tenants import TenantRegistry
 from tests.support.hub_app import OCTETS, running
 from tests.support.models import png, wait_until

@@ -9,8 +9,8 @@ import pytest
 from hub.admin_schemas import LimitsChange
 from hub.errors import Conflict, InvalidRequest, LimitReached, NotFound, Unauthenticated, Unavailable
 from hub.registry.audit import OPERATOR, Actor
-from hub.registry.connection import RegistryConnection
 from hub.registry.events import EventLog
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import MAX_ALIAS_HISTORY, MAX_ALIASES, TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import Sharing, TaskSettings

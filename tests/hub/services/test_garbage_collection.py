@@ -14,8 +14,8 @@ import redis
 from hub.admin_schemas import Collected, LimitsChange
 from hub.errors import Conflict, Unavailable
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import RegistryConnection
 from hub.registry.health import RegistryIntegrity
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import VersionInfo

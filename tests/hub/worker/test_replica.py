@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from adapters import Adapter, Backbone
 from adapters.data.images import decode_image, eval_transform
 from hub.errors import HubError, Unavailable
-from hub.registry.connection import RegistryConnection
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.status import StatusBoard
 from hub.storage.store import Store
 from hub.worker.prewarming import Prewarming

@@ -24,8 +24,8 @@ from hub.local.bootstrap import create_first_keys
 from hub.local.embedded_redis import embedded_redis
 from hub.local.ports import free_port
 from hub.local.ray_environment import ray_environment
-from hub.registry.connection import RegistryConnection
 from hub.registry.keys import KeyRegistry
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tenants import TenantRegistry
 from hub.settings import Settings
 from tests.support.faults.load import Load, RedisServer, Report, Tasks, replicas

@@ -7,13 +7,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 from starlette.concurrency import run_in_threadpool
 
-from ..admission.authentication import Caller
-from ..concurrency import TenantConcurrencyLimit
-from ..schemas import LATEST, Prediction
-from ..services.classification import ClassificationService
-from .bodies import JSON, NamedImage, RequestBody, decode_base64, parse_json
-from .dependencies import CallerDependencies, CanaryKey, QueryVersion, TaskName, TopK, add_batch_headers
-from .openapi import BINARY, OCTETS, request_body, schema_of
+from ...admission.authentication import Caller
+from ...concurrency import TenantConcurrencyLimit
+from ...schemas import LATEST, Prediction
+from ...services.classification import ClassificationService
+from ..bodies import JSON, NamedImage, RequestBody, decode_base64, parse_json
+from ..dependencies import CallerDependencies, CanaryKey, QueryVersion, TaskName, TopK, add_batch_headers
+from ..openapi import BINARY, OCTETS, request_body, schema_of
 
 MAX_JSON_VALUES = 100
 DEFAULT_TOP_K = 5

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from redis.exceptions import ConnectionError, InvalidResponse, ResponseError
 
-from ..urls import shown_text
+from ...urls import shown_text
 
 # A server with one of these answers is not the primary, or not yet. It executed nothing, so a retry is always safe.
 NOT_PRIMARY = ("READONLY", "MASTERDOWN", "LOADING", "UNBLOCKED")

@@ -8,13 +8,14 @@ from fastapi import Depends, FastAPI, Header, Response
 from pydantic import BaseModel, StringConstraints
 from starlette.concurrency import run_in_threadpool
 
-from ..admission.authentication import Caller
-from ..concurrency import TenantConcurrencyLimit
-from ..errors import InvalidRequest
-from ..schemas import LATEST
-from ..services.classification import ClassificationService
-from .bodies import JSON, RequestBody, parse_json
-from .dependencies import JSON_LENGTH_HEADER, CallerDependencies, CanaryKey, TaskName, add_batch_headers, no_options
+from ...admission.authentication import Caller
+from ...concurrency import TenantConcurrencyLimit
+from ...errors import InvalidRequest
+from ...schemas import LATEST
+from ...services.classification import ClassificationService
+from ..bodies import JSON, RequestBody, parse_json
+from ..dependencies import JSON_LENGTH_HEADER, CallerDependencies, CanaryKey, TaskName, add_batch_headers, no_options
+from ..openapi import BINARY, OCTETS, request_body, schema_of
 from .oip_tensors import (
     EXTENSIONS,
     InferReply,
@@ -27,7 +28,6 @@ from .oip_tensors import (
     tensors_of,
     write_reply,
 )
-from .openapi import BINARY, OCTETS, request_body, schema_of
 
 MAX_JSON_VALUES = 2**20  # six images of 224 x 224 pixels; more images fit as binary data
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 from adapters import Adapter
 from hub.api.dependencies import JSON_LENGTH_HEADER
-from hub.api.oip_tensors import InputParameters, InputTensor, read_images
+from hub.api.protocols.oip_tensors import InputParameters, InputTensor, read_images
 from hub.errors import InvalidRequest
 from tests.support.hub_app import Hub
 from tests.support.protocols import (
@@ -249,6 +249,6 @@ def test_a_compressed_body_is_limited_by_its_decompressed_size(flowers: Hub) -> 
 
 
 def test_json_with_too_many_values_gets_413(flowers: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hub.api.oip.MAX_JSON_VALUES", 100)
+    monkeypatch.setattr("hub.api.protocols.oip.MAX_JSON_VALUES", 100)
     tensor = {"name": "pixels", "shape": [1, 3, 32, 32], "datatype": "UINT8", "data": [0] * 3072}
     assert_problem(flowers.http.post(INFER, json={"inputs": [tensor]}), "body", "more than 100 values", 413)

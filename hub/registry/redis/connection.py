@@ -51,10 +51,11 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.commands.core import AsyncScript
 from redis.exceptions import BusyLoadingError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from ..errors import Unauthenticated, Unavailable
-from ..urls import check_redis_url
-from .redis_errors import NOT_PRIMARY, NotPrimary, error_code, explain
+from ...errors import Unauthenticated, Unavailable
+from ...urls import check_redis_url
+from .errors import NOT_PRIMARY, NotPrimary, error_code, explain
 from .scripts import ChangeReply, LuaScript
 
 logger = logging.getLogger(__name__)
@@ -65,10 +66,13 @@ POOL_TIMEOUT_S = 2
 CONNECT_TIMEOUT_S = 2
 SOCKET_TIMEOUT_S = 5
 PROBE_INTERVAL_S = 0.25
+PING_TIMEOUT_S = 1.0
 READ_TIMEOUT_S = 1.0  # for a read that a request waits for
 # Retries after an answer of a server that is not the primary: 0.75 s in all, the time of a short failover.
 RETRIES, FIRST_PAUSE_S, LONGEST_PAUSE_S = 4, 0.05, 0.4
 LOG_INTERVAL_S = 30.0  # between two log lines with the same reason
+# Errors of a command whose connection may be sound: no reply in time, or no free connection in time.
+SLOW = (TimeoutError, RedisTimeoutError)
 
 
 @dataclass
@@ -132,8 +136,10 @@ CONNECTIONS: Mapping[type[AbstractConnection], type[_PrimaryConnection]] = {
 class RegistryConnection:
     """A connection pool to the registry's Redis. Every method raises `Unavailable` if Redis does not answer.
 
-    After the first failure, commands fail at once until a probe succeeds. Otherwise each request would wait for the
-    socket timeout of a Redis that hangs. The log has Redis's own words and the remedy; a client sees neither.
+    After a lost connection, commands fail at once until a probe succeeds. Otherwise each request would wait for the
+    timeout of a Redis that hangs. A command without a reply in time fails alone: the command may be large, or this
+    process may be busy. A ping then decides whether Redis hangs. The log has Redis's own words and the remedy; a client
+    sees neither.
     """
 
     def __init__(self, url: str, *, quiet: bool = False) -> None:
@@ -166,6 +172,7 @@ class RegistryConnection:
         self.dedicated = Redis.from_pool(ConnectionPool(**options))
         self._scripts: dict[str, AsyncScript] = {}
         self._probe: asyncio.Task[None] | None = None
+        self._ping: asyncio.Task[None] | None = None
         self._refusal: str | None = None
         self._quiet = quiet
         self._logged: tuple[str, float] = ("", 0.0)
@@ -201,8 +208,8 @@ class RegistryConnection:
             if isinstance(error, ResponseError) or (isinstance(error, NotPrimary) and error.allows_reads):
                 message = "The registry (Redis) refused a command. The hub's log has the reason. Retry later."
                 raise Unavailable(message) from error
-            if self._probe is None and not dedicated:
-                self._probe = asyncio.create_task(self._probe_until_available())
+            if not dedicated:
+                self._suspect(error)
             raise Unavailable("The registry (Redis) does not answer. Retry later.") from error
 
     async def evaluate(self, text: str, *arguments: str | float, timeout_s: float | None = None) -> object:
@@ -232,26 +239,51 @@ class RegistryConnection:
         return reply
 
     async def close(self) -> None:
-        """Stop the probe and close every connection."""
-        if self._probe is not None:
-            self._probe.cancel()
-            await asyncio.wait((self._probe,))  # otherwise it could open a connection after this call
+        """Stop the probe and the ping, and close every connection."""
+        tasks = [task for task in (self._ping, self._probe) if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)  # otherwise they could open a connection after this call
         await self.redis.aclose()
         await self.dedicated.aclose()
 
+    def _suspect(self, error: RedisError | OSError) -> None:
+        """Fail commands at once from now on if the connection is lost; ping if only a reply is missing."""
+        if self._probe is not None:
+            return
+        if not isinstance(error, SLOW) and not isinstance(error.__cause__, SLOW):
+            self._probe = asyncio.create_task(self._probe_until_available())
+        elif self._ping is None:
+            self._ping = asyncio.create_task(self._ping_redis())
+
+    async def _ping_redis(self) -> None:
+        try:
+            # Twice: the first ping may come late because this process was busy.
+            answers = await self._answers() or await self._answers()
+            if not answers and self._probe is None and not is_cancelled():
+                self._probe = asyncio.create_task(self._probe_until_available())
+        finally:
+            self._ping = None
+
     async def _probe_until_available(self) -> None:
         try:
-            while not is_cancelled():
-                try:
-                    # A read: Redis answers others, such as PING, also while it loads its data.
-                    await self.dedicated.exists("karst:tenants")
-                    return
-                except ResponseError:  # it answers, and the next command shows its refusal
-                    return
-                except (RedisError, OSError):
-                    await asyncio.sleep(PROBE_INTERVAL_S)
+            while not is_cancelled() and not await self._answers():
+                await asyncio.sleep(PROBE_INTERVAL_S)
         finally:
             self._probe = None
+
+    async def _answers(self) -> bool:
+        """Return whether Redis answers within the time limit of a ping, on a connection that no request uses."""
+        try:
+            async with asyncio.timeout(PING_TIMEOUT_S):
+                # A read: Redis answers others, such as PING, also while it loads its data.
+                await self.dedicated.exists("karst:tenants")
+            return True
+        except ResponseError:  # it answers, and the next command shows its refusal
+            return True
+        except (RedisError, OSError):
+            return False
 
     def _log(self, reason: str) -> None:
         """Log a reason once, and once more every 30 s while it lasts."""

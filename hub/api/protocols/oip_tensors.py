@@ -16,9 +16,9 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from ..errors import InvalidRequest
-from ..schemas import MAX_IMAGES, VersionInfo
-from .bodies import decode_base64, refuse_base64
+from ...errors import InvalidRequest
+from ...schemas import MAX_IMAGES, VersionInfo
+from ..bodies import decode_base64, refuse_base64
 
 EXTENSIONS = ("binary_tensor_data", "classification")
 PIXEL_DTYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}

@@ -12,9 +12,9 @@ from adapters import Adapter, Backbone
 from hub.admin_schemas import LimitsChange
 from hub.errors import Unavailable
 from hub.registry.audit import OPERATOR
-from hub.registry.connection import RegistryConnection
 from hub.registry.events import EventLog
 from hub.registry.health import RegistryWatch
+from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from tests.support.hub_app import OCTETS, running

@@ -28,7 +28,7 @@ from tests.support.protocols import (
     v1_probabilities,
 )
 
-DOCS = Path(__file__).parents[3] / "docs" / "protocols.md"
+DOCS = Path(__file__).parents[4] / "docs" / "protocols.md"
 
 
 @pytest.fixture
