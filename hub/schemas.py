@@ -90,10 +90,6 @@ class Sharing(_Body):
     public: Annotated[bool, Field(strict=True)] = False
     tenants: list[Name] = Field(default=[], max_length=1000)
 
-    def allows(self, tenant: str) -> bool:
-        """Return whether another tenant may use the task."""
-        return self.public or tenant in self.tenants
-
 
 class TaskInfo(_Body):
     """A task with its versions and aliases. An alias maps versions to weights."""

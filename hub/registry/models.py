@@ -12,6 +12,7 @@ n          the number of versions
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..errors import InvalidAdapter, NotFound
@@ -45,6 +46,14 @@ class Task:
     def current(self) -> VersionInfo:
         """The version of the alias `latest`."""
         return self.versions[max(self.aliases.get(LATEST) or self.versions)]
+
+    @cached_property
+    def _named_tenants(self) -> frozenset[str]:
+        return frozenset(self.sharing.tenants)
+
+    def is_shared_with(self, tenant: str) -> bool:
+        """Return whether another tenant may use the task. The time does not depend on the number of tenants."""
+        return self.sharing.public or tenant in self._named_tenants
 
     def targets(self, reference: str) -> Mapping[int, int]:
         """Return the versions of a reference, a version's number or an alias: number -> weight.

@@ -29,6 +29,7 @@ from .redis.connection import READ_TIMEOUT_S, RegistryConnection, as_hash, as_op
 from .redis.scripts import TASKS, ChangeReply
 from .tenants import tenant_not_found
 
+PUBLIC = "karst:public"
 MAX_ALIASES = 100  # per task
 MAX_ALIAS_HISTORY = 20  # former targets kept per alias
 MAX_SHARED_TASKS = 1000  # tasks of other tenants in a tenant's list
@@ -155,16 +156,22 @@ class TaskRegistry:
 
     async def shared_with(self, tenant: str) -> list[tuple[str, Task]]:
         """Return the tasks that other tenants share with this tenant: (owner, task)."""
-        command = self._redis.sunion(["karst:public", tenant_key(tenant, "shared")])
+        command = self._redis.sunion([PUBLIC, tenant_key(tenant, "shared")])
         names = [name.partition(":") for name in as_texts(await self._connection.execute(command))]
         foreign = sorted((owner, task) for owner, _, task in names if owner != tenant)[:MAX_SHARED_TASKS]
-        return [(owner, task) for owner, task in await self._read(foreign) if task.sharing.allows(tenant)]
+        return [(owner, task) for owner, task in await self._read(foreign) if task.is_shared_with(tenant)]
 
-    async def sharing(self, tenant: str, task: str) -> Sharing:
-        """Return a task's sharing. A task that does not exist is not shared, and its lookup takes as long."""
-        command = self._redis.hget(_task_key(tenant, task), "share")
-        text = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
-        return Sharing.model_validate_json(text) if text else NOT_SHARED
+    async def is_shared(self, owner: str, task: str, tenant: str) -> bool:
+        """Return whether a task is shared with another tenant.
+
+        The work does not depend on the task: it may be absent, private, or shared with a thousand other tenants.
+        """
+        name = f"{owner}:{task}"
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.sismember(PUBLIC, name)
+        pipeline.sismember(tenant_key(tenant, "shared"), name)
+        public, named = await self._connection.execute(pipeline.execute(), timeout_s=READ_TIMEOUT_S)
+        return bool(public) or bool(named)
 
     async def share(self, by: Actor, tenant: str, task: str, sharing: Sharing) -> Task:
         """Replace a task's sharing and return the task.

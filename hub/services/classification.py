@@ -250,15 +250,15 @@ class ClassificationService:
         """Return the task to classify with, from the cache if possible.
 
         Raises:
-            NotFound: no such task, or it is not shared with the caller. Both cases read the registry once; otherwise
-                the response time would reveal which tasks other tenants have.
+            NotFound: no such task, or it is not shared with the caller. Both cases do the same work; otherwise the
+                response time would reveal which tasks other tenants have.
             Forbidden: the key is bound to other tasks.
         """
         caller.require_task(name)
         owner, task = caller.resolve(name)
         if owner != caller.tenant:
             known = self._cache.cached_task(owner, task)
-            if known is None or not known.sharing.allows(caller.tenant):
+            if known is None or not known.is_shared_with(caller.tenant):
                 await self._require_shared(caller, name)
         return await self._cache.task(owner, task)
 
@@ -271,7 +271,7 @@ class ClassificationService:
         return await self._registry.task(owner, task)
 
     async def _require_shared(self, caller: Caller, name: str) -> None:
-        if not (await self._registry.sharing(*caller.resolve(name))).allows(caller.tenant):
+        if not await self._registry.is_shared(*caller.resolve(name), caller.tenant):
             raise task_not_found(name)
 
     async def _compute(

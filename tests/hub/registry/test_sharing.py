@@ -3,6 +3,8 @@
 import base64
 from typing import Any
 
+import redis
+
 from adapters import Adapter
 from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import png, wait_until
@@ -91,3 +93,27 @@ def test_a_new_tenant_with_the_name_of_a_deleted_one_sees_no_shared_task(hub: Hu
     again = hub.key_of("friend")
     assert hub.http.post(f"{URL}/classify", content=png(), headers=again).status_code == 404
     assert hub.http.get("/v1/tasks/flowers").json()["sharing"] == {"public": False, "tenants": ["other"]}
+
+
+def test_redis_does_the_same_work_for_a_stranger_whether_the_task_is_absent_private_or_shared_with_others(
+    hub: Hub, adapters: list[Adapter]
+) -> None:
+    for task in ("private", "given"):
+        hub.http.post(f"/v1/tasks/{task}/versions", content=adapters[0].data, headers=OCTETS)
+    others = [f"other-{i}" for i in range(900)]
+    assert hub.http.put("/v1/tasks/given/sharing", json={"tenants": others}).status_code == 200
+    stranger = hub.key_of("stranger")
+    hub.http.get("/v1/tasks/default:absent", headers=stranger)  # the gateway knows the key from now on
+    commands = []
+    with redis.Redis.from_url(hub.redis_url, decode_responses=True) as client, client.monitor() as monitor:
+        for task in ("absent", "private", "given"):
+            reply = hub.http.get(f"/v1/tasks/default:{task}", headers=stranger)
+            assert reply.status_code == 404
+            client.echo("end")
+            seen = []
+            while (command := str(monitor.next_command()["command"])) != "ECHO end":
+                if "default:" in command:
+                    seen.append(command.replace(task, "task"))
+            commands.append(seen)
+    assert commands[0]
+    assert commands[0] == commands[1] == commands[2]
