@@ -17,6 +17,8 @@ class TenantLimits(_Body):
     tasks: int = Field(1000, ge=0, le=10**7, description="tasks of the tenant")
     versions: int = Field(100, ge=0, le=10**5, description="versions per task")
     stored_bytes: int = Field(10 * 1024**3, ge=0, le=10**14, description="bytes of the adapter files of all versions")
+    images: int = Field(200_000, ge=0, le=10**8, description="images in the datasets of all tasks")
+    image_bytes: int = Field(20 * 1024**3, ge=0, le=10**14, description="bytes of the images in the datasets")
     weight: float = Field(1.0, ge=0.01, le=100, description="share of a busy worker relative to other tenants")
 
 
@@ -29,6 +31,8 @@ class LimitsChange(_Body):
     tasks: Annotated[int, Field(ge=0, le=10**7), NUMBER] | None = None
     versions: Annotated[int, Field(ge=0, le=10**5), NUMBER] | None = None
     stored_bytes: Annotated[int, Field(ge=0, le=10**14), NUMBER] | None = None
+    images: Annotated[int, Field(ge=0, le=10**8), NUMBER] | None = None
+    image_bytes: Annotated[int, Field(ge=0, le=10**14), NUMBER] | None = None
     weight: Annotated[float, Field(ge=0.01, le=100), NUMBER] | None = None
 
     def on(self, limits: TenantLimits) -> TenantLimits:
@@ -137,6 +141,8 @@ class UsedNow(_Body):
     tasks: int
     stored_bytes: int
     images_in_flight: int
+    images: int = 0
+    image_bytes: int = 0
 
 
 class Counted(_Body):

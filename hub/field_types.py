@@ -1,10 +1,11 @@
 """Types of fields of the wire models: names, numbers, weights, measured accuracies, and their checks."""
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
@@ -12,6 +13,35 @@ TASK_PATTERN = r"^([a-z0-9][a-z0-9_-]{0,62}:)?[a-z0-9][a-z0-9_-]{0,62}$"  # `tas
 DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 # As a browser sends `Origin`; other text would never match.
 ORIGIN_PATTERN = r"^https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?$"
+
+
+MAX_LABEL_CHARACTERS = 200
+# Unicode categories of control characters, halves of surrogate pairs, and line and paragraph separators.
+REFUSED_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
+# They change the direction of the text around a label: a label could then look like another one, or reorder a line.
+DIRECTION_CONTROLS = {*"\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
+
+
+def clean_label(text: str) -> str:
+    """Return a label without spaces around it, in Unicode's composed form: macOS writes file names decomposed.
+
+    Raises:
+        ValueError: the label is empty or too long, or has control characters.
+    """
+    for character in text:
+        if unicodedata.category(character) in REFUSED_CATEGORIES or character in DIRECTION_CONTROLS:
+            raise ValueError(f"has the control character U+{ord(character):04X}; remove it")
+    text = unicodedata.normalize("NFC", text).strip()
+    if not text:
+        raise ValueError("is empty; give the label a name")
+    if len(text) > MAX_LABEL_CHARACTERS:
+        raise ValueError(f"has {len(text)} characters (limit {MAX_LABEL_CHARACTERS}); shorten it")
+    return text
+
+
+def folded_label(label: str) -> str:
+    """Return a text that is equal for labels which differ only in case, spaces or Unicode form."""
+    return " ".join(unicodedata.normalize("NFC", label.casefold()).split())
 
 
 def _number(value: Any) -> Any:
@@ -41,6 +71,7 @@ def _weights(value: Any) -> Any:
 
 
 NUMBER = BeforeValidator(_number)
+Label = Annotated[str, AfterValidator(clean_label)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 TaskName = Annotated[str, Field(pattern=TASK_PATTERN)]
 VersionNumber = Annotated[int, Field(ge=1, le=2**53)]  # largest integer that every JSON parser reads exactly

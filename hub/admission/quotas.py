@@ -17,3 +17,6 @@ SOURCE_DOWNLOADS_QUEUED = 2  # queued downloads per gateway; further calls get 4
 WORKER_IMAGES_QUEUED = 512  # images in a worker's queue; further images get 429
 ADAPTER_LOADS = 4  # adapters that a worker loads at the same time; further loads wait in the tenant's queue
 API_KEYS = 1000  # API keys; further keys get 429
+DATASET_LABELS = 10_000  # labels of one dataset; further labels get 429
+IMAGE_UPLOADS = 4  # running uploads to datasets per gateway; further uploads wait in the tenant's queue
+IMAGE_UPLOADS_QUEUED = 32  # queued uploads per gateway; further uploads get 429

@@ -138,11 +138,14 @@ def add_task_routes(
 
     @api.put(
         "/v1/tasks/{task}",
-        summary="Change settings of a task",
+        summary="Change settings of a task, or create it without a version",
+        responses={201: {"model": TaskInfo}},
         openapi_extra=request_body({JSON: schema_of(TaskSettings)}),
     )
-    async def change_settings(caller: Owner, task: TaskName, body: Body) -> TaskInfo:
-        return await changes.change_settings(caller, task, await body.read_json(TaskSettings))
+    async def put_task(caller: Owner, task: TaskName, body: Body, response: Response) -> TaskInfo:
+        info, created = await changes.put(caller, task, await body.read_json(TaskSettings, default=b"{}"))
+        response.status_code = 201 if created else 200
+        return info
 
     @api.delete("/v1/tasks/{task}", status_code=204)
     async def delete_task(caller: Owner, task: TaskName) -> None:

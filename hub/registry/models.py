@@ -44,8 +44,13 @@ class Task:
 
     @property
     def current(self) -> VersionInfo:
-        """The version of the alias `latest`."""
+        """The version of the alias `latest`. A task without versions has none."""
         return self.versions[max(self.aliases.get(LATEST) or self.versions)]
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of the current version; those of the settings for a task without versions."""
+        return self.current.labels if self.versions else list(self.settings.labels)
 
     @cached_property
     def _named_tenants(self) -> frozenset[str]:
@@ -67,6 +72,10 @@ class Task:
         if reference in self.aliases:
             return self.aliases[reference]
         known = [*map(str, self.versions), *self.aliases]
+        if not known:
+            raise NotFound.at(
+                "version", f"task {self.name!r} has no version yet; train it, or register an adapter file"
+            )
         message = f"task {self.name!r} has no version or alias {reference!r}; it has {', '.join(known)}"
         raise NotFound.at("version", message)
 
@@ -82,26 +91,28 @@ class Task:
         """Return the task as clients see it."""
         return TaskInfo(
             task=self.name,
-            labels=self.current.labels,
+            labels=self.labels,
             versions=list(self.versions.values()),
             aliases={alias: dict(targets) for alias, targets in self.aliases.items()},
             sharing=self.sharing,
             unknown_below=self.settings.unknown_below,
+            promote=self.settings.promote,
+            keep=self.settings.keep,
         )
 
     def summary(self) -> TaskSummary:
         """Return the task as clients see it in a list."""
         aliases = {alias: dict(targets) for alias, targets in self.aliases.items()}
         latest = max(aliases[LATEST]) if LATEST in aliases else None
-        current = self.current
+        current = self.current if self.versions else None
         return TaskSummary(
             task=self.name,
             latest=latest,
-            classes=len(current.labels),
+            classes=len(self.labels),
             aliases=aliases,
-            accuracy=current.measured_accuracy(),
-            train_images=current.train_images(),
-            registered=current.registered,
+            accuracy=current.measured_accuracy() if current else None,
+            train_images=current.train_images() if current else None,
+            registered=current.registered if current else None,
         )
 
 

@@ -14,6 +14,7 @@ from .redis.connection import (
     as_hash,
     as_integer,
     as_optional_text,
+    as_optional_texts,
     as_texts,
     tenant_key,
 )
@@ -96,11 +97,15 @@ class TenantRegistry:
         pipeline.get(tenant_key(tenant, "bytes"))
         pipeline.hvals(tenant_key(tenant, "flight"))
         pipeline.hgetall(tenant_key(tenant, "counts"))
-        tasks, stored_bytes, flight, counts = await self._connection.execute(pipeline.execute())
+        pipeline.mget(tenant_key(tenant, "images"), tenant_key(tenant, "image_bytes"))
+        tasks, stored_bytes, flight, counts, datasets = await self._connection.execute(pipeline.execute())
+        images, image_bytes = [int(found or 0) for found in as_optional_texts(datasets)]
         used = UsedNow(
             tasks=as_integer(tasks),
             stored_bytes=int(as_optional_text(stored_bytes) or 0),
             images_in_flight=_images_in_flight(as_texts(flight)),
+            images=images,
+            image_bytes=image_bytes,
         )
         return Usage(tenant=tenant, limits=info.limits, used=used, counted=_parse_counts(as_hash(counts)))
 

@@ -163,10 +163,14 @@ class RegistrationService:
         version = await self._classification.version(caller, name, reference, canary)
         return version, await run_blocking(self._executor, self._store.get, version.digest)
 
-    async def change_settings(self, caller: Caller, name: str, settings: TaskSettings) -> TaskInfo:
-        """Change settings of a task; omitted ones keep their values."""
-        task = caller.own_task(name)
-        return self._changed(caller, await self._registry.change_settings(caller, caller.tenant, task, settings))
+    async def put(self, caller: Caller, name: str, settings: TaskSettings) -> tuple[TaskInfo, bool]:
+        """Change settings of a task; omitted ones keep their values. Create a task that does not exist.
+
+        Returns:
+            The task, and whether it is new.
+        """
+        task, created = await self._registry.put(caller, caller.tenant, caller.own_task(name), settings)
+        return self._changed(caller, task), created
 
     async def set_alias(self, caller: Caller, name: str, alias: str, targets: dict[int, int]) -> TaskInfo:
         """Point an alias at versions: version number -> weight."""

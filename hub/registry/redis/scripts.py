@@ -30,8 +30,9 @@ class LuaScript:
         return "".join(FOLDER.joinpath(f"{name}.lua").read_text("utf-8") for name in self.names)
 
 
-TASKS = LuaScript(("changes", "task_hash", "tasks"))
-TENANTS = LuaScript(("changes", "task_hash", "tenants"))
+TASKS = LuaScript(("changes", "dataset_keys", "task_hash", "tasks"))
+TENANTS = LuaScript(("changes", "dataset_keys", "task_hash", "tenants"))
+DATASETS = LuaScript(("changes", "dataset_keys", "task_hash", "datasets"))
 KEYS = LuaScript(("changes", "keys"))
 AUDIT = LuaScript(("changes", "audit"))
 STATUS = LuaScript(("status",))
@@ -63,6 +64,9 @@ class ChangeReply(BaseModel):
         "no_permanent_key",  # no other admin key without an expiry date exists
         "removing",  # a garbage collection removes the file
         "in_use",  # a version refers to the file
+        "no_image",  # the dataset has no such image
+        "no_label",  # the dataset has no such label
+        "labels_full",  # the dataset has the maximum number of labels
         "latest_moved",  # the alias `latest` has other targets than those that the caller read
     ]
     limit: str = ""

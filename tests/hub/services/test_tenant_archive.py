@@ -79,7 +79,7 @@ def test_import_keeps_settings_coverage_and_typicality(case: Run, backbone: Back
     async def use(case: Case) -> None:
         assert "settings" not in json.loads(members(await case.export())[0][1])["tasks"][0]
         await case.register("one", "flowers", adapter)
-        await case.registry.change_settings(OPERATOR, "one", "flowers", TaskSettings(unknown_below=0.05))
+        await case.registry.put(OPERATOR, "one", "flowers", TaskSettings(unknown_below=0.05))
         entries = members(await case.export())
         manifest = json.loads(entries[0][1])
         assert [task.get("settings") for task in manifest["tasks"]] == [{"unknown_below": 0.05}, None]

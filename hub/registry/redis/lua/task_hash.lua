@@ -34,7 +34,7 @@ local function update_shared_lists(command, tenant, task, sharing)
   end
 end
 
--- Delete a task with its versions. Return 0 if there is none.
+-- Delete a task with its versions and its dataset. Return 0 if there is none.
 local function drop_task(tenant, task)
   local key = task_key(tenant, task)
   local fields = redis.call('HGETALL', key)
@@ -42,6 +42,7 @@ local function drop_task(tenant, task)
     if string.sub(fields[i], 1, 2) == 'v:' then release_version(tenant, fields[i + 1]) end
   end
   update_shared_lists('SREM', tenant, task, redis.call('HGET', key, 'share'))
+  drop_dataset(tenant, task)
   redis.call('SREM', tenant_key(tenant, 'tasks'), task)
   return redis.call('DEL', key)
 end

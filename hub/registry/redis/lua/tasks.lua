@@ -43,7 +43,9 @@ local function has_room_for_alias(key, alias, max_aliases)
   if redis.call('HEXISTS', key, 'a:' .. alias) == 1 then return true end
   -- Two fields per version (v: and d:); at most two per alias (a: and h:). A setting takes no alias's place.
   local other_fields = redis.call('HLEN', key) - 2 * tonumber(redis.call('HGET', key, 'n') or 0)
-  other_fields = other_fields - redis.call('HEXISTS', key, 's:unknown_below')
+  for _, setting in ipairs({'unknown_below', 'promote', 'keep', 'labels'}) do
+    other_fields = other_fields - redis.call('HEXISTS', key, 's:' .. setting)
+  end
   return other_fields <= 2 * max_aliases
 end
 
@@ -169,14 +171,24 @@ function tasks.share(args)
   return DONE
 end
 
--- settings (name -> JSON text).
-function tasks.change_settings(args)
+-- settings (name -> JSON text). Change settings of a task, or create it without a version.
+function tasks.put(args)
   if is_revoked(args.entry) then return REVOKED end
+  local info = redis.call('HGET', 'karst:tenants', args.tenant)
+  if not info then return {outcome = 'no_tenant'} end
   local key = task_key(args.tenant, args.task)
-  if redis.call('EXISTS', key) == 0 then return ABSENT end
+  local created = redis.call('EXISTS', key) == 0
+  if created then
+    local limits = cjson.decode(info).limits
+    if redis.call('SCARD', tenant_key(args.tenant, 'tasks')) >= limits.tasks then
+      return limit_reached('tasks', limits.tasks)
+    end
+    redis.call('SADD', tenant_key(args.tenant, 'tasks'), args.task)
+    redis.call('HSET', key, 'n', 0)
+  end
   write_settings(key, args.settings)
-  record_change(args.tenant, 'task', args.task, args.entry)
-  return DONE
+  record_change(args.tenant, 'task', args.task, with_details(args.entry, {created = created}))
+  return {outcome = 'done', created = created}
 end
 
 function tasks.delete(args)

@@ -50,7 +50,10 @@ function tenants.delete(args)
     redis.call('HDEL', 'karst:keys', id)
     redis.call('HDEL', 'karst:used', id)
   end
-  local names = {'tasks', 'numbers', 'bytes', 'keys', 'shared', 'audit', 'rate', 'flight', 'settled', 'counts'}
+  local names = {
+    'tasks', 'numbers', 'bytes', 'images', 'image_bytes', 'keys', 'shared', 'audit', 'rate', 'flight', 'settled',
+    'counts',
+  }
   for _, name in ipairs(names) do redis.call('DEL', tenant_key(args.tenant, name)) end
   redis.call('ZREM', 'karst:active', args.tenant)
   record_change('', 'tenant', args.tenant, args.entry)
