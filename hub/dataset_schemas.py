@@ -28,8 +28,6 @@ class DatasetImage(_Body):
     use: Use
     name: str
     size_bytes: int
-    width: int
-    height: int
     added: str
 
 

@@ -21,6 +21,8 @@ from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
 from ..registry.audit import AuditLog
 from ..registry.cache import RegistryCache
+from ..registry.datasets.files import DatasetFiles
+from ..registry.datasets.index import DatasetIndex
 from ..registry.events import EventLog
 from ..registry.health import RegistryIntegrity, RegistryWatch
 from ..registry.keys import KeyRegistry
@@ -30,15 +32,20 @@ from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..services.administration import AdministrationService
 from ..services.classification import ClassificationService
+from ..services.datasets.features import FeatureService
+from ..services.datasets.images import DatasetService
+from ..services.datasets.removal import FileRemoval
 from ..services.garbage_collection import keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
 from ..settings import Settings
+from ..storage.features import FeatureStore
 from ..storage.remote_sources import RemoteSources
-from ..storage.store import Store
+from ..storage.store import IMAGES, SNAPSHOTS, Store
 from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
+from .datasets import add_dataset_routes
 from .dependencies import CallerDependencies
 from .problems import add_exception_handlers
 from .protocols.huggingface import add_huggingface_routes
@@ -152,17 +159,18 @@ def create_app(
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))
     limiter = RateLimiter(database, cache, keys)
     integrity, watch = RegistryIntegrity(database), RegistryWatch(database, cache.resynchronise)
+    decoder = ImageDecoder(
+        decoders,
+        threads=threads,
+        spare_threads=threads * SPARE_DECODERS,
+        max_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+    )
     service = ClassificationService(
         registry=registry,
         cache=cache,
         limiter=limiter,
-        decoder=ImageDecoder(
-            decoders,
-            threads=threads,
-            spare_threads=threads * SPARE_DECODERS,
-            max_bytes=settings.max_image_bytes,
-            max_pixels=settings.max_image_pixels,
-        ),
+        decoder=decoder,
         workers=workers,
     )
     changes = RegistrationService(
@@ -174,6 +182,30 @@ def create_app(
         executor=executor,
         max_adapter_bytes=settings.max_adapter_bytes,
     )
+    index, dataset_files = DatasetIndex(database), DatasetFiles(database)
+    images, features = Store(str(settings.store_url), IMAGES), FeatureStore(str(settings.store_url))
+    snapshots = Store(str(settings.store_url), SNAPSHOTS)
+    removal = FileRemoval(files=dataset_files, images=images, snapshots=snapshots, features=features, executor=executor)
+    feature_service = FeatureService(
+        files=dataset_files,
+        images=images,
+        features=features,
+        decoder=decoder,
+        workers=workers,
+        limits=service.limits,
+        executor=executor,
+    )
+    datasets = DatasetService(
+        index=index,
+        tasks=registry,
+        images=images,
+        features=feature_service,
+        removal=removal,
+        decoder=decoder,
+        limiter=limiter,
+        executor=executor,
+        max_image_bytes=settings.max_image_bytes,
+    )
     administration = AdministrationService(
         registry=registry,
         tenants=tenants,
@@ -183,6 +215,7 @@ def create_app(
         integrity=integrity,
         cache=cache,
         store=store,
+        removal=removal,
         registration=changes,
         executor=executor,
         max_adapter_bytes=settings.max_adapter_bytes,
@@ -190,13 +223,15 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        steps = cache.follow(), limiter.run(), watch.run(), keep_bound(integrity, store, executor)
+        steps = [cache.follow(), limiter.run(), watch.run(), keep_bound(integrity, store, executor)]
+        steps += [feature_service.run(), removal.run()]
         background = {asyncio.create_task(step) for step in steps}
         yield
         while background:  # repeated: a timeout of the Redis client can swallow a cancellation
             for task in background:
                 task.cancel()
             _, background = await asyncio.wait(background, timeout=1)
+        await feature_service.close()
         with suppress(Unavailable):
             await limiter.settle()
         await database.close()
@@ -215,6 +250,7 @@ def create_app(
     add_backbone_route(api, service, dependencies, image_size=settings.image_size, checkpoint=checkpoint)
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
+    add_dataset_routes(api, datasets, dependencies, max_request_bytes=max_request_bytes)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)

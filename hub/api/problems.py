@@ -33,6 +33,7 @@ MAX_DETAIL_ERRORS = 5  # field errors that `detail` repeats
 
 NAME_RULE = "1 to 63 characters, each a lower-case letter, a digit, _ or -, the first a letter or a digit"
 KEY_ID_PATTERN = r"^[0-9a-f]{16}$"
+POSITION_PATTERN = r"^[0-9]{1,15}$"
 CURSOR_PATTERN = r"^[0-9]{1,15}(-[0-9]{1,10})?$"
 # Regular expression -> the rule in words.
 RULES = {
@@ -41,6 +42,7 @@ RULES = {
     DIGEST_PATTERN: "a sha256 of 64 hexadecimal digits in lower case",
     KEY_ID_PATTERN: "a key's public id of 16 hexadecimal digits in lower case",
     ORIGIN_PATTERN: "a web origin in lower case, such as https://app.example.org or http://localhost:3000",
+    POSITION_PATTERN: "the value `next` of the previous page",
     CURSOR_PATTERN: "the value `next` of the previous page",
 }
 # Type of pydantic's error -> message. `{value}` is the refused value, other fields are the error's own.

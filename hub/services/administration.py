@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterable
 from concurrent.futures import Executor
+from datetime import UTC, datetime, timedelta
 
 from ..admin_schemas import AuditPage, Collected, HubStatus, LimitsChange, TenantInfo
 from ..registry.audit import Actor, AuditLog
@@ -13,6 +14,7 @@ from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..schemas import TaskList
 from ..storage.store import Store
+from .datasets.removal import FileRemoval
 from .garbage_collection import collect_garbage
 from .registration import RegistrationService
 from .tenant_archive import Export, export_tenant, import_tenant
@@ -32,6 +34,7 @@ class AdministrationService:
         integrity: RegistryIntegrity,
         cache: RegistryCache,
         store: Store,
+        removal: FileRemoval,
         registration: RegistrationService,
         executor: Executor,
         max_adapter_bytes: int,
@@ -49,6 +52,7 @@ class AdministrationService:
         self._registry = registry
         self._cache = cache
         self._store = store
+        self._removal = removal
         self._registration = registration
         self._executor = executor
         self._max_adapter_bytes = max_adapter_bytes
@@ -134,6 +138,14 @@ class AdministrationService:
             Conflict: the registry may have lost keys; nothing was removed.
         """
         await self._audit.append(by.entry("", "store.collect.begin", older_than_s=older_than_s))
-        done = await collect_garbage(self._registry, self._integrity, self._store, self._executor, older_than_s)
+        before = datetime.now(UTC) - timedelta(seconds=older_than_s)
+        adapters = await collect_garbage(self._registry, self._integrity, self._store, self._executor, older_than_s)
+        await self._integrity.check_images()
+        images = await self._removal.collect(before)
+        done = Collected(
+            removed=adapters.removed + images.removed,
+            bytes=adapters.bytes + images.bytes,
+            kept=adapters.kept + images.kept,
+        )
         await self._audit.append(by.entry("", "store.collect", removed=done.removed, bytes=done.bytes))
         return done

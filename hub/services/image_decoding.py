@@ -1,17 +1,18 @@
 """Image decoding: a request's bytes to checked, preprocessed pixels, in a thread pool."""
 
 import asyncio
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from adapters import ImageError, ImageTooLargeError
-from adapters.data.images import background_of, decode_image, eval_transform, needed_px
+from adapters.data.images import WHITE, background_of, decode_image, eval_transform, needed_px
 
 from ..concurrency import TenantConcurrencyLimit
 from ..errors import InvalidImage, TooLarge
@@ -20,9 +21,11 @@ DECODE_TIMEOUT_S = 10.0
 # A JPEG scan costs the sender a few bytes and the decoder a pass over the whole image: 10 MB of scans would take hours.
 # Cameras and libraries write about ten.
 MAX_JPEG_SCANS = 100
+THUMBNAIL_PX = 192
 
 Preprocess = Mapping[str, Any]
 Decode = Callable[..., Any]
+T = TypeVar("T")
 
 
 class ImageDecoder:
@@ -90,15 +93,27 @@ class ImageDecoder:
             decoded.append(result)
         return decoded
 
+    async def thumbnail(self, tenant: str, field: str, image: bytes) -> bytes:
+        """Return a JPEG of at most `THUMBNAIL_PX` on each side, without any metadata of the image.
+
+        Raises:
+            TooLarge, InvalidImage: as in `decode`.
+        """
+        return await self._run(tenant, field, image, self._thumbnail)
+
     async def _one(self, tenant: str, field: str, image: bytes | np.ndarray, preprocess: Preprocess) -> np.ndarray:
         if isinstance(image, np.ndarray):
             return checked_pixels(field, image, preprocess)
+        return await self._run(tenant, field, image, lambda name, data: self._decode(name, data, preprocess))
+
+    async def _run(self, tenant: str, field: str, image: bytes, work: Callable[[str, bytes], T]) -> T:
+        """Run work on an encoded image in a thread, within the limits of size, time and the tenant's share."""
         if len(image) > self._max_bytes:
             raise TooLarge.at(field, f"the image has {len(image)} bytes; the limit is {self._max_bytes}")
         async with AsyncExitStack() as held:
             await held.enter_async_context(self._tenant_limit.acquire(tenant))
             await self._threads.acquire()
-            decode = asyncio.get_running_loop().run_in_executor(self._executor, self._decode, field, image, preprocess)
+            decode = asyncio.get_running_loop().run_in_executor(self._executor, work, field, image)
             task = asyncio.create_task(self._hold(held.pop_all(), decode))
             self._decodes.add(task)  # otherwise the task could be garbage-collected: the loop holds weak references
             task.add_done_callback(self._decodes.discard)
@@ -108,7 +123,7 @@ class ImageDecoder:
             raise InvalidImage.at(field, message)
         return decode.result()
 
-    async def _hold(self, held: AsyncExitStack, decode: "asyncio.Future[np.ndarray]") -> None:
+    async def _hold(self, held: AsyncExitStack, decode: "asyncio.Future[Any]") -> None:
         """Hold the tenant's share and the thread until the decode ends, even if the request ends earlier.
 
         Otherwise a client that disconnects could start any number of decodes. After the timeout a spare thread replaces
@@ -128,21 +143,27 @@ class ImageDecoder:
         decode.exception()  # otherwise asyncio logs an error that no request retrieved
 
     def _decode(self, field: str, data: bytes, preprocess: Preprocess) -> np.ndarray:
+        image = self._opened(field, data, needed_px=needed_px(preprocess), background=background_of(preprocess))
+        pixels: np.ndarray = _transform(json.dumps(preprocess, sort_keys=True))(image).numpy()
+        return pixels
+
+    def _thumbnail(self, field: str, data: bytes) -> bytes:
+        image = self._opened(field, data, needed_px=THUMBNAIL_PX, background=WHITE)
+        image.info.clear()  # otherwise the file would have the colour profile of the image
+        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=80)
+        return buffer.getvalue()
+
+    def _opened(self, field: str, data: bytes, **options: Any) -> Any:
         try:
             if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
                 raise ImageError(f"the JPEG has more than {MAX_JPEG_SCANS} scans; save it in a simpler form")
-            image = self._decode_image(
-                data,
-                max_pixels=self._max_pixels,
-                needed_px=needed_px(preprocess),
-                background=background_of(preprocess),
-            )
+            return self._decode_image(data, max_pixels=self._max_pixels, **options)
         except ImageTooLargeError as error:
             raise TooLarge.at(field, str(error)) from error
         except ImageError as error:
             raise InvalidImage.at(field, str(error)) from error
-        pixels: np.ndarray = _transform(json.dumps(preprocess, sort_keys=True))(image).numpy()
-        return pixels
 
 
 def checked_pixels(field: str, pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:

@@ -28,7 +28,7 @@ def digest_of(i: int | str) -> str:
 
 def new_image(i: int | str, label: str | None = None, split: Split | None = None, size_bytes: int = 100) -> NewImage:
     """Return a made-up image."""
-    return NewImage(digest_of(i), f"{i}.png", size_bytes, 32, 32, label, split)
+    return NewImage(digest_of(i), f"{i}.png", size_bytes, label, split)
 
 
 @dataclass(frozen=True)

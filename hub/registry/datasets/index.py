@@ -50,8 +50,6 @@ class NewImage:
     digest: str
     name: str
     size_bytes: int
-    width: int
-    height: int
     label: str | None = None
     split: Split | None = None
 
@@ -139,8 +137,6 @@ class DatasetIndex:
                 "used": use_of(image.digest, image.split or "auto"),
                 "size": image.size_bytes,
                 "name": image.name,
-                "width": image.width,
-                "height": image.height,
             }
             for image in images
         ]
@@ -347,7 +343,5 @@ def _image(digest: str, labels: Sequence[str], record: Mapping[str, Any]) -> Dat
         use=record["u"],
         name=record["name"],
         size_bytes=int(record["size"]),
-        width=record["w"],
-        height=record["h"],
         added=added,
     )

@@ -1,7 +1,7 @@
 -- Changes and reads of datasets. Changes take tenant, task and entry (the audit entry's JSON text).
 --
 -- A record (JSON text) has n (its place in the order of arrival), l (ids of its labels), s (its split: auto, train or
--- test), u (its use: train or test), size, at (milliseconds since 1970), name, w and h. Records keep the ids of labels:
+-- test), u (its use: train or test), size, at (milliseconds since 1970) and name. Records keep the ids of labels:
 -- a new name of a label then changes no record, and `merged` leads from the id of a merged label to its heir.
 
 local datasets = {}
@@ -156,7 +156,7 @@ local function add(args, image)
   if split == '' then split = 'auto' end
   record = {
     n = redis.call('HINCRBY', key(args, 'info'), 'last', 1), l = ids or {}, s = split, u = image.used,
-    size = image.size, name = image.name, w = image.width, h = image.height, at = now_ms(),
+    size = image.size, name = image.name, at = now_ms(),
   }
   write_record(args, image.digest, record)
   count_in_dataset(args, 1, image.size)
@@ -166,7 +166,7 @@ local function add(args, image)
   return {status = 'added', similar = similar}
 end
 
--- images: list of {digest, label ('': none), fold, split ('': auto, or unchanged), used, size, name, width, height};
+-- images: list of {digest, label ('': none), fold, split ('': auto, or unchanged), used, size, name};
 -- max_labels, limits (defaults), audited (whether an earlier step of the same request wrote the entry), patience_s (in
 -- which the sending gateway computes the features itself). Return each image's status.
 function datasets.add(args)
