@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -23,6 +24,7 @@ from ..registry.audit import AuditLog
 from ..registry.cache import RegistryCache
 from ..registry.datasets.files import DatasetFiles
 from ..registry.datasets.index import DatasetIndex
+from ..registry.datasets.trainings import TrainingRegistry
 from ..registry.events import EventLog
 from ..registry.health import RegistryIntegrity, RegistryWatch
 from ..registry.keys import KeyRegistry
@@ -35,6 +37,7 @@ from ..services.classification import ClassificationService
 from ..services.datasets.features import FeatureService
 from ..services.datasets.images import DatasetService
 from ..services.datasets.removal import FileRemoval
+from ..services.datasets.trainings import TrainingService
 from ..services.garbage_collection import keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
@@ -52,6 +55,7 @@ from .protocols.huggingface import add_huggingface_routes
 from .protocols.oip import add_oip_routes
 from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEADERS, SecurityHeadersMiddleware
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
+from .trainings import add_training_routes
 from .upload_guard import BodyMemory, HeaderLimitsMiddleware, UploadGuardMiddleware
 
 SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
@@ -152,6 +156,7 @@ def create_app(
     # Two pools: otherwise images would wait for calls to a slow store.
     decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode")
     executor = ThreadPoolExecutor(threads, "gateway")
+    fits = ThreadPoolExecutor(1, "fit", initializer=torch.set_num_threads, initargs=(1,))
 
     database = RegistryConnection(str(settings.redis_url))
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
@@ -206,6 +211,18 @@ def create_app(
         executor=executor,
         max_image_bytes=settings.max_image_bytes,
     )
+    trainings = TrainingService(
+        index=index,
+        trainings=TrainingRegistry(database),
+        tasks=registry,
+        snapshots=snapshots,
+        features=feature_service,
+        removal=removal,
+        classification=service,
+        registration=changes,
+        executor=executor,
+        fits=fits,
+    )
     administration = AdministrationService(
         registry=registry,
         tenants=tenants,
@@ -237,6 +254,7 @@ def create_app(
         await database.close()
         decoders.shutdown(wait=False)
         executor.shutdown(wait=False)
+        fits.shutdown(wait=False)
         if metrics is not None:
             tracing.stop()
 
@@ -251,6 +269,7 @@ def create_app(
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, dependencies, max_request_bytes=max_request_bytes)
+    add_training_routes(api, trainings, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)

@@ -40,7 +40,7 @@ RULES = {
     NAME_PATTERN: NAME_RULE,
     TASK_PATTERN: f"{NAME_RULE}; for a task of another tenant TENANT:TASK",
     DIGEST_PATTERN: "a sha256 of 64 hexadecimal digits in lower case",
-    KEY_ID_PATTERN: "a key's public id of 16 hexadecimal digits in lower case",
+    KEY_ID_PATTERN: "a public id of 16 hexadecimal digits in lower case",
     ORIGIN_PATTERN: "a web origin in lower case, such as https://app.example.org or http://localhost:3000",
     POSITION_PATTERN: "the value `next` of the previous page",
     CURSOR_PATTERN: "the value `next` of the previous page",

@@ -33,6 +33,7 @@ class LuaScript:
 TASKS = LuaScript(("changes", "dataset_keys", "task_hash", "tasks"))
 TENANTS = LuaScript(("changes", "dataset_keys", "task_hash", "tenants"))
 DATASETS = LuaScript(("changes", "dataset_keys", "task_hash", "datasets"))
+TRAININGS = LuaScript(("changes", "dataset_keys", "task_hash", "trainings"))
 KEYS = LuaScript(("changes", "keys"))
 AUDIT = LuaScript(("changes", "audit"))
 STATUS = LuaScript(("status",))

@@ -4,12 +4,12 @@ import hashlib
 import io
 from typing import Any
 
-import httpx
 import pytest
 from PIL import Image
 
 from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import bomb_png, encoded, png, wait_until
+from tests.support.protocols import Reply
 from tests.support.zips import zip_of
 
 ZIP = {"content-type": "application/zip"}
@@ -23,7 +23,7 @@ def dataset(hub: Hub) -> Hub:
     return hub
 
 
-def add(hub: Hub, data: bytes, query: str = "", **options: Any) -> httpx.Response:
+def add(hub: Hub, data: bytes, query: str = "", **options: Any) -> Reply:
     return hub.http.post(IMAGES + query, content=data, headers=options.pop("headers", OCTETS), **options)
 
 
@@ -108,7 +108,11 @@ def test_a_form_labels_by_its_field_its_parts_or_the_query(dataset: Hub) -> None
 
 def test_bad_images_are_refused_by_name_and_the_others_kept(dataset: Hub) -> None:
     parts = [("rose", (f"{i}.png", png(i))) for i in range(3)]
-    parts += [("rose", ("text.png", b"no image")), ("rose", ("bomb.png", bomb_png())), ("rose", ("cut.png", png(9)[:50]))]
+    parts += [
+        ("rose", ("text.png", b"no image")),
+        ("rose", ("bomb.png", bomb_png())),
+        ("rose", ("cut.png", png(9)[:50])),
+    ]
     reply = dataset.http.post(IMAGES, files=parts)
     assert reply.status_code == 200
     body = reply.json()
@@ -156,9 +160,7 @@ def test_a_zip_of_class_folders_keeps_its_images_and_skips_what_systems_add(data
     assert [entry["action"] for entry in entries].count("image.add") == 1
 
 
-@pytest.mark.parametrize(
-    "label", ["", "   ", "x" * 300, "a\x00b", "a\nb", "\u202eevil", "\u2028"], ids=ascii
-)
+@pytest.mark.parametrize("label", ["", "   ", "x" * 300, "a\x00b", "a\nb", "\u202eevil", "\u2028"], ids=ascii)
 def test_a_bad_label_is_refused_by_every_route(dataset: Hub, label: str) -> None:
     assert add(dataset, png(1), "", params={"label": label}).status_code == 422
     assert dataset.http.post(IMAGES, files=[("image", png(1))], data={"label": label}).status_code == 422

@@ -41,7 +41,7 @@ local function drop_dataset(tenant, task)
     for _, label in ipairs(labels) do redis.call('UNLINK', index_key(tenant, task, used, label)) end
   end
   for _, training in ipairs(redis.call('HVALS', dataset_key(tenant, task, 'trainings'))) do
-    redis.call('HSET', images, 's:' .. cjson.decode(training).snapshot, '')
+    redis.call('HSET', images, 's:' .. cjson.decode(training).snapshot.digest, '')
   end
   if redis.call('EXISTS', images) == 1 then
     local dropped = 'karst:dropped:' .. string.format('%.0f', redis.call('INCR', 'karst:dropped-number'))
