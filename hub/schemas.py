@@ -69,7 +69,7 @@ def _built(*planned: str) -> BeforeValidator:
 
 
 class Keep(_Body):
-    """Which classified images the hub keeps in the task's dataset, how many a day, and for how many days."""
+    """Classified images that the hub keeps in the task's dataset: their choice, their number a day, their days."""
 
     images: Annotated[Literal["none"], _built("uncertain", "sample", "all")] = "none"
     per_day: Annotated[int, Field(ge=1, le=100_000), NUMBER] = 200

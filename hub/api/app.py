@@ -163,7 +163,6 @@ def create_app(
     store = Store(str(settings.store_url))
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))
     limiter = RateLimiter(database, cache, keys)
-    integrity, watch = RegistryIntegrity(database), RegistryWatch(database, cache.resynchronise)
     decoder = ImageDecoder(
         decoders,
         threads=threads,
@@ -171,6 +170,8 @@ def create_app(
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
     )
+    integrity = RegistryIntegrity(database)
+    watch = RegistryWatch(database, cache.resynchronise, metrics.record_registry if metrics is not None else None)
     service = ClassificationService(
         registry=registry,
         cache=cache,

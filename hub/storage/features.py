@@ -16,10 +16,9 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from adapters.format.file import write_atomically
-
 from ..errors import Unavailable
 from ..urls import shown_text
+from .store import write_file
 
 logger = logging.getLogger(__name__)
 KEY_CHARS = 32
@@ -36,6 +35,7 @@ class FeatureStore:
 
     def __init__(self, url: str) -> None:
         self._fs, root = fsspec.core.url_to_fs(url)
+        self._top = Path(root)
         self._root = f"{root.rstrip('/')}/features"
         self._local = isinstance(self._fs, LocalFileSystem)
 
@@ -48,8 +48,7 @@ class FeatureStore:
         path, data = self._path(key, digest), features.astype("<f2").tobytes()
         try:
             if self._local:
-                self._fs.makedirs(self._fs._parent(path), exist_ok=True)
-                write_atomically(Path(path), data)
+                write_file(self._top, Path(path), data)
             else:
                 self._fs.pipe_file(path, data)
         except Exception as error:  # each file system has its own exception types

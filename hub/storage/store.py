@@ -3,6 +3,8 @@
 A file is written once, completely or not at all. Each read checks the digest, so a damaged file is never served. The
 calls block; run them in a thread pool.
 
+In a local folder, files and folders have the permissions of the store's folder. A folder that the hub makes is private.
+
 Error texts name a file's digest and never its location, because tenants see them. The log has the location.
 """
 
@@ -10,7 +12,9 @@ import hashlib
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +31,7 @@ from ..urls import shown_text
 logger = logging.getLogger(__name__)
 
 FILE = re.compile(r"([0-9a-f]{64})\.safetensors")
+PRIVATE = 0o700  # of folders that the hub makes
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Store:
             url: a folder, or any fsspec URL (`s3://bucket/prefix`).
         """
         self._fs, root = fsspec.core.url_to_fs(url)
+        self._top = Path(root)
         self._root = f"{root.rstrip('/')}/{kind.folder}".rstrip("/")
         self._kind = kind
         self._name = re.compile(f"([0-9a-f]{{64}}){re.escape(kind.suffix)}")
@@ -98,8 +104,7 @@ class Store:
             if not self._local:  # an object is visible only after its complete upload
                 self._fs.pipe_file(path, data)
             elif not _refresh(Path(path), data):
-                self._fs.makedirs(self._fs._parent(path), exist_ok=True)
-                write_atomically(Path(path), data)
+                write_file(self._top, Path(path), data)
         except Exception as error:  # each file system has its own exception types
             raise _unavailable(error, f"write file {digest}") from error
 
@@ -200,8 +205,7 @@ class Store:
         path = f"{self._root}/{OWNER}"
         try:
             if self._local:
-                self._fs.makedirs(self._root, exist_ok=True)
-                write_atomically(Path(path), id.encode())
+                write_file(self._top, Path(path), id.encode())
             else:
                 self._fs.pipe_file(path, id.encode())
         except Exception as error:
@@ -229,6 +233,22 @@ class Store:
 
     def _path(self, digest: str) -> str:
         return f"{self._root}/{digest[:2]}/{digest}{self._kind.suffix}"
+
+
+def write_file(top: Path, path: Path, data: bytes) -> None:
+    """Write a file of a local store, with the permissions of the store's folder: a group may share the folder.
+
+    Args:
+        top: the store's folder.
+    """
+    top.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+    mode = stat.S_IMODE(top.stat().st_mode)
+    for folder in reversed(path.relative_to(top).parents[:-1]):
+        if not (top / folder).exists():
+            (top / folder).mkdir(mode=PRIVATE, exist_ok=True)
+            with suppress(PermissionError):  # another gateway of the group has just made it
+                (top / folder).chmod(mode)
+    write_atomically(path, data, mode & 0o666)
 
 
 def _refresh(path: Path, data: bytes) -> bool:
