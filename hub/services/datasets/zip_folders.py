@@ -94,6 +94,9 @@ class ZipFolders:
         """
         if entry.refusal:
             raise InvalidImage.at(entry.name, entry.refusal)
+        if entry.size_bytes > self._max_image_bytes:
+            message = f"the image has {entry.size_bytes} bytes (limit {self._max_image_bytes})"
+            raise InvalidImage.at(entry.name, message)
         self._file.seek(entry.offset)
         header = self._file.read(30)
         if len(header) < 30 or not header.startswith(LOCAL):

@@ -285,8 +285,7 @@ def test_client_changes_the_settings_of_a_task(client: Any, adapters: list[Adapt
         client.classify("a", png(), coverage=0.95)
     with pytest.raises(InvalidRequest, match="coverage"):
         client.classify_inputs([("a", png())], coverage=2)
-    with pytest.raises(NotFound):
-        client.change_settings("nothing", unknown_below=0.5)
+    assert client.change_settings("new", unknown_below=0.5).versions == []
 
 
 def test_one_version_classifies_all_images_when_latest_moves_between_calls(
