@@ -19,7 +19,9 @@ from .serving.slot_memory import Packed
 
 if TYPE_CHECKING:
     from .paper.recipe import Recipe
-    from .training.fit import Trained, Watch, fit
+    from .training.fit import fit
+    from .training.progress import Watch
+    from .training.trained import Trained
 
 __all__ = [
     "Adapter",

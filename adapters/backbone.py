@@ -17,6 +17,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from .checkpoints import load_weights
+from .short_repr import short_repr
 from .timm_models import DEMO_NAME as DEMO_NAME
 from .timm_models import BackboneError as BackboneError
 from .timm_models import create_model as create_model
@@ -92,6 +93,8 @@ class BackboneInfo:
     norms: tuple[Norm, ...]
     width: int
 
+    __repr__ = short_repr
+
     @property
     def input_size(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image, in pixels."""
@@ -108,6 +111,8 @@ class Backbone(BackboneInfo):
     """A frozen timm model in eval mode, built with `num_classes=0`; its weights must not change."""
 
     model: Any  # nn.Module; timm's forward_features and forward_head are not in nn.Module's type
+
+    __repr__ = short_repr
 
     @property
     def device(self) -> torch.device:

@@ -102,6 +102,9 @@ class Switch:
         if self.on:
             self._meter.record(context, status, seconds)
 
+    def record_registry(self, refuses_changes: bool) -> None:
+        self._meter.record_registry(refuses_changes)
+
 
 def main() -> None:
     """Measure, print a table, write the JSON file."""

@@ -229,6 +229,8 @@ class HubStatus(_Body):
     workers: list[WorkerStatus]
     tasks: list[TaskRate]  # the busiest over all workers
     tenants: list[TenantStatus]
+    # Why changes are refused now, with the remedy: Redis may evict keys. The state of the gateway that answers.
+    changes_refused: str | None = None
 
 
 class GcRequest(_Body):

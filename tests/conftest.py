@@ -12,6 +12,7 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ["OMP_NUM_THREADS"] = "1"
 
 HERE = Path(__file__).parent
+HUBS = ("tests/system/", "tests/attacks/test_neighbours")  # tests that share whole hubs
 
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types
@@ -22,7 +23,7 @@ class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "hubs" if nodeid.startswith("tests/system/") else nodeid.partition("::")[0]
+        return "hubs" if nodeid.startswith(HUBS) else nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist's plugin the hook does not exist
@@ -38,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _place(item: pytest.Item) -> int:
     """Return the rank of a test: hubs, the test that stops the shared hub, Prometheus, trainings, all others."""
     folder = item.path.relative_to(HERE).parts[0]
-    if folder == "system":
+    if item.nodeid.startswith(HUBS):
         return 1 if "restarted" in getattr(item, "fixturenames", ()) else 0
     if folder == "alerts":  # waits for ten minutes, so the second process must start with it
         return 1

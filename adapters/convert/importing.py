@@ -22,6 +22,7 @@ from ..format.errors import AdapterError, Problem, file_error
 from ..format.file import Adapter
 from ..method import kronecker
 from ..method.config import KarstConfig
+from ..short_repr import short_repr
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class KroneckerLayer:
     a: Tensor
     b: Tensor
     gain: float
+
+    __repr__ = short_repr
 
 
 @dataclass
@@ -49,6 +52,8 @@ class ImportedTensors:
     others: dict[str, Tensor] = field(default_factory=dict)
     ignored: int = 0
     notes: list[str] = field(default_factory=list)
+
+    __repr__ = short_repr
 
 
 def build_adapter(

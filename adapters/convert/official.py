@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backbone import Backbone, Site
 from ..format.errors import AdapterError, Problem
+from ..short_repr import short_repr
 from .importing import ImportedTensors, KroneckerLayer, not_finite_problems, read_tensors, take_model_weights
 
 _MODULE = re.compile(r"(?P<path>.+)\.(?P<name>attention|proj|fc1|fc2)_(?:ka|kar|karst|lokr)\.(?P<part>.+)")
@@ -35,6 +36,8 @@ class _Group:
 
     name: str
     parts: dict[str, Tensor] = field(default_factory=dict)
+
+    __repr__ = short_repr
 
 
 def read_official(path: Path, backbone: Backbone, multiplier: float = 1.0) -> ImportedTensors:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..short_repr import short_repr
 from .datasets import DatasetSplits
 from .errors import DataError, ImageError
 from .files import LeftOut
@@ -42,6 +43,8 @@ class CheckedDataset:
     test: ImageTensors | None
     warnings: tuple[str, ...]
     left_out: tuple[LeftOut, ...] = ()
+
+    __repr__ = short_repr
 
 
 def check_dataset(

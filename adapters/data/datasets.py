@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
+from ..short_repr import short_repr
 from .errors import DataError
 from .files import LeftOut, LeftOutFiles, subfolders
 from .image_set import ImageSet
@@ -62,6 +63,8 @@ class DatasetSplits:
     test: ImageSet | None = None
     published: bool = False
     left_out: tuple[LeftOut, ...] = ()
+
+    __repr__ = short_repr
 
     def by_name(self) -> dict[Split, ImageSet]:
         """Return the splits that exist, training first."""

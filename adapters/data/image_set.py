@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..short_repr import short_repr
 from .errors import DataError, ImageError
 from .files import LeftOut
 from .images import MAX_IMAGE_PIXELS, background_of, decode_image, eval_transform, needed_px
@@ -43,6 +44,8 @@ class ImageSet:
     targets: tuple[int, ...]
     labels: tuple[str, ...]
     left_out: tuple[LeftOut, ...] = ()
+
+    __repr__ = short_repr
 
     def __len__(self) -> int:
         return len(self.sources)

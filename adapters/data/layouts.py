@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from ..short_repr import short_repr
 from .errors import DataError
 from .files import LeftOut
 from .image_set import EncodedImage
@@ -42,6 +43,8 @@ class SplitRows:
     rows: dict[Split, Rows]
     labels: tuple[str, ...] | None = None
     left_out: tuple[LeftOut, ...] = ()
+
+    __repr__ = short_repr
 
 
 def split_of(name: str) -> Split | None:

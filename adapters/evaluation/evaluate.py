@@ -22,6 +22,7 @@ from ..data.image_set import ImageSet, ImageTensors
 from ..data.images import MAX_IMAGE_PIXELS, normalise
 from ..format.file import Adapter
 from ..serving.bank import Bank
+from ..short_repr import short_repr
 
 BATCH_SIZE = 64
 TOP_K = 5
@@ -45,6 +46,8 @@ class Outputs:
     logits: Tensor
     targets: Tensor
     images_per_s: float
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 Every figure is measured on images that the classifier has not seen.
 """
 
-import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,9 @@ from matplotlib.figure import Figure
 from ..data.files import LeftOut
 from ..format.file import write_atomically
 from .advice import advise
+from .figures import Png, image_tag
 from .outputs import AccuracyInUse, described
-from .report import ERROR_COLUMNS, ERROR_ROWS, describe_error, draw_confusion, draw_errors, png_bytes
+from .report import ERROR_COLUMNS, ERROR_ROWS, describe_error, draw_confusion, draw_errors, png_of
 
 if TYPE_CHECKING:  # `auto` uses this room's calibration
     from ..training.auto import Classifier
@@ -46,7 +46,8 @@ class HtmlReport:
         self.folder = folder
         self._metadata = dict(metadata) | ({} if in_use is None else {"in_use": asdict(in_use)})
         self._in_use = in_use
-        self._drawn: tuple[Predictions, dict[str, bytes]] | None = None
+        self._drawn: tuple[Predictions, dict[str, Png]] | None = None
+        self.figures: dict[str, Png] = {}  # of the last report
 
     def write(self, classifier: "Classifier") -> None:
         """Write `FILES` into the folder. Each file is replaced atomically.
@@ -54,11 +55,12 @@ class HtmlReport:
         Raises:
             OSError: the folder or a file cannot be written.
         """
-        figures = {"curves": png_bytes(_draw_curves(classifier))} | self._predictions(classifier.held_out)
+        figures = {"curves": png_of(_draw_curves(classifier))} | self._predictions(classifier.held_out)
         metadata = self._metadata | described(classifier.adapter) | classifier.metrics
         advice = advise(classifier)
         text = json.dumps(_numbers(classifier, advice, metadata), indent=2, ensure_ascii=False, allow_nan=False)
         page = _page(classifier, figures, advice, metadata, self._in_use)
+        self.figures = figures
         self.folder.mkdir(exist_ok=True)
         for name, data in figures.items():
             write_atomically(self.folder / f"{name}.png", data)
@@ -66,10 +68,10 @@ class HtmlReport:
         write_atomically(self.folder / "report.json", text.encode(errors="backslashreplace"))
         write_atomically(self.folder / "report.html", page.encode(errors="xmlcharrefreplace"))
 
-    def _predictions(self, held_out: "Predictions") -> dict[str, bytes]:
+    def _predictions(self, held_out: "Predictions") -> dict[str, Png]:
         """Return the figures of these predictions, which are drawn once."""
         if self._drawn is None or self._drawn[0] is not held_out:
-            figures = {"confusion": png_bytes(draw_confusion(held_out)), "errors": png_bytes(draw_errors(held_out))}
+            figures = {"confusion": png_of(draw_confusion(held_out)), "errors": png_of(draw_errors(held_out))}
             self._drawn = held_out, figures
         return self._drawn[1]
 
@@ -132,11 +134,11 @@ def _page(
         "<h2>Classes</h2>",
         _table(("class", "images", "recall", "precision"), classes),
         "<h2>Learning curve</h2>",
-        _image(figures["curves"], "accuracy against the number of images and optimiser steps"),
+        image_tag(figures["curves"], "accuracy against the number of images and optimiser steps"),
         "<h2>Confusions</h2>",
-        _image(figures["confusion"], "confusion matrix"),
+        image_tag(figures["confusion"], "confusion matrix"),
         "<h2>Most confident errors</h2>",
-        _image(figures["errors"], "the most confident errors"),
+        image_tag(figures["errors"], "the most confident errors"),
     ]
     if metadata.get("warnings"):
         listed = "".join(f"<li>{html.escape(str(line))}</li>" for line in metadata["warnings"])
@@ -166,10 +168,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in rows
     )
     return f"<table><tr>{cells}</tr>{body}</table>"
-
-
-def _image(data: bytes, text: str) -> str:
-    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
 def _draw_curves(classifier: "Classifier") -> Figure:

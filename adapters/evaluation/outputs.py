@@ -61,6 +61,25 @@ def report_folder(output: Path) -> Path:
     return folder
 
 
+def rejected_file(output: Path) -> Path:
+    """Return the file of an adapter that is no better than chance: `flowers.rejected.safetensors`."""
+    return output.with_name(f"{output.name.removesuffix('.safetensors')}.rejected.safetensors")
+
+
+def check_free(output: Path, report: Path) -> None:
+    """Check that a training with this output and report folder would replace no file.
+
+    Raises:
+        DataError: it would replace the result of an earlier training.
+    """
+    for path in (output, rejected_file(output), report / "report.json"):
+        if path.exists():
+            raise DataError(
+                f"{path} exists, from an earlier training. Choose another output, or replace the file and its report: "
+                "--overwrite, in Python overwrite=True"
+            )
+
+
 def checkpoint_file(output: Path) -> Path:
     """Return the checkpoint file of a training in progress: `flowers.checkpoint` beside `flowers.safetensors`."""
     return output.with_name(f"{output.name.removesuffix('.safetensors')}.checkpoint")

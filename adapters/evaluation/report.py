@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from ..format.file import write_atomically
 from ..paper.train import TrainedModel
 from ..training.inference import Predictions
+from .figures import Png
 
 FILES = ("curves.png", "confusion.png", "errors.png", "report.json")
 MAX_TICKS = 40  # class names per axis of the confusion matrix; with more classes, every n-th is named
@@ -34,8 +35,8 @@ def write_report(
     trained: TrainedModel,
     train_targets: Sequence[int],
     metadata: Mapping[str, Any],
-) -> None:
-    """Write `FILES` into a folder. Each file is replaced atomically.
+) -> dict[str, Png]:
+    """Write `FILES` into a folder, each atomically, and return the figures by name.
 
     Args:
         folder: created if it does not exist.
@@ -47,13 +48,19 @@ def write_report(
         OSError: the folder or a file cannot be written.
     """
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / "curves.png", png_bytes(_draw_curves(trained)))
-    write_atomically(folder / "confusion.png", png_bytes(draw_confusion(predictions)))
-    write_atomically(folder / "errors.png", png_bytes(draw_errors(predictions)))
+    drawn = {
+        "curves": _draw_curves(trained),
+        "confusion": draw_confusion(predictions),
+        "errors": draw_errors(predictions),
+    }
+    figures = {name: png_of(figure) for name, figure in drawn.items()}
+    for name, data in figures.items():
+        write_atomically(folder / f"{name}.png", data)
     numbers = dict(metadata) | _numbers(predictions, trained, train_targets)
     text = json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False)
     # File names may contain bytes that are not UTF-8.
     write_atomically(folder / "report.json", text.encode(errors="backslashreplace"))
+    return figures
 
 
 def _numbers(predictions: Predictions, trained: TrainedModel, train_targets: Sequence[int]) -> dict[str, Any]:
@@ -180,10 +187,10 @@ def _short(label: str) -> str:
     return label if len(label) <= MAX_LABEL_CHARACTERS else label[: MAX_LABEL_CHARACTERS - 1] + "…"
 
 
-def png_bytes(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> Png:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # matplotlib draws a box instead of a missing glyph; report.json has the label.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
+    return Png(buffer.getvalue())

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..backbone import Backbone, BackboneInfo
 from ..method import kronecker
 from ..method.config import KarstConfig
+from ..short_repr import short_repr
 from .errors import AdapterError, Problem, file_error
 from .header import parse_header, read_header
 from .layouts import Layout, LayoutCache
@@ -65,6 +66,8 @@ class Adapter:
     created: str | None
     producer: str | None
     coverage: tuple[tuple[float, float], ...] | None = None
+
+    __repr__ = short_repr
 
     @property
     def num_classes(self) -> int:

@@ -6,6 +6,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+from ..short_repr import short_repr
 from .errors import AdapterError, Problem, file_error
 
 MAX_HEADER_BYTES = 4 * 1024 * 1024
@@ -30,6 +31,8 @@ class RawHeader:
     data_start: int
     metadata: dict[str, str] | None
     tensors_text: str | None
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True)

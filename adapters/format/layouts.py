@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from cachetools import LRUCache
 
+from ..short_repr import short_repr
+
 MAX_LAYOUTS = 32
 MAX_TEXT_CHARS = 128 * 1024  # of a header's text that is kept as a key; a ViT-B/16 adapter has about 15,000
 MAX_RESULT_BYTES = 128 * 1024**2  # of all results together, so that uploads cannot fill a worker's memory
@@ -32,6 +34,8 @@ class Layout:
     dtype: torch.dtype | None
     data_bytes: int
     valid_with: Hashable
+
+    __repr__ = short_repr
 
 
 class LayoutCache:

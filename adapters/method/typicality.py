@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..short_repr import short_repr
+
 PREFIX = "typicality."
 NAMES = ("mean", "basis", "log_precision", "table")
 RANK = 32  # directions that are kept; 64 refuse half a percent more foreign images, for twice the size
@@ -40,6 +42,8 @@ class Typicality:
     basis: Tensor
     log_precision: Tensor
     table: Tensor
+
+    __repr__ = short_repr
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from ..data.images import normalise_for
 from ..method.config import ConfigError, KarstConfig
 from ..method.frozen_prefix import MAX_PREFIX_BYTES, FrozenPrefix, find_prefix
 from ..method.karst import KarstModel, attach
+from ..short_repr import short_repr
 from ..training.inference import accuracy, map_images
 from .checkpoint import load_checkpoint, save_checkpoint, training_identity
 from .devices import copy_to_device, launch_fabric, seed_epoch
@@ -35,6 +36,8 @@ class TrainedModel:
     model: KarstModel
     selected: EpochResult
     history: tuple[EpochResult, ...]
+
+    __repr__ = short_repr
 
 
 def train_model(

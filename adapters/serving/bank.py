@@ -20,6 +20,7 @@ from ..backbone import Backbone, BackboneError, Site, features
 from ..format.file import Adapter
 from ..format.layouts import LayoutCache
 from ..method import kronecker
+from ..short_repr import short_repr
 from .limits import BankLimits
 from .prepack import prepack_layers
 from .slot_memory import Packed, PackingPlan, SiteNumbers, SlotMemory
@@ -53,6 +54,8 @@ class _Resident:
     head_bias: Tensor  # (K,)
     typicality: DeviceTypicality | None
 
+    __repr__ = short_repr
+
 
 class Scores(NamedTuple):
     """Logits of one image, and its typicality."""
@@ -73,6 +76,8 @@ class _Batch:
     kronecker: frozenset[str]
     rescaled: frozenset[str]
     norms: dict[str, tuple[Tensor, Tensor]]  # weight and bias, (B, 1, d), where any adapter tunes the norm
+
+    __repr__ = short_repr
 
 
 class Bank:

@@ -21,6 +21,7 @@ from ..format.file import Adapter, by_layer
 from ..format.layouts import Layout
 from ..method import kronecker
 from ..method.typicality import NAMES, PREFIX, Typicality
+from ..short_repr import short_repr
 
 _SCALES = ("scale", "shift", "in_scale", "in_shift")
 
@@ -49,6 +50,8 @@ class Packed:
     rescaled: frozenset[str]  # sites with a scale and shift, on the output or on the input
     norms: frozenset[str]  # norm layers that the adapter tunes
     typicality: Typicality | None = None  # float32
+
+    __repr__ = short_repr
 
     @property
     def size_bytes(self) -> int:

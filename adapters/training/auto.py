@@ -23,6 +23,7 @@ from ..format.file import Adapter
 from ..method.config import KarstConfig
 from ..method.karst import extract
 from ..method.typicality import Typicality, distance_table, fit_gaussian, fit_typicality
+from ..short_repr import short_repr
 from .inference import Predictions, adapted_features, pooled_features, predict
 from .instant import InstantHead, fit_head
 from .refine import Refined, refine
@@ -51,6 +52,8 @@ class Classifier:
     metrics: dict[str, Any]
     learning_curve: tuple[tuple[int, float], ...]
     refined: Refined | None = None
+
+    __repr__ = short_repr
 
     @property
     def chance(self) -> float:
@@ -85,6 +88,8 @@ class Refinement:
     recipe: KarstRecipe
     budget_s: float
 
+    __repr__ = short_repr
+
 
 @dataclass
 class InstantFit:
@@ -97,6 +102,8 @@ class InstantFit:
     frozen: Tensor
     targets: Tensor
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    __repr__ = short_repr
 
     @classmethod
     def of(cls, backbone: Backbone, checked: CheckedDataset, extra: Mapping[str, Any]) -> "InstantFit":

@@ -5,6 +5,7 @@ from typing import NoReturn
 
 from ..data.errors import DataError
 from ..evaluation.html_report import HtmlReport
+from ..evaluation.outputs import rejected_file
 from .auto import Classifier, InstantFit, InstantWatch, Refinement
 
 
@@ -32,7 +33,7 @@ class AutoFiles:
         Raises:
             NotBetterThanChance: always.
         """
-        rejected = self._output.with_name(f"{self._output.name.removesuffix('.safetensors')}.rejected.safetensors")
+        rejected = rejected_file(self._output)
         classifier.adapter.write(rejected)
         self._report.write(classifier)
         if self._written:

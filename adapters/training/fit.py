@@ -3,28 +3,30 @@
 The steps: read the dataset, check it and prepare tensors, train by a recipe, write.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from ..backbone import Backbone, BackboneError, load_backbone
-from ..data.checks import CheckedDataset, check_dataset
+from ..data.checks import check_dataset
 from ..data.datasets import DatasetSplits, read_dataset, read_split
 from ..data.errors import DataError
 from ..data.images import MAX_IMAGE_PIXELS, preprocess_of
+from ..environment import chosen_backbone, chosen_device
+from ..evaluation.figures import Png
 from ..evaluation.html_report import HtmlReport
 from ..evaluation.linear_probe import linear_probe
-from ..evaluation.outputs import AccuracyInUse, checkpoint_file, described, report_folder, versions
+from ..evaluation.outputs import AccuracyInUse, check_free, checkpoint_file, described, report_folder, versions
 from ..evaluation.report import write_report
-from ..format.file import Adapter
 from ..method.config import ConfigError, KarstConfig
 from ..paper.devices import is_first_process
 from ..paper.fit import fit_paper
 from ..paper.recipe import Recipe
-from ..paper.selection import EpochResult
-from .auto import InstantFit, InstantWatch, Refinement
+from .auto import InstantFit, Refinement
 from .auto_files import AutoFiles, fit_auto
+from .progress import Watch, watching
 from .steps import KarstRecipe
+from .trained import Trained
 
 DEFAULT_BUDGET_S = 600.0
 _DEFAULT_CONFIG = KarstConfig()
@@ -34,43 +36,14 @@ VAL_FRACTION = 0.2  # of the recipe `paper`
 RecipeName = Literal["auto", "instant", "karst", "paper"]
 
 
-class Watch(InstantWatch):
-    """Progress callbacks of `fit`. Override any of them; each does nothing by default."""
-
-    def reading(self, images: int) -> None:
-        """Called before the images are decoded, with their number."""
-
-    def image(self) -> None:
-        """Called after each decoded image."""
-
-    def checked(self, images: CheckedDataset) -> None:
-        """Called when the dataset has passed the checks. Show `images.warnings` to the user."""
-
-    def step(self, epoch: int, loss: float, accuracy: float) -> None:
-        """Called after each step of `paper`: epoch number from 1, the batch's mean loss and accuracy in [0, 1]."""
-
-    def epoch(self, epoch: EpochResult) -> None:
-        """Called after each epoch of the recipe `paper`."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained adapter, its file, its report's folder, and the metrics in its metadata."""
-
-    adapter: Adapter
-    file: Path
-    report: Path
-    metrics: dict[str, Any]
-
-
 def fit(
     data: str | Path,
     output: str | Path,
     *,
-    backbone: str | Backbone = "demo",
+    backbone: str | Backbone | None = None,
     checkpoint: str | Path | None = None,
     image_size: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     config: KarstConfig = _DEFAULT_CONFIG,
     recipe: RecipeName | Recipe = "auto",
     karst: KarstRecipe = _DEFAULT_KARST,
@@ -86,6 +59,7 @@ def fit(
     probe: bool = False,
     devices: int = 1,
     resume: bool = False,
+    overwrite: bool = False,
     fingerprint: str | None = None,
     in_use: AccuracyInUse | None = None,
     watch: Watch | None = None,
@@ -102,8 +76,10 @@ def fit(
     Args:
         data: a dataset in any layout that `data.datasets.read_dataset` reads. `shots`, `split_seed` and `final`
             select one of several lists.
-        backbone: a timm name, `demo`, or a loaded backbone. `checkpoint`, `image_size` and `device` are those of
-            `load_backbone`.
+        backbone: a timm name, `demo`, or a loaded backbone. None: the one of HUB_BACKBONE, HUB_CHECKPOINT and
+            HUB_IMAGE_SIZE, as for the hub; `demo` without HUB_BACKBONE.
+        checkpoint, image_size: as in `load_backbone`.
+        device: torch device of a backbone that is not loaded; None: HUB_DEVICE, or the CPU without it.
         karst: hyperparameters of `karst` and `auto`.
         budget_s: seconds for KARST in `karst` and `auto`.
         validation, test: datasets that replace the validation and test splits of `data`.
@@ -114,83 +90,96 @@ def fit(
         probe: also measure a linear probe on the test images.
         devices: for `paper`: GPUs or CPU processes that share each batch (`train.train_model`).
         resume: for `paper`: continue an interrupted training from its checkpoint.
+        overwrite: replace the adapter file and the report of an earlier training; otherwise they are an error.
         fingerprint: that the backbone must have; None: any.
         in_use: accuracy of the classifier in use, for the report.
+        watch: callbacks. None: progress bars in a notebook and on a terminal; `Watch()` shows nothing.
 
     Raises:
-        DataError: the images or labels cannot be used, the output cannot be written, or the checkpoint does not exist
-            (with `resume`), exists (without), or belongs to another training.
+        DataError: the images or labels cannot be used, the output cannot be written or exists (without `overwrite`), or
+            the checkpoint does not exist (with `resume`), exists (without), or belongs to another training.
         NotBetterThanChance: a `DataError`: the adapter is kept under another name.
         ConfigError: an option belongs to another recipe, or `config` does not suit the backbone.
         BackboneError: the backbone cannot be loaded, or has another fingerprint.
         AdapterError, FloatingPointError: as `extract` and `train_model`.
     """
     output = Path(output)
-    watch = watch or Watch()
     epochs = Recipe() if recipe == "paper" else recipe if isinstance(recipe, Recipe) else None
     if epochs is None:
         _refuse_paper_options(str(recipe), val_fraction=val_fraction, devices=devices, resume=resume)
     report = report_folder(output)
+    if not overwrite:
+        check_free(output, report)
     state_file = checkpoint_file(output)
     if epochs is not None and state_file.exists() and not resume:
         raise DataError(
             f"{state_file}: checkpoint of an interrupted training; continue with --resume, or delete the file"
         )
     splits = _read_splits(Path(data), validation, test, shots=shots, split_seed=split_seed, final=final, probe=probe)
-    if isinstance(backbone, Backbone):
-        frozen, device = backbone, str(backbone.device)
-    else:  # with several devices, each process copies the backbone to its own device later
-        frozen = load_backbone(backbone, checkpoint, device=device if devices == 1 else "cpu", image_size=image_size)
-    if fingerprint is not None and frozen.fingerprint != fingerprint:
-        raise BackboneError(
-            f"the weights of backbone {frozen.name!r} have the fingerprint {frozen.fingerprint[:12]}..., "
-            f"but {fingerprint[:12]}... is required"
+    with watching(watch, epochs, devices) as watch:
+        if isinstance(backbone, Backbone):
+            frozen, device = backbone, str(backbone.device)
+        else:
+            device = device or chosen_device()
+            if backbone is None:
+                chosen = chosen_backbone()
+                watch.using(chosen.name, chosen.origin)
+                backbone = chosen.name
+                checkpoint, image_size = checkpoint or chosen.checkpoint, image_size or chosen.image_size
+            # With several devices, each process copies the backbone to its own device later.
+            first_device = device if devices == 1 else "cpu"
+            frozen = load_backbone(backbone, checkpoint, device=first_device, image_size=image_size)
+        if fingerprint is not None and frozen.fingerprint != fingerprint:
+            raise BackboneError(
+                f"the weights of backbone {frozen.name!r} have the fingerprint {frozen.fingerprint[:12]}..., "
+                f"but {fingerprint[:12]}... is required"
+            )
+        watch.reading(sum(map(len, splits.by_name().values())))
+        held_out = VAL_FRACTION if val_fraction is None else val_fraction
+        images = check_dataset(
+            splits,
+            preprocess_of(frozen),
+            val_fraction=0 if final or epochs is None else held_out,
+            seed=karst.seed if epochs is None else epochs.seed,
+            skip_bad=skip_bad,
+            max_pixels=max_pixels,
+            on_image=watch.image,
         )
-    watch.reading(sum(map(len, splits.by_name().values())))
-    held_out = VAL_FRACTION if val_fraction is None else val_fraction
-    images = check_dataset(
-        splits,
-        preprocess_of(frozen),
-        val_fraction=0 if final or epochs is None else held_out,
-        seed=karst.seed if epochs is None else epochs.seed,
-        skip_bad=skip_bad,
-        max_pixels=max_pixels,
-        on_image=watch.image,
-    )
-    watch.checked(images)
-    extra: dict[str, Any] = {}
-    if probe and images.test is not None and is_first_process(devices):
-        extra["linear_probe_test_accuracy"] = round(linear_probe(frozen, images.train, images.test), 4)
-    metadata: dict[str, Any] = {"adapter": output.name, "data": str(data), "device": device}
-    metadata |= {"warnings": list(images.warnings), "versions": versions()}
-    metadata |= {"left_out": [asdict(files) for files in images.left_out]}
-    if epochs is None:
-        fitted = InstantFit.of(frozen, images, extra)
-        refinement = None if recipe == "instant" else Refinement(images, config, karst, budget_s)
-        files = AutoFiles(output, HtmlReport(report, metadata, in_use))
-        classifier = fit_auto(fitted, refinement, files, watch)
-        return Trained(classifier.adapter, output, report, classifier.metrics)
-    if in_use is not None:
-        metadata |= {"in_use": asdict(in_use)}
-    adapter, trained, predictions, metrics = fit_paper(
-        frozen,
-        images,
-        config,
-        epochs,
-        metrics={"train_images": len(images.train)} | extra,
-        device=device,
-        devices=devices,
-        checkpoint=state_file,
-        resume=resume,
-        on_step=watch.step,
-        on_epoch=watch.epoch,
-    )
-    if is_first_process(devices):
-        adapter.write(output)
-        metadata |= {"seed": epochs.seed} | described(adapter) | metrics
-        write_report(report, predictions, trained, images.train.images.targets, metadata)
-        state_file.unlink(missing_ok=True)
-    return Trained(adapter, output, report, metrics)
+        watch.checked(images)
+        extra: dict[str, Any] = {}
+        if probe and images.test is not None and is_first_process(devices):
+            extra["linear_probe_test_accuracy"] = round(linear_probe(frozen, images.train, images.test), 4)
+        metadata: dict[str, Any] = {"adapter": output.name, "data": str(data), "device": device}
+        metadata |= {"warnings": list(images.warnings), "versions": versions()}
+        metadata |= {"left_out": [asdict(files) for files in images.left_out]}
+        if epochs is None:
+            fitted = InstantFit.of(frozen, images, extra)
+            refinement = None if recipe == "instant" else Refinement(images, config, karst, budget_s)
+            page = HtmlReport(report, metadata, in_use)
+            classifier = fit_auto(fitted, refinement, AutoFiles(output, page), watch)
+            return Trained(classifier.adapter, output, report, classifier.metrics, page.figures)
+        if in_use is not None:
+            metadata |= {"in_use": asdict(in_use)}
+        adapter, trained, predictions, metrics = fit_paper(
+            frozen,
+            images,
+            config,
+            epochs,
+            metrics={"train_images": len(images.train)} | extra,
+            device=device,
+            devices=devices,
+            checkpoint=state_file,
+            resume=resume,
+            on_step=watch.step,
+            on_epoch=watch.epoch,
+        )
+        figures: dict[str, Png] = {}
+        if is_first_process(devices):
+            adapter.write(output)
+            metadata |= {"seed": epochs.seed} | described(adapter) | metrics
+            figures = write_report(report, predictions, trained, images.train.images.targets, metadata)
+            state_file.unlink(missing_ok=True)
+        return Trained(adapter, output, report, metrics, figures)
 
 
 def _refuse_paper_options(recipe: str, *, val_fraction: float | None, devices: int, resume: bool) -> None:

@@ -20,6 +20,7 @@ from ..data.images import normalise_for
 from ..data.layouts import Split
 from ..evaluation.calibration import accuracy_interval
 from ..method.karst import KarstModel
+from ..short_repr import short_repr
 
 BATCH_SIZE = 64
 
@@ -38,6 +39,8 @@ class Predictions:
     images: ImageTensors
     logits: Tensor
     targets: Tensor
+
+    __repr__ = short_repr
 
     @cached_property
     def predicted(self) -> npt.NDArray[np.int64]:

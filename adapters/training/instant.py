@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.calibration import fit_temperature
+from ..short_repr import short_repr
 
 COARSE = tuple(range(-3, 4))  # log10 of the shrinkage, in units of the mean eigenvalue
 FINE = (0.5, 0.25)  # steps around the best so far
@@ -37,6 +38,8 @@ class InstantHead:
     bias: Tensor
     scores: Tensor
     shrinkage: float
+
+    __repr__ = short_repr
 
 
 def fit_head(features: Tensor, targets: Tensor, classes: int) -> InstantHead:

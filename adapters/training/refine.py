@@ -26,6 +26,7 @@ from ..data.splitting import Fold, stratified_folds
 from ..evaluation.calibration import accuracy_interval, paired_gain
 from ..method.config import KarstConfig
 from ..method.karst import KarstModel
+from ..short_repr import short_repr
 from .instant import InstantHead, fit_head
 from .steps import (
     CHECKPOINTS,
@@ -55,6 +56,8 @@ class HeldOut:
     index: Tensor
     logits: Tensor
     targets: Tensor
+
+    __repr__ = short_repr
 
     @property
     def right(self) -> Tensor:
@@ -99,6 +102,8 @@ class Refined:
     references: tuple[Tensor, ...] = ()
     fold_sizes: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
+
+    __repr__ = short_repr
 
 
 def refine(

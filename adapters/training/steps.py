@@ -20,6 +20,7 @@ from ..data.images import normalise_for
 from ..data.splitting import Fold
 from ..method.config import KarstConfig
 from ..method.karst import KarstModel, attach
+from ..short_repr import short_repr
 from .augmentation import KINDS, augment, keeps_labels
 from .batches import VARIANTS, ModelRunner, TokenCache
 from .inference import BATCH_SIZE as EVALUATION_BATCH
@@ -84,6 +85,8 @@ class Run:
     logits: list[Tensor] = field(default_factory=list)  # of the held-out images
     features: list[Tensor] = field(default_factory=list)  # (m, D), of the same images
     references: list[Tensor] = field(default_factory=list)  # features of training images
+
+    __repr__ = short_repr
 
 
 class StepTrainer:

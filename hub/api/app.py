@@ -151,7 +151,8 @@ def create_app(
     store = Store(str(settings.store_url))
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))
     limiter = RateLimiter(database, cache, keys)
-    integrity, watch = RegistryIntegrity(database), RegistryWatch(database, cache.resynchronise)
+    integrity = RegistryIntegrity(database)
+    watch = RegistryWatch(database, cache.resynchronise, metrics.record_registry if metrics is not None else None)
     service = ClassificationService(
         registry=registry,
         cache=cache,

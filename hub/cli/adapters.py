@@ -113,6 +113,9 @@ def train(
         int | None, typer.Option(min=1, help="paper: GPUs (or CPU processes) that share each batch")
     ] = None,
     resume: Annotated[bool | None, typer.Option("--resume", help="paper: continue an interrupted training")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the adapter file and the report of an earlier training")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="seed of all random numbers")] = 0,
     url: Annotated[
         str | None, typer.Option(envvar="HUB_URL", help="URL of the hub to train for; its backbone is the default")
@@ -213,6 +216,7 @@ def train(
         skip_bad=skip_bad,
         max_pixels=chosen.max_image_pixels,
         probe=probe,
+        overwrite=overwrite,
         **run_options,
     )
     if target is not None and target.in_use is not None:

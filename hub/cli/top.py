@@ -117,7 +117,10 @@ def screen(now: TimedStatus, before: TimedStatus | None, *, narrow: bool = False
     """
     status = now.status
     tables = [*_workers(status, narrow), _tasks(status), *_tenants(now, before, narrow)]
-    return Group(Text(headline(status), style="bold"), *tables)
+    head = [Text(headline(status), style="bold")]
+    if status.changes_refused is not None:
+        head.append(Text(f"changes are refused: {status.changes_refused}", style="bold red"))
+    return Group(*head, *tables)
 
 
 def headline(status: HubStatus) -> str:

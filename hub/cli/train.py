@@ -1,7 +1,6 @@
 """`karst-hub train`: `adapters.fit` with a progress bar."""
 
 import signal
-from collections import Counter
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,13 +18,12 @@ from adapters.paper.recipe import steps_per_epoch
 from adapters.paper.selection import EpochResult
 from adapters.training.auto import Classifier
 from adapters.training.fit import DEFAULT_BUDGET_S, RecipeName
+from adapters.training.progress import line_about, lines_about
 from adapters.training.steps import KarstRecipe
 
 from .hub_target import HubTarget
 
 __all__ = ["DEFAULT_BUDGET_S", "KarstConfig", "KarstRecipe", "Recipe", "run"]
-
-FEW_IMAGES = 5  # a class with fewer is named before training
 
 
 def silence_further_processes(console: Console, devices: int) -> None:
@@ -114,36 +112,18 @@ class ProgressWatch(Watch):
         self._progress.advance(self._bar)
 
     def checked(self, images: CheckedDataset) -> None:
-        for warning in images.warnings:
-            self._console.print(f"warning: {warning}", soft_wrap=True)
-        for files in images.left_out:
-            if not files.matters:  # the others are among the warnings
-                self._console.print(f"left out: {files}", soft_wrap=True)
-        count, validation, test = (len(part) if part else 0 for part in (images.train, images.validation, images.test))
-        self._console.print(
-            f"{count} training images, {validation} for validation, {test} held out; "
-            f"{len(images.train.images.labels)} classes"
-        )
-        for label, images_of_class in _smallest_classes(images):
-            self._console.print(f"warning: class {label!r} has only {images_of_class} images", soft_wrap=True)
-        height, width = images.train[0][0].shape[1:]
-        self._console.print(f"the backbone sees {width} x {height} pixels")
+        for line in lines_about(images):
+            self._console.print(line, soft_wrap=True)
         if isinstance(self._recipe, str):
             self._progress.update(self._bar, description="images read")
             return
-        self._step_images = min(self._recipe.batch_size, count)
-        self._epoch_images = steps_per_epoch(count, self._recipe) * self._step_images
+        self._step_images = min(self._recipe.batch_size, len(images.train))
+        self._epoch_images = steps_per_epoch(len(images.train), self._recipe) * self._step_images
         self._bar = self._progress.add_task("training", total=self._epoch_images * self._recipe.epochs)
 
     def instant(self, classifier: Classifier) -> None:
-        low, high = classifier.held_out.interval
         self.instant_written = classifier.beats_chance
-        end = "the adapter is written" if classifier.beats_chance else "not better than chance, so nothing is written"
-        self._console.print(
-            f"instant: {classifier.held_out.accuracy:.1%} of {len(classifier.held_out.targets)} left-out images are "
-            f"right (95 % interval {low:.1%} to {high:.1%}; chance {classifier.chance:.1%}); {end}",
-            soft_wrap=True,
-        )
+        self._console.print(line_about(classifier), soft_wrap=True)
 
     def planned(self, steps: int, seconds: float) -> None:
         self._console.print(f"KARST: {steps} steps, about {seconds:.0f} s", soft_wrap=True)
@@ -171,13 +151,6 @@ class ProgressWatch(Watch):
             description=f"epoch {epoch.number}: loss {epoch.loss:.3f}, training {epoch.train_accuracy:.1%}"
             + self._validation,
         )
-
-
-def _smallest_classes(images: CheckedDataset) -> list[tuple[str, int]]:
-    """Return (label, images) of up to five classes with few images, the smallest first."""
-    counts = Counter(images.train.images.targets)
-    few = [(label, counts[k]) for k, label in enumerate(images.train.images.labels) if counts[k] < FEW_IMAGES]
-    return sorted(few, key=lambda item: item[1])[:5]
 
 
 class _Speed(ProgressColumn):

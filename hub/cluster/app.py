@@ -10,15 +10,17 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from ..api.app import create_app
+from ..registry.startup import UnfitRegistry, check_registry
 from ..settings import Settings
 from ..storage.store import Store
-from ..urls import check_redis_url
 from ..worker.prewarming import Prewarming
 from ..worker.replica import Worker
 from .autoscaling import replica_options
 from .gateway import Gateway
 from .ray_compat import LOOPBACK, cpus_of_this_node, local_cluster_options, ray_metrics
 from .request_router import RendezvousRouter
+
+logger = logging.getLogger(__name__)
 
 NAME = "karst-hub"
 GATEWAY_REQUESTS = 4096  # concurrent requests per gateway; most wait in their tenant's queue and cost only memory
@@ -39,17 +41,27 @@ def build(settings: Settings) -> serve.Application:
             required, since every node uses both. `device="auto"` is resolved on that node too: set `cuda` if that node
             has no GPU and the workers' nodes have one.
 
+    The registry is checked as `karst-hub serve` does it. A Redis that does not answer yet is only logged: gateways wait
+    for it, and Serve would not build a failed application again.
+
     Raises:
-        ValueError: `redis_url` or `store_url` is not set, or `redis_url` is not valid.
+        ValueError: `redis_url` or `store_url` is not set, or a hub cannot use that registry.
     """
     if settings.redis_url is None or settings.store_url is None:
         raise ValueError("redis_url and store_url are required: every node of the cluster uses them")
     try:
-        check_redis_url(settings.redis_url)
-    except ValueError as error:
-        raise ValueError(f"redis_url: {error}.") from None
-    prewarming = Prewarming(settings.redis_url, settings.pinned)
-    store = Store(settings.store_url)
+        check_registry(settings.redis_url)
+    except UnfitRegistry as error:
+        if not error.may_pass:
+            raise
+        logger.warning("the registry does not answer, and the hub starts without it: %s", error)
+    return application(settings)
+
+
+def application(settings: Settings) -> serve.Application:
+    """Return the Serve application of a hub whose registry was checked."""
+    prewarming = Prewarming(str(settings.redis_url), settings.pinned)
+    store = Store(str(settings.store_url))
     workers = serve.deployment(**worker_options(settings))(Worker).bind(
         settings, store, prewarming, partial(_workers_per_node, settings.max_workers), ray_metrics
     )
@@ -123,7 +135,7 @@ def start(settings: Settings, folder: Path) -> None:
         http_options |= {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
     serve.start(http_options=http_options)
     try:
-        serve.run(build(settings), name=NAME, route_prefix="/")
+        serve.run(application(settings), name=NAME, route_prefix="/")
     except RuntimeError as error:  # its text has no reason; the deployments' messages have it
         deployments = serve.status().applications[NAME].deployments.values()
         raise RuntimeError("\n".join([str(error), *(d.message for d in deployments)])) from error

@@ -20,12 +20,16 @@ class GatewayMetrics:
 
     def __init__(self, types: MetricTypes) -> None:
         """Create the metrics. In a Serve replica, because Serve adds the labels of the replica that creates them."""
-        self._counters, _, self._histograms = make_instruments(GATEWAY, types)
+        self._counters, self._gauges, self._histograms = make_instruments(GATEWAY, types)
         self._tenants = BoundedLabel(MAX_TENANT_LABELS)
         self._tasks = BoundedLabel(MAX_TASK_LABELS)
         for name, series in STARTED.items():
             for tags in series:
                 self._counters[name].start({"tenant": NO_TENANT} | tags)
+
+    def record_registry(self, refuses_changes: bool) -> None:
+        """Record whether the gateway refuses changes. Ray drops a gauge that is not set again within seconds."""
+        self._gauges["karst_changes_refused"].set(float(refuses_changes))
 
     def record(self, context: RequestContext, status: int, seconds: float) -> None:
         """Record a request. Only successful classifications are timed.

@@ -1,6 +1,5 @@
 """Checks before a local hub starts: each one fails in a second with one line, not in a minute with a traceback."""
 
-import asyncio
 import fcntl
 import logging
 import resource
@@ -11,10 +10,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from ..cluster.haproxy_node import connections_for
-from ..errors import Unavailable
-from ..registry.health import read_facts
-from ..registry.redis.connection import RegistryConnection, reason_of
-from ..registry.tenants import TenantRegistry
+from ..registry import startup
 from ..settings import Settings
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
@@ -128,29 +124,12 @@ def check_sources(settings: Settings) -> None:
 def check_registry(url: str) -> None:
     """
     Raises:
-        StartError: the URL is not valid, Redis does not answer, it is a replica, it may evict keys, or an older version
-            of the hub wrote its data.
+        StartError: the hub cannot use this registry, or Redis does not answer (`registry.startup`).
     """
     try:
-        asyncio.run(_check_registry(url))
-    except ValueError as error:
-        raise StartError(f"HUB_REDIS_URL={shown_url(url)}: {error}.") from error
-    except Unavailable as error:
-        raise StartError(f"HUB_REDIS_URL={shown_url(url)}: {reason_of(error, url)}") from error
-
-
-async def _check_registry(url: str) -> None:
-    database = RegistryConnection(url, quiet=True)
-    try:
-        if (fault := (await read_facts(database)).fault()) is not None:
-            raise StartError(f"HUB_REDIS_URL={shown_url(url)}: {fault}")
-        if await TenantRegistry(database).has_outdated_format():
-            raise StartError(
-                "An older karst-hub wrote this registry and stored keys in another form. Start with an empty registry "
-                "(another HUB_HOME, or HUB_REDIS_URL) and register the adapters again."
-            )
-    finally:
-        await database.close()
+        startup.check_registry(url)
+    except startup.UnfitRegistry as error:
+        raise StartError(str(error)) from error
 
 
 def check_backbone(settings: Settings) -> None:

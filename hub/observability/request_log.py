@@ -19,10 +19,13 @@ logger = logging.getLogger("hub.requests")
 
 
 class RequestMetrics(Protocol):
-    """Counters of requests."""
+    """Metrics of a gateway."""
 
     def record(self, context: RequestContext, status: int, seconds: float) -> None:
         """Count a request that has ended."""
+
+    def record_registry(self, refuses_changes: bool) -> None:
+        """Record whether the gateway refuses changes because Redis may evict keys."""
 
 
 class RequestLogMiddleware:

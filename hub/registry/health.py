@@ -87,13 +87,20 @@ async def read_facts(connection: RegistryConnection) -> ServerFacts:
 class RegistryWatch:
     """Watch of the registry's Redis while a gateway runs: a policy that evicts, a failover, another server."""
 
-    def __init__(self, connection: RegistryConnection, on_other_server: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        connection: RegistryConnection,
+        on_other_server: Callable[[], None],
+        on_check: Callable[[bool], None] | None = None,
+    ) -> None:
         """
         Args:
             on_other_server: called when another Redis process answers: after a failover it may lack the last changes.
+            on_check: called after each check of `run`, with whether changes are refused now.
         """
         self._connection = connection
         self._on_other_server = on_other_server
+        self._on_check = on_check
         self._run_id: str | None = None
 
     async def run(self) -> None:
@@ -105,6 +112,8 @@ class RegistryWatch:
                 pass  # the connection has logged the reason
             except Exception:
                 logger.exception("the check of the registry failed")
+            if self._on_check is not None:  # also without an answer: the last state holds, and metrics need a value
+                self._on_check(self._connection.refusal is not None)
             await asyncio.sleep(WATCH_INTERVAL_S)
 
     async def check(self) -> None:

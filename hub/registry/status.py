@@ -54,7 +54,8 @@ class StatusBoard:
             for name, (images, counted) in zip(names, await tenants.activity(names), strict=True)
             if counted is not None
         ]
-        return HubStatus(workers=workers, tasks=busiest_tasks(workers), tenants=active)
+        refusal = self._connection.refusal
+        return HubStatus(workers=workers, tasks=busiest_tasks(workers), tenants=active, changes_refused=refusal)
 
     async def recent_digests(self, limit: int) -> list[str]:
         """Return the digests of adapters that workers used, the latest first."""

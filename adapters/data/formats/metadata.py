@@ -9,6 +9,8 @@ import struct
 import zlib
 from dataclasses import dataclass
 
+from ...short_repr import short_repr
+
 MAX_METADATA_BYTES = 1024**2  # of EXIF or XMP that is searched for the orientation; longer metadata are cut
 _ORIENTATION = 274
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
@@ -24,6 +26,8 @@ class Metadata:
 
     exif: bytes = b""
     xmp: bytes = b""
+
+    __repr__ = short_repr
 
     def orientation(self) -> int | None:
         """Return the orientation, 1 to 8, from EXIF, otherwise from XMP; None if neither has a valid one."""

@@ -16,6 +16,7 @@ from typing import NoReturn
 import numpy as np
 from PIL import Image
 
+from ...short_repr import short_repr
 from ..errors import ImageError, ImageTooLargeError
 from .metadata import MAX_METADATA_BYTES, Metadata
 
@@ -80,6 +81,8 @@ class Tiff:
     photometric: int
     extra: tuple[int, ...]  # the meaning of each sample behind the colours
     metadata: Metadata
+
+    __repr__ = short_repr
 
     def orientation(self) -> int | None:
         """Return the orientation, 1 to 8, from its tag, otherwise from XMP; None without a valid one."""

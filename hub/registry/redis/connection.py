@@ -181,6 +181,11 @@ class RegistryConnection:
         self._quiet = quiet
         self._logged: tuple[str, float] = ("", 0.0)
 
+    @property
+    def refusal(self) -> str | None:
+        """Why the hub refuses every change now, with the remedy, for an operator; None if it accepts changes."""
+        return self._refusal
+
     def refuse_changes(self, reason: str | None) -> None:
         """Refuse every change until a call with None, because Redis could lose it. The log has the reason."""
         if reason is not None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from adapters import Adapter, Backbone, BackboneError, Bank, ConfigError, KarstConfig, load_backbone
+from adapters import Adapter, Backbone, BackboneError, Bank, ConfigError, DataError, KarstConfig, Watch, load_backbone
 from adapters.data.images import normalise_for
 from adapters.evaluation import html_report
 from adapters.evaluation.html_report import FILES
@@ -15,7 +15,7 @@ from adapters.evaluation.outputs import AccuracyInUse
 from adapters.evaluation.report import draw_confusion
 from adapters.training.auto import Classifier
 from adapters.training.auto_files import NotBetterThanChance
-from adapters.training.fit import Watch, fit
+from adapters.training.fit import fit
 from adapters.training.inference import Predictions
 from adapters.training.steps import KarstRecipe
 from tests.support.image_sets import coloured_images, write_digits
@@ -154,8 +154,9 @@ def test_rejected_adapter_leaves_an_older_file_untouched(demo: Backbone, data: P
     output = tmp_path / "c.safetensors"
     older = fit(data, output, backbone=demo, recipe="instant").adapter
     grey = dict.fromkeys(("a", "b"), (120, 120, 120))
+    noise = coloured_noise(tmp_path / "noise", grey, 10, seed=5)
     with pytest.raises(NotBetterThanChance):
-        fit(coloured_noise(tmp_path / "noise", grey, 10, seed=5), output, backbone=demo, recipe="instant")
+        fit(noise, output, backbone=demo, recipe="instant", overwrite=True)
     assert Adapter.read(output).digest == older.digest
 
 
@@ -205,3 +206,72 @@ def test_option_of_the_paper_recipe_is_refused_by_name(demo: Backbone, data: Pat
     values = {"val_fraction": 0.1, "devices": 2, "resume": True}
     with pytest.raises(ConfigError, match=f"{option} belongs to the recipe `paper`"):
         fit(data, tmp_path / "c.safetensors", backbone=demo, **{option: values[option]})  # type: ignore[arg-type]
+
+
+def test_fit_refuses_to_replace_an_earlier_result_until_it_may_overwrite(
+    demo: Backbone, data: Path, tmp_path: Path
+) -> None:
+    class Unread(Watch):
+        def reading(self, images: int) -> None:
+            raise AssertionError("images are read")
+
+    output = tmp_path / "c.safetensors"
+    first = fit(data, output, backbone=demo, recipe="instant")
+    with pytest.raises(DataError, match=r"c\.safetensors exists, from an earlier training.*overwrite=True"):
+        fit(data, output, backbone=demo, recipe="instant", watch=Unread())
+    output.unlink()
+    with pytest.raises(DataError, match=r"c\.report/report\.json exists"):
+        fit(data, output, backbone=demo, recipe="instant", watch=Unread())
+    again = fit(data, output, backbone=demo, recipe="instant", overwrite=True)
+    assert Adapter.read(output).digest == again.adapter.digest
+    assert again.adapter.labels == first.adapter.labels
+
+
+def test_fit_refuses_to_replace_a_rejected_adapter(demo: Backbone, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.rejected.safetensors").write_bytes(b"kept")
+    with pytest.raises(DataError, match=r"c\.rejected\.safetensors exists"):
+        fit(data, tmp_path / "c.safetensors", backbone=demo, recipe="instant")
+    assert (tmp_path / "c.rejected.safetensors").read_bytes() == b"kept"
+
+
+class Named(Watch):
+    """Record of the backbone that a training takes."""
+
+    def using(self, backbone: str, origin: str) -> None:
+        self.named = backbone, origin
+
+
+def test_fit_takes_the_backbone_of_hub_backbone(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Named()
+    monkeypatch.setenv("HUB_BACKBONE", "no_such_model")
+    with pytest.raises(BackboneError, match="no_such_model"):
+        fit(data, tmp_path / "c.safetensors", recipe="instant", watch=watch)
+    assert watch.named == ("no_such_model", "from HUB_BACKBONE")
+    monkeypatch.setenv("HUB_BACKBONE", "demo")
+    monkeypatch.setenv("HUB_CHECKPOINT", str(tmp_path / "missing.safetensors"))
+    with pytest.raises(BackboneError, match=r"missing\.safetensors"):
+        fit(data, tmp_path / "c.safetensors", recipe="instant")
+    monkeypatch.setenv("HUB_IMAGE_SIZE", "big")
+    with pytest.raises(BackboneError, match="HUB_IMAGE_SIZE is 'big'"):
+        fit(data, tmp_path / "c.safetensors", recipe="instant")
+
+
+def test_fit_names_the_demo_backbone_when_nothing_selects_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HUB_BACKBONE", "HUB_CHECKPOINT", "HUB_IMAGE_SIZE", "HUB_DEVICE"):
+        monkeypatch.delenv(name, raising=False)
+    watch = Named()
+    done = fit(data, tmp_path / "c.safetensors", recipe="instant", watch=watch)
+    assert done.adapter.backbone == "demo"
+    assert watch.named == ("demo", "the default; HUB_BACKBONE or `backbone=` selects another one")
+
+
+def test_fit_keeps_a_given_backbone_beside_hub_backbone(
+    demo: Backbone, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUB_BACKBONE", "no_such_model")
+    monkeypatch.setenv("HUB_CHECKPOINT", str(tmp_path / "missing.safetensors"))
+    for backbone in (demo, "demo"):
+        done = fit(data, tmp_path / "c.safetensors", backbone=backbone, recipe="instant", overwrite=True)
+        assert done.adapter.backbone == "demo"

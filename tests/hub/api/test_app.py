@@ -25,6 +25,9 @@ class Statuses:
     def record(self, context: RequestContext, status: int, seconds: float) -> None:
         self.seen.append((status, context.error))
 
+    def record_registry(self, refuses_changes: bool) -> None:
+        assert not refuses_changes
+
 
 @pytest.fixture
 def api() -> GatewayAPI:

@@ -143,9 +143,9 @@ def test_train_shows_the_accuracy_of_the_version_in_use(known: Hub, train: Train
     data = (tmp_path / "digits.safetensors").read_bytes()
     known.http.post(f"/v1/tasks/{task}/versions", content=data, headers=OCTETS)
     options = () if task == "digits" else ("--task", task)  # by default the name of the file
-    found = json.loads(train("--json", *options).stdout)["in_use"]
+    found = json.loads(train("--json", "--overwrite", *options).stdout)["in_use"]
     assert found["name"] == f"version 1 of {task}"
     assert found["accuracy"] == first["leave_one_out_accuracy"]
     assert found["images"] == 24
     assert f"in use: version 1 of {task}, 24 left-out images" in (tmp_path / "digits.report/report.html").read_text()
-    assert f"version 1 of {task}: 100.0% of 24 left-out images" in train(*options).stdout
+    assert f"version 1 of {task}: 100.0% of 24 left-out images" in train("--overwrite", *options).stdout

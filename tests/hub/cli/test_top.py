@@ -209,3 +209,11 @@ def test_top_raises_the_error_when_the_hub_refuses_the_key() -> None:
 
     with pytest.raises(Forbidden):
         top.run(fetch, Console(file=io.StringIO()), interval_s=1.0, once=False)
+
+
+def test_top_says_in_a_line_of_its_own_that_changes_are_refused() -> None:
+    reason = "The maxmemory-policy of this Redis is allkeys-lru."
+    status = HubStatus(workers=[worker()], tasks=[], tenants=[], changes_refused=reason)
+    assert f"changes are refused: {reason}" in shown(TimedStatus(status, 0.0))
+    healthy = HubStatus(workers=[worker()], tasks=[], tenants=[])
+    assert "refused:" not in shown(TimedStatus(healthy, 0.0))

@@ -135,7 +135,7 @@ def test_train_uses_all_vtab_images_when_final_is_set(job: dict[str, Any]) -> No
         (job["data"] / f"{name}.txt").write_text("\n".join(part) + "\n")
     done, _, _ = run(job)
     assert (done["train_images"], done["val_images"], done["test_images"]) == (6, 2, 2)
-    done, _, _ = run(dict(job, final=True))
+    done, _, _ = run(dict(job, final=True, overwrite=True))
     assert (done["train_images"], done["test_images"], done["epoch"]) == (8, 2, 2)
     assert "val_images" not in done
     assert Adapter.read(job["output"]).labels == ("0", "1")

@@ -1,11 +1,16 @@
 """The Serve application of a hub follows its settings."""
 
+import asyncio
+from pathlib import Path
+
 import pytest
 from ray import serve
 
 from hub.cluster.app import NAME, build, gateway_options, worker_options
 from hub.cluster.request_router import RendezvousRouter
+from hub.local.ports import free_port
 from hub.settings import Settings
+from tests.support.redis_servers import redis_server, two_servers
 
 SETTINGS = Settings(backbone="demo", redis_url="redis://r", store_url="/s", device="cpu")
 
@@ -42,6 +47,44 @@ def test_a_worker_reserves_a_gpu_when_its_device_is_cuda(device: str, gpus: int)
 def test_build_returns_an_application_of_valid_deployments() -> None:
     assert isinstance(build(changed(min_workers=0)), serve.Application)
     assert NAME == "karst-hub"
+
+
+def test_build_refuses_a_redis_that_evicts(tmp_path: Path) -> None:
+    with redis_server(tmp_path, "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru") as server:
+        with pytest.raises(ValueError, match="maxmemory-policy of this Redis is allkeys-lru"):
+            build(changed(redis_url=server.url))
+        server.client.config_set("maxmemory-policy", "noeviction")
+        assert isinstance(build(changed(redis_url=server.url)), serve.Application)
+
+
+def test_build_refuses_a_replica(tmp_path: Path) -> None:
+    with two_servers(tmp_path) as (first, second, _):
+        with pytest.raises(ValueError, match="This server is a replica of"):
+            build(changed(redis_url=second.url))
+        assert isinstance(build(changed(redis_url=first.url)), serve.Application)
+
+
+def test_build_refuses_a_wrong_password_without_showing_it(tmp_path: Path) -> None:
+    with redis_server(tmp_path, password="right") as server:
+        with pytest.raises(ValueError, match="Correct user and password") as caught:
+            build(changed(redis_url=f"redis://:hunter2@127.0.0.1:{server.port}/0"))
+        assert "hunter2" not in str(caught.value)
+
+
+def test_build_only_logs_a_redis_that_does_not_answer_yet(caplog: pytest.LogCaptureFixture) -> None:
+    url = f"redis://:hunter2@127.0.0.1:{free_port()}/0"
+    assert isinstance(build(changed(redis_url=url)), serve.Application)
+    assert "the registry does not answer" in caplog.text
+    assert "Connection refused" in caplog.text
+    assert "hunter2" not in caplog.text
+
+
+def test_build_runs_inside_an_event_loop(tmp_path: Path) -> None:
+    async def main() -> None:
+        build(changed(redis_url=server.url))
+
+    with redis_server(tmp_path) as server:
+        asyncio.run(main())
 
 
 @pytest.mark.parametrize("missing", ["redis_url", "store_url"])

@@ -26,6 +26,14 @@ def test_a_classification_is_counted_and_timed() -> None:
     }
 
 
+def test_refused_changes_are_a_gauge_that_every_check_sets_again() -> None:
+    recorder = Recorder()
+    metrics = GatewayMetrics(recorder.types())
+    for refuses in (False, True, True, False):
+        metrics.record_registry(refuses)
+    assert recorder.values == {("karst_changes_refused",): [0, 1, 1, 0]}
+
+
 def test_unknown_images_are_counted_with_the_label_of_their_task() -> None:
     recorder = Recorder()
     metrics = GatewayMetrics(recorder.types())

@@ -95,6 +95,7 @@ def test_promtool_accepts_dashboard_and_alerts(tmp_path: Path) -> None:
 HEALTHY = {
     "ray_karst_slots": "64x30",
     "ray_karst_images_waiting": "4x30",
+    "ray_karst_changes_refused": "0x30",
     'ray_karst_requests_total{tenant="a", status="2xx"}': "0+600x30",
     'ray_karst_requests_total{tenant="none", status="5xx"}': "0x30",
     'ray_karst_errors_total{tenant="none", type="unavailable"}': "0x30",
@@ -110,6 +111,7 @@ HEALTHY = {
 }  # series -> values a minute apart
 FAULTS: dict[str, dict[str, str | None]] = {  # alert -> what differs; None: the series is absent
     "KarstHubNoMetrics": {"ray_karst_slots": None},
+    "KarstHubChangesRefused": {"ray_karst_changes_refused": "1x30"},
     "KarstHubFailing": {'ray_karst_requests_total{tenant="none", status="5xx"}': "0+10x30"},
     "KarstHubUnavailable": {'ray_karst_errors_total{tenant="none", type="unavailable"}': "0+120x30"},
     "KarstHubSlow": {'ray_karst_request_seconds_bucket{tenant="a", le="1"}': "0+500x30"},

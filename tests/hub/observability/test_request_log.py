@@ -30,6 +30,9 @@ class Recorder:
         assert seconds >= 0
         self.requests.append((context.request_id, context.tenant, status))
 
+    def record_registry(self, refuses_changes: bool) -> None:
+        raise AssertionError("the middleware knows no registry")
+
 
 async def reply_503(_scope: Scope, _receive: Receive, send: Send) -> None:
     request_context.note_tenant("acme")

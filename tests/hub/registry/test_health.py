@@ -16,7 +16,7 @@ from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tenants import TenantRegistry
 from tests.support.hub_app import OCTETS, running
 from tests.support.models import png, wait_until
-from tests.support.redis_servers import redis_server
+from tests.support.redis_servers import RedisServer, redis_server
 
 POLICIES = ["allkeys-lru", "allkeys-lfu", "allkeys-random", "volatile-lru", "volatile-ttl"]
 
@@ -83,9 +83,42 @@ def test_a_gateway_classifies_but_changes_nothing_while_the_policy_evicts(
         server.client.config_set("maxmemory-policy", "allkeys-lru")
         wait_until(lambda: refusal().startswith("The registry (Redis) accepts no changes now"))
         assert "allkeys" not in refusal()
+        told = hub.http.get("/v1/status", headers=hub.admin).json()["changes_refused"]
+        assert told.startswith("The maxmemory-policy of this Redis is allkeys-lru.")
         assert hub.http.post("/v1/tasks/flowers/classify", content=png()).status_code == 200
         server.client.config_set("maxmemory-policy", "noeviction")
         wait_until(lambda: not refusal())
+        assert hub.http.get("/v1/status", headers=hub.admin).json()["changes_refused"] is None
+
+
+def test_a_running_watch_tells_after_each_check_whether_changes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hub.registry.health.WATCH_INTERVAL_S", 0.02)
+    told: list[bool] = []
+
+    async def told_again(what: bool, times: int = 3) -> None:
+        told.clear()
+        async with asyncio.timeout(10):
+            while told[-times:] != [what] * times:
+                await asyncio.sleep(0.01)
+
+    async def main(server: RedisServer) -> None:
+        connection = RegistryConnection(server.url)
+        running = asyncio.create_task(RegistryWatch(connection, lambda: None, told.append).run())
+        try:
+            await told_again(False)
+            server.client.config_set("maxmemory-policy", "allkeys-lru")
+            await told_again(True)
+            server.client.shutdown(nosave=True)
+            await told_again(True)  # nobody has changed the policy back
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+            await connection.close()
+
+    with redis_server(tmp_path) as server:
+        asyncio.run(main(server))
 
 
 def test_facts_name_the_mode_and_the_primary(tmp_path: Path) -> None:
