@@ -12,7 +12,7 @@ import numpy as np
 from adapters import BankLimits
 
 from ..admission.authentication import Caller
-from ..admission.quotas import IMAGES_DECODED
+from ..admission.quotas import IMAGES_DECODED, REGISTRY_READS
 from ..admission.rate_limits import RateLimiter
 from ..concurrency import TenantConcurrencyLimit, gather_or_cancel
 from ..errors import InvalidAdapter
@@ -80,6 +80,7 @@ class ClassificationService:
         self._decoder = decoder
         self._workers = workers
         self._images = TenantConcurrencyLimit(IMAGES_DECODED)
+        self._reads = TenantConcurrencyLimit(REGISTRY_READS)  # of up to half a megabyte each
         self._limits: BankLimits | None = None
 
     async def predict(
@@ -201,7 +202,8 @@ class ClassificationService:
 
     async def tasks(self, caller: Caller, limit: int, cursor: str) -> TaskList:
         """Return a page of the tasks that the caller sees, as far as its key may use them; see `TaskReads.page`."""
-        found, next_cursor = await self._registry.page(caller.tenant, limit, cursor, caller.may_use)
+        async with self._reads.acquire(caller.tenant):
+            found, next_cursor = await self._registry.page(caller.tenant, limit, cursor, caller.may_use)
         return TaskList(tasks=found, next=next_cursor)
 
     async def task(self, caller: Caller, name: str, limit: int, after: int) -> str:
@@ -224,7 +226,8 @@ class ClassificationService:
         """
         owner, _ = caller.resolve(name)
         numbers = [number for number in task.digests if number > after]
-        page = await self._registry.versions(owner, task, numbers[:limit])
+        async with self._reads.acquire(caller.tenant):
+            page = await self._registry.versions(owner, task, numbers[:limit])
         info = TaskInfo(
             task=name if owner != caller.tenant else task.name,
             labels=(await self._cache.version(owner, task, task.current)).labels,
@@ -249,7 +252,8 @@ class ClassificationService:
             NotFound: the caller sees no such task or version.
         """
         task, number = await self.find(caller, name, reference, canary)
-        return await self._registry.version(caller.resolve(name)[0], task, number)
+        async with self._reads.acquire(caller.tenant):
+            return await self._registry.version(caller.resolve(name)[0], task, number)
 
     async def served(
         self, caller: Caller, name: str, reference: str, canary: str | None = None

@@ -1,6 +1,7 @@
 """Tasks, versions and aliases against a real Redis: atomic changes, unique numbers, change events."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,5 +234,36 @@ def test_a_version_is_refused_while_its_file_is_being_removed(empty_redis: str) 
         assert not await registry.claim_orphan("a" * 64)  # a version of the other tenant refers to the file
         await registry.delete_task(OPERATOR, "one", "y")
         assert await registry.claim_orphan("a" * 64)
+
+    in_registry(empty_redis, use)
+
+
+def test_a_registration_is_refused_when_the_registry_bytes_of_the_tenant_are_reached(
+    empty_redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hub.registry.tasks.REGISTRY_BYTES", 5_000_000)
+    metrics = {"notes": "m" * 500_000}
+
+    async def use(connection: RegistryConnection) -> None:
+        registry = TaskRegistry(connection)
+        await TenantRegistry(connection).create(OPERATOR, "t", LimitsChange(versions=1000))
+        large = [version(f"{i:064x}").model_copy(update={"metrics": metrics}) for i in range(12)]
+
+        async def register_all() -> None:
+            for v in large:
+                await registry.register(OPERATOR, "t", "x", v, ["latest"])
+
+        with pytest.raises(LimitReached, match="bytes of metadata of tasks and versions") as caught:
+            await register_all()
+        assert caught.value.errors[0].field == "registry_bytes"
+        assert len((await registry.task("t", "x")).digests) == 9
+        with pytest.raises(LimitReached):
+            await registry.check_quota(OPERATOR, "t", "x", large[-1])
+        with pytest.raises(LimitReached):
+            await registry.restore(OPERATOR, "t", [replace(task, name="y") for task in await registry.dump("t")])
+        assert not await connection.redis.keys("karst:t:t:staged:*")
+        await registry.share(OPERATOR, "t", "x", Sharing())  # no change adds bytes
+        await registry.delete_version(OPERATOR, "t", "x", 1)
+        await registry.register(OPERATOR, "t", "x", large[-1], ["latest"])
 
     in_registry(empty_redis, use)
