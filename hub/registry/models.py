@@ -91,9 +91,10 @@ class WholeTask(Task):
 
 def task_summary(name: str, aliases: Mapping[str, dict[int, int]], current: VersionSummary) -> TaskSummary:
     """Return a task as clients see it in a list."""
+    latest = max(aliases[LATEST]) if LATEST in aliases else None
     return TaskSummary(
         task=name,
-        latest=max(aliases[LATEST]) if LATEST in aliases else None,
+        latest=latest,
         classes=current.classes,
         aliases=dict(sorted(aliases.items())),
         accuracy=current.accuracy,

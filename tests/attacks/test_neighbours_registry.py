@@ -68,13 +68,13 @@ def test_victim_is_served_when_another_tenant_deletes_tasks_and_versions_of_50_m
 def test_response_times_are_alike_when_a_task_is_absent_private_or_shared_with_others(
     hub: AttackedHub, victim: Victim, small: Adapter
 ) -> None:
-    owner, stranger = hub.tenant(), hub.tenant({"requests_per_second": 1e6})
+    owner, other = hub.tenant(), hub.tenant({"requests_per_second": 1e6})
     with Client(hub.url, owner) as client:
         tenant = client.usage().tenant
         for task in ("private", "given"):
             client.register(task, small.data)
         client.share("given", tenants=[f"other-{i:04}" + "y" * 50 for i in range(OTHERS)])
-        assert send(hub.url, Request("GET", f"/v1/tasks/{tenant}:given", stranger)).status == 404
+        assert send(hub.url, Request("GET", f"/v1/tasks/{tenant}:given", other)).status == 404
     tasks = ("absent", "private", "given")
     place = urlsplit(hub.url)
     connection = http.client.HTTPConnection(str(place.hostname), place.port)
@@ -83,7 +83,7 @@ def test_response_times_are_alike_when_a_task_is_absent_private_or_shared_with_o
     for _ in range(SAMPLES):
         for task in random.sample(tasks, len(tasks)):
             began = time.perf_counter()
-            connection.request("GET", f"/v1/tasks/{tenant}:{task}", headers={"authorization": f"Bearer {stranger}"})
+            connection.request("GET", f"/v1/tasks/{tenant}:{task}", headers={"authorization": f"Bearer {other}"})
             reply = connection.getresponse()
             answers.add(reply.read().replace(task.encode(), b"TASK"))
             times[task].append(time.perf_counter() - began)
