@@ -7,7 +7,8 @@ import numpy as np
 from adapters.evaluation.calibration import coverage_threshold
 
 from ..errors import InvalidRequest
-from ..schemas import MAX_REPLY_BYTES, Prediction, VersionInfo
+from ..registry.versions import ServedVersion
+from ..schemas import MAX_REPLY_BYTES, Prediction
 
 ENTRY_BYTES = 48  # of a label's score and of the JSON around both
 
@@ -24,7 +25,7 @@ def label_set(labels: Sequence[str], probabilities: np.ndarray, threshold: float
     return [labels[i] for rank, i in enumerate(order) if rank == 0 or probabilities[i] >= threshold]
 
 
-def threshold_of(task: str, version: VersionInfo, coverage: float | None) -> float | None:
+def threshold_of(task: str, version: ServedVersion, coverage: float | None) -> float | None:
     """Return the threshold of a version's label sets at a coverage; None without a coverage.
 
     Raises:

@@ -3,14 +3,14 @@
 import json
 from collections.abc import Sequence
 
-from ...schemas import VersionInfo
+from ...registry.versions import ServedVersion
 from ...services.label_sets import require_small_reply
 from .oip_tensors import OutputFormat
 
 NUMBER_BYTES = 24  # of a number in JSON, with its comma
 
 
-def require_small_outputs(formats: Sequence[OutputFormat], version: VersionInfo, images: int) -> None:
+def require_small_outputs(formats: Sequence[OutputFormat], version: ServedVersion, images: int) -> None:
     """Refuse a call whose reply would be a large multiple of its request.
 
     Raises:

@@ -16,6 +16,8 @@ from hub.registry.audit import OPERATOR
 from hub.registry.keys import KeyRegistry
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
+from hub.schemas import VersionInfo
+from hub.services.tenant_archive import version_fields
 from tests.support.hub_app import OCTETS, Hub, in_registry
 from tests.support.models import png
 
@@ -32,9 +34,9 @@ def old(hub: Hub, url: str, adapters: list[Adapter], tmp_path: Path, monkeypatch
     async def fill(database: RegistryConnection) -> None:
         await KeyRegistry(database).create(OPERATOR, "default", "caller", EVIL)
         registry = TaskRegistry(database)
-        good = (await registry.task("default", "good")).current
-        labels = [f"{EVIL}{i}" for i in range(len(good.labels))]
-        bad = good.model_copy(update={"labels": labels, "backbone": EVIL, "metrics": {EVIL: EVIL}})
+        fields = version_fields(adapters[0])
+        fields |= {"labels": [f"{EVIL}{i}" for i in range(5)], "backbone": EVIL, "metrics": {EVIL: EVIL}}
+        bad = VersionInfo(version=0, registered="2026-01-01T00:00:00+00:00", **fields)
         await registry.register(OPERATOR, "default", "bad", bad, ["latest"], EVIL)
 
     in_registry(hub.redis_url, fill)
