@@ -4,8 +4,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, ConfigDict, Field, model_validator
 
+from .control_characters import PLAIN
 from .field_types import NUMBER, ORIGIN_PATTERN, Name, TaskName
 from .field_types import Body as _Body
+
+NEXT_CURSOR: Any = Field(
+    None,
+    exclude_if=lambda value: value is None,
+    description="the parameter `cursor` of the next page; absent on the last page",
+)
 
 
 class TenantLimits(_Body):
@@ -48,6 +55,7 @@ class TenantInfo(_Body):
 
 class TenantList(_Body):
     tenants: list[TenantInfo]
+    next: str | None = NEXT_CURSOR
 
 
 class NewTenant(_Body):
@@ -73,13 +81,16 @@ class KeyInfo(_Body):
 
 
 class KeyList(_Body):
+    """A page of keys, oldest first. From page to page the keys are in the order of their ids."""
+
     keys: list[KeyInfo]
+    next: str | None = NEXT_CURSOR
 
 
 class AdminKeyRequest(_Body):
     """Request for a new admin key."""
 
-    name: Annotated[str, Field(min_length=1, max_length=100)]
+    name: Annotated[str, Field(min_length=1, max_length=100), PLAIN]
     expires: Annotated[AwareDatetime, Field(strict=True)] | None = None
 
 

@@ -8,18 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from .control_characters import found_in
+
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 TASK_PATTERN = r"^([a-z0-9][a-z0-9_-]{0,62}:)?[a-z0-9][a-z0-9_-]{0,62}$"  # `task`, or `tenant:task`
 DIGEST_PATTERN = r"^[0-9a-f]{64}$"
+MAX_LABEL_CHARACTERS = 200
 # As a browser sends `Origin`; other text would never match.
 ORIGIN_PATTERN = r"^https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?$"
-
-
-MAX_LABEL_CHARACTERS = 200
-# Unicode categories of control characters, halves of surrogate pairs, and line and paragraph separators.
-REFUSED_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
-# They change the direction of the text around a label: a label could then look like another one, or reorder a line.
-DIRECTION_CONTROLS = {*"\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
 
 
 def clean_label(text: str) -> str:
@@ -28,9 +24,8 @@ def clean_label(text: str) -> str:
     Raises:
         ValueError: the label is empty or too long, or has control characters.
     """
-    for character in text:
-        if unicodedata.category(character) in REFUSED_CATEGORIES or character in DIRECTION_CONTROLS:
-            raise ValueError(f"has the control character U+{ord(character):04X}; remove it")
+    if (found := found_in(text)) is not None:
+        raise ValueError(f"has the control character {found}; remove it")
     text = unicodedata.normalize("NFC", text).strip()
     if not text:
         raise ValueError("is empty; give the label a name")

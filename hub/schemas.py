@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from .control_characters import PLAIN
 from .field_types import (
     DIGEST_PATTERN,
     NUMBER,
@@ -22,6 +23,9 @@ from .field_types import Body as _Body
 
 LATEST = "latest"
 MAX_IMAGES = 64
+MAX_REPLY_BYTES = 8 * 1024**2  # of the labels and numbers of one reply to a classification
+MAX_PAGE = 1000  # entries of a list in one reply
+NEXT = "the parameter `cursor` of the next page; absent on the last page"
 UNKNOWN_BELOW = 0.01  # default of a task: the rarest of a hundred of its own images is unknown too
 
 
@@ -120,7 +124,7 @@ class Sharing(_Body):
 
 
 class TaskInfo(_Body):
-    """A task with its versions and aliases. An alias maps versions to weights."""
+    """A task with its aliases and a page of its versions. An alias maps versions to weights."""
 
     task: str
     labels: list[str]
@@ -130,12 +134,13 @@ class TaskInfo(_Body):
     unknown_below: float = UNKNOWN_BELOW
     promote: str = "never"
     keep: Keep = Keep()
+    next: str | None = _optional(NEXT)
 
 
 class SourceBody(_Body):
     """URL of an adapter file that the hub downloads, and the sha256 that the file must have."""
 
-    source: Annotated[str, Field(min_length=1, max_length=2048)]
+    source: Annotated[str, Field(min_length=1, max_length=2048), PLAIN]
     digest: Annotated[str, Field(pattern=DIGEST_PATTERN)] | None = None
 
 
@@ -152,7 +157,10 @@ class TaskSummary(_Body):
 
 
 class TaskList(_Body):
+    """A page of tasks: the tenant's own, then those shared with it by name, then public ones."""
+
     tasks: list[TaskSummary]
+    next: str | None = _optional(NEXT)
 
 
 class AliasChange(_Body):

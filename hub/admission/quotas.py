@@ -23,3 +23,5 @@ IMAGE_UPLOADS_QUEUED = 32  # queued uploads per gateway; further uploads get 429
 WORKER_FEATURES_QUEUED = 1024  # images that wait for features at a worker; further images are computed later
 TRAININGS = 1  # running trainings per gateway; further trainings wait in the tenant's queue
 TRAININGS_QUEUED = 8  # queued trainings per gateway; further trainings get 429
+REGISTRY_READS = 2  # running reads of tasks with their versions per gateway; further reads wait
+REGISTRY_BYTES = 128 * 1024**2  # bytes of tasks and metadata of versions in the registry; further ones get 429

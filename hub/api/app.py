@@ -241,7 +241,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        steps = [cache.follow(), limiter.run(), watch.run(), keep_bound(integrity, store, executor)]
+        steps = [cache.follow(), limiter.run(), watch.run(), registry.upgrade(), keep_bound(integrity, store, executor)]
         steps += [feature_service.run(), removal.run()]
         background = {asyncio.create_task(step) for step in steps}
         yield

@@ -1,5 +1,6 @@
 """Routes of the Open Inference Protocol v2, for clients of KServe and Triton. A task is a model of the protocol."""
 
+from functools import partial
 from importlib.metadata import version as installed_version
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from ...services.classification import ClassificationService
 from ..bodies import JSON, RequestBody, parse_json
 from ..dependencies import JSON_LENGTH_HEADER, CallerDependencies, CanaryKey, TaskName, add_batch_headers, no_options
 from ..openapi import BINARY, OCTETS, request_body, schema_of
+from .oip_sizes import require_small_outputs
 from .oip_tensors import (
     EXTENSIONS,
     InferReply,
@@ -104,10 +106,9 @@ def _add_metadata_routes(api: FastAPI, service: ClassificationService, dependenc
     async def get_model(
         caller: TenantCaller, task: TaskName, version: Version = LATEST, canary: CanaryKey = None
     ) -> ModelInfo:
-        chosen = await service.version(caller, task, version, canary)
-        numbers = [str(v.version) for v in (await service.task(caller, task)).versions]
+        numbers, chosen = await service.served(caller, task, version, canary)
         inputs, outputs = tensors_of(chosen)
-        return ModelInfo(name=task, versions=numbers, inputs=inputs, outputs=outputs)
+        return ModelInfo(name=task, versions=[*map(str, numbers)], inputs=inputs, outputs=outputs)
 
     @api.head("/v2/models/{task}/ready", include_in_schema=False)
     @api.head("/v2/models/{task}/versions/{version}/ready", include_in_schema=False)
@@ -116,7 +117,7 @@ def _add_metadata_routes(api: FastAPI, service: ClassificationService, dependenc
     async def check_model_ready(
         caller: TenantCaller, task: TaskName, version: Version = LATEST, canary: CanaryKey = None
     ) -> ModelReady:
-        await service.version(caller, task, version, canary)
+        await service.find(caller, task, version, canary)
         await service.ready()
         return ModelReady(name=task)
 
@@ -150,7 +151,8 @@ def _add_infer_routes(
         async with concurrency_limit.acquire(caller.tenant):
             data = await body.read(max_request_bytes)
             members, images, outputs = await run_in_threadpool(_parse, data, json_length)
-            predicted = await service.predict(caller, task, version, images, canary)
+            check = partial(require_small_outputs, outputs)
+            predicted = await service.predict(caller, task, version, images, canary, check=check)
         members = {"model_name": task, "model_version": str(predicted.version.version), **members}
         tensors = ReplyTensors(
             predicted.version.labels,
