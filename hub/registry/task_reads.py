@@ -24,7 +24,7 @@ from .versions import NOTHING_LIVE, Live, StoredVersion, VersionSummary
 
 PAGE_BYTES = 512 * 1024  # of stored text in one page; a page has at least one entry
 TASKS_PER_READ = 50
-FIELDS = ("a", "d", "s", "share")  # of a task's hash, without versions, their summaries and former targets
+FIELDS = ("a", "d", "n", "s", "share")  # of a task's hash, without versions, their summaries and former targets
 DUMP_ATTEMPTS = 3
 # Parts of a tenant's list in their order: its own tasks, those shared with it by name, and other public tasks.
 PARTS = ("own", "named", "public")

@@ -107,6 +107,9 @@ def show_info(task: Task, key: OwnerKey, url: Url = DEFAULT_URL, as_json: AsJson
         table.add_row(count.label or "(no label)", str(count.train), str(count.test))
     out.print(table)
     out.print(f"{found.images} images, {found.image_bytes} bytes")
+    for group in found.similar_labels:
+        message = f"labels that differ only in case, spaces or Unicode form: {', '.join(group)}"
+        err.print(f"warning: {message}; merge them if they are one", soft_wrap=True)
 
 
 @app.command("label")

@@ -44,6 +44,10 @@ class DatasetFiles:
         self._connection = connection
         self._redis = connection.redis
 
+    async def any_images(self) -> bool:
+        """Return whether any dataset has an image."""
+        return bool(await self._connection.execute(self._redis.exists("karst:images")))
+
     async def drain(self, count: int) -> tuple[list[StoredName], bool]:
         """Take about `count` images of deleted datasets off the list.
 

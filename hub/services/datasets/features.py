@@ -128,6 +128,9 @@ class FeatureService:
         known = ""
         while not is_cancelled():
             try:
+                if not await self._files.any_images():  # the next line would start a worker of a hub without any
+                    await asyncio.sleep(INTERVAL_S)
+                    continue
                 key = (await self.spec()).key
                 if key != known:
                     if await self._files.use_feature_key(key):

@@ -92,6 +92,17 @@ def test_import_keeps_settings_coverage_and_typicality(case: Run, backbone: Back
     case(use)
 
 
+def test_import_keeps_a_task_without_versions(case: Run) -> None:
+    async def use(case: Case) -> None:
+        await case.registry.put(OPERATOR, "one", "empty", TaskSettings(labels=["rose"], promote="always"))
+        restored = {task.name: task for task in await case.restore(await case.export())}
+        assert restored["empty"].versions == {}
+        assert restored["empty"].settings.labels == ["rose"]
+        assert await case.registry.dump("two") == await case.registry.dump("one")
+
+    case(use)
+
+
 def test_import_adds_coverage_and_typicality_when_an_older_hub_did_not_state_them(
     case: Run, backbone: Backbone
 ) -> None:
