@@ -12,6 +12,7 @@ Use = Literal["train", "test"]
 PAGE_IMAGES, MAX_PAGE_IMAGES = 100, 1000
 MAX_NAMED = 1000  # images that a reply names in each of its lists
 MAX_NAME_CHARACTERS = 200  # of a file
+MAX_BUDGET_S = 3600  # of one training
 
 
 class DatasetImage(_Body):
@@ -117,9 +118,16 @@ class ImagesAdded(_Body):
 
 
 class TrainingRequest(_Body):
-    """Request for a training. Recipe `instant` fits a classifier head to the stored features and answers at once."""
+    """Request for a training.
+
+    Recipe `instant` fits a classifier head to the stored features, and the reply has the version. `karst` and `auto`
+    are queued: they also train KARST, and keep it if it is better on held-out images.
+    """
 
     recipe: Annotated[str, Field(max_length=63)] = "instant"
+    budget_s: Annotated[int, Field(ge=1, le=MAX_BUDGET_S)] = Field(
+        600, description="seconds for KARST, of the recipes `karst` and `auto`"
+    )
 
 
 class SnapshotInfo(_Body):
@@ -131,13 +139,37 @@ class SnapshotInfo(_Body):
     test: int
 
 
+TrainingState = Literal["queued", "running", "done", "failed", "cancelled"]
+ENDED: tuple[TrainingState, ...] = ("done", "failed", "cancelled")
+
+
+class TrainingProgress(_Body):
+    """Progress of a running training.
+
+    `step` of `steps` counts images or optimiser steps of the stage; `steps` of 0 means that the stage has none. `loss`
+    is the last step's, `accuracy` the last one on held-out images. `seconds_left` is an estimate for all optimiser
+    steps.
+    """
+
+    stage: str
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    accuracy: float | None = None
+    seconds_left: float | None = None
+
+
 class TrainingInfo(_Body):
-    """One training and its result. `report` has the figures of the version's metrics."""
+    """One training and its result. `report` has the figures of the version's metrics.
+
+    `attempt` counts starts: more than one means that an earlier one was interrupted.
+    `report_files` are the names below `.../report/`.
+    """
 
     id: str
     task: str
     recipe: str
-    state: Literal["done", "failed"]
+    state: TrainingState
     created: str
     seconds: float
     snapshot: SnapshotInfo
@@ -145,6 +177,10 @@ class TrainingInfo(_Body):
     report: dict[str, Any] | None
     warnings: list[str]
     error: str | None = None
+    started: str | None = None
+    attempt: int = 0
+    progress: TrainingProgress | None = None
+    report_files: list[str] = Field(default=[])
 
 
 class TrainingList(_Body):

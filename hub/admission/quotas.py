@@ -21,7 +21,11 @@ DATASET_LABELS = 10_000  # labels of one dataset; further labels get 429
 IMAGE_UPLOADS = 4  # running uploads to datasets per gateway; further uploads wait in the tenant's queue
 IMAGE_UPLOADS_QUEUED = 32  # queued uploads per gateway; further uploads get 429
 WORKER_FEATURES_QUEUED = 1024  # images that wait for features at a worker; further images are computed later
-TRAININGS = 1  # running trainings per gateway; further trainings wait in the tenant's queue
+TRAININGS = 1  # running trainings with recipe `instant` per gateway; further trainings wait in the tenant's queue
 TRAININGS_QUEUED = 8  # queued trainings per gateway; further trainings get 429
+TRAINING_JOBS = (
+    20  # queued and running trainings with recipes `karst` and `auto`, over all gateways; further ones get 429
+)
+TRAINING_STREAMS = 16  # open streams of progress per gateway; further ones get 429
 REGISTRY_READS = 2  # running reads of tasks with their versions per gateway; further reads wait
 REGISTRY_BYTES = 128 * 1024**2  # bytes of tasks and metadata of versions in the registry; further ones get 429

@@ -37,14 +37,16 @@ from ..services.classification import ClassificationService
 from ..services.datasets.features import FeatureService
 from ..services.datasets.images import DatasetService
 from ..services.datasets.removal import FileRemoval
-from ..services.datasets.trainings import TrainingService
 from ..services.garbage_collection import keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
+from ..services.trainings.jobs import JobSettings, TrainingJobs
+from ..services.trainings.service import TrainingService
 from ..settings import Settings
 from ..storage.features import FeatureStore
 from ..storage.remote_sources import RemoteSources
-from ..storage.store import IMAGES, SNAPSHOTS, Store
+from ..storage.store import IMAGES, REPORTS, SNAPSHOTS, Store
+from ..training.job import BackboneSource, Trainer
 from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
@@ -135,6 +137,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
 def create_app(
     settings: Settings,
     workers: Workers,
+    trainer: Trainer | None = None,
     metrics: RequestMetrics | None = None,
     *,
     tenant_calls: int = GATEWAY_CALLS,
@@ -144,6 +147,7 @@ def create_app(
 
     Args:
         settings: `redis_url` and `store_url` must be set.
+        trainer: runs trainings as jobs; None: this gateway runs none.
         metrics: counters of requests in a Ray Serve replica. The application then also configures the process's logs
             and traces, and leaves the reply's `x-request-id` to Serve. None outside of Ray Serve.
         tenant_calls: classifications of one tenant that run at once.
@@ -190,8 +194,10 @@ def create_app(
     )
     index, dataset_files = DatasetIndex(database), DatasetFiles(database)
     images, features = Store(str(settings.store_url), IMAGES), FeatureStore(str(settings.store_url))
-    snapshots = Store(str(settings.store_url), SNAPSHOTS)
-    removal = FileRemoval(files=dataset_files, images=images, snapshots=snapshots, features=features, executor=executor)
+    snapshots, reports = Store(str(settings.store_url), SNAPSHOTS), Store(str(settings.store_url), REPORTS)
+    removal = FileRemoval(
+        files=dataset_files, images=images, snapshots=snapshots, reports=reports, features=features, executor=executor
+    )
     feature_service = FeatureService(
         files=dataset_files,
         images=images,
@@ -212,16 +218,30 @@ def create_app(
         executor=executor,
         max_image_bytes=settings.max_image_bytes,
     )
-    trainings = TrainingService(
-        index=index,
-        trainings=TrainingRegistry(database),
+    training_registry = TrainingRegistry(database)
+    jobs = TrainingJobs(
+        trainings=training_registry,
         tasks=registry,
         snapshots=snapshots,
+        reports=reports,
+        classification=service,
+        registration=changes,
+        trainer=trainer,
+        settings=_job_settings(settings),
+        pool_of=lambda _tenant: executor,
+    )
+    trainings = TrainingService(
+        index=index,
+        trainings=training_registry,
+        tasks=registry,
+        snapshots=snapshots,
+        reports=reports,
         features=feature_service,
         removal=removal,
         classification=service,
         registration=changes,
-        executor=executor,
+        jobs=jobs,
+        pool_of=lambda _tenant: executor,
         fits=fits,
     )
     administration = AdministrationService(
@@ -242,13 +262,14 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
         steps = [cache.follow(), limiter.run(), watch.run(), registry.upgrade(), keep_bound(integrity, store, executor)]
-        steps += [feature_service.run(), removal.run()]
+        steps += [feature_service.run(), removal.run(), jobs.run()]
         background = {asyncio.create_task(step) for step in steps}
         yield
         while background:  # repeated: a timeout of the Redis client can swallow a cancellation
             for task in background:
                 task.cancel()
             _, background = await asyncio.wait(background, timeout=1)
+        await jobs.close()
         await feature_service.close()
         with suppress(Unavailable):
             await limiter.settle()
@@ -277,3 +298,15 @@ def create_app(
     openapi.add_pages(api)
     api.state.cache = cache
     return api
+
+
+def _job_settings(settings: Settings) -> JobSettings:
+    """Return what the hub's trainings share."""
+    device = "cuda" if settings.training_gpus else "cpu"
+    return JobSettings(
+        store_url=str(settings.store_url),
+        backbone=BackboneSource(settings.backbone, settings.checkpoint, settings.image_size, device),
+        max_running=settings.max_trainings,
+        max_pixels=settings.max_image_pixels,
+        threads=settings.training_cpus,
+    )

@@ -34,6 +34,10 @@ class LatestMovedError(Exception):
     """Another change has moved the alias `latest` since the caller read it; read it again."""
 
 
+class TrainingEndedError(Exception):
+    """The job that made a version was cancelled, or another gateway has taken it over."""
+
+
 class TaskRegistry(TaskReads):
     """Reads and atomic changes of tasks. Every method raises `Unavailable` if Redis does not answer.
 
@@ -50,6 +54,7 @@ class TaskRegistry(TaskReads):
         source: str | None = None,
         settings: TaskSettings = DEFAULT_SETTINGS,
         live: Live | None = None,
+        training: tuple[str, str] | None = None,
     ) -> tuple[VersionInfo, bool]:
         """Add a version and move the aliases to it, or find the one with this digest; change settings; in one step.
 
@@ -60,12 +65,14 @@ class TaskRegistry(TaskReads):
             live: what the caller found behind `latest`, where it depends on that.
             source: the file's origin without secrets, for the audit; None: the client sent the file.
             settings: the members to change; the task keeps the others.
+            training: the job that made the version, and the token of its gateway.
 
         Returns:
             The stored version, and whether it is new.
 
         Raises:
             LatestMovedError: `latest` no longer points at `live`; nothing was changed.
+            TrainingEndedError: the gateway no longer has the job; nothing was changed.
             InvalidAdapter: labels and metrics are too long.
             NotFound: the tenant does not exist.
             LimitReached: the limit of tasks, versions per task, stored bytes, registry bytes or aliases.
@@ -92,9 +99,12 @@ class TaskRegistry(TaskReads):
             max_history=MAX_ALIAS_HISTORY,
             settings=setting_texts(settings),
             latest=None if live is None else live.targets,
+            training=None if training is None else {"job": training[0], "token": training[1]},
         )
         if reply.outcome == "latest_moved":
             raise LatestMovedError
+        if reply.outcome == "ended":
+            raise TrainingEndedError
         if reply.outcome != "done":
             raise _refusal(reply, tenant)
         stored = version.model_copy(update={"version": reply.number})

@@ -67,6 +67,7 @@ class RegistrationService:
         *,
         stage: bool = False,
         labels_may_change: bool = False,
+        training: tuple[str, str] | None = None,
     ) -> tuple[Registered, bool]:
         """Check an adapter file, store it and add it to a task as a version.
 
@@ -78,6 +79,7 @@ class RegistrationService:
             labels_may_change: whether the labels may differ from those of the version behind `latest`.
             settings: settings of the task to change in the same step, also if the version is known.
             source: reference that the hub read the file from, for the audit; None if the client sent the file.
+            training: the job that made the version, and the token of its gateway.
 
         Returns:
             The version, and whether it is new.
@@ -87,6 +89,7 @@ class RegistrationService:
             LimitReached: the tenant's limit of tasks, of versions per task, of stored bytes or of registry bytes.
             Conflict: the labels differ from those of the version behind `latest`.
             Unavailable: the store, the registry or the workers are unavailable; the hub has registered nothing.
+            TrainingEndedError: the gateway no longer has the job.
         """
         task = caller.own_task(name)
         if stage and alias == LATEST:
@@ -105,7 +108,7 @@ class RegistrationService:
             aliases = further if stage and live.version is not None else [LATEST, *further]
             try:
                 kept, created = await self._registry.register(
-                    caller, caller.tenant, task, version, aliases, source, settings, live
+                    caller, caller.tenant, task, version, aliases, source, settings, live, training
                 )
                 break
             except LatestMovedError:  # by another registration since `live` was read

@@ -30,10 +30,10 @@ class LuaScript:
         return "".join(FOLDER.joinpath(f"{name}.lua").read_text("utf-8") for name in self.names)
 
 
-TASKS = LuaScript(("changes", "public", "dataset_keys", "task_hash", "tasks"))
-TENANTS = LuaScript(("changes", "public", "dataset_keys", "task_hash", "tenants"))
-DATASETS = LuaScript(("changes", "public", "dataset_keys", "task_hash", "datasets"))
-TRAININGS = LuaScript(("changes", "public", "dataset_keys", "task_hash", "trainings"))
+TASKS = LuaScript(("changes", "public", "training_keys", "dataset_keys", "task_hash", "tasks"))
+TENANTS = LuaScript(("changes", "public", "training_keys", "dataset_keys", "task_hash", "tenants"))
+DATASETS = LuaScript(("changes", "public", "training_keys", "dataset_keys", "task_hash", "datasets"))
+TRAININGS = LuaScript(("changes", "public", "training_keys", "dataset_keys", "task_hash", "trainings"))
 READS = LuaScript(("changes", "public", "reads"))
 KEYS = LuaScript(("changes", "keys"))
 AUDIT = LuaScript(("changes", "audit"))
@@ -72,6 +72,7 @@ class ChangeReply(BaseModel):
         "labels_full",  # the dataset has the maximum number of labels
         "unstaged",  # versions of an import have expired
         "latest_moved",  # the alias `latest` has other targets than those that the caller read
+        "ended",  # the job of a training was cancelled, or another gateway has it
     ]
     limit: str = ""
     maximum: int = 0

@@ -1,4 +1,4 @@
-"""Removal of files that no dataset uses: images with their features, and snapshots of trainings."""
+"""Removal of files that no dataset uses: images with their features, snapshots and reports of trainings."""
 
 import asyncio
 import logging
@@ -26,10 +26,17 @@ class FileRemoval:
     """Removes files of datasets from the store. `run` must run beside it."""
 
     def __init__(
-        self, *, files: DatasetFiles, images: Store, snapshots: Store, features: FeatureStore, executor: Executor
+        self,
+        *,
+        files: DatasetFiles,
+        images: Store,
+        snapshots: Store,
+        reports: Store,
+        features: FeatureStore,
+        executor: Executor,
     ) -> None:
         self._files = files
-        self._stores = {"": images, "s:": snapshots}
+        self._stores = {"": images, "s:": snapshots, "r:": reports}
         self._features = features
         self._executor = executor
 
