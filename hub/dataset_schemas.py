@@ -159,6 +159,20 @@ class TrainingProgress(_Body):
     seconds_left: float | None = None
 
 
+class Promotion(_Body):
+    """Whether the alias `stable` moved to a new version by the task's rule, and why.
+
+    The figures are those of a `Comparison` of the version that was stable (`a`) with the new one (`b`).
+    """
+
+    promoted: bool
+    reason: str
+    images: int | None = None
+    stable_accuracy: float | None = None
+    new_accuracy: float | None = None
+    standard_error: float | None = None
+
+
 class TrainingInfo(_Body):
     """One training and its result. `report` has the figures of the version's metrics.
 
@@ -181,9 +195,60 @@ class TrainingInfo(_Body):
     attempt: int = 0
     progress: TrainingProgress | None = None
     report_files: list[str] = Field(default=[])
+    promotion: Promotion | None = None
 
 
 class TrainingList(_Body):
     """Trainings of a task, newest first."""
 
     trainings: list[TrainingInfo]
+
+
+class ComparedVersion(_Body):
+    """Answers of one version to the compared images. `interval` is the 95 % interval of the accuracy."""
+
+    version: int
+    right: int
+    accuracy: float
+    interval: tuple[float, float]
+
+
+class ComparedClass(_Body):
+    """Share of a label's images that each version recognises."""
+
+    label: str
+    images: int
+    a: float
+    b: float
+
+
+class ComparedImage(_Body):
+    """An image that the versions label differently."""
+
+    digest: str
+    name: str
+    label: str
+    a: str
+    b: str
+
+
+class Comparison(_Body):
+    """Two versions of a task on the same test images of its dataset.
+
+    `gain` is the accuracy of `b` minus that of `a`. `better` names the version that is better by more than one
+    `standard_error` of the paired differences; null: neither. `left_out` test images trained one of the versions or
+    cannot be read; `beyond_limit` more were not compared. `differ` lists at most 1,000 of the `differing` images.
+    """
+
+    task: str
+    images: int
+    left_out: int
+    beyond_limit: int
+    a: ComparedVersion
+    b: ComparedVersion
+    gain: float
+    standard_error: float
+    better: Literal["a", "b"] | None
+    classes: list[ComparedClass]
+    differing: int
+    differ: list[ComparedImage]

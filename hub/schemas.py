@@ -89,7 +89,7 @@ class TaskSettings(_Body):
     labels: list[Label] = Field(
         default=[], max_length=1000, description="labels that the dataset lists even without images"
     )
-    promote: Annotated[Literal["never", "always"], _built("if_better")] = Field(
+    promote: Literal["never", "if_better", "always"] = Field(
         "never", description="whether the alias `stable` moves to each version that a training in the hub makes"
     )
     keep: Keep = Field(Keep(), description="classified images that the hub keeps")

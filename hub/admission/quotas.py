@@ -27,5 +27,7 @@ TRAINING_JOBS = (
     20  # queued and running trainings with recipes `karst` and `auto`, over all gateways; further ones get 429
 )
 TRAINING_STREAMS = 16  # open streams of progress per gateway; further ones get 429
+COMPARISONS = 1  # running comparisons of versions per gateway; further ones wait in the tenant's queue
+COMPARISONS_QUEUED = 4  # queued comparisons per gateway; further ones get 429
 REGISTRY_READS = 2  # running reads of tasks with their versions per gateway; further reads wait
 REGISTRY_BYTES = 128 * 1024**2  # bytes of tasks and metadata of versions in the registry; further ones get 429

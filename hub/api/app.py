@@ -40,7 +40,9 @@ from ..services.datasets.removal import FileRemoval
 from ..services.garbage_collection import keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
+from ..services.trainings.comparison import ComparisonService
 from ..services.trainings.jobs import JobSettings, TrainingJobs
+from ..services.trainings.promotion import PromotionService
 from ..services.trainings.service import TrainingService
 from ..settings import Settings
 from ..storage.features import FeatureStore
@@ -219,13 +221,25 @@ def create_app(
         max_image_bytes=settings.max_image_bytes,
     )
     training_registry = TrainingRegistry(database)
+    comparison = ComparisonService(
+        index=index,
+        trainings=training_registry,
+        tasks=registry,
+        adapters=store,
+        images=images,
+        snapshots=snapshots,
+        features=feature_service,
+        classification=service,
+        pool_of=lambda _tenant: executor,
+    )
+    promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
     jobs = TrainingJobs(
         trainings=training_registry,
         tasks=registry,
         snapshots=snapshots,
         reports=reports,
         classification=service,
-        registration=changes,
+        promotion=promotion,
         trainer=trainer,
         settings=_job_settings(settings),
         pool_of=lambda _tenant: executor,
@@ -239,7 +253,7 @@ def create_app(
         features=feature_service,
         removal=removal,
         classification=service,
-        registration=changes,
+        promotion=promotion,
         jobs=jobs,
         pool_of=lambda _tenant: executor,
         fits=fits,
@@ -291,7 +305,7 @@ def create_app(
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, dependencies, max_request_bytes=max_request_bytes)
-    add_training_routes(api, trainings, dependencies)
+    add_training_routes(api, trainings, comparison, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)

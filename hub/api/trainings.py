@@ -7,10 +7,11 @@ from fastapi import Depends, FastAPI, Path, Response
 from fastapi.sse import EventSourceResponse
 
 from ..admission.authentication import Caller
-from ..dataset_schemas import TrainingInfo, TrainingList, TrainingRequest
+from ..dataset_schemas import Comparison, TrainingInfo, TrainingList, TrainingRequest
+from ..services.trainings.comparison import ComparisonService
 from ..services.trainings.service import TrainingService
 from .bodies import JSON, RequestBody
-from .dependencies import CallerDependencies, TaskName
+from .dependencies import CallerDependencies, QueryVersion, TaskName
 from .openapi import request_body, schema_of
 from .problems import KEY_ID_PATTERN
 
@@ -21,8 +22,10 @@ MEDIA_TYPES = {"html": "text/html; charset=utf-8", "json": JSON, "png": "image/p
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox; frame-ancestors 'self'"
 
 
-def add_training_routes(api: FastAPI, service: TrainingService, dependencies: CallerDependencies) -> None:
-    """Add the routes of trainings. All of them need an owner's key."""
+def add_training_routes(
+    api: FastAPI, service: TrainingService, comparison: ComparisonService, dependencies: CallerDependencies
+) -> None:
+    """Add the routes of trainings and of comparisons of versions. All of them need an owner's key."""
     Owner = Annotated[Caller, Depends(dependencies.owner)]
     Body = Annotated[RequestBody, Depends(dependencies.body)]
 
@@ -84,3 +87,9 @@ def add_training_routes(api: FastAPI, service: TrainingService, dependencies: Ca
     )
     async def get_snapshot(caller: Owner, task: TaskName, training: TrainingId) -> Response:
         return Response(await service.snapshot(caller, task, training), media_type=JSON)
+
+    @api.get("/v1/tasks/{task}/compare", summary="Compare two versions on the same test images of the task's dataset")
+    async def compare_versions(
+        caller: Owner, task: TaskName, a: QueryVersion = "stable", b: QueryVersion = "latest"
+    ) -> Comparison:
+        return await comparison.compare(caller, task, a, b)

@@ -152,6 +152,7 @@ class Client(BaseClient):
     training = _single(training_endpoints.training)
     cancel_training = _single(training_endpoints.cancel_training)
     training_report = _single(training_endpoints.training_report)
+    compare = _single(training_endpoints.compare)
     backbone = _single(admin_endpoints.backbone)
     usage = _single(admin_endpoints.usage)
     audit = _single(admin_endpoints.audit)

@@ -28,7 +28,8 @@ def create_task(
 
     Args:
         labels: labels that the dataset lists even without images.
-        promote: `never`, or `always` to move the alias `stable` to each version that a training in the hub makes.
+        promote: whether the alias `stable` moves to a version that a training in the hub makes: `never`, `if_better`
+            than the stable one on the same test images, or `always`.
         unknown_below: an image with a lower typicality is unknown; 0 to 1, by default 0.01.
     """
     given = None if labels is None else list(labels)

@@ -98,6 +98,33 @@ def report(
         out.print(str(client.training_report(task, training, output, file=file)))
 
 
+@app.command()
+def compare(
+    task: Task,
+    key: OwnerKey,
+    a: Annotated[str, typer.Argument(help="version or alias")] = "stable",
+    b: Annotated[str, typer.Argument(help="version or alias")] = "latest",
+    url: Url = DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two versions on the same test images of the dataset."""
+    with Client(url, key) as client:
+        found = client.compare(task, a=a, b=b)
+    if as_json:
+        return show(found, True)
+    table = Table("label", "images", f"version {found.a.version}", f"version {found.b.version}")
+    for row in found.classes:
+        table.add_row(row.label, str(row.images), f"{row.a:.0%}", f"{row.b:.0%}")
+    out.print(table)
+    for version in (found.a, found.b):
+        low, high = version.interval
+        right = f"{version.right} of {found.images} test images"
+        out.print(f"version {version.version}: {version.accuracy:.1%} ({right}; 95 % interval {low:.1%} to {high:.1%})")
+    better = {"a": found.a, "b": found.b}.get(found.better or "")
+    verdict = "neither is better" if better is None else f"version {better.version} is better"
+    out.print(f"{verdict}, by more than one standard error; the answers differ for {found.differing} images")
+
+
 def _state(training: TrainingInfo) -> str:
     now = training.progress
     if now is None or training.state != "running":

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ...dataset_schemas import TrainingInfo, TrainingList
+from ...dataset_schemas import Comparison, TrainingInfo, TrainingList
 from ..replies import AnyPath, model, to_file
 from ..request_parts import JSON, json_body, route, without_none
 from ..transport import Call
@@ -59,3 +59,15 @@ def training_report(name: str, id: str, to: AnyPath, *, file: str = "report.html
         NotFound: The training has no such file.
     """
     return to_file(route("tasks", name, "trainings", id, "report", file), to)
+
+
+def compare(name: str, *, a: str | int = "stable", b: str | int = "latest") -> Call[Comparison]:
+    """Compare two versions on the test images of a task's dataset that neither was trained on.
+
+    Args:
+        a, b: version numbers or aliases.
+
+    Raises:
+        Conflict: No test image is left, or an alias points at several versions.
+    """
+    return Call("GET", route("tasks", name, "compare"), model(Comparison), params={"a": str(a), "b": str(b)})

@@ -216,9 +216,15 @@ def _actor(training: Training) -> Actor:
 
 
 def _entry(by: Actor, action: str, job: Job, training: Training) -> str:
-    details = {"recipe": training.recipe, "state": training.state, "snapshot": training.snapshot.digest}
+    details: dict[str, object] = {
+        "recipe": training.recipe,
+        "state": training.state,
+        "snapshot": training.snapshot.digest,
+    }
     if training.error:
         details["error"] = training.error[:200]
+    if training.promotion is not None:
+        details["promotion"] = training.promotion.model_dump(exclude_none=True)
     return by.entry(job.tenant, action, task=job.task, id=job.id, version=training.version, **details)
 
 

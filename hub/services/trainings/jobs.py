@@ -29,12 +29,11 @@ from ...registry.tasks import TaskRegistry, TrainingEndedError
 from ...storage.store import Store
 from ...training.job import BackboneSource, Trainer, TrainingInterrupted, TrainingJob, TrainingResult
 from ..classification import ClassificationService
-from ..registration import RegistrationService
+from .promotion import PromotionService
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-STABLE = "stable"
 LEASE_S = 20.0
 BEAT_S = 1.0  # between two renewals
 POLL_S = 2.0  # between two looks into the queue
@@ -87,7 +86,7 @@ class TrainingJobs:
         snapshots: Store,
         reports: Store,
         classification: ClassificationService,
-        registration: RegistrationService,
+        promotion: PromotionService,
         trainer: Trainer | None,
         settings: JobSettings,
         pool_of: Callable[[str], Executor],
@@ -102,7 +101,7 @@ class TrainingJobs:
         self._snapshots = snapshots
         self._reports = reports
         self._classification = classification
-        self._registration = registration
+        self._promotion = promotion
         self._trainer = trainer
         self._settings = settings
         self._pool_of = pool_of
@@ -246,15 +245,12 @@ class TrainingJobs:
             await self._fail(held, result.error)
             return
         data, job = result.adapter, held.job
-        settings = (await _insist(lambda: self._tasks.task(job.tenant, job.task))).settings
-        alias = STABLE if settings.promote == "always" else None
         caller = Caller(**held.training.author.model_dump(), tenant=job.tenant)
-        registered, _ = await _insist(
-            lambda: self._registration.register(
-                caller, job.task, data, alias, labels_may_change=True, training=(job.name, held.token)
-            )
+        registered, promotion = await _insist(
+            lambda: self._promotion.register(caller, job.task, data, (job.name, held.token))
         )
-        await self._finish(held, "done", version=registered.version, report=registered.metrics)
+        made = {"version": registered.version, "report": registered.metrics, "promotion": promotion}
+        await self._finish(held, "done", **made)
 
     async def _keep_report(self, held: _Held, report: bytes) -> None:
         digest = hashlib.sha256(report).hexdigest()

@@ -23,9 +23,9 @@ from ..classification import ClassificationService
 from ..datasets.features import FeatureService
 from ..datasets.removal import FileRemoval
 from ..datasets.snapshots import Snapshot
-from ..registration import RegistrationService
 from .instant import fit_instant
-from .jobs import STABLE, TrainingJobs
+from .jobs import TrainingJobs
+from .promotion import PromotionService
 
 INSTANT = "instant"
 JOB_RECIPES = ("karst", "auto")
@@ -47,7 +47,7 @@ class TrainingService:
         features: FeatureService,
         removal: FileRemoval,
         classification: ClassificationService,
-        registration: RegistrationService,
+        promotion: PromotionService,
         jobs: TrainingJobs,
         pool_of: Callable[[str], Executor],
         fits: Executor,
@@ -65,7 +65,7 @@ class TrainingService:
         self._features = features
         self._removal = removal
         self._classification = classification
-        self._registration = registration
+        self._promotion = promotion
         self._jobs = jobs
         self._pool_of = pool_of
         self._fits = fits
@@ -76,7 +76,7 @@ class TrainingService:
         """Train a new version from the task's dataset.
 
         Recipe `instant` returns when the version is registered; other recipes return a queued training. The version
-        becomes `latest`, and with the task's setting `promote: always` also `stable`.
+        becomes `latest`, and by the task's setting `promote` also `stable`.
 
         Raises:
             InvalidRequest: the hub does not have the recipe.
@@ -160,7 +160,7 @@ class TrainingService:
 
     async def _train(self, caller: Caller, task: str) -> TrainingInfo:
         started_s = time.monotonic()
-        settings = (await self._tasks.task(caller.tenant, task)).settings
+        await self._tasks.task(caller.tenant, task)
         dataset = await self._index.all(caller.tenant, task)
         # A first look, before the features are read: most faults of a dataset show here.
         Snapshot.of(dataset)
@@ -173,10 +173,7 @@ class TrainingService:
             backbone = (await self._classification.limits()).backbone
             extra = {"snapshot": training.snapshot.digest, "training": training.id}
             classifier = await run_blocking(self._fits, fit_instant, snapshot, rows, backbone, extra)
-            alias = STABLE if settings.promote == "always" else None
-            registered, _ = await self._registration.register(
-                caller, task, classifier.adapter.data, alias, labels_may_change=True
-            )
+            registered, promotion = await self._promotion.register(caller, task, classifier.adapter.data)
         except HubError as error:
             failed = {"error": error.detail, "seconds": _since(started_s)}
             await self._trainings.put(caller, caller.tenant, task, training.model_copy(update=failed), audited=True)
@@ -185,6 +182,7 @@ class TrainingService:
             "state": "done",
             "version": registered.version,
             "report": registered.metrics,
+            "promotion": promotion,
             "seconds": _since(started_s),
             "error": None,
         }
