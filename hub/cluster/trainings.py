@@ -1,5 +1,6 @@
 """Training jobs as Ray tasks: Ray finds a machine with free CPUs, and its autoscaler adds one if none has any."""
 
+import os
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from ray.exceptions import RayError
 from ..dataset_schemas import TrainingProgress
 from ..training.job import TrainingInterrupted, TrainingJob, TrainingResult
 
+NICENESS = 19  # the lowest priority: classification goes first on a machine that does both
 LACKS = "the machine that trains lacks the package {}; install karst-hub there with all its dependencies"
 
 
@@ -39,7 +41,7 @@ class RayTrainer:
         Raises:
             TrainingInterrupted: the process ended without a result.
         """
-        items = self._task.remote(job)
+        items: Any = self._task.remote(job)  # Ray's stubs know no generators
         ended = False
         try:
             async for reference in items:
@@ -55,6 +57,7 @@ class RayTrainer:
 
 
 def _train(job: TrainingJob) -> Iterator[TrainingProgress | TrainingResult]:
+    os.nice(NICENESS)
     try:
         from ..training.run import train  # imports what trainings need, and a gateway does not
     except ImportError as error:

@@ -1,6 +1,6 @@
 """One training job: what a gateway sends to the process that trains, and what comes back. No Ray, no Redis."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -74,7 +74,7 @@ class TrainingInterrupted(Exception):
 class Trainer(Protocol):
     """Runs training jobs outside of gateways and workers."""
 
-    def run(self, job: TrainingJob) -> AsyncIterator[TrainingProgress | TrainingResult]:
+    def run(self, job: TrainingJob) -> AsyncGenerator[TrainingProgress | TrainingResult, None]:
         """Yield the progress of a job, and its result last. To close the iterator kills the job.
 
         Raises:

@@ -6,7 +6,6 @@ The training runs on a thread, so that the caller can pass its progress on while
 import io
 import json
 import logging
-import os
 import queue
 import tempfile
 import threading
@@ -39,14 +38,12 @@ from .job import TrainingJob, TrainingResult
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 0.5  # between two reports of progress within one stage
-NICENESS = 19  # classification goes first on a machine that does both
 ADAPTER = "adapter.safetensors"
 EXPECTED = (AdapterError, BackboneError, ConfigError, DataError, FloatingPointError, MemoryError)
 
 
 def train(job: TrainingJob) -> Iterator[TrainingProgress | TrainingResult]:
-    """Train, and yield the progress, then the result. The calling process gets the lowest priority for ever."""
-    os.nice(NICENESS - os.nice(0))
+    """Train, and yield the progress, then the result. torch has `job.threads` threads in this process from now on."""
     torch.set_num_threads(job.threads)
     items: queue.SimpleQueue[TrainingProgress | TrainingResult] = queue.SimpleQueue()
     thread = threading.Thread(target=_train, args=(job, items), name="training", daemon=True)

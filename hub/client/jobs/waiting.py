@@ -25,11 +25,11 @@ class TrainingCall:
     progress: bool | None
 
     def following(self, training: TrainingInfo) -> Call[TrainingInfo] | None:
-        """Return the next call; None if the training has ended or nobody waits for it."""
+        """Return the next call; None if the training has ended or the caller does not wait."""
         return self.again(training) if self.wait and training.state not in ENDED else None
 
     def result(self, training: TrainingInfo) -> TrainingInfo:
-        """Return a training that has ended with a version, or that nobody waits for.
+        """Return a training that has ended with a version, or for which the caller does not wait.
 
         Raises:
             Conflict: the training has failed or was cancelled.

@@ -12,7 +12,7 @@ Keys, besides those in `index` and `files`:
     t:{tenant}:training-turn   string  turn in which the tenant's last job started; expires after a day
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -37,7 +37,7 @@ MAX_TRAININGS = 100  # kept per task, besides queued and running ones
 
 
 class Author(BaseModel):
-    """The actor who started a training, for the audit and for the registration at its end."""
+    """The actor that started a training, for the audit and for the registration at its end."""
 
     key: str = ""
     name: str = ""
@@ -202,7 +202,7 @@ class TrainingRegistry:
             raise NotFound.at("training", f"task {task!r} has no training {id!r}")
         return Training.model_validate_json(text)
 
-    async def _change(self, function: str, job: Job, token: str, training: Training, **argument: object) -> bool:
+    async def _change(self, function: str, job: Job, token: str, training: Training, **argument: Any) -> bool:
         body = training.model_dump_json()
         reply = await self._connection.change(TRAININGS, function, **job._asdict(), token=token, body=body, **argument)
         _check_removing(reply)

@@ -48,7 +48,7 @@ ABANDONED = "the gateway that ran it stopped"
 
 @dataclass(frozen=True)
 class JobSettings:
-    """What all jobs of a hub share.
+    """Settings that all jobs of a hub share.
 
     Attributes:
         max_running: jobs that the whole hub runs at once.
@@ -159,7 +159,7 @@ class TrainingJobs:
         work = asyncio.create_task(self._work(held))
         try:
             while not work.done():
-                with suppress(HubError):  # repeated; without Redis nobody can take the job away
+                with suppress(HubError):  # repeated; without Redis no gateway can take the job away
                     if not await self._trainings.write(job, token, held.training, lease_s=LEASE_S):
                         break  # it has ended, was cancelled, or its task is deleted
                 await asyncio.wait({work}, timeout=BEAT_S)
