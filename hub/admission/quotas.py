@@ -16,4 +16,5 @@ SOURCE_DOWNLOADS = 2  # running downloads of adapter files by reference per gate
 SOURCE_DOWNLOADS_QUEUED = 2  # queued downloads per gateway; further calls get 429
 WORKER_IMAGES_QUEUED = 512  # images in a worker's queue; further images get 429
 ADAPTER_LOADS = 4  # adapters that a worker loads at the same time; further loads wait in the tenant's queue
+DELETED_FILES = 10_000  # files without a version that no collection has removed yet; with more, no registration
 API_KEYS = 1000  # API keys; further keys get 429

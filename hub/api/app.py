@@ -22,6 +22,7 @@ from ..observability.request_log import RequestLogMiddleware, RequestMetrics
 from ..registry.audit import AuditLog
 from ..registry.cache import RegistryCache
 from ..registry.events import EventLog
+from ..registry.files import FileRegistry
 from ..registry.health import RegistryIntegrity, RegistryWatch
 from ..registry.keys import KeyRegistry
 from ..registry.redis.connection import RegistryConnection
@@ -30,7 +31,7 @@ from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..services.administration import AdministrationService
 from ..services.classification import ClassificationService
-from ..services.garbage_collection import keep_bound
+from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
 from ..settings import Settings
@@ -148,7 +149,7 @@ def create_app(
 
     database = RegistryConnection(str(settings.redis_url))
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
-    store = Store(str(settings.store_url))
+    store = Store(str(settings.store_url), settings.min_free_disk)
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))
     limiter = RateLimiter(database, cache, keys)
     integrity = RegistryIntegrity(database)
@@ -166,12 +167,24 @@ def create_app(
         ),
         workers=workers,
     )
+    audit = AuditLog(database)
+    collector = Collector(
+        registry=registry,
+        files=FileRegistry(database),
+        integrity=integrity,
+        audit=audit,
+        store=store,
+        executor=executor,
+        interval_s=settings.gc_interval_s,
+        age_s=settings.gc_age_s,
+    )
     changes = RegistrationService(
         registry=registry,
         cache=cache,
         store=store,
         sources=RemoteSources(settings.sources, max_bytes=settings.max_adapter_bytes),
         classification=service,
+        collector=collector,
         executor=executor,
         max_adapter_bytes=settings.max_adapter_bytes,
     )
@@ -179,19 +192,20 @@ def create_app(
         registry=registry,
         tenants=tenants,
         keys=keys,
-        audit=AuditLog(database),
+        audit=audit,
         status=StatusBoard(database),
-        integrity=integrity,
+        collector=collector,
         cache=cache,
         store=store,
         registration=changes,
         executor=executor,
         max_adapter_bytes=settings.max_adapter_bytes,
+        min_free_bytes=settings.min_free_disk,
     )
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        steps = cache.follow(), limiter.run(), watch.run(), keep_bound(integrity, store, executor)
+        steps = cache.follow(), limiter.run(), watch.run(), keep_bound(integrity, store, executor), collector.run()
         background = {asyncio.create_task(step) for step in steps}
         yield
         while background:  # repeated: a timeout of the Redis client can swallow a cancellation

@@ -171,6 +171,8 @@ def _problem_statuses(path: str, method: str, operation: dict[str, Any]) -> Iter
     yield from (414, 422, 431, 500)  # 422 on every route: none accepts an unknown query parameter
     if operation.get("security") or path.endswith(("/ready", "/readyz")):
         yield 503
+    if path.endswith(("/versions", "/import")):
+        yield 507
 
 
 def _classifies(path: str, method: str) -> bool:

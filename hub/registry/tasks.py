@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..admission.quotas import DELETED_FILES
 from ..errors import Conflict, HubError, InvalidRequest, LimitReached, Unavailable
 from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
 from .audit import Actor
@@ -96,6 +97,7 @@ class TaskRegistry:
             aliases=list(aliases),
             max_aliases=MAX_ALIASES,
             max_history=MAX_ALIAS_HISTORY,
+            max_orphans=DELETED_FILES,
             settings=setting_texts(settings),
             latest=None if live is None else live.targets,
         )
@@ -116,8 +118,14 @@ class TaskRegistry:
         text = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
         return Live(targets, VersionInfo(version=number, **json.loads(text)) if text is not None else None)
 
-    async def check_quota(self, by: Actor, tenant: str, task: str, digest: str, size_bytes: int) -> bool:
+    async def check_quota(
+        self, by: Actor, tenant: str, task: str, digest: str, size_bytes: int, *, reserve_s: int = 0
+    ) -> bool:
         """Check whether a version could be registered, before its file is stored. Raise the errors of `register`.
+
+        Args:
+            reserve_s: if not 0, the caller is about to store the file. Its bytes then count against the tenant even if
+                no version follows, and no collection removes the file for so long.
 
         Returns:
             Whether the version is new.
@@ -132,6 +140,8 @@ class TaskRegistry:
             size_bytes=size_bytes,
             aliases=[],
             max_aliases=MAX_ALIASES,
+            max_orphans=DELETED_FILES,
+            reserve_s=reserve_s,
         )
         if reply.outcome != "done":
             raise _refusal(reply, tenant)
@@ -355,6 +365,9 @@ class TaskRegistry:
 def _refusal(reply: ChangeReply, tenant: str) -> HubError:
     match reply.outcome:
         case "limit":
+            if reply.limit == "deleted_files":
+                message = f"too many deleted files wait for their removal (limit {reply.maximum}); retry later"
+                return LimitReached.at(reply.limit, message, retry_after_s=60)
             nouns = {"tasks": "tasks", "versions": "versions per task", "stored_bytes": "stored bytes"}
             message = f"too many {nouns[reply.limit]} (limit {reply.maximum}); delete some or ask an admin to raise it"
             return LimitReached.at(reply.limit, message, retry_after_s=60)

@@ -94,12 +94,14 @@ class TenantRegistry:
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.scard(tenant_key(tenant, "tasks"))
         pipeline.get(tenant_key(tenant, "bytes"))
+        pipeline.get(tenant_key(tenant, "deleted"))
         pipeline.hvals(tenant_key(tenant, "flight"))
         pipeline.hgetall(tenant_key(tenant, "counts"))
-        tasks, stored_bytes, flight, counts = await self._connection.execute(pipeline.execute())
+        tasks, stored_bytes, deleted_bytes, flight, counts = await self._connection.execute(pipeline.execute())
         used = UsedNow(
             tasks=as_integer(tasks),
             stored_bytes=int(as_optional_text(stored_bytes) or 0),
+            deleted_bytes=int(as_optional_text(deleted_bytes) or 0),
             images_in_flight=_images_in_flight(as_texts(flight)),
         )
         return Usage(tenant=tenant, limits=info.limits, used=used, counted=_parse_counts(as_hash(counts)))

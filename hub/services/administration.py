@@ -6,14 +6,13 @@ from concurrent.futures import Executor
 from ..admin_schemas import AuditPage, Collected, HubStatus, LimitsChange, TenantInfo
 from ..registry.audit import Actor, AuditLog
 from ..registry.cache import RegistryCache
-from ..registry.health import RegistryIntegrity
 from ..registry.keys import KeyRegistry
 from ..registry.status import StatusBoard
 from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..schemas import TaskList
 from ..storage.store import Store
-from .garbage_collection import collect_garbage
+from .garbage_collection import Collector
 from .registration import RegistrationService
 from .tenant_archive import Export, export_tenant, import_tenant
 
@@ -29,29 +28,32 @@ class AdministrationService:
         keys: KeyRegistry,
         audit: AuditLog,
         status: StatusBoard,
-        integrity: RegistryIntegrity,
+        collector: Collector,
         cache: RegistryCache,
         store: Store,
         registration: RegistrationService,
         executor: Executor,
         max_adapter_bytes: int,
+        min_free_bytes: int,
     ) -> None:
         """
         Args:
             executor: thread pool for calls to the store and for parsing.
             max_adapter_bytes: size limit of one adapter file in an import.
+            min_free_bytes: bytes that an import leaves free on the disk of temporary files.
         """
         self.tenants = tenants
         self.keys = keys
         self._audit = audit
         self._status = status
-        self._integrity = integrity
+        self._collector = collector
         self._registry = registry
         self._cache = cache
         self._store = store
         self._registration = registration
         self._executor = executor
         self._max_adapter_bytes = max_adapter_bytes
+        self._min_free_bytes = min_free_bytes
 
     async def change_limits(self, by: Actor, tenant: str, limits: LimitsChange) -> TenantInfo:
         """Change some of a tenant's limits and return all of them.
@@ -123,6 +125,7 @@ class AdministrationService:
             info,
             tar,
             self._max_adapter_bytes,
+            self._min_free_bytes,
         )
         self._cache.invalidate_tenant(tenant)
         return TaskList(tasks=[task.summary() for task in tasks])
@@ -134,6 +137,6 @@ class AdministrationService:
             Conflict: the registry may have lost keys; nothing was removed.
         """
         await self._audit.append(by.entry("", "store.collect.begin", older_than_s=older_than_s))
-        done = await collect_garbage(self._registry, self._integrity, self._store, self._executor, older_than_s)
+        done = await self._collector.collect(older_than_s)
         await self._audit.append(by.entry("", "store.collect", removed=done.removed, bytes=done.bytes))
         return done

@@ -10,7 +10,7 @@ from adapters import Adapter, AdapterError, BankLimits
 from ..admission.authentication import Caller
 from ..admission.quotas import SOURCE_DOWNLOADS, SOURCE_DOWNLOADS_QUEUED
 from ..concurrency import TenantConcurrencyLimit, run_blocking
-from ..errors import Conflict, InvalidRequest
+from ..errors import Conflict, InvalidRequest, LimitReached
 from ..registry.cache import RegistryCache
 from ..registry.models import DEFAULT_SETTINGS, Live, Task, label_difference
 from ..registry.tasks import LatestMovedError, TaskRegistry
@@ -19,7 +19,10 @@ from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
 from ..worker_api import invalid_adapter
 from .classification import ClassificationService
+from .garbage_collection import Collector
 from .tenant_archive import version_fields
+
+RESERVE_S = 300  # from the check of the quota to the new version; more than the store takes for a file
 
 
 class RegistrationService:
@@ -36,6 +39,7 @@ class RegistrationService:
         store: Store,
         sources: RemoteSources,
         classification: ClassificationService,
+        collector: Collector,
         executor: Executor,
         max_adapter_bytes: int,
     ) -> None:
@@ -49,6 +53,7 @@ class RegistrationService:
         self._store = store
         self._sources = sources
         self._classification = classification
+        self._collector = collector
         self._executor = executor
         self._max_adapter_bytes = max_adapter_bytes
         self._downloads = TenantConcurrencyLimit(SOURCE_DOWNLOADS, SOURCE_DOWNLOADS + SOURCE_DOWNLOADS_QUEUED)
@@ -84,6 +89,7 @@ class RegistrationService:
             InvalidAdapter: the file breaks the format or does not fit the backbone.
             LimitReached: the tenant's limit of tasks, of versions per task or of stored bytes.
             Conflict: the labels differ from those of the version behind `latest`.
+            InsufficientStorage: the disk of the store is nearly full.
             Unavailable: the store, the registry or the workers are unavailable; the hub has registered nothing.
         """
         task = caller.own_task(name)
@@ -91,12 +97,15 @@ class RegistrationService:
             raise InvalidRequest.at("stage", f"a staged version does not become {LATEST!r}; omit stage or alias")
         adapter = await self.check(data)
         # Before the put: otherwise a reached limit or an unavailable registry would leave an orphan in the store.
-        is_new = await self._registry.check_quota(caller, caller.tenant, task, adapter.digest, len(data))
+        is_new = await self._check_quota(caller, task, adapter)
         registered = datetime.now(UTC).isoformat(timespec="milliseconds")
         version = VersionInfo(version=0, registered=registered, **version_fields(adapter))  # the registry numbers it
         further = [] if alias in (None, LATEST) else [alias]
         compared = None if labels_may_change else version
         live = await self._live(caller.tenant, task, compared if is_new else None)
+        if is_new:  # last of all: a refused file counts for nothing
+            await run_blocking(self._executor, self._store.require_space, len(data))
+            await self._check_quota(caller, task, adapter, reserve_s=RESERVE_S)
         await run_blocking(self._executor, self._store.put, adapter.digest, data)
         while True:
             # A task without `latest` could not be called by most clients, so its first version always gets it.
@@ -108,6 +117,9 @@ class RegistrationService:
                 break
             except LatestMovedError:  # by another registration since `live` was read
                 live = await self._live(caller.tenant, task, compared)
+        # From now on no collection removes the file. One may have, if another tenant's last version of it was deleted.
+        if created and await run_blocking(self._executor, self._store.find, adapter.digest) is None:
+            await run_blocking(self._executor, self._store.put, adapter.digest, data)
         self._cache.invalidate_task(caller.tenant, task)
         prefetch = asyncio.create_task(self._classification.prefetch(adapter.digest))
         self._background.add(prefetch)  # otherwise the task could be garbage-collected: the loop holds weak references
@@ -213,6 +225,18 @@ class RegistrationService:
             Unavailable: no worker has loaded its backbone yet.
         """
         return await run_blocking(self._executor, self._check, await self._classification.limits(), data)
+
+    async def _check_quota(self, caller: Caller, task: str, adapter: Adapter, reserve_s: int = 0) -> bool:
+        """Return whether a version is new. Where deleted files fill the tenant's quota, remove them first."""
+        digest, size_bytes = adapter.digest, len(adapter.data)
+        options = {"reserve_s": reserve_s}
+        try:
+            return await self._registry.check_quota(caller, caller.tenant, task, digest, size_bytes, **options)
+        except LimitReached as error:
+            is_storage = any(problem.field in ("stored_bytes", "deleted_files") for problem in error.errors)
+            if not is_storage or not await self._collector.make_room(caller.tenant, size_bytes):
+                raise
+        return await self._registry.check_quota(caller, caller.tenant, task, digest, size_bytes, **options)
 
     async def _live(self, tenant: str, task: str, new: VersionInfo | None) -> Live:
         """Return what `latest` points at, and compare its labels with those of a new version, if there is one.

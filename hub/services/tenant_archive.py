@@ -14,6 +14,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -29,7 +30,7 @@ from ..registry.audit import Actor
 from ..registry.models import DEFAULT_SETTINGS, Task
 from ..registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
 from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
-from ..storage.store import FILE, Store
+from ..storage.store import FILE, Store, require_free_space
 
 FORMAT = "karst-tenant/1"
 MANIFEST = "tenant.json"
@@ -142,6 +143,7 @@ async def import_tenant(
     info: TenantInfo,
     chunks: AsyncIterable[bytes],
     max_adapter_bytes: int,
+    min_free_bytes: int = 0,
 ) -> list[Task]:
     """Create the tasks of an export, all or none, in one atomic step at the end. Return them.
 
@@ -151,16 +153,18 @@ async def import_tenant(
         info: the tenant that gets the tasks; its name may differ from the exported one.
         chunks: the tar.
         max_adapter_bytes: size limit of one adapter file.
+        min_free_bytes: bytes that stay free on the disk of temporary files.
 
     Raises:
         InvalidRequest, InvalidAdapter: the tar is not an export, or a file does not fit this hub.
         TooLarge: the tar has more bytes than the tenant may store.
         Conflict: some of the tasks exist already.
         LimitReached: the tenant's limit of tasks, of versions per task or of stored bytes.
+        InsufficientStorage: the disk of the store or of temporary files is nearly full.
         Unavailable: the registry, the store or the disk for temporary files is unavailable.
     """
     with _spool() as file:
-        await _receive(executor, file, chunks, max_archive_bytes(info.limits))
+        await _receive(executor, file, chunks, max_archive_bytes(info.limits), min_free_bytes)
         members = await run_blocking(executor, _index, file, max_adapter_bytes)
         tasks = await run_blocking(executor, _read_manifest, file, members)
         fields_by_digest = {}
@@ -254,7 +258,10 @@ def _spool() -> Iterator[IO[bytes]]:
         raise Unavailable(f"The hub cannot store the upload on its disk: {error.strerror or error}.") from error
 
 
-async def _receive(executor: Executor | None, file: IO[bytes], chunks: AsyncIterable[bytes], max_bytes: int) -> None:
+async def _receive(
+    executor: Executor | None, file: IO[bytes], chunks: AsyncIterable[bytes], max_bytes: int, min_free_bytes: int
+) -> None:
+    folder = Path(tempfile.gettempdir())
     total, buffer = 0, bytearray()
     async for chunk in chunks:
         total += len(chunk)
@@ -262,6 +269,7 @@ async def _receive(executor: Executor | None, file: IO[bytes], chunks: AsyncIter
             raise TooLarge.at("body", f"the tar has more than {max_bytes} bytes, the tenant's limit for an import")
         buffer += chunk
         if len(buffer) >= CHUNK_BYTES:
+            require_free_space(folder, len(buffer), min_free_bytes)
             await run_blocking(executor, file.write, bytes(buffer))
             buffer.clear()
     await run_blocking(executor, file.write, bytes(buffer))

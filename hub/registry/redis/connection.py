@@ -10,6 +10,8 @@ Cluster is not supported. All keys start with `karst:`. Names of tenants and tas
     used                        hash    id of an API key -> its last use, in seconds since 1970
     public                      set     `tenant:task` of each task that all tenants may use
     digests                     hash    digest -> number of versions that refer to the file
+    orphans                     hash    digest of a file that no version refers to -> tenant that it counts against
+    collection                  string  exists until the next garbage collection may begin; the collecting gateway
     gc:{digest}                 string  exists while a garbage collection may remove the file
     events                      stream  tenant, kind (task, key, tenant) and name of each change
     audit                       stream  tenant and JSON of each change
@@ -22,6 +24,8 @@ Cluster is not supported. All keys start with `karst:`. Names of tenants and tas
     t:{tenant}:numbers          hash    task -> its last version number; outlives the task, so no number is used twice
     t:{tenant}:task:{task}      hash    see `models`
     t:{tenant}:bytes            string  size of all versions' files, in bytes
+    t:{tenant}:orphans          hash    digest -> size in bytes:time from which a collection may remove the file
+    t:{tenant}:deleted          string  size of all orphans, in bytes
     t:{tenant}:keys             set     ids of the tenant's API keys
     t:{tenant}:shared           set     `tenant:task` of each task that another tenant shares with this tenant by name
     t:{tenant}:audit            stream  JSON of each change

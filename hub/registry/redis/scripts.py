@@ -30,8 +30,9 @@ class LuaScript:
         return "".join(FOLDER.joinpath(f"{name}.lua").read_text("utf-8") for name in self.names)
 
 
-TASKS = LuaScript(("changes", "task_hash", "tasks"))
-TENANTS = LuaScript(("changes", "task_hash", "tenants"))
+TASKS = LuaScript(("changes", "orphans", "task_hash", "tasks"))
+TENANTS = LuaScript(("changes", "orphans", "task_hash", "tenants"))
+COLLECTION = LuaScript(("changes", "orphans", "collection"))
 KEYS = LuaScript(("changes", "keys"))
 AUDIT = LuaScript(("changes", "audit"))
 STATUS = LuaScript(("status",))
@@ -62,7 +63,7 @@ class ChangeReply(BaseModel):
         "no_history",
         "no_permanent_key",  # no other admin key without an expiry date exists
         "removing",  # a garbage collection removes the file
-        "in_use",  # a version refers to the file
+        "in_use",  # a version refers to the file, or is about to; another gateway collects
         "latest_moved",  # the alias `latest` has other targets than those that the caller read
     ]
     limit: str = ""

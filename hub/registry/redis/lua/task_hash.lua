@@ -19,6 +19,7 @@ local function release_version(tenant, version)
   local body = cjson.decode(version)
   if redis.call('HINCRBY', 'karst:digests', body.digest, -1) <= 0 then
     redis.call('HDEL', 'karst:digests', body.digest)
+    add_orphan(tenant, body.digest, body.size_bytes, 0)
   end
   redis.call('DECRBY', tenant_key(tenant, 'bytes'), body.size_bytes)
   return body.digest

@@ -65,16 +65,22 @@ local function find_refusal(args)
   if tonumber(redis.call('HGET', key, 'n') or 0) >= limits.versions then
     return limit_reached('versions', limits.versions)
   end
-  local stored_bytes = tonumber(redis.call('GET', tenant_key(args.tenant, 'bytes')) or 0)
-  if stored_bytes + args.size_bytes > limits.stored_bytes then
+  if used_bytes(args.tenant, args.digest) + args.size_bytes > limits.stored_bytes then
     return limit_reached('stored_bytes', limits.stored_bytes)
+  end
+  if redis.call('HLEN', tenant_key(args.tenant, 'orphans')) > args.max_orphans then
+    return limit_reached('deleted_files', args.max_orphans)
   end
 end
 
--- digest, size_bytes, aliases, max_aliases. Change nothing.
+-- digest, size_bytes, aliases, max_aliases, max_orphans, reserve_s (0: change nothing; otherwise count the bytes of a new
+-- file against the tenant from now on, and let no collection remove the file for so long).
 function tasks.check_quota(args)
   local refusal = find_refusal(args)
   if refusal then return refusal end
+  if args.reserve_s > 0 and redis.call('HEXISTS', 'karst:digests', args.digest) == 0 then
+    add_orphan(args.tenant, args.digest, args.size_bytes, args.reserve_s)
+  end
   return {outcome = 'done', created = redis.call('HEXISTS', task_key(args.tenant, args.task), 'd:' .. args.digest) == 0}
 end
 
@@ -96,6 +102,7 @@ function tasks.register(args)
     redis.call('HINCRBY', key, 'n', 1)
     redis.call('INCRBY', tenant_key(args.tenant, 'bytes'), args.size_bytes)
     redis.call('HINCRBY', 'karst:digests', args.digest, 1)
+    remove_orphan(args.digest)
   end
   if created then
     for _, alias in ipairs(args.aliases) do
@@ -212,18 +219,22 @@ function tasks.restore(args)
   if not info then return {outcome = 'no_tenant'} end
   local limits = cjson.decode(info).limits
   local tasks_key, bytes_key = tenant_key(args.tenant, 'tasks'), tenant_key(args.tenant, 'bytes')
-  local existing, size_bytes = {}, 0
+  local existing, size_bytes, adopted, adopted_bytes = {}, 0, {}, 0
   for _, task in ipairs(args.tasks) do
     if redis.call('EXISTS', task_key(args.tenant, task.name)) == 1 then existing[#existing + 1] = task.name end
     if #task.versions > limits.versions then return limit_reached('versions', limits.versions) end
     for _, version in ipairs(task.versions) do
       if is_being_removed(version.digest) then return {outcome = 'removing'} end
       size_bytes = size_bytes + version.size_bytes
+      local owner, orphan_bytes = find_orphan(version.digest)
+      if owner == args.tenant and not adopted[version.digest] then
+        adopted[version.digest], adopted_bytes = true, adopted_bytes + orphan_bytes
+      end
     end
   end
   if #existing > 0 then return {outcome = 'exists', names = existing} end
   if redis.call('SCARD', tasks_key) + #args.tasks > limits.tasks then return limit_reached('tasks', limits.tasks) end
-  if tonumber(redis.call('GET', bytes_key) or 0) + size_bytes > limits.stored_bytes then
+  if used_bytes(args.tenant, '') - adopted_bytes + size_bytes > limits.stored_bytes then
     return limit_reached('stored_bytes', limits.stored_bytes)
   end
   local numbers_key = tenant_key(args.tenant, 'numbers')
@@ -234,7 +245,10 @@ function tasks.restore(args)
     redis.call('SADD', tasks_key, task.name)
     local last_number = math.max(task.last_number, tonumber(redis.call('HGET', numbers_key, task.name) or 0))
     redis.call('HSET', numbers_key, task.name, last_number)
-    for _, version in ipairs(task.versions) do redis.call('HINCRBY', 'karst:digests', version.digest, 1) end
+    for _, version in ipairs(task.versions) do
+      redis.call('HINCRBY', 'karst:digests', version.digest, 1)
+      remove_orphan(version.digest)
+    end
   end
   redis.call('INCRBY', bytes_key, size_bytes)
   record_change(args.tenant, 'tenant', args.tenant, args.entry)
@@ -243,7 +257,9 @@ end
 
 -- digest, duration_s. No version may refer to the file until the claim expires.
 function tasks.claim_orphan(args)
-  if redis.call('HEXISTS', 'karst:digests', args.digest) == 1 then return {outcome = 'in_use'} end
+  if redis.call('HEXISTS', 'karst:digests', args.digest) == 1 or is_reserved(args.digest) then
+    return {outcome = 'in_use'}
+  end
   redis.call('SET', 'karst:gc:' .. args.digest, '1', 'EX', args.duration_s)
   return DONE
 end

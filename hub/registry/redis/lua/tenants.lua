@@ -52,6 +52,7 @@ function tenants.delete(args)
   end
   local names = {'tasks', 'numbers', 'bytes', 'keys', 'shared', 'audit', 'rate', 'flight', 'settled', 'counts'}
   for _, name in ipairs(names) do redis.call('DEL', tenant_key(args.tenant, name)) end
+  drop_orphans(args.tenant)
   redis.call('ZREM', 'karst:active', args.tenant)
   record_change('', 'tenant', args.tenant, args.entry)
   return DONE
