@@ -147,7 +147,7 @@ def create_app(
     decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode")
     executor = ThreadPoolExecutor(threads, "gateway")
 
-    database = RegistryConnection(str(settings.redis_url))
+    database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
     store = Store(str(settings.store_url), settings.min_free_disk)
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))

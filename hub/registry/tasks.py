@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..admission.quotas import DELETED_FILES
+from ..admission.quotas import DELETED_FILES, SHARED_WITH_ONE, SHARES
 from ..errors import Conflict, HubError, InvalidRequest, LimitReached, Unavailable
 from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
 from .audit import Actor
@@ -188,10 +188,22 @@ class TaskRegistry:
 
         Raises:
             NotFound: the task does not exist.
+            InvalidRequest: a named tenant does not exist.
+            LimitReached: the tenant's limit of shares.
         """
         details = {"public": sharing.public, "tenants": sharing.tenants[:20], "count": len(sharing.tenants)}
         entry = by.entry(tenant, "task.share", task=task, sharing=details)
-        await self._change("share", tenant, task, entry, sharing=sharing.model_dump_json())
+        names = list(dict.fromkeys(sharing.tenants))
+        body = Sharing(public=sharing.public, tenants=names).model_dump_json()
+        reply = await self._change(
+            "share", tenant, task, entry, sharing=body, max_shares=SHARES, max_with_one=SHARED_WITH_ONE
+        )
+        if reply.outcome == "no_tenants":
+            more = f" and {len(reply.names) - 5} more" if len(reply.names) > 5 else ""
+            message = f"there is no tenant {', '.join(map(repr, reply.names[:5]))}{more}; name tenants that exist"
+            raise InvalidRequest.at("tenants", message)
+        if reply.outcome == "limit":
+            raise _refusal(reply, tenant)
         return await self.task(tenant, task)
 
     async def change_settings(self, by: Actor, tenant: str, task: str, settings: TaskSettings) -> Task:
@@ -368,7 +380,10 @@ def _refusal(reply: ChangeReply, tenant: str) -> HubError:
             if reply.limit == "deleted_files":
                 message = f"too many deleted files wait for their removal (limit {reply.maximum}); retry later"
                 return LimitReached.at(reply.limit, message, retry_after_s=60)
-            nouns = {"tasks": "tasks", "versions": "versions per task", "stored_bytes": "stored bytes"}
+            nouns = {"tasks": "tasks", "versions": "versions per task", "stored_bytes": "stored bytes"} | {
+                "shares": "tenants in the sharing of all tasks together",
+                "shared_with_one": "tasks shared with one tenant",
+            }
             message = f"too many {nouns[reply.limit]} (limit {reply.maximum}); delete some or ask an admin to raise it"
             return LimitReached.at(reply.limit, message, retry_after_s=60)
         case "aliases_full":

@@ -57,6 +57,7 @@ class ChangeReply(BaseModel):
         "no_tenant",
         "exists",
         "limit",
+        "no_tenants",  # a sharing names tenants that do not exist
         "aliases_full",
         "no_version",
         "alias_in_use",

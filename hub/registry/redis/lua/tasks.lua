@@ -87,7 +87,7 @@ end
 -- Also: version (JSON text without its number), max_history, settings (name -> JSON text), latest (targets of the alias
 -- `latest` that the caller has compared labels with; '' for none; null: any). Known bytes move no alias.
 function tasks.register(args)
-  local refusal = find_refusal(args)
+  local refusal = find_refusal(args) or take_change(args)
   if refusal then return refusal end
   local key = task_key(args.tenant, args.task)
   local number = redis.call('HGET', key, 'd:' .. args.digest)
@@ -96,7 +96,7 @@ function tasks.register(args)
     return {outcome = 'latest_moved'}
   end
   if created then
-    number = string.format('%.0f', redis.call('HINCRBY', tenant_key(args.tenant, 'numbers'), args.task, 1))
+    number = next_number(args.tenant, args.task)
     redis.call('SADD', tenant_key(args.tenant, 'tasks'), args.task)
     redis.call('HSET', key, 'd:' .. args.digest, number, 'v:' .. number, args.version)
     redis.call('HINCRBY', key, 'n', 1)
@@ -110,15 +110,16 @@ function tasks.register(args)
     end
   end
   write_settings(key, args.settings)
-  local entry = with_details(args.entry, {version = tonumber(number)})
-  record_change(args.tenant, 'task', args.task, entry)
+  args.entry = with_details(args.entry, {version = tonumber(number)})
+  record_change(args, 'task', args.task)
   local version = redis.call('HGET', key, 'v:' .. number)
   return {outcome = 'done', number = number, created = created, text = version}
 end
 
 -- alias, targets (JSON text), numbers (of the targets' versions), max_aliases, max_history.
 function tasks.set_alias(args)
-  if is_revoked(args.entry) then return REVOKED end
+  local refused = refusal_of(args)
+  if refused then return refused end
   local key = task_key(args.tenant, args.task)
   if redis.call('EXISTS', key) == 0 then return ABSENT end
   if not has_room_for_alias(key, args.alias, args.max_aliases) then return {outcome = 'aliases_full'} end
@@ -126,13 +127,14 @@ function tasks.set_alias(args)
     if redis.call('HEXISTS', key, 'v:' .. number) == 0 then return {outcome = 'no_version', names = {number}} end
   end
   move_alias(key, args.alias, args.targets, args.max_history)
-  record_change(args.tenant, 'task', args.task, args.entry)
+  record_change(args, 'task', args.task)
   return DONE
 end
 
 -- alias. Restore the last targets whose versions all exist and remove them from the history.
 function tasks.roll_back(args)
-  if is_revoked(args.entry) then return REVOKED end
+  local refused = refusal_of(args)
+  if refused then return refused end
   local key = task_key(args.tenant, args.task)
   local current = redis.call('HGET', key, 'a:' .. args.alias)
   if not current then return ABSENT end
@@ -146,8 +148,8 @@ function tasks.roll_back(args)
     if usable then
       redis.call('HSET', key, 'a:' .. args.alias, targets)
       write_history(key, args.alias, history)
-      local entry = with_details(args.entry, {targets = cjson.decode(targets)})
-      record_change(args.tenant, 'task', args.task, entry)
+      args.entry = with_details(args.entry, {targets = cjson.decode(targets)})
+      record_change(args, 'task', args.task)
       return DONE
     end
   end
@@ -156,46 +158,59 @@ end
 
 -- alias.
 function tasks.delete_alias(args)
-  if is_revoked(args.entry) then return REVOKED end
+  local refused = refusal_of(args)
+  if refused then return refused end
   local key = task_key(args.tenant, args.task)
   if redis.call('HDEL', key, 'a:' .. args.alias) == 0 then return ABSENT end
   redis.call('HDEL', key, 'h:' .. args.alias)
-  record_change(args.tenant, 'task', args.task, args.entry)
+  record_change(args, 'task', args.task)
   return DONE
 end
 
--- sharing (JSON text).
+-- sharing (JSON text), max_shares, max_with_one.
 function tasks.share(args)
-  if is_revoked(args.entry) then return REVOKED end
+  local refused = refusal_of(args)
+  if refused then return refused end
   local key = task_key(args.tenant, args.task)
   if redis.call('EXISTS', key) == 0 then return ABSENT end
-  update_shared_lists('SREM', args.tenant, args.task, redis.call('HGET', key, 'share'))
+  local former = redis.call('HGET', key, 'share')
+  local absent = split_names(args.sharing)
+  if #absent > 0 then
+    take_further_changes(args, #absent - 1) -- a change for each name: otherwise a tenant could try names without end
+    return {outcome = 'no_tenants', names = absent}
+  end
+  refused = share_refusal(args.tenant, args.task, former, args.sharing, args.max_shares, args.max_with_one)
+  if refused then return refused end
+  update_shared_lists('SREM', args.tenant, args.task, former)
   update_shared_lists('SADD', args.tenant, args.task, args.sharing)
   redis.call('HSET', key, 'share', args.sharing)
-  record_change(args.tenant, 'task', args.task, args.entry)
+  record_change(args, 'task', args.task)
   return DONE
 end
 
 -- settings (name -> JSON text).
 function tasks.change_settings(args)
-  if is_revoked(args.entry) then return REVOKED end
+  local refused = refusal_of(args)
+  if refused then return refused end
   local key = task_key(args.tenant, args.task)
   if redis.call('EXISTS', key) == 0 then return ABSENT end
   write_settings(key, args.settings)
-  record_change(args.tenant, 'task', args.task, args.entry)
+  record_change(args, 'task', args.task)
   return DONE
 end
 
 function tasks.delete(args)
-  if is_revoked(args.entry) then return REVOKED end
+  local refused = refusal_of(args)
+  if refused then return refused end
   if drop_task(args.tenant, args.task) == 0 then return ABSENT end
-  record_change(args.tenant, 'task', args.task, args.entry)
+  record_change(args, 'task', args.task)
   return DONE
 end
 
 -- number (text).
 function tasks.delete_version(args)
-  if is_revoked(args.entry) then return REVOKED end
+  local refused = refusal_of(args)
+  if refused then return refused end
   local key = task_key(args.tenant, args.task)
   local version = redis.call('HGET', key, 'v:' .. args.number)
   if not version then return ABSENT end
@@ -207,14 +222,15 @@ function tasks.delete_version(args)
   end
   redis.call('HDEL', key, 'v:' .. args.number, 'd:' .. release_version(args.tenant, version))
   redis.call('HINCRBY', key, 'n', -1)
-  record_change(args.tenant, 'task', args.task, args.entry)
+  record_change(args, 'task', args.task)
   return DONE
 end
 
 -- tasks: a list of {name, last_number, fields (the task's hash), versions ({digest, size_bytes}...), sharing (JSON
--- text)}. Restore all of them or none.
+-- text)}. Restore all of them or none, without names in `sharing` that no tenant of this hub has.
 function tasks.restore(args)
-  if is_revoked(args.entry) then return REVOKED end
+  local refused = refusal_of(args)
+  if refused then return refused end
   local info = redis.call('HGET', 'karst:tenants', args.tenant)
   if not info then return {outcome = 'no_tenant'} end
   local limits = cjson.decode(info).limits
@@ -241,9 +257,13 @@ function tasks.restore(args)
   for _, task in ipairs(args.tasks) do
     local key = task_key(args.tenant, task.name)
     for name, value in pairs(task.fields) do redis.call('HSET', key, name, value) end
-    update_shared_lists('SADD', args.tenant, task.name, task.sharing)
+    local _, known = split_names(task.sharing)
+    local sharing = sharing_text(cjson.decode(task.sharing).public, known)
+    redis.call('HSET', key, 'share', sharing)
+    update_shared_lists('SADD', args.tenant, task.name, sharing)
     redis.call('SADD', tasks_key, task.name)
-    local last_number = math.max(task.last_number, tonumber(redis.call('HGET', numbers_key, task.name) or 0))
+    local last_number = math.max(task.last_number,
+      tonumber(redis.call('HGET', numbers_key, task.name) or redis.call('GET', tenant_key(args.tenant, 'floor')) or 0))
     redis.call('HSET', numbers_key, task.name, last_number)
     for _, version in ipairs(task.versions) do
       redis.call('HINCRBY', 'karst:digests', version.digest, 1)
@@ -251,7 +271,7 @@ function tasks.restore(args)
     end
   end
   redis.call('INCRBY', bytes_key, size_bytes)
-  record_change(args.tenant, 'tenant', args.tenant, args.entry)
+  record_change(args, 'tenant', args.tenant)
   return DONE
 end
 
