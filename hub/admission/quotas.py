@@ -22,3 +22,5 @@ SHARES = 10_000  # names of tenants in the sharing of all tasks together; furthe
 SHARED_WITH_ONE = 1000  # tasks that the tenant shares with one other tenant by name; further ones get 429
 AUDIT_ENTRIES = 10_000  # kept entries of the tenant in its own audit and in the hub's; older entries are removed
 API_KEYS = 1000  # API keys; further keys get 429
+REGISTRY_READS = 2  # running reads of tasks with their versions per gateway; further reads wait
+REGISTRY_BYTES = 128 * 1024**2  # bytes of tasks and metadata of versions in the registry; further ones get 429

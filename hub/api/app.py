@@ -22,7 +22,6 @@ from ..observability.request_log import RequestLogMiddleware, RequestMetrics
 from ..registry.audit import AuditLog
 from ..registry.cache import RegistryCache
 from ..registry.events import EventLog
-from ..registry.files import FileRegistry
 from ..registry.health import RegistryIntegrity, RegistryWatch
 from ..registry.keys import KeyRegistry
 from ..registry.redis.connection import RegistryConnection
@@ -35,6 +34,7 @@ from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
 from ..settings import Settings
+from ..storage.accounts import FileRegistry
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
 from ..worker_api import Workers
@@ -205,7 +205,14 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        steps = cache.follow(), limiter.run(), watch.run(), keep_bound(integrity, store, executor), collector.run()
+        steps = (
+            cache.follow(),
+            limiter.run(),
+            watch.run(),
+            registry.upgrade(),
+            keep_bound(integrity, store, executor),
+            collector.run(),
+        )
         background = {asyncio.create_task(step) for step in steps}
         yield
         while background:  # repeated: a timeout of the Redis client can swallow a cancellation

@@ -22,8 +22,8 @@ from ..admin_schemas import Collected
 from ..concurrency import run_blocking
 from ..errors import Conflict, HubError
 from ..registry.audit import Actor, AuditLog
-from ..registry.files import FileRegistry
 from ..registry.redis.connection import is_cancelled
+from ..storage.accounts import FileRegistry
 from ..storage.store import OWNER, Store
 
 logger = logging.getLogger(__name__)

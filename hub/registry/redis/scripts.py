@@ -30,9 +30,10 @@ class LuaScript:
         return "".join(FOLDER.joinpath(f"{name}.lua").read_text("utf-8") for name in self.names)
 
 
-TASKS = LuaScript(("changes", "orphans", "task_hash", "tasks"))
-TENANTS = LuaScript(("changes", "orphans", "task_hash", "tenants"))
+TASKS = LuaScript(("changes", "public", "orphans", "task_hash", "sharing", "tasks"))
+TENANTS = LuaScript(("changes", "public", "orphans", "task_hash", "sharing", "tenants"))
 COLLECTION = LuaScript(("changes", "orphans", "collection"))
+READS = LuaScript(("changes", "public", "reads"))
 KEYS = LuaScript(("changes", "keys"))
 AUDIT = LuaScript(("changes", "audit"))
 STATUS = LuaScript(("status",))
@@ -45,7 +46,8 @@ class ChangeReply(BaseModel):
     Attributes:
         limit, maximum: the limit that is reached, for `limit`.
         names: what the outcome refers to: existing tasks, a missing version, an alias.
-        number, created, text: the version's number, whether it is new, and the stored JSON, for `done`.
+        number, created: the version's number, and whether it is new, for `done`.
+        text: the stored JSON of a tenant, for `done`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,7 +66,8 @@ class ChangeReply(BaseModel):
         "no_history",
         "no_permanent_key",  # no other admin key without an expiry date exists
         "removing",  # a garbage collection removes the file
-        "in_use",  # a version refers to the file, or is about to; another gateway collects
+        "in_use",  # a version refers to the file, or is about to; further tasks exist; another gateway collects
+        "unstaged",  # versions of an import have expired
         "latest_moved",  # the alias `latest` has other targets than those that the caller read
     ]
     limit: str = ""

@@ -9,8 +9,8 @@ from typing import Any
 from starlette.testclient import TestClient
 
 from adapters import Adapter, Backbone
-from hub.registry.files import FileRegistry
 from hub.registry.redis.connection import RegistryConnection
+from hub.storage.accounts import FileRegistry
 from tests.support.hub_app import OCTETS, Hub, bearer, in_registry, make_api, running
 from tests.support.models import png, wait_until, with_metadata
 

@@ -16,15 +16,37 @@ local function is_being_removed(digest)
   return redis.call('EXISTS', 'karst:gc:' .. digest) == 1
 end
 
--- Remove a version's (JSON text) claim on its file and its bytes. Return its digest.
-local function release_version(tenant, version)
-  local body = cjson.decode(version)
-  if redis.call('HINCRBY', 'karst:digests', body.digest, -1) <= 0 then
-    redis.call('HDEL', 'karst:digests', body.digest)
-    add_orphan(tenant, body.digest, body.size_bytes, 0)
+-- Return the size of a version's file. A version of an older hub has no summary, so its whole text is decoded.
+local function file_size(key, number)
+  local summary = redis.call('HGET', key, 'i:' .. number)
+  if summary then return string.match(summary, '^%d+') end
+  return string.format('%.0f', cjson.decode(redis.call('HGET', key, 'v:' .. number)).size_bytes)
+end
+
+-- Remove a version's claim on its file and its bytes.
+local function release_version(tenant, key, number, digest)
+  local size_bytes = file_size(key, number)
+  if redis.call('HINCRBY', 'karst:digests', digest, -1) <= 0 then
+    redis.call('HDEL', 'karst:digests', digest)
+    add_orphan(tenant, digest, tonumber(size_bytes), 0)
   end
-  redis.call('DECRBY', tenant_key(tenant, 'bytes'), body.size_bytes)
-  return body.digest
+  redis.call('DECRBY', tenant_key(tenant, 'bytes'), size_bytes)
+end
+
+-- Count the bytes of a task's fields, in its field `b` and in the tenant's sum, after a change of the task.
+local function count_registry_bytes(tenant, key)
+  local bytes = 0
+  for _, name in ipairs(redis.call('HKEYS', key)) do bytes = bytes + #name + redis.call('HSTRLEN', key, name) end
+  local former = tonumber(redis.call('HGET', key, 'b') or 0)
+  if former == 0 then bytes = bytes + 8 end -- about the bytes of `b` itself
+  redis.call('INCRBY', tenant_key(tenant, 'registry'), string.format('%.0f', bytes - former))
+  redis.call('HSET', key, 'b', string.format('%.0f', bytes))
+end
+
+-- Return a refusal if the tenant's tasks would take more bytes than max_registry_bytes, or nil.
+local function registry_refusal(tenant, added_bytes, max_registry_bytes)
+  local used = tonumber(redis.call('GET', tenant_key(tenant, 'registry')) or 0)
+  if used + added_bytes > max_registry_bytes then return limit_reached('registry_bytes', max_registry_bytes) end
 end
 
 -- Return the number of a task's next version. A name that is forgotten goes on after the number of all forgotten names.
@@ -53,58 +75,31 @@ local function count_share(tenant, other, by)
   end
 end
 
--- Add the task to (SADD) or remove it from (SREM) every list that its sharing (JSON text or false) names.
-local function update_shared_lists(command, tenant, task, sharing)
+-- Add the task to or remove it from every list that its sharing (JSON text or false) names.
+local function update_shared_lists(is_added, tenant, task, sharing)
   if not sharing then return end
-  local body = cjson.decode(sharing)
-  if body.public then redis.call(command, 'karst:public', tenant .. ':' .. task) end
+  adopt_former_public()
+  local body, name = cjson.decode(sharing), tenant .. ':' .. task
+  if body.public then
+    if is_added then redis.call('ZADD', PUBLIC, 0, name) else redis.call('ZREM', PUBLIC, name) end
+  end
   for _, other in ipairs(body.tenants) do
-    if redis.call(command, tenant_key(other, 'shared'), tenant .. ':' .. task) == 1 then
-      count_share(tenant, other, command == 'SADD' and 1 or -1)
+    if redis.call(is_added and 'SADD' or 'SREM', tenant_key(other, 'shared'), name) == 1 then
+      count_share(tenant, other, is_added and 1 or -1)
     end
   end
 end
 
--- Return a sharing (public or not, a list of names) as JSON text. cjson would write an empty list as {}.
-local function sharing_text(public, names)
-  local quoted = {}
-  for i, name in ipairs(names) do quoted[i] = '"' .. name .. '"' end
-  return '{"public":' .. tostring(public) .. ',"tenants":[' .. table.concat(quoted, ',') .. ']}'
-end
-
--- Return the names of a sharing (JSON text) that no tenant has, and the names that a tenant has.
-local function split_names(sharing)
-  local absent, known = {}, {}
-  for _, name in ipairs(cjson.decode(sharing).tenants) do
-    local names = redis.call('HEXISTS', 'karst:tenants', name) == 1 and known or absent
-    names[#names + 1] = name
-  end
-  return absent, known
-end
-
--- Return why a tenant may not share a task like this, or nil. max_shares: names of all its tasks together. max_with_one:
--- its tasks that it shares with one tenant.
-local function share_refusal(tenant, task, former, sharing, max_shares, max_with_one)
-  local added = #cjson.decode(sharing).tenants - (former and #cjson.decode(former).tenants or 0)
-  local shares = tonumber(redis.call('HGET', tenant_key(tenant, 'shares'), '') or 0)
-  if added > 0 and shares + added > max_shares then return limit_reached('shares', max_shares) end
-  for _, other in ipairs(cjson.decode(sharing).tenants) do
-    local is_shared = redis.call('SISMEMBER', tenant_key(other, 'shared'), tenant .. ':' .. task) == 1
-    local count = tonumber(redis.call('HGET', tenant_key(tenant, 'shares'), other) or 0)
-    if not is_shared and count >= max_with_one then return limit_reached('shared_with_one', max_with_one) end
-  end
-  return nil
-end
-
--- Delete a task with its versions. Return 0 if there is none.
+-- Delete a task with its versions. Return whether there was one. Redis frees the memory on a thread of its own.
 local function drop_task(tenant, task)
   local key = task_key(tenant, task)
-  local fields = redis.call('HGETALL', key)
-  for i = 1, #fields, 2 do
-    if string.sub(fields[i], 1, 2) == 'v:' then release_version(tenant, fields[i + 1]) end
+  for _, field in ipairs(redis.call('HKEYS', key)) do
+    local digest = string.match(field, '^d:(.+)$')
+    if digest then release_version(tenant, key, redis.call('HGET', key, field), digest) end
   end
-  update_shared_lists('SREM', tenant, task, redis.call('HGET', key, 'share'))
+  update_shared_lists(false, tenant, task, redis.call('HGET', key, 'share'))
   redis.call('SREM', tenant_key(tenant, 'tasks'), task)
   forget_number(tenant, task)
-  return redis.call('DEL', key)
+  redis.call('DECRBY', tenant_key(tenant, 'registry'), redis.call('HGET', key, 'b') or 0)
+  return redis.call('UNLINK', key) == 1
 end

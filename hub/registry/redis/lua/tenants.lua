@@ -15,6 +15,7 @@ local function end_sharing(tenant, name)
   end
   redis.call('HSET', key, 'share', sharing_text(body.public, others))
   count_share(owner, tenant, -1)
+  count_registry_bytes(owner, key)
   publish(owner, 'task', task)
 end
 
@@ -49,6 +50,20 @@ function tenants.set_limits(args)
   return {outcome = 'done', text = info}
 end
 
+-- max_versions. Delete tasks of the tenant until these have as many versions, at least one task. The outcome is `in_use`
+-- while further tasks exist: a deletion of all tasks in one step could keep Redis busy for seconds.
+function tenants.drop_tasks(args)
+  if is_revoked(args.entry) then return REVOKED end
+  local versions = 0
+  for _, task in ipairs(redis.call('SMEMBERS', tenant_key(args.tenant, 'tasks'))) do
+    if versions >= args.max_versions then return {outcome = 'in_use'} end
+    versions = versions + 1 + tonumber(redis.call('HGET', task_key(args.tenant, task), 'n') or 0)
+    drop_task(args.tenant, task)
+    publish(args.tenant, 'task', task)
+  end
+  return DONE
+end
+
 -- Delete the tenant with its tasks, keys, counts and own audit.
 function tenants.delete(args)
   local refused = refusal_of(args)
@@ -60,8 +75,9 @@ function tenants.delete(args)
     redis.call('HDEL', 'karst:keys', id)
     redis.call('HDEL', 'karst:used', id)
   end
-  local names = {'tasks', 'numbers', 'floor', 'changes', 'shares', 'bytes', 'keys', 'shared', 'audit', 'rate', 'flight', 'settled', 'counts'}
-  for _, name in ipairs(names) do redis.call('DEL', tenant_key(args.tenant, name)) end
+  local names = {'tasks', 'numbers', 'floor', 'changes', 'shares', 'bytes', 'registry', 'keys', 'shared', 'audit', 'rate',
+    'flight', 'settled', 'counts'}
+  for _, name in ipairs(names) do redis.call('UNLINK', tenant_key(args.tenant, name)) end
   drop_orphans(args.tenant)
   redis.call('ZREM', 'karst:active', args.tenant)
   local name = args.tenant

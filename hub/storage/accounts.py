@@ -3,8 +3,8 @@
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-from .redis.connection import RegistryConnection, as_hash, tenant_key
-from .redis.scripts import COLLECTION
+from ..registry.redis.connection import RegistryConnection, as_hash, tenant_key
+from ..registry.redis.scripts import COLLECTION
 
 ORPHANS_PER_READ = 500
 
