@@ -43,9 +43,10 @@ from .dependencies import CallerDependencies
 from .problems import add_exception_handlers
 from .protocols.huggingface import add_huggingface_routes
 from .protocols.oip import add_oip_routes
+from .request_heads import HeaderLimitsMiddleware, UnreadBodyMiddleware
 from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEADERS, SecurityHeadersMiddleware
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
-from .upload_guard import BodyMemory, HeaderLimitsMiddleware, UploadGuardMiddleware
+from .upload_guard import BodyMemory, UploadGuardMiddleware
 
 SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
 
@@ -81,6 +82,7 @@ class GatewayAPI(FastAPI):
         """Return the application inside of all its middleware. Starlette calls this at the first request."""
         settings = self._settings
         stack = [  # outermost first
+            Middleware(UnreadBodyMiddleware, behind_haproxy=settings.haproxy),
             Middleware(RequestLogMiddleware, self._metrics, server_returns_id=self._metrics is not None),
             Middleware(SecurityHeadersMiddleware, tls=settings.tls_cert is not None),
             Middleware(HeaderLimitsMiddleware),

@@ -21,6 +21,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from ..errors import FieldProblem, InvalidImage, InvalidRequest, TooLarge
 from ..schemas import MAX_IMAGES, ClassifyOptions, ImagesBody
 from .problems import invalid_fields, invalid_request
+from .request_heads import announces_body
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -217,7 +218,7 @@ class RequestBody:
 
 def is_announced(request: Request) -> bool:
     """Return whether the headers announce a body."""
-    return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+    return announces_body(request.scope["headers"])
 
 
 async def _images_of_form(form: FormData) -> ImageRequest:

@@ -35,7 +35,6 @@ Coverage = Annotated[
 CANARY_HEADER = "x-canary-key"
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 OPTION_HEADERS = (CANARY_HEADER, JSON_LENGTH_HEADER)  # refused on routes that do not have them
-SINGLE_HEADERS = ("authorization", "content-type", *OPTION_HEADERS)
 CanaryKey = Annotated[
     str | None,
     Header(
@@ -121,7 +120,7 @@ async def no_options(request: Request) -> None:
 
 
 def _refuse_unknown_options(request: Request) -> None:
-    """Refuse query parameters and option headers that the route does not have, or that the client sent twice.
+    """Refuse query parameters and option headers that the route does not have, and parameters that are sent twice.
 
     A misspelt parameter would silently keep its default, and of two values one would be lost.
 
@@ -138,7 +137,6 @@ def _refuse_unknown_options(request: Request) -> None:
         if name in headers and name.lower() not in own:
             problems.append(FieldProblem(name, "this route does not have this header; remove it"))
     counts = {name: len(query.getlist(name)) for name in known}
-    counts |= {name: len(headers.getlist(name)) for name in SINGLE_HEADERS}
     problems += [FieldProblem(name, f"is sent {n} times; send it once") for name, n in counts.items() if n > 1]
     if problems:
         raise invalid_fields(problems)
