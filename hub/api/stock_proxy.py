@@ -29,17 +29,19 @@ HEALTH_PATH = "/-/healthz"  # for load balancers
 
 
 def stock_proxy_middleware() -> list[Middleware]:
-    """Return the middleware of Ray's stock proxy, outermost first, and limit the time of its requests' heads.
+    """Return the middleware of Ray's stock proxy, and limit the time of its requests' heads.
+
+    The list is innermost first: Ray wraps its proxy in one after another.
 
     Ray calls this function in the proxy's process, before it starts uvicorn. Its path is in Ray's environment.
     """
     HTTP_PROTOCOLS["auto"] = f"{__name__}:{TimedProtocol.__name__}"
     return [
-        Middleware(UnreadBodyMiddleware, linger_s=0),  # uvicorn reads on by itself, and Ray takes all that it reads
-        Middleware(SecurityHeadersMiddleware),
-        Middleware(HeaderLimitsMiddleware),
-        Middleware(RayPagesFilter),
         Middleware(RayHeadersFilter),
+        Middleware(RayPagesFilter),
+        Middleware(HeaderLimitsMiddleware),
+        Middleware(SecurityHeadersMiddleware),
+        Middleware(UnreadBodyMiddleware, linger_s=0),  # uvicorn reads on by itself, and Ray takes all that it reads
     ]
 
 

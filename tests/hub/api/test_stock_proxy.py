@@ -30,7 +30,7 @@ async def read(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def in_front_of(app: ASGIApp) -> ASGIApp:
-    for layer in reversed(stock_proxy_middleware()):
+    for layer in stock_proxy_middleware():  # as Ray does
         app = layer.cls(app, *layer.args, **layer.kwargs)
     return app
 
