@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+MAX_PROBLEMS = 50  # of one error; the check of a file ends when it has found so many
 _SHOWN = 5  # problems in the message, which goes into log lines
 
 
@@ -19,13 +20,20 @@ class AdapterError(ValueError):
     """An adapter that cannot be used; `problems` has one entry per wrong tensor or field."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        self.problems = list(problems)
+        self.problems = list(problems[:MAX_PROBLEMS])
+        if len(problems) > MAX_PROBLEMS:
+            self.problems.append(Problem("file", f"has more problems; these are the first {MAX_PROBLEMS}"))
         more = len(self.problems) - _SHOWN
         text = "; ".join(f"{p.where}: {p.message}" for p in self.problems[:_SHOWN])
         super().__init__(text + (f"; and {more} more" if more > 0 else ""))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.problems,)
+
+
+def enough(problems: Sequence[Problem]) -> bool:
+    """Return whether a check may end, because its error would show no further problem."""
+    return len(problems) > MAX_PROBLEMS
 
 
 def file_error(message: str) -> AdapterError:

@@ -6,10 +6,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import Depends, FastAPI, Header, Response
 from pydantic import BaseModel, StringConstraints
-from starlette.concurrency import run_in_threadpool
 
 from ...admission.authentication import Caller
-from ...concurrency import TenantConcurrencyLimit
+from ...concurrency import TenantConcurrencyLimit, run_blocking
 from ...errors import InvalidRequest
 from ...schemas import LATEST
 from ...services.classification import ClassificationService
@@ -149,7 +148,7 @@ def _add_infer_routes(
     ) -> Response:
         async with concurrency_limit.acquire(caller.tenant):
             data = await body.read(max_request_bytes)
-            members, images, outputs = await run_in_threadpool(_parse, data, json_length)
+            members, images, outputs = await body.parse(lambda sent: _parse(sent, json_length), data)
             predicted = await service.predict(caller, task, version, images, canary)
         members = {"model_name": task, "model_version": str(predicted.version.version), **members}
         tensors = ReplyTensors(
@@ -158,7 +157,7 @@ def _add_infer_routes(
             predicted.typicality,
             predicted.unknown,
         )
-        content, length = await run_in_threadpool(write_reply, members, outputs, tensors)
+        content, length = await run_blocking(body.pool, write_reply, members, outputs, tensors)
         response = Response(content, media_type=JSON if length is None else OCTETS)
         if length is not None:
             response.headers[JSON_LENGTH_HEADER] = str(length)

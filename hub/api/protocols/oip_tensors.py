@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from ...errors import InvalidRequest
 from ...schemas import MAX_IMAGES, VersionInfo
-from ..bodies import decode_base64, refuse_base64
+from ..base64_images import decode_base64, refuse_base64
 
 EXTENSIONS = ("binary_tensor_data", "classification")
 PIXEL_DTYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from pydantic import BaseModel
 
-from hub.api.bodies import PIECE_BYTES, decode_base64, inflate, parse_json, refuse_base64
+from hub.api.base64_images import decode_base64, refuse_base64
+from hub.api.bodies import PIECE_BYTES, inflate, parse_json
 from hub.errors import InvalidImage, InvalidRequest, TooLarge
 
 
