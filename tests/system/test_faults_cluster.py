@@ -8,7 +8,7 @@ import pytest
 from adapters import load_backbone
 from tests.support.faults.cluster import Cluster, hub_on_a_cluster, kill_head, kill_node, upgrade
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(500)]
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture
