@@ -19,6 +19,7 @@ from .errors import LimitReached
 P = ParamSpec("P")
 T = TypeVar("T")
 ACTIVE_S = 3.0  # a tenant counts as active for this long after its last call
+REST_RATIO = 3.0  # rest of a tenant between two calls that hold the interpreter lock, relative to the first one's time
 MAX_CHARGES = 1024  # tenants with a charge that are remembered before paid charges are removed
 
 
@@ -226,8 +227,9 @@ class TenantThreads:
             executor: thread pool with `threads` threads.
             tenant_threads: calls of one tenant that run at the same time.
             resting: active tenants of the gateway, for calls that hold Python's interpreter lock. Beside other active
-                tenants, a tenant's next call then waits as long as its last one took. Otherwise a tenant with calls one
-                after another would hold the lock all the time, and the event loop would get it too rarely.
+                tenants, a tenant's next call waits `REST_RATIO` times as long as its last one took. Otherwise a tenant
+                with calls one after another would hold the lock all the time, and the event loop would get it too
+                rarely.
         """
         self._executor = executor
         self._turns = TenantTurns(threads, tenant_threads)
@@ -250,7 +252,7 @@ class TenantThreads:
 
     def _end(self, tenant: str, began_s: float, call: "asyncio.Future[object]") -> None:
         rests = self._resting is not None and self._resting.others(tenant)
-        self._turns.release(tenant, time.monotonic() - began_s if rests else 0.0)
+        self._turns.release(tenant, REST_RATIO * (time.monotonic() - began_s) if rests else 0.0)
         call.cancelled() or call.exception()  # otherwise asyncio logs an error that no request retrieved
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack
@@ -20,6 +21,7 @@ from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantTurns
 from ..errors import InvalidImage, TooLarge
 
 DECODE_TIMEOUT_S = 10.0
+SLOW_S = 0.1  # photos of cameras take less
 # A JPEG scan costs the sender a few bytes and the decoder a pass over the whole image: 10 MB of scans would take hours.
 # Cameras and libraries write about ten.
 MAX_JPEG_SCANS = 100
@@ -149,7 +151,7 @@ class ImageDecoder:
             decode = asyncio.get_running_loop().run_in_executor(
                 self._executor, self._decode, field, image, preprocess, size * PIXELS_PER_IMAGE
             )
-            task = asyncio.create_task(self._hold(held.pop_all(), tenant, decode))
+            task = asyncio.create_task(self._hold(held.pop_all(), tenant, decode, rests=size > 1))
             self._decodes.add(task)  # otherwise the task could be garbage-collected: the loop holds weak references
             task.add_done_callback(self._decodes.discard)
         await asyncio.wait((decode,), timeout=self._timeout_s)
@@ -158,12 +160,19 @@ class ImageDecoder:
             raise InvalidImage.at(field, message)
         return decode.result()
 
-    async def _hold(self, held: AsyncExitStack, tenant: str, decode: "asyncio.Future[np.ndarray]") -> None:
+    async def _hold(
+        self, held: AsyncExitStack, tenant: str, decode: "asyncio.Future[np.ndarray]", *, rests: bool
+    ) -> None:
         """Hold the tenant's share and the thread until the decode ends, even if the request ends earlier.
 
         Otherwise a client that disconnects could start any number of decodes. After the timeout a spare thread replaces
         the decode's thread.
+
+        Args:
+            rests: whether the tenant's share rests as long as a slow decode took, beside other active tenants. Otherwise
+                slow decodes one after another would take a whole core from the event loop and the workers.
         """
+        began_s = time.monotonic()
         async with held:
             await asyncio.wait((decode,), timeout=self._timeout_s)
             replaced = not decode.done() and self._spare_threads > 0
@@ -175,6 +184,9 @@ class ImageDecoder:
                 self._spare_threads += 1
             else:
                 self._turns.release(tenant)
+            taken_s = time.monotonic() - began_s
+            if rests and taken_s > SLOW_S and self._active.others(tenant):
+                await asyncio.sleep(taken_s)
         decode.exception()  # otherwise asyncio logs an error that no request retrieved
 
     def _decode(self, field: str, data: bytes, preprocess: Preprocess, counted_pixels: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import asyncio
 import struct
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from adapters.data.images import decode_image
+from hub.concurrency import ActiveTenants
 from hub.errors import InvalidImage, TooLarge
 from hub.services.image_decoding import MAX_JPEG_SCANS, ImageDecoder
 from tests.support.models import PREPROCESS, encoded, png
@@ -52,12 +53,20 @@ def slow() -> Iterator[SlowDecode]:
 def decoder(threads: int = 2, spare_threads: int = 0, **options: Any) -> Iterator[ImageDecoder]:
     with ThreadPoolExecutor(threads + spare_threads) as executor:
         limits = {"max_bytes": 100_000, "max_pixels": 1_000_000, "timeout_s": 0.2} | options
-        yield ImageDecoder(executor, threads=threads, spare_threads=spare_threads, **limits)
+        yield ImageDecoder(
+            executor, ActiveTenants(), threads=threads, cores=threads, spare_threads=spare_threads, **limits
+        )
 
 
 async def one(images: ImageDecoder, tenant: str, data: bytes | np.ndarray, field: str = "body") -> np.ndarray:
-    [pixels] = await images.decode(tenant, [(field, data, PREPROCESS)])
+    [pixels] = await several(images, tenant, [(field, data, PREPROCESS)])
     return pixels
+
+
+async def several(
+    images: ImageDecoder, tenant: str, sent: Sequence[tuple[str, bytes | np.ndarray, dict[str, Any]]]
+) -> list[np.ndarray]:
+    return await images.decode(tenant, sent, await images.sizes(tenant, [data for _, data, _ in sent]))
 
 
 def run(use: Callable[[], Awaitable[None]]) -> None:
@@ -87,13 +96,13 @@ def test_pixels_are_in_order_and_the_error_names_the_first_bad_image() -> None:
     async def use() -> None:
         with decoder() as images:
             single = [await one(images, "a", png(i)) for i in range(5)]
-            batch = await images.decode("a", [(f"images.{i}", png(i), PREPROCESS) for i in range(5)])
+            batch = await several(images, "a", [(f"images.{i}", png(i), PREPROCESS) for i in range(5)])
             for got, want in zip(batch, single, strict=True):
                 assert got.dtype == np.uint8
                 assert got.shape == (3, 8, 8)
                 assert (got == want).all()
             with pytest.raises(InvalidImage, match=r"^images.1: not an image") as refusal:
-                await images.decode("a", [("images.0", png(), PREPROCESS), ("images.1", b"x", PREPROCESS)])
+                await several(images, "a", [("images.0", png(), PREPROCESS), ("images.1", b"x", PREPROCESS)])
             assert refusal.value.errors[0].field == "images.1"
             with pytest.raises(TooLarge, match=r"^body: the image has 100001 bytes; the limit is 100000$"):
                 await one(images, "a", bytes(100_001))
@@ -260,7 +269,7 @@ def test_decode_shows_the_adapter_s_background_when_an_image_is_transparent(
 
     async def use() -> None:
         with decoder() as images:
-            [pixels] = await images.decode("a", [("body", drawing, PREPROCESS | more)])
+            [pixels] = await several(images, "a", [("body", drawing, PREPROCESS | more)])
             assert pixels.reshape(3, -1).mean(axis=1).tolist() == colour
 
     run(use)
