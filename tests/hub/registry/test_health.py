@@ -111,7 +111,7 @@ def test_a_running_watch_tells_after_each_check_whether_changes_are_refused(
             server.client.config_set("maxmemory-policy", "allkeys-lru")
             await told_again(True)
             server.client.shutdown(nosave=True)
-            await told_again(True)  # nobody has changed the policy back
+            await told_again(True)  # the last known state holds
         finally:
             running.cancel()
             await asyncio.wait([running])
