@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MAX_PROBLEMS = 50  # of one error; the check of a file ends when it has found so many
+MAX_PROBLEMS = 50  # of one error; the check of a file ends when it has found more
 _SHOWN = 5  # problems in the message, which goes into log lines
 
 

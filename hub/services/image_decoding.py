@@ -169,8 +169,8 @@ class ImageDecoder:
         the decode's thread.
 
         Args:
-            rests: whether the tenant's share rests as long as a slow decode took, beside other active tenants. Otherwise
-                slow decodes one after another would take a whole core from the event loop and the workers.
+            rests: whether the tenant's share rests as long as a slow decode took, beside other active tenants.
+                Otherwise slow decodes one after another would take a whole core from the event loop and the workers.
         """
         began_s = time.monotonic()
         async with held:

@@ -41,6 +41,18 @@ def test_json_with_too_many_values_is_not_parsed() -> None:
         parse_json(Numbers, b"not json,,,", max_values=2)
 
 
+@pytest.mark.parametrize("body", [b"[" * 11_000, b"{" * 11_000, b",[{" * 4_000])
+def test_json_is_not_parsed_when_it_has_too_many_lists_or_objects(body: bytes) -> None:
+    with pytest.raises(TooLarge, match="more than 10000 values"):
+        parse_json(Numbers, body)
+
+
+@pytest.mark.parametrize("body", [b"{" * 11_000, b'"":' * 11_000])
+def test_json_is_not_parsed_when_it_has_too_many_members(body: bytes) -> None:
+    with pytest.raises(TooLarge, match="more than 10000 members"):
+        parse_json(Numbers, body, max_values=2**20)
+
+
 def test_base64_is_decoded_with_and_without_the_header_of_a_data_url() -> None:
     text = base64.b64encode(b"image").decode()
     assert decode_base64([("a", text), ("b", f"data:image/png;base64,{text}")]) == [("a", b"image"), ("b", b"image")]

@@ -16,7 +16,7 @@ from adapters.data.images import decode_image
 from hub.concurrency import ActiveTenants
 from hub.errors import InvalidImage, TooLarge
 from hub.services.image_decoding import MAX_JPEG_SCANS, ImageDecoder
-from tests.support.models import PREPROCESS, encoded, png
+from tests.support.models import PREPROCESS, bomb_png, encoded, png
 
 SLOW = b"slow"
 
@@ -271,5 +271,56 @@ def test_decode_shows_the_adapter_s_background_when_an_image_is_transparent(
         with decoder() as images:
             [pixels] = await several(images, "a", [("body", drawing, PREPROCESS | more)])
             assert pixels.reshape(3, -1).mean(axis=1).tolist() == colour
+
+    run(use)
+
+
+def test_image_counts_once_for_each_two_megapixels_begun_in_every_format() -> None:
+    async def use() -> None:
+        with decoder(max_pixels=50_000_000, max_bytes=100_000_000) as images:
+            for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"):
+                files = [encoded(Image.new("RGB", size), kind) for size in ((2000, 1000), (2001, 1000), (8, 8))]
+                assert await images.sizes("a", files) == [1, 2, 1], kind
+            assert await images.sizes("a", [bomb_png(), b"no image", b"II*\0", np.zeros((3, 8, 8), np.uint8)]) == [
+                25,
+                1,
+                1,
+                1,
+            ]
+
+    run(use)
+
+
+def test_image_is_refused_when_it_is_larger_than_it_was_counted() -> None:
+    async def use() -> None:
+        with decoder(max_pixels=50_000_000, timeout_s=5) as images:
+            image = encoded(Image.new("RGB", (2001, 1000)), "PNG")
+            with pytest.raises(InvalidImage, match=r"^body: the image is larger than its header claims"):
+                await images.decode("a", [("body", image, PREPROCESS)], [1])
+            assert len(await images.decode("a", [("body", image, PREPROCESS)], [2])) == 1
+
+    run(use)
+
+
+def test_tenant_decodes_large_images_on_its_share_of_the_cores_when_others_are_active(slow: SlowDecode) -> None:
+    async def use() -> None:
+        with decoder(threads=4, timeout_s=5, decode=slow) as images:
+
+            def large(tenant: str, number: int) -> list[asyncio.Task[list[np.ndarray]]]:
+                sent = [("body", SLOW, PREPROCESS)]
+                return [asyncio.create_task(images.decode(tenant, sent, [25])) for _ in range(number)]
+
+            alone = large("a", 4)
+            await until(lambda: slow.running == 3)  # of four threads
+            beside = large("b", 4)
+            await asyncio.sleep(0.05)
+            assert slow.running == 4
+            slow.go.set()
+            await asyncio.gather(*alone, *beside)
+            slow.go.clear()
+            both = large("a", 4) + large("b", 4)
+            await until(lambda: slow.running == 4)
+            slow.go.set()
+            await asyncio.gather(*both)
 
     run(use)
