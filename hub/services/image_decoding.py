@@ -21,7 +21,8 @@ from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantTurns
 from ..errors import InvalidImage, TooLarge
 
 DECODE_TIMEOUT_S = 10.0
-SLOW_S = 0.1  # photos of cameras take less
+SLOW_S = 0.25  # photos of cameras take less
+REST_RATIO = 3.0  # rest of a tenant after a slow decode of a large image, relative to the decode's time
 # A JPEG scan costs the sender a few bytes and the decoder a pass over the whole image: 10 MB of scans would take hours.
 # Cameras and libraries write about ten.
 MAX_JPEG_SCANS = 100
@@ -169,8 +170,8 @@ class ImageDecoder:
         the decode's thread.
 
         Args:
-            rests: whether the tenant's share rests as long as a slow decode took, beside other active tenants.
-                Otherwise slow decodes one after another would take a whole core from the event loop and the workers.
+            rests: whether the tenant's share rests after a slow decode, beside other active tenants. Otherwise slow
+                decodes one after another would take a whole core from the event loop and the workers.
         """
         began_s = time.monotonic()
         async with held:
@@ -186,7 +187,7 @@ class ImageDecoder:
                 self._turns.release(tenant)
             taken_s = time.monotonic() - began_s
             if rests and taken_s > SLOW_S and self._active.others(tenant):
-                await asyncio.sleep(taken_s)
+                await asyncio.sleep(REST_RATIO * taken_s)
         decode.exception()  # otherwise asyncio logs an error that no request retrieved
 
     def _decode(self, field: str, data: bytes, preprocess: Preprocess, counted_pixels: int) -> np.ndarray:

@@ -61,6 +61,14 @@ class RegistrationService:
         self._downloads = TenantConcurrencyLimit(SOURCE_DOWNLOADS, SOURCE_DOWNLOADS + SOURCE_DOWNLOADS_QUEUED)
         self._background: set[asyncio.Task[None]] = set()
 
+    def require_uploads(self, caller: Caller) -> None:
+        """Check, before the upload of a file, that not too many files of the tenant were refused.
+
+        Raises:
+            LimitReached: the limit is reached.
+        """
+        self._refused.require(caller.tenant)
+
     async def register(
         self,
         caller: Caller,
@@ -235,7 +243,6 @@ class RegistrationService:
                 self._refused.count(tenant)
                 raise
 
-        self._refused.require(tenant)
         return await run_blocking(self._parse_threads.of(tenant), check)
 
     def _fetch(self, source: str) -> tuple[bytes, str]:

@@ -12,9 +12,11 @@ from ...concurrency import TenantConcurrencyLimit, run_blocking
 from ...errors import InvalidRequest
 from ...schemas import LATEST
 from ...services.classification import ClassificationService
-from ..bodies import JSON, RequestBody, parse_json
+from ..bodies import INLINE_BYTES, JSON, RequestBody, parse_json
+from ..bodies import MAX_JSON_VALUES as OTHER_JSON_VALUES
 from ..dependencies import JSON_LENGTH_HEADER, CallerDependencies, CanaryKey, TaskName, add_batch_headers, no_options
 from ..openapi import BINARY, OCTETS, request_body, schema_of
+from .json_numbers import split_numbers
 from .oip_tensors import (
     EXTENSIONS,
     InferReply,
@@ -173,7 +175,11 @@ def _parse(
     if json_length is not None and not 0 < length <= len(body):
         message = f"is {length}; expected the length of the JSON at the start of the body of {len(body)} bytes"
         raise InvalidRequest.at(JSON_LENGTH_HEADER, message)
-    request = parse_json(InferRequest, body[:length], MAX_JSON_VALUES)
+    text, numbers = body[:length], None
+    if length > INLINE_BYTES:
+        text, numbers = split_numbers(text, MAX_JSON_VALUES)
+    # A body up to `INLINE_BYTES` has few numbers; a larger one has few other values.
+    request = parse_json(InferRequest, text, MAX_JSON_VALUES if length <= INLINE_BYTES else OTHER_JSON_VALUES)
     outputs = requested_outputs(request)
-    images = read_images(request.inputs[0], memoryview(body)[length:])
+    images = read_images(request.inputs[0], memoryview(body)[length:], numbers)
     return {} if request.id is None else {"id": request.id}, images, outputs
