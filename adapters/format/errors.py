@@ -6,6 +6,7 @@ from typing import Any
 
 MAX_PROBLEMS = 50  # of one error; the check of a file ends when it has found more
 _SHOWN = 5  # problems in the message, which goes into log lines
+_MAX_WHERE, _MAX_MESSAGE = 200, 500  # characters, since both may repeat any text of the file
 
 
 @dataclass(frozen=True)
@@ -15,14 +16,20 @@ class Problem:
     where: str
     message: str
 
+    def __post_init__(self) -> None:
+        for name, limit in (("where", _MAX_WHERE), ("message", _MAX_MESSAGE)):
+            text: str = getattr(self, name)
+            if len(text) > limit:
+                object.__setattr__(self, name, f"{text[:limit]}...")
+
 
 class AdapterError(ValueError):
     """An adapter that cannot be used; `problems` has one entry per wrong tensor or field."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        self.problems = list(problems[:MAX_PROBLEMS])
+        self.problems = list(problems)
         if len(problems) > MAX_PROBLEMS:
-            self.problems.append(Problem("file", f"has more problems; these are the first {MAX_PROBLEMS}"))
+            self.problems[MAX_PROBLEMS - 1 :] = [Problem("file", "has more problems; the check ended here")]
         more = len(self.problems) - _SHOWN
         text = "; ".join(f"{p.where}: {p.message}" for p in self.problems[:_SHOWN])
         super().__init__(text + (f"; and {more} more" if more > 0 else ""))

@@ -135,7 +135,8 @@ class ImageDecoder:
     def _large_share(self, tenant: str) -> int:
         """Return how many large images of a tenant are decoded at the same time."""
         others = self._active.others(tenant)
-        return max(1, self._cores // (1 + others)) if others else self._tenant_threads
+        share = self._cores // (1 + others) if others else self._cores - 1  # the first call of another finds a core
+        return max(1, min(share, self._tenant_threads))
 
     async def _one(
         self, tenant: str, field: str, image: bytes | np.ndarray, preprocess: Preprocess, size: int

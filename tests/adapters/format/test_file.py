@@ -355,7 +355,7 @@ def test_error_has_the_first_fifty_problems_when_a_file_has_more() -> None:
     with pytest.raises(AdapterError) as error:
         Adapter.read(pack({f"wrong.{i}": np.ones(1, np.float32) for i in range(200)}))
     problems = error.value.problems
-    assert len(problems) == MAX_PROBLEMS + 1
-    assert problems[-1].message == "has more problems; these are the first 50"
-    assert str(error.value).endswith("; and 46 more")
+    assert len(problems) == MAX_PROBLEMS
+    assert problems[-1].message == "has more problems; the check ended here"
+    assert str(error.value).endswith("; and 45 more")
     assert pickle.loads(pickle.dumps(error.value)).problems == problems
