@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import json
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from adapters import Adapter
 from hub.admission.quotas import REFUSED_UPLOADS
 from tests.support.models import png, with_tensors
-from tests.support.neighbours import Compared, Request, compare, send
+from tests.support.neighbours import Request, compare, send
 
 from .conftest import TASK, AttackedHub, Victim
 
@@ -26,21 +27,20 @@ OCTETS = "application/octet-stream"
 JSON = "application/json"
 
 
-def bearable(
-    hub: AttackedHub, victims: Mapping[str, Request], attack: Request, at_once: int = AT_ONCE
-) -> dict[str, Compared]:
-    """Compare the victims' calls up to `ATTEMPTS` times, and return the first comparison within the bound.
+def assert_served(hub: AttackedHub, victims: Mapping[str, Request], attack: Request) -> None:
+    """Check that each victim's best comparison of at most `ATTEMPTS` is within the bound.
 
-    Other processes of the machine make a comparison worse, and never better.
+    Other processes of the machine make a comparison worse, and hardly ever better.
     """
+    best = dict.fromkeys(victims, math.inf)
     for attempt in range(ATTEMPTS):
-        found = compare(hub.url, victims, [attack], at_once=at_once)
-        for name, one in found.items():
-            print(f"{name}, attempt {attempt}: {one.slower:.1f} times; {one}")
-            assert not one.beside.failed
-        if all(one.slower <= MOST_SLOWER for one in found.values()):
-            return found
-    pytest.fail(f"no comparison of {ATTEMPTS} is within {MOST_SLOWER} times")
+        for name, found in compare(hub.url, victims, [attack], at_once=AT_ONCE).items():
+            print(f"{name}, attempt {attempt}: {found.slower:.1f} times; {found}")
+            assert not found.beside.failed
+            best[name] = min(best[name], found.slower)
+        if max(best.values()) <= MOST_SLOWER:
+            return
+    pytest.fail(f"times as long as alone, the best of {ATTEMPTS} comparisons: {best}; limit {MOST_SLOWER}")
 
 
 def in_json(victim: Victim) -> Request:
@@ -79,7 +79,7 @@ def test_victim_is_served_when_another_tenant_sends_48_calls_of_4_mb_of_json_at_
     path, body = BODIES[kind]
     key = hub.tenant()
     attack = Request("POST", path.format(task="theirs"), key, body(), JSON)
-    bearable(hub, {"json": in_json(victim), "classify": victim.classify}, attack)
+    assert_served(hub, {"json": in_json(victim), "classify": victim.classify}, attack)
 
 
 def slow_file(victim: Victim) -> bytes:
@@ -94,7 +94,7 @@ def test_victim_s_uploads_and_calls_are_served_when_another_tenant_uploads_48_sl
     key = hub.tenant()
     attack = Request("POST", "/v1/tasks/theirs/versions", key, slow_file(victim), OCTETS)
     upload = Request("POST", f"/v1/tasks/{TASK}/versions", victim.key, victim.adapter, OCTETS)
-    bearable(hub, {"upload": upload, "classify": victim.classify}, attack)
+    assert_served(hub, {"upload": upload, "classify": victim.classify}, attack)
 
 
 def test_tenant_gets_429_when_too_many_of_its_files_are_refused(hub: AttackedHub, victim: Victim) -> None:
@@ -126,4 +126,4 @@ def test_victim_is_served_when_another_tenant_sends_images_of_50_megapixels(
     registered = Request("POST", "/v1/tasks/theirs/versions", key, victim.adapter, OCTETS)
     assert send(hub.url, registered).status == 201
     attack = Request("POST", "/v1/tasks/theirs/classify", key, large_image(kind), OCTETS)
-    bearable(hub, {"classify": victim.classify}, attack)
+    assert_served(hub, {"classify": victim.classify}, attack)

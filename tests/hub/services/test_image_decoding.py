@@ -94,7 +94,7 @@ async def assert_all_threads_free(images: ImageDecoder, slow: SlowDecode, thread
 
 def test_pixels_are_in_order_and_the_error_names_the_first_bad_image() -> None:
     async def use() -> None:
-        with decoder() as images:
+        with decoder(timeout_s=5) as images:
             single = [await one(images, "a", png(i)) for i in range(5)]
             batch = await several(images, "a", [(f"images.{i}", png(i), PREPROCESS) for i in range(5)])
             for got, want in zip(batch, single, strict=True):
@@ -312,14 +312,21 @@ def test_tenant_decodes_large_images_on_its_share_of_the_cores_when_others_are_a
 
             alone = large("a", 4)
             await until(lambda: slow.running == 3)  # of four threads
-            beside = large("b", 4)
-            await asyncio.sleep(0.05)
-            assert slow.running == 4
+            beside = large("b", 1)
+            await until(lambda: slow.running == 4)
             slow.go.set()
             await asyncio.gather(*alone, *beside)
-            slow.go.clear()
-            both = large("a", 4) + large("b", 4)
-            await until(lambda: slow.running == 4)
+        slow.go.clear()
+        active = ActiveTenants()
+        active.note("b")
+        with ThreadPoolExecutor(4) as executor:
+            images = ImageDecoder(
+                executor, active, threads=4, cores=4, max_bytes=100_000, max_pixels=1_000_000, decode=slow
+            )
+            both = large("a", 4)
+            await until(lambda: slow.running == 2)
+            await asyncio.sleep(0.05)
+            assert slow.running == 2
             slow.go.set()
             await asyncio.gather(*both)
 
