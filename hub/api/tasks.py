@@ -192,7 +192,7 @@ def add_task_routes(
                 caller, task, source, alias, settings, stage=stage, labels_may_change=changed
             )
         else:
-            changes.require_uploads(caller)
+            await changes.require_uploads(caller)
             data = await body.read_file(max_adapter_bytes, "adapter file")
             registered, created = await changes.register(
                 caller, task, data, alias, settings, stage=stage, labels_may_change=changed

@@ -10,7 +10,7 @@ from ..admission.authentication import Caller
 from ..admission.quotas import SOURCE_DOWNLOADS, SOURCE_DOWNLOADS_QUEUED
 from ..admission.refused_uploads import RefusedUploads
 from ..concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
-from ..errors import Conflict, InvalidAdapter, InvalidRequest
+from ..errors import Conflict, InvalidAdapter, InvalidRequest, LimitReached
 from ..registry.cache import RegistryCache
 from ..registry.models import DEFAULT_SETTINGS, Task
 from ..registry.tasks import LatestMovedError, TaskRegistry
@@ -19,8 +19,11 @@ from ..schemas import LATEST, MAX_PAGE, LiveVersion, Registered, Sharing, Source
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
 from ..worker_api import invalid_adapter
+from .adapter_texts import check_texts
 from .classification import ClassificationService
 from .tenant_archive import version_fields
+
+REFUSAL_DELAY_S = 1.0
 
 
 class RegistrationService:
@@ -62,13 +65,19 @@ class RegistrationService:
         self._downloads = TenantConcurrencyLimit(SOURCE_DOWNLOADS, SOURCE_DOWNLOADS + SOURCE_DOWNLOADS_QUEUED)
         self._background: set[asyncio.Task[None]] = set()
 
-    def require_uploads(self, caller: Caller) -> None:
+    async def require_uploads(self, caller: Caller) -> None:
         """Check, before the upload of a file, that not too many files of the tenant were refused.
+
+        A refusal comes after a second. Otherwise a client that ignores `Retry-After` could send hundreds a second.
 
         Raises:
             LimitReached: the limit is reached.
         """
-        self._refused.require(caller.tenant)
+        try:
+            self._refused.require(caller.tenant)
+        except LimitReached:
+            await asyncio.sleep(REFUSAL_DELAY_S)
+            raise
 
     async def register(
         self,
@@ -273,6 +282,7 @@ class RegistrationService:
         try:
             adapter = Adapter.read(data, max_bytes=self._max_adapter_bytes, max_tensors=limits.max_tensors)
             limits.check(adapter)
+            check_texts(adapter)
         except AdapterError as error:
             raise invalid_adapter(error) from error
         return adapter

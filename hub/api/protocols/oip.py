@@ -1,5 +1,6 @@
 """Routes of the Open Inference Protocol v2, for clients of KServe and Triton. A task is a model of the protocol."""
 
+from functools import partial
 from importlib.metadata import version as installed_version
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from ..bodies import MAX_JSON_VALUES as OTHER_JSON_VALUES
 from ..dependencies import JSON_LENGTH_HEADER, CallerDependencies, CanaryKey, TaskName, add_batch_headers, no_options
 from ..openapi import BINARY, OCTETS, request_body, schema_of
 from .json_numbers import split_numbers
+from .oip_sizes import require_small_outputs
 from .oip_tensors import (
     EXTENSIONS,
     InferReply,
@@ -150,7 +152,8 @@ def _add_infer_routes(
         async with concurrency_limit.acquire(caller.tenant):
             data = await body.read(max_request_bytes)
             members, images, outputs = await body.parse(lambda sent: _parse(sent, json_length), data)
-            predicted = await service.predict(caller, task, version, images, canary)
+            check = partial(require_small_outputs, outputs)
+            predicted = await service.predict(caller, task, version, images, canary, check=check)
         members = {"model_name": task, "model_version": str(predicted.version.version), **members}
         tensors = ReplyTensors(
             predicted.version.labels,
