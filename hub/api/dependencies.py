@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from ..admission.authentication import Authenticator, Caller
+from ..concurrency import TenantThreads
 from ..errors import FieldProblem, InvalidRequest
 from ..field_types import NAME_PATTERN, TASK_PATTERN
 from ..observability import request_context
@@ -50,7 +51,12 @@ CanaryKey = Annotated[
 class CallerDependencies:
     """FastAPI dependencies that authenticate the caller, check its role, or give its body."""
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    def __init__(self, authenticator: Authenticator, threads: TenantThreads) -> None:
+        """
+        Args:
+            threads: parse large bodies, in turns by tenant.
+        """
+
         async def any_caller(request: Request, _bearer: Annotated[object, Security(BEARER)]) -> Caller:
             authorization, origin = request.headers.get("authorization"), request.headers.get("origin")
             caller = await authenticator.authenticate(authorization, client_address(request), origin)
@@ -58,7 +64,8 @@ class CallerDependencies:
             request_context.note_tenant(caller.tenant)
             _refuse_unknown_options(request)
             if not _has_body(request):
-                await RequestBody(request, partial(authenticator.recheck, str(authorization))).refuse_content()
+                recheck = partial(authenticator.recheck, str(authorization))
+                await RequestBody(request, recheck, threads.of(caller.tenant)).refuse_content()
             return caller
 
         async def tenant_caller(caller: Annotated[Caller, Depends(any_caller)]) -> Caller:
@@ -73,8 +80,9 @@ class CallerDependencies:
             caller.require_admin()
             return caller
 
-        async def body(request: Request, _caller: Annotated[Caller, Depends(any_caller)]) -> RequestBody:
-            return RequestBody(request, partial(authenticator.recheck, request.headers["authorization"]))
+        async def body(request: Request, caller: Annotated[Caller, Depends(any_caller)]) -> RequestBody:
+            recheck = partial(authenticator.recheck, request.headers["authorization"])
+            return RequestBody(request, recheck, threads.of(caller.tenant))
 
         self.any_caller, self.tenant_caller, self.owner, self.admin = any_caller, tenant_caller, owner, admin
         self.body = body

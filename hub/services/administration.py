@@ -1,9 +1,10 @@
 """Management of whole tenants by owners and admins: limits, keys, audit, export and import, garbage collection."""
 
 from collections.abc import AsyncIterable
-from concurrent.futures import Executor
+from functools import partial
 
 from ..admin_schemas import AuditPage, Collected, HubStatus, LimitsChange, TenantInfo
+from ..concurrency import TenantThreads
 from ..registry.audit import Actor, AuditLog
 from ..registry.cache import RegistryCache
 from ..registry.health import RegistryIntegrity
@@ -33,12 +34,12 @@ class AdministrationService:
         cache: RegistryCache,
         store: Store,
         registration: RegistrationService,
-        executor: Executor,
+        threads: TenantThreads,
         max_adapter_bytes: int,
     ) -> None:
         """
         Args:
-            executor: thread pool for calls to the store and for parsing.
+            threads: thread pool for calls to the store and for files.
             max_adapter_bytes: size limit of one adapter file in an import.
         """
         self.tenants = tenants
@@ -50,7 +51,7 @@ class AdministrationService:
         self._cache = cache
         self._store = store
         self._registration = registration
-        self._executor = executor
+        self._threads = threads
         self._max_adapter_bytes = max_adapter_bytes
 
     async def change_limits(self, by: Actor, tenant: str, limits: LimitsChange) -> TenantInfo:
@@ -104,7 +105,7 @@ class AdministrationService:
             Unavailable: the store lacks a file.
         """
         info = await self.tenants.get(tenant)
-        return await export_tenant(self._registry, self._store, self._executor, info)
+        return await export_tenant(self._registry, self._store, self._threads.of(tenant), info)
 
     async def restore(self, by: Actor, tenant: str, tar: AsyncIterable[bytes]) -> TaskList:
         """Create the tasks of an exported tenant, all or none.
@@ -117,8 +118,8 @@ class AdministrationService:
         tasks = await import_tenant(
             self._registry,
             self._store,
-            self._executor,
-            self._registration.check,
+            self._threads.of(tenant),
+            partial(self._registration.check, tenant),
             by,
             info,
             tar,
@@ -134,6 +135,6 @@ class AdministrationService:
             Conflict: the registry may have lost keys; nothing was removed.
         """
         await self._audit.append(by.entry("", "store.collect.begin", older_than_s=older_than_s))
-        done = await collect_garbage(self._registry, self._integrity, self._store, self._executor, older_than_s)
+        done = await collect_garbage(self._registry, self._integrity, self._store, self._threads.of(""), older_than_s)
         await self._audit.append(by.entry("", "store.collect", removed=done.removed, bytes=done.bytes))
         return done

@@ -8,13 +8,12 @@ the registry is complete.
 import asyncio
 import logging
 import time
-from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Protocol
 
 from ..admin_schemas import Collected
-from ..concurrency import run_blocking
+from ..concurrency import Pool, run_blocking
 from ..errors import Conflict, HubError
 from ..registry.redis.connection import is_cancelled
 from ..storage.store import OWNER, Store
@@ -49,22 +48,22 @@ class Integrity(Protocol):
         """Raise `Conflict` if keys may be missing."""
 
 
-async def bind_store(integrity: Integrity, store: Store, executor: Executor | None) -> None:
+async def bind_store(integrity: Integrity, store: Store, pool: Pool) -> None:
     """Check that registry and store belong together. The first call for a new store binds it to the registry.
 
     Raises:
         Conflict: the store belongs to another registry, or this registry lost its keys.
         Unavailable: the registry or the store is unavailable.
     """
-    owner, identity = await run_blocking(executor, store.owner), await integrity.identity()
+    owner, identity = await run_blocking(pool, store.owner), await integrity.identity()
     if owner is None:
-        has_files = bool(await run_blocking(executor, lambda: list(islice(store.files(), 1))))
+        has_files = bool(await run_blocking(pool, lambda: list(islice(store.files(), 1))))
         if has_files and not await integrity.has_versions():
             raise Conflict(
                 "The adapter store has files, but the registry has no version. It may have lost its keys. Restore the "
                 "registry from a backup, or register a version first if the files are not needed."
             )
-        await run_blocking(executor, store.set_owner, await integrity.make_identity())
+        await run_blocking(pool, store.set_owner, await integrity.make_identity())
     elif identity is None:
         raise Conflict(
             "The registry has lost its keys, or it is a new one beside the store of an old one. Restore the registry "
@@ -79,11 +78,11 @@ async def bind_store(integrity: Integrity, store: Store, executor: Executor | No
         )
 
 
-async def keep_bound(integrity: Integrity, store: Store, executor: Executor | None) -> None:
+async def keep_bound(integrity: Integrity, store: Store, pool: Pool) -> None:
     """Bind the store at the start of a gateway. Repeat until registry and store answer; log a conflict."""
     while not is_cancelled():
         try:
-            await bind_store(integrity, store, executor)
+            await bind_store(integrity, store, pool)
             return
         except Conflict as error:
             logger.error("garbage collection removes nothing: %s", error.detail)
@@ -96,7 +95,7 @@ async def collect_garbage(
     registry: OrphanRegistry,
     integrity: Integrity,
     store: Store,
-    executor: Executor | None,
+    pool: Pool,
     older_than_s: float,
     now: datetime | None = None,
 ) -> Collected:
@@ -108,22 +107,22 @@ async def collect_garbage(
     collector never ends a claim early, because another collection may rely on it.
 
     Args:
-        executor: thread pool for calls to the store; None for the event loop's default pool.
+        pool: thread pool for calls to the store; None for the event loop's default pool.
         now: reference time for ages; None for the clock.
 
     Raises:
         Conflict: the registry may have lost keys; nothing was removed.
         Unavailable: the registry or the store is unavailable; files removed before that stay removed.
     """
-    await bind_store(integrity, store, executor)
+    await bind_store(integrity, store, pool)
     await integrity.check_complete()
     before = (now or datetime.now(UTC)) - timedelta(seconds=older_than_s)
-    unfinished = await run_blocking(executor, store.delete_unfinished, before)
+    unfinished = await run_blocking(pool, store.delete_unfinished, before)
     removed, size_bytes, kept = len(unfinished), sum(unfinished), 0
     files = store.files()
-    while listed := await run_blocking(executor, lambda: list(islice(files, FILES_PER_LISTING))):
+    while listed := await run_blocking(pool, lambda: list(islice(files, FILES_PER_LISTING))):
         for file in listed:
-            if file.modified < before and await _remove(registry, store, executor, file.digest, before):
+            if file.modified < before and await _remove(registry, store, pool, file.digest, before):
                 removed += 1
                 size_bytes += file.size_bytes
             else:
@@ -131,13 +130,11 @@ async def collect_garbage(
     return Collected(removed=removed, bytes=size_bytes, kept=kept)
 
 
-async def _remove(
-    registry: OrphanRegistry, store: Store, executor: Executor | None, digest: str, before: datetime
-) -> bool:
+async def _remove(registry: OrphanRegistry, store: Store, pool: Pool, digest: str, before: datetime) -> bool:
     deadline = time.monotonic() + CLAIM_USE_S
     if not await registry.claim_orphan(digest):
         return False
-    return await run_blocking(executor, _remove_if_old, store, digest, before, deadline)
+    return await run_blocking(pool, _remove_if_old, store, digest, before, deadline)
 
 
 def _remove_if_old(store: Store, digest: str, before: datetime, deadline: float) -> bool:

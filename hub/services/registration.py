@@ -2,15 +2,15 @@
 
 import asyncio
 import hashlib
-from concurrent.futures import Executor
 from datetime import UTC, datetime
 
 from adapters import Adapter, AdapterError, BankLimits
 
 from ..admission.authentication import Caller
 from ..admission.quotas import SOURCE_DOWNLOADS, SOURCE_DOWNLOADS_QUEUED
-from ..concurrency import TenantConcurrencyLimit, run_blocking
-from ..errors import Conflict, InvalidRequest
+from ..admission.refused_uploads import RefusedUploads
+from ..concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
+from ..errors import Conflict, InvalidAdapter, InvalidRequest, LimitReached
 from ..registry.cache import RegistryCache
 from ..registry.models import DEFAULT_SETTINGS, Task
 from ..registry.tasks import LatestMovedError, TaskRegistry
@@ -22,6 +22,8 @@ from ..worker_api import invalid_adapter
 from .adapter_texts import check_texts
 from .classification import ClassificationService
 from .tenant_archive import version_fields
+
+REFUSAL_DELAY_S = 1.0
 
 
 class RegistrationService:
@@ -38,12 +40,16 @@ class RegistrationService:
         store: Store,
         sources: RemoteSources,
         classification: ClassificationService,
-        executor: Executor,
+        store_threads: TenantThreads,
+        parse_threads: TenantThreads,
+        source_threads: TenantThreads,
         max_adapter_bytes: int,
     ) -> None:
         """
         Args:
-            executor: thread pool for calls to the store and for checks of adapter files.
+            store_threads: thread pool for calls to the store.
+            parse_threads: thread pool for checks of adapter files.
+            source_threads: thread pool for downloads, which may take minutes.
             max_adapter_bytes: size limit of one adapter file.
         """
         self._registry = registry
@@ -51,10 +57,27 @@ class RegistrationService:
         self._store = store
         self._sources = sources
         self._classification = classification
-        self._executor = executor
+        self._store_threads = store_threads
+        self._parse_threads = parse_threads
+        self._source_threads = source_threads
+        self._refused = RefusedUploads()
         self._max_adapter_bytes = max_adapter_bytes
         self._downloads = TenantConcurrencyLimit(SOURCE_DOWNLOADS, SOURCE_DOWNLOADS + SOURCE_DOWNLOADS_QUEUED)
         self._background: set[asyncio.Task[None]] = set()
+
+    async def require_uploads(self, caller: Caller) -> None:
+        """Check, before the upload of a file, that not too many files of the tenant were refused.
+
+        A refusal comes after a second. Otherwise a client that ignores `Retry-After` could send hundreds a second.
+
+        Raises:
+            LimitReached: the limit is reached.
+        """
+        try:
+            self._refused.require(caller.tenant)
+        except LimitReached:
+            await asyncio.sleep(REFUSAL_DELAY_S)
+            raise
 
     async def register(
         self,
@@ -84,14 +107,15 @@ class RegistrationService:
 
         Raises:
             InvalidAdapter: the file breaks the format or does not fit the backbone.
-            LimitReached: the tenant's limit of tasks, of versions per task, of stored bytes or of registry bytes.
+            LimitReached: the tenant's limit of tasks, of versions per task, of stored bytes, of registry bytes or of
+                refused uploads.
             Conflict: the labels differ from those of the version behind `latest`.
             Unavailable: the store, the registry or the workers are unavailable; the hub has registered nothing.
         """
         task = caller.own_task(name)
         if stage and alias == LATEST:
             raise InvalidRequest.at("stage", f"a staged version does not become {LATEST!r}; omit stage or alias")
-        adapter = await self.check(data)
+        adapter = await self._checked_upload(caller.tenant, data)
         registered = datetime.now(UTC).isoformat(timespec="milliseconds")
         version = VersionInfo(version=0, registered=registered, **version_fields(adapter))  # the registry numbers it
         # Before the put: otherwise a reached limit or an unavailable registry would leave an orphan in the store.
@@ -99,7 +123,7 @@ class RegistrationService:
         further = [] if alias in (None, LATEST) else [alias]
         compared = None if labels_may_change else version
         live = await self._live(caller.tenant, task, compared if is_new else None)
-        await run_blocking(self._executor, self._store.put, adapter.digest, data)
+        await run_blocking(self._store_threads.of(caller.tenant), self._store.put, adapter.digest, data)
         while True:
             # A task without `latest` could not be called by most clients, so its first version always gets it.
             aliases = further if stage and live.version is not None else [LATEST, *further]
@@ -143,8 +167,8 @@ class RegistrationService:
         """
         caller.own_task(name)
         async with self._downloads.acquire(caller.tenant):
-            data = await run_blocking(None, self._sources.fetch, body.source)  # may take a minute
-        if body.digest not in (None, hashlib.sha256(data).hexdigest()):
+            data, digest = await run_blocking(self._source_threads.of(caller.tenant), self._fetch, body.source)
+        if body.digest not in (None, digest):
             # The message omits the actual digest: it would identify a file that the caller may not be allowed to read.
             raise InvalidRequest.at("digest", "the file at the source has a different sha256")
         source = self._sources.canonical(body.source)
@@ -164,7 +188,8 @@ class RegistrationService:
         caller.own_task(name)
         task, number = await self._classification.find(caller, name, reference, canary)
         digest = task.digests[number]
-        return number, digest, await run_blocking(self._executor, self._store.get, digest)
+        data = await run_blocking(self._store_threads.of(caller.tenant), self._store.get, digest)
+        return number, digest, data
 
     async def change_settings(self, caller: Caller, name: str, settings: TaskSettings) -> str:
         """Change settings of a task; omitted ones keep their values."""
@@ -208,14 +233,34 @@ class RegistrationService:
         await self._registry.delete_version(caller, caller.tenant, task, number)
         self._cache.invalidate_task(caller.tenant, task)
 
-    async def check(self, data: bytes) -> Adapter:
-        """Parse an adapter file and check that the workers can serve it.
+    async def check(self, tenant: str, data: bytes) -> Adapter:
+        """Parse an adapter file and check that the workers can serve it, when it is the tenant's turn.
 
         Raises:
             InvalidAdapter: the file breaks the format or does not fit the backbone.
             Unavailable: no worker has loaded its backbone yet.
         """
-        return await run_blocking(self._executor, self._check, await self._classification.limits(), data)
+        return await run_blocking(
+            self._parse_threads.of(tenant), self._check, await self._classification.limits(), data
+        )
+
+    async def _checked_upload(self, tenant: str, data: bytes) -> Adapter:
+        """Check a client's file. Raises the errors of `check`, and `LimitReached` after too many refused files."""
+        limits = await self._classification.limits()
+
+        def check() -> Adapter:
+            self._refused.require(tenant)  # in the tenant's turn: queued files see the refusals of those before them
+            try:
+                return self._check(limits, data)
+            except InvalidAdapter:
+                self._refused.count(tenant)
+                raise
+
+        return await run_blocking(self._parse_threads.of(tenant), check)
+
+    def _fetch(self, source: str) -> tuple[bytes, str]:
+        data = self._sources.fetch(source)
+        return data, hashlib.sha256(data).hexdigest()
 
     async def _live(self, tenant: str, task: str, new: VersionInfo | None) -> Live:
         """Return what `latest` points at, and compare its labels with those of a new version, if there is one.
@@ -235,7 +280,7 @@ class RegistrationService:
 
     def _check(self, limits: BankLimits, data: bytes) -> Adapter:
         try:
-            adapter = Adapter.read(data, max_bytes=self._max_adapter_bytes)
+            adapter = Adapter.read(data, max_bytes=self._max_adapter_bytes, max_tensors=limits.max_tensors)
             limits.check(adapter)
             check_texts(adapter)
         except AdapterError as error:

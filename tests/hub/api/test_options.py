@@ -145,7 +145,7 @@ def test_a_json_member_that_is_sent_twice_is_refused(flowers: Hub) -> None:
     path = "/v1/tasks/flowers/aliases/stable"
     for body, field in (('{"version": 1, "version": 2}', "version"), ('{"weights": {"1": 9, "1": 1}}', "1")):
         assert errors(flowers.http.put(path, content=body)) == {field: "is set 2 times; set it once"}
-    for invalid in (b"[" * 60_000, b'{"version": 1', b"\xff"):
+    for invalid in (b"[" * 9_000, b'{"version": 1', b"\xff"):
         assert "body" in errors(flowers.http.put(path, content=invalid))
     assert flowers.http.get("/v1/tasks/flowers").json()["aliases"]["stable"] == {"1": 1}
 
