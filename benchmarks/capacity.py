@@ -88,7 +88,7 @@ def adapters() -> dict[str, Any]:
     for name in ("demo", "vit_base_patch16_224"):
         backbone = load_backbone(name, pretrained=False)
         banks = {"small": Bank(backbone, 4, max_rank=8, max_kernels=2), "default limits": Bank(backbone, 4, 16, 8)}
-        out[name] = {f"slot_bytes, {kind}": bank._stacks._rows[0].nbytes for kind, bank in banks.items()}
+        out[name] = {f"slot_bytes, {kind}": bank._memory._rows[0].nbytes for kind, bank in banks.items()}
         for config in (SMALL, LARGE):
             adapter = copy_of(random_adapter(backbone, config), 0, torch.float16)
             bank = banks["default limits"]

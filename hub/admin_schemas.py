@@ -7,6 +7,12 @@ from pydantic import AwareDatetime, ConfigDict, Field, model_validator
 from .field_types import NUMBER, ORIGIN_PATTERN, Name, TaskName
 from .field_types import Body as _Body
 
+NEXT_CURSOR: Any = Field(
+    None,
+    exclude_if=lambda value: value is None,
+    description="the parameter `cursor` of the next page; absent on the last page",
+)
+
 
 class TenantLimits(_Body):
     """Limits of a tenant over all gateways."""
@@ -44,6 +50,7 @@ class TenantInfo(_Body):
 
 class TenantList(_Body):
     tenants: list[TenantInfo]
+    next: str | None = NEXT_CURSOR
 
 
 class NewTenant(_Body):
@@ -69,7 +76,10 @@ class KeyInfo(_Body):
 
 
 class KeyList(_Body):
+    """A page of keys, oldest first. From page to page the keys are in the order of their ids."""
+
     keys: list[KeyInfo]
+    next: str | None = NEXT_CURSOR
 
 
 class AdminKeyRequest(_Body):

@@ -14,19 +14,62 @@ HubError
  `- Unavailable          503  a part that the hub needs is unavailable
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 TYPE_PREFIX = "urn:karst-hub:problem:"
+# Bounds of a problem, so that its JSON is always under 16 KB: a client's text in it may be any size.
+MAX_DETAIL_BYTES = 2000
+MAX_FIELD_BYTES = 200
+MAX_MESSAGE_BYTES = 500
+MAX_ERRORS = 50
+MAX_ERRORS_BYTES = 10_000
+MAX_SHOWN = 40  # characters of a refused value
+
+
+def cut(text: str, limit: int) -> str:
+    """Return a text, or the start of it and `...`, that takes at most `limit` bytes in JSON."""
+    start = text[:limit]
+    if len(start) == len(text) and len(json.dumps(text)) - 2 <= limit:
+        return text
+    used = len(json.dumps("...")) - 2
+    for length, character in enumerate(start):
+        used += len(json.dumps(character)) - 2
+        if used > limit:
+            return f"{text[:length]}..."
+    return f"{start}..."
+
+
+def shown(value: object) -> str:
+    """Return the start of a refused value, as Python writes it. Its cost does not grow with the value."""
+    if isinstance(value, dict | list | tuple | set | frozenset):
+        return "an object" if isinstance(value, dict) else "a list"
+    try:
+        text = repr(value[: MAX_SHOWN + 1] if isinstance(value, str | bytes) else value)
+    except ValueError:  # an integer of more than 4300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 @dataclass(frozen=True)
 class FieldProblem:
-    """One fault of a request. `field` names the parameter, JSON field, tensor or metadata entry."""
+    """One fault of a request. `field` names the parameter, JSON field, tensor or metadata entry.
+
+    Both texts are cut, because they may repeat a client's text.
+    """
 
     field: str
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "field", cut(self.field, MAX_FIELD_BYTES))
+        object.__setattr__(self, "message", cut(self.message, MAX_MESSAGE_BYTES))
+
+    def json(self) -> dict[str, str]:
+        """Return the entry of `errors` in a problem."""
+        return {"field": self.field, "message": self.message}
 
 
 class HubError(Exception):
@@ -37,9 +80,15 @@ class HubError(Exception):
     title: ClassVar[str] = "Internal server error"
 
     def __init__(self, detail: str, errors: Sequence[FieldProblem] = (), retry_after_s: int | None = None) -> None:
-        super().__init__(detail)
-        self.detail = detail
-        self.errors = tuple(errors)
+        """
+        Args:
+            detail: cut to `MAX_DETAIL_BYTES`.
+            errors: cut to `MAX_ERRORS` entries and to `MAX_ERRORS_BYTES`.
+            retry_after_s: seconds after which a retry may succeed.
+        """
+        self.detail = cut(detail, MAX_DETAIL_BYTES)
+        super().__init__(self.detail)
+        self.errors = _first(errors)
         self.retry_after_s = retry_after_s
 
     @classmethod
@@ -63,8 +112,19 @@ class HubError(Exception):
             "detail": self.detail,
         }
         if self.errors:
-            body["errors"] = [{"field": e.field, "message": e.message} for e in self.errors]
+            body["errors"] = [error.json() for error in self.errors]
         return body
+
+
+def _first(errors: Sequence[FieldProblem]) -> tuple[FieldProblem, ...]:
+    """Return the first errors that a problem has room for."""
+    used, found = 0, []
+    for error in errors[:MAX_ERRORS]:
+        used += len(json.dumps(error.json()))
+        if used > MAX_ERRORS_BYTES:
+            break
+        found.append(error)
+    return tuple(found)
 
 
 class InvalidRequest(HubError):

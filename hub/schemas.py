@@ -20,6 +20,8 @@ from .field_types import Body as _Body
 
 LATEST = "latest"
 MAX_IMAGES = 64
+MAX_PAGE = 1000  # entries of a list in one reply
+NEXT = "the parameter `cursor` of the next page; absent on the last page"
 UNKNOWN_BELOW = 0.01  # default of a task: the rarest of a hundred of its own images is unknown too
 
 
@@ -92,7 +94,7 @@ class Sharing(_Body):
 
 
 class TaskInfo(_Body):
-    """A task with its versions and aliases. An alias maps versions to weights."""
+    """A task with its aliases and a page of its versions. An alias maps versions to weights."""
 
     task: str
     labels: list[str]
@@ -100,6 +102,7 @@ class TaskInfo(_Body):
     aliases: dict[str, dict[int, int]]
     sharing: Sharing | None = None  # only in replies to the task's own tenant
     unknown_below: float = UNKNOWN_BELOW
+    next: str | None = _optional(NEXT)
 
 
 class SourceBody(_Body):
@@ -122,7 +125,10 @@ class TaskSummary(_Body):
 
 
 class TaskList(_Body):
+    """A page of tasks: the tenant's own, then those shared with it by name, then public ones."""
+
     tasks: list[TaskSummary]
+    next: str | None = _optional(NEXT)
 
 
 class AliasChange(_Body):

@@ -4,6 +4,7 @@ The schemas come from Docker Compose, from Kubernetes's OpenAPI and from Ray's c
 KubeRay's CRD; `RAY_SERVICE` below lists the fields of its API reference that the file may use.
 """
 
+import copy
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from hub.local.ray_environment import ray_environment
-from hub.settings import Settings
+from hub.settings import Settings, load_settings
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -70,10 +71,20 @@ def compose() -> dict[str, Any]:
     return resolved
 
 
-def compose_config(secrets: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def compose_config(secrets: dict[str, str], file: Path = Path("/dev/null")) -> subprocess.CompletedProcess[str]:
+    """Resolve compose.yaml with these variables and those of an environment file."""
     env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | secrets
     command = ["config", "--format", "json"]
-    return run(BIN / "docker-compose", "--env-file", "/dev/null", "-f", DEPLOY / "compose.yaml", *command, env=env)
+    return run(BIN / "docker-compose", "--env-file", file, "-f", DEPLOY / "compose.yaml", *command, env=env)
+
+
+def settings_of(variables: dict[str, str | None]) -> Settings:
+    """Return the settings of a container with these variables; variables without a value are unset in it."""
+    given = {name: value for name, value in variables.items() if name.startswith("HUB_") and value is not None}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in given.items():
+            patch.setenv(name, value)
+        return load_settings()
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +97,12 @@ def ray_cluster(kuberay: list[dict[str, Any]]) -> dict[str, Any]:
     (service,) = (d for d in kuberay if d["kind"] == "RayService")
     cluster: dict[str, Any] = service["spec"]["rayClusterConfig"]
     return cluster
+
+
+@pytest.fixture(scope="module")
+def ingress() -> dict[str, dict[str, Any]]:
+    """Return the documents of ingress.yaml by kind."""
+    return {d["kind"]: d for d in yaml.safe_load_all((DEPLOY / "ingress.yaml").read_text())}
 
 
 def serve_config() -> dict[str, Any]:
@@ -207,6 +224,83 @@ class TestCompose:
         assert worker["stop_grace_period"] == "1m30s"
         assert drain_s < 90
 
+    def test_variables_that_are_not_set_leave_the_hub_s_defaults(self, compose: dict[str, Any]) -> None:
+        for name in ("head", "worker", "apply"):
+            service = compose["services"][name]
+            found = settings_of(service["environment"])
+            assert found.model_fields_set == {"backbone", "device", "redis_url", "store_url"}
+            assert not int(service.get("mem_limit", 0))
+            mounts = {mount["target"]: mount for mount in service["volumes"]}
+            if name != "apply":  # it sends the configuration only
+                assert (mounts["/checkpoints"]["type"], mounts["/checkpoints"]["read_only"]) == ("volume", True)
+
+    def test_every_variable_of_the_example_reaches_its_container(self, tmp_path: Path) -> None:
+        example = (DEPLOY / "example.env").read_text()
+        offered = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", example, re.MULTILINE))
+        file = tmp_path / "deploy.env"
+        file.write_text("\n".join(f"{name}={value or 'secret'}" for name, value in offered.items()))
+        done = compose_config({}, file)
+        assert done.returncode == 0, done.stderr
+        services = json.loads(done.stdout)["services"]
+        for name in ("head", "worker", "apply"):
+            found = settings_of(services[name]["environment"])
+            assert {f"HUB_{field.upper()}" for field in found.model_fields_set} - {
+                "HUB_REDIS_URL",
+                "HUB_STORE_URL",
+                "HUB_DEVICE",
+            } == {variable for variable in offered if variable.startswith("HUB_")}
+            assert found.cors_origins == ("https://app.example.org",)
+            assert found.checkpoint == Path("/checkpoints/model.safetensors")
+            mounts = {mount["target"]: mount for mount in services[name]["volumes"]}
+            if name != "apply":
+                assert mounts["/checkpoints"]["source"] == "/srv/checkpoints"
+        assert int(services["worker"]["mem_limit"]) == 8 * 1024**3
+        assert int(services["head"]["mem_limit"]) == 4 * 1024**3
+        assert float(services["worker"]["cpus"]) == 2
+        used = set(re.findall(r"\$\{([A-Z_]+)", (DEPLOY / "compose.yaml").read_text()))
+        assert used <= set(offered)
+
+
+class TestIngress:
+    def test_objects_are_valid_for_kubernetes(self, ingress: dict[str, dict[str, Any]]) -> None:
+        assert set(ingress) == {"Ingress", "ConfigMap"}
+        for document in ingress.values():
+            kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+    def test_ingress_leads_to_the_hub_s_service_with_tls(
+        self, ingress: dict[str, dict[str, Any]], kuberay: list[dict[str, Any]]
+    ) -> None:
+        rules = ingress["Ingress"]
+        (rule,), (tls,) = rules["spec"]["rules"], rules["spec"]["tls"]
+        (path,) = rule["http"]["paths"]
+        service = kuberay[0]["metadata"]
+        assert path["backend"]["service"] == {"name": f"{service['name']}-serve-svc", "port": {"number": 8000}}
+        assert rules["metadata"]["namespace"] == service["namespace"]
+        assert tls["hosts"] == [rule["host"]]
+
+    def test_ingress_has_the_limits_of_nginx_conf(self, ingress: dict[str, dict[str, Any]]) -> None:
+        options = ingress["Ingress"]["metadata"]["annotations"]
+        nginx = (DEPLOY / "nginx.conf").read_text()
+        prefix = "nginx.ingress.kubernetes.io/"
+        assert f"client_max_body_size {options[prefix + 'proxy-body-size']};" in nginx
+        assert f"proxy_request_buffering {options[prefix + 'proxy-request-buffering']};" in nginx
+        assert f"proxy_read_timeout {options[prefix + 'proxy-read-timeout']}s;" in nginx
+        assert Settings().max_adapter_bytes == 64 * 1024**2
+
+    def test_every_pod_takes_its_settings_from_the_config_map(
+        self, ingress: dict[str, dict[str, Any]], ray_cluster: dict[str, Any]
+    ) -> None:
+        config = ingress["ConfigMap"]
+        found = settings_of(config["data"])
+        assert len(found.model_fields_set) == len(config["data"])
+        assert found.cors_origins == ("https://app.example.org",)
+        for group in groups(ray_cluster):
+            (container,) = group["template"]["spec"]["containers"]
+            sources = [entry.get("configMapRef", {}) for entry in container["envFrom"]]
+            assert {"name": config["metadata"]["name"], "optional": True} in sources
+            own = {entry["name"] for entry in container["env"]}
+            assert not own & set(config["data"])  # `env` would win
+
 
 class TestKubernetes:
     def test_objects_are_valid_for_kubernetes(self, kuberay: list[dict[str, Any]]) -> None:
@@ -223,6 +317,19 @@ class TestKubernetes:
             template = group["template"]
             pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", **template["metadata"]}}
             kubernetes_validate.validate(pod | {"spec": template["spec"]}, KUBERNETES, strict=True)
+
+    def test_pods_with_the_lines_for_a_checkpoint_are_valid(self, ray_cluster: dict[str, Any]) -> None:
+        text = (ROOT / "docs" / "deploy.md").read_text()
+        (lines,) = re.findall(r"```yaml\n(volumeMounts:.*?)```", text, re.DOTALL)
+        added = yaml.safe_load(lines)
+        for group in groups(ray_cluster):
+            template = copy.deepcopy(group["template"])
+            template["spec"]["volumes"] += added["volumes"]
+            template["spec"]["containers"][0]["volumeMounts"] += added["volumeMounts"]
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", **template["metadata"]}}
+            kubernetes_validate.validate(pod | {"spec": template["spec"]}, KUBERNETES, strict=True)
+            mounted = {mount["name"] for mount in template["spec"]["containers"][0]["volumeMounts"]}
+            assert mounted == {volume["name"] for volume in template["spec"]["volumes"]}
 
     def test_ray_service_has_only_fields_of_kuberay(self, kuberay: list[dict[str, Any]]) -> None:
         def check(found: Any, known: dict[str, Any] | None, where: str) -> None:

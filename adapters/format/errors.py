@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _SHOWN = 5  # problems in the message, which goes into log lines
+_MAX_WHERE, _MAX_MESSAGE = 200, 500  # characters, since both may repeat any text of the file
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,12 @@ class Problem:
 
     where: str
     message: str
+
+    def __post_init__(self) -> None:
+        for name, limit in (("where", _MAX_WHERE), ("message", _MAX_MESSAGE)):
+            text: str = getattr(self, name)
+            if len(text) > limit:
+                object.__setattr__(self, name, f"{text[:limit]}...")
 
 
 class AdapterError(ValueError):

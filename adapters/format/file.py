@@ -283,8 +283,11 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return out
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write a file through a temporary name, so that readers see all of it or none; it survives a power cut.
+
+    Args:
+        mode: permissions of the file.
 
     Raises:
         OSError: the folder does not exist or is not writable, or the disk is full; no file is left behind.
@@ -295,7 +298,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -17,3 +17,5 @@ SOURCE_DOWNLOADS_QUEUED = 2  # queued downloads per gateway; further calls get 4
 WORKER_IMAGES_QUEUED = 512  # images in a worker's queue; further images get 429
 ADAPTER_LOADS = 4  # adapters that a worker loads at the same time; further loads wait in the tenant's queue
 API_KEYS = 1000  # API keys; further keys get 429
+REGISTRY_READS = 2  # running reads of tasks with their versions per gateway; further reads wait
+REGISTRY_BYTES = 128 * 1024**2  # bytes of tasks and metadata of versions in the registry; further ones get 429

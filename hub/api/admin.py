@@ -26,10 +26,10 @@ from ..admin_schemas import (
 from ..admission.authentication import Caller
 from ..field_types import NAME_PATTERN
 from ..registry.keys import ADMIN
-from ..schemas import TaskList
+from ..schemas import MAX_PAGE, TaskList
 from ..services.administration import AdministrationService
 from .bodies import JSON, RequestBody
-from .dependencies import CallerDependencies
+from .dependencies import CallerDependencies, Limit
 from .openapi import BINARY, OCTETS, request_body, schema_of
 from .problems import CURSOR_PATTERN, KEY_ID_PATTERN
 
@@ -37,6 +37,8 @@ TAR = "application/x-tar"
 TenantName = Annotated[str, Path(pattern=NAME_PATTERN)]
 KeyId = Annotated[str, Path(pattern=KEY_ID_PATTERN, description="a key's public id")]
 After = Annotated[str, Query(pattern=CURSOR_PATTERN, description="`next` of the previous page")]
+TenantsCursor = Annotated[str | None, Query(pattern=NAME_PATTERN, description="`next` of the previous page")]
+KeysCursor = Annotated[str | None, Query(pattern=KEY_ID_PATTERN, description="`next` of the previous page")]
 Count = Annotated[int, Query(ge=1, le=1000)]
 
 
@@ -60,8 +62,8 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
         return await tenants.usage(caller.tenant)
 
     @api.get("/v1/tenants")
-    async def list_tenants(_caller: Admin) -> TenantList:
-        return TenantList(tenants=await tenants.all())
+    async def list_tenants(_caller: Admin, limit: Limit = MAX_PAGE, cursor: TenantsCursor = None) -> TenantList:
+        return await tenants.page(limit, cursor or "")
 
     @api.post("/v1/tenants", status_code=201, openapi_extra=request_body({JSON: schema_of(NewTenant)}))
     async def create_tenant(caller: Admin, body: Body) -> TenantInfo:
@@ -86,8 +88,10 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
         return await tenants.usage(tenant)
 
     @api.get("/v1/tenants/{tenant}/keys")
-    async def list_keys(_caller: Manager, tenant: TenantName) -> KeyList:
-        return KeyList(keys=await administration.keys.list_keys(tenant))
+    async def list_keys(
+        _caller: Manager, tenant: TenantName, limit: Limit = MAX_PAGE, cursor: KeysCursor = None
+    ) -> KeyList:
+        return await administration.keys.page(tenant, limit, cursor or "")
 
     @api.post("/v1/tenants/{tenant}/keys", status_code=201, openapi_extra=request_body({JSON: schema_of(KeyRequest)}))
     async def create_key(caller: Manager, tenant: TenantName, body: Body) -> NewKey:
@@ -122,8 +126,8 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
         return await administration.restore(caller, tenant, body.stream())
 
     @api.get("/v1/admin/keys")
-    async def list_admin_keys(_caller: Admin) -> KeyList:
-        return KeyList(keys=await administration.keys.list_keys(""))
+    async def list_admin_keys(_caller: Admin, limit: Limit = MAX_PAGE, cursor: KeysCursor = None) -> KeyList:
+        return await administration.keys.page("", limit, cursor or "")
 
     @api.post("/v1/admin/keys", status_code=201, openapi_extra=request_body({JSON: schema_of(AdminKeyRequest)}))
     async def create_admin_key(caller: Admin, body: Body) -> NewKey:

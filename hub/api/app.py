@@ -191,7 +191,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        steps = cache.follow(), limiter.run(), watch.run(), keep_bound(integrity, store, executor)
+        steps = cache.follow(), limiter.run(), watch.run(), registry.upgrade(), keep_bound(integrity, store, executor)
         background = {asyncio.create_task(step) for step in steps}
         yield
         while background:  # repeated: a timeout of the Redis client can swallow a cancellation

@@ -14,6 +14,7 @@ from ..admission.authentication import Authenticator, Caller
 from ..errors import FieldProblem, InvalidRequest
 from ..field_types import NAME_PATTERN, TASK_PATTERN
 from ..observability import request_context
+from ..schemas import MAX_PAGE
 from ..worker_api import PassStats
 from .bodies import NO_BODY, RequestBody, is_announced
 from .problems import invalid_fields
@@ -32,6 +33,7 @@ Coverage = Annotated[
     float | None,
     Query(gt=0, lt=1, description="adds to each image the smallest set of labels that covers this share of images"),
 ]
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="entries of a page; a page may have fewer")]
 CANARY_HEADER = "x-canary-key"
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 OPTION_HEADERS = (CANARY_HEADER, JSON_LENGTH_HEADER)  # refused on routes that do not have them

@@ -17,7 +17,17 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Scope
 
-from ..errors import FieldProblem, HubError, InvalidRequest, Unauthenticated
+from ..errors import (
+    MAX_DETAIL_BYTES,
+    MAX_ERRORS,
+    MAX_FIELD_BYTES,
+    FieldProblem,
+    HubError,
+    InvalidRequest,
+    Unauthenticated,
+    cut,
+    shown,
+)
 from ..field_types import DIGEST_PATTERN, NAME_PATTERN, ORIGIN_PATTERN, TASK_PATTERN
 from ..observability import request_context
 
@@ -27,13 +37,15 @@ PROBLEM_JSON = "application/problem+json"
 # Clients of these protocols read the error's text from the member `error`. The path may begin with a prefix that a
 # proxy should have removed.
 PROTOCOL_PATH = re.compile(r"(?!/v1/).*/(v2(/|$)|models/)")
-MAX_ERRORS = 50  # field errors in one problem
 MAX_DETAIL_ERRORS = 5  # field errors that `detail` repeats
 
 
 NAME_RULE = "1 to 63 characters, each a lower-case letter, a digit, _ or -, the first a letter or a digit"
 KEY_ID_PATTERN = r"^[0-9a-f]{16}$"
 CURSOR_PATTERN = r"^[0-9]{1,15}(-[0-9]{1,10})?$"
+TASKS_CURSOR_PATTERN = r"^(own|named|public):([a-z0-9][a-z0-9_-]{0,62}(:[a-z0-9][a-z0-9_-]{0,62})?)?$"
+NUMBER_PATTERN = r"^[1-9][0-9]{0,15}$"
+NEXT_RULE = "the value `next` of the previous page"
 # Regular expression -> the rule in words.
 RULES = {
     NAME_PATTERN: NAME_RULE,
@@ -41,7 +53,9 @@ RULES = {
     DIGEST_PATTERN: "a sha256 of 64 hexadecimal digits in lower case",
     KEY_ID_PATTERN: "a key's public id of 16 hexadecimal digits in lower case",
     ORIGIN_PATTERN: "a web origin in lower case, such as https://app.example.org or http://localhost:3000",
-    CURSOR_PATTERN: "the value `next` of the previous page",
+    CURSOR_PATTERN: NEXT_RULE,
+    TASKS_CURSOR_PATTERN: NEXT_RULE,
+    NUMBER_PATTERN: NEXT_RULE,
 }
 # Type of pydantic's error -> message. `{value}` is the refused value, other fields are the error's own.
 MESSAGES = {
@@ -71,7 +85,6 @@ MESSAGES = {
     "datetime_from_date_parsing": "must be a time with a time zone, such as 2027-01-01T00:00:00Z",
     "value_error": "{error}",
 }
-MAX_SHOWN = 40  # characters of a refused value
 
 
 def route_path(scope: Scope) -> str:
@@ -103,7 +116,8 @@ def error_response(error: HubError, scope: Scope, *, close: bool = False) -> Res
 
 def status_response(status: int, detail: str, scope: Scope, headers: Mapping[str, str] | None = None) -> Response:
     """Return the problem of an HTTP status that has no class in the hub's error tree."""
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": int(status), "detail": detail}
+    body: dict[str, Any] = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": int(status)}
+    body["detail"] = cut(detail, MAX_DETAIL_BYTES)
     return _response(body, scope, headers)
 
 
@@ -114,10 +128,16 @@ def _response(body: dict[str, Any], scope: Scope, headers: Mapping[str, str] | N
     return Response(json.dumps(body), body["status"], headers, PROBLEM_JSON)
 
 
-def invalid_fields(problems: Sequence[FieldProblem]) -> InvalidRequest:
-    """Return one error for several invalid fields."""
-    detail = "; ".join(f"{problem.field}: {problem.message}" for problem in problems[:MAX_DETAIL_ERRORS])
-    return InvalidRequest(detail, problems[:MAX_ERRORS])
+def invalid_fields(problems: Sequence[FieldProblem], count: int | None = None) -> InvalidRequest:
+    """Return one error for several invalid fields.
+
+    Args:
+        count: number of all invalid fields, if `problems` has only the first ones.
+    """
+    named = "; ".join(f"{problem.field}: {problem.message}" for problem in problems[:MAX_DETAIL_ERRORS])
+    more = (count or len(problems)) - MAX_DETAIL_ERRORS
+    ending = f"; and {more} more" if more > 0 else ""
+    return InvalidRequest(cut(named, MAX_DETAIL_BYTES - len(ending)) + ending, problems)
 
 
 def invalid_request(errors: Sequence[Any], members: Sequence[str] = ()) -> InvalidRequest:
@@ -128,9 +148,9 @@ def invalid_request(errors: Sequence[Any], members: Sequence[str] = ()) -> Inval
     """
     problems = []
     for error in errors[:MAX_ERRORS]:
-        location = [str(part) for part in error["loc"] if part != "[key]"]
+        location = [str(part)[:MAX_FIELD_BYTES] for part in error["loc"] if part != "[key]"]
         problems.append(FieldProblem(".".join(location) or "body", _message(error, members)))
-    return invalid_fields(problems)
+    return invalid_fields(problems, len(errors))
 
 
 def _message(error: Any, members: Sequence[str]) -> str:
@@ -140,20 +160,11 @@ def _message(error: Any, members: Sequence[str]) -> str:
         accepts = f"the JSON accepts {', '.join(members)}" if members and len(error["loc"]) == 1 else "remove it"
         return f"unknown member; {accepts}"
     if kind == "string_pattern_mismatch":
-        return f"is {_shown(error['input'])}; must be {RULES.get(context['pattern'], context['pattern'])}"
+        return f"is {shown(error['input'])}; must be {RULES.get(context['pattern'], context['pattern'])}"
     if kind == "json_invalid" and error["input"] in ("", b""):
         return "is empty; send JSON"
     template = MESSAGES.get(kind)
-    return template.format(**{**context, "value": _shown(error["input"])}) if template else str(error["msg"])
-
-
-def _shown(value: Any) -> str:
-    """Return the start of a refused value."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of more than 4300 digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return template.format(**{**context, "value": shown(error["input"])}) if template else str(error["msg"])
 
 
 def add_exception_handlers(api: FastAPI) -> None:

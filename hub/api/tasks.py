@@ -12,6 +12,7 @@ from ..errors import InvalidRequest
 from ..field_types import NAME_PATTERN
 from ..schemas import (
     LATEST,
+    MAX_PAGE,
     AliasChange,
     Classified,
     ClassifyOptions,
@@ -36,6 +37,7 @@ from .dependencies import (
     CallerDependencies,
     CanaryKey,
     Coverage,
+    Limit,
     QueryVersion,
     TaskName,
     TopK,
@@ -45,6 +47,7 @@ from .dependencies import (
     no_options,
 )
 from .openapi import BINARY, OCTETS, request_body, schema_of
+from .problems import NUMBER_PATTERN, TASKS_CURSOR_PATTERN
 
 IMAGES_CONTENT: dict[str, Any] = {
     "image/*": BINARY,
@@ -62,6 +65,8 @@ Stage = Annotated[bool, Query(description="true: `latest` stays where it is")]
 Labels = Annotated[
     Literal["changed"] | None, Query(description="`changed`: the labels may differ from those behind `latest`")
 ]
+TasksCursor = Annotated[str | None, Query(pattern=TASKS_CURSOR_PATTERN, description="`next` of the previous page")]
+VersionsCursor = Annotated[str | None, Query(pattern=NUMBER_PATTERN, description="`next` of the previous page")]
 UnknownBelow = Annotated[
     float | None, Query(ge=0, le=1, description="the task's setting: an image with a lower typicality is unknown")
 ]
@@ -128,21 +133,25 @@ def add_task_routes(
     Owner = Annotated[Caller, Depends(dependencies.owner)]
     Body = Annotated[RequestBody, Depends(dependencies.body)]
 
-    @api.get("/v1/tasks")
-    async def list_tasks(caller: TenantCaller) -> TaskList:
-        return TaskList(tasks=await service.tasks(caller))
+    # FastAPI would check each entry of a page once more, which takes longer than the rest of the request.
+    @api.get("/v1/tasks", response_model=TaskList)
+    async def list_tasks(caller: TenantCaller, limit: Limit = MAX_PAGE, cursor: TasksCursor = None) -> Response:
+        return _json((await service.tasks(caller, limit, cursor or "")).model_dump_json())
 
-    @api.get("/v1/tasks/{task}")
-    async def get_task(caller: TenantCaller, task: TaskName) -> TaskInfo:
-        return await service.task(caller, task)
+    @api.get("/v1/tasks/{task}", response_model=TaskInfo)
+    async def get_task(
+        caller: TenantCaller, task: TaskName, limit: Limit = MAX_PAGE, cursor: VersionsCursor = None
+    ) -> Response:
+        return _json(await service.task(caller, task, limit, int(cursor or 0)))
 
     @api.put(
         "/v1/tasks/{task}",
         summary="Change settings of a task",
+        response_model=TaskInfo,
         openapi_extra=request_body({JSON: schema_of(TaskSettings)}),
     )
-    async def change_settings(caller: Owner, task: TaskName, body: Body) -> TaskInfo:
-        return await changes.change_settings(caller, task, await body.read_json(TaskSettings))
+    async def change_settings(caller: Owner, task: TaskName, body: Body) -> Response:
+        return _json(await changes.change_settings(caller, task, await body.read_json(TaskSettings)))
 
     @api.delete("/v1/tasks/{task}", status_code=204)
     async def delete_task(caller: Owner, task: TaskName) -> None:
@@ -151,10 +160,11 @@ def add_task_routes(
     @api.put(
         "/v1/tasks/{task}/sharing",
         summary="Share a task with all or some tenants",
+        response_model=TaskInfo,
         openapi_extra=request_body({JSON: schema_of(Sharing)}),
     )
-    async def share_task(caller: Owner, task: TaskName, body: Body) -> TaskInfo:
-        return await changes.share(caller, task, await body.read_json(Sharing))
+    async def share_task(caller: Owner, task: TaskName, body: Body) -> Response:
+        return _json(await changes.share(caller, task, await body.read_json(Sharing)))
 
     @api.post(
         "/v1/tasks/{task}/versions",
@@ -198,14 +208,14 @@ def add_task_routes(
     async def create_token(caller: TenantCaller, body: Body) -> NewToken:
         request = await body.read_json(TokenRequest)
         token = await authenticator.issue(caller, request)
-        await service.task(caller, request.task)  # a token for a task that does not exist would be of no use
+        await service.find(caller, request.task, LATEST)  # a token for a task that does not exist would be of no use
         return token
 
-    @api.get("/v1/tasks/{task}/versions/{version}")
+    @api.get("/v1/tasks/{task}/versions/{version}", response_model=VersionInfo)
     async def get_version(
         caller: TenantCaller, task: TaskName, version: VersionReference, canary: CanaryKey = None
-    ) -> VersionInfo:
-        return await service.version(caller, task, version, canary)
+    ) -> Response:
+        return _json((await service.version(caller, task, version, canary)).json)
 
     @api.get(
         "/v1/tasks/{task}/versions/{version}/file",
@@ -215,28 +225,36 @@ def add_task_routes(
     async def download_version(
         caller: Owner, task: TaskName, version: VersionReference, canary: CanaryKey = None
     ) -> Response:
-        info, data = await changes.file(caller, task, version, canary)
-        name = f"{task.rpartition(':')[2]}-{info.version}.safetensors"
-        headers = {"content-disposition": f'attachment; filename="{name}"', "etag": f'"{info.digest}"'}
+        number, digest, data = await changes.file(caller, task, version, canary)
+        name = f"{task.rpartition(':')[2]}-{number}.safetensors"
+        headers = {"content-disposition": f'attachment; filename="{name}"', "etag": f'"{digest}"'}
         return Response(data, media_type=OCTETS, headers=headers)
 
     @api.delete("/v1/tasks/{task}/versions/{version}", status_code=204)
     async def delete_version(caller: Owner, task: TaskName, version: VersionNumber) -> None:
         await changes.delete_version(caller, task, version)
 
-    @api.put("/v1/tasks/{task}/aliases/{alias}", openapi_extra=request_body({JSON: schema_of(AliasChange)}))
-    async def set_alias(caller: Owner, task: TaskName, alias: AliasName, body: Body) -> TaskInfo:
+    @api.put(
+        "/v1/tasks/{task}/aliases/{alias}",
+        response_model=TaskInfo,
+        openapi_extra=request_body({JSON: schema_of(AliasChange)}),
+    )
+    async def set_alias(caller: Owner, task: TaskName, alias: AliasName, body: Body) -> Response:
         _refuse_version_number(alias)
         change = await body.read_json(AliasChange)
-        return await changes.set_alias(caller, task, alias, change.targets())
+        return _json(await changes.set_alias(caller, task, alias, change.targets()))
 
     @api.delete("/v1/tasks/{task}/aliases/{alias}", status_code=204)
     async def delete_alias(caller: Owner, task: TaskName, alias: AliasName) -> None:
         await changes.delete_alias(caller, task, alias)
 
-    @api.post("/v1/tasks/{task}/aliases/{alias}/rollback", summary="Point an alias at its previous target")
-    async def roll_back_alias(caller: Owner, task: TaskName, alias: AliasName) -> TaskInfo:
-        return await changes.roll_back(caller, task, alias)
+    @api.post(
+        "/v1/tasks/{task}/aliases/{alias}/rollback",
+        summary="Point an alias at its previous target",
+        response_model=TaskInfo,
+    )
+    async def roll_back_alias(caller: Owner, task: TaskName, alias: AliasName) -> Response:
+        return _json(await changes.roll_back(caller, task, alias))
 
 
 def add_classify_routes(
@@ -301,6 +319,11 @@ def add_classify_routes(
             results, stats = await service.classify_inputs(caller, sent.inputs, images, top_k, canary, coverage)
         add_batch_headers(response, stats)
         return Results(results=results)
+
+
+def _json(content: str) -> Response:
+    """Return a reply whose JSON is ready."""
+    return Response(content, media_type=JSON)
 
 
 def _parse_inputs(body: bytes) -> tuple[InputsBody, list[NamedImage]]:

@@ -252,6 +252,6 @@ def _show_keys(found: list[KeyInfo]) -> None:
     table.add_column("name", overflow="fold")
     for column in ("role", "created", "expires", "last used"):
         table.add_column(column, no_wrap=True)
-    for info in found:
+    for info in sorted(found, key=lambda info: (info.created, info.id)):
         table.add_row(info.id, info.name, info.role, *map(day, (info.created, info.expires, info.last_used)))
     out.print(table)

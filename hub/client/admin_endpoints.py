@@ -23,7 +23,7 @@ from ..admin_schemas import (
 from ..schemas import Health, ServedBackbone, TaskList
 from .replies import AnyPath, model, nothing, to_file
 from .request_parts import JSON, json_body, route, set_fields, without_none
-from .transport import Call
+from .transport import Call, PagedCall
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -60,9 +60,9 @@ def tenant(name: str) -> Call[TenantInfo]:
     return Call("GET", route("tenants", name), model(TenantInfo))
 
 
-def keys(tenant: str) -> Call[KeyList]:
+def keys(tenant: str) -> PagedCall[KeyList]:
     """List the keys of a tenant, without the secrets. Needs an owner key of the tenant or an admin key."""
-    return Call("GET", route("tenants", tenant, "keys"), model(KeyList))
+    return PagedCall(Call("GET", route("tenants", tenant, "keys"), model(KeyList)), "keys")
 
 
 def create_key(
@@ -118,9 +118,9 @@ def export_tenant(tenant: str, to: AnyPath) -> Call[Path]:
 # The hub (needs an admin key)
 
 
-def tenants() -> Call[TenantList]:
+def tenants() -> PagedCall[TenantList]:
     """List all tenants. Needs an admin key."""
-    return Call("GET", "/v1/tenants", model(TenantList))
+    return PagedCall(Call("GET", "/v1/tenants", model(TenantList)), "tenants")
 
 
 def create_tenant(name: str, limits: LimitsChange | TenantLimits | None = None) -> Call[TenantInfo]:
@@ -139,9 +139,9 @@ def delete_tenant(name: str) -> Call[None]:
     return Call("DELETE", route("tenants", name), nothing)
 
 
-def admin_keys() -> Call[KeyList]:
+def admin_keys() -> PagedCall[KeyList]:
     """List the admin keys, without the secrets. Needs an admin key."""
-    return Call("GET", "/v1/admin/keys", model(KeyList))
+    return PagedCall(Call("GET", "/v1/admin/keys", model(KeyList)), "keys")
 
 
 def create_admin_key(name: str, *, expires: datetime | None = None) -> Call[NewKey]:

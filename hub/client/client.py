@@ -15,7 +15,16 @@ import httpx
 from ..errors import HubError, NotFound
 from . import admin_endpoints, endpoints
 from .retries import RetrySchedule
-from .transport import CHUNK_BYTES, BaseClient, Call, CallSeries, atomic_file, documented_by, without_traceback
+from .transport import (
+    CHUNK_BYTES,
+    BaseClient,
+    Call,
+    CallSeries,
+    PagedCall,
+    atomic_file,
+    documented_by,
+    without_traceback,
+)
 
 Part = TypeVar("Part")
 Reply = TypeVar("Reply")
@@ -34,6 +43,18 @@ def _single(endpoint: Callable[P, Call[Reply]]) -> Callable[Concatenate["Client"
     @documented_by(endpoint)
     def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Reply:
         return self._send(endpoint(*args, **kwargs))
+
+    return method
+
+
+def _paged(endpoint: Callable[P, PagedCall[Reply]]) -> Callable[Concatenate["Client", P], Reply]:
+    @documented_by(endpoint)
+    def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        call = endpoint(*args, **kwargs)
+        pages = [self._send(call.first)]
+        while (following := call.following(pages[-1])) is not None:
+            pages.append(self._send(following))
+        return call.join(pages)
 
     return method
 
@@ -58,8 +79,8 @@ class Client(BaseClient):
     ...     client.classify("flowers", ["rose.jpg"]).predictions[0][0].label
     """
 
-    tasks = _single(endpoints.tasks)
-    task = _single(endpoints.task)
+    tasks = _paged(endpoints.tasks)
+    task = _paged(endpoints.task)
     version = _single(endpoints.version)
     register = _single(endpoints.register)
     download = _single(endpoints.download)
@@ -76,16 +97,16 @@ class Client(BaseClient):
     usage = _single(admin_endpoints.usage)
     audit = _single(admin_endpoints.audit)
 
-    tenants = _single(admin_endpoints.tenants)
+    tenants = _paged(admin_endpoints.tenants)
     tenant = _single(admin_endpoints.tenant)
     create_tenant = _single(admin_endpoints.create_tenant)
     change_limits = _single(admin_endpoints.change_limits)
     delete_tenant = _single(admin_endpoints.delete_tenant)
-    keys = _single(admin_endpoints.keys)
+    keys = _paged(admin_endpoints.keys)
     create_key = _single(admin_endpoints.create_key)
     create_token = _single(admin_endpoints.create_token)
     revoke_key = _single(admin_endpoints.revoke_key)
-    admin_keys = _single(admin_endpoints.admin_keys)
+    admin_keys = _paged(admin_endpoints.admin_keys)
     create_admin_key = _single(admin_endpoints.create_admin_key)
     revoke_admin_key = _single(admin_endpoints.revoke_admin_key)
     export_tenant = _single(admin_endpoints.export_tenant)

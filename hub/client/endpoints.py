@@ -16,7 +16,7 @@ from ..schemas import LATEST, Classified, Registered, Results, TaskInfo, TaskLis
 from .image_encoding import ImageSource, ImageSources, encode, iterate_images
 from .replies import AnyPath, joined, model, nothing, to_file
 from .request_parts import JSON, canary_header, item_count, json_body, route, without_none
-from .transport import Call, CallSeries
+from .transport import Call, CallSeries, PagedCall
 
 Model = TypeVar("Model", bound=BaseModel)
 TaskInput: TypeAlias = "tuple[str, ImageSource] | tuple[str, ImageSource, str]"
@@ -27,14 +27,14 @@ BINARY = {"content-type": "application/octet-stream"}
 # Tasks
 
 
-def tasks() -> Call[TaskList]:
-    """List the tasks of the key's tenant, and the tasks that other tenants share with it."""
-    return Call("GET", "/v1/tasks", model(TaskList))
+def tasks() -> PagedCall[TaskList]:
+    """List the tasks of the key's tenant, then those that other tenants share with it by name, then public ones."""
+    return PagedCall(Call("GET", "/v1/tasks", model(TaskList)), "tasks")
 
 
-def task(name: str) -> Call[TaskInfo]:
+def task(name: str) -> PagedCall[TaskInfo]:
     """Return a task with its versions and aliases. The name of another tenant's shared task is `tenant:task`."""
-    return Call("GET", route("tasks", name), model(TaskInfo))
+    return PagedCall(Call("GET", route("tasks", name), model(TaskInfo)), "versions")
 
 
 def version(name: str, version: int | str = LATEST) -> Call[VersionInfo]:
@@ -92,6 +92,8 @@ def download(name: str, to: AnyPath, *, version: int | str = LATEST) -> Call[Pat
 
 def set_alias(name: str, alias: str, targets: int | Mapping[int, int]) -> Call[TaskInfo]:
     """Point an alias at a version, or at several versions with weights (a canary).
+
+    The reply, as that of every change of a task, has the first page of the versions.
 
     Args:
         targets: a version number, or version number -> weight.

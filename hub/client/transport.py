@@ -6,7 +6,7 @@ import secrets
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Generic, NoReturn, TypeVar, get_args
 
@@ -54,6 +54,28 @@ class Call(Generic[Reply]):
             "headers": headers,
             "files": files or None,
         }
+
+
+@dataclass(frozen=True)
+class PagedCall(Generic[Reply]):
+    """A list that the hub sends in pages. The clients read all of them, and return one reply."""
+
+    first: Call[Reply]
+    member: str  # of the reply: the list that each page continues
+
+    def following(self, page: Reply) -> Call[Reply] | None:
+        """Return the call of the next page; None after the last one."""
+        cursor = getattr(page, "next", None)
+        return None if cursor is None else replace(self.first, params={**self.first.params, "cursor": cursor})
+
+    def join(self, pages: Sequence[Reply]) -> Reply:
+        """Return the first page with the entries of all pages."""
+        if len(pages) == 1:
+            return pages[0]
+        entries = [entry for page in pages for entry in getattr(page, self.member)]
+        joined: Any = pages[0]
+        whole: Reply = joined.model_copy(update={self.member: entries, "next": None})
+        return whole
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ async def create_first_keys(tenants: TenantRegistry, keys: KeyRegistry) -> First
         Unavailable: Redis does not answer.
     """
     owner = None
-    admins = await keys.list_keys("")
-    if not admins and not await tenants.all():
+    admins = await keys.all("")
+    if not admins and not (await tenants.page(1, "")).tenants:
         try:
             await tenants.create(OPERATOR, DEFAULT_TENANT, LimitsChange())
         except Conflict:  # another hub starts over the same registry at the same time

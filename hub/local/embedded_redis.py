@@ -41,7 +41,7 @@ def embedded_redis(home: Path) -> Iterator[str]:
         EmbeddedRedisError: no redis-server was found, or it does not start.
     """
     folder = home / "redis"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     socket = _socket_path(folder)
     _stop_leftover(socket)
     log = folder / "redis.log"
@@ -78,7 +78,7 @@ class _Server:
         """
         # A session of its own: Ctrl-C in a terminal then reaches only the hub, which stops Redis last.
         self._process = subprocess.Popen(  # noqa: S603
-            self._command, start_new_session=True, preexec_fn=_terminate_with_parent
+            self._command, start_new_session=True, preexec_fn=_terminate_with_parent, umask=0o077
         )
         _wait_until_ready(self._process, self._socket, self._log)
 

@@ -54,6 +54,7 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
     """
     preflight.check_import_names()
     with ExitStack() as stack:
+        stack.callback(os.umask, os.umask(0o077))  # of all processes that the hub starts
         stack.enter_context(preflight.locked_home(settings.home))
         folder = stack.enter_context(run_folder(settings.home))
         check_port(settings.host, settings.port)

@@ -2,8 +2,10 @@
 
 import fcntl
 import logging
+import os
 import resource
 import ssl
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import packages_distributions
@@ -15,11 +17,15 @@ from ..settings import Settings
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
 from ..urls import shown_text, shown_url
+from .bootstrap import KEYS_FILE
 from .errors import StartError
+from .run_folder import RECORD
 
 logger = logging.getLogger(__name__)
 
 DISTRIBUTION = "karst-hub"
+OWN_NAMES = ("lock", RECORD, KEYS_FILE, "redis", "store")  # what the hub writes in its home
+OTHERS = stat.S_IRWXG | stat.S_IRWXO
 LEAST_OPEN_FILES = 1024
 HAPROXY_CONNECTIONS = 4096  # Ray's limit, see `RAY_SERVE_HAPROXY_MAXCONN`
 
@@ -32,7 +38,7 @@ def locked_home(home: Path) -> Iterator[None]:
         StartError: another hub holds it, or the folder cannot be written.
     """
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (home / "lock").open("w")
     except OSError as error:
         raise StartError(f"Cannot use HUB_HOME {home}: {error.strerror}. Choose another folder.") from error
@@ -41,7 +47,37 @@ def locked_home(home: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StartError(f"Another hub runs in {home}. Stop it, or choose another HUB_HOME.") from error
+        tighten(home)
         yield
+
+
+def tighten(home: Path) -> None:
+    """Remove the permissions of other users from a hub's folder and from all that the hub has written there.
+
+    An older hub left them to the umask. Other files in the folder stay as they are, and so does a folder that is not
+    the hub's alone: the user's home, or one in which all users may write.
+    """
+    shared = home == Path.home() or home.stat().st_mode & stat.S_ISVTX
+    own = [home / name for name in OWN_NAMES if (home / name).exists()]
+    paths = ([] if shared else [home]) + own
+    paths += [Path(folder, name) for path in own for folder, names, files in os.walk(path) for name in names + files]
+    changed, failed = 0, []
+    for path in paths:
+        found = path.lstat()
+        if stat.S_ISLNK(found.st_mode) or not found.st_mode & OTHERS:
+            continue
+        try:
+            path.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
+            changed += 1
+        except OSError:
+            failed.append(path)
+    if changed:
+        logger.warning("%s: removed the permissions of other users from %d files and folders", home, changed)
+    if failed:
+        logger.warning(
+            "other users may read %s and %d more: they do not belong to this user; change their owner, or their mode",
+            *(failed[0], len(failed) - 1),
+        )
 
 
 def check_import_names() -> None:

@@ -21,6 +21,7 @@ from .models import Task
 from .redis.connection import is_cancelled
 from .tasks import TaskRegistry
 from .tenants import TenantRegistry
+from .versions import ServedVersion
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ V = TypeVar("V")
 EVENT_WAIT_MS = 500
 RETRY_INTERVAL_S = 0.25  # so that a change reaches every gateway within two seconds, a reconnection included
 MAX_TASKS, MAX_KEYS, MAX_TENANTS = 20_000, 20_000, 20_000
+MAX_VERSION_BYTES = 64 * 1024**2  # of the texts of cached versions
 KEY_TRUST_S = 300.0
 
 
@@ -52,6 +54,9 @@ class RegistryCache:
         self._tasks: LRUCache[tuple[str, str], Task] = LRUCache(MAX_TASKS)
         self._keys: LRUCache[str, KeyRecord] = LRUCache(MAX_KEYS)
         self._tenants: LRUCache[str, TenantInfo] = LRUCache(MAX_TENANTS)
+        self._versions: LRUCache[tuple[str, str, int, str], tuple[ServedVersion, int]] = LRUCache(
+            MAX_VERSION_BYTES, lambda entry: entry[1]
+        )
         self._invalidations = 0  # a value that was read across an invalidation is not cached
         self._following = False
         self._resynchronising = False
@@ -69,6 +74,22 @@ class RegistryCache:
     def cached_task(self, tenant: str, name: str) -> Task | None:
         """Return a tenant's task if it is cached."""
         return self._tasks.get((tenant, name))
+
+    async def version(self, tenant: str, task: Task, number: int) -> ServedVersion:
+        """Return what a classification needs of a version. A version never changes, so no event invalidates it.
+
+        Raises:
+            NotFound: the version was deleted since the task was read.
+            Unavailable: the version is not cached, and the registry does not answer.
+        """
+        key = tenant, task.name, number, task.digests[number]
+        cached = self._versions.get(key)
+        if cached is not None:
+            return cached[0]
+        stored = await self._task_registry.version(tenant, task, number)
+        served = stored.served()
+        self._versions[key] = served, len(stored.text)
+        return served
 
     async def key(self, id: str) -> KeyRecord | None:
         """Return the record of a key by its public id, or None if the hub does not know it.

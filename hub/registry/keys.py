@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from ..admin_schemas import KeyInfo, NewKey
+from ..admin_schemas import KeyInfo, KeyList, NewKey
 from ..admission.quotas import API_KEYS
 from ..errors import Conflict, InvalidRequest, LimitReached, NotFound
 from .audit import Actor
@@ -29,6 +29,8 @@ from .redis.scripts import KEYS
 from .tenants import tenant_not_found
 
 KEY_PREFIX = "kh_"
+PAGE_BYTES = 512 * 1024  # of stored keys in one page
+KEYS_PER_READ = 50
 ADMIN, OWNER, CALLER = "admin", "owner", "caller"
 
 
@@ -75,8 +77,13 @@ class KeyRegistry:
         text = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
         return KeyRecord(**json.loads(text)) if text is not None else None
 
-    async def list_keys(self, tenant: str) -> list[KeyInfo]:
-        """Return a tenant's keys, or the admin keys (`''`), oldest first.
+    async def page(self, tenant: str, limit: int, after: str) -> KeyList:
+        """Return a page of a tenant's keys, or of the admin keys (`''`), oldest first.
+
+        Pages follow the order of ids, since it never changes. A page ends early where its keys have many bounds.
+
+        Args:
+            after: the id of the last key, by id, of the previous page; `''` for the first page.
 
         Raises:
             NotFound: the tenant does not exist.
@@ -84,19 +91,33 @@ class KeyRegistry:
         if tenant and not await self._connection.execute(self._redis.hexists("karst:tenants", tenant)):
             raise tenant_not_found(tenant)
         members = self._redis.smembers(tenant_key(tenant, "keys") if tenant else "karst:admins")
-        ids = sorted(as_texts(await self._connection.execute(members)))
-        if not ids:
-            return []
-        pipeline = self._redis.pipeline(transaction=False)
-        pipeline.hmget("karst:keys", ids)
-        pipeline.hmget("karst:used", ids)
-        records, used = [as_optional_texts(reply) for reply in await self._connection.execute(pipeline.execute())]
-        keys = [
-            _key_info(id, KeyRecord(**json.loads(record)), last_use)
-            for id, record, last_use in zip(ids, records, used, strict=True)
-            if record is not None
-        ]
-        return sorted(keys, key=lambda key: (key.created, key.id))
+        ids = sorted(id for id in as_texts(await self._connection.execute(members)) if id > after)
+        shown, size_bytes, keys = 0, 0, list[KeyInfo]()
+        while shown < min(limit, len(ids)) and size_bytes < PAGE_BYTES:
+            part = ids[shown : min(limit, shown + KEYS_PER_READ)]
+            shown += len(part)
+            pipeline = self._redis.pipeline(transaction=False)
+            pipeline.hmget("karst:keys", part)
+            pipeline.hmget("karst:used", part)
+            records, used = [as_optional_texts(reply) for reply in await self._connection.execute(pipeline.execute())]
+            size_bytes += sum(len(record or "") for record in records)
+            keys += [
+                _key_info(id, KeyRecord(**json.loads(record)), last_use)
+                for id, record, last_use in zip(part, records, used, strict=True)
+                if record is not None
+            ]
+        keys.sort(key=lambda key: (key.created, key.id))
+        return KeyList(keys=keys, next=ids[shown - 1] if shown < len(ids) else None)
+
+    async def all(self, tenant: str) -> list[KeyInfo]:
+        """Return all keys of a tenant, or all admin keys (`''`), in the order of their ids."""
+        found, after = list[KeyInfo](), ""
+        while True:
+            page = await self.page(tenant, KEYS_PER_READ, after)
+            found += sorted(page.keys, key=lambda key: key.id)
+            if page.next is None:
+                return found
+            after = page.next
 
     async def create(
         self,

@@ -3,36 +3,30 @@
 Every change is one atomic script. It publishes a change event that names the task, and it leaves an audit entry.
 """
 
+import asyncio
 import itertools
 import json
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
+from ..admission.quotas import REGISTRY_BYTES
 from ..errors import Conflict, HubError, InvalidRequest, LimitReached, Unavailable
 from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
 from .audit import Actor
-from .models import (
-    DEFAULT_SETTINGS,
-    NOT_SHARED,
-    NOTHING_LIVE,
-    Live,
-    Task,
-    label_difference,
-    parse_task,
-    setting_texts,
-    task_fields,
-    task_not_found,
-    version_body,
-)
-from .redis.connection import READ_TIMEOUT_S, RegistryConnection, as_hash, as_optional_text, as_texts, tenant_key
+from .models import DEFAULT_SETTINGS, NOT_SHARED, Task, WholeTask, setting_texts, task_fields, task_not_found
+from .redis.connection import as_optional_text, as_texts, is_cancelled, tenant_key
 from .redis.scripts import TASKS, ChangeReply
+from .task_reads import TaskReads, task_key
 from .tenants import tenant_not_found
+from .versions import Live, StoredVersion, VersionSummary, label_difference, version_body
 
-PUBLIC = "karst:public"
-MAX_ALIASES = 100  # per task
+MAX_ALIASES = 100  # per task, besides `latest`
 MAX_ALIAS_HISTORY = 20  # former targets kept per alias
-MAX_SHARED_TASKS = 1000  # tasks of other tenants in a tenant's list
+LAYOUT, SUMMARIES_LAYOUT = "karst:layout", "2"
+UPGRADE_INTERVAL_S = 10.0  # between two attempts
+STAGED_S = 3600  # how long an import may take to write its versions
+NOUNS = {"versions": "versions per task", "registry_bytes": "bytes of metadata of tasks and versions"}  # of limits
 CLAIM_S = 60  # how long a garbage collection claims a file that it removes
 
 
@@ -40,15 +34,11 @@ class LatestMovedError(Exception):
     """Another change has moved the alias `latest` since the caller read it; read it again."""
 
 
-class TaskRegistry:
+class TaskRegistry(TaskReads):
     """Reads and atomic changes of tasks. Every method raises `Unavailable` if Redis does not answer.
 
     Every change raises `Unauthenticated` if the actor's key was revoked in the meantime.
     """
-
-    def __init__(self, connection: RegistryConnection) -> None:
-        self._connection = connection
-        self._redis = connection.redis
 
     async def register(
         self,
@@ -78,20 +68,24 @@ class TaskRegistry:
             LatestMovedError: `latest` no longer points at `live`; nothing was changed.
             InvalidAdapter: labels and metrics are too long.
             NotFound: the tenant does not exist.
-            LimitReached: the limit of tasks, versions per task, stored bytes or aliases.
+            LimitReached: the limit of tasks, versions per task, stored bytes, registry bytes or aliases.
             Unavailable: a garbage collection removes the file of this digest; nothing was changed.
         """
         details = {"task": task, "digest": version.digest, "aliases": list(aliases)} | settings.given()
         if source is not None:
             details["source"] = source
+        body = version_body(version)
         reply = await self._connection.change(
             TASKS,
             "register",
+            texts=[body],
             tenant=tenant,
             task=task,
             entry=by.entry(tenant, "version.register", **details),
             digest=version.digest,
-            version=version_body(version),
+            summary=VersionSummary.of(version).text(),
+            version_bytes=len(body),
+            max_registry_bytes=REGISTRY_BYTES,
             size_bytes=version.size_bytes,
             aliases=list(aliases),
             max_aliases=MAX_ALIASES,
@@ -103,20 +97,15 @@ class TaskRegistry:
             raise LatestMovedError
         if reply.outcome != "done":
             raise _refusal(reply, tenant)
-        return VersionInfo(version=reply.number, **json.loads(reply.text)), reply.created
+        stored = version.model_copy(update={"version": reply.number})
+        if not reply.created:  # its time of registration is that of the first call
+            known = as_optional_text(
+                await self._connection.execute(self._redis.hget(task_key(tenant, task), f"v:{reply.number}"))
+            )
+            stored = stored if known is None else StoredVersion(reply.number, known).info()
+        return stored, reply.created
 
-    async def live(self, tenant: str, task: str) -> Live:
-        """Return the version behind the alias `latest`; the task need not exist."""
-        command = self._redis.hget(_task_key(tenant, task), f"a:{LATEST}")
-        targets = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
-        if targets is None:
-            return NOTHING_LIVE
-        number = max(map(int, json.loads(targets)))
-        command = self._redis.hget(_task_key(tenant, task), f"v:{number}")
-        text = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
-        return Live(targets, VersionInfo(version=number, **json.loads(text)) if text is not None else None)
-
-    async def check_quota(self, by: Actor, tenant: str, task: str, digest: str, size_bytes: int) -> bool:
+    async def check_quota(self, by: Actor, tenant: str, task: str, version: VersionInfo) -> bool:
         """Check whether a version could be registered, before its file is stored. Raise the errors of `register`.
 
         Returns:
@@ -128,50 +117,16 @@ class TaskRegistry:
             tenant=tenant,
             task=task,
             entry=by.entry(tenant, "version.register"),
-            digest=digest,
-            size_bytes=size_bytes,
+            digest=version.digest,
+            size_bytes=version.size_bytes,
+            version_bytes=len(version_body(version)),
+            max_registry_bytes=REGISTRY_BYTES,
             aliases=[],
             max_aliases=MAX_ALIASES,
         )
         if reply.outcome != "done":
             raise _refusal(reply, tenant)
         return reply.created
-
-    async def task(self, tenant: str, task: str) -> Task:
-        """Return a task of a tenant.
-
-        Raises:
-            NotFound: the task does not exist.
-        """
-        command = self._redis.hgetall(_task_key(tenant, task))
-        fields = as_hash(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
-        if not fields:
-            raise task_not_found(task)
-        return parse_task(task, fields)
-
-    async def tasks(self, tenant: str) -> list[Task]:
-        """Return all tasks of a tenant, by name."""
-        names = as_texts(await self._connection.execute(self._redis.smembers(tenant_key(tenant, "tasks"))))
-        return [task for _, task in await self._read([(tenant, name) for name in sorted(names)])]
-
-    async def shared_with(self, tenant: str) -> list[tuple[str, Task]]:
-        """Return the tasks that other tenants share with this tenant: (owner, task)."""
-        command = self._redis.sunion([PUBLIC, tenant_key(tenant, "shared")])
-        names = [name.partition(":") for name in as_texts(await self._connection.execute(command))]
-        foreign = sorted((owner, task) for owner, _, task in names if owner != tenant)[:MAX_SHARED_TASKS]
-        return [(owner, task) for owner, task in await self._read(foreign) if task.is_shared_with(tenant)]
-
-    async def is_shared(self, owner: str, task: str, tenant: str) -> bool:
-        """Return whether a task is shared with another tenant.
-
-        The work does not depend on the task: it may be absent, private, or shared with a thousand other tenants.
-        """
-        name = f"{owner}:{task}"
-        pipeline = self._redis.pipeline(transaction=False)
-        pipeline.sismember(PUBLIC, name)
-        pipeline.sismember(tenant_key(tenant, "shared"), name)
-        public, named = await self._connection.execute(pipeline.execute(), timeout_s=READ_TIMEOUT_S)
-        return bool(public) or bool(named)
 
     async def share(self, by: Actor, tenant: str, task: str, sharing: Sharing) -> Task:
         """Replace a task's sharing and return the task.
@@ -181,7 +136,9 @@ class TaskRegistry:
         """
         details = {"public": sharing.public, "tenants": sharing.tenants[:20], "count": len(sharing.tenants)}
         entry = by.entry(tenant, "task.share", task=task, sharing=details)
-        await self._change("share", tenant, task, entry, sharing=sharing.model_dump_json())
+        await self._change(
+            "share", tenant, task, entry, sharing=sharing.model_dump_json(), max_registry_bytes=REGISTRY_BYTES
+        )
         return await self.task(tenant, task)
 
     async def change_settings(self, by: Actor, tenant: str, task: str, settings: TaskSettings) -> Task:
@@ -222,6 +179,7 @@ class TaskRegistry:
             numbers=list(weights),
             max_aliases=MAX_ALIASES,
             max_history=MAX_ALIAS_HISTORY,
+            max_registry_bytes=REGISTRY_BYTES,
         )
         return await self.task(tenant, task)
 
@@ -231,8 +189,12 @@ class TaskRegistry:
         Raises:
             Conflict: the labels differ.
         """
-        versions = (await self.task(tenant, task)).versions
-        known = [versions[number] for number in sorted(targets) if number in versions]
+        found = await self.task(tenant, task)
+        known = [
+            (await self.version(tenant, found, number)).served()
+            for number in sorted(targets)
+            if number in found.digests
+        ]
         for first, second in itertools.pairwise(known):
             if difference := label_difference(first.labels, second.labels):
                 message = f"versions {first.version} and {second.version} have different labels ({difference}); "
@@ -272,6 +234,8 @@ class TaskRegistry:
         Raises:
             NotFound: the task does not exist.
         """
+        async for summaries in self.missing_summaries(tenant, task):
+            await self._add_summaries(tenant, task, summaries)  # a step of its own, so that the next one is short
         await self._change("delete", tenant, task, by.entry(tenant, "task.delete", task=task))
 
     async def delete_version(self, by: Actor, tenant: str, task: str, number: int) -> None:
@@ -281,47 +245,83 @@ class TaskRegistry:
             NotFound: the task or the version does not exist.
             Conflict: an alias points at the version.
         """
-        (await self.task(tenant, task)).version(number)
+        found = await self.task(tenant, task)
+        found.targets(str(number))
         entry = by.entry(tenant, "version.delete", task=task, version=number)
-        reply = await self._change("delete_version", tenant, task, entry, number=str(number))
+        digest = found.digests[number]
+        reply = await self._change("delete_version", tenant, task, entry, number=str(number), digest=digest)
         if reply.outcome == "alias_in_use":
             raise Conflict(
                 f"Cannot delete: alias {reply.names[0]!r} of task {task!r} points at version {number}. "
                 "Move the alias to another version first, or delete the task."
             )
 
-    async def dump(self, tenant: str) -> list[Task]:
-        """Return all tasks with all that `restore` needs."""
-        command = self._redis.hgetall(tenant_key(tenant, "numbers"))
-        numbers = as_hash(await self._connection.execute(command))
-        return [replace(task, last_number=int(numbers.get(task.name, 0))) for task in await self.tasks(tenant)]
-
-    async def restore(self, by: Actor, tenant: str, tasks: Sequence[Task]) -> None:
-        """Create tasks from a dump, all of them or none.
+    async def restore(self, by: Actor, tenant: str, tasks: Sequence[WholeTask]) -> None:
+        """Create tasks from a dump, all of them or none. The versions are written first, in short steps.
 
         Raises:
             NotFound: the tenant does not exist.
             Conflict: some of the tasks exist.
-            LimitReached: the limit of tasks, versions per task or stored bytes.
-            Unavailable: a garbage collection removes one of the files.
+            LimitReached: the limit of tasks, versions per task, stored bytes or registry bytes.
+            Unavailable: a garbage collection removes one of the files, or the import took too long.
         """
-        body = [
-            {
-                "name": task.name,
-                "last_number": max([task.last_number, *task.versions]),
-                "fields": task_fields(task),
-                "versions": [{"digest": v.digest, "size_bytes": v.size_bytes} for v in task.versions.values()],
-                "sharing": task.sharing.model_dump_json(),
-            }
-            for task in tasks
-        ]
+        import_id = secrets.token_hex(8)
+        body, registry_bytes = [], 0
+        for i, task in enumerate(tasks):
+            fields, staged = task_fields(task), tenant_key(tenant, f"staged:{import_id}-{i}")
+            body.append(
+                {
+                    "name": task.name,
+                    "last_number": max([task.last_number, *task.versions]),
+                    "staged": staged,
+                    "fields": fields,
+                    "versions": [{"digest": v.digest, "size_bytes": v.size_bytes} for v in task.versions.values()],
+                    "sharing": task.sharing.model_dump_json(),
+                }
+            )
+            registry_bytes += sum(len(name) + len(text) for name, text in fields.items())
+            for number, version in task.versions.items():
+                text = version_body(version)
+                registry_bytes += len(text)
+                if registry_bytes <= REGISTRY_BYTES:  # otherwise `restore` refuses
+                    await self._connection.change(
+                        TASKS, "stage", texts=[text], key=staged, numbers=[str(number)], expiry_s=STAGED_S
+                    )
         shared = [task.name for task in tasks if task.sharing != NOT_SHARED]
         entry = by.entry(tenant, "tenant.import", tasks=[task.name for task in tasks][:100], shared=shared[:100])
-        reply = await self._connection.change(TASKS, "restore", tenant=tenant, entry=entry, tasks=body)
+        reply = await self._connection.change(
+            TASKS,
+            "restore",
+            tenant=tenant,
+            entry=entry,
+            tasks=body,
+            registry_bytes=registry_bytes,
+            max_registry_bytes=REGISTRY_BYTES,
+        )
+        if reply.outcome == "done":
+            return
+        for created in body:
+            await self._connection.execute(self._redis.unlink(str(created["staged"])))
         if reply.outcome == "exists":
             raise Conflict(f"Cannot replace existing tasks: {', '.join(reply.names)}. Delete them first.")
-        if reply.outcome != "done":
-            raise _refusal(reply, tenant)
+        raise _refusal(reply, tenant)
+
+    async def upgrade(self) -> None:
+        """Add the summaries of versions that an older hub has written, in short steps. Repeat until Redis answers.
+
+        Lists and deletions also work before; they then read each of these versions whole.
+        """
+        while not is_cancelled():
+            try:
+                if await self._connection.execute(self._redis.get(LAYOUT)) != SUMMARIES_LAYOUT:
+                    for tenant in as_texts(await self._connection.execute(self._redis.hkeys("karst:tenants"))):
+                        for task in await self.task_names(tenant):
+                            async for summaries in self.missing_summaries(tenant, task):
+                                await self._add_summaries(tenant, task, summaries)
+                    await self._connection.execute(self._redis.set(LAYOUT, SUMMARIES_LAYOUT))
+                return
+            except HubError:
+                await asyncio.sleep(UPGRADE_INTERVAL_S)
 
     async def claim_orphan(self, digest: str) -> bool:
         """Claim a file for removal, unless a version refers to it. Return whether the claim succeeded.
@@ -331,13 +331,8 @@ class TaskRegistry:
         reply = await self._connection.change(TASKS, "claim_orphan", digest=digest, duration_s=CLAIM_S)
         return reply.outcome == "done"
 
-    async def _read(self, names: Sequence[tuple[str, str]]) -> list[tuple[str, Task]]:
-        """Return tasks by (tenant, name), each with its tenant, without those deleted in the meantime."""
-        pipeline = self._redis.pipeline(transaction=False)
-        for tenant, name in names:
-            pipeline.hgetall(_task_key(tenant, name))
-        replies = [as_hash(reply) for reply in await self._connection.execute(pipeline.execute())]
-        return [(tenant, parse_task(n, fields)) for (tenant, n), fields in zip(names, replies, strict=True) if fields]
+    async def _add_summaries(self, tenant: str, task: str, summaries: Mapping[str, str]) -> None:
+        await self._connection.change(TASKS, "add_summaries", tenant=tenant, task=task, summaries=dict(summaries))
 
     async def _change(self, function: str, tenant: str, task: str, entry: str, **argument: Any) -> ChangeReply:
         """Call a function of `lua/tasks.lua`. Raise its errors, except those of one function only."""
@@ -347,7 +342,7 @@ class TaskRegistry:
                 raise task_not_found(task)
             case "no_version":
                 raise InvalidRequest.at("version", f"task {task!r} has no version {reply.names[0]}")
-            case "aliases_full":
+            case "aliases_full" | "limit":
                 raise _refusal(reply, tenant)
         return reply
 
@@ -355,8 +350,9 @@ class TaskRegistry:
 def _refusal(reply: ChangeReply, tenant: str) -> HubError:
     match reply.outcome:
         case "limit":
-            nouns = {"tasks": "tasks", "versions": "versions per task", "stored_bytes": "stored bytes"}
-            message = f"too many {nouns[reply.limit]} (limit {reply.maximum}); delete some or ask an admin to raise it"
+            noun = NOUNS.get(reply.limit, reply.limit.replace("_", " "))
+            remedy = "delete versions" if reply.limit == "registry_bytes" else "delete some or ask an admin to raise it"
+            message = f"too many {noun} (limit {reply.maximum}); {remedy}"
             return LimitReached.at(reply.limit, message, retry_after_s=60)
         case "aliases_full":
             message = f"too many aliases of this task (limit {MAX_ALIASES}); delete some"
@@ -365,8 +361,6 @@ def _refusal(reply: ChangeReply, tenant: str) -> HubError:
             return Unavailable(
                 "Cannot register: the store is removing an old copy of this file. Try again.", retry_after_s=2
             )
+        case "unstaged":
+            return Unavailable(f"Cannot import: the registry took more than {STAGED_S} s. Retry later.")
     return tenant_not_found(tenant)
-
-
-def _task_key(tenant: str, task: str) -> str:
-    return tenant_key(tenant, f"task:{task}")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
-from ..admin_schemas import Counted, LimitsChange, TenantInfo, TenantLimits, Usage, UsedNow
+from ..admin_schemas import Counted, LimitsChange, TenantInfo, TenantLimits, TenantList, Usage, UsedNow
 from ..errors import Conflict, NotFound
 from .audit import Actor
 from .redis.connection import (
@@ -14,10 +14,13 @@ from .redis.connection import (
     as_hash,
     as_integer,
     as_optional_text,
+    as_optional_texts,
     as_texts,
     tenant_key,
 )
 from .redis.scripts import TENANTS
+
+VERSIONS_PER_STEP = 500  # of one step of the deletion of a tenant
 
 
 class TenantRegistry:
@@ -43,10 +46,15 @@ class TenantRegistry:
             raise Conflict.at("tenant", f"there is already a tenant {tenant!r}; choose another name")
         return info
 
-    async def all(self) -> list[TenantInfo]:
-        """Return every tenant, by name."""
-        found = as_hash(await self._connection.execute(self._redis.hgetall("karst:tenants")))
-        return [_parse_info(tenant, found[tenant]) for tenant in sorted(found)]
+    async def page(self, limit: int, after: str) -> TenantList:
+        """Return a page of tenants by name, after the tenant of this name (`''`: from the first one)."""
+        command = self._redis.hkeys("karst:tenants")
+        names = sorted(name for name in as_texts(await self._connection.execute(command)) if name > after)
+        shown = names[:limit]
+        reply = await self._connection.execute(self._redis.hmget("karst:tenants", shown)) if shown else []
+        texts = as_optional_texts(reply)
+        found = [_parse_info(name, text) for name, text in zip(shown, texts, strict=True) if text is not None]
+        return TenantList(tenants=found, next=shown[-1] if len(names) > limit else None)
 
     async def get(self, tenant: str) -> TenantInfo:
         """Return a tenant.
@@ -80,6 +88,13 @@ class TenantRegistry:
             NotFound: the tenant does not exist.
         """
         entry = by.entry(tenant, "tenant.delete")
+        # In short steps, so that Redis serves other tenants in between. The last one deletes what was added meanwhile.
+        has_tasks = True
+        while has_tasks:
+            dropped = await self._connection.change(
+                TENANTS, "drop_tasks", tenant=tenant, entry=entry, max_versions=VERSIONS_PER_STEP
+            )
+            has_tasks = dropped.outcome == "in_use"
         reply = await self._connection.change(TENANTS, "delete", tenant=tenant, entry=entry)
         if reply.outcome == "absent":
             raise tenant_not_found(tenant)

@@ -12,7 +12,7 @@ import numpy as np
 from adapters import BankLimits
 
 from ..admission.authentication import Caller
-from ..admission.quotas import IMAGES_DECODED
+from ..admission.quotas import IMAGES_DECODED, REGISTRY_READS
 from ..admission.rate_limits import RateLimiter
 from ..concurrency import TenantConcurrencyLimit, gather_or_cancel
 from ..errors import InvalidAdapter
@@ -20,7 +20,8 @@ from ..observability import request_context, tracing
 from ..registry.cache import RegistryCache
 from ..registry.models import Task, task_not_found
 from ..registry.tasks import TaskRegistry
-from ..schemas import Classified, Input, Result, TaskInfo, TaskSummary, VersionInfo
+from ..registry.versions import ServedVersion, StoredVersion
+from ..schemas import Classified, Input, Result, TaskInfo, TaskList
 from ..worker_api import Answer, PassStats, Workers
 from .image_decoding import ImageDecoder
 from .label_sets import best, label_set, threshold_of
@@ -37,7 +38,7 @@ class Predicted:
         threshold: probability at or above which labels belong to an image's set; None: no sets.
     """
 
-    version: VersionInfo
+    version: ServedVersion
     answers: list[Answer]
     unknown_below: float
     threshold: float | None
@@ -79,6 +80,7 @@ class ClassificationService:
         self._decoder = decoder
         self._workers = workers
         self._images = TenantConcurrencyLimit(IMAGES_DECODED)
+        self._reads = TenantConcurrencyLimit(REGISTRY_READS)  # of up to half a megabyte each
         self._limits: BankLimits | None = None
 
     async def predict(
@@ -107,7 +109,8 @@ class ClassificationService:
             Unavailable: no worker answers, or the adapter cannot be loaded in time.
         """
         found = await self._visible(caller, name)
-        chosen = choose_version(found, version, canary)
+        owner, _ = caller.resolve(name)
+        chosen = await self._cache.version(owner, found, choose_version(found, version, canary))
         threshold = threshold_of(name, chosen, coverage)
         request_context.note_task(name, chosen.version, chosen.digest)
         tenant, count = caller.tenant, len(images)
@@ -169,7 +172,10 @@ class ClassificationService:
             HubError: any error of `predict`; its field names the input.
         """
         tasks = [await self._visible(caller, x.task) for x in inputs]
-        chosen = [choose_version(task, x.version, canary) for task, x in zip(tasks, inputs, strict=True)]
+        chosen = [
+            await self._cache.version(caller.resolve(x.task)[0], task, choose_version(task, x.version, canary))
+            for task, x in zip(tasks, inputs, strict=True)
+        ]
         thresholds = [threshold_of(x.task, c, coverage) for x, c in zip(inputs, chosen, strict=True)]
         # One call per adapter: a worker batches the images of one call at once. Results return to the inputs' order.
         members = defaultdict(list)
@@ -194,25 +200,48 @@ class ClassificationService:
             request_context.note_unknown(result.task, int(result.unknown or False))
         return results, [answers[i].computed for i in range(len(inputs))]
 
-    async def tasks(self, caller: Caller) -> list[TaskSummary]:
-        """Return the caller's own tasks, then the tasks that other tenants share with it, as far as its key may use."""
-        shared = await self._registry.shared_with(caller.tenant)
-        found = [task.summary() for task in await self._registry.tasks(caller.tenant)] + [
-            task.summary().model_copy(update={"task": f"{owner}:{task.name}"}) for owner, task in shared
-        ]
-        return [summary for summary in found if caller.may_use(summary.task)]
+    async def tasks(self, caller: Caller, limit: int, cursor: str) -> TaskList:
+        """Return a page of the tasks that the caller sees, as far as its key may use them; see `TaskReads.page`."""
+        async with self._reads.acquire(caller.tenant):
+            found, next_cursor = await self._registry.page(caller.tenant, limit, cursor, caller.may_use)
+        return TaskList(tasks=found, next=next_cursor)
 
-    async def task(self, caller: Caller, name: str) -> TaskInfo:
-        """Return a task; only its owner sees with which tenants it is shared.
+    async def task(self, caller: Caller, name: str, limit: int, after: int) -> str:
+        """Return a task with a page of its versions, as the JSON of `TaskInfo`.
+
+        Args:
+            limit: number of versions. A page may have fewer, since its size is bounded too.
+            after: number of the last version of the previous page; 0 for the first page.
 
         Raises:
             NotFound: the caller sees no such task.
         """
-        info = (await self._described(caller, name)).info()
-        foreign = caller.resolve(name)[0] != caller.tenant
-        return info.model_copy(update={"task": name, "sharing": None}) if foreign else info
+        return await self.describe(caller, name, await self._described(caller, name), limit, after)
 
-    async def version(self, caller: Caller, name: str, reference: str, canary: str | None = None) -> VersionInfo:
+    async def describe(self, caller: Caller, name: str, task: Task, limit: int, after: int = 0) -> str:
+        """Return a task that the caller may see, as `task` does. Only its owner sees with which tenants it is shared.
+
+        Raises:
+            NotFound: a version was deleted in the meantime.
+        """
+        owner, _ = caller.resolve(name)
+        numbers = [number for number in task.digests if number > after]
+        async with self._reads.acquire(caller.tenant):
+            page = await self._registry.versions(owner, task, numbers[:limit])
+        info = TaskInfo(
+            task=name if owner != caller.tenant else task.name,
+            labels=(await self._cache.version(owner, task, task.current)).labels,
+            versions=[],
+            aliases={alias: dict(targets) for alias, targets in task.aliases.items()},
+            sharing=None if owner != caller.tenant else task.sharing,
+            unknown_below=task.settings.unknown_below,
+            next=str(page[-1].number) if page and page[-1].number != numbers[-1] else None,
+        )
+        # Inside of JSON strings all quotes are escaped, so this member is the only place of its text.
+        versions = ",".join(stored.json for stored in page if stored.text)
+        return info.model_dump_json().replace('"versions":[]', f'"versions":[{versions}]', 1)
+
+    async def version(self, caller: Caller, name: str, reference: str, canary: str | None = None) -> StoredVersion:
         """Return one version.
 
         Args:
@@ -222,7 +251,29 @@ class ClassificationService:
         Raises:
             NotFound: the caller sees no such task or version.
         """
-        return choose_version(await self._described(caller, name), reference, canary)
+        task, number = await self.find(caller, name, reference, canary)
+        async with self._reads.acquire(caller.tenant):
+            return await self._registry.version(caller.resolve(name)[0], task, number)
+
+    async def served(
+        self, caller: Caller, name: str, reference: str, canary: str | None = None
+    ) -> tuple[list[int], ServedVersion]:
+        """Return the numbers of all versions of a task, and what a classification needs of one of them.
+
+        Raises:
+            NotFound: the caller sees no such task or version.
+        """
+        task, number = await self.find(caller, name, reference, canary)
+        return [*task.digests], await self._cache.version(caller.resolve(name)[0], task, number)
+
+    async def find(self, caller: Caller, name: str, reference: str, canary: str | None = None) -> tuple[Task, int]:
+        """Return a task, and the number of one of its versions. The registry reads no version for this.
+
+        Raises:
+            NotFound: the caller sees no such task or version.
+        """
+        task = await self._described(caller, name)
+        return task, choose_version(task, reference, canary)
 
     async def limits(self) -> BankLimits:
         """Return the limits of the workers' banks; cached after the first reply.
@@ -275,7 +326,7 @@ class ClassificationService:
             raise task_not_found(name)
 
     async def _compute(
-        self, tenant: str, task: str, chosen: VersionInfo, pixels: Sequence[np.ndarray], weight: float
+        self, tenant: str, task: str, chosen: ServedVersion, pixels: Sequence[np.ndarray], weight: float
     ) -> list[Answer]:
         request_context.note_task(task, chosen.version, chosen.digest)
         size = max(1, CHUNK_BYTES // max(p.nbytes for p in pixels))
@@ -306,7 +357,7 @@ def _result(task: str, predicted: Predicted, top_k: int) -> Result:
     )
 
 
-def choose_version(task: Task, reference: str, canary: str | None = None) -> VersionInfo:
+def choose_version(task: Task, reference: str, canary: str | None = None) -> int:
     """Return the version of a number or an alias. If an alias has several versions, draw one by weight.
 
     The draw is random, or a hash of `canary`. Versions divide the range from 0 to the sum of weights in order, so a
@@ -314,7 +365,7 @@ def choose_version(task: Task, reference: str, canary: str | None = None) -> Ver
     """
     targets = task.targets(reference)
     if len(targets) == 1:
-        return task.versions[next(iter(targets))]
+        return next(iter(targets))
     total = sum(targets.values())
     if canary is None:
         at = random.randrange(total)  # noqa: S311
@@ -324,4 +375,4 @@ def choose_version(task: Task, reference: str, canary: str | None = None) -> Ver
         at -= weight
         if at < 0:
             break
-    return task.versions[number]
+    return number

@@ -7,7 +7,8 @@ import numpy as np
 from adapters.evaluation.calibration import coverage_threshold
 
 from ..errors import InvalidRequest
-from ..schemas import Prediction, VersionInfo
+from ..registry.versions import ServedVersion
+from ..schemas import Prediction
 
 
 def best(labels: Sequence[str], probabilities: np.ndarray, top_k: int) -> list[Prediction]:
@@ -22,7 +23,7 @@ def label_set(labels: Sequence[str], probabilities: np.ndarray, threshold: float
     return [labels[i] for rank, i in enumerate(order) if rank == 0 or probabilities[i] >= threshold]
 
 
-def threshold_of(task: str, version: VersionInfo, coverage: float | None) -> float | None:
+def threshold_of(task: str, version: ServedVersion, coverage: float | None) -> float | None:
     """Return the threshold of a version's label sets at a coverage; None without a coverage.
 
     Raises:

@@ -12,9 +12,10 @@ from ..admission.quotas import SOURCE_DOWNLOADS, SOURCE_DOWNLOADS_QUEUED
 from ..concurrency import TenantConcurrencyLimit, run_blocking
 from ..errors import Conflict, InvalidRequest
 from ..registry.cache import RegistryCache
-from ..registry.models import DEFAULT_SETTINGS, Live, Task, label_difference
+from ..registry.models import DEFAULT_SETTINGS, Task
 from ..registry.tasks import LatestMovedError, TaskRegistry
-from ..schemas import LATEST, LiveVersion, Registered, Sharing, SourceBody, TaskInfo, TaskSettings, VersionInfo
+from ..registry.versions import Live, label_difference
+from ..schemas import LATEST, MAX_PAGE, LiveVersion, Registered, Sharing, SourceBody, TaskSettings, VersionInfo
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
 from ..worker_api import invalid_adapter
@@ -82,7 +83,7 @@ class RegistrationService:
 
         Raises:
             InvalidAdapter: the file breaks the format or does not fit the backbone.
-            LimitReached: the tenant's limit of tasks, of versions per task or of stored bytes.
+            LimitReached: the tenant's limit of tasks, of versions per task, of stored bytes or of registry bytes.
             Conflict: the labels differ from those of the version behind `latest`.
             Unavailable: the store, the registry or the workers are unavailable; the hub has registered nothing.
         """
@@ -90,10 +91,10 @@ class RegistrationService:
         if stage and alias == LATEST:
             raise InvalidRequest.at("stage", f"a staged version does not become {LATEST!r}; omit stage or alias")
         adapter = await self.check(data)
-        # Before the put: otherwise a reached limit or an unavailable registry would leave an orphan in the store.
-        is_new = await self._registry.check_quota(caller, caller.tenant, task, adapter.digest, len(data))
         registered = datetime.now(UTC).isoformat(timespec="milliseconds")
         version = VersionInfo(version=0, registered=registered, **version_fields(adapter))  # the registry numbers it
+        # Before the put: otherwise a reached limit or an unavailable registry would leave an orphan in the store.
+        is_new = await self._registry.check_quota(caller, caller.tenant, task, version)
         further = [] if alias in (None, LATEST) else [alias]
         compared = None if labels_may_change else version
         live = await self._live(caller.tenant, task, compared if is_new else None)
@@ -152,31 +153,32 @@ class RegistrationService:
 
     async def file(
         self, caller: Caller, name: str, reference: str, canary: str | None = None
-    ) -> tuple[VersionInfo, bytes]:
-        """Return a version of the caller's own task and its adapter file.
+    ) -> tuple[int, str, bytes]:
+        """Return number, digest and adapter file of a version of the caller's own task.
 
         Args:
             reference: a version number or an alias.
             canary: key of the caller's choice. If an alias has several versions, equal keys give equal versions.
         """
         caller.own_task(name)
-        version = await self._classification.version(caller, name, reference, canary)
-        return version, await run_blocking(self._executor, self._store.get, version.digest)
+        task, number = await self._classification.find(caller, name, reference, canary)
+        digest = task.digests[number]
+        return number, digest, await run_blocking(self._executor, self._store.get, digest)
 
-    async def change_settings(self, caller: Caller, name: str, settings: TaskSettings) -> TaskInfo:
+    async def change_settings(self, caller: Caller, name: str, settings: TaskSettings) -> str:
         """Change settings of a task; omitted ones keep their values."""
         task = caller.own_task(name)
-        return self._changed(caller, await self._registry.change_settings(caller, caller.tenant, task, settings))
+        return await self._changed(caller, await self._registry.change_settings(caller, caller.tenant, task, settings))
 
-    async def set_alias(self, caller: Caller, name: str, alias: str, targets: dict[int, int]) -> TaskInfo:
+    async def set_alias(self, caller: Caller, name: str, alias: str, targets: dict[int, int]) -> str:
         """Point an alias at versions: version number -> weight."""
         task = caller.own_task(name)
-        return self._changed(caller, await self._registry.set_alias(caller, caller.tenant, task, alias, targets))
+        return await self._changed(caller, await self._registry.set_alias(caller, caller.tenant, task, alias, targets))
 
-    async def roll_back(self, caller: Caller, name: str, alias: str) -> TaskInfo:
+    async def roll_back(self, caller: Caller, name: str, alias: str) -> str:
         """Point an alias at its previous targets."""
         task = caller.own_task(name)
-        return self._changed(caller, await self._registry.roll_back(caller, caller.tenant, task, alias))
+        return await self._changed(caller, await self._registry.roll_back(caller, caller.tenant, task, alias))
 
     async def delete_alias(self, caller: Caller, name: str, alias: str) -> None:
         """Delete an alias."""
@@ -184,10 +186,10 @@ class RegistrationService:
         await self._registry.delete_alias(caller, caller.tenant, task, alias)
         self._cache.invalidate_task(caller.tenant, task)
 
-    async def share(self, caller: Caller, name: str, sharing: Sharing) -> TaskInfo:
+    async def share(self, caller: Caller, name: str, sharing: Sharing) -> str:
         """Replace the list of tenants that may use a task."""
         task = caller.own_task(name)
-        return self._changed(caller, await self._registry.share(caller, caller.tenant, task, sharing))
+        return await self._changed(caller, await self._registry.share(caller, caller.tenant, task, sharing))
 
     async def delete_task(self, caller: Caller, name: str) -> None:
         """Delete a task with its versions and aliases."""
@@ -225,9 +227,10 @@ class RegistrationService:
             _require_equal_labels(live.version, new)
         return live
 
-    def _changed(self, caller: Caller, task: Task) -> TaskInfo:
+    async def _changed(self, caller: Caller, task: Task) -> str:
+        """Return a changed task with the first page of its versions, as the JSON of `TaskInfo`."""
         self._cache.invalidate_task(caller.tenant, task.name)
-        return task.info()
+        return await self._classification.describe(caller, task.name, task, MAX_PAGE)
 
     def _check(self, limits: BankLimits, data: bytes) -> Adapter:
         try:

@@ -26,8 +26,9 @@ from ..concurrency import run_blocking
 from ..errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
 from ..field_types import Name, VersionNumber, Weight
 from ..registry.audit import Actor
-from ..registry.models import DEFAULT_SETTINGS, Task
+from ..registry.models import DEFAULT_SETTINGS, WholeTask
 from ..registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
+from ..registry.versions import StoredVersion, StoredVersions
 from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
 from ..storage.store import FILE, Store
 
@@ -119,7 +120,7 @@ async def export_tenant(registry: TaskRegistry, store: Store, executor: Executor
         TooLarge: the tenant has more versions than one import accepts.
     """
     tasks = await registry.dump(info.tenant)
-    sizes = {v.digest: v.size_bytes for task in tasks for v in task.versions.values()}
+    sizes = {v.digest: v.size_bytes for task in tasks for v in map(StoredVersion.served, _stored(task))}
     for digest, size_bytes in sizes.items():
         file = await run_blocking(executor, store.find, digest)
         if file is None or file.size_bytes != size_bytes:
@@ -142,7 +143,7 @@ async def import_tenant(
     info: TenantInfo,
     chunks: AsyncIterable[bytes],
     max_adapter_bytes: int,
-) -> list[Task]:
+) -> list[WholeTask]:
     """Create the tasks of an export, all or none, in one atomic step at the end. Return them.
 
     Args:
@@ -199,26 +200,30 @@ def version_fields(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _manifest(info: TenantInfo, tasks: Sequence[Task]) -> bytes:
+def _manifest(info: TenantInfo, tasks: Sequence[WholeTask]) -> bytes:
+    limits = info.limits.model_dump(mode="json")
+    head = json.dumps({"format": FORMAT, "tenant": info.tenant, "limits": limits}, ensure_ascii=False)
+    return f'{head[:-1]}, "tasks": [{", ".join(map(_task_entry, tasks))}]}}'.encode()
+
+
+def _task_entry(task: WholeTask) -> str:
+    """Return a task's JSON. The versions' texts are not parsed: they may have 100 MB, and all tenants would wait."""
+    versions = ", ".join(stored.json for stored in _stored(task))
     body = {
-        "format": FORMAT,
-        "tenant": info.tenant,
-        "limits": info.limits.model_dump(mode="json"),
-        "tasks": [
-            {
-                "name": task.name,
-                "last_number": max([task.last_number, *task.versions]),
-                "versions": [version.model_dump(mode="json") for version in task.versions.values()],
-                "aliases": task.aliases,
-                "history": task.history,
-                "sharing": task.sharing.model_dump(mode="json"),
-            }
-            # Only if a setting was set: a hub without settings refuses the member.
-            | ({"settings": task.settings.given()} if task.settings.given() else {})
-            for task in tasks
-        ],
+        "aliases": task.aliases,
+        "history": task.history,
+        "sharing": task.sharing.model_dump(mode="json"),
     }
-    return json.dumps(body, ensure_ascii=False).encode()
+    # Only if a setting was set: a hub without settings refuses the member.
+    body |= {"settings": task.settings.given()} if task.settings.given() else {}
+    name, last_number = json.dumps(task.name), max([task.last_number, *task.versions])
+    rest = json.dumps(body, ensure_ascii=False)[1:]
+    return f'{{"name": {name}, "last_number": {last_number}, "versions": [{versions}], {rest}'
+
+
+def _stored(task: WholeTask) -> Sequence[StoredVersion]:
+    """Return the versions of a task that was read from the registry."""
+    return task.versions.stored() if isinstance(task.versions, StoredVersions) else []
 
 
 async def _tar(
@@ -357,7 +362,7 @@ async def _checked(check: Check, digest: str, data: bytes) -> dict[str, Any]:
         raise InvalidAdapter(f"file {digest}: {error.detail}", error.errors) from error
 
 
-def _restored(task: _TaskEntry, fields_by_digest: Mapping[str, dict[str, Any]]) -> Task:
+def _restored(task: _TaskEntry, fields_by_digest: Mapping[str, dict[str, Any]]) -> WholeTask:
     """Return the task for the registry, with each version's fields from its file.
 
     Raises:
@@ -370,7 +375,16 @@ def _restored(task: _TaskEntry, fields_by_digest: Mapping[str, dict[str, Any]]) 
         if known | claimed != known:  # an older hub's manifest has no coverage and no typicality
             raise _invalid(f"{MANIFEST}: version {stated.version} of task {task.name!r} contradicts its file")
         versions[stated.version] = kept
-    return Task(task.name, versions, task.aliases, task.sharing, task.history, task.last_number, task.settings)
+    return WholeTask(
+        task.name,
+        {number: version.digest for number, version in versions.items()},
+        task.aliases,
+        task.sharing,
+        task.settings,
+        versions=versions,
+        history=task.history,
+        last_number=task.last_number,
+    )
 
 
 def _invalid(message: str) -> InvalidRequest:

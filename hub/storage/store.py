@@ -3,6 +3,8 @@
 A file is written once, completely or not at all. Each read checks the digest, so a damaged file is never served. The
 calls block; run them in a thread pool.
 
+In a local folder, files and folders have the permissions of the store's folder. A folder that the hub makes is private.
+
 Error texts name a file's digest and never its location, because tenants see them. The log has the location.
 """
 
@@ -10,7 +12,9 @@ import hashlib
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +30,7 @@ from ..urls import shown_text
 logger = logging.getLogger(__name__)
 
 FILE = re.compile(r"([0-9a-f]{64})\.safetensors")
+PRIVATE = 0o700  # of folders that the hub makes
 OWNER = "registry-id"  # file with the id of the registry that the store belongs to
 UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.safetensors\.[a-z0-9_]{8}")  # temporary files of `write_atomically`
 TIMES = (
@@ -71,8 +76,7 @@ class Store:
             if not self._local:  # an object is visible only after its complete upload
                 self._fs.pipe_file(path, data)
             elif not _refresh(Path(path), data):
-                self._fs.makedirs(self._fs._parent(path), exist_ok=True)
-                write_atomically(Path(path), data)
+                self._write(Path(path), data)
         except Exception as error:  # each file system has its own exception types
             raise _unavailable(error, f"write file {digest}") from error
 
@@ -172,12 +176,22 @@ class Store:
         path = f"{self._root}/{OWNER}"
         try:
             if self._local:
-                self._fs.makedirs(self._root, exist_ok=True)
-                write_atomically(Path(path), id.encode())
+                self._write(Path(path), id.encode())
             else:
                 self._fs.pipe_file(path, id.encode())
         except Exception as error:
             raise _unavailable(error, f"write {OWNER}") from error
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """Write a file of a local store, with the permissions of the store's folder: a group may share the folder."""
+        root = Path(self._root)
+        root.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+        mode = stat.S_IMODE(root.stat().st_mode)
+        if path.parent != root and not path.parent.exists():
+            path.parent.mkdir(mode=PRIVATE, exist_ok=True)
+            with suppress(PermissionError):  # another gateway of the group has just made it
+                path.parent.chmod(mode)
+        write_atomically(path, data, mode & 0o666)
 
     def _entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield name and details of all files in the folders `00` to `ff`, one folder at a time."""

@@ -39,7 +39,7 @@ class Prewarming:
                 tenant, _, task = path.partition("/")
                 try:
                     found = await registry.task(tenant, task)
-                    digests |= {f"{name}:{n}": found.versions[n].digest for n in found.targets(version or LATEST)}
+                    digests |= {f"{name}:{n}": found.digests[n] for n in found.targets(version or LATEST)}
                 except NotFound:
                     continue
         return digests

@@ -6,7 +6,7 @@ from tests.support.neighbours import Request, compare
 
 from .conftest import TASK, AttackedHub, Victim
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 LARGEST_PROBLEM_BYTES = 16 * 1024
 
 

@@ -136,7 +136,7 @@ def compare(
 
 @dataclass
 class Outcome:
-    """What the attacker got; complete when the attack has ended."""
+    """Replies that the attacker got; complete when the attack has ended."""
 
     replies: Counter[int] = field(default_factory=Counter)
     largest_reply_bytes: int = 0

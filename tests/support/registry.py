@@ -1,7 +1,11 @@
 """A registry in a real Redis, without HTTP."""
 
+import json
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
+
+import redis
 
 from hub.admin_schemas import LimitsChange
 from hub.registry.audit import OPERATOR
@@ -12,6 +16,7 @@ from hub.schemas import VersionInfo
 from tests.support.hub_app import in_registry
 
 T = TypeVar("T")
+OLD_REGISTRY = Path(__file__).parents[1] / "golden" / "registry.json"
 
 
 def version(digest: str) -> VersionInfo:
@@ -28,6 +33,19 @@ def version(digest: str) -> VersionInfo:
         size_bytes=1,
         registered="2026-01-01T00:00:00+00:00",
     )
+
+
+def write_old_registry(url: str) -> None:
+    """Write the keys of a registry of version 0.1.0 before versions had summaries."""
+    with redis.Redis.from_url(url, decode_responses=True) as client:
+        for name, key in json.loads(OLD_REGISTRY.read_text("utf-8")).items():
+            match key["type"]:
+                case "hash":
+                    client.hset(name, mapping=key["value"])
+                case "set":
+                    client.sadd(name, *key["value"])
+                case _:
+                    client.set(name, key["value"])
 
 
 def with_registry(

@@ -14,7 +14,7 @@ from adapters import Adapter, AdapterError
 from hub.admin_schemas import LimitsChange, TenantInfo
 from hub.errors import HubError
 from hub.registry.audit import OPERATOR
-from hub.registry.models import Task
+from hub.registry.models import WholeTask
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
@@ -68,7 +68,7 @@ class Case:
         assert len(data) == export.size_bytes
         return data
 
-    async def restore(self, tar: bytes | AsyncIterator[bytes], tenant: str = "two", **options: Any) -> list[Task]:
+    async def restore(self, tar: bytes | AsyncIterator[bytes], tenant: str = "two", **options: Any) -> list[WholeTask]:
         arguments: dict[str, Any] = {"max_adapter_bytes": MAX_ADAPTER_BYTES, "registry": self.registry} | options
         return await import_tenant(
             store=self.stores[tenant],
@@ -84,8 +84,14 @@ class Case:
         """Return the detail of a refused import. Nothing of the import may remain."""
         with pytest.raises(kind) as caught:
             await self.restore(tar, **options)
-        assert await self.registry.tasks("two") == []
+        assert await self.registry.dump("two") == []
         return caught.value.detail
+
+    async def listed(self, tenant: str) -> list[str]:
+        """Return the names of the tasks that a tenant sees."""
+        found, cursor = await self.registry.page(tenant, 1000, "", lambda _name: True)
+        assert cursor is None
+        return [task.task for task in found]
 
     def stored(self, tenant: str) -> list[str]:
         return sorted(file.digest for file in self.stores[tenant].files())

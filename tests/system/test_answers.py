@@ -16,7 +16,6 @@ from tests.support.models import flat_png, wait_until
 
 from .conftest import SharedHub
 
-pytestmark = pytest.mark.timeout(400)
 TRAIN, TEST, FOREIGN = 300, 100, 30
 
 

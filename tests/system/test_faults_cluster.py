@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from adapters import load_backbone
-from tests.support.faults.cluster import Cluster, hub_on_a_cluster, kill_head, kill_node, upgrade
+from tests.support.faults.cluster import Cluster, hub_on_a_cluster, kill_head, kill_node, upgrade, upgrade_often
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(500)]
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture
@@ -22,6 +22,14 @@ def test_an_upgrade_fails_nothing(cluster: Cluster) -> None:
     report = upgrade(cluster, slots=32, max_rank=12, batch_wait_ms=3.0)
     assert (report.failed, report.wrong) == ({}, 0), report
     assert report.notes["workers replaced"] == 2
+
+
+@pytest.mark.timeout(1800)
+def test_ten_upgrades_in_a_row_lose_no_call(cluster: Cluster) -> None:
+    report = upgrade_often(cluster, 10)
+    assert (report.failed, report.wrong) == ({}, 0), report
+    assert report.notes["workers replaced"] == [2] * 10
+    assert report.asked > 1000
 
 
 def test_the_head_is_killed(cluster: Cluster) -> None:

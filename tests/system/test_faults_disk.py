@@ -14,7 +14,7 @@ from tests.support.faults.load import Load, Tasks
 from tests.support.hub_process import serve
 from tests.support.models import wait_until
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.long
 DISK_MB = 16
 
 

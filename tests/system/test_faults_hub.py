@@ -19,7 +19,7 @@ from tests.support.faults.hub import (
     terminate,
 )
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

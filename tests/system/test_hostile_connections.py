@@ -5,13 +5,11 @@ import threading
 from pathlib import Path
 
 import httpx
-import pytest
 
 from tests.support.hub_process import descendants, environment_of
 
 from .conftest import SharedHub
 
-pytestmark = pytest.mark.timeout(400)
 LOOPBACK = "127.0.0.1"
 # Serve reads these of its own callers; a client must not steer it with them.
 STEERING = ("x-request-timeout-seconds", "x-request-id", "serve_multiplexed_model_id", "x-session-id")

@@ -22,8 +22,6 @@ from tests.support.models import bomb_png, png
 
 from .conftest import SharedHub
 
-pytestmark = pytest.mark.timeout(400)
-
 
 def test_fifty_requests_at_once_over_three_tasks_share_batches(
     hub: SharedHub, client: Client, adapters: list[Adapter]

@@ -19,7 +19,7 @@ from tests.support.models import png, random_adapter, wait_until
 
 from .conftest import HAS_OTLP, SLOTS, Collector, SharedHub
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 SCRAPE_S = 60.0  # Ray's nodes report every 10 s
 TENANT = "measured"
 # Only a failure, or more adapters than slots, produces these.

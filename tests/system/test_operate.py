@@ -19,7 +19,6 @@ from tests.support.nginx import CERTIFICATE, KEY, nginx
 
 from .conftest import HOST, SharedHub
 
-pytestmark = pytest.mark.timeout(400)
 DEPLOY = Path(__file__).parents[2] / "deploy"
 HUB_ADDRESS = "server 127.0.0.1:8000;"
 

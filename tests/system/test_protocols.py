@@ -14,8 +14,6 @@ from tests.support.models import png, random_adapter
 
 from .conftest import SharedHub
 
-pytestmark = pytest.mark.timeout(400)
-
 
 @pytest.fixture(scope="module")
 def adapter() -> Adapter:

@@ -1,14 +1,11 @@
 """The hub after a restart, with TLS at Serve's stock proxy."""
 
 import httpx
-import pytest
 
 from hub.client.client import Client
 from tests.support.models import png
 
 from .conftest import HOST, Restarted
-
-pytestmark = pytest.mark.timeout(400)
 
 
 def url(restarted: Restarted) -> str:

@@ -28,7 +28,7 @@ from hub.settings import Settings
 from tests.support.hub_process import alive, command, descendants, serve
 from tests.support.models import png, random_adapter, wait_until
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(500)]
+pytestmark = pytest.mark.long
 BIN = Path(sys.executable).parent
 SERVE_YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 WORKER, NODE = "ray::ServeReplica:karst-hub:worker", "/raylet/raylet "

@@ -9,7 +9,6 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_soak_for_a_few_seconds() -> None:
     """In a process of its own: Ray reads its switches from the environment once."""
     script = "import json; from tests.soak import soak; print(json.dumps(soak(12, 30, 6)))"

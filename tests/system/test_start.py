@@ -15,7 +15,7 @@ from hub.local.run_folder import RECORD
 from tests.support.hub_process import alive, command, descendants, serve
 from tests.support.models import listens, png, random_adapter, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = pytest.mark.slow
 
 # A user without an entry in /etc/passwd; the capability only lets it read the virtual environment and the checkout.
 NAMELESS = (

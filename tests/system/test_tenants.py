@@ -19,7 +19,6 @@ from tests.support.models import png, random_adapter
 
 from .conftest import SharedHub
 
-pytestmark = pytest.mark.timeout(400)
 TENANTS = ("acme", "bolt")
 TASKS = ("flowers", "trees")
 CHANGES = 12

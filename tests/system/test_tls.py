@@ -13,7 +13,7 @@ from tests.support.hub_process import GATEWAY_PORTS, Served, descendants, enviro
 
 from .conftest import HOST
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

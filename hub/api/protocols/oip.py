@@ -104,10 +104,9 @@ def _add_metadata_routes(api: FastAPI, service: ClassificationService, dependenc
     async def get_model(
         caller: TenantCaller, task: TaskName, version: Version = LATEST, canary: CanaryKey = None
     ) -> ModelInfo:
-        chosen = await service.version(caller, task, version, canary)
-        numbers = [str(v.version) for v in (await service.task(caller, task)).versions]
+        numbers, chosen = await service.served(caller, task, version, canary)
         inputs, outputs = tensors_of(chosen)
-        return ModelInfo(name=task, versions=numbers, inputs=inputs, outputs=outputs)
+        return ModelInfo(name=task, versions=[*map(str, numbers)], inputs=inputs, outputs=outputs)
 
     @api.head("/v2/models/{task}/ready", include_in_schema=False)
     @api.head("/v2/models/{task}/versions/{version}/ready", include_in_schema=False)
@@ -116,7 +115,7 @@ def _add_metadata_routes(api: FastAPI, service: ClassificationService, dependenc
     async def check_model_ready(
         caller: TenantCaller, task: TaskName, version: Version = LATEST, canary: CanaryKey = None
     ) -> ModelReady:
-        await service.version(caller, task, version, canary)
+        await service.find(caller, task, version, canary)
         await service.ready()
         return ModelReady(name=task)
 

@@ -17,7 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from ...errors import InvalidRequest
-from ...schemas import MAX_IMAGES, VersionInfo
+from ...registry.versions import ServedVersion
+from ...schemas import MAX_IMAGES
 from ..bodies import decode_base64, refuse_base64
 
 EXTENSIONS = ("binary_tensor_data", "classification")
@@ -150,7 +151,7 @@ class OutputFormat:
     optional: bool = False
 
 
-def tensors_of(version: VersionInfo) -> tuple[list[TensorInfo], list[TensorInfo]]:
+def tensors_of(version: ServedVersion) -> tuple[list[TensorInfo], list[TensorInfo]]:
     """Return a version's possible inputs and its outputs. A call has one input; `pixels` may be FP32 as well."""
     labels, input_size = version.labels, version.preprocess["input_size"]  # (3, H, W)
     inputs = [

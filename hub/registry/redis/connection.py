@@ -5,10 +5,12 @@ Cluster is not supported. All keys start with `karst:`. Names of tenants and tas
 
     tenants                     hash    tenant -> JSON {created, limits}
     identity                    string  random id of this registry; the store has a copy (`storage/store.OWNER`)
+    layout                      string  `2` once every version has a summary; absent before
     keys                        hash    id of an API key -> JSON of a `KeyRecord`
     admins                      set     ids of admin keys
     used                        hash    id of an API key -> its last use, in seconds since 1970
-    public                      set     `tenant:task` of each task that all tenants may use
+    published                   zset    `tenant:task` of each task that all tenants may use; all scores are 0
+    public                      set     the same, as an older hub has written it; read once into `published`
     digests                     hash    digest -> number of versions that refer to the file
     gc:{digest}                 string  exists while a garbage collection may remove the file
     events                      stream  tenant, kind (task, key, tenant) and name of each change
@@ -22,6 +24,8 @@ Cluster is not supported. All keys start with `karst:`. Names of tenants and tas
     t:{tenant}:numbers          hash    task -> its last version number; outlives the task, so no number is used twice
     t:{tenant}:task:{task}      hash    see `models`
     t:{tenant}:bytes            string  size of all versions' files, in bytes
+    t:{tenant}:registry         string  bytes of the tenant's tasks in this registry, as their fields `b` count them
+    t:{tenant}:staged:{id}      hash    versions of a task that an import is about to create; expires
     t:{tenant}:keys             set     ids of the tenant's API keys
     t:{tenant}:shared           set     `tenant:task` of each task that another tenant shares with this tenant by name
     t:{tenant}:audit            stream  JSON of each change
@@ -35,7 +39,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -228,8 +232,13 @@ class RegistryConnection:
         """Call a function of a script with one JSON object. Return its reply, a JSON text."""
         return as_text(await self.evaluate(script.text, function, json.dumps(argument), timeout_s=timeout_s))
 
-    async def change(self, script: LuaScript, function: str, **argument: Any) -> ChangeReply:
+    async def change(
+        self, script: LuaScript, function: str, *, texts: Sequence[str] = (), **argument: Any
+    ) -> ChangeReply:
         """Call a function that changes the registry completely or not at all.
+
+        Args:
+            texts: further arguments, as ARGV[3] and so on. Redis does not parse them, so they may be long.
 
         Raises:
             Unauthenticated: the caller's key was revoked while the request was in flight.
@@ -238,7 +247,8 @@ class RegistryConnection:
         if self._refusal is not None:
             self._log(self._refusal)
             raise Unavailable("The registry (Redis) accepts no changes now. The hub's log has the reason. Retry later.")
-        reply = ChangeReply.model_validate_json(await self.call(script, function, **argument))
+        text = as_text(await self.evaluate(script.text, function, json.dumps(argument), *texts))
+        reply = ChangeReply.model_validate_json(text)
         if reply.outcome == "revoked":
             raise Unauthenticated("The API key was revoked while the request was in flight. Use another key.")
         return reply
@@ -343,6 +353,13 @@ def as_texts(reply: object) -> list[str]:
     if not isinstance(reply, list | set):
         raise TypeError(f"Redis returned {type(reply).__name__}, not a list or a set")
     return [as_text(value) for value in reply]
+
+
+def as_texts_of(reply: object) -> list[list[str]]:
+    """Return a reply that is a list of lists of texts."""
+    if not isinstance(reply, list):
+        raise TypeError(f"Redis returned {type(reply).__name__}, not a list")
+    return [as_texts(entry) for entry in reply]
 
 
 def as_optional_texts(reply: object) -> list[str | None]:

@@ -30,8 +30,9 @@ class LuaScript:
         return "".join(FOLDER.joinpath(f"{name}.lua").read_text("utf-8") for name in self.names)
 
 
-TASKS = LuaScript(("changes", "task_hash", "tasks"))
-TENANTS = LuaScript(("changes", "task_hash", "tenants"))
+TASKS = LuaScript(("changes", "public", "task_hash", "tasks"))
+TENANTS = LuaScript(("changes", "public", "task_hash", "tenants"))
+READS = LuaScript(("changes", "public", "reads"))
 KEYS = LuaScript(("changes", "keys"))
 AUDIT = LuaScript(("changes", "audit"))
 STATUS = LuaScript(("status",))
@@ -44,7 +45,8 @@ class ChangeReply(BaseModel):
     Attributes:
         limit, maximum: the limit that is reached, for `limit`.
         names: what the outcome refers to: existing tasks, a missing version, an alias.
-        number, created, text: the version's number, whether it is new, and the stored JSON, for `done`.
+        number, created: the version's number, and whether it is new, for `done`.
+        text: the stored JSON of a tenant, for `done`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,7 +64,8 @@ class ChangeReply(BaseModel):
         "no_history",
         "no_permanent_key",  # no other admin key without an expiry date exists
         "removing",  # a garbage collection removes the file
-        "in_use",  # a version refers to the file
+        "in_use",  # a version refers to the file, or the tenant has further tasks
+        "unstaged",  # versions of an import have expired
         "latest_moved",  # the alias `latest` has other targets than those that the caller read
     ]
     limit: str = ""

@@ -169,7 +169,7 @@ def test_start_creates_an_admin_key_when_all_have_an_expiry_date(empty_redis: st
     async def use(database: RegistryConnection) -> None:
         tenants, keys = TenantRegistry(database), KeyRegistry(database)
         ending, over = [await keys.create(OPERATOR, "", "admin", "k", expires) for expires in (soon, past)]
-        lasting = [key.id for key in await keys.list_keys("") if key.expires is None]
+        lasting = [key.id for key in await keys.all("") if key.expires is None]
         await database.redis.srem("karst:admins", *lasting)
         with pytest.raises(Conflict, match="expires: no admin key without an expiry date exists; create one first"):
             await keys.create(OPERATOR, "", "admin", "k", soon)

@@ -16,7 +16,7 @@ from tests.support.asgi import listening
 from tests.support.hub_app import Hub
 from tests.support.models import png
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 GENERATOR = "openapi-python-client==0.29.1"
 PROGRAM = """
 import io, sys

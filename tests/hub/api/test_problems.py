@@ -5,8 +5,8 @@ import json
 import pytest
 from starlette.types import Scope
 
-from hub.api.problems import MAX_DETAIL_ERRORS, MAX_ERRORS, error_response, invalid_fields, status_response
-from hub.errors import Conflict, FieldProblem, HubError, LimitReached, NotFound, Unauthenticated
+from hub.api.problems import MAX_DETAIL_ERRORS, error_response, invalid_fields, status_response
+from hub.errors import MAX_ERRORS, Conflict, FieldProblem, HubError, LimitReached, NotFound, Unauthenticated
 from hub.observability import request_context
 from hub.observability.request_context import RequestContext
 

@@ -23,7 +23,7 @@ from hub.client.transport import Call, CallSeries
 from hub.errors import Conflict, Forbidden, InvalidAdapter, InvalidImage, InvalidRequest, NotFound, Unauthenticated
 from tests.support.clients import KINDS
 from tests.support.hub_app import OCTETS, Hub
-from tests.support.models import calibrated_adapter, encoded, flat_png, png
+from tests.support.models import calibrated_adapter, encoded, flat_png, png, with_metadata
 
 Kind = Callable[..., Any]  # `Client`, or `AsyncClient` with blocking methods
 ROOT = Path(__file__).parents[3]
@@ -318,10 +318,29 @@ def test_client_names_an_image_by_its_index_among_all_when_it_is_in_a_later_call
         client.classify("nothing", [png()] * 140)
 
 
+def test_client_reads_every_page_of_a_list(
+    client: Any, kind: Kind, url: str, hub: Hub, adapters: list[Adapter]
+) -> None:
+    for i in range(4):
+        client.register("long", with_metadata(adapters[0], metrics=json.dumps({"notes": "m" * 150_000, "i": i})))
+    first_page = hub.http.get("/v1/tasks/long").json()
+    assert len(first_page["versions"]) == 3  # a page is bounded by its bytes too
+    task = client.task("long")
+    assert [version.version for version in task.versions] == [1, 2, 3, 4]
+    assert [(version.metrics or {})["i"] for version in task.versions] == [0, 1, 2, 3]
+    assert task.next is None
+    assert [found.task for found in client.tasks().tasks] == ["long"]
+    assert client.keys("default").keys[0].role == "owner"
+    with kind(url, hub.admin_key) as admin:
+        tenants, keys = admin.tenants(), admin.admin_keys()
+    assert [found.tenant for found in tenants.tenants] == ["default"]
+    assert len(keys.keys) == 1
+
+
 @pytest.mark.parametrize(
     ("call", "line", "body"),
     [
-        (endpoints.task("a/b:c"), "GET /v1/tasks/a%2Fb%3Ac", None),
+        (endpoints.task("a/b:c").first, "GET /v1/tasks/a%2Fb%3Ac", None),
         (
             endpoints.register("a", source="s3://b/c", digest="0" * 64, alias="x"),
             "POST /v1/tasks/a/versions",

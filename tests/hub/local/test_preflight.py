@@ -106,3 +106,29 @@ def test_a_limit_of_open_files_that_costs_connections_is_a_warning(
     check_open_files(Settings(haproxy=haproxy), limit)
     assert len(caplog.records) == warnings
     assert all("at most 358 connections" in record.getMessage() for record in caplog.records)
+
+
+def test_a_home_of_an_older_hub_becomes_private_at_the_next_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = tmp_path / "home"
+    file, foreign = home / "store" / "ab" / "a.safetensors", home / "notes.txt"
+    file.parent.mkdir(parents=True)
+    for path in (file, foreign):
+        path.write_text("text")
+        path.chmod(0o644)
+    for folder in (home, home / "store", file.parent):
+        folder.chmod(0o755)
+    for _ in range(2):
+        with preflight.locked_home(home):
+            modes = [path.stat().st_mode & 0o777 for path in (home, home / "store", file.parent, file, foreign)]
+    assert modes == [0o700, 0o700, 0o700, 0o600, 0o644]
+    assert len([line for line in caplog.messages if "removed the permissions of other users" in line]) == 1
+
+
+def test_a_folder_of_all_users_stays_one_when_it_is_the_home(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    (tmp_path / "redis").mkdir(mode=0o755)
+    preflight.tighten(tmp_path)
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
+    assert (tmp_path / "redis").stat().st_mode & 0o777 == 0o700

@@ -1,6 +1,7 @@
 """Tasks, versions and aliases against a real Redis: atomic changes, unique numbers, change events."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def test_fifty_concurrent_writers_get_fifty_numbers(empty_redis: str) -> None:
         assert all(created for _, created in registered)
         task = await registry.task("t", "flowers")
         for i, (stored, _) in enumerate(registered):
-            assert task.versions[stored.version].digest == stored.digest == f"{i:064x}"
+            assert task.digests[stored.version] == stored.digest == f"{i:064x}"
         assert len(task.aliases["latest"]) == 1
 
     with_registry(empty_redis, use)
@@ -47,10 +48,10 @@ def test_tenants_have_separate_tasks_of_the_same_name(empty_redis: str) -> None:
     async def use(registry: TaskRegistry) -> None:
         await registry.register(OPERATOR, "one", "flowers", version("a" * 64), ["latest"])
         await registry.register(OPERATOR, "two", "flowers", version("b" * 64), ["latest"])
-        assert (await registry.task("one", "flowers")).current.digest == "a" * 64
-        assert (await registry.task("two", "flowers")).current.digest == "b" * 64
+        assert (await registry.task("one", "flowers")).digests == {1: "a" * 64}
+        assert (await registry.task("two", "flowers")).digests == {1: "b" * 64}
         await registry.delete_task(OPERATOR, "one", "flowers")
-        assert [t.name for t in await registry.tasks("two")] == ["flowers"]
+        assert [t.name for t in await registry.dump("two")] == ["flowers"]
         with pytest.raises(NotFound, match="there is no task 'flowers'"):
             await registry.task("one", "flowers")
 
@@ -84,7 +85,7 @@ def test_a_revoked_key_changes_nothing_when_its_request_was_in_flight(empty_redi
         revoked = Actor("0" * 16, "camera", "owner", "127.0.0.1")
         for change in (
             registry.register(revoked, "t", "x", version("b" * 64), ["latest"]),
-            registry.check_quota(revoked, "t", "x", "b" * 64, 1),
+            registry.check_quota(revoked, "t", "x", version("b" * 64)),
             registry.set_alias(revoked, "t", "x", "stable", {1: 1}),
             registry.roll_back(revoked, "t", "x", "latest"),
             registry.share(revoked, "t", "x", Sharing(public=True)),
@@ -95,7 +96,7 @@ def test_a_revoked_key_changes_nothing_when_its_request_was_in_flight(empty_redi
         ):
             with pytest.raises(Unauthenticated, match="key was revoked"):
                 await change
-        (task,) = await registry.tasks("t")
+        (task,) = await registry.dump("t")
         assert (list(task.versions), dict(task.aliases)) == ([1], {"latest": {1: 1}})
         assert task.settings == TaskSettings()
 
@@ -143,7 +144,8 @@ def test_a_dump_is_restored_in_another_tenant(empty_redis: str) -> None:
         await registry.restore(OPERATOR, "two", dump)
         assert await registry.dump("two") == dump
         assert [task.settings.given() for task in dump] == [{"unknown_below": 0.1 + 0.2}, {}]
-        assert [owner for owner, _ in await registry.shared_with("t")] == ["one", "two"]
+        seen, _ = await registry.page("t", 10, "", lambda _name: True)
+        assert [task.task for task in seen] == ["one:x", "two:x"]
         with pytest.raises(Conflict, match="existing tasks: x, y"):
             await registry.restore(OPERATOR, "two", dump)
         stored, created = await registry.register(OPERATOR, "two", "x", version("b" * 64), ["latest"])
@@ -169,7 +171,7 @@ def test_a_restore_stops_at_each_limit_of_the_tenant(empty_redis: str) -> None:
             await tenants.change_limits(OPERATOR, "to", limits)
             with pytest.raises(LimitReached, match=message):
                 await registry.restore(OPERATOR, "to", dump)
-            assert await registry.tasks("to") == []
+            assert await registry.dump("to") == []
         await tenants.change_limits(OPERATOR, "to", LimitsChange(stored_bytes=10**14))
         await registry.restore(OPERATOR, "to", dump)
         assert (await tenants.usage("to")).used.stored_bytes == 3
@@ -183,7 +185,7 @@ def test_an_alias_keeps_its_last_former_targets(empty_redis: str) -> None:
         count = MAX_ALIAS_HISTORY + 3
         for i in range(count):
             await registry.register(OPERATOR, "t", "x", version(f"{i:064x}"), ["latest"])
-        task = await registry.task("t", "x")
+        (task,) = await registry.dump("t")
         assert task.history["latest"] == [{n: 1} for n in range(3, count)]
 
     with_registry(empty_redis, use)
@@ -195,8 +197,7 @@ def test_a_setting_takes_no_place_of_an_alias(empty_redis: str) -> None:
         await TenantRegistry(connection).create(OPERATOR, "t", LimitsChange())
         for task, settings in (("x", TaskSettings()), ("y", TaskSettings(unknown_below=0.5))):
             await registry.register(OPERATOR, "t", task, version("a" * 64), ["latest"], settings=settings)
-            # All but one of the fields that aliases may have, besides `n` and `a:latest`.
-            fields: dict[Any, Any] = {f"a:alias-{i}": '{"1":1}' for i in range(2 * MAX_ALIASES - 2)}
+            fields: dict[Any, Any] = {f"a:alias-{i}": '{"1":1}' for i in range(MAX_ALIASES - 1)}  # besides `latest`
             await connection.redis.hset(f"karst:t:t:task:{task}", mapping=fields)
             await registry.set_alias(OPERATOR, "t", task, "last", {1: 1})
             with pytest.raises(LimitReached, match="too many aliases"):
@@ -233,5 +234,36 @@ def test_a_version_is_refused_while_its_file_is_being_removed(empty_redis: str) 
         assert not await registry.claim_orphan("a" * 64)  # a version of the other tenant refers to the file
         await registry.delete_task(OPERATOR, "one", "y")
         assert await registry.claim_orphan("a" * 64)
+
+    in_registry(empty_redis, use)
+
+
+def test_a_registration_is_refused_when_the_registry_bytes_of_the_tenant_are_reached(
+    empty_redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hub.registry.tasks.REGISTRY_BYTES", 5_000_000)
+    metrics = {"notes": "m" * 500_000}
+
+    async def use(connection: RegistryConnection) -> None:
+        registry = TaskRegistry(connection)
+        await TenantRegistry(connection).create(OPERATOR, "t", LimitsChange(versions=1000))
+        large = [version(f"{i:064x}").model_copy(update={"metrics": metrics}) for i in range(12)]
+
+        async def register_all() -> None:
+            for v in large:
+                await registry.register(OPERATOR, "t", "x", v, ["latest"])
+
+        with pytest.raises(LimitReached, match="bytes of metadata of tasks and versions") as caught:
+            await register_all()
+        assert caught.value.errors[0].field == "registry_bytes"
+        assert len((await registry.task("t", "x")).digests) == 9
+        with pytest.raises(LimitReached):
+            await registry.check_quota(OPERATOR, "t", "x", large[-1])
+        with pytest.raises(LimitReached):
+            await registry.restore(OPERATOR, "t", [replace(task, name="y") for task in await registry.dump("t")])
+        assert not await connection.redis.keys("karst:t:t:staged:*")
+        await registry.share(OPERATOR, "t", "x", Sharing())  # no change adds bytes
+        await registry.delete_version(OPERATOR, "t", "x", 1)
+        await registry.register(OPERATOR, "t", "x", large[-1], ["latest"])
 
     in_registry(empty_redis, use)

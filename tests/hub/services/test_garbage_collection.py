@@ -175,7 +175,7 @@ def test_registration_is_refused_when_its_file_is_being_removed(case: Run) -> No
         assert (await case.collect()).removed == 1
         with pytest.raises(Unavailable, match="Try again"):
             await case.register("flowers", 1)
-        assert await case.registry.tasks("t") == []
+        assert await case.registry.dump("t") == []
 
     case(use)
 
@@ -208,7 +208,7 @@ def test_every_version_keeps_its_file_when_registrations_and_collections_run_tog
         await case.collect()
         registered = [i for i in range(40) if done[i]]
         assert {i for i in range(40) if not i % 2} <= set(registered)
-        assert {t.current.digest for t in await case.registry.tasks("t")} == {digest(i) for i in registered}
+        assert {t.digests[t.current] for t in await case.registry.dump("t")} == {digest(i) for i in registered}
         assert case.stored(*registered)
 
     case(use)

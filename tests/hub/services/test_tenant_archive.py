@@ -48,7 +48,7 @@ def test_import_equals_the_exported_tenant(case: Run, adapters: Sequence[Adapter
         used = [(await case.tenants.usage(name)).used for name in ("one", "two")]
         assert used[0].tasks == used[1].tasks == 2
         assert used[1].stored_bytes - used[0].stored_bytes == len(adapters[3].data)
-        assert ("two", "leaves") in [(owner, task.name) for owner, task in await case.registry.shared_with("one")]
+        assert "two:leaves" in await case.listed("one")
 
     case(use)
 
@@ -85,8 +85,8 @@ def test_import_keeps_settings_coverage_and_typicality(case: Run, backbone: Back
         assert [task.get("settings") for task in manifest["tasks"]] == [{"unknown_below": 0.05}, None]
         flowers, leaves = await case.restore(written(entries))
         assert (flowers.settings.unknown_below, leaves.settings.unknown_below) == (0.05, 0.01)
-        assert flowers.current.typicality is True
-        assert flowers.current.coverage == [*(adapter.coverage or ())]
+        assert flowers.versions[flowers.current].typicality is True
+        assert flowers.versions[flowers.current].coverage == [*(adapter.coverage or ())]
         assert await case.registry.dump("two") == await case.registry.dump("one")
 
     case(use)
@@ -109,8 +109,8 @@ def test_import_adds_coverage_and_typicality_when_an_older_hub_did_not_state_the
         assert "contradicts its file" in detail
         del stated["coverage"], stated["typicality"]
         flowers, _ = await case.restore(written([("tenant.json", json.dumps(manifest).encode()), *files]))
-        assert flowers.current.coverage
-        assert flowers.current.typicality
+        assert flowers.versions[flowers.current].coverage
+        assert flowers.versions[flowers.current].typicality
 
     case(use)
 
@@ -176,7 +176,7 @@ def test_import_leaves_nothing_when_the_upload_breaks_off(case: Run) -> None:
         with pytest.raises(ZeroDivisionError):
             await case.restore(broken())
         assert case.stored("two") == []
-        assert await case.registry.tasks("two") == []
+        assert await case.registry.dump("two") == []
 
     case(use)
 

@@ -18,7 +18,6 @@ GCSFS = "gcsfs==2026.10.1"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_store_and_references_work_on_s3(tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", "--target", str(packages)]

@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from adapters import Adapter
 from hub.errors import Unavailable
-from hub.storage.store import Store
+from hub.storage.store import OWNER, Store
 from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import png
 
@@ -234,3 +234,21 @@ def test_responses_never_reveal_the_store_s_location(
     assert all("is damaged" in a.json()["detail"] for a in answers[1:3])
     assert not [a.text for a in answers if str(hub.store_folder) in a.text or "No space" in a.text]
     assert caplog.text.count(str(hub.store_folder)) >= len(answers)
+
+
+@pytest.mark.parametrize(("folder_mode", "file_mode"), [(None, 0o600), (0o700, 0o600), (0o2770, 0o660), (0o755, 0o644)])
+def test_files_have_the_permissions_of_the_stores_folder(
+    tmp_path: Path, folder_mode: int | None, file_mode: int
+) -> None:
+    """A group that shares a store makes the folder itself; a folder that the hub makes is private."""
+    folder = tmp_path / "store"
+    if folder_mode is not None:
+        folder.mkdir()
+        folder.chmod(folder_mode)
+    store = Store(str(folder))
+    store.put(DIGEST, DATA)
+    store.set_owner("a" * 32)
+    file = folder / DIGEST[:2] / f"{DIGEST}.safetensors"
+    expected = 0o700 if folder_mode is None else folder_mode
+    assert [path.stat().st_mode & 0o7777 for path in (folder, file.parent)] == [expected, expected]
+    assert [path.stat().st_mode & 0o777 for path in (file, folder / OWNER)] == [file_mode, file_mode]

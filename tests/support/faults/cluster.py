@@ -242,6 +242,31 @@ def upgrade(cluster: Cluster, **changes: object) -> Report:
     return report
 
 
+def upgrade_often(cluster: Cluster, times: int) -> Report:
+    """Upgrade several times in a row, under one load of callers that never retry; count every lost call.
+
+    The callers use the head's HAProxy. The head keeps it throughout, while a node without replicas stops its own.
+    """
+    assert cluster.head is not None
+    host = cluster.head.host
+    wait_until(lambda: listens(cluster.settings.port, host), 60, "the head's HAProxy")
+    replaced = []
+    with cluster.load([f"http://{host}:{cluster.settings.port}"], callers=6) as load:
+        load.wait_for(60)
+        at = time.monotonic()
+        for i in range(times):
+            before = set(cluster.workers())
+            cluster.deploy(slots=40 + i, batch_wait_ms=2.0 + i)
+            wait_until(lambda before=before: not before & set(cluster.workers()), 120, "new workers alone")  # type: ignore[misc]
+            replaced.append(len(before))
+            load.wait_for(60)
+        took_s = time.monotonic() - at
+    report = load.report(at)
+    report.capacity_s = round(took_s / times, 2)
+    report.notes = {"upgrades": times, "workers replaced": replaced, "failures": sorted(set(load.failures()))[:5]}
+    return report
+
+
 async def _first_keys(redis_url: str) -> tuple[str, str]:
     database = RegistryConnection(redis_url)
     try:

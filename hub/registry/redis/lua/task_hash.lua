@@ -14,34 +14,57 @@ local function is_being_removed(digest)
   return redis.call('EXISTS', 'karst:gc:' .. digest) == 1
 end
 
--- Remove a version's (JSON text) claim on its file and its bytes. Return its digest.
-local function release_version(tenant, version)
-  local body = cjson.decode(version)
-  if redis.call('HINCRBY', 'karst:digests', body.digest, -1) <= 0 then
-    redis.call('HDEL', 'karst:digests', body.digest)
-  end
-  redis.call('DECRBY', tenant_key(tenant, 'bytes'), body.size_bytes)
-  return body.digest
+-- Return the size of a version's file. A version of an older hub has no summary, so its whole text is decoded.
+local function file_size(key, number)
+  local summary = redis.call('HGET', key, 'i:' .. number)
+  if summary then return string.match(summary, '^%d+') end
+  return string.format('%.0f', cjson.decode(redis.call('HGET', key, 'v:' .. number)).size_bytes)
 end
 
--- Add the task to (SADD) or remove it from (SREM) every list that its sharing (JSON text or false) names.
-local function update_shared_lists(command, tenant, task, sharing)
+-- Remove a version's claim on its file and its bytes.
+local function release_version(tenant, key, number, digest)
+  if redis.call('HINCRBY', 'karst:digests', digest, -1) <= 0 then redis.call('HDEL', 'karst:digests', digest) end
+  redis.call('DECRBY', tenant_key(tenant, 'bytes'), file_size(key, number))
+end
+
+-- Count the bytes of a task's fields, in its field `b` and in the tenant's sum, after a change of the task.
+local function count_registry_bytes(tenant, key)
+  local bytes = 0
+  for _, name in ipairs(redis.call('HKEYS', key)) do bytes = bytes + #name + redis.call('HSTRLEN', key, name) end
+  local former = tonumber(redis.call('HGET', key, 'b') or 0)
+  if former == 0 then bytes = bytes + 8 end -- about the bytes of `b` itself
+  redis.call('INCRBY', tenant_key(tenant, 'registry'), string.format('%.0f', bytes - former))
+  redis.call('HSET', key, 'b', string.format('%.0f', bytes))
+end
+
+-- Return a refusal if the tenant's tasks would take more bytes than max_registry_bytes, or nil.
+local function registry_refusal(tenant, added_bytes, max_registry_bytes)
+  local used = tonumber(redis.call('GET', tenant_key(tenant, 'registry')) or 0)
+  if used + added_bytes > max_registry_bytes then return limit_reached('registry_bytes', max_registry_bytes) end
+end
+
+-- Add the task to or remove it from every list that its sharing (JSON text or false) names.
+local function update_shared_lists(is_added, tenant, task, sharing)
   if not sharing then return end
-  local body = cjson.decode(sharing)
-  if body.public then redis.call(command, 'karst:public', tenant .. ':' .. task) end
+  adopt_former_public()
+  local body, name = cjson.decode(sharing), tenant .. ':' .. task
+  if body.public then
+    if is_added then redis.call('ZADD', PUBLIC, 0, name) else redis.call('ZREM', PUBLIC, name) end
+  end
   for _, other in ipairs(body.tenants) do
-    redis.call(command, tenant_key(other, 'shared'), tenant .. ':' .. task)
+    redis.call(is_added and 'SADD' or 'SREM', tenant_key(other, 'shared'), name)
   end
 end
 
--- Delete a task with its versions. Return 0 if there is none.
+-- Delete a task with its versions. Return whether there was one. Redis frees the memory on a thread of its own.
 local function drop_task(tenant, task)
   local key = task_key(tenant, task)
-  local fields = redis.call('HGETALL', key)
-  for i = 1, #fields, 2 do
-    if string.sub(fields[i], 1, 2) == 'v:' then release_version(tenant, fields[i + 1]) end
+  for _, field in ipairs(redis.call('HKEYS', key)) do
+    local digest = string.match(field, '^d:(.+)$')
+    if digest then release_version(tenant, key, redis.call('HGET', key, field), digest) end
   end
-  update_shared_lists('SREM', tenant, task, redis.call('HGET', key, 'share'))
+  update_shared_lists(false, tenant, task, redis.call('HGET', key, 'share'))
   redis.call('SREM', tenant_key(tenant, 'tasks'), task)
-  return redis.call('DEL', key)
+  redis.call('DECRBY', tenant_key(tenant, 'registry'), redis.call('HGET', key, 'b') or 0)
+  return redis.call('UNLINK', key) == 1
 end

@@ -38,13 +38,22 @@ local function write_settings(key, settings)
   for name, text in pairs(settings) do redis.call('HSET', key, 's:' .. name, text) end
 end
 
+-- Return the aliases of a task, name -> targets (JSON text), and their number without `latest`.
+local function read_aliases(key)
+  local aliases, count = {}, 0
+  for _, field in ipairs(redis.call('HKEYS', key)) do
+    local alias = string.match(field, '^a:(.+)$')
+    if alias then aliases[alias] = redis.call('HGET', key, field) end
+    if alias and alias ~= 'latest' then count = count + 1 end
+  end
+  return aliases, count
+end
+
 -- Return whether the task may have one more alias, or has this one already.
 local function has_room_for_alias(key, alias, max_aliases)
-  if redis.call('HEXISTS', key, 'a:' .. alias) == 1 then return true end
-  -- Two fields per version (v: and d:); at most two per alias (a: and h:). A setting takes no alias's place.
-  local other_fields = redis.call('HLEN', key) - 2 * tonumber(redis.call('HGET', key, 'n') or 0)
-  other_fields = other_fields - redis.call('HEXISTS', key, 's:unknown_below')
-  return other_fields <= 2 * max_aliases
+  if alias == 'latest' or redis.call('HEXISTS', key, 'a:' .. alias) == 1 then return true end
+  local _, count = read_aliases(key)
+  return count < max_aliases
 end
 
 -- Return the reason why a version cannot be registered, or nil.
@@ -69,17 +78,19 @@ local function find_refusal(args)
   if stored_bytes + args.size_bytes > limits.stored_bytes then
     return limit_reached('stored_bytes', limits.stored_bytes)
   end
+  return registry_refusal(args.tenant, args.version_bytes, args.max_registry_bytes)
 end
 
--- digest, size_bytes, aliases, max_aliases. Change nothing.
+-- digest, size_bytes, aliases, max_aliases, version_bytes (of the version's JSON), max_registry_bytes. Change nothing.
 function tasks.check_quota(args)
   local refusal = find_refusal(args)
   if refusal then return refusal end
   return {outcome = 'done', created = redis.call('HEXISTS', task_key(args.tenant, args.task), 'd:' .. args.digest) == 0}
 end
 
--- Also: version (JSON text without its number), max_history, settings (name -> JSON text), latest (targets of the alias
--- `latest` that the caller has compared labels with; '' for none; null: any). Known bytes move no alias.
+-- Also: summary (of the version, see `models`), max_history, settings (name -> JSON text), latest (targets of the alias
+-- `latest` that the caller has compared labels with; '' for none; null: any). ARGV[3] is the version's JSON without its
+-- number: it may be long, so no JSON text contains it. Known bytes move no alias.
 function tasks.register(args)
   local refusal = find_refusal(args)
   if refusal then return refusal end
@@ -92,7 +103,7 @@ function tasks.register(args)
   if created then
     number = string.format('%.0f', redis.call('HINCRBY', tenant_key(args.tenant, 'numbers'), args.task, 1))
     redis.call('SADD', tenant_key(args.tenant, 'tasks'), args.task)
-    redis.call('HSET', key, 'd:' .. args.digest, number, 'v:' .. number, args.version)
+    redis.call('HSET', key, 'd:' .. args.digest, number, 'v:' .. number, ARGV[3], 'i:' .. number, args.summary)
     redis.call('HINCRBY', key, 'n', 1)
     redis.call('INCRBY', tenant_key(args.tenant, 'bytes'), args.size_bytes)
     redis.call('HINCRBY', 'karst:digests', args.digest, 1)
@@ -103,13 +114,13 @@ function tasks.register(args)
     end
   end
   write_settings(key, args.settings)
+  count_registry_bytes(args.tenant, key)
   local entry = with_details(args.entry, {version = tonumber(number)})
   record_change(args.tenant, 'task', args.task, entry)
-  local version = redis.call('HGET', key, 'v:' .. number)
-  return {outcome = 'done', number = number, created = created, text = version}
+  return {outcome = 'done', number = number, created = created}
 end
 
--- alias, targets (JSON text), numbers (of the targets' versions), max_aliases, max_history.
+-- alias, targets (JSON text), numbers (of the targets' versions), max_aliases, max_history, max_registry_bytes.
 function tasks.set_alias(args)
   if is_revoked(args.entry) then return REVOKED end
   local key = task_key(args.tenant, args.task)
@@ -118,7 +129,10 @@ function tasks.set_alias(args)
   for _, number in ipairs(args.numbers) do
     if redis.call('HEXISTS', key, 'v:' .. number) == 0 then return {outcome = 'no_version', names = {number}} end
   end
+  local refusal = registry_refusal(args.tenant, #args.targets, args.max_registry_bytes)
+  if refusal then return refusal end
   move_alias(key, args.alias, args.targets, args.max_history)
+  count_registry_bytes(args.tenant, key)
   record_change(args.tenant, 'task', args.task, args.entry)
   return DONE
 end
@@ -139,6 +153,7 @@ function tasks.roll_back(args)
     if usable then
       redis.call('HSET', key, 'a:' .. args.alias, targets)
       write_history(key, args.alias, history)
+      count_registry_bytes(args.tenant, key)
       local entry = with_details(args.entry, {targets = cjson.decode(targets)})
       record_change(args.tenant, 'task', args.task, entry)
       return DONE
@@ -153,18 +168,23 @@ function tasks.delete_alias(args)
   local key = task_key(args.tenant, args.task)
   if redis.call('HDEL', key, 'a:' .. args.alias) == 0 then return ABSENT end
   redis.call('HDEL', key, 'h:' .. args.alias)
+  count_registry_bytes(args.tenant, key)
   record_change(args.tenant, 'task', args.task, args.entry)
   return DONE
 end
 
--- sharing (JSON text).
+-- sharing (JSON text), max_registry_bytes. Sharing with fewer tenants is never refused.
 function tasks.share(args)
   if is_revoked(args.entry) then return REVOKED end
   local key = task_key(args.tenant, args.task)
   if redis.call('EXISTS', key) == 0 then return ABSENT end
-  update_shared_lists('SREM', args.tenant, args.task, redis.call('HGET', key, 'share'))
-  update_shared_lists('SADD', args.tenant, args.task, args.sharing)
+  local added = #args.sharing - redis.call('HSTRLEN', key, 'share')
+  local refusal = added > 0 and registry_refusal(args.tenant, added, args.max_registry_bytes)
+  if refusal then return refusal end
+  update_shared_lists(false, args.tenant, args.task, redis.call('HGET', key, 'share'))
+  update_shared_lists(true, args.tenant, args.task, args.sharing)
   redis.call('HSET', key, 'share', args.sharing)
+  count_registry_bytes(args.tenant, key)
   record_change(args.tenant, 'task', args.task, args.entry)
   return DONE
 end
@@ -175,37 +195,55 @@ function tasks.change_settings(args)
   local key = task_key(args.tenant, args.task)
   if redis.call('EXISTS', key) == 0 then return ABSENT end
   write_settings(key, args.settings)
+  count_registry_bytes(args.tenant, key)
   record_change(args.tenant, 'task', args.task, args.entry)
   return DONE
 end
 
 function tasks.delete(args)
   if is_revoked(args.entry) then return REVOKED end
-  if drop_task(args.tenant, args.task) == 0 then return ABSENT end
+  if not drop_task(args.tenant, args.task) then return ABSENT end
   record_change(args.tenant, 'task', args.task, args.entry)
   return DONE
 end
 
--- number (text).
+-- number (text), digest.
 function tasks.delete_version(args)
   if is_revoked(args.entry) then return REVOKED end
   local key = task_key(args.tenant, args.task)
-  local version = redis.call('HGET', key, 'v:' .. args.number)
-  if not version then return ABSENT end
-  local fields = redis.call('HGETALL', key)
-  for i = 1, #fields, 2 do
-    if string.sub(fields[i], 1, 2) == 'a:' and cjson.decode(fields[i + 1])[args.number] then
-      return {outcome = 'alias_in_use', names = {string.sub(fields[i], 3)}}
-    end
+  if redis.call('HGET', key, 'd:' .. args.digest) ~= args.number then return ABSENT end
+  for alias, targets in pairs(read_aliases(key)) do
+    if cjson.decode(targets)[args.number] then return {outcome = 'alias_in_use', names = {alias}} end
   end
-  redis.call('HDEL', key, 'v:' .. args.number, 'd:' .. release_version(args.tenant, version))
+  release_version(args.tenant, key, args.number, args.digest)
+  redis.call('HDEL', key, 'v:' .. args.number, 'i:' .. args.number, 'd:' .. args.digest)
   redis.call('HINCRBY', key, 'n', -1)
+  count_registry_bytes(args.tenant, key)
   record_change(args.tenant, 'task', args.task, args.entry)
   return DONE
 end
 
--- tasks: a list of {name, last_number, fields (the task's hash), versions ({digest, size_bytes}...), sharing (JSON
--- text)}. Restore all of them or none.
+-- summaries: number -> summary of a version whose text an older hub has written. Further calls change nothing.
+function tasks.add_summaries(args)
+  local key = task_key(args.tenant, args.task)
+  for number, summary in pairs(args.summaries) do
+    if redis.call('HEXISTS', key, 'v:' .. number) == 1 then redis.call('HSETNX', key, 'i:' .. number, summary) end
+  end
+  if redis.call('EXISTS', key) == 1 then count_registry_bytes(args.tenant, key) end
+  return DONE
+end
+
+-- key (name of a hash), numbers, expiry_s; ARGV[3], ARGV[4], ... are the texts of numbers[1],
+-- numbers[2], ... Store versions of a task that `restore` creates. An import that ends before leaves no trace.
+function tasks.stage(args)
+  for i, number in ipairs(args.numbers) do redis.call('HSET', args.key, 'v:' .. number, ARGV[2 + i]) end
+  redis.call('EXPIRE', args.key, args.expiry_s)
+  return DONE
+end
+
+-- tasks: a list of {name, last_number, staged (name of a hash with the versions' texts), fields (the other fields of the
+-- task's hash), versions ({digest, size_bytes}...), sharing (JSON text)}; registry_bytes (of all), max_registry_bytes.
+-- Restore all of them or none.
 function tasks.restore(args)
   if is_revoked(args.entry) then return REVOKED end
   local info = redis.call('HGET', 'karst:tenants', args.tenant)
@@ -226,11 +264,19 @@ function tasks.restore(args)
   if tonumber(redis.call('GET', bytes_key) or 0) + size_bytes > limits.stored_bytes then
     return limit_reached('stored_bytes', limits.stored_bytes)
   end
+  local refusal = registry_refusal(args.tenant, args.registry_bytes, args.max_registry_bytes)
+  if refusal then return refusal end
+  for _, task in ipairs(args.tasks) do
+    if redis.call('EXISTS', task.staged) == 0 then return {outcome = 'unstaged'} end
+  end
   local numbers_key = tenant_key(args.tenant, 'numbers')
   for _, task in ipairs(args.tasks) do
     local key = task_key(args.tenant, task.name)
+    redis.call('RENAME', task.staged, key)
+    redis.call('PERSIST', key)
     for name, value in pairs(task.fields) do redis.call('HSET', key, name, value) end
-    update_shared_lists('SADD', args.tenant, task.name, task.sharing)
+    count_registry_bytes(args.tenant, key)
+    update_shared_lists(true, args.tenant, task.name, task.sharing)
     redis.call('SADD', tasks_key, task.name)
     local last_number = math.max(task.last_number, tonumber(redis.call('HGET', numbers_key, task.name) or 0))
     redis.call('HSET', numbers_key, task.name, last_number)

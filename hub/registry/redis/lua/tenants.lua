@@ -37,7 +37,22 @@ local function end_sharing(tenant, name)
   -- cjson would write an empty list as {}.
   local text = '{"public":' .. tostring(body.public) .. ',"tenants":[' .. table.concat(others, ',') .. ']}'
   redis.call('HSET', key, 'share', text)
+  count_registry_bytes(owner, key)
   publish(owner, 'task', task)
+end
+
+-- max_versions. Delete tasks of the tenant until these have as many versions, at least one task. The outcome is `in_use`
+-- while further tasks exist: a deletion of all tasks in one step could keep Redis busy for seconds.
+function tenants.drop_tasks(args)
+  if is_revoked(args.entry) then return REVOKED end
+  local versions = 0
+  for _, task in ipairs(redis.call('SMEMBERS', tenant_key(args.tenant, 'tasks'))) do
+    if versions >= args.max_versions then return {outcome = 'in_use'} end
+    versions = versions + 1 + tonumber(redis.call('HGET', task_key(args.tenant, task), 'n') or 0)
+    drop_task(args.tenant, task)
+    publish(args.tenant, 'task', task)
+  end
+  return DONE
 end
 
 -- Delete the tenant with its tasks, keys, counts and own audit.
@@ -50,8 +65,8 @@ function tenants.delete(args)
     redis.call('HDEL', 'karst:keys', id)
     redis.call('HDEL', 'karst:used', id)
   end
-  local names = {'tasks', 'numbers', 'bytes', 'keys', 'shared', 'audit', 'rate', 'flight', 'settled', 'counts'}
-  for _, name in ipairs(names) do redis.call('DEL', tenant_key(args.tenant, name)) end
+  local names = {'tasks', 'numbers', 'bytes', 'registry', 'keys', 'shared', 'audit', 'rate', 'flight', 'settled', 'counts'}
+  for _, name in ipairs(names) do redis.call('UNLINK', tenant_key(args.tenant, name)) end
   redis.call('ZREM', 'karst:active', args.tenant)
   record_change('', 'tenant', args.tenant, args.entry)
   return DONE

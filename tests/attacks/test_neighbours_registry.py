@@ -1,0 +1,95 @@
+"""One tenant's power over the registry that all tenants share: large tasks, and what response times reveal."""
+
+import http.client
+import json
+import random
+import time
+from urllib.parse import urlsplit
+
+import pytest
+
+from adapters import Adapter, load_backbone
+from hub.client.client import Client
+from tests.support.models import random_adapter, with_metadata
+from tests.support.neighbours import Request, attacking, compare, send
+
+from .conftest import AttackedHub, Victim
+
+pytestmark = pytest.mark.slow
+OTHERS = 900  # tenants that a task is shared with
+SAMPLES = 400
+SLOWER = 3.0  # 1.1 on an idle machine; the attacker and the hub share its processor cores
+
+
+@pytest.fixture(scope="module")
+def small() -> Adapter:
+    """An adapter file as small as the format allows."""
+    return random_adapter(load_backbone("demo"), seed=5)
+
+
+def register_large(hub: AttackedHub, key: str, adapter: Adapter, task: str, versions: int) -> None:
+    """Register versions with 500 KB of metrics each."""
+    with Client(hub.url, key) as client:
+        for i in range(versions):
+            client.register(task, with_metadata(adapter, metrics=json.dumps({"notes": "m" * 500_000, "i": i})))
+
+
+def test_victim_is_served_when_another_tenant_reads_and_lists_tasks_of_50_mb(
+    hub: AttackedHub, victim: Victim, small: Adapter
+) -> None:
+    key = hub.tenant()
+    register_large(hub, key, small, "large", 100)
+    paths = ["/v1/tasks/large", "/v1/tasks", "/v1/tasks/large/versions/7", "/v2/models/large"]
+    attack = [Request("GET", path, key) for path in paths]
+    found = compare(hub.url, {"classify": victim.classify}, attack, at_once=4)["classify"]
+    print(found)
+    assert not found.beside.failed
+    assert found.slower < SLOWER
+    with attacking(hub.url, attack, at_once=4):
+        statuses = {send(hub.url, Request("GET", "/v1/usage", victim.key)).status for _ in range(100)}
+    assert statuses == {200}
+
+
+def test_victim_is_served_when_another_tenant_deletes_tasks_and_versions_of_50_mb(
+    hub: AttackedHub, victim: Victim, small: Adapter
+) -> None:
+    key = hub.tenant()
+    for task in ("first", "second"):
+        register_large(hub, key, small, task, 100)
+    attack = [Request("DELETE", f"/v1/tasks/first/versions/{n}", key) for n in range(1, 100)]
+    attack.insert(50, Request("DELETE", "/v1/tasks/second", key))
+    found = compare(hub.url, {"classify": victim.classify}, attack, at_once=2)["classify"]
+    print(found)
+    assert found.replies[204] == 100
+    assert not found.beside.failed
+    assert found.slower < SLOWER
+
+
+def test_response_times_are_alike_when_a_task_is_absent_private_or_shared_with_others(
+    hub: AttackedHub, victim: Victim, small: Adapter
+) -> None:
+    owner, other = hub.tenant(), hub.tenant({"requests_per_second": 1e6})
+    with Client(hub.url, owner) as client:
+        tenant = client.usage().tenant
+        for task in ("private", "given"):
+            client.register(task, small.data)
+        client.share("given", tenants=[f"other-{i:04}" + "y" * 50 for i in range(OTHERS)])
+        assert send(hub.url, Request("GET", f"/v1/tasks/{tenant}:given", other)).status == 404
+    tasks = ("absent", "private", "given")
+    place = urlsplit(hub.url)
+    connection = http.client.HTTPConnection(str(place.hostname), place.port)
+    times: dict[str, list[float]] = {task: [] for task in tasks}
+    answers = set()
+    for _ in range(SAMPLES):
+        for task in random.sample(tasks, len(tasks)):
+            began = time.perf_counter()
+            connection.request("GET", f"/v1/tasks/{tenant}:{task}", headers={"authorization": f"Bearer {other}"})
+            reply = connection.getresponse()
+            answers.add(reply.read().replace(task.encode(), b"TASK"))
+            times[task].append(time.perf_counter() - began)
+            assert reply.status == 404
+    connection.close()
+    assert len(answers) == 1
+    fast = {task: sorted(found)[SAMPLES // 10] for task, found in times.items()}
+    print({task: f"{1000 * found:.2f} ms" for task, found in fast.items()})
+    assert max(fast.values()) < 1.15 * min(fast.values())
