@@ -19,6 +19,7 @@ from ..schemas import LATEST, MAX_PAGE, LiveVersion, Registered, Sharing, Source
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
 from ..worker_api import invalid_adapter
+from .adapter_texts import check_texts
 from .classification import ClassificationService
 from .tenant_archive import version_fields
 
@@ -236,6 +237,7 @@ class RegistrationService:
         try:
             adapter = Adapter.read(data, max_bytes=self._max_adapter_bytes)
             limits.check(adapter)
+            check_texts(adapter)
         except AdapterError as error:
             raise invalid_adapter(error) from error
         return adapter

@@ -1,5 +1,6 @@
 """Routes of the Open Inference Protocol v2, for clients of KServe and Triton. A task is a model of the protocol."""
 
+from functools import partial
 from importlib.metadata import version as installed_version
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from ...services.classification import ClassificationService
 from ..bodies import JSON, RequestBody, parse_json
 from ..dependencies import JSON_LENGTH_HEADER, CallerDependencies, CanaryKey, TaskName, add_batch_headers, no_options
 from ..openapi import BINARY, OCTETS, request_body, schema_of
+from .oip_sizes import require_small_outputs
 from .oip_tensors import (
     EXTENSIONS,
     InferReply,
@@ -149,7 +151,8 @@ def _add_infer_routes(
         async with concurrency_limit.acquire(caller.tenant):
             data = await body.read(max_request_bytes)
             members, images, outputs = await run_in_threadpool(_parse, data, json_length)
-            predicted = await service.predict(caller, task, version, images, canary)
+            check = partial(require_small_outputs, outputs)
+            predicted = await service.predict(caller, task, version, images, canary, check=check)
         members = {"model_name": task, "model_version": str(predicted.version.version), **members}
         tensors = ReplyTensors(
             predicted.version.labels,
