@@ -71,10 +71,14 @@ def main() -> None:
         print("\n".join(bars({part: found})), flush=True)
 
 
-def draws(task: str, per_class: int, count: int = DRAWS) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the image numbers of each draw: the training images, and all others of their task."""
+def draws(task: str, per_class: int, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the image numbers of each draw: the training images, and all others of their task.
+
+    Args:
+        count: of draws; None: `DRAWS`.
+    """
     targets = load_task(task).targets
-    for seed in range(count):
+    for seed in range(DRAWS if count is None else count):
         order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
         classes = int(targets.max()) + 1
         train = torch.cat([order[targets[order] == k][:per_class] for k in range(classes)])

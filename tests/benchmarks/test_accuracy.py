@@ -408,7 +408,6 @@ def test_perfect_probabilities_have_no_calibration_error() -> None:
 
 def test_draws_of_answers_leave_the_other_images_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "DRAWS", 2)
-    monkeypatch.setattr(answers, "MANY_DRAWS", 3)
     targets = load_task("count").targets
     (one, others), (two, _) = answers.draws("count", 20)
     assert targets[one].bincount().tolist() == [20] * 8
