@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, ConfigDict, Field, model_validator
 
+from .control_characters import PLAIN
 from .field_types import NUMBER, ORIGIN_PATTERN, Name, TaskName
 from .field_types import Body as _Body
 
@@ -90,7 +91,7 @@ class KeyList(_Body):
 class AdminKeyRequest(_Body):
     """Request for a new admin key."""
 
-    name: Annotated[str, Field(min_length=1, max_length=100)]
+    name: Annotated[str, Field(min_length=1, max_length=100), PLAIN]
     expires: Annotated[AwareDatetime, Field(strict=True)] | None = None
 
 

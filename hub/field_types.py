@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 TASK_PATTERN = r"^([a-z0-9][a-z0-9_-]{0,62}:)?[a-z0-9][a-z0-9_-]{0,62}$"  # `task`, or `tenant:task`
 DIGEST_PATTERN = r"^[0-9a-f]{64}$"
+MAX_LABEL_CHARACTERS = 200
 # As a browser sends `Origin`; other text would never match.
 ORIGIN_PATTERN = r"^https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?$"
 

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .control_characters import PLAIN
 from .field_types import (
     DIGEST_PATTERN,
     NUMBER,
@@ -20,6 +21,7 @@ from .field_types import Body as _Body
 
 LATEST = "latest"
 MAX_IMAGES = 64
+MAX_REPLY_BYTES = 8 * 1024**2  # of the labels and numbers of one reply to a classification
 MAX_PAGE = 1000  # entries of a list in one reply
 NEXT = "the parameter `cursor` of the next page; absent on the last page"
 UNKNOWN_BELOW = 0.01  # default of a task: the rarest of a hundred of its own images is unknown too
@@ -108,7 +110,7 @@ class TaskInfo(_Body):
 class SourceBody(_Body):
     """URL of an adapter file that the hub downloads, and the sha256 that the file must have."""
 
-    source: Annotated[str, Field(min_length=1, max_length=2048)]
+    source: Annotated[str, Field(min_length=1, max_length=2048), PLAIN]
     digest: Annotated[str, Field(pattern=DIGEST_PATTERN)] | None = None
 
 

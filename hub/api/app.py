@@ -13,9 +13,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Lifespan
 
 from ..admission.authentication import Authenticator
-from ..admission.quotas import GATEWAY_CALLS, GATEWAY_CALLS_QUEUED
+from ..admission.quotas import (
+    GATEWAY_CALLS,
+    GATEWAY_CALLS_QUEUED,
+    PARSED_AT_ONCE,
+    SOURCE_DOWNLOADS,
+    STORE_CALLS,
+)
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import TenantConcurrencyLimit
+from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantThreads
 from ..errors import Unavailable
 from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
@@ -44,10 +50,13 @@ from .dependencies import CallerDependencies
 from .problems import add_exception_handlers
 from .protocols.huggingface import add_huggingface_routes
 from .protocols.oip import add_oip_routes
+from .request_heads import HeaderLimitsMiddleware, UnreadBodyMiddleware
 from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEADERS, SecurityHeadersMiddleware
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
-from .upload_guard import BodyMemory, HeaderLimitsMiddleware, UploadGuardMiddleware
+from .upload_guard import BodyMemory, UploadGuardMiddleware
 
+PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster
+SOURCE_THREADS = 16  # downloads of adapter files, which may take minutes each
 SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
 
 
@@ -82,6 +91,7 @@ class GatewayAPI(FastAPI):
         """Return the application inside of all its middleware. Starlette calls this at the first request."""
         settings = self._settings
         stack = [  # outermost first
+            Middleware(UnreadBodyMiddleware, behind_haproxy=settings.haproxy),
             Middleware(RequestLogMiddleware, self._metrics, server_returns_id=self._metrics is not None),
             Middleware(SecurityHeadersMiddleware, tls=settings.tls_cert is not None),
             Middleware(HeaderLimitsMiddleware),
@@ -142,10 +152,17 @@ def create_app(
     if metrics is not None:
         log_format.start(settings.log_format, settings.log_level)
         tracing.start(settings.traces_exporter, settings.otlp_protocol)
-    threads = max(4, os.cpu_count() or 1)
-    # Two pools: otherwise images would wait for calls to a slow store.
+    cores = os.cpu_count() or 1
+    threads = max(4, cores)
+    # One pool for each kind of call: otherwise images would wait for a slow store, and the store for slow sources.
     decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode")
-    executor = ThreadPoolExecutor(threads, "gateway")
+    store_executor = ThreadPoolExecutor(threads, "store")
+    parse_executor = ThreadPoolExecutor(PARSE_THREADS, "parse")
+    source_executor = ThreadPoolExecutor(SOURCE_THREADS, "source")
+    active = ActiveTenants()
+    store_threads = TenantThreads(store_executor, threads, STORE_CALLS)
+    parse_threads = TenantThreads(parse_executor, PARSE_THREADS, PARSED_AT_ONCE, active)
+    source_threads = TenantThreads(source_executor, SOURCE_THREADS, SOURCE_DOWNLOADS)
 
     database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
@@ -160,7 +177,9 @@ def create_app(
         limiter=limiter,
         decoder=ImageDecoder(
             decoders,
+            active,
             threads=threads,
+            cores=cores,
             spare_threads=threads * SPARE_DECODERS,
             max_bytes=settings.max_image_bytes,
             max_pixels=settings.max_image_pixels,
@@ -174,7 +193,7 @@ def create_app(
         integrity=integrity,
         audit=audit,
         store=store,
-        executor=executor,
+        pool=store_threads.of(""),
         interval_s=settings.gc_interval_s,
         age_s=settings.gc_age_s,
     )
@@ -185,7 +204,9 @@ def create_app(
         sources=RemoteSources(settings.sources, max_bytes=settings.max_adapter_bytes),
         classification=service,
         collector=collector,
-        executor=executor,
+        store_threads=store_threads,
+        parse_threads=parse_threads,
+        source_threads=source_threads,
         max_adapter_bytes=settings.max_adapter_bytes,
     )
     administration = AdministrationService(
@@ -198,7 +219,7 @@ def create_app(
         cache=cache,
         store=store,
         registration=changes,
-        executor=executor,
+        threads=store_threads,
         max_adapter_bytes=settings.max_adapter_bytes,
         min_free_bytes=settings.min_free_disk,
     )
@@ -210,7 +231,7 @@ def create_app(
             limiter.run(),
             watch.run(),
             registry.upgrade(),
-            keep_bound(integrity, store, executor),
+            keep_bound(integrity, store, store_threads.of("")),
             collector.run(),
         )
         background = {asyncio.create_task(step) for step in steps}
@@ -222,14 +243,14 @@ def create_app(
         with suppress(Unavailable):
             await limiter.settle()
         await database.close()
-        decoders.shutdown(wait=False)
-        executor.shutdown(wait=False)
+        for executor in (decoders, store_executor, parse_executor, source_executor):
+            executor.shutdown(wait=False)
         if metrics is not None:
             tracing.stop()
 
     api = GatewayAPI(settings, metrics, lifespan)
     authenticator = Authenticator(cache, limiter)
-    dependencies = CallerDependencies(authenticator)
+    dependencies = CallerDependencies(authenticator, parse_threads)
     limit = TenantConcurrencyLimit(tenant_calls, tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)

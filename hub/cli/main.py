@@ -20,7 +20,7 @@ from . import adapters as cli_library
 from . import tasks as cli_tasks
 from . import tenants as cli_tenants
 from .options import DEFAULT_URL, AdminKey, AsJson, Key, UnknownBelow, Url
-from .output import err, fail, out, settings, show, usage_error
+from .output import err, fail, out, settings, show, show_text, usage_error
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ def classify(
     if as_json:
         show(classification.as_dict(answers), True)
     elif as_csv:
-        sys.stdout.write(classification.as_csv(answers))
+        show_text(classification.as_csv(answers))
     elif answers.reply is not None:
         out.print(classification.table(answers))
     if answers.refused:

@@ -2,18 +2,40 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import typer
 from pydantic import BaseModel, ValidationError
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
+from ..control_characters import escaped_json, escaped_lines
 from ..settings import InvalidSettings, Settings, load_settings
 
+
+class PlainConsole(Console):
+    """Console that prints the control characters of names, labels and errors as escapes.
+
+    Otherwise a name in a tenant's data could drive the terminal of an admin or of another tenant.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return text for a cell or a line. Tables measure it, so columns have room for the escapes."""
+        return super().render_str(escaped_lines(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield segments. Rich's own control codes, such as those of a progress bar, stay."""
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else escaped_lines(segment.text)
+            yield segment if text == segment.text else Segment(text, segment.style)
+
+
 # Markup would swallow the brackets in labels, paths and messages.
-out = Console(highlight=False, markup=False)
-err = Console(stderr=True, highlight=False, markup=False)
+out = PlainConsole(highlight=False, markup=False)
+err = PlainConsole(stderr=True, highlight=False, markup=False)
 
 
 def settings(**fixed: Any) -> Settings:
@@ -38,7 +60,7 @@ def show(value: BaseModel | dict[str, Any], as_json: bool) -> None:
     """Print a result to stdout, as JSON or as one row per field."""
     data = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     if as_json:
-        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(escaped_json(json.dumps(data, indent=2, ensure_ascii=False)) + "\n")
         return
     texts = {n: item if isinstance(item, str) else json.dumps(item, ensure_ascii=False) for n, item in data.items()}
     if not out.is_terminal:  # otherwise a wrapped digest would be useless to a script
@@ -52,6 +74,11 @@ def show(value: BaseModel | dict[str, Any], as_json: bool) -> None:
     for name, text in texts.items():
         table.add_row(name, text)
     out.print(table)
+
+
+def show_text(text: str) -> None:
+    """Print a text of several lines to stdout as it is, but for control characters."""
+    sys.stdout.write(escaped_lines(text))
 
 
 def confirm(question: str, refused: str) -> None:

@@ -6,19 +6,23 @@ import re
 import sys
 import traceback
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Literal
 
+from ..control_characters import escaped, escaped_json, escaped_lines
 from . import request_context
 
 Format = Literal["json", "text"]
 Level = Literal["debug", "info", "warning", "error"]
+ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 LOGGERS = ("hub", "adapters")
 # API keys, user and password of a URL, bearer tokens.
 SECRETS = re.compile(r"kh_[\w-]{8,}|(?<=://)[^/\s@]+:[^/\s@]*(?=@)|(?<=earer )\S+")
 FAULT = re.compile(r"Traceback|\bERROR\b|Fatal|Error: ")
 OWN_LINE = re.compile(rb'\{"time": "|\d{4}-\d\d-\d\dT[\d:.]+Z [A-Z]+ ')  # how each line of the two formatters begins
-CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
+MAX_MESSAGE = 8_000  # characters: a message may repeat the text of a client or of a file
+MAX_TRACEBACK = 40_000  # characters
 
 
 def start(format: Format, level: Level) -> None:
@@ -46,12 +50,12 @@ class JsonFormatter(logging.Formatter):
             "time": _time(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": mask_secrets(record.getMessage()),
+            "message": _message(record),
             **_fields(record),
         }
         if record.exc_info and record.exc_info[0] is not None:
-            line["error"] = mask_secrets("".join(traceback.format_exception(*record.exc_info)))
-        return json.dumps(line, default=str)
+            line["error"] = _traceback(record.exc_info)
+        return escaped_json(json.dumps(line, default=str))
 
 
 class TextFormatter(logging.Formatter):
@@ -60,10 +64,10 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = " ".join(f"{name}={value}" for name, value in _fields(record).items())
         # Control characters are escaped: otherwise a client could forge log lines with a line feed in a name.
-        message = mask_secrets(record.getMessage()).translate(CONTROL_CHARACTERS)
-        line = f"{_time(record)} {record.levelname} {record.name}: {message}" + (f" ({fields})" if fields else "")
+        message = f"{_message(record)} ({fields})" if fields else _message(record)
+        line = f"{_time(record)} {record.levelname} {record.name}: {escaped(message)}"
         if record.exc_info and record.exc_info[0] is not None:
-            line += "\n" + mask_secrets("".join(traceback.format_exception(*record.exc_info))).rstrip()
+            line += "\n" + escaped_lines(_traceback(record.exc_info)).rstrip()
         return line
 
 
@@ -71,14 +75,28 @@ def foreign_line(text: str, format: Format) -> str:
     """Return text that another program wrote to stderr, such as a traceback of Ray's, as a log line."""
     text = mask_secrets(text)
     if format == "text":
-        return text
+        return escaped_lines(text)
     level = "error" if FAULT.search(text) else "warning"
-    return json.dumps({"time": _text(datetime.now(UTC)), "level": level, "logger": "ray", "message": text})
+    line = {"time": _text(datetime.now(UTC)), "level": level, "logger": "ray", "message": text}
+    return escaped_json(json.dumps(line))
 
 
 def mask_secrets(text: str) -> str:
     """Return the text with `***` in place of API keys, bearer tokens and the passwords of URLs."""
     return SECRETS.sub("***", text)
+
+
+def _message(record: logging.LogRecord) -> str:
+    return _cut(mask_secrets(record.getMessage()), MAX_MESSAGE)
+
+
+def _traceback(error: ExceptionInfo) -> str:
+    return _cut(mask_secrets("".join(traceback.format_exception(*error))), MAX_TRACEBACK)
+
+
+def _cut(text: str, limit: int) -> str:
+    """Return both ends of a long text: the end of a traceback names the error."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:

@@ -1,9 +1,10 @@
 """Management of whole tenants by owners and admins: limits, keys, audit, export and import, garbage collection."""
 
 from collections.abc import AsyncIterable
-from concurrent.futures import Executor
+from functools import partial
 
 from ..admin_schemas import AuditPage, Collected, HubStatus, LimitsChange, TenantInfo
+from ..concurrency import TenantThreads
 from ..registry.audit import Actor, AuditLog
 from ..registry.cache import RegistryCache
 from ..registry.keys import KeyRegistry
@@ -32,13 +33,13 @@ class AdministrationService:
         cache: RegistryCache,
         store: Store,
         registration: RegistrationService,
-        executor: Executor,
+        threads: TenantThreads,
         max_adapter_bytes: int,
         min_free_bytes: int,
     ) -> None:
         """
         Args:
-            executor: thread pool for calls to the store and for parsing.
+            threads: thread pool for calls to the store and for files.
             max_adapter_bytes: size limit of one adapter file in an import.
             min_free_bytes: bytes that an import leaves free on the disk of temporary files.
         """
@@ -51,7 +52,7 @@ class AdministrationService:
         self._cache = cache
         self._store = store
         self._registration = registration
-        self._executor = executor
+        self._threads = threads
         self._max_adapter_bytes = max_adapter_bytes
         self._min_free_bytes = min_free_bytes
 
@@ -106,7 +107,7 @@ class AdministrationService:
             Unavailable: the store lacks a file.
         """
         info = await self.tenants.get(tenant)
-        return await export_tenant(self._registry, self._store, self._executor, info)
+        return await export_tenant(self._registry, self._store, self._threads.of(tenant), info)
 
     async def restore(self, by: Actor, tenant: str, tar: AsyncIterable[bytes]) -> TaskList:
         """Create the tasks of an exported tenant, all or none.
@@ -119,8 +120,8 @@ class AdministrationService:
         tasks = await import_tenant(
             self._registry,
             self._store,
-            self._executor,
-            self._registration.check,
+            self._threads.of(tenant),
+            partial(self._registration.check, tenant),
             by,
             info,
             tar,

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -24,7 +24,7 @@ from ..registry.versions import ServedVersion, StoredVersion
 from ..schemas import Classified, Input, Result, TaskInfo, TaskList
 from ..worker_api import Answer, PassStats, Workers
 from .image_decoding import ImageDecoder
-from .label_sets import best, label_set, threshold_of
+from .label_sets import best, label_set, require_small_labels, require_small_sets, threshold_of
 
 CHUNK_BYTES = 2 * 1024**2  # pixels in one call to a worker: Ray passes arguments by value up to 4 MiB
 
@@ -91,6 +91,8 @@ class ClassificationService:
         images: Sequence[tuple[str, bytes | np.ndarray]],
         canary: str | None = None,
         coverage: float | None = None,
+        *,
+        check: Callable[[ServedVersion, int], None] | None = None,
     ) -> Predicted:
         """Return the version used and the answer to each image.
 
@@ -99,10 +101,11 @@ class ClassificationService:
             images: pairs of field name (for errors) and encoded bytes, or pixels as `ImageDecoder.decode` accepts them.
             canary: key of the caller's choice. If an alias has several versions, equal keys give equal versions.
             coverage: of the label sets; None: no sets.
+            check: refuses the version and the number of images before any work, if the reply would be too large.
 
         Raises:
             NotFound: no such task or version.
-            InvalidRequest: the version cannot make label sets of this coverage.
+            InvalidRequest: the version cannot make label sets of this coverage, or `check` refuses the call.
             InvalidImage, TooLarge: an image is not usable.
             InvalidAdapter: the adapter's numbers overflow, so there are no probabilities.
             LimitReached: a limit of the tenant.
@@ -112,11 +115,16 @@ class ClassificationService:
         owner, _ = caller.resolve(name)
         chosen = await self._cache.version(owner, found, choose_version(found, version, canary))
         threshold = threshold_of(name, chosen, coverage)
+        if check is not None:
+            check(chosen, len(images))
         request_context.note_task(name, chosen.version, chosen.digest)
         tenant, count = caller.tenant, len(images)
-        async with self._limiter.images(tenant, count) as weight, self._images.acquire(tenant, count):
+        sizes = await self._decoder.sizes(tenant, [x for _, x in images])
+        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self._images.acquire(tenant, sum(sizes)):
             with tracing.span("decode", images=count), request_context.timed("decode"):
-                pixels = await self._decoder.decode(tenant, [(field, x, chosen.preprocess) for field, x in images])
+                pixels = await self._decoder.decode(
+                    tenant, [(field, x, chosen.preprocess) for field, x in images], sizes
+                )
             answers = await self._compute(tenant, name, chosen, pixels, weight)
         predicted = Predicted(chosen, answers, found.settings.unknown_below, threshold)
         request_context.note_unknown(name, sum(predicted.unknown or ()))
@@ -139,9 +147,15 @@ class ClassificationService:
 
         Raises:
             HubError: any error of `predict`.
+            InvalidRequest: the reply would be too large.
         """
-        predicted = await self.predict(caller, name, version, images, canary, coverage)
-        chosen, answers = predicted.version, predicted.answers
+
+        def check(chosen: ServedVersion, count: int) -> None:
+            require_small_labels([chosen.labels] * count, top_k)
+
+        predicted = await self.predict(caller, name, version, images, canary, coverage, check=check)
+        chosen, answers, sets = predicted.version, predicted.answers, predicted.sets
+        require_small_sets(sets or ())
         body = Classified(
             task=name,
             version=chosen.version,
@@ -149,7 +163,7 @@ class ClassificationService:
             predictions=[best(chosen.labels, answer.probabilities, top_k) for answer in answers],
             typicality=predicted.typicality,
             unknown=predicted.unknown,
-            sets=predicted.sets,
+            sets=sets,
         )
         return body, [answer.computed for answer in answers]
 
@@ -170,6 +184,7 @@ class ClassificationService:
 
         Raises:
             HubError: any error of `predict`; its field names the input.
+            InvalidRequest: the reply would be too large.
         """
         tasks = [await self._visible(caller, x.task) for x in inputs]
         chosen = [
@@ -177,15 +192,19 @@ class ClassificationService:
             for task, x in zip(tasks, inputs, strict=True)
         ]
         thresholds = [threshold_of(x.task, c, coverage) for x, c in zip(inputs, chosen, strict=True)]
+        require_small_labels([c.labels for c in chosen], top_k)
         # One call per adapter: a worker batches the images of one call at once. Results return to the inputs' order.
         members = defaultdict(list)
         for i, c in enumerate(chosen):
             members[c.digest].append(i)
         tenant, count = caller.tenant, len(inputs)
-        async with self._limiter.images(tenant, count) as weight, self._images.acquire(tenant, count):
+        sizes = await self._decoder.sizes(tenant, [x for _, x in images])
+        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self._images.acquire(tenant, sum(sizes)):
             with tracing.span("decode", images=count), request_context.timed("decode"):
                 pixels = await self._decoder.decode(
-                    tenant, [(field, data, c.preprocess) for (field, data), c in zip(images, chosen, strict=True)]
+                    tenant,
+                    [(field, data, c.preprocess) for (field, data), c in zip(images, chosen, strict=True)],
+                    sizes,
                 )
             groups = await gather_or_cancel(
                 self._compute(tenant, inputs[at[0]].task, chosen[at[0]], [pixels[i] for i in at], weight)
@@ -196,6 +215,7 @@ class ClassificationService:
             _result(x.task, Predicted(c, [answers[i]], task.settings.unknown_below, threshold), top_k)
             for i, (x, task, c, threshold) in enumerate(zip(inputs, tasks, chosen, thresholds, strict=True))
         ]
+        require_small_sets(result.set for result in results if result.set)
         for result in results:
             request_context.note_unknown(result.task, int(result.unknown or False))
         return results, [answers[i].computed for i in range(len(inputs))]

@@ -12,14 +12,13 @@ import logging
 import random
 import time
 import uuid
-from concurrent.futures import Executor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Protocol
 
 from ..admin_schemas import Collected
-from ..concurrency import run_blocking
+from ..concurrency import Pool, run_blocking
 from ..errors import Conflict, HubError
 from ..registry.audit import Actor, AuditLog
 from ..registry.redis.connection import is_cancelled
@@ -69,22 +68,22 @@ class Integrity(Protocol):
         """Raise `Conflict` if keys may be missing."""
 
 
-async def bind_store(integrity: Integrity, store: Store, executor: Executor | None) -> None:
+async def bind_store(integrity: Integrity, store: Store, pool: Pool) -> None:
     """Check that registry and store belong together. The first call for a new store binds it to the registry.
 
     Raises:
         Conflict: the store belongs to another registry, or this registry lost its keys.
         Unavailable: the registry or the store is unavailable.
     """
-    owner, identity = await run_blocking(executor, store.owner), await integrity.identity()
+    owner, identity = await run_blocking(pool, store.owner), await integrity.identity()
     if owner is None:
-        has_files = bool(await run_blocking(executor, lambda: list(islice(store.files(), 1))))
+        has_files = bool(await run_blocking(pool, lambda: list(islice(store.files(), 1))))
         if has_files and not await integrity.has_versions():
             raise Conflict(
                 "The adapter store has files, but the registry has no version. It may have lost its keys. Restore the "
                 "registry from a backup, or register a version first if the files are not needed."
             )
-        await run_blocking(executor, store.set_owner, await integrity.make_identity())
+        await run_blocking(pool, store.set_owner, await integrity.make_identity())
     elif identity is None:
         raise Conflict(
             "The registry has lost its keys, or it is a new one beside the store of an old one. Restore the registry "
@@ -99,11 +98,11 @@ async def bind_store(integrity: Integrity, store: Store, executor: Executor | No
         )
 
 
-async def keep_bound(integrity: Integrity, store: Store, executor: Executor | None) -> None:
+async def keep_bound(integrity: Integrity, store: Store, pool: Pool) -> None:
     """Bind the store at the start of a gateway. Repeat until registry and store answer; log a conflict."""
     while not is_cancelled():
         try:
-            await bind_store(integrity, store, executor)
+            await bind_store(integrity, store, pool)
             return
         except Conflict as error:
             logger.error("garbage collection removes nothing: %s", error.detail)
@@ -116,7 +115,7 @@ async def collect_garbage(
     registry: OrphanRegistry,
     integrity: Integrity,
     store: Store,
-    executor: Executor | None,
+    pool: Pool,
     older_than_s: float,
     now: datetime | None = None,
     accounts: Accounts | None = None,
@@ -129,7 +128,7 @@ async def collect_garbage(
     collector never ends a claim early, because another collection may rely on it.
 
     Args:
-        executor: thread pool for calls to the store; None for the event loop's default pool.
+        pool: thread pool for calls to the store; None for the event loop's default pool.
         now: reference time for ages; None for the clock.
         accounts: accounts of the removed files; None for a registry without any.
 
@@ -137,15 +136,15 @@ async def collect_garbage(
         Conflict: the registry may have lost keys; nothing was removed.
         Unavailable: the registry or the store is unavailable; files removed before that stay removed.
     """
-    await bind_store(integrity, store, executor)
+    await bind_store(integrity, store, pool)
     await integrity.check_complete()
     before = (now or datetime.now(UTC)) - timedelta(seconds=older_than_s)
-    unfinished = await run_blocking(executor, store.delete_unfinished, before)
+    unfinished = await run_blocking(pool, store.delete_unfinished, before)
     removed, size_bytes, kept = len(unfinished), sum(unfinished), 0
     files = store.files()
-    while listed := await run_blocking(executor, lambda: list(islice(files, FILES_PER_LISTING))):
+    while listed := await run_blocking(pool, lambda: list(islice(files, FILES_PER_LISTING))):
         for file in listed:
-            if file.modified < before and await _remove(registry, store, executor, file.digest, before):
+            if file.modified < before and await _remove(registry, store, pool, file.digest, before):
                 if accounts is not None:
                     await accounts.release(file.digest)
                 removed += 1
@@ -155,13 +154,11 @@ async def collect_garbage(
     return Collected(removed=removed, bytes=size_bytes, kept=kept)
 
 
-async def _remove(
-    registry: OrphanRegistry, store: Store, executor: Executor | None, digest: str, before: datetime
-) -> bool:
+async def _remove(registry: OrphanRegistry, store: Store, pool: Pool, digest: str, before: datetime) -> bool:
     deadline = time.monotonic() + CLAIM_USE_S
     if not await registry.claim_orphan(digest):
         return False
-    return await run_blocking(executor, _remove_if_old, store, digest, before, deadline)
+    return await run_blocking(pool, _remove_if_old, store, digest, before, deadline)
 
 
 def _remove_if_old(store: Store, digest: str, before: datetime, deadline: float) -> bool:
@@ -181,13 +178,13 @@ class Collector:
         integrity: Integrity,
         audit: AuditLog,
         store: Store,
-        executor: Executor | None,
+        pool: Pool,
         interval_s: int,
         age_s: float,
     ) -> None:
         """
         Args:
-            executor: thread pool for calls to the store.
+            pool: thread pool for calls to the store.
             interval_s: seconds between two collections of the whole hub by itself; 0: none.
             age_s: seconds since its last write before such a collection removes a file.
         """
@@ -196,7 +193,7 @@ class Collector:
         self._integrity = integrity
         self._audit = audit
         self._store = store
-        self._executor = executor
+        self._pool = pool
         self._interval_s = interval_s
         self._age_s = age_s
         self._gateway = uuid.uuid4().hex
@@ -204,11 +201,11 @@ class Collector:
 
     async def collect(self, older_than_s: float) -> Collected:
         """Collect the garbage of all tenants. Raise the errors of `collect_garbage`."""
-        registry, store, executor = self._registry, self._store, self._executor
-        done = await collect_garbage(registry, self._integrity, store, executor, older_than_s, accounts=self._files)
+        registry, store, pool = self._registry, self._store, self._pool
+        done = await collect_garbage(registry, self._integrity, store, pool, older_than_s, accounts=self._files)
         # A gateway that died may have removed a file without its account.
         async for digest in self._files.orphans():
-            if await run_blocking(executor, store.find, digest) is None and await registry.claim_orphan(digest):
+            if await run_blocking(pool, store.find, digest) is None and await registry.claim_orphan(digest):
                 await self._files.release(digest)
         return done
 
@@ -233,8 +230,8 @@ class Collector:
             if freed_bytes >= needed_bytes:
                 break
             digest, before = orphan.digest, NO_FILE_IS_YOUNGER
-            await _remove(self._registry, self._store, self._executor, digest, before)
-            if await run_blocking(self._executor, self._store.find, digest) is None:
+            await _remove(self._registry, self._store, self._pool, digest, before)
+            if await run_blocking(self._pool, self._store.find, digest) is None:
                 await self._files.release(digest)
                 freed_bytes += orphan.size_bytes
         return freed_bytes > 0
@@ -275,6 +272,6 @@ class Collector:
     async def _check(self) -> None:
         now_s = time.monotonic()
         if self._checked_at_s is None or now_s - self._checked_at_s > CHECKED_S:
-            await bind_store(self._integrity, self._store, self._executor)
+            await bind_store(self._integrity, self._store, self._pool)
             await self._integrity.check_complete()
             self._checked_at_s = now_s

@@ -1,6 +1,6 @@
-"""Labels of one image: the best ones, and the smallest set that covers a share of a task's images."""
+"""Labels of one image: the best ones, the smallest set that covers a share of a task's images, and their bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -8,7 +8,9 @@ from adapters.evaluation.calibration import coverage_threshold
 
 from ..errors import InvalidRequest
 from ..registry.versions import ServedVersion
-from ..schemas import Prediction
+from ..schemas import MAX_REPLY_BYTES, Prediction
+
+ENTRY_BYTES = 48  # of a label's score and of the JSON around both
 
 
 def best(labels: Sequence[str], probabilities: np.ndarray, top_k: int) -> list[Prediction]:
@@ -43,3 +45,64 @@ def threshold_of(task: str, version: ServedVersion, coverage: float | None) -> f
         low, high = version.coverage[0][0], version.coverage[-1][0]
         message = f"is {coverage:g}; version {version.version} of task {task!r} takes {low:g} to {high:g}"
         raise InvalidRequest.at("coverage", message) from error
+
+
+def require_small_labels(labels: Sequence[Sequence[str]], top_k: int) -> None:
+    """Refuse a call whose reply would be a large multiple of its request.
+
+    Args:
+        labels: of the version that classifies each image.
+
+    Raises:
+        InvalidRequest: the reply may have more than `MAX_REPLY_BYTES`.
+    """
+    if len(labels) == 1:  # a version's labels are fewer bytes than the limit
+        return
+    different = {id(names): names for names in labels}
+    for count in (None, top_k):  # all labels first: that bound is cheaper, and it is enough for most calls
+        sizes = {key: _largest_bytes(names, count or len(names)) for key, names in different.items()}
+        image_bytes = [sizes[id(names)] for names in labels]
+        if sum(image_bytes) <= MAX_REPLY_BYTES:
+            return
+    require_small_reply(image_bytes, "top_k", "lower top_k")
+
+
+def _largest_bytes(labels: Sequence[str], top_k: int) -> int:
+    """Return the bytes of one image's `top_k` labels with their scores, if the longest labels are the best ones."""
+    if top_k >= len(labels):
+        return len("".join(labels).encode(errors="replace")) + ENTRY_BYTES * len(labels)
+    sizes = sorted((len(label.encode(errors="replace")) for label in labels), reverse=True)
+    return sum(sizes[:top_k]) + ENTRY_BYTES * top_k
+
+
+def require_small_reply(image_bytes: Sequence[int], field: str, remedy: str) -> None:
+    """Refuse a call whose reply would be a large multiple of its request.
+
+    Args:
+        image_bytes: bytes of the reply to each image.
+        field: option that the reply's size depends on.
+        remedy: the end of the message, such as "lower top_k".
+
+    Raises:
+        InvalidRequest: the reply would have more than `MAX_REPLY_BYTES`.
+    """
+    total = sum(image_bytes)
+    if len(image_bytes) > 1 and total > MAX_REPLY_BYTES:
+        images = max(1, MAX_REPLY_BYTES // max(image_bytes))
+        message = f"the reply to {len(image_bytes)} images may have {total} bytes of labels and numbers"
+        raise InvalidRequest.at(
+            field, f"{message} (limit {MAX_REPLY_BYTES}); send at most {images} images in a call, or {remedy}"
+        )
+
+
+def require_small_sets(sets: Iterable[Sequence[str]]) -> None:
+    """Refuse label sets that would make a reply a large multiple of its request.
+
+    Raises:
+        InvalidRequest: the sets have more than `MAX_REPLY_BYTES`.
+    """
+    require_small_reply(
+        [len("".join(labels).encode(errors="replace")) + ENTRY_BYTES * len(labels) for labels in sets],
+        "coverage",
+        "lower the coverage",
+    )

@@ -18,7 +18,7 @@ from .conftest import AttackedHub, Victim
 pytestmark = pytest.mark.slow
 OTHERS = 900  # tenants that a task is shared with
 SAMPLES = 400
-SLOWER = 3.0  # 1.1 on an idle machine; the attacker and the hub share its processor cores
+SLOWER = 3.0  # the attacker and the hub share the processor cores of the machine
 
 
 @pytest.fixture(scope="module")

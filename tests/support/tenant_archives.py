@@ -73,7 +73,7 @@ class Case:
         arguments: dict[str, Any] = {"max_adapter_bytes": MAX_ADAPTER_BYTES, "registry": self.registry} | options
         return await import_tenant(
             store=self.stores[tenant],
-            executor=None,
+            pool=None,
             check=check,
             by=OPERATOR,
             info=await self.info(tenant),

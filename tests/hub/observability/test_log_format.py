@@ -60,10 +60,26 @@ def test_a_traceback_is_one_member_of_a_json_line() -> None:
 
 
 def test_a_client_cannot_forge_text_lines_by_control_characters() -> None:
-    text = line(TextFormatter(), "bad task %s", "x\n2026-01-01 ERROR forged\x1b[31m")
-    assert "\n" not in text
-    assert "\x1b" not in text
+    text = line(TextFormatter(), "bad task %s", "x\n2026-01-01 ERROR forged\x1b[31m\x9b31m\u202e")
+    assert not {*"\n\x1b\x9b\u202e"} & {*text}
     assert "\\x0a2026" in text
+    try:
+        raise ValueError("\x1b[2J\x9b")
+    except ValueError as error:
+        text = line(TextFormatter(), "failed", exc_info=(type(error), error, error.__traceback__))
+    assert not {*"\x1b\x9b"} & {*text}
+
+
+@pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()])
+def test_line_is_short_when_its_message_or_its_error_is_long(formatter: logging.Formatter) -> None:
+    assert len(line(formatter, "bad task %s", "x" * 1_000_000)) < 10_000
+    try:
+        raise ValueError("x" * 1_000_000, "the end")
+    except ValueError as error:
+        text = line(formatter, "failed", exc_info=(type(error), error, error.__traceback__))
+    assert len(text) < 50_000
+    assert "ValueError" in text
+    assert "the end" in text
 
 
 @pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()])
