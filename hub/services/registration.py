@@ -120,6 +120,7 @@ class RegistrationService:
         task = caller.own_task(name)
         if stage and alias == LATEST:
             raise InvalidRequest.at("stage", f"a staged version does not become {LATEST!r}; omit stage or alias")
+        pool = self._store_threads.of(caller.tenant)
         adapter = await self._checked_upload(caller.tenant, data)
         registered = datetime.now(UTC).isoformat(timespec="milliseconds")
         version = VersionInfo(version=0, registered=registered, **version_fields(adapter))  # the registry numbers it
@@ -129,9 +130,9 @@ class RegistrationService:
         compared = None if labels_may_change else version
         live = await self._live(caller.tenant, task, compared if is_new else None)
         if is_new:  # last of all: a refused file counts for nothing
-            await run_blocking(self._store_threads.of(caller.tenant), self._store.require_space, len(data))
+            await run_blocking(pool, self._store.require_space, len(data))
             await self._check_quota(caller, task, version, reserve_s=RESERVE_S)
-        await run_blocking(self._store_threads.of(caller.tenant), self._store.put, adapter.digest, data)
+        await run_blocking(pool, self._store.put, adapter.digest, data)
         while True:
             # A task without `latest` could not be called by most clients, so its first version always gets it.
             aliases = further if stage and live.version is not None else [LATEST, *further]
@@ -143,11 +144,8 @@ class RegistrationService:
             except LatestMovedError:  # by another registration since `live` was read
                 live = await self._live(caller.tenant, task, compared)
         # From now on no collection removes the file. One may have, if another tenant's last version of it was deleted.
-        if (
-            created
-            and await run_blocking(self._store_threads.of(caller.tenant), self._store.find, adapter.digest) is None
-        ):
-            await run_blocking(self._store_threads.of(caller.tenant), self._store.put, adapter.digest, data)
+        if created and await run_blocking(pool, self._store.find, adapter.digest) is None:
+            await run_blocking(pool, self._store.put, adapter.digest, data)
         self._cache.invalidate_task(caller.tenant, task)
         prefetch = asyncio.create_task(self._classification.prefetch(adapter.digest))
         self._background.add(prefetch)  # otherwise the task could be garbage-collected: the loop holds weak references
