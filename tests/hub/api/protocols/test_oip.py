@@ -268,8 +268,10 @@ def events(hub: Hub, path: str, headers: list[tuple[bytes, bytes]], chunks: Iter
     async def send(message: Message) -> None:
         seen.append(" ".join(str(message[name]) for name in ("type", "status") if name in message))
 
-    scope: Scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}
-    scope |= {"path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": headers}
+    scope: Scope = {
+        **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"},
+        **{"path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": headers},
+    }
     assert hub.http.portal is not None
     hub.http.portal.call(hub.api, scope, receive, send)
     return seen
