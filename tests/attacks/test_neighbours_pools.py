@@ -15,14 +15,13 @@ from PIL import Image
 from adapters import Adapter
 from hub.admission.quotas import REFUSED_UPLOADS
 from tests.support.models import png, with_tensors
-from tests.support.neighbours import Request, compare, send
+from tests.support.neighbours import MOST_SLOWER, Request, compare, send
 
 from .conftest import TASK, AttackedHub, Victim
 
 pytestmark = pytest.mark.slow
 AT_ONCE = 48
 ATTEMPTS = 3
-MOST_SLOWER = 3.0  # p95 beside the attack, relative to p95 alone
 OCTETS = "application/octet-stream"
 JSON = "application/json"
 
