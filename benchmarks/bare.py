@@ -185,9 +185,12 @@ def _decoded(name: str, data: Sequence[bytes], threads: int) -> list[np.ndarray]
     """Decode with the gateway's own code, in threads as in the gateway."""
     loop, images = _decoder(threads)
     preprocess = preprocess_of(_backbone(name))
-    return loop.run_until_complete(
-        images.decode("tenant", [(str(i), one, preprocess) for i, one in enumerate(data)], [1] * len(data))
-    )
+
+    async def decode() -> list[np.ndarray]:
+        named = [(str(i), one, preprocess) for i, one in enumerate(data)]
+        return await images.decode("tenant", named, await images.sizes("tenant", data))
+
+    return loop.run_until_complete(decode())
 
 
 @lru_cache

@@ -19,7 +19,7 @@ from .errors import LimitReached
 P = ParamSpec("P")
 T = TypeVar("T")
 ACTIVE_S = 10.0  # a tenant counts as active for this long after its last call
-REST_RATIO = 3.0  # rest of a tenant between two calls that hold the interpreter lock, relative to the first one's time
+REST_RATIO = 3.0  # rest of a tenant after a call that slows others, relative to the call's time
 MAX_CHARGES = 1024  # tenants with a charge that are remembered before paid charges are removed
 
 

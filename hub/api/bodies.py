@@ -170,7 +170,7 @@ class RequestBody:
         Raises:
             InvalidRequest: the body has content other than `{}` or `null`, which some clients always send.
         """
-        if not is_announced(self._request):
+        if not announces_body(self._request.scope["headers"]):
             return
         try:
             content = await self.read(MAX_EMPTY_BYTES)
@@ -221,11 +221,6 @@ class RequestBody:
             return await _images_of_form(form)
         finally:
             await form.close()
-
-
-def is_announced(request: Request) -> bool:
-    """Return whether the headers announce a body."""
-    return announces_body(request.scope["headers"])
 
 
 async def _images_of_form(form: FormData) -> ImageRequest:

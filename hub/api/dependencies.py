@@ -17,8 +17,9 @@ from ..field_types import NAME_PATTERN, TASK_PATTERN
 from ..observability import request_context
 from ..schemas import MAX_PAGE
 from ..worker_api import PassStats
-from .bodies import NO_BODY, RequestBody, is_announced
+from .bodies import NO_BODY, RequestBody
 from .problems import invalid_fields
+from .request_heads import announces_body
 from .upload_guard import claim_body
 
 # For the OpenAPI document only. `Authenticator` reads the header, because FastAPI's own errors are not problems.
@@ -125,7 +126,7 @@ async def no_options(request: Request) -> None:
         InvalidRequest: the request has an option, or its headers announce a body.
     """
     _refuse_unknown_options(request)
-    if is_announced(request):
+    if announces_body(request.scope["headers"]):
         raise InvalidRequest.at("body", NO_BODY)
 
 

@@ -17,12 +17,11 @@ from adapters.data.formats.sizes import header_pixels
 from adapters.data.images import background_of, decode_image, eval_transform, needed_px, pixels_of
 
 from ..admission.quotas import PIXELS_PER_IMAGE
-from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantTurns
+from ..concurrency import REST_RATIO, ActiveTenants, TenantConcurrencyLimit, TenantTurns
 from ..errors import InvalidImage, TooLarge
 
 DECODE_TIMEOUT_S = 10.0
 SLOW_S = 0.25  # photos of cameras take less
-REST_RATIO = 3.0  # rest of a tenant after a slow decode of a large image, relative to the decode's time
 # A JPEG scan costs the sender a few bytes and the decoder a pass over the whole image: 10 MB of scans would take hours.
 # Cameras and libraries write about ten.
 MAX_JPEG_SCANS = 100

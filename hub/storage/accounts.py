@@ -3,7 +3,8 @@
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-from ..registry.redis.connection import RegistryConnection, as_hash, tenant_key
+from ..registry.redis.connection import RegistryConnection, tenant_key
+from ..registry.redis.scans import scan_hash
 from ..registry.redis.scripts import COLLECTION
 
 ORPHANS_PER_READ = 500
@@ -27,7 +28,7 @@ class FileRegistry:
         """Return orphans of a tenant that a collection may remove now: those that no registration is about to use."""
         now_s, _ = await self._connection.execute(self._redis.time())
         found: list[Orphan] = []
-        async for digest, stored in self._scan(tenant_key(tenant, "orphans")):
+        async for digest, stored in scan_hash(self._connection, tenant_key(tenant, "orphans"), ORPHANS_PER_READ):
             size_bytes, _, due_s = stored.partition(":")
             if int(due_s) <= now_s:
                 found.append(Orphan(digest, int(size_bytes)))
@@ -37,7 +38,7 @@ class FileRegistry:
 
     async def orphans(self) -> AsyncIterator[str]:
         """Yield the digests of all tenants' orphans."""
-        async for digest, _ in self._scan("karst:orphans"):
+        async for digest, _ in scan_hash(self._connection, "karst:orphans", ORPHANS_PER_READ):
             yield digest
 
     async def release(self, digest: str) -> None:
@@ -53,13 +54,3 @@ class FileRegistry:
         """Make the turn last so long from now on. Return whether this gateway still had it."""
         reply = await self._connection.change(COLLECTION, "extend", token=token, duration_s=duration_s)
         return reply.outcome == "done"
-
-    async def _scan(self, key: str) -> AsyncIterator[tuple[str, str]]:
-        cursor = 0
-        while True:
-            command = self._redis.hscan(key, cursor, count=ORPHANS_PER_READ)
-            cursor, found = await self._connection.execute(command)
-            for name, value in as_hash(found).items():
-                yield name, value
-            if cursor == 0:
-                return

@@ -7,6 +7,11 @@ local DONE = {outcome = 'done'}
 local REVOKED = {outcome = 'revoked'}
 local ABSENT = {outcome = 'absent'}
 
+local function limit_reached(limit, maximum)
+  -- As text: cjson would write 10^14 bytes as 1e+14.
+  return {outcome = 'limit', limit = limit, maximum = string.format('%.0f', maximum)}
+end
+
 local function tenant_key(tenant, name)
   return 'karst:t:' .. tenant .. ':' .. name
 end
@@ -30,9 +35,7 @@ local function take_change(args)
   local stored = redis.call('HMGET', key, 'left', 'at')
   local elapsed = math.max(0, now - tonumber(stored[2] or 0))
   local left = math.min(maximum, tonumber(stored[1] or maximum) + elapsed * maximum / 60)
-  if left < 1 then
-    return {outcome = 'limit', limit = 'changes_per_minute', maximum = string.format('%.0f', maximum)}
-  end
+  if left < 1 then return limit_reached('changes_per_minute', maximum) end
   redis.call('HSET', key, 'left', tostring(left - 1), 'at', string.format('%.6f', now))
   redis.call('EXPIRE', key, 600)
   return nil

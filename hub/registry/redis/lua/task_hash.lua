@@ -6,11 +6,6 @@ local function task_key(tenant, task)
   return tenant_key(tenant, 'task:' .. task)
 end
 
-local function limit_reached(limit, maximum)
-  -- As text: cjson would write 10^14 bytes as 1e+14.
-  return {outcome = 'limit', limit = limit, maximum = string.format('%.0f', maximum)}
-end
-
 -- Return whether a garbage collection claims the file; a version must not refer to a file that is being removed.
 local function is_being_removed(digest)
   return redis.call('EXISTS', 'karst:gc:' .. digest) == 1

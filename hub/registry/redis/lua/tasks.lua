@@ -33,6 +33,13 @@ local function move_alias(key, alias, targets, max_history)
   redis.call('HSET', key, 'a:' .. alias, targets)
 end
 
+-- Count the bytes of a task that was changed, and record the change.
+local function record_task_change(args, key)
+  count_registry_bytes(args.tenant, key)
+  record_change(args, 'task', args.task)
+  return DONE
+end
+
 -- Write settings: name -> JSON text. The task keeps its other settings.
 local function write_settings(key, settings)
   for name, text in pairs(settings) do redis.call('HSET', key, 's:' .. name, text) end
@@ -115,16 +122,13 @@ function tasks.register(args)
     redis.call('INCRBY', tenant_key(args.tenant, 'bytes'), args.size_bytes)
     redis.call('HINCRBY', 'karst:digests', args.digest, 1)
     remove_orphan(args.digest)
-  end
-  if created then
     for _, alias in ipairs(args.aliases) do
       move_alias(key, alias, '{"' .. number .. '":1}', args.max_history)
     end
   end
   write_settings(key, args.settings)
-  count_registry_bytes(args.tenant, key)
   args.entry = with_details(args.entry, {version = tonumber(number)})
-  record_change(args, 'task', args.task)
+  record_task_change(args, key)
   return {outcome = 'done', number = number, created = created}
 end
 
@@ -141,9 +145,7 @@ function tasks.set_alias(args)
   local refusal = registry_refusal(args.tenant, #args.targets, args.max_registry_bytes)
   if refusal then return refusal end
   move_alias(key, args.alias, args.targets, args.max_history)
-  count_registry_bytes(args.tenant, key)
-  record_change(args, 'task', args.task)
-  return DONE
+  return record_task_change(args, key)
 end
 
 -- alias. Restore the last targets whose versions all exist and remove them from the history.
@@ -163,10 +165,8 @@ function tasks.roll_back(args)
     if usable then
       redis.call('HSET', key, 'a:' .. args.alias, targets)
       write_history(key, args.alias, history)
-      count_registry_bytes(args.tenant, key)
       args.entry = with_details(args.entry, {targets = cjson.decode(targets)})
-      record_change(args, 'task', args.task)
-      return DONE
+      return record_task_change(args, key)
     end
   end
   return {outcome = 'no_history'}
@@ -179,9 +179,7 @@ function tasks.delete_alias(args)
   local key = task_key(args.tenant, args.task)
   if redis.call('HDEL', key, 'a:' .. args.alias) == 0 then return ABSENT end
   redis.call('HDEL', key, 'h:' .. args.alias)
-  count_registry_bytes(args.tenant, key)
-  record_change(args, 'task', args.task)
-  return DONE
+  return record_task_change(args, key)
 end
 
 -- sharing (JSON text), max_registry_bytes, max_shares, max_with_one. Sharing with fewer tenants is never refused.
@@ -204,9 +202,7 @@ function tasks.share(args)
   update_shared_lists(false, args.tenant, args.task, former)
   update_shared_lists(true, args.tenant, args.task, args.sharing)
   redis.call('HSET', key, 'share', args.sharing)
-  count_registry_bytes(args.tenant, key)
-  record_change(args, 'task', args.task)
-  return DONE
+  return record_task_change(args, key)
 end
 
 -- settings (name -> JSON text).
@@ -216,9 +212,7 @@ function tasks.change_settings(args)
   local key = task_key(args.tenant, args.task)
   if redis.call('EXISTS', key) == 0 then return ABSENT end
   write_settings(key, args.settings)
-  count_registry_bytes(args.tenant, key)
-  record_change(args, 'task', args.task)
-  return DONE
+  return record_task_change(args, key)
 end
 
 function tasks.delete(args)
@@ -241,9 +235,7 @@ function tasks.delete_version(args)
   release_version(args.tenant, key, args.number, args.digest)
   redis.call('HDEL', key, 'v:' .. args.number, 'i:' .. args.number, 'd:' .. args.digest)
   redis.call('HINCRBY', key, 'n', -1)
-  count_registry_bytes(args.tenant, key)
-  record_change(args, 'task', args.task)
-  return DONE
+  return record_task_change(args, key)
 end
 
 -- summaries: number -> summary of a version whose text an older hub has written. Further calls change nothing.
