@@ -244,6 +244,7 @@ STAGES: dict[str, Stage] = {
     "variants": variants,
     "search others": search(OTHERS),
     "25 others": table(25, 0, OTHERS),
+    **{f"25 adapters seed {seed}": table(25, seed, ADAPTERS) for seed in SEEDS[1:]},
     "variants' rates": search(tuple(VARIANTS)),
     "10": table(10, 0),
     "50": table(50, 0),

@@ -18,7 +18,7 @@ from adapters.evaluation.linear_probe import INVERSE_PENALTIES, MAX_FOLDS, MAX_I
 
 from . import real_backbone
 from .accuracy_methods import NEIGHBOURS, PROBE
-from .accuracy_tasks import load_task
+from .accuracy_tasks import Task, further_images, load_task
 
 SIDE_PX = 98
 NEIGHBOUR_COUNTS = (1, 3, 5, 9)  # cross-validated, for kNN
@@ -57,11 +57,25 @@ def backbone() -> Backbone:
 @cache
 def frozen_features(name: str) -> Tensor:
     """Return the frozen features of all images of a task, float32 (n, D), from a file beside the checkpoint."""
+    return _cached(name, load_task(name, SIDE_PX))
+
+
+@cache
+def further_features(name: str) -> tuple[Tensor, Tensor]:
+    """Return the frozen features of a task's further images, float32 (m, D), and their classes; m is 0 without any."""
+    task = further_images(name, SIDE_PX)
+    if task is None:
+        known = frozen_features(name)
+        return known[:0], torch.empty(0, dtype=torch.long)
+    return _cached(f"{name}-further", task), task.targets
+
+
+def _cached(name: str, task: Task) -> Tensor:
     path = real_backbone.DEFAULT_OUTPUT.parent / f"features-{name}-{SIDE_PX}.pt"
     if path.exists():
         found: Tensor = torch.load(path, weights_only=True)
         return found
-    frozen, task = backbone(), load_task(name, SIDE_PX)
+    frozen = backbone()
     with torch.inference_mode():
         found = torch.cat(
             [

@@ -26,6 +26,7 @@ VALIDATION = 25  # images a class, at most
 FASHION_IMAGES = 3000
 DRAWN_IMAGES = 1600
 ELPV_IMAGES = 400  # of a grade, at most
+FURTHER_IMAGES = 4000  # of Fashion-MNIST's test part, and of each drawn task
 BINS = 8
 SPRITES = ("heart", "ellipse", "bar")
 _OVERSAMPLE = 4
@@ -100,6 +101,20 @@ def load_task(name: str, side_px: int = SIDE_PX) -> Task:
     return Task(name, _resized(images, side_px), targets, chosen_for_test(targets))
 
 
+@cache
+def further_images(name: str, side_px: int = SIDE_PX) -> Task | None:
+    """Return images of a task that `load_task` leaves out, as one held-out part; None where it has all of them.
+
+    Raises:
+        TaskError: as in `load_task`.
+    """
+    if name not in FURTHER:
+        return None
+    images, labels = FURTHER[name](side_px)
+    targets = torch.as_tensor(np.asarray(labels)).long()
+    return Task(name, _resized(images, side_px), targets, torch.arange(len(targets)))
+
+
 def chosen_for_test(targets: Tensor) -> Tensor:
     """Return the numbers of the test images: the first ones of each class."""
     classes = int(targets.max()) + 1
@@ -129,20 +144,27 @@ def fashion() -> tuple[np.ndarray, np.ndarray]:
     Raises:
         TaskError: the files are missing.
     """
+    return _fashion("train", FASHION_IMAGES)
+
+
+def _fashion(split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     try:
-        images, targets = read_fashion(FASHION_DIR, "train")
+        images, targets = read_fashion(FASHION_DIR, split)
     except FileNotFoundError as error:
         raise TaskError(f"{error.filename} is missing; `apt-get install dataset-fashion-mnist` has it") from error
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FASHION_IMAGES]
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     return images[chosen].numpy(), targets[chosen].numpy()
 
 
-def elpv(side_px: int = SIDE_PX) -> tuple[np.ndarray, np.ndarray]:
+def elpv(side_px: int = SIDE_PX, further: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Return electroluminescence images of solar cells with the four grades of defect probability: 0, 1/3, 2/3, 1.
 
     Source: Deitsch et al., "Segmentation of photovoltaic module cells in uncalibrated electroluminescence images",
     2021; PyPI's `elpv-dataset`. The data set does not name the module of a cell, so training and test images may show
     cells of one module. The two middle grades have 295 and 106 images; of the others 400 each are taken.
+
+    Args:
+        further: return all other images instead, which are of the first and the last grade.
 
     Raises:
         TaskError: the package is not installed.
@@ -154,34 +176,35 @@ def elpv(side_px: int = SIDE_PX) -> tuple[np.ndarray, np.ndarray]:
     images, probability, _ = load_dataset()
     grades = np.rint(3 * probability).astype(np.int64)
     order = np.random.default_rng(0).permutation(len(images))
-    order = np.concatenate([order[grades[order] == grade][:ELPV_IMAGES] for grade in range(4)])
+    part = slice(ELPV_IMAGES, None) if further else slice(ELPV_IMAGES)
+    order = np.concatenate([order[grades[order] == grade][part] for grade in range(4)])
     side = (side_px, side_px)
     small = [np.asarray(Image.fromarray(images[i]).resize(side, Image.Resampling.BICUBIC)) for i in order]
     return np.stack(small), grades[order]
 
 
-def count() -> tuple[np.ndarray, list[int]]:
+def count(seed: int = 12, images: int = DRAWN_IMAGES) -> tuple[np.ndarray, list[int]]:
     """Draw one to eight dots (`adapters.demo.draw`)."""
-    return _drawn(len(draw.COUNTS), 12, lambda rng, k: draw.count_image(rng, k + 1))
+    return _drawn(len(draw.COUNTS), seed, images, lambda rng, k: draw.count_image(rng, k + 1))
 
 
-def orientation() -> tuple[np.ndarray, list[int]]:
+def orientation(seed: int = 13, images: int = DRAWN_IMAGES) -> tuple[np.ndarray, list[int]]:
     """Draw a sprite at one of eight angles within half a turn, 22.5 degrees apart, with jitter of at most 6 degrees."""
 
     def image(rng: np.random.Generator, k: int) -> Image.Image:
         angle = math.radians(180 / BINS * k + rng.uniform(-6, 6))
         return sprite_image(rng, rng.uniform(0.35, 0.65), angle)
 
-    return _drawn(BINS, 13, image)
+    return _drawn(BINS, seed, images, image)
 
 
-def location() -> tuple[np.ndarray, list[int]]:
+def location(seed: int = 14, images: int = DRAWN_IMAGES) -> tuple[np.ndarray, list[int]]:
     """Draw a sprite; the class is its horizontal position in eight bins of 2.4 pixels."""
 
     def image(rng: np.random.Generator, k: int) -> Image.Image:
         return sprite_image(rng, 0.2 + 0.6 * (k + rng.random()) / BINS, rng.uniform(0, 2 * math.pi))
 
-    return _drawn(BINS, 14, image)
+    return _drawn(BINS, seed, images, image)
 
 
 NATIVE = ("elpv",)  # tasks whose originals are larger than any side here
@@ -192,6 +215,14 @@ TASKS: dict[str, Callable[..., tuple[np.ndarray, object]]] = {
     "count": count,
     "orientation": orientation,
     "location": location,
+}
+# By task, from the side in pixels; other seeds draw other images. `digits` has no images beyond those of the task.
+FURTHER: dict[str, Callable[[int], tuple[np.ndarray, object]]] = {
+    "fashion": lambda side_px: _fashion("t10k", FURTHER_IMAGES),
+    "elpv": lambda side_px: elpv(side_px, further=True),
+    "count": lambda side_px: count(112, FURTHER_IMAGES),
+    "orientation": lambda side_px: orientation(113, FURTHER_IMAGES),
+    "location": lambda side_px: location(114, FURTHER_IMAGES),
 }
 
 
@@ -219,11 +250,11 @@ def sprite_image(rng: np.random.Generator, x: float, angle: float) -> Image.Imag
 
 
 def _drawn(
-    classes: int, seed: int, image: Callable[[np.random.Generator, int], Image.Image]
+    classes: int, seed: int, images: int, image: Callable[[np.random.Generator, int], Image.Image]
 ) -> tuple[np.ndarray, list[int]]:
     """Return drawings with equally many images per class."""
     rng = np.random.default_rng(seed)
-    targets = [i % classes for i in range(DRAWN_IMAGES)]
+    targets = [i % classes for i in range(images)]
     return np.stack([np.asarray(image(rng, k)) for k in targets]), targets
 
 

@@ -20,6 +20,7 @@ from timm.models import save_for_hf
 from adapters import Adapter, Backbone, Bank, KarstConfig, Slot, load_backbone
 from adapters.backbone import DEMO_NAME, create_model, features
 from adapters.data.images import normalise_for, preprocess_of
+from hub.concurrency import ActiveTenants
 from hub.services.image_decoding import ImageDecoder
 from hub.settings import Settings
 
@@ -184,7 +185,12 @@ def _decoded(name: str, data: Sequence[bytes], threads: int) -> list[np.ndarray]
     """Decode with the gateway's own code, in threads as in the gateway."""
     loop, images = _decoder(threads)
     preprocess = preprocess_of(_backbone(name))
-    return loop.run_until_complete(images.decode("tenant", [(str(i), one, preprocess) for i, one in enumerate(data)]))
+
+    async def decode() -> list[np.ndarray]:
+        named = [(str(i), one, preprocess) for i, one in enumerate(data)]
+        return await images.decode("tenant", named, await images.sizes("tenant", data))
+
+    return loop.run_until_complete(decode())
 
 
 @lru_cache
@@ -193,7 +199,12 @@ def _decoder(threads: int) -> tuple[asyncio.AbstractEventLoop, ImageDecoder]:
     executor = ThreadPoolExecutor(threads)
     # The gateway decodes one image fewer at a time for one tenant than for all tenants.
     decoder = ImageDecoder(
-        executor, threads=threads + 1, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels
+        executor,
+        ActiveTenants(),
+        threads=threads + 1,
+        cores=os.cpu_count() or 1,
+        max_bytes=limits.max_image_bytes,
+        max_pixels=limits.max_image_pixels,
     )
     return asyncio.new_event_loop(), decoder
 

@@ -245,13 +245,13 @@ def _follow(url: str, count: int, pipe: Pipe) -> None:
         databases = [RegistryConnection(url) for _ in range(count)]
 
         async def one(log: EventLog) -> None:
-            last = (await log.span())[1]
+            last = {stream: span.newest for stream, span in (await log.spans()).items()}
             started.append(None)
             while True:
                 for event in await log.read(last, 2000):
-                    last = event.id
-                    seen[last] = seen.get(last, 0) + 1
-                    if seen[last] == count:
+                    last[event.stream] = event.id
+                    seen[event.id] = seen.get(event.id, 0) + 1
+                    if seen[event.id] == count:
                         done.append(time.perf_counter())  # CLOCK_MONOTONIC is the same in every process
 
         started: list[None] = []

@@ -17,7 +17,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ from hub.storage.store import Store
 from tests.support.hub_process import Served, command, descendants, serve
 from tests.support.models import png
 
+from .capacity_registry import run
 from .common import copy_of, machine, markdown_table, random_adapter
 
 OUTPUT = Path(__file__).parent / "results" / "sizing.json"
@@ -128,19 +129,6 @@ def bank_bytes(backbone: Backbone, settings: Settings) -> int:
     """Return the memory of all slots, without heads."""
     bank = Bank(backbone, 1, max_rank=settings.max_rank, max_kernels=settings.max_kernels)
     return settings.slots * int(bank._memory._rows[0].nbytes)
-
-
-def run(url: str, use: Callable[[RegistryConnection], Any]) -> Any:
-    """Run `use(database)` on an event loop of its own."""
-
-    async def within() -> Any:
-        database = RegistryConnection(url)
-        try:
-            return await use(database)
-        finally:
-            await database.close()
-
-    return asyncio.run(within())
 
 
 @dataclass

@@ -23,7 +23,12 @@ class TenantLimits(_Body):
     images_in_flight: int = Field(1024, ge=1, le=10**6, description="images of unfinished requests")
     tasks: int = Field(1000, ge=0, le=10**7, description="tasks of the tenant")
     versions: int = Field(100, ge=0, le=10**5, description="versions per task")
-    stored_bytes: int = Field(10 * 1024**3, ge=0, le=10**14, description="bytes of the adapter files of all versions")
+    stored_bytes: int = Field(
+        10 * 1024**3,
+        ge=0,
+        le=10**14,
+        description="bytes of adapter files: of all versions, and of deleted ones until their removal",
+    )
     images: int = Field(200_000, ge=0, le=10**8, description="images in the datasets of all tasks")
     image_bytes: int = Field(20 * 1024**3, ge=0, le=10**14, description="bytes of the images in the datasets")
     weight: float = Field(1.0, ge=0.01, le=100, description="share of a busy worker relative to other tenants")
@@ -151,6 +156,9 @@ class UsedNow(_Body):
 
     tasks: int
     stored_bytes: int
+    deleted_bytes: int = Field(
+        0, description="bytes of files without a version that no collection has removed yet; they count as stored"
+    )
     images_in_flight: int
     images: int = 0
     image_bytes: int = 0

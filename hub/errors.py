@@ -11,7 +11,8 @@ HubError
  |- Conflict             409  the change contradicts the current state
  |- TooLarge             413  a body, an image or a file is over its limit
  |- LimitReached         429  the tenant has reached one of its limits
- `- Unavailable          503  a part that the hub needs is unavailable
+ |- Unavailable          503  a part that the hub needs is unavailable
+ `- InsufficientStorage  507  the hub's disk is nearly full
 """
 
 import json
@@ -197,3 +198,9 @@ class Unavailable(HubError):
 
     def __init__(self, detail: str, errors: Sequence[FieldProblem] = (), retry_after_s: int | None = 2) -> None:
         super().__init__(detail, errors, retry_after_s)
+
+
+class InsufficientStorage(HubError):
+    """The hub's disk has too little free space for the file; the hub has stored nothing."""
+
+    status, code, title = 507, "insufficient-storage", "Insufficient storage"

@@ -57,6 +57,12 @@ class Settings(BaseSettings):
     store_url: str | None = Field(
         None, repr=False, description="adapter files, any fsspec URL; unset: a folder under HUB_HOME"
     )
+    min_free_disk: int = Field(
+        512 * 1024**2, ge=0, description="bytes that uploads leave free on the disks of the store and of uploads"
+    )
+    audit_days: int = Field(90, ge=1, description="days that the audit keeps an entry")
+    gc_interval_s: int = Field(3600, ge=0, description="seconds between two garbage collections; 0: only by command")
+    gc_age_s: int = Field(3600, ge=60, description="seconds since its last write before a collection removes a file")
     home: Path = Field(default_factory=_default_home, description="folder of this machine's registry, store and logs")
     host: str = Field("127.0.0.1", description="address that HTTP listens on")
     port: int = Field(8000, ge=1, le=65535, description="port that HTTP listens on")

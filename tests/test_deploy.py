@@ -312,6 +312,21 @@ class TestKubernetes:
         for document in own:
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
+    def test_only_the_operator_s_namespace_reaches_ray_s_dashboard(self, kuberay: list[dict[str, Any]]) -> None:
+        (policy,) = (d for d in kuberay if d["kind"] == "NetworkPolicy" and d["metadata"]["name"] == "karst-hub-ray")
+        rules = [r for r in policy["spec"]["ingress"] if {"port": 8265} in r.get("ports", ())]
+        operator = {
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kuberay"}},
+            "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}},
+        }
+        assert rules == [{"from": [operator], "ports": [{"port": 8265}, {"port": 8000}]}]
+        assert "--namespace kuberay --create-namespace" in (ROOT / "docs" / "deploy.md").read_text()
+
+    def test_redis_has_no_known_fault_of_lua_scripts(self) -> None:
+        """CVE-2025-49844 and the faults of July 2026 are fixed in 7.4.10."""
+        texts = "".join((DEPLOY / name).read_text() for name in ("compose.yaml", "kuberay.yaml"))
+        assert set(re.findall(r"image: redis:(\S+)", texts)) == {"7.4.10-bookworm"}
+
     def test_pods_of_ray_are_valid_for_kubernetes(self, ray_cluster: dict[str, Any]) -> None:
         for group in groups(ray_cluster):
             template = group["template"]

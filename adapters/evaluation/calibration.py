@@ -4,13 +4,14 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 NEWTON_STEPS = 30
 TOLERANCE = 1e-6
+MAX_RATIO = 4.0  # of the two inverse temperatures that `fit_confidence` takes the middle of
 Z_95 = 1.959964  # of a two-sided 95 % interval
 COVERAGES = tuple(percent / 100 for percent in (*range(50, 100), 99.5))
 
@@ -25,12 +26,7 @@ def fit_temperature(scores: Tensor, targets: Tensor, weights: Tensor | None = No
         targets: int64 (n,).
         weights: (n,), of the images; they need not sum to 1. None: equal weights.
     """
-    if weights is None:
-        weights = torch.ones(len(scores), dtype=torch.float64)
-    kept = weights > 0
-    scores, targets, weights = scores[kept], targets[kept], weights[kept] / weights[kept].sum()
-    finite = torch.where(scores.isfinite(), scores, scores[scores.isfinite()].min())
-    finite = finite - finite.amax(1, keepdim=True)
+    finite, targets, weights = _usable(scores, targets, weights)
     own = finite.gather(1, targets[:, None])[:, 0]
     # Smoothed targets (Platt, 1999): otherwise scores that are all right would have no finite best temperature.
     smoothing = 1 / (len(finite) + 2)
@@ -54,6 +50,54 @@ def fit_temperature(scores: Tensor, targets: Tensor, weights: Tensor | None = No
         log_beta = moved
     beta = math.exp(log_beta)
     return beta, float((weights * ((finite * beta).logsumexp(1) - own * beta)).sum())
+
+
+def fit_confidence(scores: Tensor, targets: Tensor, weights: Tensor | None = None) -> float:
+    """Return the inverse temperature at which confidence, the largest probability, is as often right as it says.
+
+    It is the geometric mean of two: that of the best likelihood, and that whose mean confidence equals the accuracy.
+    The first is drawn towards the few images whose true label looks impossible; the second has the noise of n answers
+    that are right or wrong. In both one answer in 2 (n + 1) counts as wrong, for the second label, so that scores that
+    are all right have a finite temperature.
+
+    Args:
+        scores, targets, weights: as in `fit_temperature`.
+    """
+    finite, targets, weights = _usable(scores, targets, weights)
+    rows, wrong = torch.arange(len(finite)), 0.5 / (len(finite) + 1)
+    others = finite.clone()
+    others[rows, targets] = -torch.inf
+    own = (1 - wrong) * finite[rows, targets] + wrong * others.amax(1)
+    right = float(weights @ (finite.argmax(1) == targets).double()) * (1 - 2 * wrong) + wrong
+    middle = -math.log(max(float(weights @ (finite.logsumexp(1) - own)), 1e-12))
+
+    def too_sharp(log_beta: float) -> bool:
+        return float(weights @ ((finite * math.exp(log_beta)).softmax(1) * finite).sum(1)) > float(weights @ own)
+
+    def too_confident(log_beta: float) -> bool:
+        return float(weights @ (finite * math.exp(log_beta)).softmax(1).amax(1)) > right
+
+    likely = _bisect(too_sharp, middle - 30, middle + 30)
+    spread = math.log(MAX_RATIO)
+    return math.exp((likely + _bisect(too_confident, likely - spread, likely + spread)) / 2)
+
+
+def _bisect(is_above: Callable[[float], bool], low: float, high: float) -> float:
+    """Return where `is_above` turns true between `low` and `high`, or one of these."""
+    while high - low > TOLERANCE:
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_above(middle) else (middle, high)
+    return (low + high) / 2
+
+
+def _usable(scores: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return finite scores with a largest one of 0, targets and weights with the sum 1, of images with a weight."""
+    if weights is None:
+        weights = torch.ones(len(scores), dtype=torch.float64)
+    kept = weights > 0
+    scores, targets, weights = scores[kept], targets[kept], weights[kept] / weights[kept].sum()
+    finite = torch.where(scores.isfinite(), scores, scores[scores.isfinite()].min())
+    return finite - finite.amax(1, keepdim=True), targets, weights
 
 
 def accuracy_interval(right: int, images: int) -> tuple[float, float]:

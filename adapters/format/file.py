@@ -27,8 +27,8 @@ from ..backbone import Backbone, BackboneInfo
 from ..method import kronecker
 from ..method.config import KarstConfig
 from ..short_repr import short_repr
-from .errors import AdapterError, Problem, file_error
-from .header import parse_header, read_header
+from .errors import AdapterError, Problem, enough, file_error
+from .header import MAX_TENSORS, parse_header, read_header
 from .layouts import Layout, LayoutCache
 from .metadata import FORMAT, OPTIONAL_CONFIG, parse_metadata
 from .validate import KRONECKER, all_finite, check_layer_fits, check_norm_fits, check_tensors
@@ -76,12 +76,18 @@ class Adapter:
 
     @classmethod
     def read(
-        cls, source: str | Path | bytes, *, max_bytes: int | None = None, layouts: LayoutCache | None = None
+        cls,
+        source: str | Path | bytes,
+        *,
+        max_bytes: int | None = None,
+        max_tensors: int = MAX_TENSORS,
+        layouts: LayoutCache | None = None,
     ) -> "Adapter":
         """Read and validate a file or its bytes.
 
         Args:
             max_bytes: size limit of the file; None is no limit.
+            max_tensors: limit of the number of tensors.
             layouts: cache of valid layouts; a file with a known layout loads without checks of each tensor.
 
         Raises:
@@ -90,7 +96,7 @@ class Adapter:
         data = source if isinstance(source, bytes) else _read_bytes(Path(source), max_bytes)
         if max_bytes is not None and len(data) > max_bytes:
             raise file_error(f"has {len(data)} bytes, but at most {max_bytes} are allowed")
-        raw = read_header(data)
+        raw = read_header(data, max_tensors)
         digest = hashlib.sha256(data).hexdigest()
         known = layouts.find(raw.tensors_text) if layouts is not None and raw.tensors_text is not None else None
         if known is not None and raw.metadata is not None and len(data) == raw.data_start + known.data_bytes:
@@ -100,7 +106,7 @@ class Adapter:
                 if all_finite(adapter.numbers):
                     return adapter
         # Unknown layout or invalid file: check every tensor, and collect all problems.
-        header = parse_header(raw, len(data))
+        header = parse_header(raw, len(data), max_tensors)
         try:
             tensors = dict(sorted(safetensors.torch.load(data).items()))
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -214,8 +220,10 @@ class Adapter:
             )
         sites = {site.name: site for site in backbone.sites}
         norms = {norm.name: norm for norm in backbone.norms}
-        problems = []
+        problems: list[Problem] = []
         for layer, parts in self.layers.items():
+            if enough(problems):
+                break
             if layer in sites:
                 problems += check_layer_fits(sites[layer], parts)
             elif layer in norms:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..short_repr import short_repr
-from .errors import AdapterError, Problem, file_error
+from .errors import AdapterError, Problem, enough, file_error
 
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 MAX_HEADER_VALUES = 150_000  # a parsed value takes up to 30 times the memory of its text; 10,000 tensors have 110,000
@@ -43,11 +43,14 @@ class Header:
     names: tuple[str, ...]
 
 
-def read_header(data: bytes) -> RawHeader:
+def read_header(data: bytes, max_tensors: int = MAX_TENSORS) -> RawHeader:
     """Return the header's text after checks of its length, without parsing the tensors' entries.
 
+    Args:
+        max_tensors: limit of the number of tensors, which are counted without parsing.
+
     Raises:
-        AdapterError: the file is too short, the header is too long, has too many values, or is not UTF-8.
+        AdapterError: the file is too short, the header is too long, has too many tensors or values, or is not UTF-8.
     """
     if len(data) < 8:
         raise file_error(f"not a safetensors file: {len(data)} bytes are too few for its header")
@@ -70,6 +73,9 @@ def read_header(data: bytes) -> RawHeader:
         )
     if sum(data.count(mark, 8, start) for mark in (b",", b"[", b"{")) > MAX_HEADER_VALUES:
         raise file_error(f"its header has too many values; at most {MAX_HEADER_VALUES} are allowed")
+    # Each tensor has this member. Its name with escapes is not counted here; `parse_header` counts the tensors again.
+    if (tensors := data.count(b'"data_offsets"', 8, start)) > max_tensors:
+        raise _too_many(tensors, max_tensors)
     try:
         text = data[8:start].decode()
     except UnicodeDecodeError as error:
@@ -77,11 +83,12 @@ def read_header(data: bytes) -> RawHeader:
     return RawHeader(text, start, *_split(text))
 
 
-def parse_header(raw: RawHeader, file_bytes: int) -> Header:
+def parse_header(raw: RawHeader, file_bytes: int, max_tensors: int = MAX_TENSORS) -> Header:
     """Parse the whole header, and check duplicates, dtypes and truncation, which safetensors does not.
 
     Args:
         file_bytes: length of the whole file.
+        max_tensors: limit of the number of tensors.
 
     Raises:
         AdapterError: names each wrong tensor or field.
@@ -93,10 +100,12 @@ def parse_header(raw: RawHeader, file_bytes: int) -> Header:
     if not isinstance(header, dict):
         raise file_error("not a safetensors file: its header must be a JSON object")
     metadata = header.pop("__metadata__", {})
-    if len(header) > MAX_TENSORS:
-        raise file_error(f"has {len(header)} tensors, but at most {MAX_TENSORS} are allowed")
-    problems = []
+    if len(header) > max_tensors:
+        raise _too_many(len(header), max_tensors)
+    problems: list[Problem] = []
     for name, entry in header.items():
+        if enough(problems):
+            break
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
         if dtype not in DTYPES:
             problems.append(
@@ -125,6 +134,10 @@ def load_json(text: str) -> Any:
     value = _DECODER.decode(text)
     _check_encodable(value, text)
     return value
+
+
+def _too_many(tensors: int, max_tensors: int) -> AdapterError:
+    return file_error(f"has {tensors} tensors, but at most {max_tensors} are allowed; remove those of no layer")
 
 
 def _not_json(error: Exception) -> AdapterError:

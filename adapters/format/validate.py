@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backbone import Norm, Site
 from ..method import typicality
 from ..method.config import KarstConfig
-from .errors import Problem
+from .errors import Problem, enough
 from .metadata import FORMAT
 
 SMALL_BYTES, MAX_JOINED = 64 * 1024, 256  # up to 256 tensors below 64 KiB are checked together
@@ -50,6 +50,8 @@ def check_tensors(
     ]
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
+        if enough(problems):
+            return problems
         layer, _, part = name.rpartition(".")
         if (layer == "head" and part in ("weight", "bias")) or (layer == "typicality" and part in typicality.NAMES):
             continue
@@ -68,6 +70,8 @@ def check_tensors(
     problems += _check_typicality(tensors)
     if not problems and config is not None:
         for layer, parts in layers.items():
+            if enough(problems):
+                break
             problems += _check_layer(layer, parts, config)
     return problems
 

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 from ..backbone import BackboneInfo, Site
-from ..format.errors import AdapterError, Problem
+from ..format.errors import AdapterError, Problem, enough
 from ..format.file import Adapter
-from ..method import kronecker
+from ..format.validate import KRONECKER, NORM
+from ..method import kronecker, typicality
+
+HEAD_TENSORS = 2  # weight and bias
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,12 @@ class BankLimits:
     max_kernels: int
     factor: int
 
+    @property
+    def max_tensors(self) -> int:
+        """Largest number of tensors of a file that fits: all tensors of every site and norm layer, head, typicality."""
+        sites = sum(len(KRONECKER) + 2 * (site.rescale_out + site.rescale_in) for site in self.backbone.sites)
+        return sites + len(NORM) * len(self.backbone.norms) + HEAD_TENSORS + len(typicality.NAMES)
+
     def check(self, adapter: Adapter) -> None:
         """Check that an adapter fits the bank.
 
@@ -25,10 +34,12 @@ class BankLimits:
         """
         adapter.check(self.backbone)
         sites = {site.name: site for site in self.backbone.sites}
-        problems = []
+        problems: list[Problem] = []
         for name, parts in adapter.layers.items():
             if "karst_c" not in parts:
                 continue
+            if enough(problems):
+                break
             kernels, *sides = parts["karst_c"].shape
             rank = parts["karst_a"].shape[3]
             _, *wanted = self.shapes(sites[name])[0]

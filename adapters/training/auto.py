@@ -18,7 +18,7 @@ from ..data.checks import CheckedDataset
 from ..data.errors import DataError
 from ..data.image_set import ImageSet, ImageTensors
 from ..data.images import preprocess_of
-from ..evaluation.calibration import coverage_table, fit_temperature
+from ..evaluation.calibration import coverage_table, fit_confidence
 from ..format.file import Adapter
 from ..method.config import KarstConfig
 from ..method.karst import extract
@@ -185,7 +185,7 @@ class InstantFit:
             return Classifier(
                 instant.adapter, instant.held_out, instant.test, metrics, instant.learning_curve, refined=found
             )
-        beta, _ = fit_temperature(found.karst.logits.double(), found.karst.targets)
+        beta = fit_confidence(found.karst.logits.double(), found.karst.targets)
         with torch.no_grad():
             found.model.head.weight.mul_(beta)
             found.model.head.bias.mul_(beta)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..evaluation.calibration import fit_temperature
+from ..evaluation.calibration import fit_confidence, fit_temperature
 from ..short_repr import short_repr
 
 COARSE = tuple(range(-3, 4))  # log10 of the shrinkage, in units of the mean eigenvalue
@@ -75,7 +75,7 @@ def fit_head(features: Tensor, targets: Tensor, classes: int) -> InstantHead:
         losses |= {exponent: loss(exponent) for exponent in (middle - step, middle + step)}
     shrinkage: float = 10.0 ** min(losses, key=lambda exponent: losses[exponent])
     scores = projected.left_out(shrinkage)
-    beta, _ = fit_temperature(scores, targets, weights)
+    beta = fit_confidence(scores, targets, weights)
     weight, bias = projected.head(shrinkage)
     weight, bias = weight * beta, bias * beta
     return InstantHead(weight.float(), (bias - weight @ centre).float(), scores * beta, shrinkage)

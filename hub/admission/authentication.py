@@ -15,6 +15,7 @@ from ..registry.tenants import tenant_not_found
 from .rate_limits import RateLimiter
 from .tokens import TOKEN_PREFIX, Token, is_signed, read, sign
 
+KEY_PADDING = " \t"  # around a key; HAProxy skips the same characters before it counts calls of the key
 UNKNOWN = "The API key is unknown. Check it, or ask the owner of the tenant for a new key."
 
 
@@ -145,7 +146,7 @@ class Authenticator:
             Unavailable: the gateway does not know the key, and the registry does not answer.
         """
         scheme, _, key = (authorization or "").partition(" ")
-        key = key.strip()
+        key = key.strip(KEY_PADDING)
         if scheme.lower() != "bearer" or not key:
             raise Unauthenticated("Send the header `Authorization: Bearer <key>`.")
         now_s = time.time()
@@ -167,7 +168,7 @@ class Authenticator:
             Unavailable: the gateway does not know the key, and the registry does not answer.
         """
         try:
-            await self._identify(authorization.partition(" ")[2].strip(), time.time())
+            await self._identify(authorization.partition(" ")[2].strip(KEY_PADDING), time.time())
         except Unauthenticated as error:
             message = "The API key was revoked or expired while the request body arrived."
             raise Unauthenticated(message) from error

@@ -109,8 +109,13 @@ class RateLimiter:
         lease.spend_request()
 
     @asynccontextmanager
-    async def images(self, tenant: str, images: int) -> AsyncIterator[float]:
+    async def images(self, tenant: str, images: int, counted: int = 0) -> AsyncIterator[float]:
         """Count images, which are in flight until the context ends.
+
+        Args:
+            images: number of images.
+            counted: as how many images they count, if more. A call is charged at most the tenant's `images_in_flight`:
+                otherwise a low limit would refuse a large image for ever.
 
         Yields:
             The tenant's weight relative to other tenants.
@@ -120,6 +125,9 @@ class RateLimiter:
             NotFound: the tenant was deleted.
             Unavailable: the gateway does not know the tenant, and the registry does not answer.
         """
+        if counted > images:
+            in_flight = (await self._cache.tenant(tenant)).limits.images_in_flight
+            images = max(images, min(counted, in_flight))
         lease, limits = await self._open(tenant, requests=0, images=images)
         lease.start_images(images)
         try:

@@ -14,9 +14,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Lifespan
 
 from ..admission.authentication import Authenticator
-from ..admission.quotas import GATEWAY_CALLS, GATEWAY_CALLS_QUEUED
+from ..admission.quotas import (
+    GATEWAY_CALLS,
+    GATEWAY_CALLS_QUEUED,
+    PARSED_AT_ONCE,
+    SOURCE_DOWNLOADS,
+    STORE_CALLS,
+)
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import TenantConcurrencyLimit
+from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantThreads
 from ..errors import Unavailable
 from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
@@ -37,7 +43,7 @@ from ..services.classification import ClassificationService
 from ..services.datasets.features import FeatureService
 from ..services.datasets.images import DatasetService
 from ..services.datasets.removal import FileRemoval
-from ..services.garbage_collection import keep_bound
+from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
 from ..services.trainings.comparison import ComparisonService
@@ -45,6 +51,7 @@ from ..services.trainings.jobs import JobSettings, TrainingJobs
 from ..services.trainings.promotion import PromotionService
 from ..services.trainings.service import TrainingService
 from ..settings import Settings
+from ..storage.accounts import FileRegistry
 from ..storage.features import FeatureStore
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import IMAGES, REPORTS, SNAPSHOTS, Store
@@ -52,16 +59,19 @@ from ..training.job import BackboneSource, Trainer
 from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
-from .datasets import add_dataset_routes
+from .datasets.images import add_dataset_routes
+from .datasets.trainings import add_training_routes
 from .dependencies import CallerDependencies
 from .problems import add_exception_handlers
 from .protocols.huggingface import add_huggingface_routes
 from .protocols.oip import add_oip_routes
+from .request_heads import HeaderLimitsMiddleware, UnreadBodyMiddleware
 from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEADERS, SecurityHeadersMiddleware
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
-from .trainings import add_training_routes
-from .upload_guard import BodyMemory, HeaderLimitsMiddleware, UploadGuardMiddleware
+from .upload_guard import BodyMemory, UploadGuardMiddleware
 
+PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster
+SOURCE_THREADS = 16  # downloads of adapter files, which may take minutes each
 SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
 
 
@@ -96,6 +106,7 @@ class GatewayAPI(FastAPI):
         """Return the application inside of all its middleware. Starlette calls this at the first request."""
         settings = self._settings
         stack = [  # outermost first
+            Middleware(UnreadBodyMiddleware, behind_haproxy=settings.haproxy),
             Middleware(RequestLogMiddleware, self._metrics, server_returns_id=self._metrics is not None),
             Middleware(SecurityHeadersMiddleware, tls=settings.tls_cert is not None),
             Middleware(HeaderLimitsMiddleware),
@@ -158,20 +169,29 @@ def create_app(
     if metrics is not None:
         log_format.start(settings.log_format, settings.log_level)
         tracing.start(settings.traces_exporter, settings.otlp_protocol)
-    threads = max(4, os.cpu_count() or 1)
-    # Two pools: otherwise images would wait for calls to a slow store.
+    cores = os.cpu_count() or 1
+    threads = max(4, cores)
+    # One pool for each kind of call: otherwise images would wait for a slow store, and the store for slow sources.
     decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode")
-    executor = ThreadPoolExecutor(threads, "gateway")
+    store_executor = ThreadPoolExecutor(threads, "store")
+    parse_executor = ThreadPoolExecutor(PARSE_THREADS, "parse")
+    source_executor = ThreadPoolExecutor(SOURCE_THREADS, "source")
+    active = ActiveTenants()
+    store_threads = TenantThreads(store_executor, threads, STORE_CALLS)
+    parse_threads = TenantThreads(parse_executor, PARSE_THREADS, PARSED_AT_ONCE, active)
+    source_threads = TenantThreads(source_executor, SOURCE_THREADS, SOURCE_DOWNLOADS)
     fits = ThreadPoolExecutor(1, "fit", initializer=torch.set_num_threads, initargs=(1,))
 
-    database = RegistryConnection(str(settings.redis_url))
+    database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
-    store = Store(str(settings.store_url))
+    store = Store(str(settings.store_url), min_free_bytes=settings.min_free_disk)
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))
     limiter = RateLimiter(database, cache, keys)
     decoder = ImageDecoder(
         decoders,
+        active,
         threads=threads,
+        cores=cores,
         spare_threads=threads * SPARE_DECODERS,
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
@@ -185,20 +205,43 @@ def create_app(
         decoder=decoder,
         workers=workers,
     )
+    index, dataset_files = DatasetIndex(database), DatasetFiles(database)
+    images = Store(str(settings.store_url), IMAGES, settings.min_free_disk)
+    snapshots = Store(str(settings.store_url), SNAPSHOTS, settings.min_free_disk)
+    reports = Store(str(settings.store_url), REPORTS, settings.min_free_disk)
+    features = FeatureStore(str(settings.store_url))
+    removal = FileRemoval(
+        files=dataset_files,
+        integrity=integrity,
+        images=images,
+        snapshots=snapshots,
+        reports=reports,
+        features=features,
+        pool=store_threads.of(""),
+    )
+    audit = AuditLog(database)
+    collector = Collector(
+        registry=registry,
+        files=FileRegistry(database),
+        integrity=integrity,
+        audit=audit,
+        store=store,
+        datasets=removal,
+        pool=store_threads.of(""),
+        interval_s=settings.gc_interval_s,
+        age_s=settings.gc_age_s,
+    )
     changes = RegistrationService(
         registry=registry,
         cache=cache,
         store=store,
         sources=RemoteSources(settings.sources, max_bytes=settings.max_adapter_bytes),
         classification=service,
-        executor=executor,
+        collector=collector,
+        store_threads=store_threads,
+        parse_threads=parse_threads,
+        source_threads=source_threads,
         max_adapter_bytes=settings.max_adapter_bytes,
-    )
-    index, dataset_files = DatasetIndex(database), DatasetFiles(database)
-    images, features = Store(str(settings.store_url), IMAGES), FeatureStore(str(settings.store_url))
-    snapshots, reports = Store(str(settings.store_url), SNAPSHOTS), Store(str(settings.store_url), REPORTS)
-    removal = FileRemoval(
-        files=dataset_files, images=images, snapshots=snapshots, reports=reports, features=features, executor=executor
     )
     feature_service = FeatureService(
         files=dataset_files,
@@ -207,7 +250,7 @@ def create_app(
         decoder=decoder,
         workers=workers,
         limits=service.limits,
-        executor=executor,
+        threads=store_threads,
     )
     datasets = DatasetService(
         index=index,
@@ -217,7 +260,7 @@ def create_app(
         removal=removal,
         decoder=decoder,
         limiter=limiter,
-        executor=executor,
+        threads=store_threads,
         max_image_bytes=settings.max_image_bytes,
     )
     training_registry = TrainingRegistry(database)
@@ -230,7 +273,7 @@ def create_app(
         snapshots=snapshots,
         features=feature_service,
         classification=service,
-        pool_of=lambda _tenant: executor,
+        threads=store_threads,
     )
     promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
     jobs = TrainingJobs(
@@ -242,7 +285,7 @@ def create_app(
         promotion=promotion,
         trainer=trainer,
         settings=_job_settings(settings),
-        pool_of=lambda _tenant: executor,
+        threads=store_threads,
     )
     trainings = TrainingService(
         index=index,
@@ -255,28 +298,37 @@ def create_app(
         classification=service,
         promotion=promotion,
         jobs=jobs,
-        pool_of=lambda _tenant: executor,
+        threads=store_threads,
         fits=fits,
     )
     administration = AdministrationService(
         registry=registry,
         tenants=tenants,
         keys=keys,
-        audit=AuditLog(database),
+        audit=audit,
         status=StatusBoard(database),
-        integrity=integrity,
+        collector=collector,
         cache=cache,
         store=store,
-        removal=removal,
         registration=changes,
-        executor=executor,
+        threads=store_threads,
         max_adapter_bytes=settings.max_adapter_bytes,
+        min_free_bytes=settings.min_free_disk,
     )
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        steps = [cache.follow(), limiter.run(), watch.run(), registry.upgrade(), keep_bound(integrity, store, executor)]
-        steps += [feature_service.run(), removal.run(), jobs.run()]
+        steps = (
+            cache.follow(),
+            limiter.run(),
+            watch.run(),
+            registry.upgrade(),
+            keep_bound(integrity, store, store_threads.of("")),
+            collector.run(),
+            feature_service.run(),
+            removal.run(),
+            jobs.run(),
+        )
         background = {asyncio.create_task(step) for step in steps}
         yield
         while background:  # repeated: a timeout of the Redis client can swallow a cancellation
@@ -288,15 +340,14 @@ def create_app(
         with suppress(Unavailable):
             await limiter.settle()
         await database.close()
-        decoders.shutdown(wait=False)
-        executor.shutdown(wait=False)
-        fits.shutdown(wait=False)
+        for executor in (decoders, store_executor, parse_executor, source_executor, fits):
+            executor.shutdown(wait=False)
         if metrics is not None:
             tracing.stop()
 
     api = GatewayAPI(settings, metrics, lifespan)
     authenticator = Authenticator(cache, limiter)
-    dependencies = CallerDependencies(authenticator)
+    dependencies = CallerDependencies(authenticator, parse_threads)
     limit = TenantConcurrencyLimit(tenant_calls, tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)

@@ -1,6 +1,5 @@
 """Request bodies: read within limits, decompressed, and parsed as JSON, multipart or images."""
 
-import base64
 import json
 import re
 import zlib
@@ -14,13 +13,15 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from ..concurrency import Pool, run_blocking
 from ..errors import FieldProblem, InvalidImage, InvalidRequest, TooLarge
 from ..schemas import MAX_IMAGES, ClassifyOptions, ImagesBody
+from .base64_images import NamedImage, decode_base64, refuse_base64
 from .problems import invalid_fields, invalid_request
+from .request_heads import announces_body
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -29,18 +30,17 @@ NO_BODY = "this route has no body; remove it"
 MAX_CHANGE_BYTES = 64 * 1024  # body of a request that changes settings, aliases, keys or tenants
 MAX_EMPTY_BYTES = 1024  # body of a request to a route without a body, which may be `{}` or `null`
 MAX_JSON_VALUES = 10_000  # a parsed value takes tens of bytes, and an invalid one becomes an error
+MAX_JSON_MEMBERS = 10_000  # a member costs ten times as much as a number; an unknown one becomes an error
+INLINE_BYTES = 64 * 1024  # a body up to this size is parsed without a thread, which would cost more than the parsing
 JSON_START_BYTES = 64  # of a body that are searched for `{`
 PIECE_BYTES = 1024**2  # most decompressed bytes at once
 
 CODINGS = ("gzip", "x-gzip", "deflate")  # RFC 9110, section 8.4.1; `x-gzip` is the old name of gzip
 APPLE_DOUBLE = b"\x00\x05\x16\x07"  # RFC 1740: the start of a macOS file of metadata, `._cat.jpg` beside `cat.jpg`
-# Starts of PNG, JPEG, GIF, WebP and TIFF as base64, and of a data URL. No image file starts with these bytes.
-BASE64_STARTS = (b"iVBORw0KGgo", b"/9j/", b"R0lGOD", b"UklGR", b"SUkqA", b"TU0AK", b"data:image/")
-FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 Model = TypeVar("Model", bound=BaseModel)
+Parsed = TypeVar("Parsed")
 Option = TypeVar("Option")
-NamedImage = tuple[str, bytes]  # field name for errors, encoded image
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,15 @@ class RequestBody:
     An upload may take minutes. Without the second check a key that an admin revokes meanwhile would still work.
     """
 
-    def __init__(self, request: Request, recheck_key: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, request: Request, recheck_key: Callable[[], Awaitable[None]], pool: Pool) -> None:
         """
         Args:
             recheck_key: raises `Unauthenticated` if the caller's key has expired or was revoked.
+            pool: threads of the caller's tenant, for large bodies.
         """
         self._request = request
         self._recheck_key = recheck_key
+        self.pool = pool
 
     @property
     def content_type(self) -> str:
@@ -122,6 +124,10 @@ class RequestBody:
         async for chunk in self._decoded(limit_bytes, subject):
             yield chunk
 
+    async def parse(self, parser: Callable[[bytes], Parsed], body: bytes) -> Parsed:
+        """Return what a parser makes of a body. A large body waits for the tenant's turn at a thread."""
+        return parser(body) if len(body) <= INLINE_BYTES else await run_blocking(self.pool, parser, body)
+
     async def read_json(self, model: type[Model], limit_bytes: int = MAX_CHANGE_BYTES, default: bytes = b"") -> Model:
         """Return the body as a model. Raises the errors of `read` and of `parse_json`.
 
@@ -144,7 +150,7 @@ class RequestBody:
             TooLarge, Unauthenticated: see `read`.
         """
         if self.content_type == JSON:
-            return await run_in_threadpool(_images_of_json, await self.read(limit_bytes))
+            return await self.parse(_images_of_json, await self.read(limit_bytes))
         if self.content_type == FORM:
             async with self.form(limit_bytes) as form:
                 return await _images_of_form(form)
@@ -165,7 +171,7 @@ class RequestBody:
         Raises:
             InvalidRequest: the body has content other than `{}` or `null`, which some clients always send.
         """
-        if not is_announced(self._request):
+        if not announces_body(self._request.scope["headers"]):
             return
         try:
             content = await self.read(MAX_EMPTY_BYTES)
@@ -184,7 +190,7 @@ class RequestBody:
         coding = ", ".join(self._request.headers.getlist("content-encoding")).strip().lower()
         chunks = self._received(limit_bytes, subject)
         if coding not in ("", "identity"):
-            chunks = inflate(chunks, coding, limit_bytes, subject)
+            chunks = inflate(chunks, coding, limit_bytes, subject, self.pool)
         async for chunk in chunks:
             yield chunk
         await self._recheck_key()
@@ -208,6 +214,8 @@ class RequestBody:
         stream = self._decoded(limit_bytes, "body")
         # Twice the images: a form may have an AppleDouble file for each image.
         parser = MultiPartParser(self._request.headers, stream, max_files=2 * MAX_IMAGES, max_fields=MAX_IMAGES)
+        # In memory: otherwise Starlette would write files to disk, in one pool of threads for all tenants.
+        parser.spool_max_size = limit_bytes
         try:
             form = await parser.parse()
         except MultiPartException as error:
@@ -216,11 +224,6 @@ class RequestBody:
             yield form
         finally:
             await form.close()
-
-
-def is_announced(request: Request) -> bool:
-    """Return whether the headers announce a body."""
-    return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
 
 
 def is_apple_double(filename: str | None, data: bytes) -> bool:
@@ -284,61 +287,27 @@ def parse_json(model: type[Model], body: bytes, max_values: int = MAX_JSON_VALUE
     """Return a JSON body as a model.
 
     Raises:
-        TooLarge: more than `max_values` values; parsing them would block other requests.
+        TooLarge: more than `max_values` values or `MAX_JSON_MEMBERS` members; parsing them would block other requests.
         InvalidRequest: the JSON does not match the model.
     """
-    if body.count(b",") > max_values:
+    # Each count is an upper bound, since texts may have the same characters. No text of a request has thousands.
+    if sum(map(body.count, (b",", b"[", b"{"))) > max_values:
         message = f"the JSON has more than {max_values} values; send images as bytes instead of numbers"
         raise TooLarge.at("body", message)
+    if max(map(body.count, (b":", b"{"))) > MAX_JSON_MEMBERS:
+        raise TooLarge.at("body", f"the JSON has more than {MAX_JSON_MEMBERS} members; send fewer")
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
         raise invalid_request(error.errors(), members=sorted(model.model_fields)) from error
 
 
-def decode_base64(images: Sequence[tuple[str, str]]) -> list[NamedImage]:
-    """Return base64 texts as bytes: either alphabet of RFC 4648, with or without line breaks and padding.
-
-    The header of a `data:` URL is skipped.
-
-    Raises:
-        InvalidImage: a text is not base64; the error names its field.
-    """
-    decoded = []
-    for field, text in images:
-        try:
-            decoded.append((field, _decode_base64(text.partition(",")[2] if text.startswith("data:") else text)))
-        except ValueError as error:  # binascii.Error, or a character outside of ASCII
-            raise InvalidImage.at(field, f"not base64 (RFC 4648): {error}") from error
-    return decoded
-
-
-def _decode_base64(text: str) -> bytes:
-    encoded = text.strip().encode("ascii").translate(None, b"\r\n")
-    if b" " in encoded:
-        raise ValueError("has a space; decoding of a URL or a form turns + into a space")
-    if b"-" in encoded or b"_" in encoded:
-        if b"+" in encoded or b"/" in encoded:
-            raise ValueError("mixes the standard and the URL-safe alphabet")
-        encoded = encoded.translate(FROM_URL_SAFE)
-    if b"=" not in encoded:  # the URL-safe form is often sent without padding
-        encoded += b"=" * (-len(encoded) % 4)
-    return base64.b64decode(encoded, validate=True)
-
-
-def refuse_base64(field: str, data: bytes) -> None:
-    """Refuse base64 text in place of an image file.
-
-    Raises:
-        InvalidImage: the data start as the base64 text of an image, or as a `data:` URL.
-    """
-    if data.startswith(BASE64_STARTS):
-        message = "is base64 text of an image; send the bytes of the image file, or base64 text in JSON"
-        raise InvalidImage.at(field, message)
-
-
 async def inflate(
-    chunks: AsyncIterable[bytes], coding: str, limit_bytes: int | None, subject: str = "body"
+    chunks: AsyncIterable[bytes],
+    coding: str,
+    limit_bytes: int | None,
+    subject: str = "body",
+    pool: Pool = None,
 ) -> AsyncGenerator[bytes, None]:
     """Yield a decompressed body in pieces of at most `PIECE_BYTES`. Decompression stops at the limit.
 
@@ -346,6 +315,7 @@ async def inflate(
         coding: value of `Content-Encoding`.
         limit_bytes: limit of all pieces; None: no limit.
         subject: name of the body in the error.
+        pool: threads that decompress, in turns with those of other tenants; None: the event loop's default pool.
 
     Raises:
         InvalidRequest: unknown coding, or the body is not one whole stream of it.
@@ -360,7 +330,7 @@ async def inflate(
         more = bool(chunk)
         while more:
             try:
-                piece = await run_in_threadpool(inflater.decompress, chunk, PIECE_BYTES)
+                piece = await run_blocking(pool, inflater.decompress, chunk, PIECE_BYTES)
             except zlib.error as error:
                 raise InvalidRequest.at("body", f"is not {coding}: {error}") from error
             size += len(piece)

@@ -11,13 +11,15 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from ..admission.authentication import Authenticator, Caller
+from ..concurrency import TenantThreads
 from ..errors import FieldProblem, InvalidRequest
 from ..field_types import NAME_PATTERN, TASK_PATTERN
 from ..observability import request_context
 from ..schemas import MAX_PAGE
 from ..worker_api import PassStats
-from .bodies import NO_BODY, RequestBody, is_announced
+from .bodies import NO_BODY, RequestBody
 from .problems import invalid_fields
+from .request_heads import announces_body
 from .upload_guard import claim_body
 
 # For the OpenAPI document only. `Authenticator` reads the header, because FastAPI's own errors are not problems.
@@ -37,7 +39,6 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="entries of a page; 
 CANARY_HEADER = "x-canary-key"
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 OPTION_HEADERS = (CANARY_HEADER, JSON_LENGTH_HEADER)  # refused on routes that do not have them
-SINGLE_HEADERS = ("authorization", "content-type", *OPTION_HEADERS)
 CanaryKey = Annotated[
     str | None,
     Header(
@@ -51,7 +52,12 @@ CanaryKey = Annotated[
 class CallerDependencies:
     """FastAPI dependencies that authenticate the caller, check its role, or give its body."""
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    def __init__(self, authenticator: Authenticator, threads: TenantThreads) -> None:
+        """
+        Args:
+            threads: parse large bodies, in turns by tenant.
+        """
+
         async def any_caller(request: Request, _bearer: Annotated[object, Security(BEARER)]) -> Caller:
             authorization, origin = request.headers.get("authorization"), request.headers.get("origin")
             caller = await authenticator.authenticate(authorization, client_address(request), origin)
@@ -59,7 +65,8 @@ class CallerDependencies:
             request_context.note_tenant(caller.tenant)
             _refuse_unknown_options(request)
             if not _has_body(request):
-                await RequestBody(request, partial(authenticator.recheck, str(authorization))).refuse_content()
+                recheck = partial(authenticator.recheck, str(authorization))
+                await RequestBody(request, recheck, threads.of(caller.tenant)).refuse_content()
             return caller
 
         async def tenant_caller(caller: Annotated[Caller, Depends(any_caller)]) -> Caller:
@@ -74,8 +81,9 @@ class CallerDependencies:
             caller.require_admin()
             return caller
 
-        async def body(request: Request, _caller: Annotated[Caller, Depends(any_caller)]) -> RequestBody:
-            return RequestBody(request, partial(authenticator.recheck, request.headers["authorization"]))
+        async def body(request: Request, caller: Annotated[Caller, Depends(any_caller)]) -> RequestBody:
+            recheck = partial(authenticator.recheck, request.headers["authorization"])
+            return RequestBody(request, recheck, threads.of(caller.tenant))
 
         self.any_caller, self.tenant_caller, self.owner, self.admin = any_caller, tenant_caller, owner, admin
         self.body = body
@@ -118,12 +126,12 @@ async def no_options(request: Request) -> None:
         InvalidRequest: the request has an option, or its headers announce a body.
     """
     _refuse_unknown_options(request)
-    if is_announced(request):
+    if announces_body(request.scope["headers"]):
         raise InvalidRequest.at("body", NO_BODY)
 
 
 def _refuse_unknown_options(request: Request) -> None:
-    """Refuse query parameters and option headers that the route does not have, or that the client sent twice.
+    """Refuse query parameters and option headers that the route does not have, and parameters that are sent twice.
 
     A misspelt parameter would silently keep its default, and of two values one would be lost.
 
@@ -140,7 +148,6 @@ def _refuse_unknown_options(request: Request) -> None:
         if name in headers and name.lower() not in own:
             problems.append(FieldProblem(name, "this route does not have this header; remove it"))
     counts = {name: len(query.getlist(name)) for name in known}
-    counts |= {name: len(headers.getlist(name)) for name in SINGLE_HEADERS}
     problems += [FieldProblem(name, f"is sent {n} times; send it once") for name, n in counts.items() if n > 1]
     if problems:
         raise invalid_fields(problems)

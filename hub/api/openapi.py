@@ -168,9 +168,11 @@ def _problem_statuses(path: str, method: str, operation: dict[str, Any]) -> Iter
         yield 409
     if body:
         yield 413
-    yield from (414, 422, 431, 500)  # 422 on every route: none accepts an unknown query parameter
+    yield from (400, 414, 422, 431, 500)  # 422 on every route: none accepts an unknown query parameter
     if operation.get("security") or path.endswith(("/ready", "/readyz")):
         yield 503
+    if path.endswith(("/versions", "/import")):
+        yield 507
 
 
 def _classifies(path: str, method: str) -> bool:

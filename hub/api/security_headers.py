@@ -1,12 +1,9 @@
 """Headers that protect clients, gateways and Ray: security headers of replies, and request headers that Ray obeys."""
 
-import re
-
-from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Ray obeys these headers from any client: timeout, model and session of a request, and whether a disconnect cancels it.
-# Both proxies remove them: HAProxy by its rules (`hub.cluster.haproxy`), the stock proxy by the middleware below.
+# Both proxies remove them: HAProxy by its rules (`hub.cluster.haproxy`), the stock proxy by `stock_proxy`.
 DISCONNECT_HEADER = "x-request-disconnect-disabled"
 RAY_HEADERS = (
     "x-request-timeout-seconds",
@@ -15,6 +12,7 @@ RAY_HEADERS = (
     "serve-multiplexed-model-id",
     "x-session-id",
 )
+CLOSE_HEADER = "x-close-connection"  # of a reply: HAProxy ends the client's connection too, and removes the header
 RAY_REQUEST_ID = r"[A-Za-z0-9_.:-]{1,128}"  # Ray decodes `x-request-id` as UTF-8 and fails on other bytes
 
 HSTS = (b"strict-transport-security", b"max-age=31536000")
@@ -47,6 +45,16 @@ CORS_REPLY_HEADERS = (
 )
 
 
+def security_headers(*, tls: bool) -> dict[str, str]:
+    """Return the security headers of a reply that is no page.
+
+    Args:
+        tls: clients connect over TLS. Browsers then learn to use nothing else (HSTS).
+    """
+    pairs = (*SECURITY_HEADERS, HSTS) if tls else SECURITY_HEADERS
+    return {name.decode(): value.decode() for name, value in pairs} | {"content-security-policy": DATA_POLICY}
+
+
 class SecurityHeadersMiddleware:
     """ASGI middleware that adds security headers to each reply. A header that the application has set stays."""
 
@@ -74,29 +82,3 @@ class SecurityHeadersMiddleware:
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
-
-
-class RayHeadersFilter:
-    """ASGI middleware for Ray's stock proxy that removes `RAY_HEADERS` and any request id that Ray cannot decode."""
-
-    _removed = frozenset(name.encode() for name in RAY_HEADERS)
-    _request_id = re.compile(RAY_REQUEST_ID.encode())
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            headers = [(name, value) for name, value in scope["headers"] if self._keeps(name, value)]
-            scope = {**scope, "headers": headers}
-        await self._app(scope, receive, send)
-
-    def _keeps(self, name: bytes, value: bytes) -> bool:
-        if name == b"x-request-id":
-            return self._request_id.fullmatch(value) is not None
-        return name not in self._removed
-
-
-def stock_proxy_middleware() -> list[Middleware]:
-    """Return the middleware of Ray's stock proxy. Ray imports this function by the path in its environment."""
-    return [Middleware(RayHeadersFilter)]

@@ -3,7 +3,6 @@
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Response
-from starlette.concurrency import run_in_threadpool
 
 from ..admin_schemas import NewToken, TokenRequest
 from ..admission.authentication import Authenticator, Caller
@@ -31,7 +30,8 @@ from ..schemas import (
 )
 from ..services.classification import ClassificationService
 from ..services.registration import RegistrationService
-from .bodies import FORM, JSON, NamedImage, RequestBody, decode_base64, parse_json
+from .base64_images import NamedImage, decode_base64
+from .bodies import FORM, JSON, RequestBody, parse_json
 from .dependencies import (
     AliasName,
     CallerDependencies,
@@ -194,6 +194,7 @@ def add_task_routes(
                 caller, task, source, alias, settings, stage=stage, labels_may_change=changed
             )
         else:
+            await changes.require_uploads(caller)
             data = await body.read_file(max_adapter_bytes, "adapter file")
             registered, created = await changes.register(
                 caller, task, data, alias, settings, stage=stage, labels_may_change=changed
@@ -315,7 +316,7 @@ def add_classify_routes(
         canary: CanaryKey = None,
     ) -> Results:
         async with concurrency_limit.acquire(caller.tenant):
-            sent, images = await run_in_threadpool(_parse_inputs, await body.read(max_request_bytes))
+            sent, images = await body.parse(_parse_inputs, await body.read(max_request_bytes))
             top_k = body.option("top_k", top_k, sent.top_k)
             coverage = body.option("coverage", coverage, sent.coverage)
             results, stats = await service.classify_inputs(caller, sent.inputs, images, top_k, canary, coverage)

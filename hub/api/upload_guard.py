@@ -1,27 +1,22 @@
-"""Limits of every request: size of its line and headers, and speed and memory of its upload.
+"""Limits of every request's body: speed and memory of its upload.
 
-The body limits hold for every route, also while a request waits in its tenant's queue: Ray's stock proxy reads a whole
-body into memory at once. The size limit of a body belongs to its route (`bodies`).
+They hold for every route, also while a request waits in its tenant's queue: Ray's stock proxy reads a whole body into
+memory at once. The size limit of a body belongs to its route (`bodies`).
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
 
 from starlette.datastructures import Headers
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..admission.quotas import BODY_BYTES
 from ..errors import HubError, LimitReached, RequestTimeout, Unavailable
-from .problems import error_response, status_response
+from .problems import error_response
+from .request_heads import announces_body
 from .security_headers import DISCONNECT_HEADER
 
-MAX_TARGET_BYTES = 8 * 1024
-MAX_HEADER_BYTES = 16 * 1024  # Ray's HAProxy accepts slightly less, the stock proxy has no limit
-MAX_HEADERS = 100
 READ_AHEAD_BYTES = 1024**2
 BODY_MEMORY_BYTES = 1024**3  # of all tenants in one gateway
 BODY = "karst_hub.body"  # key in the ASGI scope
@@ -43,35 +38,6 @@ class UploadSpeed:
 
 
 SLOWEST_UPLOAD = UploadSpeed()
-
-
-class HeaderLimitsMiddleware:
-    """ASGI middleware that refuses a request line (414) or headers (431) over their limits."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = _over_header_limits(scope) if scope["type"] == "http" else None
-        await (refusal or self._app)(scope, receive, send)
-
-
-def _over_header_limits(scope: Scope) -> Response | None:
-    headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
-    target_bytes = len(scope.get("raw_path") or b"") + len(scope["query_string"])
-    header_bytes = sum(len(name) + len(value) for name, value in headers)
-    if target_bytes > MAX_TARGET_BYTES:
-        status = HTTPStatus.REQUEST_URI_TOO_LONG
-        detail = f"Path and query have {target_bytes} bytes (limit {MAX_TARGET_BYTES})."
-    elif len(headers) > MAX_HEADERS:
-        status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-        detail = f"The request has {len(headers)} headers (limit {MAX_HEADERS})."
-    elif header_bytes > MAX_HEADER_BYTES:
-        status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-        detail = f"The request's headers have {header_bytes} bytes (limit {MAX_HEADER_BYTES})."
-    else:
-        return None
-    return status_response(status, detail, scope, {"connection": "close"})
 
 
 class BodyMemory:
@@ -138,8 +104,7 @@ class UploadGuardMiddleware:
         self._read_ahead_bytes = read_ahead_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
-        if "transfer-encoding" not in headers and headers.get("content-length", "0") == "0":
+        if scope["type"] != "http" or not announces_body(scope["headers"]):
             await self._app(scope, receive, send)
             return
         started = finished = False
@@ -150,7 +115,7 @@ class UploadGuardMiddleware:
             finished = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
-        pauses = self._behind_haproxy and headers.get(DISCONNECT_HEADER) == "?1"
+        pauses = self._behind_haproxy and Headers(scope=scope).get(DISCONNECT_HEADER) == "?1"
         body = _Body(receive, self._memory, self._route_keeps_bytes, self._read_ahead_bytes if pauses else None)
         scope[BODY] = body
         upload = asyncio.create_task(body.read(self._speed))

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 HEAD_TIMEOUT_S = 10
+HEALTH_PATH = "/-/healthz"  # Ray's page of a node's health
 CHECK_TIMEOUT_S = 10
 
 
@@ -38,6 +39,11 @@ class Frontend:
         request_id: regular expression of valid values of `x-request-id`.
         requests_per_key: limit of concurrent requests with one API key.
         refusal: problem document of a request over that limit, as JSON.
+        single_headers: request headers that a client may send once only.
+        repeated: problem document of a request that has one of them twice, as JSON.
+        not_found: problem document for Ray's own pages, as JSON.
+        security_headers: headers of every reply, unless the gateway has set them.
+        close_header: reply header by which a gateway asks for the end of the client's connection.
         errors: status -> problem document of HAProxy's own error with this status, as JSON.
         max_connections: largest number of concurrent connections that the limit of open files allows.
         certificate: PEM file with certificate, chain and key; None: no TLS.
@@ -50,6 +56,11 @@ class Frontend:
     request_id: str
     requests_per_key: int
     refusal: str
+    single_headers: Sequence[str]
+    repeated: str
+    not_found: str
+    security_headers: Mapping[str, str]
+    close_header: str
     errors: Mapping[str, str]
     max_connections: int
     certificate: str | None = None
@@ -127,6 +138,17 @@ def _frontend_lines(bind_line: str, frontend: Frontend) -> list[str]:
         bind=f"{host}:{port}{tls}",
         head_timeout_s=HEAD_TIMEOUT_S,
         refusal=_single_quoted(frontend.refusal),
+        repeated=_single_quoted(frontend.repeated),
+        not_found=_single_quoted(frontend.not_found),
+        health_path=HEALTH_PATH,
+        close_header=frontend.close_header,
+        repeated_headers="\n    ".join(
+            f"acl karst_hub_repeated req.fhdr_cnt({name}) gt 1" for name in frontend.single_headers
+        ),
+        security_headers="\n    ".join(
+            f"http-after-response set-header {name} {_quoted(value)} if !{{ res.hdr({name}) -m found }}"
+            for name, value in frontend.security_headers.items()
+        ),
         requests_per_key=frontend.requests_per_key,
         unless_trusted=f" unless {{ src {trusted} }}" if trusted else "",
         protocol="https" if tls else "http",
@@ -147,11 +169,11 @@ def _single_quoted(document: str) -> str:
     return "'" + document.replace("'", "\\u0027") + "'"
 
 
-def _quoted(path: str) -> str:
-    """Return a path as HAProxy reads it between double quotes."""
+def _quoted(text: str) -> str:
+    """Return a text as HAProxy reads it between double quotes."""
     for character in '\\"$':
-        path = path.replace(character, "\\" + character)
-    return f'"{path}"'
+        text = text.replace(character, "\\" + character)
+    return f'"{text}"'
 
 
 RULES = (

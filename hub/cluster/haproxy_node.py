@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..admission.quotas import KEY_CALLS
-from ..api.security_headers import DISCONNECT_HEADER, RAY_HEADERS, RAY_REQUEST_ID
+from ..api.request_heads import REPEATED, SINGLE_HEADERS
+from ..api.security_headers import CLOSE_HEADER, DISCONNECT_HEADER, RAY_HEADERS, RAY_REQUEST_ID, security_headers
 from ..errors import LimitReached, Unavailable
 from ..settings import InvalidSettings, Settings, load_settings
 from .haproxy import Frontend, command
@@ -81,6 +82,11 @@ def frontend(settings: Settings, host: str | None, folder: Path) -> Frontend:
         request_id=f"^{RAY_REQUEST_ID}$",
         requests_per_key=KEY_CALLS,
         refusal=_document(LimitReached(detail).problem()),
+        single_headers=SINGLE_HEADERS,
+        repeated=_document(_status_problem(HTTPStatus.BAD_REQUEST, REPEATED)),
+        not_found=_document(_status_problem(HTTPStatus.NOT_FOUND, "Not found")),
+        security_headers=security_headers(tls=settings.tls_cert is not None),
+        close_header=CLOSE_HEADER,
         errors={str(problem["status"]): _document(problem) for problem in _own_errors()},
         max_connections=connections_for(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         certificate=_write_certificate(settings, folder),
@@ -99,11 +105,12 @@ def _own_errors() -> list[dict[str, Any]]:
         HTTPStatus.BAD_GATEWAY: f"The gateway closed the connection before it had answered. {unclear}",
         HTTPStatus.GATEWAY_TIMEOUT: f"The gateway did not answer in time. {unclear}",
     }
-    others = [
-        {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail}
-        for status, detail in details.items()
-    ]
+    others = [_status_problem(status, detail) for status, detail in details.items()]
     return [*others, Unavailable("No gateway answers. Retry later.").problem()]
+
+
+def _status_problem(status: HTTPStatus, detail: str) -> dict[str, Any]:
+    return {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail}
 
 
 def _document(problem: dict[str, Any]) -> str:

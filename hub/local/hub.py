@@ -58,6 +58,7 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
         stack.enter_context(preflight.locked_home(settings.home))
         folder = stack.enter_context(run_folder(settings.home))
         check_port(settings.host, settings.port)
+        log_format.start(settings.log_format, settings.log_level)  # of this process
         preflight.check_open_files(settings, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         preflight.check_tls(settings)
         redis_url = settings.redis_url or stack.enter_context(embedded_redis(settings.home))
@@ -68,7 +69,6 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
         preflight.check_registry(redis_url)
         os.environ.update(ray_environment(settings, folder) | LOOPBACK_SWITCHES)
         preflight.check_backbone(settings)
-        log_format.start(settings.log_format, settings.log_level)  # of this process
         stack.enter_context(forwarded_logs(lambda: actor_logs(folder), sys.stderr, settings.log_format))
 
         from ..cluster import app  # imports Ray, which reads the environment now

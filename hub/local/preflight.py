@@ -57,7 +57,7 @@ def tighten(home: Path) -> None:
     An older hub left them to the umask. Other files in the folder stay as they are, and so does a folder that is not
     the hub's alone: the user's home, or one in which all users may write.
     """
-    shared = home == Path.home() or home.stat().st_mode & stat.S_ISVTX
+    shared = str(home) == os.path.expanduser("~") or home.stat().st_mode & stat.S_ISVTX
     own = [home / name for name in OWN_NAMES if (home / name).exists()]
     paths = ([] if shared else [home]) + own
     paths += [Path(folder, name) for path in own for folder, names, files in os.walk(path) for name in names + files]

@@ -12,7 +12,7 @@ from ..settings import Settings
 from .errors import StartError
 from .ports import free_port
 
-STOCK_PROXY_MIDDLEWARE = "hub.api.security_headers:stock_proxy_middleware"
+STOCK_PROXY_MIDDLEWARE = "hub.api.stock_proxy:stock_proxy_middleware"
 
 
 LOCAL_NAMES = ("localhost", LOOPBACK, "::1")

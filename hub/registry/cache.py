@@ -15,7 +15,7 @@ from cachetools import LRUCache
 
 from ..admin_schemas import TenantInfo
 from ..errors import Unavailable
-from .events import Event, EventLog
+from .events import Event, EventLog, is_full
 from .keys import KeyRecord, KeyRegistry
 from .models import Task
 from .redis.connection import is_cancelled
@@ -147,31 +147,37 @@ class RegistryCache:
 
     async def follow(self) -> None:
         """Read change events until cancelled. Nothing is cached before the first contact with the registry."""
-        last: str | None = None
+        last: dict[str, str] = {}
         while not is_cancelled():
             try:
-                oldest, newest = await self._events.span()
-                if (
-                    last is None
-                    or self._resynchronising
-                    or not _position(oldest) <= _position(last) <= _position(newest)
-                ):
-                    self._resynchronising = False
-                    self._clear()  # at the start, and after lost events: a new stream or a long absence
-                    last = newest
+                await self._catch_up(last)
                 self._following = True
                 while not (self._resynchronising or is_cancelled()):
                     self._last_contact_s = self._clock()
-                    for event in await self._events.read(last, EVENT_WAIT_MS):
+                    events = await self._events.read(last, EVENT_WAIT_MS)
+                    for event in events:
                         self._invalidate(event)
-                        last = event.id
+                        last[event.stream] = event.id
+                    if is_full(events):
+                        await self._catch_up(last)
             except Unavailable as error:
                 logger.warning("change events are unavailable, cached tasks stay in use: %s", error.detail)
             except Exception:  # any error: without events the cache would become stale
                 logger.exception("change events failed, the cache is cleared")
-                self._following, last = False, None
+                self._following = False
+                last.clear()
                 self._clear()
             await asyncio.sleep(RETRY_INTERVAL_S)
+
+    async def _catch_up(self, last: dict[str, str]) -> None:
+        """Clear the cache and go to the end of the events, unless every event after `last` is kept."""
+        spans = await self._events.spans()
+        if self._resynchronising or not all(
+            stream in last and span.has(last[stream]) for stream, span in spans.items()
+        ):
+            self._resynchronising = False
+            self._clear()  # at the start, and after lost events: a new stream or a long absence
+            last.update({stream: span.newest for stream, span in spans.items()})
 
     def _invalidate(self, event: Event) -> None:
         match event.kind:
@@ -199,8 +205,3 @@ class RegistryCache:
         self._tasks.clear()
         self._keys.clear()
         self._tenants.clear()
-
-
-def _position(event_id: str) -> tuple[int, int]:
-    milliseconds, _, sequence = event_id.partition("-")
-    return int(milliseconds), int(sequence or 0)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import Conflict, Unavailable
-from .redis.connection import RegistryConnection, as_hash, as_optional_text, as_text, as_texts, is_cancelled, tenant_key
+from .redis.connection import RegistryConnection, as_optional_text, as_text, as_texts, is_cancelled, tenant_key
+from .redis.scans import scan_hash
 
 logger = logging.getLogger(__name__)
 
@@ -201,13 +202,8 @@ class RegistryIntegrity:
 
     async def _sum_of(self, key: str) -> int:
         """Return the sum of a hash's values."""
-        total, cursor = 0, 0
-        while True:
-            command = self._redis.hscan(key, cursor, count=COUNTS_PER_READ)
-            cursor, counts = await self._connection.execute(command)
-            total += sum(int(count) for count in as_hash(counts).values())
-            if cursor == 0:
-                return total
+        counts = scan_hash(self._connection, key, COUNTS_PER_READ)
+        return sum([int(count) async for _, count in counts])
 
     async def _count_versions(self) -> int:
         """Return the number of versions of all tasks of all tenants."""

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..admission.quotas import REGISTRY_BYTES
+from ..admission.quotas import DELETED_FILES, REGISTRY_BYTES, SHARED_WITH_ONE, SHARES
 from ..errors import Conflict, HubError, InvalidRequest, LimitReached, Unavailable
 from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
 from .audit import Actor
@@ -26,7 +26,12 @@ MAX_ALIAS_HISTORY = 20  # former targets kept per alias
 LAYOUT, SUMMARIES_LAYOUT = "karst:layout", "2"
 UPGRADE_INTERVAL_S = 10.0  # between two attempts
 STAGED_S = 3600  # how long an import may take to write its versions
-NOUNS = {"versions": "versions per task", "registry_bytes": "bytes of metadata of tasks and versions"}  # of limits
+NOUNS = {  # of limits
+    "versions": "versions per task",
+    "registry_bytes": "bytes of metadata of tasks and versions",
+    "shares": "tenants in the sharing of all tasks together",
+    "shared_with_one": "tasks shared with one tenant",
+}
 CLAIM_S = 60  # how long a garbage collection claims a file that it removes
 
 
@@ -97,6 +102,7 @@ class TaskRegistry(TaskReads):
             aliases=list(aliases),
             max_aliases=MAX_ALIASES,
             max_history=MAX_ALIAS_HISTORY,
+            max_orphans=DELETED_FILES,
             settings=setting_texts(settings),
             latest=None if live is None else live.targets,
             training=None if training is None else {"job": training[0], "token": training[1]},
@@ -115,8 +121,12 @@ class TaskRegistry(TaskReads):
             stored = stored if known is None else StoredVersion(reply.number, known).info()
         return stored, reply.created
 
-    async def check_quota(self, by: Actor, tenant: str, task: str, version: VersionInfo) -> bool:
+    async def check_quota(self, by: Actor, tenant: str, task: str, version: VersionInfo, *, reserve_s: int = 0) -> bool:
         """Check whether a version could be registered, before its file is stored. Raise the errors of `register`.
+
+        Args:
+            reserve_s: if not 0, the caller is about to store the file. Its bytes then count against the tenant even if
+                no version follows, and no collection removes the file for so long.
 
         Returns:
             Whether the version is new.
@@ -133,6 +143,8 @@ class TaskRegistry(TaskReads):
             max_registry_bytes=REGISTRY_BYTES,
             aliases=[],
             max_aliases=MAX_ALIASES,
+            max_orphans=DELETED_FILES,
+            reserve_s=reserve_s,
         )
         if reply.outcome != "done":
             raise _refusal(reply, tenant)
@@ -143,12 +155,26 @@ class TaskRegistry(TaskReads):
 
         Raises:
             NotFound: the task does not exist.
+            InvalidRequest: a named tenant does not exist.
+            LimitReached: the tenant's limit of shares.
         """
         details = {"public": sharing.public, "tenants": sharing.tenants[:20], "count": len(sharing.tenants)}
         entry = by.entry(tenant, "task.share", task=task, sharing=details)
-        await self._change(
-            "share", tenant, task, entry, sharing=sharing.model_dump_json(), max_registry_bytes=REGISTRY_BYTES
+        names = list(dict.fromkeys(sharing.tenants))
+        reply = await self._change(
+            "share",
+            tenant,
+            task,
+            entry,
+            sharing=Sharing(public=sharing.public, tenants=names).model_dump_json(),
+            max_shares=SHARES,
+            max_with_one=SHARED_WITH_ONE,
+            max_registry_bytes=REGISTRY_BYTES,
         )
+        if reply.outcome == "no_tenants":
+            more = f" and {len(reply.names) - 5} more" if len(reply.names) > 5 else ""
+            message = f"there is no tenant {', '.join(map(repr, reply.names[:5]))}{more}; name tenants that exist"
+            raise InvalidRequest.at("tenants", message)
         return await self.task(tenant, task)
 
     async def put(self, by: Actor, tenant: str, task: str, settings: TaskSettings) -> tuple[Task, bool]:
@@ -367,6 +393,9 @@ class TaskRegistry(TaskReads):
 def _refusal(reply: ChangeReply, tenant: str) -> HubError:
     match reply.outcome:
         case "limit":
+            if reply.limit == "deleted_files":
+                message = f"too many deleted files wait for their removal (limit {reply.maximum}); retry later"
+                return LimitReached.at(reply.limit, message, retry_after_s=60)
             noun = NOUNS.get(reply.limit, reply.limit.replace("_", " "))
             remedy = "delete versions" if reply.limit == "registry_bytes" else "delete some or ask an admin to raise it"
             message = f"too many {noun} (limit {reply.maximum}); {remedy}"

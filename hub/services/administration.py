@@ -1,21 +1,19 @@
 """Management of whole tenants by owners and admins: limits, keys, audit, export and import, garbage collection."""
 
 from collections.abc import AsyncIterable
-from concurrent.futures import Executor
-from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from ..admin_schemas import AuditPage, Collected, HubStatus, LimitsChange, TenantInfo
+from ..concurrency import TenantThreads
 from ..registry.audit import Actor, AuditLog
 from ..registry.cache import RegistryCache
-from ..registry.health import RegistryIntegrity
 from ..registry.keys import KeyRegistry
 from ..registry.status import StatusBoard
 from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..schemas import TaskList
 from ..storage.store import Store
-from .datasets.removal import FileRemoval
-from .garbage_collection import collect_garbage
+from .garbage_collection import Collector
 from .registration import RegistrationService
 from .tenant_archive import Export, export_tenant, import_tenant
 
@@ -31,31 +29,32 @@ class AdministrationService:
         keys: KeyRegistry,
         audit: AuditLog,
         status: StatusBoard,
-        integrity: RegistryIntegrity,
+        collector: Collector,
         cache: RegistryCache,
         store: Store,
-        removal: FileRemoval,
         registration: RegistrationService,
-        executor: Executor,
+        threads: TenantThreads,
         max_adapter_bytes: int,
+        min_free_bytes: int,
     ) -> None:
         """
         Args:
-            executor: thread pool for calls to the store and for parsing.
+            threads: thread pool for calls to the store and for files.
             max_adapter_bytes: size limit of one adapter file in an import.
+            min_free_bytes: bytes that an import leaves free on the disk of temporary files.
         """
         self.tenants = tenants
         self.keys = keys
         self._audit = audit
         self._status = status
-        self._integrity = integrity
+        self._collector = collector
         self._registry = registry
         self._cache = cache
         self._store = store
-        self._removal = removal
         self._registration = registration
-        self._executor = executor
+        self._threads = threads
         self._max_adapter_bytes = max_adapter_bytes
+        self._min_free_bytes = min_free_bytes
 
     async def change_limits(self, by: Actor, tenant: str, limits: LimitsChange) -> TenantInfo:
         """Change some of a tenant's limits and return all of them.
@@ -108,7 +107,7 @@ class AdministrationService:
             Unavailable: the store lacks a file.
         """
         info = await self.tenants.get(tenant)
-        return await export_tenant(self._registry, self._store, self._executor, info)
+        return await export_tenant(self._registry, self._store, self._threads.of(tenant), info)
 
     async def restore(self, by: Actor, tenant: str, tar: AsyncIterable[bytes]) -> TaskList:
         """Create the tasks of an exported tenant, all or none.
@@ -121,12 +120,13 @@ class AdministrationService:
         tasks = await import_tenant(
             self._registry,
             self._store,
-            self._executor,
-            self._registration.check,
+            self._threads.of(tenant),
+            partial(self._registration.check, tenant),
             by,
             info,
             tar,
             self._max_adapter_bytes,
+            self._min_free_bytes,
         )
         self._cache.invalidate_tenant(tenant)
         return TaskList(tasks=[task.summary() for task in tasks])
@@ -138,14 +138,6 @@ class AdministrationService:
             Conflict: the registry may have lost keys; nothing was removed.
         """
         await self._audit.append(by.entry("", "store.collect.begin", older_than_s=older_than_s))
-        before = datetime.now(UTC) - timedelta(seconds=older_than_s)
-        adapters = await collect_garbage(self._registry, self._integrity, self._store, self._executor, older_than_s)
-        await self._integrity.check_images()
-        images = await self._removal.collect(before)
-        done = Collected(
-            removed=adapters.removed + images.removed,
-            bytes=adapters.bytes + images.bytes,
-            kept=adapters.kept + images.kept,
-        )
+        done = await self._collector.collect(older_than_s)
         await self._audit.append(by.entry("", "store.collect", removed=done.removed, bytes=done.bytes))
         return done

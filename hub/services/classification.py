@@ -119,9 +119,12 @@ class ClassificationService:
             check(chosen, len(images))
         request_context.note_task(name, chosen.version, chosen.digest)
         tenant, count = caller.tenant, len(images)
-        async with self._limiter.images(tenant, count) as weight, self._images.acquire(tenant, count):
+        sizes = await self._decoder.sizes(tenant, [x for _, x in images])
+        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self._images.acquire(tenant, sum(sizes)):
             with tracing.span("decode", images=count), request_context.timed("decode"):
-                pixels = await self._decoder.decode(tenant, [(field, x, chosen.preprocess) for field, x in images])
+                pixels = await self._decoder.decode(
+                    tenant, [(field, x, chosen.preprocess) for field, x in images], sizes
+                )
             answers = await self._compute(tenant, name, chosen, pixels, weight)
         predicted = Predicted(chosen, answers, found.settings.unknown_below, threshold)
         request_context.note_unknown(name, sum(predicted.unknown or ()))
@@ -195,10 +198,13 @@ class ClassificationService:
         for i, c in enumerate(chosen):
             members[c.digest].append(i)
         tenant, count = caller.tenant, len(inputs)
-        async with self._limiter.images(tenant, count) as weight, self._images.acquire(tenant, count):
+        sizes = await self._decoder.sizes(tenant, [x for _, x in images])
+        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self._images.acquire(tenant, sum(sizes)):
             with tracing.span("decode", images=count), request_context.timed("decode"):
                 pixels = await self._decoder.decode(
-                    tenant, [(field, data, c.preprocess) for (field, data), c in zip(images, chosen, strict=True)]
+                    tenant,
+                    [(field, data, c.preprocess) for (field, data), c in zip(images, chosen, strict=True)],
+                    sizes,
                 )
             groups = await gather_or_cancel(
                 self._compute(tenant, inputs[at[0]].task, chosen[at[0]], [pixels[i] for i in at], weight)

@@ -3,24 +3,31 @@
 import asyncio
 import io
 import json
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from adapters import ImageError, ImageTooLargeError
-from adapters.data.images import WHITE, background_of, decode_image, eval_transform, needed_px
+from adapters.data.formats.sizes import header_pixels
+from adapters.data.images import WHITE, background_of, decode_image, eval_transform, needed_px, pixels_of
 
-from ..concurrency import TenantConcurrencyLimit
+from ..admission.quotas import PIXELS_PER_IMAGE
+from ..concurrency import REST_RATIO, ActiveTenants, TenantConcurrencyLimit, TenantTurns
 from ..errors import InvalidImage, TooLarge
 
 DECODE_TIMEOUT_S = 10.0
+SLOW_S = 0.25  # photos of cameras take less
 # A JPEG scan costs the sender a few bytes and the decoder a pass over the whole image: 10 MB of scans would take hours.
 # Cameras and libraries write about ten.
 MAX_JPEG_SCANS = 100
+# Starts of files whose size needs more than a look at their first bytes: TIFF, GIF, JPEG, PNG, WebP, BMP, AVIF, HEIC.
+PARSED_FORMATS = (b"II", b"MM", b"GIF8", b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"\0\0\0")
 THUMBNAIL_PX = 192
 
 Preprocess = Mapping[str, Any]
@@ -29,13 +36,20 @@ T = TypeVar("T")
 
 
 class ImageDecoder:
-    """Decoder of images in a thread pool, within a hub's size limits."""
+    """Decoder of images in a thread pool, within a hub's size limits, in turns that are fair by megapixels.
+
+    An image counts as one for each `PIXELS_PER_IMAGE` begun. An image that counts as more than one is large. Beside
+    other active tenants, a tenant's large images use its share of the cores: otherwise they would slow the decodes of
+    others, the event loop and the workers.
+    """
 
     def __init__(
         self,
         executor: Executor,
+        active: ActiveTenants,
         *,
         threads: int,
+        cores: int,
         max_bytes: int,
         max_pixels: int,
         spare_threads: int = 0,
@@ -45,6 +59,8 @@ class ImageDecoder:
         """
         Args:
             executor: thread pool with `threads + spare_threads` threads.
+            active: active tenants of the gateway.
+            cores: of the machine; a tenant's share is of these.
             threads: images decoded at the same time. One tenant gets one thread fewer, so no tenant uses all of them.
             max_bytes: size limit of an encoded image.
             max_pixels: limit of width times height.
@@ -54,8 +70,13 @@ class ImageDecoder:
             decode: function that decodes, with the arguments of `adapters.data.images.decode_image`.
         """
         self._executor = executor
-        self._tenant_limit = TenantConcurrencyLimit(max(1, threads - 1))
-        self._threads = asyncio.Semaphore(threads)
+        self._active = active
+        self._cores = cores
+        tenant_threads = max(1, threads - 1)
+        self._tenant_limit = TenantConcurrencyLimit(tenant_threads)
+        self._large_limit = TenantConcurrencyLimit(self._large_share)
+        self._tenant_threads = tenant_threads
+        self._turns = TenantTurns(threads, threads)
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._spare_threads = spare_threads
@@ -68,8 +89,12 @@ class ImageDecoder:
         """Number of running decodes, including those whose request has ended."""
         return len(self._decodes)
 
+    async def sizes(self, tenant: str, images: Sequence[bytes | np.ndarray]) -> list[int]:
+        """Return as how many images each image counts: one for each `PIXELS_PER_IMAGE` begun, by the file's header."""
+        return [await self._size(tenant, image) for image in images]
+
     async def decode(
-        self, tenant: str, images: Sequence[tuple[str, bytes | np.ndarray, Preprocess]]
+        self, tenant: str, images: Sequence[tuple[str, bytes | np.ndarray, Preprocess]], sizes: Sequence[int]
     ) -> list[np.ndarray]:
         """Decode and preprocess encoded images; check pixels that the client has preprocessed.
 
@@ -77,6 +102,7 @@ class ImageDecoder:
             tenant: tenant whose share of the threads the images use.
             images: for each image its field name (for errors), its bytes or its pixels (3, H, W), uint8 or float32 in
                 0..255, and its adapter's `preprocess`.
+            sizes: result of `sizes` for these images.
 
         Returns:
             Arrays (3, H, W) in the order of `images`: uint8, or float32 for pixels that came as float32.
@@ -85,7 +111,9 @@ class ImageDecoder:
             TooLarge: an image exceeds the limit of bytes or pixels.
             InvalidImage: an image cannot be decoded or takes too long, or pixels do not fit the adapter.
         """
-        results = await asyncio.gather(*(self._one(tenant, *image) for image in images), return_exceptions=True)
+        self._active.note(tenant)
+        calls = (self._one(tenant, *image, size) for image, size in zip(images, sizes, strict=True))
+        results = await asyncio.gather(*calls, return_exceptions=True)
         decoded = []
         for result in results:
             if isinstance(result, BaseException):
@@ -93,28 +121,59 @@ class ImageDecoder:
             decoded.append(result)
         return decoded
 
+    async def _size(self, tenant: str, image: bytes | np.ndarray) -> int:
+        if isinstance(image, np.ndarray) or len(image) > self._max_bytes:
+            return 1
+        pixels = header_pixels(image)
+        if pixels is None and image.startswith(PARSED_FORMATS):
+            async with self._tenant_limit.acquire(tenant):
+                await self._turns.acquire(tenant)
+                call = asyncio.get_running_loop().run_in_executor(self._executor, pixels_of, image)
+                call.add_done_callback(lambda _: self._turns.release(tenant))
+                await asyncio.wait((call,))
+                pixels = call.result()
+        return max(1, math.ceil(min(pixels or 0, self._max_pixels) / PIXELS_PER_IMAGE))
+
+    def _large_share(self, tenant: str) -> int:
+        """Return how many large images of a tenant are decoded at the same time."""
+        others = self._active.others(tenant)
+        share = self._cores // (1 + others) if others else self._cores - 1  # the first call of another finds a core
+        return max(1, min(share, self._tenant_threads))
+
     async def thumbnail(self, tenant: str, field: str, image: bytes) -> bytes:
         """Return a JPEG of at most `THUMBNAIL_PX` on each side, without any metadata of the image.
 
         Raises:
             TooLarge, InvalidImage: as in `decode`.
         """
-        return await self._run(tenant, field, image, self._thumbnail)
+        self._active.note(tenant)
+        return await self._run(tenant, field, image, await self._size(tenant, image), self._thumbnail)
 
-    async def _one(self, tenant: str, field: str, image: bytes | np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    async def _one(
+        self, tenant: str, field: str, image: bytes | np.ndarray, preprocess: Preprocess, size: int
+    ) -> np.ndarray:
         if isinstance(image, np.ndarray):
             return checked_pixels(field, image, preprocess)
-        return await self._run(tenant, field, image, lambda name, data: self._decode(name, data, preprocess))
+        return await self._run(tenant, field, image, size, partial(self._decode, preprocess=preprocess))
 
-    async def _run(self, tenant: str, field: str, image: bytes, work: Callable[[str, bytes], T]) -> T:
-        """Run work on an encoded image in a thread, within the limits of size, time and the tenant's share."""
+    async def _run(self, tenant: str, field: str, image: bytes, size: int, work: Callable[[str, bytes, int], T]) -> T:
+        """Run work on an encoded image in a thread, within the limits of size, time and the tenant's share.
+
+        Args:
+            size: as how many images the image counts.
+            work: gets the field name, the bytes, and the number of pixels that the tenant was charged for.
+        """
         if len(image) > self._max_bytes:
             raise TooLarge.at(field, f"the image has {len(image)} bytes; the limit is {self._max_bytes}")
         async with AsyncExitStack() as held:
+            if size > 1:
+                await held.enter_async_context(self._large_limit.acquire(tenant))
             await held.enter_async_context(self._tenant_limit.acquire(tenant))
-            await self._threads.acquire()
-            decode = asyncio.get_running_loop().run_in_executor(self._executor, work, field, image)
-            task = asyncio.create_task(self._hold(held.pop_all(), decode))
+            await self._turns.acquire(tenant, size)
+            decode = asyncio.get_running_loop().run_in_executor(
+                self._executor, work, field, image, size * PIXELS_PER_IMAGE
+            )
+            task = asyncio.create_task(self._hold(held.pop_all(), tenant, decode, rests=size > 1))
             self._decodes.add(task)  # otherwise the task could be garbage-collected: the loop holds weak references
             task.add_done_callback(self._decodes.discard)
         await asyncio.wait((decode,), timeout=self._timeout_s)
@@ -123,44 +182,55 @@ class ImageDecoder:
             raise InvalidImage.at(field, message)
         return decode.result()
 
-    async def _hold(self, held: AsyncExitStack, decode: "asyncio.Future[Any]") -> None:
+    async def _hold(self, held: AsyncExitStack, tenant: str, decode: "asyncio.Future[Any]", *, rests: bool) -> None:
         """Hold the tenant's share and the thread until the decode ends, even if the request ends earlier.
 
         Otherwise a client that disconnects could start any number of decodes. After the timeout a spare thread replaces
         the decode's thread.
+
+        Args:
+            rests: whether the tenant's share rests after a slow decode, beside other active tenants. Otherwise slow
+                decodes one after another would take a whole core from the event loop and the workers.
         """
+        began_s = time.monotonic()
         async with held:
             await asyncio.wait((decode,), timeout=self._timeout_s)
             replaced = not decode.done() and self._spare_threads > 0
             if replaced:
                 self._spare_threads -= 1
-                self._threads.release()
+                self._turns.release(tenant)
             await asyncio.wait((decode,))
             if replaced:
                 self._spare_threads += 1
             else:
-                self._threads.release()
+                self._turns.release(tenant)
+            taken_s = time.monotonic() - began_s
+            if rests and taken_s > SLOW_S and self._active.others(tenant):
+                await asyncio.sleep(REST_RATIO * taken_s)
         decode.exception()  # otherwise asyncio logs an error that no request retrieved
 
-    def _decode(self, field: str, data: bytes, preprocess: Preprocess) -> np.ndarray:
-        image = self._opened(field, data, needed_px=needed_px(preprocess), background=background_of(preprocess))
+    def _decode(self, field: str, data: bytes, counted_pixels: int, preprocess: Preprocess) -> np.ndarray:
+        options = {"needed_px": needed_px(preprocess), "background": background_of(preprocess)}
+        image = self._opened(field, data, counted_pixels, **options)
         pixels: np.ndarray = _transform(json.dumps(preprocess, sort_keys=True))(image).numpy()
         return pixels
 
-    def _thumbnail(self, field: str, data: bytes) -> bytes:
-        image = self._opened(field, data, needed_px=THUMBNAIL_PX, background=WHITE)
+    def _thumbnail(self, field: str, data: bytes, counted_pixels: int) -> bytes:
+        image = self._opened(field, data, counted_pixels, needed_px=THUMBNAIL_PX, background=WHITE)
         image.info.clear()  # otherwise the file would have the colour profile of the image
         image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=80)
         return buffer.getvalue()
 
-    def _opened(self, field: str, data: bytes, **options: Any) -> Any:
+    def _opened(self, field: str, data: bytes, counted_pixels: int, **options: Any) -> Any:
         try:
             if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
                 raise ImageError(f"the JPEG has more than {MAX_JPEG_SCANS} scans; save it in a simpler form")
-            return self._decode_image(data, max_pixels=self._max_pixels, **options)
+            return self._decode_image(data, max_pixels=min(self._max_pixels, counted_pixels), **options)
         except ImageTooLargeError as error:
+            if counted_pixels < self._max_pixels:  # otherwise an image could cost more than the tenant was charged
+                raise InvalidImage.at(field, "the image is larger than its header claims; save it again") from error
             raise TooLarge.at(field, str(error)) from error
         except ImageError as error:
             raise InvalidImage.at(field, str(error)) from error

@@ -2,15 +2,15 @@
 
 import asyncio
 import hashlib
-from concurrent.futures import Executor
 from datetime import UTC, datetime
 
 from adapters import Adapter, AdapterError, BankLimits
 
 from ..admission.authentication import Caller
 from ..admission.quotas import SOURCE_DOWNLOADS, SOURCE_DOWNLOADS_QUEUED
-from ..concurrency import TenantConcurrencyLimit, run_blocking
-from ..errors import Conflict, InvalidRequest
+from ..admission.refused_uploads import RefusedUploads
+from ..concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
+from ..errors import Conflict, InvalidAdapter, InvalidRequest, LimitReached
 from ..registry.cache import RegistryCache
 from ..registry.models import DEFAULT_SETTINGS, Task
 from ..registry.tasks import LatestMovedError, TaskRegistry
@@ -21,7 +21,11 @@ from ..storage.store import Store
 from ..worker_api import invalid_adapter
 from .adapter_texts import check_texts
 from .classification import ClassificationService
+from .garbage_collection import Collector
 from .tenant_archive import version_fields
+
+RESERVE_S = 300  # from the check of the quota to the new version; more than the store takes for a file
+REFUSAL_DELAY_S = 1.0
 
 
 class RegistrationService:
@@ -38,12 +42,17 @@ class RegistrationService:
         store: Store,
         sources: RemoteSources,
         classification: ClassificationService,
-        executor: Executor,
+        collector: Collector,
+        store_threads: TenantThreads,
+        parse_threads: TenantThreads,
+        source_threads: TenantThreads,
         max_adapter_bytes: int,
     ) -> None:
         """
         Args:
-            executor: thread pool for calls to the store and for checks of adapter files.
+            store_threads: thread pool for calls to the store.
+            parse_threads: thread pool for checks of adapter files.
+            source_threads: thread pool for downloads, which may take minutes.
             max_adapter_bytes: size limit of one adapter file.
         """
         self._registry = registry
@@ -51,10 +60,28 @@ class RegistrationService:
         self._store = store
         self._sources = sources
         self._classification = classification
-        self._executor = executor
+        self._collector = collector
+        self._store_threads = store_threads
+        self._parse_threads = parse_threads
+        self._source_threads = source_threads
+        self._refused = RefusedUploads()
         self._max_adapter_bytes = max_adapter_bytes
         self._downloads = TenantConcurrencyLimit(SOURCE_DOWNLOADS, SOURCE_DOWNLOADS + SOURCE_DOWNLOADS_QUEUED)
         self._background: set[asyncio.Task[None]] = set()
+
+    async def require_uploads(self, caller: Caller) -> None:
+        """Check, before the upload of a file, that not too many files of the tenant were refused.
+
+        A refusal comes after a second. Otherwise a client that ignores `Retry-After` could send hundreds a second.
+
+        Raises:
+            LimitReached: the limit is reached.
+        """
+        try:
+            self._refused.require(caller.tenant)
+        except LimitReached:
+            await asyncio.sleep(REFUSAL_DELAY_S)
+            raise
 
     async def register(
         self,
@@ -86,23 +113,29 @@ class RegistrationService:
 
         Raises:
             InvalidAdapter: the file breaks the format or does not fit the backbone.
-            LimitReached: the tenant's limit of tasks, of versions per task, of stored bytes or of registry bytes.
+            LimitReached: the tenant's limit of tasks, of versions per task, of stored bytes, of registry bytes or of
+                refused uploads.
             Conflict: the labels differ from those of the version behind `latest`.
+            InsufficientStorage: the disk of the store is nearly full.
             Unavailable: the store, the registry or the workers are unavailable; the hub has registered nothing.
             TrainingEndedError: the gateway no longer has the job.
         """
         task = caller.own_task(name)
         if stage and alias == LATEST:
             raise InvalidRequest.at("stage", f"a staged version does not become {LATEST!r}; omit stage or alias")
-        adapter = await self.check(data)
+        pool = self._store_threads.of(caller.tenant)
+        adapter = await self._checked_upload(caller.tenant, data)
         registered = datetime.now(UTC).isoformat(timespec="milliseconds")
         version = VersionInfo(version=0, registered=registered, **version_fields(adapter))  # the registry numbers it
         # Before the put: otherwise a reached limit or an unavailable registry would leave an orphan in the store.
-        is_new = await self._registry.check_quota(caller, caller.tenant, task, version)
+        is_new = await self._check_quota(caller, task, version)
         further = [] if alias in (None, LATEST) else [alias]
         compared = None if labels_may_change else version
         live = await self._live(caller.tenant, task, compared if is_new else None)
-        await run_blocking(self._executor, self._store.put, adapter.digest, data)
+        if is_new:  # last of all: a refused file counts for nothing
+            await run_blocking(pool, self._store.require_space, len(data))
+            await self._check_quota(caller, task, version, reserve_s=RESERVE_S)
+        await run_blocking(pool, self._store.put, adapter.digest, data)
         while True:
             # A task without `latest` could not be called by most clients, so its first version always gets it.
             aliases = further if stage and live.version is not None else [LATEST, *further]
@@ -113,6 +146,9 @@ class RegistrationService:
                 break
             except LatestMovedError:  # by another registration since `live` was read
                 live = await self._live(caller.tenant, task, compared)
+        # From now on no collection removes the file. One may have, if another tenant's last version of it was deleted.
+        if created and await run_blocking(pool, self._store.find, adapter.digest) is None:
+            await run_blocking(pool, self._store.put, adapter.digest, data)
         self._cache.invalidate_task(caller.tenant, task)
         prefetch = asyncio.create_task(self._classification.prefetch(adapter.digest))
         self._background.add(prefetch)  # otherwise the task could be garbage-collected: the loop holds weak references
@@ -146,8 +182,8 @@ class RegistrationService:
         """
         caller.own_task(name)
         async with self._downloads.acquire(caller.tenant):
-            data = await run_blocking(None, self._sources.fetch, body.source)  # may take a minute
-        if body.digest not in (None, hashlib.sha256(data).hexdigest()):
+            data, digest = await run_blocking(self._source_threads.of(caller.tenant), self._fetch, body.source)
+        if body.digest not in (None, digest):
             # The message omits the actual digest: it would identify a file that the caller may not be allowed to read.
             raise InvalidRequest.at("digest", "the file at the source has a different sha256")
         source = self._sources.canonical(body.source)
@@ -167,7 +203,8 @@ class RegistrationService:
         caller.own_task(name)
         task, number = await self._classification.find(caller, name, reference, canary)
         digest = task.digests[number]
-        return number, digest, await run_blocking(self._executor, self._store.get, digest)
+        data = await run_blocking(self._store_threads.of(caller.tenant), self._store.get, digest)
+        return number, digest, data
 
     async def put(self, caller: Caller, name: str, settings: TaskSettings) -> tuple[str, bool]:
         """Change settings of a task; omitted ones keep their values. Create a task that does not exist.
@@ -215,14 +252,44 @@ class RegistrationService:
         await self._registry.delete_version(caller, caller.tenant, task, number)
         self._cache.invalidate_task(caller.tenant, task)
 
-    async def check(self, data: bytes) -> Adapter:
-        """Parse an adapter file and check that the workers can serve it.
+    async def check(self, tenant: str, data: bytes) -> Adapter:
+        """Parse an adapter file and check that the workers can serve it, when it is the tenant's turn.
 
         Raises:
             InvalidAdapter: the file breaks the format or does not fit the backbone.
             Unavailable: no worker has loaded its backbone yet.
         """
-        return await run_blocking(self._executor, self._check, await self._classification.limits(), data)
+        return await run_blocking(
+            self._parse_threads.of(tenant), self._check, await self._classification.limits(), data
+        )
+
+    async def _checked_upload(self, tenant: str, data: bytes) -> Adapter:
+        """Check a client's file. Raises the errors of `check`, and `LimitReached` after too many refused files."""
+        limits = await self._classification.limits()
+
+        def check() -> Adapter:
+            self._refused.require(tenant)  # in the tenant's turn: queued files see the refusals of those before them
+            try:
+                return self._check(limits, data)
+            except InvalidAdapter:
+                self._refused.count(tenant)
+                raise
+
+        return await run_blocking(self._parse_threads.of(tenant), check)
+
+    def _fetch(self, source: str) -> tuple[bytes, str]:
+        data = self._sources.fetch(source)
+        return data, hashlib.sha256(data).hexdigest()
+
+    async def _check_quota(self, caller: Caller, task: str, version: VersionInfo, reserve_s: int = 0) -> bool:
+        """Return whether a version is new. Where deleted files fill the tenant's quota, remove them first."""
+        try:
+            return await self._registry.check_quota(caller, caller.tenant, task, version, reserve_s=reserve_s)
+        except LimitReached as error:
+            is_storage = any(problem.field in ("stored_bytes", "deleted_files") for problem in error.errors)
+            if not is_storage or not await self._collector.make_room(caller.tenant, version.size_bytes):
+                raise
+        return await self._registry.check_quota(caller, caller.tenant, task, version, reserve_s=reserve_s)
 
     async def _live(self, tenant: str, task: str, new: VersionInfo | None) -> Live:
         """Return what `latest` points at, and compare its labels with those of a new version, if there is one.
@@ -242,7 +309,7 @@ class RegistrationService:
 
     def _check(self, limits: BankLimits, data: bytes) -> Adapter:
         try:
-            adapter = Adapter.read(data, max_bytes=self._max_adapter_bytes)
+            adapter = Adapter.read(data, max_bytes=self._max_adapter_bytes, max_tensors=limits.max_tensors)
             limits.check(adapter)
             check_texts(adapter)
         except AdapterError as error:

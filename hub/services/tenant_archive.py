@@ -10,10 +10,10 @@ import json
 import tarfile
 import tempfile
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,7 +22,7 @@ from adapters import Adapter
 from adapters.method.typicality import Typicality
 
 from ..admin_schemas import TenantInfo, TenantLimits
-from ..concurrency import run_blocking
+from ..concurrency import Pool, run_blocking
 from ..errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
 from ..field_types import Name, VersionNumber, Weight
 from ..registry.audit import Actor
@@ -30,7 +30,7 @@ from ..registry.models import DEFAULT_SETTINGS, WholeTask
 from ..registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
 from ..registry.versions import StoredVersion, StoredVersions
 from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
-from ..storage.store import FILE, Store
+from ..storage.store import FILE, Store, require_free_space
 
 FORMAT = "karst-tenant/1"
 MANIFEST = "tenant.json"
@@ -106,14 +106,14 @@ class Export:
     chunks: AsyncIterator[bytes]
 
 
-async def export_tenant(registry: TaskRegistry, store: Store, executor: Executor | None, info: TenantInfo) -> Export:
+async def export_tenant(registry: TaskRegistry, store: Store, pool: Pool, info: TenantInfo) -> Export:
     """Return a tenant as a tar stream, without its keys. Equal tenants give equal bytes.
 
     The export looks up every file before the first byte. If it cannot read one later, `chunks` raises the error. Send
     `size_bytes` as `content-length`: then the client notices, and the tar has no end, so no hub imports it.
 
     Args:
-        executor: thread pool for calls to the store; None for the event loop's default pool.
+        pool: thread pool for calls to the store; None for the event loop's default pool.
 
     Raises:
         Unavailable: the registry or the store is unavailable, or the store lacks a file.
@@ -122,60 +122,63 @@ async def export_tenant(registry: TaskRegistry, store: Store, executor: Executor
     tasks = await registry.dump(info.tenant)
     sizes = {v.digest: v.size_bytes for task in tasks for v in map(StoredVersion.served, _stored(task))}
     for digest, size_bytes in sizes.items():
-        file = await run_blocking(executor, store.find, digest)
+        file = await run_blocking(pool, store.find, digest)
         if file is None or file.size_bytes != size_bytes:
             raise Unavailable(f"The adapter store has no intact file {digest}. Register the adapter again.")
-    manifest = await run_blocking(executor, _manifest, info, tasks)
+    manifest = await run_blocking(pool, _manifest, info, tasks)
     if len(manifest) > MAX_MANIFEST_BYTES or len(sizes) > MAX_FILES:
         limits = f"{MAX_FILES} files and {MAX_MANIFEST_BYTES} bytes of {MANIFEST}"
         raise TooLarge(f"The export exceeds the limits of {limits}. Delete versions.")
     lengths = [len(manifest), *sizes.values()]
     size_bytes = sum(BLOCK_BYTES + length + len(_padding(length)) for length in lengths) + len(END)
-    return Export(size_bytes, _tar(store, executor, manifest, sorted(sizes)))
+    return Export(size_bytes, _tar(store, pool, manifest, sorted(sizes)))
 
 
 async def import_tenant(
     registry: TaskRegistry,
     store: Store,
-    executor: Executor | None,
+    pool: Pool,
     check: Check,
     by: Actor,
     info: TenantInfo,
     chunks: AsyncIterable[bytes],
     max_adapter_bytes: int,
+    min_free_bytes: int = 0,
 ) -> list[WholeTask]:
     """Create the tasks of an export, all or none, in one atomic step at the end. Return them.
 
     Args:
-        executor: thread pool for calls to the store and for files; None for the event loop's default pool.
+        pool: thread pool for calls to the store and for files; None for the event loop's default pool.
         check: function that parses an adapter file and checks that this hub can serve it; raises InvalidAdapter.
         info: the tenant that gets the tasks; its name may differ from the exported one.
         chunks: the tar.
         max_adapter_bytes: size limit of one adapter file.
+        min_free_bytes: bytes that stay free on the disk of temporary files.
 
     Raises:
         InvalidRequest, InvalidAdapter: the tar is not an export, or a file does not fit this hub.
         TooLarge: the tar has more bytes than the tenant may store.
         Conflict: some of the tasks exist already.
         LimitReached: the tenant's limit of tasks, of versions per task or of stored bytes.
+        InsufficientStorage: the disk of the store or of temporary files is nearly full.
         Unavailable: the registry, the store or the disk for temporary files is unavailable.
     """
     with _spool() as file:
-        await _receive(executor, file, chunks, max_archive_bytes(info.limits))
-        members = await run_blocking(executor, _index, file, max_adapter_bytes)
-        tasks = await run_blocking(executor, _read_manifest, file, members)
+        await _receive(pool, file, chunks, max_archive_bytes(info.limits), min_free_bytes)
+        members = await run_blocking(pool, _index, file, max_adapter_bytes)
+        tasks = await run_blocking(pool, _read_manifest, file, members)
         fields_by_digest = {}
         for digest in members:
-            data = await run_blocking(executor, _read_file, file, members, digest)
+            data = await run_blocking(pool, _read_file, file, members, digest)
             fields_by_digest[digest] = await _checked(check, digest, data)
         restored = [_restored(task, fields_by_digest) for task in tasks]
         for digest in members:
-            await run_blocking(executor, _put, store, file, members, digest)
+            await run_blocking(pool, _put, store, file, members, digest)
         await registry.restore(by, info.tenant, restored)
         # From now on garbage collection keeps these files. One that ran before may have removed some.
         for digest in members:
-            if await run_blocking(executor, store.find, digest) is None:
-                await run_blocking(executor, _put, store, file, members, digest)
+            if await run_blocking(pool, store.find, digest) is None:
+                await run_blocking(pool, _put, store, file, members, digest)
     return restored
 
 
@@ -226,12 +229,10 @@ def _stored(task: WholeTask) -> Sequence[StoredVersion]:
     return task.versions.stored() if isinstance(task.versions, StoredVersions) else []
 
 
-async def _tar(
-    store: Store, executor: Executor | None, manifest: bytes, digests: Sequence[str]
-) -> AsyncIterator[bytes]:
+async def _tar(store: Store, pool: Pool, manifest: bytes, digests: Sequence[str]) -> AsyncIterator[bytes]:
     yield _header(MANIFEST, len(manifest)) + manifest + _padding(len(manifest))
     for digest in digests:
-        data = await run_blocking(executor, store.get, digest)
+        data = await run_blocking(pool, store.get, digest)
         yield _header(f"{FOLDER}{digest}.safetensors", len(data))
         for at in range(0, len(data), CHUNK_BYTES):
             yield data[at : at + CHUNK_BYTES]
@@ -259,7 +260,10 @@ def _spool() -> Iterator[IO[bytes]]:
         raise Unavailable(f"The hub cannot store the upload on its disk: {error.strerror or error}.") from error
 
 
-async def _receive(executor: Executor | None, file: IO[bytes], chunks: AsyncIterable[bytes], max_bytes: int) -> None:
+async def _receive(
+    pool: Pool, file: IO[bytes], chunks: AsyncIterable[bytes], max_bytes: int, min_free_bytes: int
+) -> None:
+    folder = Path(tempfile.gettempdir())
     total, buffer = 0, bytearray()
     async for chunk in chunks:
         total += len(chunk)
@@ -267,10 +271,11 @@ async def _receive(executor: Executor | None, file: IO[bytes], chunks: AsyncIter
             raise TooLarge.at("body", f"the tar has more than {max_bytes} bytes, the tenant's limit for an import")
         buffer += chunk
         if len(buffer) >= CHUNK_BYTES:
-            await run_blocking(executor, file.write, bytes(buffer))
+            require_free_space(folder, len(buffer), min_free_bytes)
+            await run_blocking(pool, file.write, bytes(buffer))
             buffer.clear()
-    await run_blocking(executor, file.write, bytes(buffer))
-    await run_blocking(executor, file.flush)
+    await run_blocking(pool, file.write, bytes(buffer))
+    await run_blocking(pool, file.flush)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from adapters.format.file import write_atomically
 
-from ..errors import Unavailable
+from ..errors import InsufficientStorage, Unavailable
 from ..urls import shown_text
 
 logger = logging.getLogger(__name__)
@@ -79,12 +80,14 @@ class StoredFile(NamedTuple):
 class Store:
     """The files of one kind of a hub."""
 
-    def __init__(self, url: str, kind: Kind = ADAPTERS) -> None:
+    def __init__(self, url: str, kind: Kind = ADAPTERS, min_free_bytes: int = 0) -> None:
         """Open a store. The first `put` creates a local folder.
 
         Args:
             url: a folder, or any fsspec URL (`s3://bucket/prefix`).
+            min_free_bytes: bytes that `put` leaves free on the disk of a local folder.
         """
+        self._min_free_bytes = min_free_bytes
         self._fs, root = fsspec.core.url_to_fs(url)
         self._top = Path(root)
         self._root = f"{root.rstrip('/')}/{kind.folder}".rstrip("/")
@@ -98,6 +101,7 @@ class Store:
         Otherwise garbage collection could remove the file before a version holds it.
 
         Raises:
+            InsufficientStorage: the disk would have less than the least free space.
             Unavailable: the store cannot be written: unreachable, full or not permitted.
         """
         path = self._path(digest)
@@ -105,9 +109,21 @@ class Store:
             if not self._local:  # an object is visible only after its complete upload
                 self._fs.pipe_file(path, data)
             elif not _refresh(Path(path), data):
+                self.require_space(len(data))
                 write_file(self._top, Path(path), data)
+        except InsufficientStorage:
+            raise
         except Exception as error:  # each file system has its own exception types
             raise _unavailable(error, f"write file {digest}") from error
+
+    def require_space(self, size_bytes: int) -> None:
+        """Check that the disk of a local store has room for a file.
+
+        Raises:
+            InsufficientStorage: it has not.
+        """
+        if self._local:
+            require_free_space(Path(self._root), size_bytes, self._min_free_bytes)
 
     def get(self, digest: str) -> bytes:
         """Return a file after checking its digest.
@@ -250,6 +266,27 @@ def write_file(top: Path, path: Path, data: bytes) -> None:
             with suppress(PermissionError):  # another gateway of the group has just made it
                 (top / folder).chmod(mode)
     write_atomically(path, data, mode & 0o666)
+
+
+def require_free_space(folder: Path, size_bytes: int, min_free_bytes: int) -> None:
+    """Check that a folder's disk keeps its least free space beside a new file. The folder may be missing.
+
+    Raises:
+        InsufficientStorage: it would not.
+    """
+    if min_free_bytes == 0:
+        return
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes - size_bytes < min_free_bytes:
+        logger.error(
+            "the disk of %s has %d bytes free; HUB_MIN_FREE_DISK is %d, so a file of %d bytes was refused",
+            *(existing, free_bytes, min_free_bytes, size_bytes),
+        )
+        raise InsufficientStorage(
+            "The hub's disk is nearly full, so the hub stores no new file. Classification continues. Ask the operator "
+            "to free disk space or to collect garbage (karst-hub gc), then retry."
+        )
 
 
 def _refresh(path: Path, data: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""A local user: no file of a running hub is readable for other users of the machine."""
+"""Files of a running hub: other users of the machine read none, and deleted ones stay within their tenant's quota."""
 
 import os
 import stat
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from adapters import Adapter
+from hub.client.client import Client
 from hub.local.run_folder import RECORD
+from tests.support.models import with_metadata
 
 from .conftest import AttackedHub, Victim
 
@@ -35,6 +38,23 @@ def test_hub_leaves_nothing_readable_for_other_users_when_it_runs(hub: AttackedH
     assert (run_folder / "session").is_dir() or list(run_folder.iterdir())  # Ray's sessions lie below this folder
     assert open_to_others(hub.home) == []
     assert open_to_others(run_folder) == []
+
+
+def test_disk_stays_within_the_quota_when_a_tenant_registers_and_deletes(hub: AttackedHub, victim: Victim) -> None:
+    key, quota = hub.tenant({"stored_bytes": 10**6}), 10**6
+    before = stored_bytes(hub.home)
+    with Client(hub.url, key) as client:
+        for number in range(12):
+            client.register("t", with_metadata(Adapter.read(victim.adapter), producer=f"{number}" + "x" * 300_000))
+            client.delete_task("t")
+            assert stored_bytes(hub.home) - before <= quota
+        used = client.usage().used
+    assert used.stored_bytes == 0
+    assert used.deleted_bytes == stored_bytes(hub.home) - before > 0
+
+
+def stored_bytes(home: Path) -> int:
+    return sum(path.stat().st_size for path in (home / "store").rglob("*.safetensors"))
 
 
 def test_hub_writes_private_files_when_its_home_is_private(hub: AttackedHub, victim: Victim) -> None:

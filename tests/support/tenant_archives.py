@@ -41,6 +41,7 @@ class Case:
     async def fill(self) -> None:
         await self.tenants.create(OPERATOR, "one", LimitsChange(tasks=7))
         await self.tenants.create(OPERATOR, "two", LimitsChange())
+        await self.tenants.create(OPERATOR, "three", LimitsChange())
         for task, i in (("flowers", 0), ("flowers", 1), ("flowers", 2), ("flowers", 3), ("leaves", 1)):
             await self.register("one", task, self.adapters[i])
         registry = self.registry
@@ -72,7 +73,7 @@ class Case:
         arguments: dict[str, Any] = {"max_adapter_bytes": MAX_ADAPTER_BYTES, "registry": self.registry} | options
         return await import_tenant(
             store=self.stores[tenant],
-            executor=None,
+            pool=None,
             check=check,
             by=OPERATOR,
             info=await self.info(tenant),

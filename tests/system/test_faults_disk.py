@@ -26,7 +26,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
             home = stack.enter_context(small_disk(tmp_path / "disk", DISK_MB))
         except PermissionError as error:
             pytest.skip(f"no small disk can be mounted here: {error}")
-        served = serve(home / "hub", free_port())
+        served = serve(home / "hub", free_port(), HUB_MIN_FREE_DISK="0")  # the floor would refuse every upload
         stack.callback(served.stop)
         assert served.key is not None
         client = stack.enter_context(Client(served.url, served.key, retry_s=0))

@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, FastAPI, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
-from starlette.concurrency import run_in_threadpool
 
 from ...admission.authentication import Caller
 from ...concurrency import TenantConcurrencyLimit
 from ...schemas import LATEST, Prediction
 from ...services.classification import ClassificationService
-from ..bodies import JSON, NamedImage, RequestBody, decode_base64, parse_json
+from ..base64_images import NamedImage, decode_base64
+from ..bodies import JSON, RequestBody, parse_json
 from ..dependencies import CallerDependencies, CanaryKey, QueryVersion, TaskName, TopK, add_batch_headers
 from ..openapi import BINARY, OCTETS, request_body, schema_of
 
@@ -75,7 +75,7 @@ def add_huggingface_routes(
     ) -> list[Prediction]:
         async with concurrency_limit.acquire(caller.tenant):
             if body.content_type == JSON:
-                image, own = await run_in_threadpool(_parse, await body.read(max_request_bytes))
+                image, own = await body.parse(_parse, await body.read(max_request_bytes))
                 top_k = body.option("top_k", top_k, own)
             else:
                 image = await body.read_image(max_request_bytes)

@@ -7,16 +7,17 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import Depends, FastAPI, Header, Response
 from pydantic import BaseModel, StringConstraints
-from starlette.concurrency import run_in_threadpool
 
 from ...admission.authentication import Caller
-from ...concurrency import TenantConcurrencyLimit
+from ...concurrency import TenantConcurrencyLimit, run_blocking
 from ...errors import InvalidRequest
 from ...schemas import LATEST
 from ...services.classification import ClassificationService
-from ..bodies import JSON, RequestBody, parse_json
+from ..bodies import INLINE_BYTES, JSON, RequestBody, parse_json
+from ..bodies import MAX_JSON_VALUES as OTHER_JSON_VALUES
 from ..dependencies import JSON_LENGTH_HEADER, CallerDependencies, CanaryKey, TaskName, add_batch_headers, no_options
 from ..openapi import BINARY, OCTETS, request_body, schema_of
+from .json_numbers import split_numbers
 from .oip_sizes import require_small_outputs
 from .oip_tensors import (
     EXTENSIONS,
@@ -150,7 +151,7 @@ def _add_infer_routes(
     ) -> Response:
         async with concurrency_limit.acquire(caller.tenant):
             data = await body.read(max_request_bytes)
-            members, images, outputs = await run_in_threadpool(_parse, data, json_length)
+            members, images, outputs = await body.parse(lambda sent: _parse(sent, json_length), data)
             check = partial(require_small_outputs, outputs)
             predicted = await service.predict(caller, task, version, images, canary, check=check)
         members = {"model_name": task, "model_version": str(predicted.version.version), **members}
@@ -160,7 +161,7 @@ def _add_infer_routes(
             predicted.typicality,
             predicted.unknown,
         )
-        content, length = await run_in_threadpool(write_reply, members, outputs, tensors)
+        content, length = await run_blocking(body.pool, write_reply, members, outputs, tensors)
         response = Response(content, media_type=JSON if length is None else OCTETS)
         if length is not None:
             response.headers[JSON_LENGTH_HEADER] = str(length)
@@ -176,7 +177,11 @@ def _parse(
     if json_length is not None and not 0 < length <= len(body):
         message = f"is {length}; expected the length of the JSON at the start of the body of {len(body)} bytes"
         raise InvalidRequest.at(JSON_LENGTH_HEADER, message)
-    request = parse_json(InferRequest, body[:length], MAX_JSON_VALUES)
+    text, numbers = body[:length], None
+    if length > INLINE_BYTES:
+        text, numbers = split_numbers(text, MAX_JSON_VALUES)
+    # A body up to `INLINE_BYTES` has few numbers; a larger one has few other values.
+    request = parse_json(InferRequest, text, MAX_JSON_VALUES if length <= INLINE_BYTES else OTHER_JSON_VALUES)
     outputs = requested_outputs(request)
-    images = read_images(request.inputs[0], memoryview(body)[length:])
+    images = read_images(request.inputs[0], memoryview(body)[length:], numbers)
     return {} if request.id is None else {"id": request.id}, images, outputs

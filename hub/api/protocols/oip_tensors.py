@@ -19,7 +19,8 @@ from pydantic_core import PydanticCustomError
 from ...errors import InvalidRequest
 from ...registry.versions import ServedVersion
 from ...schemas import MAX_IMAGES
-from ..bodies import decode_base64, refuse_base64
+from ..base64_images import decode_base64, refuse_base64
+from .json_numbers import JsonNumbers, array_of
 
 EXTENSIONS = ("binary_tensor_data", "classification")
 PIXEL_DTYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}
@@ -168,11 +169,14 @@ def tensors_of(version: ServedVersion) -> tuple[list[TensorInfo], list[TensorInf
     return inputs, outputs
 
 
-def read_images(tensor: InputTensor, binary: memoryview) -> list[tuple[str, bytes | np.ndarray]]:
+def read_images(
+    tensor: InputTensor, binary: memoryview, numbers: JsonNumbers | None = None
+) -> list[tuple[str, bytes | np.ndarray]]:
     """Return the images of a request's tensor, each with its field name for errors.
 
     Args:
         binary: the body after the JSON.
+        numbers: numbers that were cut out of the JSON, in place of an empty list `data`.
 
     Returns:
         Image files, or pixels (3, H, W): uint8, or float32 in 0..255.
@@ -194,7 +198,7 @@ def read_images(tensor: InputTensor, binary: memoryview) -> list[tuple[str, byte
         )
     _check_kind(tensor)
     if tensor.datatype != "BYTES":
-        pixels = _numbers(tensor, binary).reshape(tensor.shape)  # (B, 3, H, W)
+        pixels = _numbers(tensor, binary, numbers).reshape(tensor.shape)  # (B, 3, H, W)
         return [(f"pixels.{i}", image) for i, image in enumerate(pixels)]
     if tensor.data is None:
         files = [(f"image.{i}", data) for i, data in enumerate(_byte_strings(tensor, binary))]
@@ -310,10 +314,12 @@ def _elements(tensor: InputTensor) -> list[Any]:
     return elements
 
 
-def _numbers(tensor: InputTensor, binary: memoryview) -> np.ndarray:
+def _numbers(tensor: InputTensor, binary: memoryview, cut: JsonNumbers | None) -> np.ndarray:
     """Return flat pixels: uint8, or float32 in 0..255."""
-    if tensor.data is not None:
-        numbers = _json_numbers(tensor)
+    if cut is not None and tensor.data == []:
+        numbers = cut.read(tensor.name, tensor.shape, integers=tensor.datatype == "UINT8")
+    elif tensor.data is not None:
+        numbers = array_of(tensor.name, _elements(tensor), integers=tensor.datatype == "UINT8")
     else:
         dtype = PIXEL_DTYPES[tensor.datatype]
         size = math.prod(tensor.shape) * dtype.itemsize
@@ -324,21 +330,6 @@ def _numbers(tensor: InputTensor, binary: memoryview) -> np.ndarray:
             raise InvalidRequest.at(tensor.name, message)
         numbers = np.frombuffer(binary, dtype)
     return numbers if tensor.datatype == "UINT8" else _scaled(tensor.name, numbers)
-
-
-def _json_numbers(tensor: InputTensor) -> np.ndarray:
-    numbers = _elements(tensor)
-    kinds = set(map(type, numbers))
-    if tensor.datatype == "UINT8":
-        if kinds != {int} or min(numbers) < 0 or max(numbers) > 255:
-            raise InvalidRequest.at(tensor.name, "UINT8 data must be integers from 0 to 255")
-        return np.array(numbers, np.uint8)
-    if not kinds <= {int, float}:
-        raise InvalidRequest.at(tensor.name, "FP32 data must be numbers")
-    try:
-        return np.array(numbers, np.float64)
-    except OverflowError:  # an integer too large for a float
-        return np.array([math.inf])
 
 
 def _scaled(name: str, numbers: np.ndarray) -> np.ndarray:

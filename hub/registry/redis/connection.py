@@ -12,8 +12,11 @@ Cluster is not supported. All keys start with `karst:`. Names of tenants and tas
     published                   zset    `tenant:task` of each task that all tenants may use; all scores are 0
     public                      set     the same, as an older hub has written it; read once into `published`
     digests                     hash    digest -> number of versions that refer to the file
+    orphans                     hash    digest of a file that no version refers to -> tenant that it counts against
+    collection                  string  exists until the next garbage collection may begin; the collecting gateway
     gc:{digest}                 string  exists while a garbage collection may remove the file
     events                      stream  tenant, kind (task, key, tenant) and name of each change
+    events:access               stream  the same for keys and tenants only
     audit                       stream  tenant and JSON of each change
     audit:admins                stream  the same for changes by admins only
     workers                     hash    worker -> JSON of a `WorkerStatus`
@@ -22,8 +25,13 @@ Cluster is not supported. All keys start with `karst:`. Names of tenants and tas
     busy                        zset    digest -> last use by a worker, in seconds since 1970
     t:{tenant}:tasks            set     names of the tenant's tasks
     t:{tenant}:numbers          hash    task -> its last version number; outlives the task, so no number is used twice
+    t:{tenant}:floor            string  highest number in `numbers` of names that were dropped there
+    t:{tenant}:shares           hash    tenant -> number of tasks that are shared with it; the field `` has the sum
+    t:{tenant}:changes          hash    left, at: token bucket of changes
     t:{tenant}:task:{task}      hash    see `models`
     t:{tenant}:bytes            string  size of all versions' files, in bytes
+    t:{tenant}:orphans          hash    digest -> size in bytes:time from which a collection may remove the file
+    t:{tenant}:deleted          string  size of all orphans, in bytes
     t:{tenant}:registry         string  bytes of the tenant's tasks in this registry, as their fields `b` count them
     t:{tenant}:staged:{id}      hash    versions of a task that an import is about to create; expires
     t:{tenant}:keys             set     ids of the tenant's API keys
@@ -57,7 +65,8 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import BusyLoadingError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from ...errors import Unauthenticated, Unavailable
+from ...admission.quotas import AUDIT_ENTRIES, CHANGES_PER_MINUTE
+from ...errors import LimitReached, Unauthenticated, Unavailable
 from ...urls import check_redis_url
 from .errors import NOT_PRIMARY, NotPrimary, error_code, explain
 from .scripts import ChangeReply, LuaScript
@@ -74,6 +83,7 @@ PING_TIMEOUT_S = 1.0
 READ_TIMEOUT_S = 1.0  # for a read that a request waits for
 # Retries after an answer of a server that is not the primary: 0.75 s in all, the time of a short failover.
 RETRIES, FIRST_PAUSE_S, LONGEST_PAUSE_S = 4, 0.05, 0.4
+CHANGES_RETRY_S = 2  # the time of twenty changes
 LOG_INTERVAL_S = 30.0  # between two log lines with the same reason
 # Errors of a command whose connection may be sound: no reply in time, or no free connection in time.
 SLOW = (TimeoutError, RedisTimeoutError)
@@ -146,17 +156,19 @@ class RegistryConnection:
     sees neither.
     """
 
-    def __init__(self, url: str, *, quiet: bool = False) -> None:
+    def __init__(self, url: str, *, quiet: bool = False, audit_days: int | None = None) -> None:
         """Prepare the pool. The first command connects.
 
         Args:
             quiet: log nothing, because the caller shows every error itself.
+            audit_days: changes remove older audit entries; None: they remove none for their age.
 
         Raises:
             ValueError: the URL cannot name a Redis server; the message has no password.
         """
         check_redis_url(url)
         self._url = url
+        self._audit_s = None if audit_days is None else audit_days * 86_400
         self._failovers = Failovers()
         options: dict[str, Any] = {
             "decode_responses": True,
@@ -242,15 +254,20 @@ class RegistryConnection:
 
         Raises:
             Unauthenticated: the caller's key was revoked while the request was in flight.
+            LimitReached: the tenant made too many changes within a minute.
             Unavailable: Redis does not answer, or it could lose the change.
         """
         if self._refusal is not None:
             self._log(self._refusal)
             raise Unavailable("The registry (Redis) accepts no changes now. The hub's log has the reason. Retry later.")
-        text = as_text(await self.evaluate(script.text, function, json.dumps(argument), *texts))
+        limits = {"max_changes": CHANGES_PER_MINUTE, "max_audit": AUDIT_ENTRIES, "audit_s": self._audit_s}
+        text = as_text(await self.evaluate(script.text, function, json.dumps(argument | limits), *texts))
         reply = ChangeReply.model_validate_json(text)
         if reply.outcome == "revoked":
             raise Unauthenticated("The API key was revoked while the request was in flight. Use another key.")
+        if reply.limit == "changes_per_minute":
+            message = f"this tenant made {reply.maximum} changes within a minute, its limit; make fewer, or wait"
+            raise LimitReached.at(reply.limit, message, retry_after_s=CHANGES_RETRY_S)
         return reply
 
     async def close(self) -> None:

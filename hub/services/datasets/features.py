@@ -7,7 +7,6 @@ gateway stopped or the backbone changed, wait in the registry; any gateway takes
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from adapters import BankLimits
 from adapters.data.images import preprocess_of
 
-from ...concurrency import gather_or_cancel, run_blocking
+from ...concurrency import TenantThreads, gather_or_cancel, run_blocking
 from ...errors import HubError, InvalidImage, TooLarge, Unavailable
 from ...registry.datasets.files import DatasetFiles
 from ...registry.redis.connection import is_cancelled
@@ -64,12 +63,12 @@ class FeatureService:
         decoder: ImageDecoder,
         workers: Workers,
         limits: Callable[[], Awaitable[BankLimits]],
-        executor: Executor,
+        threads: TenantThreads,
     ) -> None:
         """
         Args:
             limits: returns the limits of the workers' banks.
-            executor: thread pool for calls to the store.
+            threads: thread pool for calls to the store.
         """
         self._files = files
         self._images = images
@@ -77,7 +76,7 @@ class FeatureService:
         self._decoder = decoder
         self._workers = workers
         self._limits = limits
-        self._executor = executor
+        self._threads = threads
         self._queued_bytes = 0
         self._running: dict[str, asyncio.Task[None]] = {}  # by digest
         self._tasks: set[asyncio.Task[None]] = set()
@@ -90,13 +89,13 @@ class FeatureService:
         """
         return FeatureSpec.of(await self._limits())
 
-    def compute_later(self, spec: FeatureSpec, pixels: Mapping[str, NDArray[np.uint8]]) -> None:
+    def compute_later(self, tenant: str, spec: FeatureSpec, pixels: Mapping[str, NDArray[np.uint8]]) -> None:
         """Compute features of new images in the background. With many waiting images, leave them to the registry."""
         size = sum(image.nbytes for image in pixels.values())
         if not pixels or self._queued_bytes + size > QUEUED_BYTES:
             return
         self._queued_bytes += size
-        task = asyncio.create_task(self._compute_and_forget(spec, pixels, size))
+        task = asyncio.create_task(self._compute_and_forget(tenant, spec, pixels, size))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self._running |= dict.fromkeys(pixels, task)
@@ -117,7 +116,7 @@ class FeatureService:
         found: dict[str, NDArray[np.float16]] = {}
         for start in range(0, len(digests), READ_IMAGES):
             part = list(digests[start : start + READ_IMAGES])
-            found |= await run_blocking(self._executor, self._features.get, spec.key, part, spec.width)
+            found |= await run_blocking(self._threads.of(tenant), self._features.get, spec.key, part, spec.width)
         missing = [digest for digest in digests if digest not in found]
         for start in range(0, len(missing), COMPUTED_IMAGES):
             found |= await self._computed(tenant, spec, missing[start : start + COMPUTED_IMAGES])
@@ -152,9 +151,11 @@ class FeatureService:
                 task.cancel()
             await asyncio.wait(tasks, timeout=1)
 
-    async def _compute_and_forget(self, spec: FeatureSpec, pixels: Mapping[str, NDArray[np.uint8]], size: int) -> None:
+    async def _compute_and_forget(
+        self, tenant: str, spec: FeatureSpec, pixels: Mapping[str, NDArray[np.uint8]], size: int
+    ) -> None:
         try:
-            await self._compute(spec, pixels)
+            await self._compute(tenant, spec, pixels)
             await self._files.note_features(list(pixels))
         except HubError as error:
             logger.info("features of %d images are computed later: %s", len(pixels), error.detail)
@@ -168,16 +169,17 @@ class FeatureService:
 
         async def read(digest: str) -> None:
             try:
-                data = await run_blocking(self._executor, self._images.get, digest)
-                (pixels[digest],) = await self._decoder.decode(tenant, [(digest, data, spec.preprocess)])
+                data = await run_blocking(self._threads.of(tenant), self._images.get, digest)
+                sizes = await self._decoder.sizes(tenant, [data])
+                (pixels[digest],) = await self._decoder.decode(tenant, [(digest, data, spec.preprocess)], sizes)
             except (InvalidImage, TooLarge, Unavailable) as error:
                 logger.warning("image %s has no features: %s", digest, error.detail)
 
         await gather_or_cancel(read(digest) for digest in digests)
-        return await self._compute(spec, pixels)
+        return await self._compute(tenant, spec, pixels)
 
     async def _compute(
-        self, spec: FeatureSpec, pixels: Mapping[str, NDArray[np.uint8]]
+        self, tenant: str, spec: FeatureSpec, pixels: Mapping[str, NDArray[np.uint8]]
     ) -> dict[str, NDArray[np.float16]]:
         """Compute and store features, a few images per call to a worker."""
         digests, found = list(pixels), {}
@@ -186,6 +188,6 @@ class FeatureService:
             part = digests[start : start + size]
             rows = await self._workers.features([pixels[digest] for digest in part])
             for digest, row in zip(part, rows, strict=True):
-                await run_blocking(self._executor, self._features.put, spec.key, digest, row)
+                await run_blocking(self._threads.of(tenant), self._features.put, spec.key, digest, row)
                 found[digest] = row
         return found

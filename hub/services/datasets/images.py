@@ -7,7 +7,6 @@ bytes are in the store before the registry lists it, so a listed image always ha
 import asyncio
 import hashlib
 from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,7 +20,7 @@ from adapters.data.labels import near_duplicates
 from ...admission.authentication import Caller
 from ...admission.quotas import IMAGE_UPLOADS, IMAGE_UPLOADS_QUEUED
 from ...admission.rate_limits import RateLimiter
-from ...concurrency import TenantConcurrencyLimit, gather_or_cancel, run_blocking
+from ...concurrency import TenantConcurrencyLimit, TenantThreads, gather_or_cancel, run_blocking
 from ...dataset_schemas import (
     MAX_NAME_CHARACTERS,
     MAX_NAMED,
@@ -132,12 +131,12 @@ class DatasetService:
         removal: FileRemoval,
         decoder: ImageDecoder,
         limiter: RateLimiter,
-        executor: Executor,
+        threads: TenantThreads,
         max_image_bytes: int,
     ) -> None:
         """
         Args:
-            executor: thread pool for calls to the store and for files.
+            threads: thread pool for calls to the store and for files.
         """
         self._index = index
         self._tasks = tasks
@@ -146,7 +145,7 @@ class DatasetService:
         self._removal = removal
         self._decoder = decoder
         self._limiter = limiter
-        self._executor = executor
+        self._threads = threads
         self._max_image_bytes = max_image_bytes
         self._uploads = TenantConcurrencyLimit(IMAGE_UPLOADS, IMAGE_UPLOADS + IMAGE_UPLOADS_QUEUED)
 
@@ -188,9 +187,10 @@ class DatasetService:
             HubError: any error of `add`. Images of earlier steps stay; the same upload again continues.
         """
         task, report = caller.own_task(name), _Report()
-        async with spooled(self._executor, chunks, MAX_ZIP_BYTES, "zip") as file:
-            entries, count = await run_blocking(self._executor, self._open_zip, file, label, split)
-            while images := await run_blocking(self._executor, lambda: list(islice(entries, STEP_IMAGES))):
+        pool = self._threads.of(caller.tenant)
+        async with spooled(pool, chunks, MAX_ZIP_BYTES, "zip") as file:
+            entries, count = await run_blocking(pool, self._open_zip, file, label, split)
+            while images := await run_blocking(pool, lambda: list(islice(entries, STEP_IMAGES))):
                 await self._add(caller, task, images, report, files=count, waits=True)
         return report.reply()
 
@@ -234,7 +234,7 @@ class DatasetService:
     async def file(self, caller: Caller, name: str, digest: str) -> bytes:
         """Return an image's bytes as they were sent."""
         await self.find(caller, name, digest)
-        return await run_blocking(self._executor, self._images.get, digest)
+        return await run_blocking(self._threads.of(caller.tenant), self._images.get, digest)
 
     async def thumbnail(self, caller: Caller, name: str, digest: str) -> bytes:
         """Return a small JPEG of an image, without its metadata, such as the place of a photo."""
@@ -295,9 +295,14 @@ class DatasetService:
         if not usable:
             return
         spec = await self._features.spec()
-        async with self._turn(caller.tenant, len(usable), waits=waits):
+        sizes = await self._decoder.sizes(caller.tenant, [image.data for image in usable])
+        async with self._turn(caller.tenant, len(usable), sum(sizes), waits=waits):
             decoded = await asyncio.gather(
-                *(self._decoded(caller.tenant, image, spec.preprocess) for image in usable), return_exceptions=True
+                *(
+                    self._decoded(caller.tenant, image, spec.preprocess, size)
+                    for image, size in zip(usable, sizes, strict=True)
+                ),
+                return_exceptions=True,
             )
         images, pixels = [], {}
         for image, result in zip(usable, decoded, strict=True):
@@ -312,15 +317,15 @@ class DatasetService:
                 images.append((new, image.data))
         if images:
             added = await self._store(caller, task, images, report, files)
-            self._features.compute_later(spec, {digest: pixels[digest] for digest in added})
+            self._features.compute_later(caller.tenant, spec, {digest: pixels[digest] for digest in added})
 
     @asynccontextmanager
-    async def _turn(self, tenant: str, count: int, *, waits: bool) -> AsyncIterator[None]:
+    async def _turn(self, tenant: str, count: int, counted: int, *, waits: bool) -> AsyncIterator[None]:
         """Count images in flight within the tenant's limits."""
         async with AsyncExitStack() as held:
             for attempt in range(MAX_WAITS):
                 try:
-                    await held.enter_async_context(self._limiter.images(tenant, count))
+                    await held.enter_async_context(self._limiter.images(tenant, count, counted))
                     break
                 except LimitReached as error:
                     if not waits or attempt == MAX_WAITS - 1:
@@ -329,10 +334,10 @@ class DatasetService:
             yield
 
     async def _decoded(
-        self, tenant: str, image: SentImage, preprocess: Mapping[str, Any]
+        self, tenant: str, image: SentImage, preprocess: Mapping[str, Any], size: int
     ) -> tuple[str, NDArray[np.uint8]]:
-        (pixels,) = await self._decoder.decode(tenant, [(image.name, image.data, preprocess)])
-        digest = await run_blocking(self._executor, lambda: hashlib.sha256(image.data).hexdigest())
+        (pixels,) = await self._decoder.decode(tenant, [(image.name, image.data, preprocess)], [size])
+        digest = await run_blocking(self._threads.of(tenant), lambda: hashlib.sha256(image.data).hexdigest())
         return digest, pixels
 
     async def _store(
@@ -347,7 +352,7 @@ class DatasetService:
         left, added = list(images), []
         for _ in range(REMOVING_ATTEMPTS):
             await gather_or_cancel(
-                run_blocking(self._executor, self._images.put, new.digest, data) for new, data in left
+                run_blocking(self._threads.of(caller.tenant), self._images.put, new.digest, data) for new, data in left
             )
             statuses, changed = await self._index.add(
                 caller,

@@ -3,14 +3,14 @@
 import asyncio
 import logging
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
 from datetime import datetime
 from itertools import islice
 
 from ...admin_schemas import Collected
-from ...concurrency import run_blocking
+from ...concurrency import Pool, run_blocking
 from ...errors import HubError
 from ...registry.datasets.files import DatasetFiles, StoredName
+from ...registry.health import RegistryIntegrity
 from ...registry.redis.connection import is_cancelled
 from ...storage.features import FeatureStore
 from ...storage.store import Store, StoredFile
@@ -29,16 +29,22 @@ class FileRemoval:
         self,
         *,
         files: DatasetFiles,
+        integrity: RegistryIntegrity,
         images: Store,
         snapshots: Store,
         reports: Store,
         features: FeatureStore,
-        executor: Executor,
+        pool: Pool,
     ) -> None:
+        """
+        Args:
+            pool: thread pool for calls to the store.
+        """
         self._files = files
+        self._integrity = integrity
         self._stores = {"": images, "s:": snapshots, "r:": reports}
         self._features = features
-        self._executor = executor
+        self._pool = pool
 
     async def remove(self, names: Sequence[StoredName]) -> None:
         """Remove files, unless a dataset has begun to use one. Never raises: garbage collection finds what is left."""
@@ -66,14 +72,16 @@ class FileRemoval:
         """Remove every file that no dataset uses and that was written before a time.
 
         Raises:
+            Conflict: the registry may have lost keys; nothing was removed.
             Unavailable: the registry or the store is unavailable; files removed before that stay removed.
         """
+        await self._integrity.check_images()
         removed = size_bytes = kept = 0
         for kind, store in self._stores.items():
-            unfinished = await run_blocking(self._executor, store.delete_unfinished, before)
+            unfinished = await run_blocking(self._pool, store.delete_unfinished, before)
             removed, size_bytes = removed + len(unfinished), size_bytes + sum(unfinished)
             stored = store.files()
-            while listed := await run_blocking(self._executor, _next_files, stored):
+            while listed := await run_blocking(self._pool, _next_files, stored):
                 for file in listed:
                     if file.modified < before and await self._remove(StoredName(kind, file.digest), before):
                         removed, size_bytes = removed + 1, size_bytes + file.size_bytes
@@ -87,12 +95,12 @@ class FileRemoval:
                 return False
             store = self._stores[name.kind]
             if before is not None:  # an upload may have written the file since the listing
-                file = await run_blocking(self._executor, store.find, name.digest)
+                file = await run_blocking(self._pool, store.find, name.digest)
                 if file is None or file.modified >= before:
                     return False
-            deleted = await run_blocking(self._executor, store.delete, name.digest)
+            deleted = await run_blocking(self._pool, store.delete, name.digest)
             if name.kind == "":
-                await run_blocking(self._executor, self._features.delete, name.digest)
+                await run_blocking(self._pool, self._features.delete, name.digest)
             return deleted
 
 

@@ -2,20 +2,17 @@
 
 import tempfile
 from collections.abc import AsyncIterable, AsyncIterator
-from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import IO
 
-from ...concurrency import run_blocking
+from ...concurrency import Pool, run_blocking
 from ...errors import TooLarge, Unavailable
 
 CHUNK_BYTES = 1024**2
 
 
 @asynccontextmanager
-async def spooled(
-    executor: Executor, chunks: AsyncIterable[bytes], max_bytes: int, subject: str
-) -> AsyncIterator[IO[bytes]]:
+async def spooled(pool: Pool, chunks: AsyncIterable[bytes], max_bytes: int, subject: str) -> AsyncIterator[IO[bytes]]:
     """Write a body to a temporary file without a name: the system removes it even after a crash.
 
     Raises:
@@ -34,16 +31,16 @@ async def spooled(
                 raise TooLarge.at("body", f"the {subject} has more than {max_bytes} bytes; send it in parts")
             buffer += chunk
             if len(buffer) >= CHUNK_BYTES:
-                await _write(executor, file, bytes(buffer))
+                await _write(pool, file, bytes(buffer))
                 buffer.clear()
-        await _write(executor, file, bytes(buffer))
+        await _write(pool, file, bytes(buffer))
         yield file
 
 
-async def _write(executor: Executor, file: IO[bytes], data: bytes) -> None:
+async def _write(pool: Pool, file: IO[bytes], data: bytes) -> None:
     try:
-        await run_blocking(executor, file.write, data)
-        await run_blocking(executor, file.flush)
+        await run_blocking(pool, file.write, data)
+        await run_blocking(pool, file.flush)
     except OSError as error:
         raise _unavailable(error) from error
 

@@ -2,8 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from adapters.evaluation.calibration import accuracy_interval, paired_gain
 
 from ...admission.authentication import Caller
 from ...admission.quotas import COMPARISONS, COMPARISONS_QUEUED
-from ...concurrency import TenantConcurrencyLimit, run_blocking
+from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ...dataset_schemas import ComparedClass, ComparedImage, ComparedVersion, Comparison, DatasetImage
 from ...errors import Conflict, Unavailable
 from ...registry.datasets.index import DatasetIndex
@@ -45,11 +44,11 @@ class ComparisonService:
         snapshots: Store,
         features: FeatureService,
         classification: ClassificationService,
-        pool_of: Callable[[str], Executor],
+        threads: TenantThreads,
     ) -> None:
         """
         Args:
-            pool_of: returns a tenant's thread pool for calls to the stores.
+            threads: thread pool for calls to the stores.
         """
         self._index = index
         self._trainings = trainings
@@ -59,7 +58,7 @@ class ComparisonService:
         self._snapshots = snapshots
         self._features = features
         self._classification = classification
-        self._pool_of = pool_of
+        self._threads = threads
         self._limit = TenantConcurrencyLimit(COMPARISONS, COMPARISONS + COMPARISONS_QUEUED)
 
     async def compare(self, caller: Caller, name: str, a: str, b: str) -> Comparison:
@@ -98,7 +97,7 @@ class ComparisonService:
             return _comparison(task_name, numbers, answers, compared, left_out, len(unseen) - len(images))
 
     async def _adapter(self, tenant: str, digest: str) -> Adapter:
-        return Adapter.read(await run_blocking(self._pool_of(tenant), self._adapters.get, digest))
+        return Adapter.read(await run_blocking(self._threads.of(tenant), self._adapters.get, digest))
 
     async def _use_features(self, adapters: Sequence[Adapter]) -> bool:
         """Return whether the stored features are those that the adapters' heads expect."""
@@ -112,12 +111,12 @@ class ComparisonService:
         known = {training.snapshot.digest for training in await self._trainings.all(tenant, task)}
         found: set[str] = set()
         for digest in named & known:
-            text = await run_blocking(self._pool_of(tenant), self._snapshots.get, digest)
+            text = await run_blocking(self._threads.of(tenant), self._snapshots.get, digest)
             found |= {image for image, _, use in json.loads(text)["images"] if use == "train"}
         return found
 
     async def _of_head(self, tenant: str, adapter: Adapter, rows: Mapping[str, NDArray[np.float16]]) -> dict[str, str]:
-        return await run_blocking(self._pool_of(tenant), _answers_of_head, adapter, rows)
+        return await run_blocking(self._threads.of(tenant), _answers_of_head, adapter, rows)
 
     async def _of_engine(
         self, caller: Caller, task: str, number: int, images: Sequence[DatasetImage]
@@ -128,7 +127,7 @@ class ComparisonService:
             part = []
             for image in images[start : start + BATCH_IMAGES]:
                 try:
-                    data = await run_blocking(self._pool_of(caller.tenant), self._images.get, image.digest)
+                    data = await run_blocking(self._threads.of(caller.tenant), self._images.get, image.digest)
                 except Unavailable:
                     continue
                 part.append((image.digest, data))

@@ -13,14 +13,13 @@ import logging
 import secrets
 import zipfile
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from ...admission.authentication import Caller
-from ...concurrency import run_blocking
+from ...concurrency import TenantThreads, run_blocking
 from ...dataset_schemas import TrainingProgress, TrainingState
 from ...errors import HubError, NotFound, Unavailable
 from ...registry.datasets.trainings import Job, Training, TrainingRegistry
@@ -89,12 +88,12 @@ class TrainingJobs:
         promotion: PromotionService,
         trainer: Trainer | None,
         settings: JobSettings,
-        pool_of: Callable[[str], Executor],
+        threads: TenantThreads,
     ) -> None:
         """
         Args:
             trainer: None: this gateway runs no jobs.
-            pool_of: returns a tenant's thread pool for calls to the store.
+            threads: thread pool for calls to the store.
         """
         self._trainings = trainings
         self._tasks = tasks
@@ -104,7 +103,7 @@ class TrainingJobs:
         self._promotion = promotion
         self._trainer = trainer
         self._settings = settings
-        self._pool_of = pool_of
+        self._threads = threads
         self._woken = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
 
@@ -210,7 +209,7 @@ class TrainingJobs:
 
     async def _job(self, held: _Held) -> TrainingJob:
         training, shared = held.training, self._settings
-        pool = self._pool_of(held.job.tenant)
+        pool = self._threads.of(held.job.tenant)
         held.update(progress=TrainingProgress(stage="waiting for a machine"))
         limits = await _insist(self._classification.limits)
         snapshot = await _insist(lambda: run_blocking(pool, self._snapshots.get, training.snapshot.digest))
@@ -254,7 +253,7 @@ class TrainingJobs:
 
     async def _keep_report(self, held: _Held, report: bytes) -> None:
         digest = hashlib.sha256(report).hexdigest()
-        pool = self._pool_of(held.job.tenant)
+        pool = self._threads.of(held.job.tenant)
         await _insist(lambda: run_blocking(pool, self._reports.put, digest, report))
         with zipfile.ZipFile(io.BytesIO(report)) as archive:
             held.update(report_digest=digest, report_files=archive.namelist())

@@ -5,14 +5,14 @@ import io
 import secrets
 import time
 import zipfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 
 from ...admission.authentication import Caller
 from ...admission.quotas import TRAINING_STREAMS, TRAININGS, TRAININGS_QUEUED
-from ...concurrency import TenantConcurrencyLimit, run_blocking
+from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ...dataset_schemas import ENDED, TrainingInfo, TrainingList, TrainingRequest, TrainingState
 from ...errors import HubError, InvalidRequest, NotFound
 from ...registry.datasets.index import DatasetIndex
@@ -49,12 +49,12 @@ class TrainingService:
         classification: ClassificationService,
         promotion: PromotionService,
         jobs: TrainingJobs,
-        pool_of: Callable[[str], Executor],
+        threads: TenantThreads,
         fits: Executor,
     ) -> None:
         """
         Args:
-            pool_of: returns a tenant's thread pool for calls to the store.
+            threads: thread pool for calls to the store.
             fits: thread pool for fits, whose threads run torch with one thread each.
         """
         self._index = index
@@ -67,7 +67,7 @@ class TrainingService:
         self._classification = classification
         self._promotion = promotion
         self._jobs = jobs
-        self._pool_of = pool_of
+        self._threads = threads
         self._fits = fits
         self._limit = TenantConcurrencyLimit(TRAININGS, TRAININGS + TRAININGS_QUEUED)
         self._streams = TenantConcurrencyLimit(TRAINING_STREAMS, TRAINING_STREAMS)
@@ -109,7 +109,7 @@ class TrainingService:
     async def snapshot(self, caller: Caller, name: str, id: str) -> bytes:
         """Return the JSON text of a training's snapshot."""
         training = await self._trainings.get(caller.tenant, caller.own_task(name), id)
-        pool = self._pool_of(caller.tenant)
+        pool = self._threads.of(caller.tenant)
         return await run_blocking(pool, self._snapshots.get, training.snapshot.digest)
 
     async def report(self, caller: Caller, name: str, id: str, file: str) -> bytes:
@@ -121,7 +121,7 @@ class TrainingService:
         training = await self._trainings.get(caller.tenant, caller.own_task(name), id)
         if training.report_digest is None or file not in training.report_files:
             raise NotFound.at("file", f"training {id!r} has no file {file!r}; `report_files` lists its files")
-        pool = self._pool_of(caller.tenant)
+        pool = self._threads.of(caller.tenant)
         data = await run_blocking(pool, self._reports.get, training.report_digest)
         return await run_blocking(pool, _member, data, file)
 
@@ -221,7 +221,7 @@ class TrainingService:
             author=Author(key=caller.key, name=caller.name, role=caller.role, address=caller.address),
             budget_s=request.budget_s if queued else 0,
         )
-        await run_blocking(self._pool_of(caller.tenant), self._snapshots.put, info.digest, text)
+        await run_blocking(self._threads.of(caller.tenant), self._snapshots.put, info.digest, text)
         dropped = await self._trainings.put(caller, caller.tenant, task, training, audited=queued, queued=queued)
         await self._removal.remove(dropped)
         return training

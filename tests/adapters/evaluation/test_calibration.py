@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters.evaluation.calibration import accuracy_interval, coverage_table, coverage_threshold, fit_temperature
+from adapters.evaluation.calibration import (
+    accuracy_interval,
+    coverage_table,
+    coverage_threshold,
+    fit_confidence,
+    fit_temperature,
+)
 
 
 def honest(n: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -38,6 +44,36 @@ def test_temperature_is_finite_when_every_score_is_right() -> None:
     beta, loss = fit_temperature(scores, torch.arange(20) % 4)
     assert math.isfinite(beta)
     assert loss < 0.3
+
+
+@pytest.mark.parametrize("factor", [1e-6, 0.1, 1.0, 30.0, 1e6])
+def test_confidence_is_right_when_scores_are_scaled(factor: float) -> None:
+    logits, targets = honest(4000, 5)
+    assert fit_confidence(logits * factor, targets) * factor == pytest.approx(1.0, rel=0.08)
+
+
+def test_confidence_is_nearer_to_the_accuracy_than_that_of_the_likelihood_when_some_labels_look_impossible() -> None:
+    logits, targets = honest(4000, 5)
+    logits[logits < logits.amax(1, keepdim=True) - 2] -= 20  # probabilities of rare labels far too small
+    right = float((logits.argmax(1) == targets).double().mean())
+    gaps = [
+        abs(float((logits * beta).softmax(1).amax(1).mean()) - right)
+        for beta in (fit_temperature(logits, targets)[0], fit_confidence(logits, targets))
+    ]
+    assert gaps[1] < 0.7 * gaps[0]
+
+
+def test_confidence_is_below_one_when_every_score_is_right() -> None:
+    scores = torch.eye(4, dtype=torch.float64).repeat(5, 1)
+    beta = fit_confidence(scores, torch.arange(20) % 4)
+    assert 0.9 < float((scores * beta).softmax(1).amax()) < 0.999
+
+
+def test_confidence_is_finite_when_scores_are_infinite_or_equal() -> None:
+    scores = torch.eye(3, dtype=torch.float64).repeat(4, 1)
+    scores[0, 0] = -torch.inf
+    assert math.isfinite(fit_confidence(scores, torch.arange(12) % 3))
+    assert math.isfinite(fit_confidence(torch.zeros(6, 3, dtype=torch.float64), torch.arange(6) % 3))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import resource
 import struct
 from collections.abc import Mapping
@@ -11,11 +12,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from adapters import Adapter, AdapterError, Backbone, KarstConfig
+from adapters import Adapter, AdapterError, Backbone, BankLimits, KarstConfig
 from adapters.data.images import preprocess_of
+from adapters.format.errors import MAX_PROBLEMS
+from adapters.method import typicality
+from tests.support.adapter_files import pack
 from tests.support.models import random_adapter, with_metadata
 
 WEIGHT = "blocks.1.mlp.fc2"
@@ -321,3 +326,36 @@ def test_read_says_what_to_do_when_the_file_is_a_pickle(tmp_path: Path) -> None:
         torch.save({"w": torch.ones(1)}, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
         with pytest.raises(AdapterError, match=r"but a pickle or zip such as PyTorch's .pth, .* `karst-hub convert`"):
             Adapter.read(tmp_path / "model.pth")
+
+
+def files_with_tensors(count: int) -> list[bytes]:
+    """Return files with this many tensors: as safetensors writes it, and with an escape in each tensor's entry."""
+    data = pack({f"blocks.{i}.attn.qkv.scale": np.ones(1, np.float32) for i in range(count)})
+    escaped = data[8:].replace(b'"data_offsets"', b'"data_offset\\u0073"')
+    header_bytes = len(escaped) - 4 * count
+    return [data, struct.pack("<Q", header_bytes) + escaped]
+
+
+@pytest.mark.parametrize("form", [0, 1])
+def test_read_refuses_a_file_by_its_header_when_it_has_too_many_tensors(form: int) -> None:
+    with pytest.raises(AdapterError, match=r"^file: has 21 tensors, but at most 20 are allowed"):
+        Adapter.read(files_with_tensors(21)[form], max_tensors=20)
+    with pytest.raises(AdapterError, match=r"head\.weight"):
+        Adapter.read(files_with_tensors(20)[form], max_tensors=20)
+
+
+def test_bank_s_limit_is_that_of_a_file_with_all_tensors_of_every_layer(backbone: Backbone) -> None:
+    limits = BankLimits(backbone.info(), max_rank=8, max_kernels=4, factor=4)
+    largest = random_adapter(backbone, norms=True)
+    parts = [len(parts) for parts in largest.layers.values()]
+    assert sum(parts) + 2 <= limits.max_tensors <= sum(parts) + 2 + len(typicality.NAMES)
+
+
+def test_error_has_the_first_fifty_problems_when_a_file_has_more() -> None:
+    with pytest.raises(AdapterError) as error:
+        Adapter.read(pack({f"wrong.{i}": np.ones(1, np.float32) for i in range(200)}))
+    problems = error.value.problems
+    assert len(problems) == MAX_PROBLEMS
+    assert problems[-1].message == "has more problems; the check ended here"
+    assert str(error.value).endswith("; and 45 more")
+    assert pickle.loads(pickle.dumps(error.value)).problems == problems

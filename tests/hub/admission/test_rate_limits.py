@@ -105,6 +105,27 @@ def test_rate_holds_over_all_gateways(empty_redis: str, limits: dict[str, float]
     with_gateways(empty_redis, use, **limits)
 
 
+def test_call_is_charged_as_its_images_count_and_never_more_than_the_limit_in_flight(empty_redis: str) -> None:
+    async def use(gateway: Gateway, *_others: Gateway) -> None:
+        async with gateway.limiter.images("t", 1, 6):
+            with pytest.raises(LimitReached, match="20 images in flight"):
+                async with gateway.limiter.images("t", 1, 15):
+                    pass
+            async with gateway.limiter.images("t", 1, 14):
+                pass
+        async with gateway.limiter.images("t", 2, 50):
+            with pytest.raises(LimitReached, match="20 images in flight"):
+                async with gateway.limiter.images("t", 1):
+                    pass
+        with pytest.raises(LimitReached, match="this call has 21"):
+            async with gateway.limiter.images("t", 21):
+                pass
+        await gateway.limiter.settle()
+        assert (await gateway.tenants.usage("t")).counted.images == 6 + 14 + 20
+
+    with_gateways(empty_redis, use, images_in_flight=20)
+
+
 def test_redis_that_hangs_delays_no_request(tmp_path: Path) -> None:
     """Neither a call that takes tokens from Redis, nor one during a settlement."""
 

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.testclient import TestClient
 
 from hub.api.app import GatewayAPI
-from hub.api.upload_guard import MAX_TARGET_BYTES
+from hub.api.request_heads import MAX_TARGET_BYTES
 from hub.errors import NotFound
 from hub.observability.request_context import RequestContext
 from hub.settings import Settings

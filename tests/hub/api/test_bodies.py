@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from pydantic import BaseModel
 
-from hub.api.bodies import PIECE_BYTES, decode_base64, inflate, parse_json, refuse_base64
+from hub.api.base64_images import decode_base64, refuse_base64
+from hub.api.bodies import PIECE_BYTES, inflate, parse_json
 from hub.errors import InvalidImage, InvalidRequest, TooLarge
 
 
@@ -38,6 +39,18 @@ def test_text_that_is_not_json_gets_an_error_about_the_body() -> None:
 def test_json_with_too_many_values_is_not_parsed() -> None:
     with pytest.raises(TooLarge, match="more than 2 values"):
         parse_json(Numbers, b"not json,,,", max_values=2)
+
+
+@pytest.mark.parametrize("body", [b"[" * 11_000, b"{" * 11_000, b",[{" * 4_000])
+def test_json_is_not_parsed_when_it_has_too_many_lists_or_objects(body: bytes) -> None:
+    with pytest.raises(TooLarge, match="more than 10000 values"):
+        parse_json(Numbers, body)
+
+
+@pytest.mark.parametrize("body", [b"{" * 11_000, b'"":' * 11_000])
+def test_json_is_not_parsed_when_it_has_too_many_members(body: bytes) -> None:
+    with pytest.raises(TooLarge, match="more than 10000 members"):
+        parse_json(Numbers, body, max_values=2**20)
 
 
 def test_base64_is_decoded_with_and_without_the_header_of_a_data_url() -> None:

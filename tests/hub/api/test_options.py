@@ -145,7 +145,7 @@ def test_a_json_member_that_is_sent_twice_is_refused(flowers: Hub) -> None:
     path = "/v1/tasks/flowers/aliases/stable"
     for body, field in (('{"version": 1, "version": 2}', "version"), ('{"weights": {"1": 9, "1": 1}}', "1")):
         assert errors(flowers.http.put(path, content=body)) == {field: "is set 2 times; set it once"}
-    for invalid in (b"[" * 60_000, b'{"version": 1', b"\xff"):
+    for invalid in (b"[" * 9_000, b'{"version": 1', b"\xff"):
         assert "body" in errors(flowers.http.put(path, content=invalid))
     assert flowers.http.get("/v1/tasks/flowers").json()["aliases"]["stable"] == {"1": 1}
 
@@ -163,7 +163,8 @@ def test_weights_are_refused_with_an_example_when_they_are_shares_of_one(flowers
 def test_a_repeated_header_is_refused(flowers: Hub) -> None:
     headers = [("x-canary-key", "a"), ("x-canary-key", "b")]
     reply = flowers.http.post(CLASSIFY, content=IMAGE, headers=[*flowers.http.headers.multi_items(), *headers])
-    assert errors(reply) == {"x-canary-key": "is sent 2 times; send it once"}
+    assert reply.status_code == 400
+    assert reply.json()["detail"] == "x-canary-key: is sent 2 times; send it once"
 
 
 def test_a_description_of_an_alias_with_a_canary_follows_the_canary_key(flowers: Hub) -> None:

@@ -42,7 +42,8 @@ def register(hub: Hub, tasks: dict[str, Sharing], tenant: str = "default") -> No
 
 def test_pages_have_each_task_once_when_a_tenant_has_own_named_and_public_tasks(hub: Hub) -> None:
     friend = hub.key_of("friend")
-    hub.key_of("zoo")
+    for other in ("zoo", "other"):
+        hub.key_of(other)
     register(hub, {f"own-{i}": Sharing() for i in range(3)}, "friend")
     register(hub, {f"open-{i}": Sharing(public=True) for i in range(3)})
     register(hub, {"both": Sharing(public=True, tenants=["friend"]), "private": Sharing(tenants=["other"])})

@@ -1,16 +1,13 @@
-"""Security headers of replies, CORS, and request headers that Ray would obey."""
-
-import asyncio
+"""Security headers of replies, and CORS."""
 
 import pytest
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.testclient import TestClient
-from starlette.types import Message, Receive, Scope, Send
 
 from hub.api.app import GatewayAPI
 from hub.api.dependencies import client_address
-from hub.api.security_headers import DATA_POLICY, PAGE_POLICY, RAY_HEADERS, stock_proxy_middleware
+from hub.api.security_headers import DATA_POLICY, PAGE_POLICY
 from hub.settings import Settings
 from tests.support.hub_app import Hub
 
@@ -114,30 +111,6 @@ def test_a_page_of_an_allowed_origin_can_read_replies_and_errors(method: str, pa
 def test_the_client_address_is_the_peers(peer: tuple[str, int] | None, address: str) -> None:
     headers = [(b"x-forwarded-for", b"203.0.113.9"), (b"forwarded", b"for=203.0.113.9"), (b"x-real-ip", b"203.0.113.9")]
     assert client_address(Request({"type": "http", "client": peer, "headers": headers})) == address
-
-
-def test_the_stock_proxy_removes_headers_that_ray_obeys() -> None:
-    received: list[tuple[bytes, bytes]] = []
-
-    async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
-        received.extend(scope["headers"])
-
-    async def receive() -> Message:
-        raise AssertionError
-
-    async def send(_message: Message) -> None:
-        raise AssertionError
-
-    [middleware] = stock_proxy_middleware()
-    headers = [(name.encode(), b"\xff") for name in (*RAY_HEADERS, "x-request-id", "x-other")]
-    scope = {"type": "http", "headers": [*headers, (b"x-request-id", b"a-1")]}
-
-    async def call() -> None:
-        await middleware.cls(app, *middleware.args, **middleware.kwargs)(scope, receive, send)
-
-    asyncio.run(call())
-    assert received == [(b"x-other", b"\xff"), (b"x-request-id", b"a-1")]
-    assert len(scope["headers"]) == len(headers) + 1  # the caller's scope is unchanged
 
 
 def test_every_reply_of_the_hub_has_security_headers(hub: Hub) -> None:

@@ -1,4 +1,4 @@
-"""Limits of request line, headers, and of the speed and memory of uploads."""
+"""Limits of the speed and memory of uploads."""
 
 import asyncio
 import json
@@ -8,16 +8,11 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from hub.api.security_headers import DISCONNECT_HEADER
 from hub.api.upload_guard import (
-    MAX_HEADER_BYTES,
-    MAX_HEADERS,
-    MAX_TARGET_BYTES,
     BodyMemory,
-    HeaderLimitsMiddleware,
     UploadGuardMiddleware,
     UploadSpeed,
     claim_body,
@@ -30,34 +25,6 @@ HAPROXY = {DISCONNECT_HEADER: "?1"}
 SPEED = UploadSpeed(idle_s=10, grace_s=30, bytes_per_s=10)
 DISCONNECT = None
 Handler = Callable[[Request], Awaitable[Response]]
-
-
-@pytest.mark.parametrize(
-    ("status", "options", "detail"),
-    [
-        (414, {"params": {"a": "x" * MAX_TARGET_BYTES}}, "(limit 8192)"),
-        (431, {"headers": {"a": "x" * MAX_HEADER_BYTES}}, "(limit 16384)"),
-        (431, {"headers": {f"a{i}": "" for i in range(MAX_HEADERS)}}, "(limit 100)"),
-    ],
-)
-def test_a_request_is_refused_when_its_line_or_headers_are_too_large(
-    status: int, options: dict[str, Any], detail: str
-) -> None:
-    http = TestClient(HeaderLimitsMiddleware(PlainTextResponse("ok")))
-    for path in ("/", "/v2"):
-        reply = http.get(path, **options)
-        assert reply.status_code == status
-        assert reply.headers["content-type"] == "application/problem+json"
-        assert reply.headers["connection"] == "close"
-        assert reply.json()["status"] == status
-        assert reply.json()["type"] == "about:blank"
-        assert detail in reply.json()["detail"]
-        assert ("error" in reply.json()) == (path == "/v2")
-
-
-def test_a_request_passes_when_its_line_and_headers_are_within_limits() -> None:
-    http = TestClient(HeaderLimitsMiddleware(PlainTextResponse("ok")))
-    assert http.get("/", params={"a": "x" * 4000}, headers={"b": "x" * 8000}).status_code == 200
 
 
 class Server:

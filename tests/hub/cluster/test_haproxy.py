@@ -5,9 +5,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,11 +18,11 @@ import pytest
 
 from hub.cluster import haproxy
 from hub.cluster.haproxy import RULES, ConfigurationError, Frontend, command, rewrite
-from hub.cluster.haproxy_node import connections_for, frontend
+from hub.cluster.haproxy_node import connections_for
 from hub.cluster.ray_compat import find_haproxy
 from hub.errors import LimitReached
 from hub.local.ports import free_port
-from hub.settings import Settings
+from tests.support.haproxy import in_front_of, plain_frontend
 from tests.support.models import listens, wait_until
 from tests.support.serve import ray_haproxy_config
 
@@ -33,7 +32,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Frontend:
     """Options of a hub without TLS."""
-    return replace(frontend(Settings(), "127.0.0.1", tmp_path_factory.mktemp("haproxy")), max_connections=100_000)
+    return plain_frontend(tmp_path_factory.mktemp("haproxy"))
 
 
 @pytest.fixture(scope="module")
@@ -181,43 +180,6 @@ class WaitingGateway(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
-
-
-@contextmanager
-def in_front_of(gateway_port: int, folder: Path, options: Frontend) -> Iterator[int]:
-    """Run the real HAProxy before a gateway, and yield its port."""
-    port = free_port()
-    config = f"""
-global
-    maxconn 4096
-defaults
-    mode http
-    timeout connect 5s
-    timeout client 30s
-    timeout server 30s
-    option abortonclose
-    option splice-request
-    errorfile 502 /dev/null
-    errorfile 503 /dev/null
-    errorfile 504 /dev/null
-frontend prometheus
-    bind :9101
-frontend http_frontend
-    bind 127.0.0.1:{port}
-    default_backend gateways
-backend gateways
-    server one 127.0.0.1:{gateway_port}
-listen stats
-  bind *:8404
-"""
-    file = folder / "haproxy.cfg"
-    file.write_text(rewrite(config, replace(options, host=None)))
-    with subprocess.Popen([str(find_haproxy()), "-db", "-f", str(file)]) as running:
-        try:
-            wait_until(lambda: listens(port), 10, "HAProxy")
-            yield port
-        finally:
-            running.terminate()
 
 
 def test_haproxy_refuses_requests_of_one_key_over_the_limit(plain: Frontend, tmp_path: Path) -> None:

@@ -98,3 +98,16 @@ def pids_of(home: Path) -> list[int]:
         if b"redis-server" in command and os.fsencode(home) in command:
             found.append(int(entry.name))
     return found
+
+
+@pytest.mark.parametrize(("version", "is_used"), [("99.0.1", True), ("1.99.99", False)])
+def test_the_newer_redis_server_is_used_when_there_are_two(
+    version: str, is_used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    other = tmp_path / "redis-server"
+    other.write_text(f"#!/bin/sh\necho Redis server v={version} sha=0\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert (find_redis_server() == str(other)) == is_used
+    assert (f"version {version}" in caplog.text) == is_used

@@ -1,7 +1,7 @@
 """A gateway's cache of the registry."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import pytest
 
@@ -25,7 +25,7 @@ class CancellationDroppingLog(EventLog):
         super().__init__(connection)
         self.is_reading = asyncio.Event()
 
-    async def read(self, after: str, wait_ms: int) -> list[Event]:
+    async def read(self, after: Mapping[str, str], wait_ms: int) -> list[Event]:
         is_first = not self.is_reading.is_set()
         self.is_reading.set()
         try:

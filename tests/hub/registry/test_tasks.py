@@ -64,7 +64,7 @@ def test_a_refused_change_changes_nothing_and_publishes_no_event(empty_redis: st
         await TenantRegistry(connection).create(OPERATOR, "t", LimitsChange())
         await registry.register(OPERATOR, "t", "x", version("a" * 64), ["latest", "stable"])
         await registry.register(OPERATOR, "t", "x", version("b" * 64), ["latest"])
-        before, span = await registry.task("t", "x"), await events.span()
+        before, span = await registry.task("t", "x"), await events.spans()
         with pytest.raises(Conflict, match="alias 'stable' of task 'x' points at version 1"):
             await registry.delete_version(OPERATOR, "t", "x", 1)
         with pytest.raises(InvalidRequest, match="version: task 'x' has no version 3"):
@@ -74,7 +74,7 @@ def test_a_refused_change_changes_nothing_and_publishes_no_event(empty_redis: st
         with pytest.raises(NotFound):
             await registry.set_alias(OPERATOR, "t", "y", "canary", {1: 1})
         assert await registry.task("t", "x") == before
-        assert await events.span() == span
+        assert await events.spans() == span
 
     in_registry(empty_redis, use)
 
@@ -107,7 +107,7 @@ def test_every_change_of_a_task_publishes_an_event(empty_redis: str) -> None:
     async def use(connection: RegistryConnection) -> None:
         registry, events = TaskRegistry(connection), EventLog(connection)
         await TenantRegistry(connection).create(OPERATOR, "t", LimitsChange())
-        _, start = await events.span()
+        start = {stream: span.newest for stream, span in (await events.spans()).items()}
         await registry.register(OPERATOR, "t", "x", version("a" * 64), ["latest"])
         await registry.set_alias(OPERATOR, "t", "x", "stable", {1: 1})
         await registry.register(OPERATOR, "t", "x", version("b" * 64), ["latest"])
@@ -117,7 +117,7 @@ def test_every_change_of_a_task_publishes_an_event(empty_redis: str) -> None:
         await registry.delete_task(OPERATOR, "t", "x")
         found = await events.read(start, 10)
         assert [(e.tenant, e.kind, e.name) for e in found] == [("t", "task", "x")] * 7
-        assert await events.read(found[-1].id, 10) == []
+        assert await events.read(start | {found[-1].stream: found[-1].id}, 10) == []
 
     in_registry(empty_redis, use)
 

@@ -107,6 +107,7 @@ def test_every_change_is_audited(hub: Hub, adapters: list[Adapter]) -> None:
         hub.http.post(f"{url}/versions", content=adapters[i].data, headers=OCTETS | ann)
     hub.http.put(f"{url}/aliases/stable", json={"version": 1}, headers=ann)
     hub.http.post(f"{url}/aliases/latest/rollback", headers=ann)
+    create(hub, "acme")
     hub.http.put(f"{url}/sharing", json={"tenants": ["acme"]}, headers=ann)
     hub.http.delete(f"{url}/versions/2", headers=ann)
     hub.http.delete(f"{url}/aliases/stable", headers=ann)

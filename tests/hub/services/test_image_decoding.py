@@ -3,7 +3,7 @@
 import asyncio
 import struct
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from adapters.data.images import decode_image
+from hub.concurrency import ActiveTenants
 from hub.errors import InvalidImage, TooLarge
 from hub.services.image_decoding import MAX_JPEG_SCANS, ImageDecoder
-from tests.support.models import PREPROCESS, encoded, png
+from tests.support.models import PREPROCESS, bomb_png, encoded, png
 
 SLOW = b"slow"
 
@@ -52,12 +53,20 @@ def slow() -> Iterator[SlowDecode]:
 def decoder(threads: int = 2, spare_threads: int = 0, **options: Any) -> Iterator[ImageDecoder]:
     with ThreadPoolExecutor(threads + spare_threads) as executor:
         limits = {"max_bytes": 100_000, "max_pixels": 1_000_000, "timeout_s": 0.2} | options
-        yield ImageDecoder(executor, threads=threads, spare_threads=spare_threads, **limits)
+        yield ImageDecoder(
+            executor, ActiveTenants(), threads=threads, cores=threads, spare_threads=spare_threads, **limits
+        )
 
 
 async def one(images: ImageDecoder, tenant: str, data: bytes | np.ndarray, field: str = "body") -> np.ndarray:
-    [pixels] = await images.decode(tenant, [(field, data, PREPROCESS)])
+    [pixels] = await several(images, tenant, [(field, data, PREPROCESS)])
     return pixels
+
+
+async def several(
+    images: ImageDecoder, tenant: str, sent: Sequence[tuple[str, bytes | np.ndarray, dict[str, Any]]]
+) -> list[np.ndarray]:
+    return await images.decode(tenant, sent, await images.sizes(tenant, [data for _, data, _ in sent]))
 
 
 def run(use: Callable[[], Awaitable[None]]) -> None:
@@ -85,15 +94,15 @@ async def assert_all_threads_free(images: ImageDecoder, slow: SlowDecode, thread
 
 def test_pixels_are_in_order_and_the_error_names_the_first_bad_image() -> None:
     async def use() -> None:
-        with decoder() as images:
+        with decoder(timeout_s=5) as images:
             single = [await one(images, "a", png(i)) for i in range(5)]
-            batch = await images.decode("a", [(f"images.{i}", png(i), PREPROCESS) for i in range(5)])
+            batch = await several(images, "a", [(f"images.{i}", png(i), PREPROCESS) for i in range(5)])
             for got, want in zip(batch, single, strict=True):
                 assert got.dtype == np.uint8
                 assert got.shape == (3, 8, 8)
                 assert (got == want).all()
             with pytest.raises(InvalidImage, match=r"^images.1: not an image") as refusal:
-                await images.decode("a", [("images.0", png(), PREPROCESS), ("images.1", b"x", PREPROCESS)])
+                await several(images, "a", [("images.0", png(), PREPROCESS), ("images.1", b"x", PREPROCESS)])
             assert refusal.value.errors[0].field == "images.1"
             with pytest.raises(TooLarge, match=r"^body: the image has 100001 bytes; the limit is 100000$"):
                 await one(images, "a", bytes(100_001))
@@ -260,7 +269,65 @@ def test_decode_shows_the_adapter_s_background_when_an_image_is_transparent(
 
     async def use() -> None:
         with decoder() as images:
-            [pixels] = await images.decode("a", [("body", drawing, PREPROCESS | more)])
+            [pixels] = await several(images, "a", [("body", drawing, PREPROCESS | more)])
             assert pixels.reshape(3, -1).mean(axis=1).tolist() == colour
+
+    run(use)
+
+
+def test_image_counts_once_for_each_two_megapixels_begun_in_every_format() -> None:
+    async def use() -> None:
+        with decoder(max_pixels=50_000_000, max_bytes=100_000_000) as images:
+            for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"):
+                files = [encoded(Image.new("RGB", size), kind) for size in ((2000, 1000), (2001, 1000), (8, 8))]
+                assert await images.sizes("a", files) == [1, 2, 1], kind
+            assert await images.sizes("a", [bomb_png(), b"no image", b"II*\0", np.zeros((3, 8, 8), np.uint8)]) == [
+                25,
+                1,
+                1,
+                1,
+            ]
+
+    run(use)
+
+
+def test_image_is_refused_when_it_is_larger_than_it_was_counted() -> None:
+    async def use() -> None:
+        with decoder(max_pixels=50_000_000, timeout_s=5) as images:
+            image = encoded(Image.new("RGB", (2001, 1000)), "PNG")
+            with pytest.raises(InvalidImage, match=r"^body: the image is larger than its header claims"):
+                await images.decode("a", [("body", image, PREPROCESS)], [1])
+            assert len(await images.decode("a", [("body", image, PREPROCESS)], [2])) == 1
+
+    run(use)
+
+
+def test_tenant_decodes_large_images_on_its_share_of_the_cores_when_others_are_active(slow: SlowDecode) -> None:
+    async def use() -> None:
+        with decoder(threads=4, timeout_s=5, decode=slow) as images:
+
+            def large(tenant: str, number: int) -> list[asyncio.Task[list[np.ndarray]]]:
+                sent = [("body", SLOW, PREPROCESS)]
+                return [asyncio.create_task(images.decode(tenant, sent, [25])) for _ in range(number)]
+
+            alone = large("a", 4)
+            await until(lambda: slow.running == 3)  # of four threads
+            beside = large("b", 1)
+            await until(lambda: slow.running == 4)
+            slow.go.set()
+            await asyncio.gather(*alone, *beside)
+        slow.go.clear()
+        active = ActiveTenants()
+        active.note("b")
+        with ThreadPoolExecutor(4) as executor:
+            images = ImageDecoder(
+                executor, active, threads=4, cores=4, max_bytes=100_000, max_pixels=1_000_000, decode=slow
+            )
+            both = large("a", 4)
+            await until(lambda: slow.running == 2)
+            await asyncio.sleep(0.05)
+            assert slow.running == 2
+            slow.go.set()
+            await asyncio.gather(*both)
 
     run(use)

@@ -3,7 +3,7 @@
 local audit = {}
 
 function audit.append(args)
-  append_audit(args.tenant, args.entry)
+  append_audit(args)
   return DONE
 end
 

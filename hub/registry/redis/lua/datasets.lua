@@ -108,6 +108,11 @@ local function find_refusal(args)
   if redis.call('EXISTS', task_key(args.tenant, args.task)) == 0 then return ABSENT end
 end
 
+-- Return why the caller may not change the dataset now, or nil. A change counts against the tenant's changes a minute.
+local function find_change_refusal(args)
+  return find_refusal(args) or take_change(args)
+end
+
 local function count_in_dataset(args, images, bytes)
   redis.call('HINCRBY', key(args, 'info'), 'images', images)
   redis.call('HINCRBY', key(args, 'info'), 'bytes', string.format('%.0f', bytes))
@@ -171,6 +176,7 @@ end
 -- which the sending gateway computes the features itself). Return each image's status.
 function datasets.add(args)
   local refusal = find_refusal(args)
+  if not refusal and not args.audited then refusal = take_change(args) end
   if refusal then return refusal end
   local statuses, changed = {}, false
   for i, image in ipairs(args.images) do
@@ -179,7 +185,7 @@ function datasets.add(args)
   end
   if changed then
     publish(args.tenant, 'dataset', args.task)
-    if not args.audited then append_audit(args.tenant, args.entry) end
+    if not args.audited then append_audit(args) end
   end
   return {outcome = 'done', created = changed, text = cjson.encode(statuses)}
 end
@@ -197,7 +203,7 @@ end
 
 -- digest, label (null: unchanged; '': none), fold, split ('': unchanged), used, max_labels.
 function datasets.change(args)
-  local refusal = find_refusal(args)
+  local refusal = find_change_refusal(args)
   if refusal then return refusal end
   local record = read_record(args, args.digest)
   if not record then return {outcome = 'no_image'} end
@@ -212,14 +218,14 @@ function datasets.change(args)
   local split, used = args.split, args.used
   if split == '' then split, used = record.s, record.u end
   if move(args, args.digest, record, ids, split, used) then
-    record_change(args.tenant, 'dataset', args.task, args.entry)
+    record_change(args, 'dataset', args.task)
   end
   return DONE
 end
 
 -- digests. Return those whose files no dataset holds any more.
 function datasets.remove(args)
-  local refusal = find_refusal(args)
+  local refusal = find_change_refusal(args)
   if refusal then return refusal end
   local orphans, removed = {}, 0
   for _, digest in ipairs(args.digests) do
@@ -234,13 +240,13 @@ function datasets.remove(args)
     end
   end
   if removed == 0 then return {outcome = 'no_image'} end
-  record_change(args.tenant, 'dataset', args.task, args.entry)
+  record_change(args, 'dataset', args.task)
   return {outcome = 'done', number = removed, names = some(orphans)}
 end
 
 -- old (its name), label and fold (the new one). Rename a label, or merge it into a label that exists.
 function datasets.rename_label(args)
-  local refusal = find_refusal(args)
+  local refusal = find_change_refusal(args)
   if refusal then return refusal end
   local names, labels = key(args, 'names'), key(args, 'labels')
   local id = redis.call('HGET', names, args.old)
@@ -256,7 +262,7 @@ function datasets.rename_label(args)
     redis.call('HSET', names, args.label, id)
     redis.call('HSET', labels, id, args.label)
     redis.call('HSETNX', key(args, 'folds'), args.fold, id)
-    record_change(args.tenant, 'dataset', args.task, args.entry)
+    record_change(args, 'dataset', args.task)
     return {outcome = 'done', created = false}
   end
   for _, used in ipairs({'*', 'train', 'test'}) do
@@ -270,7 +276,7 @@ function datasets.rename_label(args)
   end
   redis.call('HSET', key(args, 'merged'), id, target)
   redis.call('HDEL', labels, id)
-  record_change(args.tenant, 'dataset', args.task, args.entry)
+  record_change(args, 'dataset', args.task)
   return {outcome = 'done', created = true}
 end
 

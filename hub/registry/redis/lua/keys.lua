@@ -26,7 +26,8 @@ end
 
 -- id, key (JSON text), max_keys.
 function keys.create(args)
-  if is_revoked(args.entry) then return REVOKED end
+  local refused = refusal_of(args)
+  if refused then return refused end
   if args.tenant ~= '' and redis.call('HEXISTS', 'karst:tenants', args.tenant) == 0 then return ABSENT end
   local set = key_set(args.tenant)
   if redis.call('SCARD', set) >= args.max_keys then return {outcome = 'limit', limit = 'keys'} end
@@ -35,13 +36,13 @@ function keys.create(args)
   end
   redis.call('SADD', set, args.id)
   redis.call('HSET', 'karst:keys', args.id, args.key)
-  record_change(args.tenant, 'key', args.id, args.entry)
+  record_change(args, 'key', args.id)
   return DONE
 end
 
 -- id, now (in the format of `expires`). An expired admin key can always be revoked.
 function keys.revoke(args)
-  if is_revoked(args.entry) then return REVOKED end
+  if is_revoked(args.entry) then return REVOKED end -- never too many: a stolen key must not prevent its revocation
   local set = key_set(args.tenant)
   if redis.call('SISMEMBER', set, args.id) == 0 then return ABSENT end
   if args.tenant == '' and not has_permanent_admin_key(args.id) then
@@ -52,7 +53,7 @@ function keys.revoke(args)
   redis.call('SREM', set, args.id)
   redis.call('HDEL', 'karst:keys', args.id)
   redis.call('HDEL', 'karst:used', args.id)
-  record_change(args.tenant, 'key', args.id, args.entry)
+  record_change(args, 'key', args.id)
   return DONE
 end
 

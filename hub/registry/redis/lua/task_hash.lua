@@ -1,12 +1,9 @@
 -- Helpers for the Redis hash of one task. `hub/registry/models.py` lists its fields.
 
+local MAX_FORMER_NAMES = 10000 -- of deleted tasks whose last version number a tenant keeps
+
 local function task_key(tenant, task)
   return tenant_key(tenant, 'task:' .. task)
-end
-
-local function limit_reached(limit, maximum)
-  -- As text: cjson would write 10^14 bytes as 1e+14.
-  return {outcome = 'limit', limit = limit, maximum = string.format('%.0f', maximum)}
 end
 
 -- Return whether a garbage collection claims the file; a version must not refer to a file that is being removed.
@@ -23,8 +20,12 @@ end
 
 -- Remove a version's claim on its file and its bytes.
 local function release_version(tenant, key, number, digest)
-  if redis.call('HINCRBY', 'karst:digests', digest, -1) <= 0 then redis.call('HDEL', 'karst:digests', digest) end
-  redis.call('DECRBY', tenant_key(tenant, 'bytes'), file_size(key, number))
+  local size_bytes = file_size(key, number)
+  if redis.call('HINCRBY', 'karst:digests', digest, -1) <= 0 then
+    redis.call('HDEL', 'karst:digests', digest)
+    add_orphan(tenant, digest, tonumber(size_bytes), 0)
+  end
+  redis.call('DECRBY', tenant_key(tenant, 'bytes'), size_bytes)
 end
 
 -- Count the bytes of a task's fields, in its field `b` and in the tenant's sum, after a change of the task.
@@ -43,6 +44,32 @@ local function registry_refusal(tenant, added_bytes, max_registry_bytes)
   if used + added_bytes > max_registry_bytes then return limit_reached('registry_bytes', max_registry_bytes) end
 end
 
+-- Return the number of a task's next version. A name that is forgotten goes on after the number of all forgotten names.
+local function next_number(tenant, task)
+  local numbers = tenant_key(tenant, 'numbers')
+  if redis.call('HEXISTS', numbers, task) == 0 then
+    redis.call('HSET', numbers, task, redis.call('GET', tenant_key(tenant, 'floor')) or 0)
+  end
+  return string.format('%.0f', redis.call('HINCRBY', numbers, task, 1))
+end
+
+-- Forget the last number of a deleted task where the tenant has many such names, without using a number twice.
+local function forget_number(tenant, task)
+  local numbers, floor = tenant_key(tenant, 'numbers'), tenant_key(tenant, 'floor')
+  if redis.call('HLEN', numbers) <= redis.call('SCARD', tenant_key(tenant, 'tasks')) + MAX_FORMER_NAMES then return end
+  local last = tonumber(redis.call('HGET', numbers, task) or 0)
+  redis.call('SET', floor, string.format('%.0f', math.max(last, tonumber(redis.call('GET', floor) or 0))))
+  redis.call('HDEL', numbers, task)
+end
+
+-- Count one task more (1) or less (-1) that a tenant shares with another one; the field '' has the sum.
+local function count_share(tenant, other, by)
+  local key = tenant_key(tenant, 'shares')
+  for _, name in ipairs({other, ''}) do
+    if redis.call('HINCRBY', key, name, by) <= 0 then redis.call('HDEL', key, name) end
+  end
+end
+
 -- Add the task to or remove it from every list that its sharing (JSON text or false) names.
 local function update_shared_lists(is_added, tenant, task, sharing)
   if not sharing then return end
@@ -52,7 +79,9 @@ local function update_shared_lists(is_added, tenant, task, sharing)
     if is_added then redis.call('ZADD', PUBLIC, 0, name) else redis.call('ZREM', PUBLIC, name) end
   end
   for _, other in ipairs(body.tenants) do
-    redis.call(is_added and 'SADD' or 'SREM', tenant_key(other, 'shared'), name)
+    if redis.call(is_added and 'SADD' or 'SREM', tenant_key(other, 'shared'), name) == 1 then
+      count_share(tenant, other, is_added and 1 or -1)
+    end
   end
 end
 
@@ -67,6 +96,7 @@ local function drop_task(tenant, task)
   update_shared_lists(false, tenant, task, redis.call('HGET', key, 'share'))
   drop_dataset(tenant, task)
   redis.call('SREM', tenant_key(tenant, 'tasks'), task)
+  forget_number(tenant, task)
   redis.call('DECRBY', tenant_key(tenant, 'registry'), redis.call('HGET', key, 'b') or 0)
   return redis.call('UNLINK', key) == 1
 end

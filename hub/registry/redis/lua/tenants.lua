@@ -2,27 +2,6 @@
 
 local tenants = {}
 
--- info (JSON text).
-function tenants.create(args)
-  if is_revoked(args.entry) then return REVOKED end
-  if redis.call('HSETNX', 'karst:tenants', args.tenant, args.info) == 0 then return {outcome = 'exists'} end
-  record_change(args.tenant, 'tenant', args.tenant, args.entry)
-  return DONE
-end
-
--- limits: the limits to change. Return the tenant's info (JSON text).
-function tenants.set_limits(args)
-  if is_revoked(args.entry) then return REVOKED end
-  local info = redis.call('HGET', 'karst:tenants', args.tenant)
-  if not info then return ABSENT end
-  info = cjson.decode(info)
-  for name, value in pairs(args.limits) do info.limits[name] = value end
-  info = cjson.encode(info)
-  redis.call('HSET', 'karst:tenants', args.tenant, info)
-  record_change(args.tenant, 'tenant', args.tenant, args.entry)
-  return {outcome = 'done', text = info}
-end
-
 -- Remove the tenant from the sharing of another tenant's task (`owner:task`). Otherwise a new tenant of the same name
 -- would see the task.
 local function end_sharing(tenant, name)
@@ -32,13 +11,43 @@ local function end_sharing(tenant, name)
   if not sharing then return end
   local body, others = cjson.decode(sharing), {}
   for _, other in ipairs(body.tenants) do
-    if other ~= tenant then others[#others + 1] = '"' .. other .. '"' end
+    if other ~= tenant then others[#others + 1] = other end
   end
-  -- cjson would write an empty list as {}.
-  local text = '{"public":' .. tostring(body.public) .. ',"tenants":[' .. table.concat(others, ',') .. ']}'
-  redis.call('HSET', key, 'share', text)
+  redis.call('HSET', key, 'share', sharing_text(body.public, others))
+  count_share(owner, tenant, -1)
   count_registry_bytes(owner, key)
   publish(owner, 'task', task)
+end
+
+local function end_all_sharing(tenant)
+  local key = tenant_key(tenant, 'shared')
+  for _, name in ipairs(redis.call('SMEMBERS', key)) do end_sharing(tenant, name) end
+  redis.call('DEL', key)
+end
+
+-- info (JSON text).
+function tenants.create(args)
+  local refused = refusal_of(args)
+  if refused then return refused end
+  if redis.call('HSETNX', 'karst:tenants', args.tenant, args.info) == 0 then return {outcome = 'exists'} end
+  -- An older hub shared with names that no tenant had. Such a share must not reach the new tenant.
+  end_all_sharing(args.tenant)
+  record_change(args, 'tenant', args.tenant)
+  return DONE
+end
+
+-- limits: the limits to change. Return the tenant's info (JSON text).
+function tenants.set_limits(args)
+  local refused = refusal_of(args)
+  if refused then return refused end
+  local info = redis.call('HGET', 'karst:tenants', args.tenant)
+  if not info then return ABSENT end
+  info = cjson.decode(info)
+  for name, value in pairs(args.limits) do info.limits[name] = value end
+  info = cjson.encode(info)
+  redis.call('HSET', 'karst:tenants', args.tenant, info)
+  record_change(args, 'tenant', args.tenant)
+  return {outcome = 'done', text = info}
 end
 
 -- max_versions. Delete tasks of the tenant until these have as many versions, at least one task. The outcome is `in_use`
@@ -57,21 +66,25 @@ end
 
 -- Delete the tenant with its tasks, keys, counts and own audit.
 function tenants.delete(args)
-  if is_revoked(args.entry) then return REVOKED end
+  local refused = refusal_of(args)
+  if refused then return refused end
   if redis.call('HDEL', 'karst:tenants', args.tenant) == 0 then return ABSENT end
   for _, task in ipairs(redis.call('SMEMBERS', tenant_key(args.tenant, 'tasks'))) do drop_task(args.tenant, task) end
-  for _, name in ipairs(redis.call('SMEMBERS', tenant_key(args.tenant, 'shared'))) do end_sharing(args.tenant, name) end
+  end_all_sharing(args.tenant)
   for _, id in ipairs(redis.call('SMEMBERS', tenant_key(args.tenant, 'keys'))) do
     redis.call('HDEL', 'karst:keys', id)
     redis.call('HDEL', 'karst:used', id)
   end
   local names = {
-    'tasks', 'numbers', 'bytes', 'registry', 'images', 'image_bytes', 'keys', 'shared', 'audit', 'rate', 'flight',
-    'settled', 'counts',
+    'tasks', 'numbers', 'floor', 'changes', 'shares', 'bytes', 'registry', 'images', 'image_bytes', 'keys', 'shared',
+    'audit', 'rate', 'flight', 'settled', 'counts',
   }
   for _, name in ipairs(names) do redis.call('UNLINK', tenant_key(args.tenant, name)) end
+  drop_orphans(args.tenant)
   redis.call('ZREM', 'karst:active', args.tenant)
-  record_change('', 'tenant', args.tenant, args.entry)
+  local name = args.tenant
+  args.tenant = ''
+  record_change(args, 'tenant', name)
   return DONE
 end
 

@@ -2,16 +2,6 @@
 
 local trainings = {}
 
--- TEMP until main is merged
-local base_record = record_change
-local function record_change(args, kind, name) base_record(args.tenant, kind, name, args.entry) end
-local function refusal_of(args) if is_revoked(args.entry) then return REVOKED end end
-local function now_s()
-  local clock = redis.call('TIME')
-  return tonumber(clock[1]) + tonumber(clock[2]) / 1000000
-end
--- END TEMP
-
 local function key(args, name)
   return dataset_key(args.tenant, args.task, name)
 end
@@ -64,8 +54,9 @@ end
 -- max_jobs (queued or running ones of the tenant). Add a training, or replace its body. Return the files of the oldest
 -- trainings that were dropped and that no other training uses.
 function trainings.put(args)
-  local refused = refusal_of(args)
-  if refused then return refused end
+  if is_revoked(args.entry) then return REVOKED end
+  local refusal = (args.queued or not args.audited) and take_change(args)
+  if refusal then return refusal end
   if redis.call('EXISTS', task_key(args.tenant, args.task)) == 0 then return ABSENT end
   if redis.call('EXISTS', 'karst:image-gc:' .. args.snapshot) == 1 then return {outcome = 'removing'} end
   if args.queued and redis.call('SCARD', tenant_key(args.tenant, 'training-jobs')) >= args.max_jobs then

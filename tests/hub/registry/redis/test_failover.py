@@ -12,7 +12,7 @@ from adapters import Adapter, Backbone
 from hub.admin_schemas import LimitsChange
 from hub.errors import Unavailable
 from hub.registry.audit import OPERATOR
-from hub.registry.events import EventLog
+from hub.registry.events import STREAMS, EventLog
 from hub.registry.health import RegistryWatch
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
@@ -146,15 +146,16 @@ def test_a_reader_of_events_learns_that_its_server_was_demoted(tmp_path: Path) -
 
         async def use(connection: RegistryConnection) -> None:
             events = EventLog(connection)
-            await events.span()
-            reading = asyncio.create_task(events.read("0-0", 5000))
+            await events.spans()
+            reading = asyncio.create_task(events.read(dict.fromkeys(STREAMS, "0-0"), 5000))
             while not int(first.client.info("clients")["blocked_clients"]):
                 await asyncio.sleep(0.01)
             fail_over(first, second, address)
             with pytest.raises(Unavailable):
                 await reading
             await TenantRegistry(connection).create(OPERATOR, "new", LimitsChange())
-            assert [event.name for event in await events.read("0-0", 5000)] == ["new"]
+            found = await events.read(dict.fromkeys(STREAMS, "0-0"), 5000)
+            assert [event.name for event in found] == ["new"] * len(STREAMS)
 
         connected(address.url, use)
 

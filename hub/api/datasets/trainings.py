@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 from fastapi import Depends, FastAPI, Path, Response
 from fastapi.sse import EventSourceResponse
 
-from ..admission.authentication import Caller
-from ..dataset_schemas import Comparison, TrainingInfo, TrainingList, TrainingRequest
-from ..services.trainings.comparison import ComparisonService
-from ..services.trainings.service import TrainingService
-from .bodies import JSON, RequestBody
-from .dependencies import CallerDependencies, QueryVersion, TaskName
-from .openapi import request_body, schema_of
-from .problems import KEY_ID_PATTERN
+from ...admission.authentication import Caller
+from ...dataset_schemas import Comparison, TrainingInfo, TrainingList, TrainingRequest
+from ...services.trainings.comparison import ComparisonService
+from ...services.trainings.service import TrainingService
+from ..bodies import JSON, RequestBody
+from ..dependencies import CallerDependencies, QueryVersion, TaskName
+from ..openapi import request_body, schema_of
+from ..problems import KEY_ID_PATTERN
 
 TrainingId = Annotated[str, Path(pattern=KEY_ID_PATTERN)]
 ReportFile = Literal["report.html", "report.json", "curves.png", "confusion.png", "errors.png"]

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Path, Query, Response
 from starlette.datastructures import FormData
 
-from ..admission.authentication import Caller
-from ..dataset_schemas import (
+from ...admission.authentication import Caller
+from ...dataset_schemas import (
     MAX_PAGE_IMAGES,
     PAGE_IMAGES,
     DatasetImage,
@@ -19,14 +19,15 @@ from ..dataset_schemas import (
     Split,
     Use,
 )
-from ..errors import FieldProblem, InvalidRequest
-from ..field_types import DIGEST_PATTERN, Label, clean_label
-from ..schemas import MAX_IMAGES
-from ..services.datasets.images import DatasetService, SentImage
-from .bodies import FORM, JSON, RequestBody, is_apple_double, refuse_base64
-from .dependencies import CallerDependencies, TaskName
-from .openapi import BINARY, OCTETS, request_body, schema_of
-from .problems import POSITION_PATTERN, invalid_fields
+from ...errors import FieldProblem, InvalidRequest
+from ...field_types import DIGEST_PATTERN, Label, clean_label
+from ...schemas import MAX_IMAGES
+from ...services.datasets.images import DatasetService, SentImage
+from ..base64_images import refuse_base64
+from ..bodies import FORM, JSON, RequestBody, is_apple_double
+from ..dependencies import CallerDependencies, TaskName
+from ..openapi import BINARY, OCTETS, request_body, schema_of
+from ..problems import POSITION_PATTERN, invalid_fields
 
 ZIPS = ("application/zip", "application/x-zip-compressed")
 NEUTRAL_PARTS = {"image", "images", "file", "files"}  # names of parts that are no labels
