@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..admission.quotas import DELETED_FILES, REGISTRY_BYTES, SHARED_WITH_ONE, SHARES
-from ..errors import Conflict, HubError, InvalidRequest, LimitReached, Unavailable
+from ..errors import Conflict, HubError, InvalidRequest
 from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
 from .audit import Actor
 from .models import DEFAULT_SETTINGS, NOT_SHARED, Task, WholeTask, setting_texts, task_fields, task_not_found
@@ -19,28 +19,23 @@ from .redis.connection import as_optional_text, as_texts, is_cancelled, tenant_k
 from .redis.scripts import TASKS, ChangeReply
 from .task_reads import TaskReads, task_key
 from .tenants import tenant_not_found
-from .versions import Live, StoredVersion, VersionSummary, label_difference, version_body
+from .versions import (
+    MAX_ALIASES,
+    STAGED_S,
+    LatestMovedError,
+    Live,
+    StoredVersion,
+    TrainingEndedError,
+    VersionSummary,
+    label_difference,
+    limit_refusal,
+    version_body,
+)
 
-MAX_ALIASES = 100  # per task, besides `latest`
 MAX_ALIAS_HISTORY = 20  # former targets kept per alias
 LAYOUT, SUMMARIES_LAYOUT = "karst:layout", "2"
 UPGRADE_INTERVAL_S = 10.0  # between two attempts
-STAGED_S = 3600  # how long an import may take to write its versions
-NOUNS = {  # of limits
-    "versions": "versions per task",
-    "registry_bytes": "bytes of metadata of tasks and versions",
-    "shares": "tenants in the sharing of all tasks together",
-    "shared_with_one": "tasks shared with one tenant",
-}
 CLAIM_S = 60  # how long a garbage collection claims a file that it removes
-
-
-class LatestMovedError(Exception):
-    """Another change has moved the alias `latest` since the caller read it; read it again."""
-
-
-class TrainingEndedError(Exception):
-    """The job that made a version was cancelled, or another gateway has taken it over."""
 
 
 class TaskRegistry(TaskReads):
@@ -391,22 +386,4 @@ class TaskRegistry(TaskReads):
 
 
 def _refusal(reply: ChangeReply, tenant: str) -> HubError:
-    match reply.outcome:
-        case "limit":
-            if reply.limit == "deleted_files":
-                message = f"too many deleted files wait for their removal (limit {reply.maximum}); retry later"
-                return LimitReached.at(reply.limit, message, retry_after_s=60)
-            noun = NOUNS.get(reply.limit, reply.limit.replace("_", " "))
-            remedy = "delete versions" if reply.limit == "registry_bytes" else "delete some or ask an admin to raise it"
-            message = f"too many {noun} (limit {reply.maximum}); {remedy}"
-            return LimitReached.at(reply.limit, message, retry_after_s=60)
-        case "aliases_full":
-            message = f"too many aliases of this task (limit {MAX_ALIASES}); delete some"
-            return LimitReached.at("alias", message, retry_after_s=60)
-        case "removing":
-            return Unavailable(
-                "Cannot register: the store is removing an old copy of this file. Try again.", retry_after_s=2
-            )
-        case "unstaged":
-            return Unavailable(f"Cannot import: the registry took more than {STAGED_S} s. Retry later.")
-    return tenant_not_found(tenant)
+    return limit_refusal(reply) or tenant_not_found(tenant)

@@ -13,8 +13,8 @@ from ..concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ..errors import Conflict, InvalidAdapter, InvalidRequest, LimitReached
 from ..registry.cache import RegistryCache
 from ..registry.models import DEFAULT_SETTINGS, Task
-from ..registry.tasks import LatestMovedError, TaskRegistry
-from ..registry.versions import Live, label_difference
+from ..registry.tasks import TaskRegistry
+from ..registry.versions import LatestMovedError, Live, label_difference
 from ..schemas import LATEST, MAX_PAGE, LiveVersion, Registered, Sharing, SourceBody, TaskSettings, VersionInfo
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store

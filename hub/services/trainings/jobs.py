@@ -24,7 +24,8 @@ from ...dataset_schemas import TrainingProgress, TrainingState
 from ...errors import HubError, NotFound, Unavailable
 from ...registry.datasets.trainings import Job, Training, TrainingRegistry
 from ...registry.redis.connection import is_cancelled
-from ...registry.tasks import TaskRegistry, TrainingEndedError
+from ...registry.tasks import TaskRegistry
+from ...registry.versions import TrainingEndedError
 from ...storage.store import Store
 from ...training.job import BackboneSource, Trainer, TrainingInterrupted, TrainingJob, TrainingResult
 from ..classification import ClassificationService
