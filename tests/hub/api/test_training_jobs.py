@@ -193,3 +193,27 @@ def test_an_instant_training_has_no_report_files(colours: Hub) -> None:
     made = colours.http.post(TRAININGS).json()
     reply = colours.http.get(f"{TRAININGS}/{made['id']}/report/report.html", headers=OCTETS)
     assert reply.status_code == 404
+
+
+@pytest.mark.slow
+def test_twenty_jobs_of_four_tenants_all_end_and_tenants_take_turns(hub: Hub, tmp_path: Path) -> None:
+    keys = {name: hub.key_of(name) for name in ("a", "b", "c", "d")}
+    owners = {}
+    for name, key in keys.items():
+        add_colours(hub, tmp_path / name, headers=key)
+    for name, key in keys.items():
+        for _ in range(5):
+            reply = hub.http.post(TRAININGS, json={"recipe": "karst", "budget_s": 1}, headers=key)
+            assert reply.status_code == 202, reply.text
+            owners[reply.json()["id"]] = name
+
+    def states() -> list[str]:
+        lists = [hub.http.get(TRAININGS, headers=key).json().get("trainings", []) for key in keys.values()]
+        return [training["state"] for trainings in lists for training in trainings]
+
+    wait_until(lambda: len(found := states()) == 20 and set(found) <= {"done"}, 300, states)
+    starts = [owners[id] for id in hub.trainer.starts]
+    assert len(starts) == 20
+    # Some jobs of the first tenant may start before the others are queued; from then on each round has all four.
+    last = [starts[i : i + 4] for i in range(4, 16, 4)]
+    assert all(len(set(group)) >= 3 for group in last), starts
