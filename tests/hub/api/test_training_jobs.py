@@ -1,12 +1,14 @@
 """Trainings that run as jobs, over HTTP: progress, reports, cancellation, killed processes, stopped gateways."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from hub.admission.quotas import TRAINING_JOBS
+from hub.admission.quotas import TRAINING_JOBS, TRAINING_STREAMS
 from hub.dataset_schemas import ENDED
 from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import coloured_noise, wait_until
@@ -217,3 +219,22 @@ def test_twenty_jobs_of_four_tenants_all_end_and_tenants_take_turns(hub: Hub, tm
     # Some jobs of the first tenant may start before the others are queued; from then on each round has all four.
     last = [starts[i : i + 4] for i in range(4, 16, 4)]
     assert all(len(set(group)) >= 3 for group in last), starts
+
+
+def test_streams_of_progress_beyond_the_quota_are_refused_until_one_ends(colours: Hub, url: str) -> None:
+    path = start(colours, budget_s=600)
+    with (
+        httpx.Client(base_url=url, headers={"authorization": f"Bearer {colours.key}"}) as http,
+        ExitStack() as open_streams,
+    ):
+        first = open_streams.enter_context(http.stream("GET", f"{path}/events"))
+        replies = [open_streams.enter_context(http.stream("GET", f"{path}/events")) for _ in range(TRAINING_STREAMS)]
+        assert [reply.status_code for reply in replies] == [200] * (TRAINING_STREAMS - 1) + [429]
+        first.close()
+
+        def accepted() -> bool:
+            with http.stream("GET", f"{path}/events") as reply:
+                return reply.status_code == 200
+
+        wait_until(accepted)
+        colours.http.delete(path)
