@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -27,6 +28,9 @@ from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
 from ..registry.audit import AuditLog
 from ..registry.cache import RegistryCache
+from ..registry.datasets.files import DatasetFiles
+from ..registry.datasets.index import DatasetIndex
+from ..registry.datasets.trainings import TrainingRegistry
 from ..registry.events import EventLog
 from ..registry.health import RegistryIntegrity, RegistryWatch
 from ..registry.keys import KeyRegistry
@@ -36,16 +40,23 @@ from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..services.administration import AdministrationService
 from ..services.classification import ClassificationService
+from ..services.datasets.features import FeatureService
+from ..services.datasets.images import DatasetService
+from ..services.datasets.removal import FileRemoval
+from ..services.datasets.trainings import TrainingService
 from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
 from ..settings import Settings
 from ..storage.accounts import FileRegistry
+from ..storage.features import FeatureStore
 from ..storage.remote_sources import RemoteSources
-from ..storage.store import Store
+from ..storage.store import IMAGES, SNAPSHOTS, Store
 from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
+from .datasets.images import add_dataset_routes
+from .datasets.trainings import add_training_routes
 from .dependencies import CallerDependencies
 from .problems import add_exception_handlers
 from .protocols.huggingface import add_huggingface_routes
@@ -163,28 +174,42 @@ def create_app(
     store_threads = TenantThreads(store_executor, threads, STORE_CALLS)
     parse_threads = TenantThreads(parse_executor, PARSE_THREADS, PARSED_AT_ONCE, active)
     source_threads = TenantThreads(source_executor, SOURCE_THREADS, SOURCE_DOWNLOADS)
+    fits = ThreadPoolExecutor(1, "fit", initializer=torch.set_num_threads, initargs=(1,))
 
     database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
-    store = Store(str(settings.store_url), settings.min_free_disk)
+    store = Store(str(settings.store_url), min_free_bytes=settings.min_free_disk)
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))
     limiter = RateLimiter(database, cache, keys)
+    decoder = ImageDecoder(
+        decoders,
+        active,
+        threads=threads,
+        cores=cores,
+        spare_threads=threads * SPARE_DECODERS,
+        max_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+    )
     integrity = RegistryIntegrity(database)
     watch = RegistryWatch(database, cache.resynchronise, metrics.record_registry if metrics is not None else None)
     service = ClassificationService(
         registry=registry,
         cache=cache,
         limiter=limiter,
-        decoder=ImageDecoder(
-            decoders,
-            active,
-            threads=threads,
-            cores=cores,
-            spare_threads=threads * SPARE_DECODERS,
-            max_bytes=settings.max_image_bytes,
-            max_pixels=settings.max_image_pixels,
-        ),
+        decoder=decoder,
         workers=workers,
+    )
+    index, dataset_files = DatasetIndex(database), DatasetFiles(database)
+    images = Store(str(settings.store_url), IMAGES, settings.min_free_disk)
+    snapshots = Store(str(settings.store_url), SNAPSHOTS, settings.min_free_disk)
+    features = FeatureStore(str(settings.store_url))
+    removal = FileRemoval(
+        files=dataset_files,
+        integrity=integrity,
+        images=images,
+        snapshots=snapshots,
+        features=features,
+        pool=store_threads.of(""),
     )
     audit = AuditLog(database)
     collector = Collector(
@@ -193,6 +218,7 @@ def create_app(
         integrity=integrity,
         audit=audit,
         store=store,
+        datasets=removal,
         pool=store_threads.of(""),
         interval_s=settings.gc_interval_s,
         age_s=settings.gc_age_s,
@@ -208,6 +234,38 @@ def create_app(
         parse_threads=parse_threads,
         source_threads=source_threads,
         max_adapter_bytes=settings.max_adapter_bytes,
+    )
+    feature_service = FeatureService(
+        files=dataset_files,
+        images=images,
+        features=features,
+        decoder=decoder,
+        workers=workers,
+        limits=service.limits,
+        threads=store_threads,
+    )
+    datasets = DatasetService(
+        index=index,
+        tasks=registry,
+        images=images,
+        features=feature_service,
+        removal=removal,
+        decoder=decoder,
+        limiter=limiter,
+        threads=store_threads,
+        max_image_bytes=settings.max_image_bytes,
+    )
+    trainings = TrainingService(
+        index=index,
+        trainings=TrainingRegistry(database),
+        tasks=registry,
+        snapshots=snapshots,
+        features=feature_service,
+        removal=removal,
+        classification=service,
+        registration=changes,
+        threads=store_threads,
+        fits=fits,
     )
     administration = AdministrationService(
         registry=registry,
@@ -233,6 +291,8 @@ def create_app(
             registry.upgrade(),
             keep_bound(integrity, store, store_threads.of("")),
             collector.run(),
+            feature_service.run(),
+            removal.run(),
         )
         background = {asyncio.create_task(step) for step in steps}
         yield
@@ -240,10 +300,11 @@ def create_app(
             for task in background:
                 task.cancel()
             _, background = await asyncio.wait(background, timeout=1)
+        await feature_service.close()
         with suppress(Unavailable):
             await limiter.settle()
         await database.close()
-        for executor in (decoders, store_executor, parse_executor, source_executor):
+        for executor in (decoders, store_executor, parse_executor, source_executor, fits):
             executor.shutdown(wait=False)
         if metrics is not None:
             tracing.stop()
@@ -258,6 +319,8 @@ def create_app(
     add_backbone_route(api, service, dependencies, image_size=settings.image_size, checkpoint=checkpoint)
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
+    add_dataset_routes(api, datasets, dependencies, max_request_bytes=max_request_bytes)
+    add_training_routes(api, trainings, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)

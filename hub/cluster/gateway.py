@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import ray
 from fastapi import FastAPI
+from numpy.typing import NDArray
 from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -52,6 +53,13 @@ class ServeWorkers:
                 raise answers
             found: list[Answer] = answers
             return found
+
+    async def features(self, images: Sequence[np.ndarray]) -> list[NDArray[np.float16]]:
+        found = await self._call(self._handle.features, list(images))
+        if isinstance(found, HubError):
+            raise found
+        rows: list[NDArray[np.float16]] = found
+        return rows
 
     async def prefetch(self, digest: str) -> None:
         try:

@@ -167,18 +167,25 @@ class TaskRegistry(TaskReads):
             raise InvalidRequest.at("tenants", message)
         return await self.task(tenant, task)
 
-    async def change_settings(self, by: Actor, tenant: str, task: str, settings: TaskSettings) -> Task:
-        """Change settings of a task and return the task.
+    async def put(self, by: Actor, tenant: str, task: str, settings: TaskSettings) -> tuple[Task, bool]:
+        """Change settings of a task, or create it without a version.
 
         Args:
             settings: the members to change; the task keeps the others.
 
+        Returns:
+            The task, and whether it is new.
+
         Raises:
-            NotFound: the task does not exist.
+            LimitReached: the limit of tasks or of registry bytes.
         """
         entry = by.entry(tenant, "task.settings", task=task, **settings.given())
-        await self._change("change_settings", tenant, task, entry, settings=setting_texts(settings))
-        return await self.task(tenant, task)
+        reply = await self._change(
+            "put", tenant, task, entry, settings=setting_texts(settings), max_registry_bytes=REGISTRY_BYTES
+        )
+        if reply.outcome != "done":
+            raise _refusal(reply, tenant)
+        return await self.task(tenant, task), reply.created
 
     async def set_alias(self, by: Actor, tenant: str, task: str, alias: str, targets: Mapping[int, int]) -> Task:
         """Point an alias at versions and return the task.

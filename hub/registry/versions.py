@@ -25,7 +25,7 @@ class VersionSummary(BaseModel):
 
     size_bytes: int
     classes: int
-    registered: str
+    registered: str | None = None  # a task without versions has no time
     accuracy: MeasuredAccuracy | None = None
     train_images: int | None = None
 

@@ -250,11 +250,13 @@ class ClassificationService:
             page = await self._registry.versions(owner, task, numbers[:limit])
         info = TaskInfo(
             task=name if owner != caller.tenant else task.name,
-            labels=(await self._cache.version(owner, task, task.current)).labels,
+            labels=await self._labels(owner, task),
             versions=[],
             aliases={alias: dict(targets) for alias, targets in task.aliases.items()},
             sharing=None if owner != caller.tenant else task.sharing,
             unknown_below=task.settings.unknown_below,
+            promote=task.settings.promote,
+            keep=task.settings.keep,
             next=str(page[-1].number) if page and page[-1].number != numbers[-1] else None,
         )
         # Inside of JSON strings all quotes are escaped, so this member is the only place of its text.
@@ -332,6 +334,12 @@ class ClassificationService:
             if known is None or not known.is_shared_with(caller.tenant):
                 await self._require_shared(caller, name)
         return await self._cache.task(owner, task)
+
+    async def _labels(self, owner: str, task: Task) -> list[str]:
+        """Return the labels of the current version; those of the settings for a task without versions."""
+        if not task.digests:
+            return list(task.settings.labels)
+        return (await self._cache.version(owner, task, task.current)).labels
 
     async def _described(self, caller: Caller, name: str) -> Task:
         """Return the task to describe, always from the registry; raises what `_visible` raises."""

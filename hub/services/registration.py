@@ -203,10 +203,14 @@ class RegistrationService:
         data = await run_blocking(self._store_threads.of(caller.tenant), self._store.get, digest)
         return number, digest, data
 
-    async def change_settings(self, caller: Caller, name: str, settings: TaskSettings) -> str:
-        """Change settings of a task; omitted ones keep their values."""
-        task = caller.own_task(name)
-        return await self._changed(caller, await self._registry.change_settings(caller, caller.tenant, task, settings))
+    async def put(self, caller: Caller, name: str, settings: TaskSettings) -> tuple[str, bool]:
+        """Change settings of a task; omitted ones keep their values. Create a task that does not exist.
+
+        Returns:
+            The task as the JSON of `TaskInfo`, and whether it is new.
+        """
+        task, created = await self._registry.put(caller, caller.tenant, caller.own_task(name), settings)
+        return await self._changed(caller, task), created
 
     async def set_alias(self, caller: Caller, name: str, alias: str, targets: dict[int, int]) -> str:
         """Point an alias at versions: version number -> weight."""

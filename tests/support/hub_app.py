@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from starlette.testclient import TestClient
 
 from adapters import Adapter, Backbone, Bank, BankLimits, Slot
-from adapters.data.images import normalise
+from adapters.data.images import normalise, preprocess_of
 from hub.admin_schemas import LimitsChange
 from hub.api.app import create_app
 from hub.errors import Conflict
@@ -44,12 +44,20 @@ class Engine:
         self._store = store
         self.slots: dict[str, tuple[Slot, Adapter]] = {}
         self.prefetched: list[str] = []
+        self.feature_images = 0
 
     async def limits(self) -> BankLimits:
         return self._bank.limits
 
     async def prefetch(self, digest: str) -> None:
         self.prefetched.append(digest)
+
+    async def features(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float16]]:
+        config = preprocess_of(self._bank.limits.backbone)
+        mean, std = (torch.tensor(config[name]) for name in ("mean", "std"))
+        self.feature_images += len(images)
+        pooled = self._bank.frozen_features(normalise(torch.from_numpy(np.stack(images)), mean, std))
+        return [row.numpy() for row in pooled.half()]
 
     async def classify(
         self, tenant: str, digest: str, images: Sequence[NDArray[np.uint8]], weight: float

@@ -1,0 +1,153 @@
+"""JSON bodies of the routes for datasets and trainings; see `schemas` for those of tasks."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .field_types import Body as _Body
+from .field_types import Label
+
+Split = Literal["auto", "train", "test"]
+Use = Literal["train", "test"]
+PAGE_IMAGES, MAX_PAGE_IMAGES = 100, 1000
+MAX_NAMED = 1000  # images that a reply names in each of its lists
+MAX_NAME_CHARACTERS = 200  # of a file
+
+
+class DatasetImage(_Body):
+    """One image of a dataset.
+
+    `labels` has at most one label in this version. `split` is as it was set; `use` is `train` or `test`, which the
+    digest decides for the split `auto`.
+    """
+
+    digest: str
+    label: str | None
+    labels: list[str]
+    split: Split
+    use: Use
+    name: str
+    size_bytes: int
+    added: str
+
+
+class ImagePage(_Body):
+    """Images, newest first. `next` is the parameter `cursor` of the next page."""
+
+    images: list[DatasetImage]
+    next: str | None
+
+
+class LabelCount(_Body):
+    """Number of images of a label by use; the label is null for images without a label."""
+
+    label: str | None
+    train: int
+    test: int
+
+
+class DatasetInfo(_Body):
+    """Contents of a task's dataset."""
+
+    task: str
+    images: int
+    image_bytes: int
+    labels: list[LabelCount]
+    unlabelled: LabelCount
+    similar_labels: list[list[str]] = Field(
+        description="groups of labels that differ only in case, spaces or Unicode form"
+    )
+
+
+class ImageChange(_Body):
+    """Change of an image. An omitted member keeps its value; a label of null removes the label."""
+
+    label: Label | None = None
+    split: Split | None = None
+
+
+class LabelRename(_Body):
+    """A label and its new name. If the dataset has the new name already, both labels become one."""
+
+    label: str
+    to: Label
+
+
+class LabelRenamed(_Body):
+    label: str
+    merged: bool
+    counts: LabelCount
+
+
+class AddedImage(_Body):
+    """Image of a request: its name in the request and its digest."""
+
+    name: str
+    digest: str
+    label: str | None
+
+
+class MovedImage(AddedImage):
+    """Image that was there with another label or split."""
+
+    before: str | None
+
+
+class RefusedImage(_Body):
+    name: str
+    reason: str
+
+
+class AddCounts(_Body):
+    added: int = 0
+    already_there: int = 0
+    moved: int = 0
+    refused: int = 0
+
+
+class ImagesAdded(_Body):
+    """Result of an upload. Each list names at most 1,000 images; `counts` has all of them."""
+
+    counts: AddCounts
+    added: list[AddedImage]
+    already_there: list[AddedImage]
+    moved: list[MovedImage]
+    refused: list[RefusedImage]
+    warnings: list[str]
+
+
+class TrainingRequest(_Body):
+    """Request for a training. Recipe `instant` fits a classifier head to the stored features and answers at once."""
+
+    recipe: Annotated[str, Field(max_length=63)] = "instant"
+
+
+class SnapshotInfo(_Body):
+    """Immutable list of the images that a training used, stored under the sha256 of its JSON text."""
+
+    digest: str
+    images: int
+    train: int
+    test: int
+
+
+class TrainingInfo(_Body):
+    """One training and its result. `report` has the figures of the version's metrics."""
+
+    id: str
+    task: str
+    recipe: str
+    state: Literal["done", "failed"]
+    created: str
+    seconds: float
+    snapshot: SnapshotInfo
+    version: int | None
+    report: dict[str, Any] | None
+    warnings: list[str]
+    error: str | None = None
+
+
+class TrainingList(_Body):
+    """Trainings of a task, newest first."""
+
+    trainings: list[TrainingInfo]
