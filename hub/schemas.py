@@ -75,7 +75,7 @@ def _built(*planned: str) -> BeforeValidator:
 class Keep(_Body):
     """Classified images that the hub keeps in the task's dataset: their choice, their number a day, their days."""
 
-    images: Annotated[Literal["none"], _built("uncertain", "sample", "all")] = "none"
+    images: Literal["none", "uncertain", "sample", "all"] = "none"
     per_day: Annotated[int, Field(ge=1, le=100_000), NUMBER] = 200
     days: Annotated[int, Field(ge=1, le=3650), NUMBER] = 30
 
@@ -221,6 +221,7 @@ class Classified(_Body):
     typicality: list[float] | None = _optional()
     unknown: list[bool] | None = _optional()
     sets: list[list[str]] | None = _optional()
+    image: list[str | None] | None = _optional("digest of each image that the task's dataset keeps, else null")
 
 
 class Input(_Body):
@@ -247,6 +248,7 @@ class Result(_Body):
     typicality: float | None = _optional()
     unknown: bool | None = _optional()
     set: list[str] | None = _optional()
+    image: str | None = _optional("digest of the image if the task's dataset keeps it")
 
 
 class Results(_Body):

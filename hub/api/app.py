@@ -30,6 +30,7 @@ from ..registry.audit import AuditLog
 from ..registry.cache import RegistryCache
 from ..registry.datasets.files import DatasetFiles
 from ..registry.datasets.index import DatasetIndex
+from ..registry.datasets.kept import KeptImages
 from ..registry.datasets.trainings import TrainingRegistry
 from ..registry.events import EventLog
 from ..registry.health import RegistryIntegrity, RegistryWatch
@@ -42,6 +43,7 @@ from ..services.administration import AdministrationService
 from ..services.classification import ClassificationService
 from ..services.datasets.features import FeatureService
 from ..services.datasets.images import DatasetService
+from ..services.datasets.keeping import Keeper
 from ..services.datasets.removal import FileRemoval
 from ..services.datasets.trainings import TrainingService
 from ..services.garbage_collection import Collector, keep_bound
@@ -192,24 +194,33 @@ def create_app(
     )
     integrity = RegistryIntegrity(database)
     watch = RegistryWatch(database, cache.resynchronise, metrics.record_registry if metrics is not None else None)
+    index, dataset_files, kept = DatasetIndex(database), DatasetFiles(database), KeptImages(database)
+    images = Store(str(settings.store_url), IMAGES, settings.min_free_disk)
+    snapshots = Store(str(settings.store_url), SNAPSHOTS, settings.min_free_disk)
+    features = FeatureStore(str(settings.store_url))
+    removal = FileRemoval(
+        files=dataset_files,
+        kept=kept,
+        integrity=integrity,
+        images=images,
+        snapshots=snapshots,
+        features=features,
+        pool=store_threads.of(""),
+    )
+    keeper = Keeper(
+        kept=kept,
+        images=images,
+        removal=removal,
+        threads=store_threads,
+        count=metrics.record_kept if metrics is not None else _count_nothing,
+    )
     service = ClassificationService(
         registry=registry,
         cache=cache,
         limiter=limiter,
         decoder=decoder,
         workers=workers,
-    )
-    index, dataset_files = DatasetIndex(database), DatasetFiles(database)
-    images = Store(str(settings.store_url), IMAGES, settings.min_free_disk)
-    snapshots = Store(str(settings.store_url), SNAPSHOTS, settings.min_free_disk)
-    features = FeatureStore(str(settings.store_url))
-    removal = FileRemoval(
-        files=dataset_files,
-        integrity=integrity,
-        images=images,
-        snapshots=snapshots,
-        features=features,
-        pool=store_threads.of(""),
+        keeper=keeper,
     )
     audit = AuditLog(database)
     collector = Collector(
@@ -250,6 +261,7 @@ def create_app(
         images=images,
         features=feature_service,
         removal=removal,
+        keeper=keeper,
         decoder=decoder,
         limiter=limiter,
         threads=store_threads,
@@ -293,6 +305,7 @@ def create_app(
             collector.run(),
             feature_service.run(),
             removal.run(),
+            keeper.run(),
         )
         background = {asyncio.create_task(step) for step in steps}
         yield
@@ -327,3 +340,7 @@ def create_app(
     openapi.add_pages(api)
     api.state.cache = cache
     return api
+
+
+def _count_nothing(_end: str, _images: int) -> None:
+    """Ignore counts of an application without metrics."""

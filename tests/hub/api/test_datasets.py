@@ -58,7 +58,7 @@ def test_a_task_is_made_without_versions_and_settings_change(hub: Hub) -> None:
 
 @pytest.mark.parametrize(
     ("body", "field"),
-    [({"promote": "if_better"}, "promote"), ({"keep": {"images": "uncertain"}}, "keep.images")],
+    [({"promote": "if_better"}, "promote")],
 )
 def test_a_setting_that_is_not_built_is_refused_by_its_name(hub: Hub, body: dict[str, Any], field: str) -> None:
     reply = hub.http.put("/v1/tasks/flowers", json=body)
