@@ -2,9 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
-
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from .control_characters import PLAIN
 from .field_types import (
     DIGEST_PATTERN,
@@ -61,17 +59,6 @@ class VersionInfo(_Body):
         return count_of((self.metrics or {}).get("train_images"))
 
 
-def _built(*planned: str) -> BeforeValidator:
-    """Refuse values that docs/datasets.md announces and this hub does not have, by their names."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, str) and value in planned:
-            raise PydanticCustomError("planned", "{value} is not in this hub yet", {"value": repr(value)})
-        return value
-
-    return BeforeValidator(check)
-
-
 class Keep(_Body):
     """Classified images that the hub keeps in the task's dataset: their choice, their number a day, their days."""
 
@@ -89,7 +76,7 @@ class TaskSettings(_Body):
     labels: list[Label] = Field(
         default=[], max_length=1000, description="labels that the dataset lists even without images"
     )
-    promote: Annotated[Literal["never", "always"], _built("if_better")] = Field(
+    promote: Literal["never", "if_better", "always"] = Field(
         "never", description="whether the alias `stable` moves to each version that a training in the hub makes"
     )
     keep: Keep = Field(Keep(), description="classified images that the hub keeps")

@@ -45,15 +45,19 @@ from ..services.datasets.features import FeatureService
 from ..services.datasets.images import DatasetService
 from ..services.datasets.keeping import Keeper
 from ..services.datasets.removal import FileRemoval
-from ..services.datasets.trainings import TrainingService
 from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
+from ..services.trainings.comparison import ComparisonService
+from ..services.trainings.jobs import JobSettings, TrainingJobs
+from ..services.trainings.promotion import PromotionService
+from ..services.trainings.service import TrainingService
 from ..settings import Settings
 from ..storage.accounts import FileRegistry
 from ..storage.features import FeatureStore
 from ..storage.remote_sources import RemoteSources
-from ..storage.store import IMAGES, SNAPSHOTS, Store
+from ..storage.store import IMAGES, REPORTS, SNAPSHOTS, Store
+from ..training.job import BackboneSource, Trainer
 from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
@@ -148,6 +152,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
 def create_app(
     settings: Settings,
     workers: Workers,
+    trainer: Trainer | None = None,
     metrics: RequestMetrics | None = None,
     *,
     tenant_calls: int = GATEWAY_CALLS,
@@ -157,6 +162,7 @@ def create_app(
 
     Args:
         settings: `redis_url` and `store_url` must be set.
+        trainer: runs trainings as jobs; None: this gateway runs none.
         metrics: counters of requests in a Ray Serve replica. The application then also configures the process's logs
             and traces, and leaves the reply's `x-request-id` to Serve. None outside of Ray Serve.
         tenant_calls: classifications of one tenant that run at once.
@@ -197,6 +203,7 @@ def create_app(
     index, dataset_files, kept = DatasetIndex(database), DatasetFiles(database), KeptImages(database)
     images = Store(str(settings.store_url), IMAGES, settings.min_free_disk)
     snapshots = Store(str(settings.store_url), SNAPSHOTS, settings.min_free_disk)
+    reports = Store(str(settings.store_url), REPORTS, settings.min_free_disk)
     features = FeatureStore(str(settings.store_url))
     removal = FileRemoval(
         files=dataset_files,
@@ -204,6 +211,7 @@ def create_app(
         integrity=integrity,
         images=images,
         snapshots=snapshots,
+        reports=reports,
         features=features,
         pool=store_threads.of(""),
     )
@@ -267,15 +275,41 @@ def create_app(
         threads=store_threads,
         max_image_bytes=settings.max_image_bytes,
     )
-    trainings = TrainingService(
+    training_registry = TrainingRegistry(database)
+    comparison = ComparisonService(
         index=index,
-        trainings=TrainingRegistry(database),
+        trainings=training_registry,
+        tasks=registry,
+        adapters=store,
+        images=images,
+        snapshots=snapshots,
+        features=feature_service,
+        classification=service,
+        threads=store_threads,
+    )
+    promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
+    jobs = TrainingJobs(
+        trainings=training_registry,
         tasks=registry,
         snapshots=snapshots,
+        reports=reports,
+        classification=service,
+        promotion=promotion,
+        trainer=trainer,
+        settings=_job_settings(settings),
+        threads=store_threads,
+    )
+    trainings = TrainingService(
+        index=index,
+        trainings=training_registry,
+        tasks=registry,
+        snapshots=snapshots,
+        reports=reports,
         features=feature_service,
         removal=removal,
         classification=service,
-        registration=changes,
+        promotion=promotion,
+        jobs=jobs,
         threads=store_threads,
         fits=fits,
     )
@@ -306,6 +340,7 @@ def create_app(
             feature_service.run(),
             removal.run(),
             keeper.run(),
+            jobs.run(),
         )
         background = {asyncio.create_task(step) for step in steps}
         yield
@@ -313,6 +348,7 @@ def create_app(
             for task in background:
                 task.cancel()
             _, background = await asyncio.wait(background, timeout=1)
+        await jobs.close()
         await feature_service.close()
         with suppress(Unavailable):
             await limiter.settle()
@@ -333,13 +369,25 @@ def create_app(
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, dependencies, max_request_bytes=max_request_bytes)
-    add_training_routes(api, trainings, dependencies)
+    add_training_routes(api, trainings, comparison, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     openapi.add_pages(api)
     api.state.cache = cache
     return api
+
+
+def _job_settings(settings: Settings) -> JobSettings:
+    """Return what the hub's trainings share."""
+    device = "cuda" if settings.training_gpus else "cpu"
+    return JobSettings(
+        store_url=str(settings.store_url),
+        backbone=BackboneSource(settings.backbone, settings.checkpoint, settings.image_size, device),
+        max_running=settings.max_trainings,
+        max_pixels=settings.max_image_pixels,
+        threads=settings.training_cpus,
+    )
 
 
 def _count_nothing(_end: str, _images: int) -> None:

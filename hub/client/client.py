@@ -12,8 +12,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 
+from ..dataset_schemas import TrainingInfo
 from ..errors import HubError, NotFound
 from . import admin_endpoints, dataset_endpoints, endpoints
+from .jobs import endpoints as training_endpoints
+from .jobs.waiting import PAUSE_S, TrainingCall
 from .retries import RetrySchedule
 from .transport import (
     CHUNK_BYTES,
@@ -63,6 +66,21 @@ def _series(endpoint: Callable[P, CallSeries[Any, Any, Reply]]) -> Callable[Conc
     @documented_by(endpoint)
     def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Reply:
         return self._send_series(endpoint(*args, **kwargs))
+
+    return method
+
+
+def _training(endpoint: Callable[P, TrainingCall]) -> Callable[Concatenate["Client", P], TrainingInfo]:
+    @documented_by(endpoint)
+    def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> TrainingInfo:
+        call = endpoint(*args, **kwargs)
+        training = self._send(call.first)
+        with call.bar() as show:
+            while (following := call.following(training)) is not None:
+                show(training)
+                self._pool().closed.wait(PAUSE_S)
+                training = self._send(following)
+        return call.result(training)
 
     return method
 
@@ -129,9 +147,12 @@ class Client(BaseClient):
     classify = _series(endpoints.classify)
     classify_inputs = _series(endpoints.classify_inputs)
     create_task = _single(dataset_endpoints.create_task)
-    train = _single(dataset_endpoints.train)
-    trainings = _single(dataset_endpoints.trainings)
-    training = _single(dataset_endpoints.training)
+    train = _training(training_endpoints.train)
+    trainings = _single(training_endpoints.trainings)
+    training = _single(training_endpoints.training)
+    cancel_training = _single(training_endpoints.cancel_training)
+    training_report = _single(training_endpoints.training_report)
+    compare = _single(training_endpoints.compare)
     backbone = _single(admin_endpoints.backbone)
     usage = _single(admin_endpoints.usage)
     audit = _single(admin_endpoints.audit)

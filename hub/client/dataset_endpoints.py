@@ -12,8 +12,6 @@ from ..dataset_schemas import (
     ImagesAdded,
     LabelRenamed,
     Split,
-    TrainingInfo,
-    TrainingList,
     Use,
 )
 from ..schemas import TaskInfo
@@ -30,7 +28,8 @@ def create_task(
 
     Args:
         labels: labels that the dataset lists even without images.
-        promote: `never`, or `always` to move the alias `stable` to each version that a training in the hub makes.
+        promote: whether the alias `stable` moves to a version that a training in the hub makes: `never`, `if_better`
+            than the stable one on the same test images, or `always`.
         unknown_below: an image with a lower typicality is unknown; 0 to 1, by default 0.01.
     """
     given = None if labels is None else list(labels)
@@ -122,29 +121,6 @@ def rename_label(task: str, label: str, to: str) -> Call[LabelRenamed]:
     path = route("tasks", task, "dataset", "rename-label")
     body = json_body({"label": label, "to": to})
     return Call("POST", path, model(LabelRenamed), headers=JSON, content=body, idempotent=False)
-
-
-def train(name: str, *, recipe: str = "instant") -> Call[TrainingInfo]:
-    """Train a new version from a task's dataset, and return when it is live as `latest`.
-
-    Args:
-        recipe: `instant`: a classifier head on the stored features, in seconds.
-
-    Raises:
-        Conflict: The images cannot train a classifier; the message says why.
-    """
-    path, body = route("tasks", name, "trainings"), json_body({"recipe": recipe})
-    return Call("POST", path, model(TrainingInfo), headers=JSON, content=body, idempotent=False)
-
-
-def trainings(name: str) -> Call[TrainingList]:
-    """List the trainings of a task, newest first."""
-    return Call("GET", route("tasks", name, "trainings"), model(TrainingList))
-
-
-def training(name: str, id: str) -> Call[TrainingInfo]:
-    """Return a training with its report."""
-    return Call("GET", route("tasks", name, "trainings", id), model(TrainingInfo))
 
 
 def _joined(parts: Sequence[ImagesAdded]) -> ImagesAdded:

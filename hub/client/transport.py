@@ -271,12 +271,11 @@ def documented_by(endpoint: Callable[..., Any]) -> Callable[[Method], Method]:
     """Give a client's method the name, parameters and docstring of the function in `endpoints`."""
     signature = inspect.signature(endpoint)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    public = signature.replace(
-        parameters=[own, *signature.parameters.values()],
-        return_annotation=get_args(signature.return_annotation)[-1],
-    )
+    replies = get_args(signature.return_annotation)
 
     def decorate(method: Method) -> Method:
+        reply = replies[-1] if replies else inspect.signature(method).return_annotation
+        public = signature.replace(parameters=[own, *signature.parameters.values()], return_annotation=reply)
         decorated: Any = method
         decorated.__name__ = decorated.__qualname__ = endpoint.__name__
         decorated.__doc__ = endpoint.__doc__

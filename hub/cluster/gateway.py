@@ -18,10 +18,12 @@ from adapters import BankLimits
 from ..errors import HubError, Unavailable
 from ..observability import request_context, tracing
 from ..observability.request_log import RequestMetrics
+from ..training.job import Trainer
 from ..worker_api import Answer, Workers
 from .gateway_metrics import GatewayMetrics
 from .ray_compat import LateIngress, ray_metrics
 from .rendezvous import RESIDENT_ONLY
+from .trainings import RayTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +125,16 @@ class Gateway(LateIngress):
     """Replica that serves the HTTP application in front of the workers."""
 
     def __init__(
-        self, make_app: Callable[[Workers, RequestMetrics], FastAPI], worker: DeploymentHandle[Any], scale_to_zero: bool
+        self,
+        make_app: Callable[[Workers, Trainer, RequestMetrics], FastAPI],
+        worker: DeploymentHandle[Any],
+        scale_to_zero: bool,
+        training_cpus: int,
+        training_gpus: float,
     ) -> None:
         self._make_app = make_app
+        self._trainer = RayTrainer(training_cpus, training_gpus)
         self._workers = ServeWorkers(worker, scale_to_zero)
 
     def build_asgi_app(self) -> FastAPI:
-        return self._make_app(self._workers, GatewayMetrics(ray_metrics()))
+        return self._make_app(self._workers, self._trainer, GatewayMetrics(ray_metrics()))

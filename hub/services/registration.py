@@ -13,8 +13,8 @@ from ..concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ..errors import Conflict, InvalidAdapter, InvalidRequest, LimitReached
 from ..registry.cache import RegistryCache
 from ..registry.models import DEFAULT_SETTINGS, Task
-from ..registry.tasks import LatestMovedError, TaskRegistry
-from ..registry.versions import Live, label_difference
+from ..registry.tasks import TaskRegistry
+from ..registry.versions import LatestMovedError, Live, label_difference
 from ..schemas import LATEST, MAX_PAGE, LiveVersion, Registered, Sharing, SourceBody, TaskSettings, VersionInfo
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
@@ -94,6 +94,7 @@ class RegistrationService:
         *,
         stage: bool = False,
         labels_may_change: bool = False,
+        training: tuple[str, str] | None = None,
     ) -> tuple[Registered, bool]:
         """Check an adapter file, store it and add it to a task as a version.
 
@@ -105,6 +106,7 @@ class RegistrationService:
             labels_may_change: whether the labels may differ from those of the version behind `latest`.
             settings: settings of the task to change in the same step, also if the version is known.
             source: reference that the hub read the file from, for the audit; None if the client sent the file.
+            training: the job that made the version, and the token of its gateway.
 
         Returns:
             The version, and whether it is new.
@@ -116,6 +118,7 @@ class RegistrationService:
             Conflict: the labels differ from those of the version behind `latest`.
             InsufficientStorage: the disk of the store is nearly full.
             Unavailable: the store, the registry or the workers are unavailable; the hub has registered nothing.
+            TrainingEndedError: the gateway no longer has the job.
         """
         task = caller.own_task(name)
         if stage and alias == LATEST:
@@ -138,7 +141,7 @@ class RegistrationService:
             aliases = further if stage and live.version is not None else [LATEST, *further]
             try:
                 kept, created = await self._registry.register(
-                    caller, caller.tenant, task, version, aliases, source, settings, live
+                    caller, caller.tenant, task, version, aliases, source, settings, live, training
                 )
                 break
             except LatestMovedError:  # by another registration since `live` was read

@@ -55,9 +55,10 @@ class Kind:
 ADAPTERS = Kind("", ".safetensors", "adapter", "Register the adapter again.")
 IMAGES = Kind("images/", ".image", "image", "Delete the image and add it again.")
 SNAPSHOTS = Kind("snapshots/", ".json", "snapshot", "Train again.")
+REPORTS = Kind("reports/", ".zip", "report", "Train again.")
 OWNER = "registry-id"  # file with the id of the registry that the store belongs to
 UNFINISHED = re.compile(
-    r"\.[0-9a-f]{64}\.(?:safetensors|image|json)\.[a-z0-9_]{8}"
+    r"\.[0-9a-f]{64}\.(?:safetensors|image|json|zip)\.[a-z0-9_]{8}"
 )  # temporary files of `write_atomically`
 TIMES = (
     "mtime",

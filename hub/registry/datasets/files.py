@@ -4,6 +4,7 @@ Keys:
 
     images             hash    digest of an image -> number of datasets that hold it
     snapshots          hash    digest of a snapshot -> number of trainings that used it
+    reports            hash    digest of a report -> number of trainings that have it
     pending            zset    image without features -> time in seconds since 1970 from which a gateway may take it
     feature-key        string  key of the features that every image has, or gets
     image-gc:{digest}  string  token of the gateway that removes the file
@@ -25,7 +26,7 @@ FEATURE_KEY = "karst:feature-key"
 
 
 class StoredName(NamedTuple):
-    """A file of a dataset: an image, or (`s:`) a snapshot."""
+    """A file of a dataset: an image, (`s:`) a snapshot, or (`r:`) a report of a training."""
 
     kind: str
     digest: str
@@ -33,8 +34,8 @@ class StoredName(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "StoredName":
         """Return the name that Redis has for a file."""
-        kind = "s:" if text.startswith("s:") else ""
-        return cls(kind, text.removeprefix("s:"))
+        kind, colon, digest = text.rpartition(":")
+        return cls(kind + colon, digest)
 
 
 class DatasetFiles:

@@ -75,6 +75,7 @@ class ChangeReply(BaseModel):
         "labels_full",  # the dataset has the maximum number of labels
         "unstaged",  # versions of an import have expired
         "latest_moved",  # the alias `latest` has other targets than those that the caller read
+        "ended",  # the job of a training was cancelled, or another gateway has it
     ]
     limit: str = ""
     maximum: int = 0

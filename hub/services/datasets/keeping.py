@@ -121,7 +121,7 @@ class Keeper:
                 tenant, queue = next(iter(self._queues.items()))
                 del self._queues[tenant]
                 task = queue[0].task
-                step = []
+                step: list[_Queued] = []
                 while queue and queue[0].task == task and len(step) < STEP_IMAGES:
                     step.append(queue.popleft())
                 if queue:

@@ -1,4 +1,4 @@
-"""Removal of files that no dataset uses: images with their features, and snapshots of trainings."""
+"""Removal of files that no dataset uses: images with their features, snapshots and reports of trainings."""
 
 import asyncio
 import logging
@@ -36,6 +36,7 @@ class FileRemoval:
         integrity: RegistryIntegrity,
         images: Store,
         snapshots: Store,
+        reports: Store,
         features: FeatureStore,
         pool: Pool,
     ) -> None:
@@ -46,7 +47,7 @@ class FileRemoval:
         self._files = files
         self._kept = kept
         self._integrity = integrity
-        self._stores = {"": images, "s:": snapshots}
+        self._stores = {"": images, "s:": snapshots, "r:": reports}
         self._features = features
         self._pool = pool
 

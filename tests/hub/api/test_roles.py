@@ -33,9 +33,13 @@ ROUTES = {
     "PATCH /v1/tasks/{task}/images/{digest}": "owner",
     "DELETE /v1/tasks/{task}/images/{digest}": "owner",
     "POST /v1/tasks/{task}/feedback": "owner",
+    "GET /v1/tasks/{task}/compare": "owner",
     "POST /v1/tasks/{task}/trainings": "owner",
     "GET /v1/tasks/{task}/trainings": "owner",
     "GET /v1/tasks/{task}/trainings/{training}": "owner",
+    "DELETE /v1/tasks/{task}/trainings/{training}": "owner",
+    "GET /v1/tasks/{task}/trainings/{training}/events": "owner",
+    "GET /v1/tasks/{task}/trainings/{training}/report/{file}": "owner",
     "GET /v1/tasks/{task}/trainings/{training}/snapshot": "owner",
     "POST /v1/tasks/{task}/versions": "owner",
     "GET /v1/tasks/{task}/versions/{version}": "tenant",
@@ -133,7 +137,7 @@ def send(
     method, path = operation.split(" ")
     version = "1" if method == "DELETE" or "/v2/" in path else "latest"
     parts = {"task": task, "version": version, "alias": "stable", "tenant": tenant, "id": "0" * 16}
-    parts |= {"digest": "0" * 64, "training": "0" * 16}
+    parts |= {"digest": "0" * 64, "training": "0" * 16, "file": "report.html"}
     body: dict[str, Any] = {} if method in ("GET", "DELETE") or path.endswith("/rollback") else {"content": png()}
     body = next((b for end, b in BODIES.items() if path.endswith(end) and body), body)
     if content is not None:

@@ -71,14 +71,6 @@ def test_a_new_label_grows_the_classes_of_the_task(colours: Hub, tmp_path: Any) 
     assert colours.http.get("/v1/tasks/colours").json()["labels"] == ["blue", "green", "red", "white"]
 
 
-@pytest.mark.parametrize("recipe", ["karst", "auto"])
-def test_a_recipe_that_is_not_built_is_refused_by_name(colours: Hub, recipe: str) -> None:
-    reply = colours.http.post(TRAININGS, json={"recipe": recipe})
-    assert reply.status_code == 422
-    assert f"'{recipe}' is not in this hub yet; use karst-hub train" in reply.json()["detail"]
-    assert colours.http.post(TRAININGS, json={"recipe": "x"}).status_code == 422
-
-
 def test_a_dataset_that_cannot_train_is_refused_with_the_reason(hub: Hub, tmp_path: Any) -> None:
     hub.http.put("/v1/tasks/colours", json={})
 

@@ -63,3 +63,40 @@ def test_async_client_does_the_same(hub: Hub, url: str, tmp_path: Path) -> None:
             assert reply.predictions[0][0].label == "blue"
 
     asyncio.run(use())
+
+
+@pytest.mark.slow
+def test_clients_wait_for_a_job_cancel_one_and_compare_versions(
+    hub: Hub, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = coloured_noise(tmp_path / "images", COLOURS, count=12, seed=0)
+    with Client(url, hub.key) as client:
+        client.create_task("colours")
+        for label in COLOURS:
+            client.images.add("colours", sorted((folder / label).iterdir()), label=label)
+        client.train("colours")
+        done = client.train("colours", recipe="karst", budget_s=5, progress=True)
+        assert (done.state, done.version) == ("done", 2)
+        assert "running" in capsys.readouterr().err or done.seconds < 2
+        page = client.training_report("colours", done.id, tmp_path / "report.html")
+        assert page.read_text().startswith("<!doctype html>")
+        found = client.compare("colours", a=1, b="latest")
+        assert (found.a.version, found.b.version) == (1, 2)
+        queued = client.train("colours", recipe="auto", budget_s=600, wait=False)
+        assert queued.state == "queued"
+        assert client.cancel_training("colours", queued.id).state == "cancelled"
+
+    async def use() -> None:
+        async with AsyncClient(url, hub.key) as client:
+            done = await client.train("colours", recipe="auto", budget_s=5)
+            assert (done.state, done.version) == ("done", 3)
+            queued = await client.train("colours", recipe="auto", budget_s=600, wait=False)
+            waiting = asyncio.create_task(client.train("colours", recipe="auto", budget_s=600))
+            await asyncio.sleep(0.5)
+            for training in (await client.trainings("colours")).trainings:
+                await client.cancel_training("colours", training.id)
+            with pytest.raises(Conflict, match="was cancelled"):
+                await waiting
+            assert (await client.training("colours", queued.id)).state == "cancelled"
+
+    asyncio.run(use())

@@ -12,8 +12,9 @@ from hub.errors import Conflict, InvalidRequest, LimitReached, NotFound, Unauthe
 from hub.registry.audit import OPERATOR, Actor
 from hub.registry.events import EventLog
 from hub.registry.redis.connection import RegistryConnection
-from hub.registry.tasks import MAX_ALIAS_HISTORY, MAX_ALIASES, TaskRegistry
+from hub.registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
 from hub.registry.tenants import TenantRegistry
+from hub.registry.versions import MAX_ALIASES
 from hub.schemas import Sharing, TaskSettings
 from tests.support.hub_app import in_registry
 from tests.support.registry import version, with_registry

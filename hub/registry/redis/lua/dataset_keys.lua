@@ -1,5 +1,28 @@
 -- Keys of a task's dataset, and the removal of a dataset. `hub/registry/datasets.py` lists the keys.
 
+-- A job is named `tenant:task:id`. `karst:training-jobs` has the token of the gateway that runs it, '' while it is
+-- queued. A job that no gateway's lease covers any more is free for any other gateway.
+
+local JOBS, LEASES, TURNS = 'karst:training-jobs', 'karst:training-leases', 'karst:training-turns'
+local MADE = 'karst:training-versions' -- job -> version that it has registered
+local TURN_S = 86400 -- for so long the registry remembers whose turn was last
+
+local function job_name(tenant, task, id)
+  return tenant .. ':' .. task .. ':' .. id
+end
+
+-- Remove a training from the queue. Return whether it was queued or running.
+local function drop_job(tenant, task, id)
+  local job, queue = job_name(tenant, task, id), tenant_key(tenant, 'training-queue')
+  if redis.call('HDEL', JOBS, job) == 0 then return false end
+  redis.call('ZREM', LEASES, job)
+  redis.call('HDEL', MADE, job)
+  redis.call('SREM', tenant_key(tenant, 'training-jobs'), job)
+  redis.call('ZREM', queue, job)
+  if redis.call('EXISTS', queue) == 0 then redis.call('ZREM', TURNS, tenant) end
+  return true
+end
+
 local function dataset_key(tenant, task, name)
   return tenant_key(tenant, 'data:' .. task .. ':' .. name)
 end
@@ -18,11 +41,13 @@ local function count_images(tenant, images, bytes)
   redis.call('INCRBY', tenant_key(tenant, 'image_bytes'), string.format('%.0f', bytes))
 end
 
--- Remove one holder of a file: an image ('') or a snapshot ('s:'). Return whether no dataset holds the file any more.
-local function release_file(kind, digest)
-  local holders = 'karst:images'
-  if kind == 's:' then holders = 'karst:snapshots' end
-  if redis.call('HINCRBY', holders, digest, -1) > 0 then return false end
+local HOLDERS = {[''] = 'karst:images', ['s:'] = 'karst:snapshots', ['r:'] = 'karst:reports'}
+
+-- Remove holders of a file (one by default): images (''), or trainings of a snapshot ('s:') or a report ('r:'). Return
+-- whether nothing holds the file any more.
+local function release_file(kind, digest, count)
+  local holders = HOLDERS[kind]
+  if redis.call('HINCRBY', holders, digest, -(count or 1)) > 0 then return false end
   redis.call('HDEL', holders, digest)
   redis.call('ZREM', 'karst:pending', digest)
   return true
@@ -40,8 +65,13 @@ local function drop_dataset(tenant, task)
     redis.call('UNLINK', index_key(tenant, task, used))
     for _, label in ipairs(labels) do redis.call('UNLINK', index_key(tenant, task, used, label)) end
   end
-  for _, training in ipairs(redis.call('HVALS', dataset_key(tenant, task, 'trainings'))) do
-    redis.call('HSET', images, 's:' .. cjson.decode(training).snapshot.digest, '')
+  for _, text in ipairs(redis.call('HVALS', dataset_key(tenant, task, 'trainings'))) do
+    local training = cjson.decode(text)
+    drop_job(tenant, task, training.id)
+    redis.call('HINCRBY', images, 's:' .. training.snapshot.digest, 1)
+    if training.report_digest and training.report_digest ~= cjson.null then
+      redis.call('HINCRBY', images, 'r:' .. training.report_digest, 1)
+    end
   end
   if redis.call('EXISTS', images) == 1 then
     local dropped = 'karst:dropped:' .. string.format('%.0f', redis.call('INCR', 'karst:dropped-number'))

@@ -160,19 +160,18 @@ function datasets.drain(args)
   if not dropped then return {outcome = 'done', created = false} end
   local fields, orphans = redis.call('HSCAN', dropped, 0, 'COUNT', args.count)[2], {}
   for i = 1, #fields, 2 do
-    local kind, digest = string.match(fields[i], '^(s?:?)(%x+)$')
+    local kind, digest = string.match(fields[i], '^([sr]?:?)(%x+)$')
     redis.call('HDEL', dropped, fields[i])
-    if release_file(kind, digest) then orphans[#orphans + 1] = fields[i] end
+    local count = kind ~= '' and tonumber(fields[i + 1]) or 1 -- trainings that used the file
+    if release_file(kind, digest, count) then orphans[#orphans + 1] = fields[i] end
   end
   if redis.call('EXISTS', dropped) == 0 then redis.call('SREM', 'karst:dropped', dropped) end
   return {outcome = 'done', created = redis.call('EXISTS', 'karst:dropped') == 1, names = some(orphans)}
 end
 
--- digest, kind ('' or 's:'), token, duration_s. No dataset may refer to the file until the claim ends.
+-- digest, kind ('', 's:' or 'r:'), token, duration_s. No dataset may refer to the file until the claim ends.
 function datasets.claim(args)
-  local holders = 'karst:images'
-  if args.kind == 's:' then holders = 'karst:snapshots' end
-  if redis.call('HEXISTS', holders, args.digest) == 1 then return {outcome = 'in_use'} end
+  if redis.call('HEXISTS', HOLDERS[args.kind], args.digest) == 1 then return {outcome = 'in_use'} end
   local set = redis.call('SET', 'karst:image-gc:' .. args.digest, args.token, 'NX', 'EX', args.duration_s)
   if not set then return {outcome = 'in_use'} end
   return DONE

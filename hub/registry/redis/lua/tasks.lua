@@ -104,8 +104,11 @@ end
 
 -- Also: summary (of the version, see `models`), max_history, settings (name -> JSON text), latest (targets of the alias
 -- `latest` that the caller has compared labels with; '' for none; null: any). ARGV[3] is the version's JSON without its
--- number: it may be long, so no JSON text contains it. Known bytes move no alias.
+-- number: it may be long, so no JSON text contains it. Known bytes move no alias. training ({job, token}, null: none):
+-- the version is the result of a job, which another gateway may have taken over.
 function tasks.register(args)
+  local job = args.training ~= cjson.null and args.training.job
+  if job and redis.call('HGET', JOBS, job) ~= args.training.token then return {outcome = 'ended'} end
   local refusal = find_refusal(args) or take_change(args)
   if refusal then return refusal end
   local key = task_key(args.tenant, args.task)
@@ -126,6 +129,7 @@ function tasks.register(args)
       move_alias(key, alias, '{"' .. number .. '":1}', args.max_history)
     end
   end
+  if job then redis.call('HSET', MADE, job, number) end
   write_settings(key, args.settings)
   args.entry = with_details(args.entry, {version = tonumber(number)})
   record_task_change(args, key)

@@ -83,3 +83,21 @@ def test_images_are_listed_labelled_renamed_and_deleted(run: Run, tmp_path: Path
     assert run("images", "delete", "colours", digest).exit_code == 2
     assert "deleted" in run("images", "delete", "colours", digest, "--yes").stdout
     assert run("images", "label", "colours", digest, "x").exit_code == 1
+
+
+def test_a_job_is_queued_shown_and_cancelled_and_versions_are_compared(run: Run, hub: Hub, tmp_path: Path) -> None:
+    folder = coloured_noise(tmp_path / "colours", COLOURS, count=12, seed=0)
+    run("images", "add", "colours", folder)
+    run("trainings", "start", "colours")
+    queued = run("trainings", "start", "colours", "--recipe", "karst", "--budget", "600")
+    assert queued.exit_code == 0, queued.output
+    assert "is queued" in queued.stdout
+    training = read(run("trainings", "list", "colours", "--json"))["trainings"][0]
+    assert training["state"] in ("queued", "running")
+    assert "is cancelled" in run("trainings", "cancel", "colours", training["id"]).stdout
+    refused = run("trainings", "report", "colours", training["id"], "-o", tmp_path / "report.html")
+    assert (refused.exit_code, (tmp_path / "report.html").exists()) == (1, False)
+    compared = run("trainings", "compare", "colours", "1", "latest")
+    assert compared.exit_code == 0, compared.output
+    assert "neither is better" in compared.stdout
+    assert read(run("trainings", "compare", "colours", "1", "latest", "--json"))["differing"] == 0
