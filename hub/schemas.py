@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
 from .control_characters import PLAIN
 from .field_types import (
     DIGEST_PATTERN,
