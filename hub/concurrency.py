@@ -5,6 +5,9 @@ fair queue, which a call reaches only after these limits.
 """
 
 import asyncio
+import os
+import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -20,6 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 ACTIVE_S = 10.0  # a tenant counts as active for this long after its last call
 REST_RATIO = 3.0  # rest of a tenant after a call that slows others, relative to the call's time
+LOW_PRIORITY = 10  # nice value: about a tenth of a core beside a thread of normal priority
 MAX_CHARGES = 1024  # tenants with a charge that are remembered before paid charges are removed
 
 
@@ -265,6 +269,15 @@ class TenantPool:
 
 
 Pool = Executor | TenantPool | None
+
+
+def lower_priority() -> None:
+    """Let the calling thread run while other threads and processes leave it a core. Only Linux has this for a thread.
+
+    It is for threads that do not hold Python's interpreter lock: otherwise threads of normal priority would wait for it.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
