@@ -16,7 +16,20 @@ from lupa import lua51
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from hub.registry.redis import scripts
 
-GLOBALS = {"ARGV", "cjson", "ipairs", "math", "next", "pairs", "redis", "string", "table", "tonumber", "tostring"}
+GLOBALS = {
+    "ARGV",
+    "cjson",
+    "ipairs",
+    "math",
+    "next",
+    "pairs",
+    "redis",
+    "string",
+    "table",
+    "tonumber",
+    "tostring",
+    "unpack",
+}
 GETGLOBAL, SETGLOBAL = 5, 7
 HEADER = b"\x1bLua\x51\x00\x01\x04\x08\x04\x08\x00"  # little endian; int 4, size_t 8, instruction 4, number 8 bytes
 COMPILE = "function(text) local f, e = loadstring(text, '=script'); if f then return string.dump(f) end; return e end"

@@ -29,6 +29,8 @@ class TenantLimits(_Body):
         le=10**14,
         description="bytes of adapter files: of all versions, and of deleted ones until their removal",
     )
+    images: int = Field(200_000, ge=0, le=10**8, description="images in the datasets of all tasks")
+    image_bytes: int = Field(20 * 1024**3, ge=0, le=10**14, description="bytes of the images in the datasets")
     weight: float = Field(1.0, ge=0.01, le=100, description="share of a busy worker relative to other tenants")
 
 
@@ -41,6 +43,8 @@ class LimitsChange(_Body):
     tasks: Annotated[int, Field(ge=0, le=10**7), NUMBER] | None = None
     versions: Annotated[int, Field(ge=0, le=10**5), NUMBER] | None = None
     stored_bytes: Annotated[int, Field(ge=0, le=10**14), NUMBER] | None = None
+    images: Annotated[int, Field(ge=0, le=10**8), NUMBER] | None = None
+    image_bytes: Annotated[int, Field(ge=0, le=10**14), NUMBER] | None = None
     weight: Annotated[float, Field(ge=0.01, le=100), NUMBER] | None = None
 
     def on(self, limits: TenantLimits) -> TenantLimits:
@@ -156,6 +160,8 @@ class UsedNow(_Body):
         0, description="bytes of files without a version that no collection has removed yet; they count as stored"
     )
     images_in_flight: int
+    images: int = 0
+    image_bytes: int = 0
 
 
 class Counted(_Body):

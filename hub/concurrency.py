@@ -122,6 +122,15 @@ class ActiveTenants:
         self._forget()
         return len(self._called_s) - (tenant in self._called_s)
 
+    def limit(self, alone: int, beside: int) -> Callable[[str], int]:
+        """Return the function of a limit that is lower for a tenant while another tenant is active.
+
+        Args:
+            alone: limit of the only active tenant.
+            beside: limit beside others; never above `alone`.
+        """
+        return lambda tenant: min(alone, beside) if self.others(tenant) else alone
+
     def _forget(self) -> None:
         oldest_s = self._clock() - ACTIVE_S
         while self._called_s and next(iter(self._called_s.values())) < oldest_s:
@@ -277,7 +286,9 @@ def lower_priority() -> None:
     It is for threads that do not hold Python's interpreter lock: otherwise threads of normal priority would wait for it.
     """
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
+        thread = threading.get_native_id()
+        # Never a higher priority than that of the process, which only root may set.
+        os.setpriority(os.PRIO_PROCESS, thread, max(LOW_PRIORITY, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -1,11 +1,14 @@
 """Types of fields of the wire models: names, numbers, weights, measured accuracies, and their checks."""
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+from .control_characters import found_in
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 TASK_PATTERN = r"^([a-z0-9][a-z0-9_-]{0,62}:)?[a-z0-9][a-z0-9_-]{0,62}$"  # `task`, or `tenant:task`
@@ -13,6 +16,27 @@ DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 MAX_LABEL_CHARACTERS = 200
 # As a browser sends `Origin`; other text would never match.
 ORIGIN_PATTERN = r"^https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?$"
+
+
+def clean_label(text: str) -> str:
+    """Return a label without spaces around it, in Unicode's composed form: macOS writes file names decomposed.
+
+    Raises:
+        ValueError: the label is empty or too long, or has control characters.
+    """
+    if (found := found_in(text)) is not None:
+        raise ValueError(f"has the control character {found}; remove it")
+    text = unicodedata.normalize("NFC", text).strip()
+    if not text:
+        raise ValueError("is empty; give the label a name")
+    if len(text) > MAX_LABEL_CHARACTERS:
+        raise ValueError(f"has {len(text)} characters (limit {MAX_LABEL_CHARACTERS}); shorten it")
+    return text
+
+
+def folded_label(label: str) -> str:
+    """Return a text that is equal for labels which differ only in case, spaces or Unicode form."""
+    return " ".join(unicodedata.normalize("NFC", label.casefold()).split())
 
 
 def _number(value: Any) -> Any:
@@ -42,6 +66,7 @@ def _weights(value: Any) -> Any:
 
 
 NUMBER = BeforeValidator(_number)
+Label = Annotated[str, AfterValidator(clean_label)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 TaskName = Annotated[str, Field(pattern=TASK_PATTERN)]
 VersionNumber = Annotated[int, Field(ge=1, le=2**53)]  # largest integer that every JSON parser reads exactly

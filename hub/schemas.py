@@ -2,12 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from .control_characters import PLAIN
 from .field_types import (
     DIGEST_PATTERN,
     NUMBER,
+    Label,
     MeasuredAccuracy,
     Name,
     Reference,
@@ -59,12 +61,38 @@ class VersionInfo(_Body):
         return count_of((self.metrics or {}).get("train_images"))
 
 
+def _built(*planned: str) -> BeforeValidator:
+    """Refuse values that docs/datasets.md announces and this hub does not have, by their names."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and value in planned:
+            raise PydanticCustomError("planned", "{value} is not in this hub yet", {"value": repr(value)})
+        return value
+
+    return BeforeValidator(check)
+
+
+class Keep(_Body):
+    """Classified images that the hub keeps in the task's dataset: their choice, their number a day, their days."""
+
+    images: Annotated[Literal["none"], _built("uncertain", "sample", "all")] = "none"
+    per_day: Annotated[int, Field(ge=1, le=100_000), NUMBER] = 200
+    days: Annotated[int, Field(ge=1, le=3650), NUMBER] = 30
+
+
 class TaskSettings(_Body):
     """Settings of a task. In a change, an omitted member keeps its value."""
 
     unknown_below: Annotated[float, Field(ge=0, le=1), NUMBER] = Field(
         UNKNOWN_BELOW, description="an image with a lower typicality is unknown"
     )
+    labels: list[Label] = Field(
+        default=[], max_length=1000, description="labels that the dataset lists even without images"
+    )
+    promote: Literal["never", "if_better", "always"] = Field(
+        "never", description="whether the alias `stable` moves to each version that a training in the hub makes"
+    )
+    keep: Keep = Field(Keep(), description="classified images that the hub keeps")
 
     def given(self) -> dict[str, Any]:
         """Return the members that were set."""
@@ -104,6 +132,8 @@ class TaskInfo(_Body):
     aliases: dict[str, dict[int, int]]
     sharing: Sharing | None = None  # only in replies to the task's own tenant
     unknown_below: float = UNKNOWN_BELOW
+    promote: str = "never"
+    keep: Keep = Keep()
     next: str | None = _optional(NEXT)
 
 

@@ -47,6 +47,9 @@ class Settings(BaseSettings):
     max_gateways: int = Field(1, ge=1, description="largest number of gateways")
     scale_up_s: float = Field(10.0, ge=1, description="seconds of overload before replicas start")
     scale_down_s: float = Field(300.0, ge=1, description="seconds of underload before replicas stop")
+    max_trainings: int = Field(1, ge=1, description="trainings as jobs that the hub runs at once")
+    training_cpus: int = Field(1, ge=1, description="CPUs of one training, and threads of torch in it")
+    training_gpus: float = Field(0, ge=0, description="GPUs of one training, or a share of one; 0: the CPU")
     # No repr: the URLs may contain passwords.
     redis_url: str | None = Field(
         None, repr=False, description="registry; unset: an embedded redis-server under HUB_HOME"

@@ -68,6 +68,16 @@ class Workers(Protocol):
             LimitReached: too many images of the tenant are queued.
         """
 
+    async def features(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float16]]:
+        """Return the frozen backbone's pooled features (D,) of each image. Classification goes first.
+
+        Args:
+            images: preprocessed pixels, uint8 (3, H, W), as the backbone's own preprocessing makes them.
+
+        Raises:
+            Unavailable: no worker answers in time.
+        """
+
     async def prefetch(self, digest: str) -> None:
         """Ask a worker to load an adapter before its first call. Never raises."""
 

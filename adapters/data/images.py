@@ -16,7 +16,7 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from ..backbone import Backbone
+from ..backbone import Backbone, BackboneInfo
 from ..format.metadata import PREPROCESS
 from .errors import ImageError, ImageTooLargeError
 from .formats.avif import av1_sizes
@@ -167,7 +167,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def preprocess_of(backbone: Backbone, background: Sequence[int] | None = WHITE) -> dict[str, Any]:
+def preprocess_of(backbone: BackboneInfo, background: Sequence[int] | None = WHITE) -> dict[str, Any]:
     """Return the backbone's preprocessing in the form of an adapter's metadata (timm's data config, JSON types).
 
     Args:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from .errors import DataError
@@ -24,6 +23,8 @@ def stratified_split(images: ImageSet, fraction: float, seed: int) -> tuple[Imag
     Raises:
         DataError: a class has too few images for both sides, or `fraction` leaves one side empty.
     """
+    from sklearn.model_selection import train_test_split  # here: gateways start without it
+
     try:
         kept, held_out = train_test_split(
             range(len(images)), test_size=fraction, random_state=seed, stratify=images.targets

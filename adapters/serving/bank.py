@@ -266,6 +266,12 @@ class Bank:
         return [Scores(row, share) for row, share in zip(logits, shares, strict=True)]
 
     @torch.inference_mode()
+    def frozen_features(self, pixels: Tensor) -> Tensor:
+        """Return the frozen backbone's pooled features (B, D) of normalised pixels (B, 3, H, W)."""
+        with self._forward_lock:
+            return features(self._model, pixels.to(device=self.device, dtype=self.dtype))
+
+    @torch.inference_mode()
     def warm_up(self, pixels: Tensor, kernels: int, rank: int) -> Tensor:
         """Compute a mixed batch with an adapter of zeros for each image, to measure or warm up a worker.
 

@@ -5,7 +5,7 @@ is better on held-out images (`refine.py`). Probabilities, label sets and typica
 classifier has not seen.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbone import Backbone
+from ..backbone import Backbone, BackboneInfo
 from ..data.checks import CheckedDataset
 from ..data.errors import DataError
-from ..data.image_set import ImageTensors
+from ..data.image_set import ImageSet, ImageTensors
 from ..data.images import preprocess_of
 from ..evaluation.calibration import coverage_table, fit_confidence
 from ..format.file import Adapter
@@ -31,6 +31,7 @@ from .steps import KarstRecipe, RefineWatch
 
 HEAD_ONLY = KarstConfig(kernels=0, rescale="none")
 CURVE_PARTS = (0.25, 0.5, 1.0)  # of the images, in the learning curve
+NO_FIGURES: Mapping[str, Any] = {}
 MIN_CURVE_IMAGES = 2  # per class and part
 
 
@@ -131,17 +132,8 @@ class InstantFit:
             features, targets = pooled_features(self.backbone, self.test_images)
             test = Predictions("test", self.test_images, features @ self.head.weight.T + self.head.bias, targets)
         metrics = _metrics("instant", held_out, test) | dict(self.extra)
-        typicality = fit_typicality(self.frozen)
-        adapter = Adapter.create(
-            {"head.weight": self.head.weight, "head.bias": self.head.bias} | typicality.tensors,
-            config=HEAD_ONLY,
-            backbone=self.backbone.name,
-            fingerprint=self.backbone.fingerprint,
-            labels=self.images.images.labels,
-            preprocess=preprocess_of(self.backbone),
-            metrics=metrics,
-            coverage=coverage_table(held_out.logits.softmax(1), held_out.targets),
-        )
+        labels = self.images.images.labels
+        adapter = _instant_adapter(self.head, self.frozen, self.backbone, labels, held_out, metrics)
         return Classifier(adapter, held_out, test, metrics, self.learning_curve())
 
     def learning_curve(self) -> tuple[tuple[int, float], ...]:
@@ -215,6 +207,61 @@ class InstantFit:
             coverage=coverage_table(held_out.logits.softmax(1), held_out.targets),
         )
         return Classifier(adapter, held_out, test, metrics, instant.learning_curve, refined=found)
+
+
+def instant_from_features(
+    features: Tensor,
+    targets: Tensor,
+    labels: Sequence[str],
+    backbone: BackboneInfo,
+    *,
+    test: tuple[Tensor, Tensor] | None = None,
+    extra: Mapping[str, Any] = NO_FIGURES,
+) -> Classifier:
+    """Return the instant classifier of images whose pooled frozen features are known. It reads no image.
+
+    Args:
+        features: (n, D), any float dtype.
+        targets: int64 (n,), the index of each image's label in `labels`; every label has an image.
+        test: features and targets of the test images.
+        extra: further figures for the metadata.
+
+    Raises:
+        DataError: a label has no image, or no label has two.
+    """
+    features = features.float()
+    try:
+        head = fit_head(features, targets, len(labels))
+    except ValueError as error:
+        raise DataError(f"the images are too few: {error}") from error
+    names = ImageTensors(ImageSet((), (), tuple(labels)), preprocess_of(backbone))
+    held_out = Predictions("left out", names, head.scores.float(), targets)
+    tested = None
+    if test is not None:
+        tested = Predictions("test", names, test[0].float() @ head.weight.T + head.bias, test[1])
+    metrics = _metrics("instant", held_out, tested) | dict(extra)
+    adapter = _instant_adapter(head, features, backbone, labels, held_out, metrics)
+    return Classifier(adapter, held_out, tested, metrics, learning_curve=())
+
+
+def _instant_adapter(
+    head: InstantHead,
+    features: Tensor,
+    backbone: BackboneInfo,
+    labels: Sequence[str],
+    held_out: Predictions,
+    metrics: Mapping[str, Any],
+) -> Adapter:
+    return Adapter.create(
+        {"head.weight": head.weight, "head.bias": head.bias} | fit_typicality(features).tensors,
+        config=HEAD_ONLY,
+        backbone=backbone.name,
+        fingerprint=backbone.fingerprint,
+        labels=labels,
+        preprocess=preprocess_of(backbone),
+        metrics=metrics,
+        coverage=coverage_table(held_out.logits.softmax(1), held_out.targets),
+    )
 
 
 def _adapted_typicality(found: Refined, images: ImageTensors) -> Typicality:

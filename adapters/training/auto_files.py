@@ -10,7 +10,15 @@ from .auto import Classifier, InstantFit, InstantWatch, Refinement
 
 
 class NotBetterThanChance(DataError):
-    """The adapter is no better than a constant answer; the message names the file that was kept."""
+    """The adapter is no better than a constant answer; the message names the file that was kept.
+
+    Attributes:
+        reason: the figures, without the names of files.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class AutoFiles:
@@ -40,12 +48,14 @@ class AutoFiles:
             self._output.unlink(missing_ok=True)
         held_out = classifier.held_out
         low, high = held_out.interval
-        raise NotBetterThanChance(
+        reason = (
             f"the adapter is not better than a constant answer: {held_out.accuracy:.1%} of "
             f"{len(held_out.targets)} {held_out.split.replace(' ', '-')} images are right (95 % interval {low:.1%} to "
-            f"{high:.1%}), and the largest class alone has {classifier.chance:.1%}. The file is kept as {rejected}; "
-            f"the report: {self._report.folder}. Check the labels, add images, or use a larger backbone"
+            f"{high:.1%}), and the largest class alone has {classifier.chance:.1%}. "
         )
+        advice = "Check the labels, add images, or use a larger backbone"
+        files = f"The file is kept as {rejected}; the report: {self._report.folder}. "
+        raise NotBetterThanChance(f"{reason}{files}{advice}", f"{reason}{advice}")
 
 
 def fit_auto(fitted: InstantFit, refinement: Refinement | None, files: AutoFiles, watch: InstantWatch) -> Classifier:

@@ -3,6 +3,7 @@
 The steps: read the dataset, check it and prepare tensors, train by a recipe, write.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from ..method.config import ConfigError, KarstConfig
 from ..paper.devices import is_first_process
 from ..paper.fit import fit_paper
 from ..paper.recipe import Recipe
-from .auto import InstantFit, Refinement
+from .auto import NO_FIGURES, InstantFit, Refinement
 from .auto_files import AutoFiles, fit_auto
 from .progress import Watch, watching
 from .steps import KarstRecipe
@@ -37,7 +38,7 @@ RecipeName = Literal["auto", "instant", "karst", "paper"]
 
 
 def fit(
-    data: str | Path,
+    data: str | Path | DatasetSplits,
     output: str | Path,
     *,
     backbone: str | Backbone | None = None,
@@ -62,6 +63,7 @@ def fit(
     overwrite: bool = False,
     fingerprint: str | None = None,
     in_use: AccuracyInUse | None = None,
+    metrics: Mapping[str, Any] = NO_FIGURES,
     watch: Watch | None = None,
 ) -> Trained:
     """Train an adapter on labelled images. Write it to `output`, and its report to a folder beside it.
@@ -74,8 +76,8 @@ def fit(
       and is deleted at the end.
 
     Args:
-        data: a dataset in any layout that `data.datasets.read_dataset` reads. `shots`, `split_seed` and `final`
-            select one of several lists.
+        data: a dataset in any layout that `data.datasets.read_dataset` reads, or its splits. `shots`, `split_seed` and
+            `final` select one of several lists of a layout.
         backbone: a timm name, `demo`, or a loaded backbone. None: the one of HUB_BACKBONE, HUB_CHECKPOINT and
             HUB_IMAGE_SIZE, as for the hub; `demo` without HUB_BACKBONE.
         checkpoint, image_size: as in `load_backbone`.
@@ -93,6 +95,7 @@ def fit(
         overwrite: replace the adapter file and the report of an earlier training; otherwise they are an error.
         fingerprint: that the backbone must have; None: any.
         in_use: accuracy of the classifier in use, for the report.
+        metrics: further figures for the adapter's metadata.
         watch: callbacks. None: progress bars in a notebook and on a terminal; `Watch()` shows nothing.
 
     Raises:
@@ -115,7 +118,7 @@ def fit(
         raise DataError(
             f"{state_file}: checkpoint of an interrupted training; continue with --resume, or delete the file"
         )
-    splits = _read_splits(Path(data), validation, test, shots=shots, split_seed=split_seed, final=final, probe=probe)
+    splits = _read_splits(data, validation, test, shots=shots, split_seed=split_seed, final=final, probe=probe)
     with watching(watch, epochs, devices) as watch:
         if isinstance(backbone, Backbone):
             frozen, device = backbone, str(backbone.device)
@@ -146,10 +149,10 @@ def fit(
             on_image=watch.image,
         )
         watch.checked(images)
-        extra: dict[str, Any] = {}
+        extra = dict(metrics)
         if probe and images.test is not None and is_first_process(devices):
             extra["linear_probe_test_accuracy"] = round(linear_probe(frozen, images.train, images.test), 4)
-        metadata: dict[str, Any] = {"adapter": output.name, "data": str(data), "device": device}
+        metadata: dict[str, Any] = {"adapter": output.name, "data": _name_of(data), "device": device}
         metadata |= {"warnings": list(images.warnings), "versions": versions()}
         metadata |= {"left_out": [asdict(files) for files in images.left_out]}
         if epochs is None:
@@ -160,7 +163,7 @@ def fit(
             return Trained(classifier.adapter, output, report, classifier.metrics, page.figures)
         if in_use is not None:
             metadata |= {"in_use": asdict(in_use)}
-        adapter, trained, predictions, metrics = fit_paper(
+        adapter, trained, predictions, figures_of_paper = fit_paper(
             frozen,
             images,
             config,
@@ -176,10 +179,10 @@ def fit(
         figures: dict[str, Png] = {}
         if is_first_process(devices):
             adapter.write(output)
-            metadata |= {"seed": epochs.seed} | described(adapter) | metrics
+            metadata |= {"seed": epochs.seed} | described(adapter) | figures_of_paper
             figures = write_report(report, predictions, trained, images.train.images.targets, metadata)
             state_file.unlink(missing_ok=True)
-        return Trained(adapter, output, report, metrics, figures)
+        return Trained(adapter, output, report, figures_of_paper, figures)
 
 
 def _refuse_paper_options(recipe: str, *, val_fraction: float | None, devices: int, resume: bool) -> None:
@@ -189,8 +192,12 @@ def _refuse_paper_options(recipe: str, *, val_fraction: float | None, devices: i
             raise ConfigError(f"{name} belongs to the recipe `paper`, but the recipe is `{recipe}`; leave it out")
 
 
+def _name_of(data: str | Path | DatasetSplits) -> str:
+    return "images of the caller" if isinstance(data, DatasetSplits) else str(data)
+
+
 def _read_splits(
-    data: Path,
+    data: str | Path | DatasetSplits,
     validation: Path | None,
     test: Path | None,
     *,
@@ -199,12 +206,16 @@ def _read_splits(
     final: bool,
     probe: bool,
 ) -> DatasetSplits:
-    splits = read_dataset(data, shots=shots, seed=split_seed, final=final)
+    splits = data
+    if not isinstance(splits, DatasetSplits):
+        splits = read_dataset(Path(splits), shots=shots, seed=split_seed, final=final)
     labels = splits.train.labels
     if validation is not None:
         splits = splits.with_split("validation", read_split(validation, "validation", labels))
     if test is not None:
         splits = splits.with_split("test", read_split(test, "test", labels))
     if probe and splits.test is None:
-        raise DataError(f"{data}: no test split, which --probe needs; give test images with --test, or omit --probe")
+        raise DataError(
+            f"{_name_of(data)}: no test split, which --probe needs; give test images with --test, or omit --probe"
+        )
     return splits

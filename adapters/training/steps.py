@@ -74,6 +74,9 @@ class RefineWatch:
     def stepped(self, stage: str, loss: float) -> None:
         """Called after each optimiser step: what the step belongs to, and its loss."""
 
+    def evaluated(self, stage: str, accuracy: float) -> None:
+        """Called after each evaluation of held-out images: what it belongs to, and the accuracy in [0, 1]."""
+
 
 @dataclass
 class Run:
@@ -203,6 +206,7 @@ class StepTrainer:
                 run.references.append(_evaluate(runner, reference)[1])
                 accuracy = float((logits.argmax(1) == self.targets[held]).double().mean())
                 run.points.append(Point(number, sum(losses[since:]) / len(losses[since:]), accuracy))
+                self._watch.evaluated(stage, accuracy)
                 since = len(losses)
                 if not logits.isfinite().all():
                     run.diverged = True

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -28,6 +29,9 @@ from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
 from ..registry.audit import AuditLog
 from ..registry.cache import RegistryCache
+from ..registry.datasets.files import DatasetFiles
+from ..registry.datasets.index import DatasetIndex
+from ..registry.datasets.trainings import TrainingRegistry
 from ..registry.events import EventLog
 from ..registry.health import RegistryIntegrity, RegistryWatch
 from ..registry.keys import KeyRegistry
@@ -37,16 +41,27 @@ from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..services.administration import AdministrationService
 from ..services.classification import ClassificationService
+from ..services.datasets.features import FeatureService
+from ..services.datasets.images import DatasetService
+from ..services.datasets.removal import FileRemoval
 from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
+from ..services.trainings.comparison import ComparisonService
+from ..services.trainings.jobs import JobSettings, TrainingJobs
+from ..services.trainings.promotion import PromotionService
+from ..services.trainings.service import TrainingService
 from ..settings import Settings
 from ..storage.accounts import FileRegistry
+from ..storage.features import FeatureStore
 from ..storage.remote_sources import RemoteSources
-from ..storage.store import Store
+from ..storage.store import IMAGES, REPORTS, SNAPSHOTS, Store
+from ..training.job import BackboneSource, Trainer
 from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
+from .datasets.images import add_dataset_routes
+from .datasets.trainings import add_training_routes
 from .dependencies import CallerDependencies
 from .problems import add_exception_handlers
 from .protocols.huggingface import add_huggingface_routes
@@ -140,6 +155,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
 def create_app(
     settings: Settings,
     workers: Workers,
+    trainer: Trainer | None = None,
     metrics: RequestMetrics | None = None,
     *,
     tenant_calls: int = GATEWAY_CALLS,
@@ -149,6 +165,7 @@ def create_app(
 
     Args:
         settings: `redis_url` and `store_url` must be set.
+        trainer: runs trainings as jobs; None: this gateway runs none.
         metrics: counters of requests in a Ray Serve replica. The application then also configures the process's logs
             and traces, and leaves the reply's `x-request-id` to Serve. None outside of Ray Serve.
         tenant_calls: classifications of one tenant that run at once.
@@ -169,29 +186,45 @@ def create_app(
     store_threads = TenantThreads(store_executor, threads, STORE_CALLS)
     parse_threads = TenantThreads(parse_executor, PARSE_THREADS, PARSED_AT_ONCE, active)
     source_threads = TenantThreads(source_executor, SOURCE_THREADS, SOURCE_DOWNLOADS)
+    fits = ThreadPoolExecutor(1, "fit", initializer=torch.set_num_threads, initargs=(1,))
 
     database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
-    store = Store(str(settings.store_url), settings.min_free_disk)
+    store = Store(str(settings.store_url), min_free_bytes=settings.min_free_disk)
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))
     limiter = RateLimiter(database, cache, keys)
+    decoder = ImageDecoder(
+        decoders,
+        large_decoders,
+        active,
+        threads=threads,
+        cores=cores,
+        spare_threads=threads * SPARE_DECODERS,
+        max_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+    )
     integrity = RegistryIntegrity(database)
     watch = RegistryWatch(database, cache.resynchronise, metrics.record_registry if metrics is not None else None)
     service = ClassificationService(
         registry=registry,
         cache=cache,
         limiter=limiter,
-        decoder=ImageDecoder(
-            decoders,
-            large_decoders,
-            active,
-            threads=threads,
-            cores=cores,
-            spare_threads=threads * SPARE_DECODERS,
-            max_bytes=settings.max_image_bytes,
-            max_pixels=settings.max_image_pixels,
-        ),
+        decoder=decoder,
         workers=workers,
+    )
+    index, dataset_files = DatasetIndex(database), DatasetFiles(database)
+    images = Store(str(settings.store_url), IMAGES, settings.min_free_disk)
+    snapshots = Store(str(settings.store_url), SNAPSHOTS, settings.min_free_disk)
+    reports = Store(str(settings.store_url), REPORTS, settings.min_free_disk)
+    features = FeatureStore(str(settings.store_url))
+    removal = FileRemoval(
+        files=dataset_files,
+        integrity=integrity,
+        images=images,
+        snapshots=snapshots,
+        reports=reports,
+        features=features,
+        pool=store_threads.of(""),
     )
     audit = AuditLog(database)
     collector = Collector(
@@ -200,6 +233,7 @@ def create_app(
         integrity=integrity,
         audit=audit,
         store=store,
+        datasets=removal,
         pool=store_threads.of(""),
         interval_s=settings.gc_interval_s,
         age_s=settings.gc_age_s,
@@ -215,6 +249,64 @@ def create_app(
         parse_threads=parse_threads,
         source_threads=source_threads,
         max_adapter_bytes=settings.max_adapter_bytes,
+    )
+    feature_service = FeatureService(
+        files=dataset_files,
+        images=images,
+        features=features,
+        decoder=decoder,
+        workers=workers,
+        limits=service.limits,
+        threads=store_threads,
+    )
+    datasets = DatasetService(
+        index=index,
+        tasks=registry,
+        images=images,
+        features=feature_service,
+        removal=removal,
+        decoder=decoder,
+        limiter=limiter,
+        threads=store_threads,
+        max_image_bytes=settings.max_image_bytes,
+    )
+    training_registry = TrainingRegistry(database)
+    comparison = ComparisonService(
+        index=index,
+        trainings=training_registry,
+        tasks=registry,
+        adapters=store,
+        images=images,
+        snapshots=snapshots,
+        features=feature_service,
+        classification=service,
+        threads=store_threads,
+    )
+    promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
+    jobs = TrainingJobs(
+        trainings=training_registry,
+        tasks=registry,
+        snapshots=snapshots,
+        reports=reports,
+        classification=service,
+        promotion=promotion,
+        trainer=trainer,
+        settings=_job_settings(settings),
+        threads=store_threads,
+    )
+    trainings = TrainingService(
+        index=index,
+        trainings=training_registry,
+        tasks=registry,
+        snapshots=snapshots,
+        reports=reports,
+        features=feature_service,
+        removal=removal,
+        classification=service,
+        promotion=promotion,
+        jobs=jobs,
+        threads=store_threads,
+        fits=fits,
     )
     administration = AdministrationService(
         registry=registry,
@@ -240,6 +332,9 @@ def create_app(
             registry.upgrade(),
             keep_bound(integrity, store, store_threads.of("")),
             collector.run(),
+            feature_service.run(),
+            removal.run(),
+            jobs.run(),
         )
         background = {asyncio.create_task(step) for step in steps}
         yield
@@ -247,10 +342,12 @@ def create_app(
             for task in background:
                 task.cancel()
             _, background = await asyncio.wait(background, timeout=1)
+        await jobs.close()
+        await feature_service.close()
         with suppress(Unavailable):
             await limiter.settle()
         await database.close()
-        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor):
+        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fits):
             executor.shutdown(wait=False)
         if metrics is not None:
             tracing.stop()
@@ -258,19 +355,31 @@ def create_app(
     api = GatewayAPI(settings, active, metrics, lifespan)
     authenticator = Authenticator(cache, limiter)
     dependencies = CallerDependencies(authenticator, parse_threads)
-    beside = min(tenant_calls, GATEWAY_CALLS_BESIDE)
-    limit = TenantConcurrencyLimit(
-        lambda tenant: beside if active.others(tenant) else tenant_calls, tenant_calls + tenant_waiting
-    )
+    calls = active.limit(tenant_calls, GATEWAY_CALLS_BESIDE)
+    limit = TenantConcurrencyLimit(calls, tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)
     checkpoint = settings.checkpoint.name if settings.checkpoint else None
     add_backbone_route(api, service, dependencies, image_size=settings.image_size, checkpoint=checkpoint)
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
+    add_dataset_routes(api, datasets, dependencies, max_request_bytes=max_request_bytes)
+    add_training_routes(api, trainings, comparison, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     openapi.add_pages(api)
     api.state.cache = cache
     return api
+
+
+def _job_settings(settings: Settings) -> JobSettings:
+    """Return what the hub's trainings share."""
+    device = "cuda" if settings.training_gpus else "cpu"
+    return JobSettings(
+        store_url=str(settings.store_url),
+        backbone=BackboneSource(settings.backbone, settings.checkpoint, settings.image_size, device),
+        max_running=settings.max_trainings,
+        max_pixels=settings.max_image_pixels,
+        threads=settings.training_cpus,
+    )

@@ -4,8 +4,8 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import PurePath
@@ -152,7 +152,8 @@ class RequestBody:
         if self.content_type == JSON:
             return await self.parse(_images_of_json, await self.read(limit_bytes))
         if self.content_type == FORM:
-            return await self._read_form(limit_bytes)
+            async with self.form(limit_bytes) as form:
+                return await _images_of_form(form)
         return ImageRequest([await self.read_image(limit_bytes)])
 
     async def read_image(self, limit_bytes: int) -> NamedImage:
@@ -207,7 +208,9 @@ class RequestBody:
                 raise error
             yield chunk
 
-    async def _read_form(self, limit_bytes: int) -> ImageRequest:
+    @asynccontextmanager
+    async def form(self, limit_bytes: int) -> AsyncIterator[FormData]:
+        """Parse the body as a form of at most 64 images. Raises the errors of `read_images`."""
         stream = self._decoded(limit_bytes, "body")
         # Twice the images: a form may have an AppleDouble file for each image.
         parser = MultiPartParser(self._request.headers, stream, max_files=2 * MAX_IMAGES, max_fields=MAX_IMAGES)
@@ -218,9 +221,14 @@ class RequestBody:
         except MultiPartException as error:
             raise InvalidRequest.at("body", f"{error.message.rstrip('.')}; send each image as a file") from error
         try:
-            return await _images_of_form(form)
+            yield form
         finally:
             await form.close()
+
+
+def is_apple_double(filename: str | None, data: bytes) -> bool:
+    """Return whether a file of a form is macOS's metadata of another file."""
+    return data.startswith(APPLE_DOUBLE) and PurePath(filename or "").name.startswith("._")
 
 
 async def _images_of_form(form: FormData) -> ImageRequest:
@@ -238,7 +246,7 @@ async def _images_of_form(form: FormData) -> ImageRequest:
             texts.setdefault(name, []).append(part)
             continue
         data = await part.read()
-        if data.startswith(APPLE_DOUBLE) and PurePath(part.filename or "").name.startswith("._"):
+        if is_apple_double(part.filename, data):
             skipped += 1
             continue
         refuse_base64(name, data)

@@ -42,6 +42,7 @@ MAX_DETAIL_ERRORS = 5  # field errors that `detail` repeats
 
 NAME_RULE = "1 to 63 characters, each a lower-case letter, a digit, _ or -, the first a letter or a digit"
 KEY_ID_PATTERN = r"^[0-9a-f]{16}$"
+POSITION_PATTERN = r"^[0-9]{1,15}$"
 CURSOR_PATTERN = r"^[0-9]{1,15}(-[0-9]{1,10})?$"
 TASKS_CURSOR_PATTERN = r"^(own|named|public):([a-z0-9][a-z0-9_-]{0,62}(:[a-z0-9][a-z0-9_-]{0,62})?)?$"
 NUMBER_PATTERN = r"^[1-9][0-9]{0,15}$"
@@ -51,8 +52,9 @@ RULES = {
     NAME_PATTERN: NAME_RULE,
     TASK_PATTERN: f"{NAME_RULE}; for a task of another tenant TENANT:TASK",
     DIGEST_PATTERN: "a sha256 of 64 hexadecimal digits in lower case",
-    KEY_ID_PATTERN: "a key's public id of 16 hexadecimal digits in lower case",
+    KEY_ID_PATTERN: "a public id of 16 hexadecimal digits in lower case",
     ORIGIN_PATTERN: "a web origin in lower case, such as https://app.example.org or http://localhost:3000",
+    POSITION_PATTERN: NEXT_RULE,
     CURSOR_PATTERN: NEXT_RULE,
     TASKS_CURSOR_PATTERN: NEXT_RULE,
     NUMBER_PATTERN: NEXT_RULE,

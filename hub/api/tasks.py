@@ -146,12 +146,14 @@ def add_task_routes(
 
     @api.put(
         "/v1/tasks/{task}",
-        summary="Change settings of a task",
+        summary="Change settings of a task, or create it without a version",
         response_model=TaskInfo,
+        responses={201: {"model": TaskInfo}},
         openapi_extra=request_body({JSON: schema_of(TaskSettings)}),
     )
-    async def change_settings(caller: Owner, task: TaskName, body: Body) -> Response:
-        return _json(await changes.change_settings(caller, task, await body.read_json(TaskSettings)))
+    async def put_task(caller: Owner, task: TaskName, body: Body) -> Response:
+        info, created = await changes.put(caller, task, await body.read_json(TaskSettings, default=b"{}"))
+        return _json(info, 201 if created else 200)
 
     @api.delete("/v1/tasks/{task}", status_code=204)
     async def delete_task(caller: Owner, task: TaskName) -> None:
@@ -322,9 +324,9 @@ def add_classify_routes(
         return Results(results=results)
 
 
-def _json(content: str) -> Response:
+def _json(content: str, status: int = 200) -> Response:
     """Return a reply whose JSON is ready."""
-    return Response(content, media_type=JSON)
+    return Response(content, status, media_type=JSON)
 
 
 def _parse_inputs(body: bytes) -> tuple[InputsBody, list[NamedImage]]:

@@ -165,7 +165,9 @@ def settings(
 ) -> None:
     """Change settings of a task. Without options, show them."""
     with Client(url, key) as client:
-        info = client.task(task) if unknown_below is None else client.change_settings(task, unknown_below=unknown_below)
+        info = client.task(task)  # the hub would create a task with a misspelt name
+        if unknown_below is not None:
+            info = client.change_settings(task, unknown_below=unknown_below)
     if as_json:
         return show({"task": info.task, "unknown_below": info.unknown_below}, True)
     print_settings(info.task, info.unknown_below)

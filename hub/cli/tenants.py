@@ -20,6 +20,8 @@ ImagesInFlight = Annotated[int | None, typer.Option(help="images of unfinished r
 Tasks = Annotated[int | None, typer.Option(help="number of tasks")]
 Versions = Annotated[int | None, typer.Option(help="versions per task")]
 StoredBytes = Annotated[int | None, typer.Option(help="bytes of the adapter files of all versions")]
+Images = Annotated[int | None, typer.Option(help="images in the datasets of all tasks")]
+ImageBytes = Annotated[int | None, typer.Option(help="bytes of the images in the datasets")]
 Weight = Annotated[float | None, typer.Option(help="share of a busy worker relative to other tenants")]
 ID_LENGTH = 16  # characters of a key's id
 ACTION_LENGTH = len("version.register")  # the longest action
@@ -59,6 +61,8 @@ def create(
     tasks: Tasks = None,
     versions: Versions = None,
     stored_bytes: StoredBytes = None,
+    images: Images = None,
+    image_bytes: ImageBytes = None,
     weight: Weight = None,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
@@ -71,6 +75,8 @@ def create(
         tasks=tasks,
         versions=versions,
         stored_bytes=stored_bytes,
+        images=images,
+        image_bytes=image_bytes,
         weight=weight,
     )
     with Client(url, key) as client:
@@ -92,6 +98,8 @@ def limits(
     tasks: Tasks = None,
     versions: Versions = None,
     stored_bytes: StoredBytes = None,
+    images: Images = None,
+    image_bytes: ImageBytes = None,
     weight: Weight = None,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
@@ -104,6 +112,8 @@ def limits(
         tasks=tasks,
         versions=versions,
         stored_bytes=stored_bytes,
+        images=images,
+        image_bytes=image_bytes,
         weight=weight,
     )
     with Client(url, key) as client:

@@ -10,8 +10,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 
+from ..dataset_schemas import TrainingInfo
 from ..errors import HubError, NotFound
-from . import admin_endpoints, endpoints
+from . import admin_endpoints, dataset_endpoints, endpoints
+from .jobs import endpoints as training_endpoints
+from .jobs.waiting import PAUSE_S, TrainingCall
 from .retries import RetrySchedule
 from .transport import (
     CHUNK_BYTES,
@@ -61,6 +64,60 @@ def _series(
     return method
 
 
+def _training(
+    endpoint: Callable[P, TrainingCall],
+) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, TrainingInfo]]:
+    @documented_by(endpoint)
+    async def method(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> TrainingInfo:
+        call = endpoint(*args, **kwargs)
+        training = await self._send(call.first)
+        with call.bar() as show:
+            while (following := call.following(training)) is not None:
+                show(training)
+                await asyncio.sleep(PAUSE_S)
+                training = await self._send(following)
+        return call.result(training)
+
+    return method
+
+
+class _Group:
+    """Methods of a client that have a name of their own, such as `client.images.add`."""
+
+    def __init__(self, client: "AsyncClient") -> None:
+        self._client = client
+
+
+def _grouped(endpoint: Callable[P, Call[Reply]]) -> Callable[Concatenate[_Group, P], Coroutine[Any, Any, Reply]]:
+    @documented_by(endpoint)
+    async def method(self: _Group, /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        return await self._client._send(endpoint(*args, **kwargs))
+
+    return method
+
+
+def _grouped_series(
+    endpoint: Callable[P, CallSeries[Any, Any, Reply]],
+) -> Callable[Concatenate[_Group, P], Coroutine[Any, Any, Reply]]:
+    @documented_by(endpoint)
+    async def method(self: _Group, /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        return await self._client._send_series(endpoint(*args, **kwargs))
+
+    return method
+
+
+class AsyncImages(_Group):
+    """Methods for a task's dataset: `client.images`."""
+
+    add = _grouped_series(dataset_endpoints.add)
+    list = _grouped(dataset_endpoints.list_images)
+    label = _grouped(dataset_endpoints.label)
+    delete = _grouped(dataset_endpoints.delete)
+    download = _grouped(dataset_endpoints.download_image)
+    info = _grouped(dataset_endpoints.info)
+    rename_label = _grouped(dataset_endpoints.rename_label)
+
+
 class AsyncClient(BaseClient):
     """Client of one hub with one key for asyncio. Methods and errors are those of `Client`.
 
@@ -84,6 +141,13 @@ class AsyncClient(BaseClient):
     delete_version = _single(endpoints.delete_version)
     classify = _series(endpoints.classify)
     classify_inputs = _series(endpoints.classify_inputs)
+    create_task = _single(dataset_endpoints.create_task)
+    train = _training(training_endpoints.train)
+    trainings = _single(training_endpoints.trainings)
+    training = _single(training_endpoints.training)
+    cancel_training = _single(training_endpoints.cancel_training)
+    training_report = _single(training_endpoints.training_report)
+    compare = _single(training_endpoints.compare)
     backbone = _single(admin_endpoints.backbone)
     usage = _single(admin_endpoints.usage)
     audit = _single(admin_endpoints.audit)
@@ -105,6 +169,11 @@ class AsyncClient(BaseClient):
     ready = _single(admin_endpoints.ready)
     status = _single(admin_endpoints.status)
     gc = _single(admin_endpoints.gc)
+
+    @property
+    def images(self) -> AsyncImages:
+        """The images of tasks' datasets."""
+        return AsyncImages(self)
 
     async def __aenter__(self) -> "AsyncClient":
         return self

@@ -12,8 +12,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 
+from ..dataset_schemas import TrainingInfo
 from ..errors import HubError, NotFound
-from . import admin_endpoints, endpoints
+from . import admin_endpoints, dataset_endpoints, endpoints
+from .jobs import endpoints as training_endpoints
+from .jobs.waiting import PAUSE_S, TrainingCall
 from .retries import RetrySchedule
 from .transport import (
     CHUNK_BYTES,
@@ -67,6 +70,56 @@ def _series(endpoint: Callable[P, CallSeries[Any, Any, Reply]]) -> Callable[Conc
     return method
 
 
+def _training(endpoint: Callable[P, TrainingCall]) -> Callable[Concatenate["Client", P], TrainingInfo]:
+    @documented_by(endpoint)
+    def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> TrainingInfo:
+        call = endpoint(*args, **kwargs)
+        training = self._send(call.first)
+        with call.bar() as show:
+            while (following := call.following(training)) is not None:
+                show(training)
+                self._pool().closed.wait(PAUSE_S)
+                training = self._send(following)
+        return call.result(training)
+
+    return method
+
+
+class _Group:
+    """Methods of a client that have a name of their own, such as `client.images.add`."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+
+def _grouped(endpoint: Callable[P, Call[Reply]]) -> Callable[Concatenate[_Group, P], Reply]:
+    @documented_by(endpoint)
+    def method(self: _Group, /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        return self._client._send(endpoint(*args, **kwargs))
+
+    return method
+
+
+def _grouped_series(endpoint: Callable[P, CallSeries[Any, Any, Reply]]) -> Callable[Concatenate[_Group, P], Reply]:
+    @documented_by(endpoint)
+    def method(self: _Group, /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        return self._client._send_series(endpoint(*args, **kwargs))
+
+    return method
+
+
+class Images(_Group):
+    """Methods for a task's dataset: `client.images`."""
+
+    add = _grouped_series(dataset_endpoints.add)
+    list = _grouped(dataset_endpoints.list_images)
+    label = _grouped(dataset_endpoints.label)
+    delete = _grouped(dataset_endpoints.delete)
+    download = _grouped(dataset_endpoints.download_image)
+    info = _grouped(dataset_endpoints.info)
+    rename_label = _grouped(dataset_endpoints.rename_label)
+
+
 class Client(BaseClient):
     """Client of one hub with one key. Threads may share it; a forked process gets connections of its own.
 
@@ -93,6 +146,13 @@ class Client(BaseClient):
     delete_version = _single(endpoints.delete_version)
     classify = _series(endpoints.classify)
     classify_inputs = _series(endpoints.classify_inputs)
+    create_task = _single(dataset_endpoints.create_task)
+    train = _training(training_endpoints.train)
+    trainings = _single(training_endpoints.trainings)
+    training = _single(training_endpoints.training)
+    cancel_training = _single(training_endpoints.cancel_training)
+    training_report = _single(training_endpoints.training_report)
+    compare = _single(training_endpoints.compare)
     backbone = _single(admin_endpoints.backbone)
     usage = _single(admin_endpoints.usage)
     audit = _single(admin_endpoints.audit)
@@ -114,6 +174,11 @@ class Client(BaseClient):
     ready = _single(admin_endpoints.ready)
     status = _single(admin_endpoints.status)
     gc = _single(admin_endpoints.gc)
+
+    @property
+    def images(self) -> Images:
+        """The images of tasks' datasets."""
+        return Images(self)
 
     def __enter__(self) -> "Client":
         return self

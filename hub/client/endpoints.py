@@ -124,7 +124,7 @@ def share(name: str, *, public: bool = False, tenants: Sequence[str] = ()) -> Ca
 
 
 def change_settings(name: str, *, unknown_below: float | None = None) -> Call[TaskInfo]:
-    """Change settings of a task; None keeps the value.
+    """Change settings of a task; None keeps the value. The hub creates a task that does not exist.
 
     Args:
         unknown_below: an image with a lower typicality is unknown; 0 to 1, by default 0.01.

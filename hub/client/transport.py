@@ -36,6 +36,7 @@ class Call(Generic[Reply]):
     headers: Mapping[str, str] = field(default_factory=dict)
     content: bytes | None = None
     images: Sequence[tuple[str, bytes]] = ()  # multipart form: field, encoded image
+    files: Sequence[tuple[str, str, bytes]] = ()  # multipart form: field, file name, content
     upload: Path | None = None  # file to send as the body
     download: Path | None = None  # file to write the reply to
     idempotent: bool = True  # a second execution has no further effect and gives the same reply
@@ -46,7 +47,8 @@ class Call(Generic[Reply]):
         headers = dict(self.headers)
         if self.upload is not None:
             headers["content-length"] = str(self.upload.stat().st_size)
-        files = [(name, (name, data, "application/octet-stream")) for name, data in self.images]
+        named = [*((name, name, data) for name, data in self.images), *self.files]
+        files = [(field, (name, data, "application/octet-stream")) for field, name, data in named]
         return {
             "method": self.method,
             "url": self.path,
@@ -90,6 +92,7 @@ class CallSeries(Generic[Item, Part, Reply]):
     join: Callable[[Sequence[Part]], Reply]
     total: int | None  # number of items; None: unknown before the end
     progress: bool
+    verb: str = "classifying"  # of the progress bar
 
     def calls(self, max_bytes: int, replies: Sequence[Part]) -> Iterator[tuple[Call[Part], int]]:
         """Yield each call with its number of items. A call is made only when the caller requests it.
@@ -110,7 +113,7 @@ class CallSeries(Generic[Item, Part, Reply]):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = TextColumn("classifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        columns = TextColumn(self.verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("", total=self.total)
             yield lambda items: progress.advance(task, items)
@@ -268,12 +271,11 @@ def documented_by(endpoint: Callable[..., Any]) -> Callable[[Method], Method]:
     """Give a client's method the name, parameters and docstring of the function in `endpoints`."""
     signature = inspect.signature(endpoint)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    public = signature.replace(
-        parameters=[own, *signature.parameters.values()],
-        return_annotation=get_args(signature.return_annotation)[-1],
-    )
+    replies = get_args(signature.return_annotation)
 
     def decorate(method: Method) -> Method:
+        reply = replies[-1] if replies else inspect.signature(method).return_annotation
+        public = signature.replace(parameters=[own, *signature.parameters.values()], return_annotation=reply)
         decorated: Any = method
         decorated.__name__ = decorated.__qualname__ = endpoint.__name__
         decorated.__doc__ = endpoint.__doc__

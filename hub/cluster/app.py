@@ -66,7 +66,8 @@ def application(settings: Settings) -> serve.Application:
         settings, store, prewarming, partial(_workers_per_node, settings.max_workers), ray_metrics
     )
     gateway = serve.deployment(**gateway_options(settings))(Gateway)
-    return gateway.bind(partial(create_app, settings), workers, settings.min_workers == 0)
+    training = settings.training_cpus, settings.training_gpus
+    return gateway.bind(partial(create_app, settings), workers, settings.min_workers == 0, *training)
 
 
 def worker_options(settings: Settings) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def start(settings: Settings, folder: Path) -> None:
     """
     ray.init(
         address="local",
-        num_cpus=settings.max_workers + 1,
+        num_cpus=settings.max_workers + 1 + settings.max_trainings * settings.training_cpus,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import ray
 from fastapi import FastAPI
+from numpy.typing import NDArray
 from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -17,10 +18,12 @@ from adapters import BankLimits
 from ..errors import HubError, Unavailable
 from ..observability import request_context, tracing
 from ..observability.request_log import RequestMetrics
+from ..training.job import Trainer
 from ..worker_api import Answer, Workers
 from .gateway_metrics import GatewayMetrics
 from .ray_compat import LateIngress, ray_metrics
 from .rendezvous import RESIDENT_ONLY
+from .trainings import RayTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,13 @@ class ServeWorkers:
                 raise answers
             found: list[Answer] = answers
             return found
+
+    async def features(self, images: Sequence[np.ndarray]) -> list[NDArray[np.float16]]:
+        found = await self._call(self._handle.features, list(images))
+        if isinstance(found, HubError):
+            raise found
+        rows: list[NDArray[np.float16]] = found
+        return rows
 
     async def prefetch(self, digest: str) -> None:
         try:
@@ -115,10 +125,16 @@ class Gateway(LateIngress):
     """Replica that serves the HTTP application in front of the workers."""
 
     def __init__(
-        self, make_app: Callable[[Workers, RequestMetrics], FastAPI], worker: DeploymentHandle[Any], scale_to_zero: bool
+        self,
+        make_app: Callable[[Workers, Trainer, RequestMetrics], FastAPI],
+        worker: DeploymentHandle[Any],
+        scale_to_zero: bool,
+        training_cpus: int,
+        training_gpus: float,
     ) -> None:
         self._make_app = make_app
+        self._trainer = RayTrainer(training_cpus, training_gpus)
         self._workers = ServeWorkers(worker, scale_to_zero)
 
     def build_asgi_app(self) -> FastAPI:
-        return self._make_app(self._workers, GatewayMetrics(ray_metrics()))
+        return self._make_app(self._workers, self._trainer, GatewayMetrics(ray_metrics()))

@@ -21,8 +21,8 @@ class Event:
 
     Attributes:
         stream, id: its position.
-        kind: what changed: `task`, `key` or `tenant`.
-        name: the task's, key's or tenant's.
+        kind: what changed: `task`, `dataset`, `key` or `tenant`.
+        name: of the task (also for a dataset), key or tenant.
     """
 
     stream: str

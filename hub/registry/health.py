@@ -176,9 +176,33 @@ class RegistryIntegrity:
             "Restore the registry from a backup."
         )
 
+    async def check_images(self) -> None:
+        """Check that the index of images knows at least the images that the tenants' totals count.
+
+        Raises:
+            Conflict: keys may be missing, so images of datasets would look like garbage.
+        """
+        for _ in range(CENSUS_ATTEMPTS):  # a change between two reads looks like a gap
+            listed = 0
+            tenants = as_texts(await self._connection.execute(self._redis.hkeys("karst:tenants")))
+            for tenant in tenants:
+                command = self._redis.get(tenant_key(tenant, "images"))
+                listed += int(as_optional_text(await self._connection.execute(command)) or 0)
+            held = await self._sum_of("karst:images")
+            if held >= listed:
+                return
+        raise Conflict(
+            f"The registry has lost keys: its datasets have {listed} images, but its index of files has {held}. "
+            "Restore the registry from a backup."
+        )
+
     async def _count_claims(self) -> int:
         """Return the sum of all files' numbers of versions."""
-        counts = scan_hash(self._connection, "karst:digests", COUNTS_PER_READ)
+        return await self._sum_of("karst:digests")
+
+    async def _sum_of(self, key: str) -> int:
+        """Return the sum of a hash's values."""
+        counts = scan_hash(self._connection, key, COUNTS_PER_READ)
         return sum([int(count) async for _, count in counts])
 
     async def _count_versions(self) -> int:

@@ -23,6 +23,7 @@ from .versions import StoredVersions, VersionSummary
 
 NOT_SHARED = Sharing()
 DEFAULT_SETTINGS = TaskSettings()
+NO_VERSION = VersionSummary(size_bytes=0, classes=0)  # of a task without versions
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Task:
 
     @property
     def current(self) -> int:
-        """The number of the version of the alias `latest`."""
+        """The number of the version of the alias `latest`. A task without versions has none."""
         return max(self.aliases.get(LATEST) or self.digests)
 
     @cached_property
@@ -65,6 +66,9 @@ class Task:
         if reference in self.aliases:
             return self.aliases[reference]
         known = [*map(str, self.digests), *self.aliases]
+        if not known:
+            message = f"task {self.name!r} has no version yet; train it, or register an adapter file"
+            raise NotFound.at("version", message)
         message = f"task {self.name!r} has no version or alias {reference!r}; it has {', '.join(known)}"
         raise NotFound.at("version", message)
 
@@ -86,7 +90,8 @@ class WholeTask(Task):
     def summary(self) -> TaskSummary:
         """Return the task as clients see it in a list."""
         aliases = {alias: dict(targets) for alias, targets in self.aliases.items()}
-        return task_summary(self.name, aliases, VersionSummary.of(self.versions[self.current]))
+        current = VersionSummary.of(self.versions[self.current]) if self.digests else NO_VERSION
+        return task_summary(self.name, aliases, current)
 
 
 def task_summary(name: str, aliases: Mapping[str, dict[int, int]], current: VersionSummary) -> TaskSummary:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import NotFound, Unavailable
 from ..schemas import LATEST, TaskSummary
-from .models import Task, WholeTask, parse_targets, parse_task, task_not_found, task_summary, whole_task
+from .models import NO_VERSION, Task, WholeTask, parse_targets, parse_task, task_not_found, task_summary, whole_task
 from .redis.connection import (
     READ_TIMEOUT_S,
     RegistryConnection,
@@ -24,7 +24,7 @@ from .versions import NOTHING_LIVE, Live, StoredVersion, VersionSummary
 
 PAGE_BYTES = 512 * 1024  # of stored text in one page; a page has at least one entry
 TASKS_PER_READ = 50
-FIELDS = ("a", "d", "s", "share")  # of a task's hash, without versions, their summaries and former targets
+FIELDS = ("a", "d", "n", "s", "share")  # of a task's hash, without versions, their summaries and former targets
 DUMP_ATTEMPTS = 3
 # Parts of a tenant's list in their order: its own tasks, those shared with it by name, and other public tasks.
 PARTS = ("own", "named", "public")
@@ -195,5 +195,8 @@ def _summary(entry: Sequence[str]) -> TaskSummary:
     """Return a task of a list from an entry of `lua/reads.lua`."""
     name, number, summary, text, *aliases = entry
     targets = {alias[2:]: parse_targets(body) for alias, body in zip(aliases[::2], aliases[1::2], strict=True)}
-    found = VersionSummary.parse(summary) if summary else VersionSummary.of(StoredVersion(int(number), text).info())
+    if summary:
+        found = VersionSummary.parse(summary)
+    else:  # an older hub's version, or none
+        found = VersionSummary.of(StoredVersion(int(number), text).info()) if text else NO_VERSION
     return task_summary(name, targets, found)

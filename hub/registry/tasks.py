@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..admission.quotas import DELETED_FILES, REGISTRY_BYTES, SHARED_WITH_ONE, SHARES
-from ..errors import Conflict, HubError, InvalidRequest, LimitReached, Unavailable
+from ..errors import Conflict, HubError, InvalidRequest
 from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
 from .audit import Actor
 from .models import DEFAULT_SETTINGS, NOT_SHARED, Task, WholeTask, setting_texts, task_fields, task_not_found
@@ -19,24 +19,23 @@ from .redis.connection import as_optional_text, as_texts, is_cancelled, tenant_k
 from .redis.scripts import TASKS, ChangeReply
 from .task_reads import TaskReads, task_key
 from .tenants import tenant_not_found
-from .versions import Live, StoredVersion, VersionSummary, label_difference, version_body
+from .versions import (
+    MAX_ALIASES,
+    STAGED_S,
+    LatestMovedError,
+    Live,
+    StoredVersion,
+    TrainingEndedError,
+    VersionSummary,
+    label_difference,
+    limit_refusal,
+    version_body,
+)
 
-MAX_ALIASES = 100  # per task, besides `latest`
 MAX_ALIAS_HISTORY = 20  # former targets kept per alias
 LAYOUT, SUMMARIES_LAYOUT = "karst:layout", "2"
 UPGRADE_INTERVAL_S = 10.0  # between two attempts
-STAGED_S = 3600  # how long an import may take to write its versions
-NOUNS = {  # of limits
-    "versions": "versions per task",
-    "registry_bytes": "bytes of metadata of tasks and versions",
-    "shares": "tenants in the sharing of all tasks together",
-    "shared_with_one": "tasks shared with one tenant",
-}
 CLAIM_S = 60  # how long a garbage collection claims a file that it removes
-
-
-class LatestMovedError(Exception):
-    """Another change has moved the alias `latest` since the caller read it; read it again."""
 
 
 class TaskRegistry(TaskReads):
@@ -55,6 +54,7 @@ class TaskRegistry(TaskReads):
         source: str | None = None,
         settings: TaskSettings = DEFAULT_SETTINGS,
         live: Live | None = None,
+        training: tuple[str, str] | None = None,
     ) -> tuple[VersionInfo, bool]:
         """Add a version and move the aliases to it, or find the one with this digest; change settings; in one step.
 
@@ -65,12 +65,14 @@ class TaskRegistry(TaskReads):
             live: what the caller found behind `latest`, where it depends on that.
             source: the file's origin without secrets, for the audit; None: the client sent the file.
             settings: the members to change; the task keeps the others.
+            training: the job that made the version, and the token of its gateway.
 
         Returns:
             The stored version, and whether it is new.
 
         Raises:
             LatestMovedError: `latest` no longer points at `live`; nothing was changed.
+            TrainingEndedError: the gateway no longer has the job; nothing was changed.
             InvalidAdapter: labels and metrics are too long.
             NotFound: the tenant does not exist.
             LimitReached: the limit of tasks, versions per task, stored bytes, registry bytes or aliases.
@@ -98,9 +100,12 @@ class TaskRegistry(TaskReads):
             max_orphans=DELETED_FILES,
             settings=setting_texts(settings),
             latest=None if live is None else live.targets,
+            training=None if training is None else {"job": training[0], "token": training[1]},
         )
         if reply.outcome == "latest_moved":
             raise LatestMovedError
+        if reply.outcome == "ended":
+            raise TrainingEndedError
         if reply.outcome != "done":
             raise _refusal(reply, tenant)
         stored = version.model_copy(update={"version": reply.number})
@@ -167,18 +172,25 @@ class TaskRegistry(TaskReads):
             raise InvalidRequest.at("tenants", message)
         return await self.task(tenant, task)
 
-    async def change_settings(self, by: Actor, tenant: str, task: str, settings: TaskSettings) -> Task:
-        """Change settings of a task and return the task.
+    async def put(self, by: Actor, tenant: str, task: str, settings: TaskSettings) -> tuple[Task, bool]:
+        """Change settings of a task, or create it without a version.
 
         Args:
             settings: the members to change; the task keeps the others.
 
+        Returns:
+            The task, and whether it is new.
+
         Raises:
-            NotFound: the task does not exist.
+            LimitReached: the limit of tasks or of registry bytes.
         """
         entry = by.entry(tenant, "task.settings", task=task, **settings.given())
-        await self._change("change_settings", tenant, task, entry, settings=setting_texts(settings))
-        return await self.task(tenant, task)
+        reply = await self._change(
+            "put", tenant, task, entry, settings=setting_texts(settings), max_registry_bytes=REGISTRY_BYTES
+        )
+        if reply.outcome != "done":
+            raise _refusal(reply, tenant)
+        return await self.task(tenant, task), reply.created
 
     async def set_alias(self, by: Actor, tenant: str, task: str, alias: str, targets: Mapping[int, int]) -> Task:
         """Point an alias at versions and return the task.
@@ -374,22 +386,4 @@ class TaskRegistry(TaskReads):
 
 
 def _refusal(reply: ChangeReply, tenant: str) -> HubError:
-    match reply.outcome:
-        case "limit":
-            if reply.limit == "deleted_files":
-                message = f"too many deleted files wait for their removal (limit {reply.maximum}); retry later"
-                return LimitReached.at(reply.limit, message, retry_after_s=60)
-            noun = NOUNS.get(reply.limit, reply.limit.replace("_", " "))
-            remedy = "delete versions" if reply.limit == "registry_bytes" else "delete some or ask an admin to raise it"
-            message = f"too many {noun} (limit {reply.maximum}); {remedy}"
-            return LimitReached.at(reply.limit, message, retry_after_s=60)
-        case "aliases_full":
-            message = f"too many aliases of this task (limit {MAX_ALIASES}); delete some"
-            return LimitReached.at("alias", message, retry_after_s=60)
-        case "removing":
-            return Unavailable(
-                "Cannot register: the store is removing an old copy of this file. Try again.", retry_after_s=2
-            )
-        case "unstaged":
-            return Unavailable(f"Cannot import: the registry took more than {STAGED_S} s. Retry later.")
-    return tenant_not_found(tenant)
+    return limit_refusal(reply) or tenant_not_found(tenant)

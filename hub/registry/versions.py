@@ -10,12 +10,29 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..errors import InvalidAdapter
+from ..errors import HubError, InvalidAdapter, LimitReached, Unavailable
 from ..field_types import MeasuredAccuracy
 from ..schemas import VersionInfo
+from .redis.scripts import ChangeReply
 
 MAX_VERSION_BYTES = 512 * 1024  # of a version's JSON, which the registry holds in memory
 MAX_NAMED_LABELS = 5  # in a message
+MAX_ALIASES = 100  # per task, besides `latest`
+STAGED_S = 3600  # how long an import may take to write its versions
+NOUNS = {  # of limits
+    "versions": "versions per task",
+    "registry_bytes": "bytes of metadata of tasks and versions",
+    "shares": "tenants in the sharing of all tasks together",
+    "shared_with_one": "tasks shared with one tenant",
+}
+
+
+class LatestMovedError(Exception):
+    """Another change has moved the alias `latest` since the caller read it; read it again."""
+
+
+class TrainingEndedError(Exception):
+    """The job that made a version was cancelled, or another gateway has taken it over."""
 
 
 class VersionSummary(BaseModel):
@@ -25,7 +42,7 @@ class VersionSummary(BaseModel):
 
     size_bytes: int
     classes: int
-    registered: str
+    registered: str | None = None  # a task without versions has no time
     accuracy: MeasuredAccuracy | None = None
     train_images: int | None = None
 
@@ -149,3 +166,26 @@ def label_difference(old: Sequence[str], new: Sequence[str]) -> str:
 def _some(labels: Sequence[str]) -> str:
     more = len(labels) - MAX_NAMED_LABELS
     return ", ".join(map(repr, labels[:MAX_NAMED_LABELS])) + (f" and {more} more" if more > 0 else "")
+
+
+def limit_refusal(reply: ChangeReply) -> HubError | None:
+    """Return the error of a change of versions or aliases that the registry refused; None for a missing tenant."""
+    match reply.outcome:
+        case "limit":
+            if reply.limit == "deleted_files":
+                message = f"too many deleted files wait for their removal (limit {reply.maximum}); retry later"
+                return LimitReached.at(reply.limit, message, retry_after_s=60)
+            noun = NOUNS.get(reply.limit, reply.limit.replace("_", " "))
+            remedy = "delete versions" if reply.limit == "registry_bytes" else "delete some or ask an admin to raise it"
+            message = f"too many {noun} (limit {reply.maximum}); {remedy}"
+            return LimitReached.at(reply.limit, message, retry_after_s=60)
+        case "aliases_full":
+            message = f"too many aliases of this task (limit {MAX_ALIASES}); delete some"
+            return LimitReached.at("alias", message, retry_after_s=60)
+        case "removing":
+            return Unavailable(
+                "Cannot register: the store is removing an old copy of this file. Try again.", retry_after_s=2
+            )
+        case "unstaged":
+            return Unavailable(f"Cannot import: the registry took more than {STAGED_S} s. Retry later.")
+    return None

@@ -4,7 +4,6 @@ import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -24,42 +23,10 @@ from ..registry.versions import ServedVersion, StoredVersion
 from ..schemas import Classified, Input, Result, TaskInfo, TaskList
 from ..worker_api import Answer, PassStats, Workers
 from .image_decoding import ImageDecoder
-from .label_sets import best, label_set, require_small_labels, require_small_sets, threshold_of
+from .label_sets import best, require_small_labels, require_small_sets, threshold_of
+from .predictions import Predicted, result_of
 
 CHUNK_BYTES = 2 * 1024**2  # pixels in one call to a worker: Ray passes arguments by value up to 4 MiB
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """Answers to the images of one call, and the version that computed them.
-
-    Attributes:
-        unknown_below: of the task; an image with a lower typicality is unknown.
-        threshold: probability at or above which labels belong to an image's set; None: no sets.
-    """
-
-    version: ServedVersion
-    answers: list[Answer]
-    unknown_below: float
-    threshold: float | None
-
-    @property
-    def typicality(self) -> list[float] | None:
-        """Typicality of each image; None if the adapter has none."""
-        found = [answer.typicality for answer in self.answers if answer.typicality is not None]
-        return found if len(found) == len(self.answers) else None
-
-    @property
-    def unknown(self) -> list[bool] | None:
-        """Whether each image is unknown; None if the adapter has no typicality."""
-        return None if self.typicality is None else [found < self.unknown_below for found in self.typicality]
-
-    @property
-    def sets(self) -> list[list[str]] | None:
-        """Label set of each image; None if the call has no coverage."""
-        if self.threshold is None:
-            return None
-        return [label_set(self.version.labels, answer.probabilities, self.threshold) for answer in self.answers]
 
 
 class ClassificationService:
@@ -212,7 +179,7 @@ class ClassificationService:
             )
         answers = dict(zip(chain(*members.values()), chain(*groups), strict=True))
         results = [
-            _result(x.task, Predicted(c, [answers[i]], task.settings.unknown_below, threshold), top_k)
+            result_of(x.task, Predicted(c, [answers[i]], task.settings.unknown_below, threshold), top_k)
             for i, (x, task, c, threshold) in enumerate(zip(inputs, tasks, chosen, thresholds, strict=True))
         ]
         require_small_sets(result.set for result in results if result.set)
@@ -250,11 +217,13 @@ class ClassificationService:
             page = await self._registry.versions(owner, task, numbers[:limit])
         info = TaskInfo(
             task=name if owner != caller.tenant else task.name,
-            labels=(await self._cache.version(owner, task, task.current)).labels,
+            labels=await self._labels(owner, task),
             versions=[],
             aliases={alias: dict(targets) for alias, targets in task.aliases.items()},
             sharing=None if owner != caller.tenant else task.sharing,
             unknown_below=task.settings.unknown_below,
+            promote=task.settings.promote,
+            keep=task.settings.keep,
             next=str(page[-1].number) if page and page[-1].number != numbers[-1] else None,
         )
         # Inside of JSON strings all quotes are escaped, so this member is the only place of its text.
@@ -333,6 +302,12 @@ class ClassificationService:
                 await self._require_shared(caller, name)
         return await self._cache.task(owner, task)
 
+    async def _labels(self, owner: str, task: Task) -> list[str]:
+        """Return the labels of the current version; those of the settings for a task without versions."""
+        if not task.digests:
+            return list(task.settings.labels)
+        return (await self._cache.version(owner, task, task.current)).labels
+
     async def _described(self, caller: Caller, name: str) -> Task:
         """Return the task to describe, always from the registry; raises what `_visible` raises."""
         caller.require_task(name)
@@ -361,20 +336,6 @@ class ClassificationService:
                 )
         request_context.note_images(task, len(pixels))
         return [*chain(*answers)]
-
-
-def _result(task: str, predicted: Predicted, top_k: int) -> Result:
-    """Return the reply to one input, from the answer to its image."""
-    version = predicted.version
-    return Result(
-        task=task,
-        version=version.version,
-        digest=version.digest,
-        predictions=best(version.labels, predicted.answers[0].probabilities, top_k),
-        typicality=predicted.typicality[0] if predicted.typicality else None,
-        unknown=predicted.unknown[0] if predicted.unknown else None,
-        set=predicted.sets[0] if predicted.sets else None,
-    )
 
 
 def choose_version(task: Task, reference: str, canary: str | None = None) -> int:

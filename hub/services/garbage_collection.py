@@ -45,6 +45,13 @@ class OrphanRegistry(Protocol):
         """Return whether no version holds the digest. If so, no version can start to hold it for one minute."""
 
 
+class DatasetFileRemoval(Protocol):
+    """The removal of files that no dataset uses."""
+
+    async def collect(self, before: datetime) -> Collected:
+        """Remove every file that no dataset uses and that was written before a time."""
+
+
 class Accounts(Protocol):
     """The part of the registry that counts the bytes of files without a version."""
 
@@ -178,12 +185,15 @@ class Collector:
         integrity: Integrity,
         audit: AuditLog,
         store: Store,
+        datasets: DatasetFileRemoval,
         pool: Pool,
         interval_s: int,
         age_s: float,
     ) -> None:
         """
         Args:
+            store: the adapter files.
+            datasets: removes files of the other kinds.
             pool: thread pool for calls to the store.
             interval_s: seconds between two collections of the whole hub by itself; 0: none.
             age_s: seconds since its last write before such a collection removes a file.
@@ -193,6 +203,7 @@ class Collector:
         self._integrity = integrity
         self._audit = audit
         self._store = store
+        self._datasets = datasets
         self._pool = pool
         self._interval_s = interval_s
         self._age_s = age_s
@@ -200,14 +211,20 @@ class Collector:
         self._checked_at_s: float | None = None
 
     async def collect(self, older_than_s: float) -> Collected:
-        """Collect the garbage of all tenants. Raise the errors of `collect_garbage`."""
+        """Collect the garbage of all tenants and of their datasets. Raise the errors of `collect_garbage`."""
         registry, store, pool = self._registry, self._store, self._pool
-        done = await collect_garbage(registry, self._integrity, store, pool, older_than_s, accounts=self._files)
+        before = datetime.now(UTC) - timedelta(seconds=older_than_s)
+        adapters = await collect_garbage(registry, self._integrity, store, pool, older_than_s, accounts=self._files)
         # A gateway that died may have removed a file without its account.
         async for digest in self._files.orphans():
             if await run_blocking(pool, store.find, digest) is None and await registry.claim_orphan(digest):
                 await self._files.release(digest)
-        return done
+        images = await self._datasets.collect(before)
+        return Collected(
+            removed=adapters.removed + images.removed,
+            bytes=adapters.bytes + images.bytes,
+            kept=adapters.kept + images.kept,
+        )
 
     async def make_room(self, tenant: str, needed_bytes: int) -> bool:
         """Remove files of deleted versions of one tenant until enough bytes are free. Return whether some are.

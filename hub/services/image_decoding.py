@@ -1,20 +1,21 @@
 """Image decoding: a request's bytes to checked, preprocessed pixels, in a thread pool."""
 
 import asyncio
+import io
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 import numpy as np
 
 from adapters import ImageError, ImageTooLargeError
 from adapters.data.formats.sizes import header_pixels
-from adapters.data.images import background_of, decode_image, eval_transform, needed_px, pixels_of
+from adapters.data.images import WHITE, background_of, decode_image, eval_transform, needed_px, pixels_of
 
 from ..admission.quotas import PIXELS_PER_IMAGE
 from ..concurrency import REST_RATIO, ActiveTenants, TenantConcurrencyLimit, TenantTurns
@@ -27,9 +28,11 @@ SLOW_S = 0.25  # photos of cameras take less
 MAX_JPEG_SCANS = 100
 # Starts of files whose size needs more than a look at their first bytes: TIFF, GIF, JPEG, PNG, WebP, BMP, AVIF, HEIC.
 PARSED_FORMATS = (b"II", b"MM", b"GIF8", b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"\0\0\0")
+THUMBNAIL_PX = 192
 
 Preprocess = Mapping[str, Any]
 Decode = Callable[..., Any]
+T = TypeVar("T")
 
 
 class ImageDecoder:
@@ -140,11 +143,29 @@ class ImageDecoder:
         share = self._cores // (1 + others) if others else self._cores - 1  # the first call of another finds a core
         return max(1, min(share, self._tenant_threads))
 
+    async def thumbnail(self, tenant: str, field: str, image: bytes) -> bytes:
+        """Return a JPEG of at most `THUMBNAIL_PX` on each side, without any metadata of the image.
+
+        Raises:
+            TooLarge, InvalidImage: as in `decode`.
+        """
+        self._active.note(tenant)
+        return await self._run(tenant, field, image, await self._size(tenant, image), self._thumbnail)
+
     async def _one(
         self, tenant: str, field: str, image: bytes | np.ndarray, preprocess: Preprocess, size: int
     ) -> np.ndarray:
         if isinstance(image, np.ndarray):
             return checked_pixels(field, image, preprocess)
+        return await self._run(tenant, field, image, size, partial(self._decode, preprocess=preprocess))
+
+    async def _run(self, tenant: str, field: str, image: bytes, size: int, work: Callable[[str, bytes, int], T]) -> T:
+        """Run work on an encoded image in a thread, within the limits of size, time and the tenant's share.
+
+        Args:
+            size: as how many images the image counts.
+            work: gets the field name, the bytes, and the number of pixels that the tenant was charged for.
+        """
         if len(image) > self._max_bytes:
             raise TooLarge.at(field, f"the image has {len(image)} bytes; the limit is {self._max_bytes}")
         async with AsyncExitStack() as held:
@@ -153,12 +174,7 @@ class ImageDecoder:
             await held.enter_async_context(self._tenant_limit.acquire(tenant))
             await self._turns.acquire(tenant, size)
             decode = asyncio.get_running_loop().run_in_executor(
-                self._large_executor if size > 1 else self._executor,
-                self._decode,
-                field,
-                image,
-                preprocess,
-                size * PIXELS_PER_IMAGE,
+                self._large_executor if size > 1 else self._executor, work, field, image, size * PIXELS_PER_IMAGE
             )
             task = asyncio.create_task(self._hold(held.pop_all(), tenant, decode, rests=size > 1))
             self._decodes.add(task)  # otherwise the task could be garbage-collected: the loop holds weak references
@@ -169,9 +185,7 @@ class ImageDecoder:
             raise InvalidImage.at(field, message)
         return decode.result()
 
-    async def _hold(
-        self, held: AsyncExitStack, tenant: str, decode: "asyncio.Future[np.ndarray]", *, rests: bool
-    ) -> None:
+    async def _hold(self, held: AsyncExitStack, tenant: str, decode: "asyncio.Future[Any]", *, rests: bool) -> None:
         """Hold the tenant's share and the thread until the decode ends, even if the request ends earlier.
 
         Otherwise a client that disconnects could start any number of decodes. After the timeout a spare thread replaces
@@ -198,24 +212,31 @@ class ImageDecoder:
                 await asyncio.sleep(REST_RATIO * taken_s)
         decode.exception()  # otherwise asyncio logs an error that no request retrieved
 
-    def _decode(self, field: str, data: bytes, preprocess: Preprocess, counted_pixels: int) -> np.ndarray:
+    def _decode(self, field: str, data: bytes, counted_pixels: int, preprocess: Preprocess) -> np.ndarray:
+        options = {"needed_px": needed_px(preprocess), "background": background_of(preprocess)}
+        image = self._opened(field, data, counted_pixels, **options)
+        pixels: np.ndarray = _transform(json.dumps(preprocess, sort_keys=True))(image).numpy()
+        return pixels
+
+    def _thumbnail(self, field: str, data: bytes, counted_pixels: int) -> bytes:
+        image = self._opened(field, data, counted_pixels, needed_px=THUMBNAIL_PX, background=WHITE)
+        image.info.clear()  # otherwise the file would have the colour profile of the image
+        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=80)
+        return buffer.getvalue()
+
+    def _opened(self, field: str, data: bytes, counted_pixels: int, **options: Any) -> Any:
         try:
             if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
                 raise ImageError(f"the JPEG has more than {MAX_JPEG_SCANS} scans; save it in a simpler form")
-            image = self._decode_image(
-                data,
-                max_pixels=min(self._max_pixels, counted_pixels),
-                needed_px=needed_px(preprocess),
-                background=background_of(preprocess),
-            )
+            return self._decode_image(data, max_pixels=min(self._max_pixels, counted_pixels), **options)
         except ImageTooLargeError as error:
             if counted_pixels < self._max_pixels:  # otherwise an image could cost more than the tenant was charged
                 raise InvalidImage.at(field, "the image is larger than its header claims; save it again") from error
             raise TooLarge.at(field, str(error)) from error
         except ImageError as error:
             raise InvalidImage.at(field, str(error)) from error
-        pixels: np.ndarray = _transform(json.dumps(preprocess, sort_keys=True))(image).numpy()
-        return pixels
 
 
 def checked_pixels(field: str, pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:

@@ -15,8 +15,8 @@ from ..concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ..errors import Conflict, InvalidAdapter, InvalidRequest, LimitReached
 from ..registry.cache import RegistryCache
 from ..registry.models import DEFAULT_SETTINGS, Task
-from ..registry.tasks import LatestMovedError, TaskRegistry
-from ..registry.versions import Live, label_difference
+from ..registry.tasks import TaskRegistry
+from ..registry.versions import LatestMovedError, Live, label_difference
 from ..schemas import LATEST, MAX_PAGE, LiveVersion, Registered, Sharing, SourceBody, TaskSettings, VersionInfo
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
@@ -100,6 +100,7 @@ class RegistrationService:
         *,
         stage: bool = False,
         labels_may_change: bool = False,
+        training: tuple[str, str] | None = None,
     ) -> tuple[Registered, bool]:
         """Check an adapter file, store it and add it to a task as a version.
 
@@ -111,6 +112,7 @@ class RegistrationService:
             labels_may_change: whether the labels may differ from those of the version behind `latest`.
             settings: settings of the task to change in the same step, also if the version is known.
             source: reference that the hub read the file from, for the audit; None if the client sent the file.
+            training: the job that made the version, and the token of its gateway.
 
         Returns:
             The version, and whether it is new.
@@ -122,6 +124,7 @@ class RegistrationService:
             Conflict: the labels differ from those of the version behind `latest`.
             InsufficientStorage: the disk of the store is nearly full.
             Unavailable: the store, the registry or the workers are unavailable; the hub has registered nothing.
+            TrainingEndedError: the gateway no longer has the job.
         """
         task = caller.own_task(name)
         if stage and alias == LATEST:
@@ -144,7 +147,7 @@ class RegistrationService:
             aliases = further if stage and live.version is not None else [LATEST, *further]
             try:
                 kept, created = await self._registry.register(
-                    caller, caller.tenant, task, version, aliases, source, settings, live
+                    caller, caller.tenant, task, version, aliases, source, settings, live, training
                 )
                 break
             except LatestMovedError:  # by another registration since `live` was read
@@ -209,10 +212,14 @@ class RegistrationService:
         data = await run_blocking(self._store_threads.of(caller.tenant), self._store.get, digest)
         return number, digest, data
 
-    async def change_settings(self, caller: Caller, name: str, settings: TaskSettings) -> str:
-        """Change settings of a task; omitted ones keep their values."""
-        task = caller.own_task(name)
-        return await self._changed(caller, await self._registry.change_settings(caller, caller.tenant, task, settings))
+    async def put(self, caller: Caller, name: str, settings: TaskSettings) -> tuple[str, bool]:
+        """Change settings of a task; omitted ones keep their values. Create a task that does not exist.
+
+        Returns:
+            The task as the JSON of `TaskInfo`, and whether it is new.
+        """
+        task, created = await self._registry.put(caller, caller.tenant, caller.own_task(name), settings)
+        return await self._changed(caller, task), created
 
     async def set_alias(self, caller: Caller, name: str, alias: str, targets: dict[int, int]) -> str:
         """Point an alias at versions: version number -> weight."""

@@ -54,8 +54,8 @@ class _TaskEntry(_Strict):
     """A task in `tenant.json`."""
 
     name: Name
-    last_number: Annotated[int, Field(ge=1, le=10**12)]
-    versions: list[VersionInfo] = Field(min_length=1)
+    last_number: Annotated[int, Field(ge=0, le=10**12)]
+    versions: list[VersionInfo]
     aliases: dict[Name, Targets]
     history: dict[Name, Annotated[list[Targets], Field(max_length=MAX_ALIAS_HISTORY)]]
     sharing: Sharing
@@ -67,9 +67,9 @@ class _TaskEntry(_Strict):
         for which, values in (("number", numbers), ("digest", [v.digest for v in self.versions])):
             if len(set(values)) < len(values):
                 raise ValueError(f"two versions have the same {which}")
-        if min(numbers) < 1 or max(numbers) > self.last_number:
+        if numbers and (min(numbers) < 1 or max(numbers) > self.last_number):
             raise ValueError(f"a version number is outside 1 to {self.last_number}, the last number")
-        if LATEST not in self.aliases:
+        if numbers and LATEST not in self.aliases:
             raise ValueError(f"the alias {LATEST!r} is missing")
         for alias, targets in self.aliases.items():
             if alias.isdecimal() or not targets.keys() <= set(numbers):

@@ -1,4 +1,4 @@
-"""Adapter files by digest, on any fsspec file system: a folder, S3, GCS.
+"""Files by digest, on any fsspec file system: a folder, S3, GCS. Adapter files, and images and snapshots of datasets.
 
 A file is written once, completely or not at all. Each read checks the digest, so a damaged file is never served. The
 calls block; run them in a thread pool.
@@ -16,6 +16,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +33,33 @@ logger = logging.getLogger(__name__)
 
 FILE = re.compile(r"([0-9a-f]{64})\.safetensors")
 PRIVATE = 0o700  # of folders that the hub makes
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of files in a store.
+
+    Attributes:
+        folder: below the store's root, with a slash at its end; "" for the root.
+        suffix: of each file's name, after the digest.
+        noun: name of the kind in errors.
+        remedy: of a missing or damaged file.
+    """
+
+    folder: str
+    suffix: str
+    noun: str
+    remedy: str
+
+
+ADAPTERS = Kind("", ".safetensors", "adapter", "Register the adapter again.")
+IMAGES = Kind("images/", ".image", "image", "Delete the image and add it again.")
+SNAPSHOTS = Kind("snapshots/", ".json", "snapshot", "Train again.")
+REPORTS = Kind("reports/", ".zip", "report", "Train again.")
 OWNER = "registry-id"  # file with the id of the registry that the store belongs to
-UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.safetensors\.[a-z0-9_]{8}")  # temporary files of `write_atomically`
+UNFINISHED = re.compile(
+    r"\.[0-9a-f]{64}\.(?:safetensors|image|json|zip)\.[a-z0-9_]{8}"
+)  # temporary files of `write_atomically`
 TIMES = (
     "mtime",
     "LastModified",
@@ -52,9 +78,9 @@ class StoredFile(NamedTuple):
 
 
 class Store:
-    """The adapter files of a hub."""
+    """The files of one kind of a hub."""
 
-    def __init__(self, url: str, min_free_bytes: int = 0) -> None:
+    def __init__(self, url: str, kind: Kind = ADAPTERS, min_free_bytes: int = 0) -> None:
         """Open a store. The first `put` creates a local folder.
 
         Args:
@@ -63,7 +89,10 @@ class Store:
         """
         self._min_free_bytes = min_free_bytes
         self._fs, root = fsspec.core.url_to_fs(url)
-        self._root = root.rstrip("/")
+        self._top = Path(root)
+        self._root = f"{root.rstrip('/')}/{kind.folder}".rstrip("/")
+        self._kind = kind
+        self._name = re.compile(f"([0-9a-f]{{64}}){re.escape(kind.suffix)}")
         self._local = isinstance(self._fs, LocalFileSystem)
 
     def put(self, digest: str, data: bytes) -> None:
@@ -81,7 +110,7 @@ class Store:
                 self._fs.pipe_file(path, data)
             elif not _refresh(Path(path), data):
                 self.require_space(len(data))
-                self._write(Path(path), data)
+                write_file(self._top, Path(path), data)
         except InsufficientStorage:
             raise
         except Exception as error:  # each file system has its own exception types
@@ -105,14 +134,15 @@ class Store:
         try:
             data: bytes = self._fs.cat_file(self._path(digest))
         except FileNotFoundError as error:
-            raise Unavailable(f"The adapter store has no file {digest}. Register the adapter again.") from error
+            message = f"The {self._kind.noun} store has no file {digest}. {self._kind.remedy}"
+            raise Unavailable(message) from error
         except Exception as error:
             raise _unavailable(error, f"read file {digest}") from error
         found = hashlib.sha256(data).hexdigest()
         if found != digest:
             path = self._fs.unstrip_protocol(self._path(digest))
             logger.error("%s is damaged: it has %d bytes with sha256 %s", path, len(data), found)
-            raise Unavailable(f"The stored file {digest} is damaged: its sha256 differs. Register the adapter again.")
+            raise Unavailable(f"The stored file {digest} is damaged: its sha256 differs. {self._kind.remedy}")
         return data
 
     def find(self, digest: str) -> StoredFile | None:
@@ -130,13 +160,13 @@ class Store:
             raise _unavailable(error, f"read file {digest}") from error
 
     def files(self) -> Iterator[StoredFile]:
-        """Yield every adapter file, in no order. Other files are skipped.
+        """Yield every file of the kind, in no order. Other files are skipped.
 
         Raises:
             Unavailable: the store cannot be read.
         """
         for name, entry in self._entries():
-            match = FILE.fullmatch(name)
+            match = self._name.fullmatch(name)
             if match and entry["name"] == self._path(match[1]):
                 yield self._stored(match[1], entry)
 
@@ -192,22 +222,11 @@ class Store:
         path = f"{self._root}/{OWNER}"
         try:
             if self._local:
-                self._write(Path(path), id.encode())
+                write_file(self._top, Path(path), id.encode())
             else:
                 self._fs.pipe_file(path, id.encode())
         except Exception as error:
             raise _unavailable(error, f"write {OWNER}") from error
-
-    def _write(self, path: Path, data: bytes) -> None:
-        """Write a file of a local store, with the permissions of the store's folder: a group may share the folder."""
-        root = Path(self._root)
-        root.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
-        mode = stat.S_IMODE(root.stat().st_mode)
-        if path.parent != root and not path.parent.exists():
-            path.parent.mkdir(mode=PRIVATE, exist_ok=True)
-            with suppress(PermissionError):  # another gateway of the group has just made it
-                path.parent.chmod(mode)
-        write_atomically(path, data, mode & 0o666)
 
     def _entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield name and details of all files in the folders `00` to `ff`, one folder at a time."""
@@ -230,7 +249,23 @@ class Store:
         return StoredFile(digest, entry["size"], _time(entry))
 
     def _path(self, digest: str) -> str:
-        return f"{self._root}/{digest[:2]}/{digest}.safetensors"
+        return f"{self._root}/{digest[:2]}/{digest}{self._kind.suffix}"
+
+
+def write_file(top: Path, path: Path, data: bytes) -> None:
+    """Write a file of a local store, with the permissions of the store's folder: a group may share the folder.
+
+    Args:
+        top: the store's folder.
+    """
+    top.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+    mode = stat.S_IMODE(top.stat().st_mode)
+    for folder in reversed(path.relative_to(top).parents[:-1]):
+        if not (top / folder).exists():
+            (top / folder).mkdir(mode=PRIVATE, exist_ok=True)
+            with suppress(PermissionError):  # another gateway of the group has just made it
+                (top / folder).chmod(mode)
+    write_atomically(path, data, mode & 0o666)
 
 
 def require_free_space(folder: Path, size_bytes: int, min_free_bytes: int) -> None:

@@ -62,6 +62,11 @@ class Batcher(Generic[Item, Result]):
         """Number of items that are in no batch yet."""
         return len(self._queue)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no item is queued and no batch runs."""
+        return not self._queue and not self._running
+
     async def submit(self, tenant: str, items: Sequence[Item], weight: float = 1.0) -> list[Result]:
         """Return the results of items, which may be computed in several batches.
 

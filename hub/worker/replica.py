@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from adapters import Bank, BankLimits, load_backbone
-from adapters.data.images import normalise
+from adapters.data.images import normalise, preprocess_of
 
 from ..admin_schemas import WorkerStatus
-from ..admission.quotas import WORKER_IMAGES_QUEUED
+from ..admission.quotas import WORKER_FEATURES_QUEUED, WORKER_IMAGES_QUEUED
 from ..errors import HubError
 from ..observability import log_format, request_context, tracing
 from ..observability.metrics import MetricTypes
@@ -29,6 +29,7 @@ from .adapter_cache import AdapterCache, Resident
 from .batch_tuner import BatchTuner
 from .batcher import Batcher
 from .host_cache import HostCache
+from .idle_passes import IdlePasses
 from .metrics import WorkerMetrics
 from .prewarming import Prewarming
 from .stats import WorkerStats
@@ -41,6 +42,8 @@ STATUS_INTERVAL_S = 2.0
 PREWARMING_INTERVAL_S = 30.0
 MAX_ROUTED_DIGESTS = 1000  # resident adapters that a worker reports to the routers
 STORE_READERS = 8  # threads that read from the store
+FEATURE_IMAGES, FEATURE_IMAGES_GPU = 4, 32  # of a pass without adapters: small, since a classification may wait for it
+FEATURE_WAIT_S = 1.0  # between two such passes of a worker that is never idle
 TRIALS_PER_SIZE, TRIALS_TIMEOUT_S = 4, 5.0  # trial passes of a new worker
 
 
@@ -100,6 +103,13 @@ class Worker:
             wait_s=settings.batch_wait_ms / 1000,
             tenant_limit=WORKER_IMAGES_QUEUED,
             max_running=2 if on_gpu else 1,
+        )
+        self._feature_passes: IdlePasses[NDArray[np.uint8], NDArray[np.float16]] = IdlePasses(
+            self._run_features,
+            lambda: self._batcher.is_idle,
+            size=FEATURE_IMAGES_GPU if on_gpu else FEATURE_IMAGES,
+            limit=WORKER_FEATURES_QUEUED,
+            longest_wait_s=FEATURE_WAIT_S,
         )
         self._metrics = WorkerMetrics(metric_types())
         self._stats = WorkerStats()
@@ -237,6 +247,14 @@ class Worker:
                 finally:
                     self._images -= len(images)
 
+    async def features(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float16]] | HubError:
+        """Return the frozen backbone's features of images (see `Workers.features`), or the error as a value."""
+        self._start_background()
+        try:
+            return await self._feature_passes.submit(images)
+        except HubError as error:
+            return error
+
     def status(self) -> WorkerStatus:
         """Return the worker's status. Its rates cover the time since the last call of this method."""
         rates = self._stats.next_interval()
@@ -299,6 +317,18 @@ class Worker:
             Answer(row, PassStats(self._name, len(items), tasks, item.load_ms, ms, compute_ms), typicality)
             for item, (row, typicality), ms in zip(items, scores, queue_ms, strict=True)
         ]
+
+    async def _run_features(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.float16]]:
+        """Compute one small pass without adapters."""
+        config = preprocess_of(self._bank.limits.backbone)
+        mean, std = (torch.tensor(config[name], device=self._bank.device) for name in ("mean", "std"))
+
+        def run() -> list[NDArray[np.float16]]:
+            pixels = torch.from_numpy(np.stack(images)).to(self._bank.device)
+            pooled = self._bank.frozen_features(normalise(pixels, mean, std))
+            return [row.numpy() for row in pooled.half().cpu()]
+
+        return await asyncio.get_running_loop().run_in_executor(self._pass_thread, run)
 
     async def _forward(self, items: list[Item]) -> list[tuple[NDArray[np.float32], float | None]]:
         """Return the probabilities of each image, float32 (K,), and its typicality."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from starlette.testclient import TestClient
 
 from adapters import Adapter, Backbone, Bank, BankLimits, Slot
-from adapters.data.images import normalise
+from adapters.data.images import normalise, preprocess_of
 from hub.admin_schemas import LimitsChange
 from hub.api.app import create_app
 from hub.errors import Conflict
@@ -27,6 +27,7 @@ from hub.registry.tenants import TenantRegistry
 from hub.settings import Settings
 from hub.storage.store import OWNER, Store
 from hub.worker_api import Answer, PassStats
+from tests.support.trainers import ProcessTrainer
 
 T = TypeVar("T")
 OCTETS = {"content-type": "application/octet-stream"}
@@ -44,12 +45,20 @@ class Engine:
         self._store = store
         self.slots: dict[str, tuple[Slot, Adapter]] = {}
         self.prefetched: list[str] = []
+        self.feature_images = 0
 
     async def limits(self) -> BankLimits:
         return self._bank.limits
 
     async def prefetch(self, digest: str) -> None:
         self.prefetched.append(digest)
+
+    async def features(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float16]]:
+        config = preprocess_of(self._bank.limits.backbone)
+        mean, std = (torch.tensor(config[name]) for name in ("mean", "std"))
+        self.feature_images += len(images)
+        pooled = self._bank.frozen_features(normalise(torch.from_numpy(np.stack(images)), mean, std))
+        return [row.numpy() for row in pooled.half()]
 
     async def classify(
         self, tenant: str, digest: str, images: Sequence[NDArray[np.uint8]], weight: float
@@ -73,17 +82,18 @@ class Hub:
     key: str
     admin_key: str
     engine: Engine
+    trainer: ProcessTrainer
     store_folder: Path
     redis_url: str
     api: FastAPI
     settings: Mapping[str, object]
 
-    def another_gateway(self) -> TestClient:
+    def another_gateway(self, trainer: ProcessTrainer | None = None) -> TestClient:
         """Return a second gateway with the same settings over the same registry, store and engine.
 
         A gateway's connections belong to one event loop, so a server of a test needs a gateway of its own.
         """
-        api = make_api(self.redis_url, self.store_folder, self.engine, **self.settings)
+        api = make_api(self.redis_url, self.store_folder, self.engine, trainer, **self.settings)
         return TestClient(api, headers=bearer(self.key))
 
     def key_of(self, tenant: str, role: str = "owner") -> dict[str, str]:
@@ -127,13 +137,16 @@ def running(redis_url: str, backbone: Backbone, store_folder: Path, **settings: 
     keys = first_keys_of(redis_url)
     assert keys.owner is not None
     assert keys.admin is not None
-    api = make_api(redis_url, store_folder, engine, **settings)
+    trainer = ProcessTrainer()
+    api = make_api(redis_url, store_folder, engine, trainer, **settings)
     with TestClient(api, headers=bearer(keys.owner), raise_server_exceptions=False) as http:
-        yield Hub(http, keys.owner, keys.admin, engine, store_folder, redis_url, api, settings)
+        yield Hub(http, keys.owner, keys.admin, engine, trainer, store_folder, redis_url, api, settings)
 
 
-def make_api(redis_url: str, store_folder: Path, engine: Engine, **settings: object) -> FastAPI:
-    """Return one gateway's application over the given engine."""
+def make_api(
+    redis_url: str, store_folder: Path, engine: Engine, trainer: ProcessTrainer | None = None, **settings: object
+) -> FastAPI:
+    """Return one gateway's application over the given engine. Without a trainer it runs no jobs."""
     settings = {
         "backbone": "demo",
         "redis_url": redis_url,
@@ -142,7 +155,7 @@ def make_api(redis_url: str, store_folder: Path, engine: Engine, **settings: obj
         "max_image_pixels": MAX_IMAGE_PIXELS,
         "max_adapter_bytes": MAX_ADAPTER_BYTES,
     } | settings
-    return create_app(Settings(**settings), engine, tenant_calls=4, tenant_waiting=4)  # type: ignore[arg-type]
+    return create_app(Settings(**settings), engine, trainer, tenant_calls=4, tenant_waiting=4)  # type: ignore[arg-type]
 
 
 def bearer(key: str) -> dict[str, str]:

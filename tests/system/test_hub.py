@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import httpx
@@ -22,31 +23,39 @@ from tests.support.models import bomb_png, png
 
 from .conftest import SharedHub
 
+ROUNDS = 5  # of 50 calls each; on a loaded machine the calls of one round may come one after another
+
 
 def test_fifty_requests_at_once_over_three_tasks_share_batches(
     hub: SharedHub, client: Client, adapters: list[Adapter]
 ) -> None:
     for i in range(3):
         client.register(f"task{i}", adapters[i].data)
-    alone = {(t, n): client.classify(f"task{t}", [png(n)]).predictions[0] for t in range(3) for n in range(4)}
+    images = [png(n) for n in range(16)]
+    alone = [client.classify(f"task{t}", images).predictions for t in range(3)]
     tasks_in_batch: list[int] = []
 
     def note(response: httpx.Response) -> None:
         tasks_in_batch.append(int(response.headers["x-batch-tasks"]))
 
     def one(i: int) -> None:
-        task, image = i % 3, i % 4
+        task = i % 3
         with Client(hub.url, hub.key, on_response=note) as c:
-            answer = c.classify(f"task{task}", [png(image)])
+            start.wait()  # opening 50 connections takes longer than many batches
+            answer = c.classify(f"task{task}", images)
         assert (answer.task, answer.digest) == (f"task{task}", adapters[task].digest)
-        assert {p.label for p in answer.predictions[0]} <= set(adapters[task].labels)
-        for got, want in zip(answer.predictions[0], alone[task, image], strict=True):
-            assert got.label == want.label
-            assert got.score == pytest.approx(want.score, abs=1e-4)
+        for predictions, expected in zip(answer.predictions, alone[task], strict=True):
+            for got, want in zip(predictions, expected, strict=True):
+                assert got.label == want.label
+                assert got.score == pytest.approx(want.score, abs=1e-4)
 
-    with ThreadPoolExecutor(50) as pool:
-        list(pool.map(one, range(50)))
-    assert len(tasks_in_batch) == 50
+    start = Barrier(50)
+    for _ in range(ROUNDS):
+        with ThreadPoolExecutor(50) as pool:
+            list(pool.map(one, range(50)))
+        if max(tasks_in_batch) > 1:
+            break
+    assert len(tasks_in_batch) % 50 == 0
     assert max(tasks_in_batch) > 1
 
 

@@ -30,9 +30,11 @@ class LuaScript:
         return "".join(FOLDER.joinpath(f"{name}.lua").read_text("utf-8") for name in self.names)
 
 
-TASKS = LuaScript(("changes", "public", "orphans", "task_hash", "sharing", "tasks"))
-TENANTS = LuaScript(("changes", "public", "orphans", "task_hash", "sharing", "tenants"))
+TASKS = LuaScript(("changes", "public", "orphans", "dataset_keys", "task_hash", "sharing", "tasks"))
+TENANTS = LuaScript(("changes", "public", "orphans", "dataset_keys", "task_hash", "sharing", "tenants"))
 COLLECTION = LuaScript(("changes", "orphans", "collection"))
+DATASETS = LuaScript(("changes", "public", "orphans", "dataset_keys", "task_hash", "datasets"))
+TRAININGS = LuaScript(("changes", "public", "orphans", "dataset_keys", "task_hash", "trainings"))
 READS = LuaScript(("changes", "public", "reads"))
 KEYS = LuaScript(("changes", "keys"))
 AUDIT = LuaScript(("changes", "audit"))
@@ -66,9 +68,13 @@ class ChangeReply(BaseModel):
         "no_history",
         "no_permanent_key",  # no other admin key without an expiry date exists
         "removing",  # a garbage collection removes the file
-        "in_use",  # a version refers to the file, or is about to; further tasks exist; another gateway collects
+        "in_use",  # a version or dataset refers to the file, or is about to; further tasks exist; a gateway collects
+        "no_image",  # the dataset has no such image
+        "no_label",  # the dataset has no such label
+        "labels_full",  # the dataset has the maximum number of labels
         "unstaged",  # versions of an import have expired
         "latest_moved",  # the alias `latest` has other targets than those that the caller read
+        "ended",  # the job of a training was cancelled, or another gateway has it
     ]
     limit: str = ""
     maximum: int = 0

@@ -184,13 +184,13 @@ def test_invalid_settings_are_refused_by_name(served: Hub) -> None:
         ('{"unknown_below": null}', "unknown_below"),
         ('{"unknown_below": NaN}', "unknown_below"),
         ('{"unknown": 0.1}', "unknown"),
-        ('{"unknown_below": 0.1, "keep": {}}', "keep"),
+        ('{"unknown_below": 0.1, "keep": {"images": "all"}}', "keep.images"),
     ):
         reply = served.http.put(URL, content=body)
         assert reply.status_code == 422, (body, reply.text)
         assert [error["field"] for error in reply.json()["errors"]] == [field]
     assert served.http.get(URL).json()["unknown_below"] == 0.01
-    assert served.http.put("/v1/tasks/trees", json={"unknown_below": 0.1}).status_code == 404
+    assert served.http.put("/v1/tasks/foreign:trees", json={"unknown_below": 0.1}).status_code == 404
     assert served.http.get("/v1/tasks/trees").status_code == 404
     caller = served.key_of("default", "caller")
     assert served.http.put(URL, json={"unknown_below": 0.1}, headers=caller).status_code == 403
@@ -275,5 +275,5 @@ def test_the_openapi_document_describes_answers_and_settings(hub: Hub) -> None:
         assert (coverage["in"], coverage["required"]) == ("query", False)
     body = document["paths"]["/v1/tasks/{task}"]["put"]["requestBody"]["content"]["application/json"]["schema"]
     assert body == {"$ref": "#/components/schemas/TaskSettings"}
-    assert set(schemas["TaskSettings"]["properties"]) == {"unknown_below"}
+    assert set(schemas["TaskSettings"]["properties"]) == {"unknown_below", "labels", "promote", "keep"}
     assert schemas["TaskSettings"]["additionalProperties"] is False

@@ -19,6 +19,7 @@ SHORTER = 7_000  # characters of a text that bodies of at most 64 KiB have room 
 JSON = {"content-type": "application/json"}
 # Values of path parameters: the request must reach the check of its body.
 PATHS = {"task": "flowers", "version": "1", "alias": "stable", "tenant": "default", "id": "0" * 16}
+PATHS |= {"digest": "0" * 64, "training": "0" * 16, "file": "report.html"}
 
 
 def resolved(document: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -24,6 +24,22 @@ ROUTES = {
     "PUT /v1/tasks/{task}": "owner",
     "DELETE /v1/tasks/{task}": "owner",
     "PUT /v1/tasks/{task}/sharing": "owner",
+    "GET /v1/tasks/{task}/dataset": "owner",
+    "POST /v1/tasks/{task}/dataset/rename-label": "owner",
+    "POST /v1/tasks/{task}/images": "owner",
+    "GET /v1/tasks/{task}/images": "owner",
+    "GET /v1/tasks/{task}/images/{digest}": "owner",
+    "GET /v1/tasks/{task}/images/{digest}/thumbnail": "owner",
+    "PATCH /v1/tasks/{task}/images/{digest}": "owner",
+    "DELETE /v1/tasks/{task}/images/{digest}": "owner",
+    "GET /v1/tasks/{task}/compare": "owner",
+    "POST /v1/tasks/{task}/trainings": "owner",
+    "GET /v1/tasks/{task}/trainings": "owner",
+    "GET /v1/tasks/{task}/trainings/{training}": "owner",
+    "DELETE /v1/tasks/{task}/trainings/{training}": "owner",
+    "GET /v1/tasks/{task}/trainings/{training}/events": "owner",
+    "GET /v1/tasks/{task}/trainings/{training}/report/{file}": "owner",
+    "GET /v1/tasks/{task}/trainings/{training}/snapshot": "owner",
     "POST /v1/tasks/{task}/versions": "owner",
     "GET /v1/tasks/{task}/versions/{version}": "tenant",
     "GET /v1/tasks/{task}/versions/{version}/file": "owner",
@@ -84,6 +100,9 @@ def operations(hub: Hub) -> list[str]:
 
 
 BODIES: dict[str, dict[str, Any]] = {
+    "rename-label": {"json": {"label": "rose", "to": "rosa"}},
+    "images/{digest}": {"json": {"label": "rose"}},
+    "trainings": {"json": {"recipe": "instant"}},
     "/tasks/{task}": {"json": {"unknown_below": 0.05}},
     "tokens": {"json": {"task": TASK}},
     "sharing": {"json": {"public": True}},
@@ -116,6 +135,7 @@ def send(
     method, path = operation.split(" ")
     version = "1" if method == "DELETE" or "/v2/" in path else "latest"
     parts = {"task": task, "version": version, "alias": "stable", "tenant": tenant, "id": "0" * 16}
+    parts |= {"digest": "0" * 64, "training": "0" * 16, "file": "report.html"}
     body: dict[str, Any] = {} if method in ("GET", "DELETE") or path.endswith("/rollback") else {"content": png()}
     body = next((b for end, b in BODIES.items() if path.endswith(end) and body), body)
     if content is not None:

@@ -12,8 +12,9 @@ from hub.errors import Conflict, InvalidRequest, LimitReached, NotFound, Unauthe
 from hub.registry.audit import OPERATOR, Actor
 from hub.registry.events import EventLog
 from hub.registry.redis.connection import RegistryConnection
-from hub.registry.tasks import MAX_ALIAS_HISTORY, MAX_ALIASES, TaskRegistry
+from hub.registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
 from hub.registry.tenants import TenantRegistry
+from hub.registry.versions import MAX_ALIASES
 from hub.schemas import Sharing, TaskSettings
 from tests.support.hub_app import in_registry
 from tests.support.registry import version, with_registry
@@ -89,7 +90,7 @@ def test_a_revoked_key_changes_nothing_when_its_request_was_in_flight(empty_redi
             registry.set_alias(revoked, "t", "x", "stable", {1: 1}),
             registry.roll_back(revoked, "t", "x", "latest"),
             registry.share(revoked, "t", "x", Sharing(public=True)),
-            registry.change_settings(revoked, "t", "x", TaskSettings(unknown_below=0.5)),
+            registry.put(revoked, "t", "x", TaskSettings(unknown_below=0.5)),
             registry.delete_version(revoked, "t", "x", 1),
             registry.delete_task(revoked, "t", "x"),
             registry.restore(revoked, "t", []),
@@ -113,7 +114,7 @@ def test_every_change_of_a_task_publishes_an_event(empty_redis: str) -> None:
         await registry.register(OPERATOR, "t", "x", version("b" * 64), ["latest"])
         await registry.set_alias(OPERATOR, "t", "x", "stable", {2: 1})
         await registry.delete_version(OPERATOR, "t", "x", 1)
-        await registry.change_settings(OPERATOR, "t", "x", TaskSettings(unknown_below=0.5))
+        await registry.put(OPERATOR, "t", "x", TaskSettings(unknown_below=0.5))
         await registry.delete_task(OPERATOR, "t", "x")
         found = await events.read(start, 10)
         assert [(e.tenant, e.kind, e.name) for e in found] == [("t", "task", "x")] * 7
@@ -138,7 +139,7 @@ def test_a_dump_is_restored_in_another_tenant(empty_redis: str) -> None:
         await registry.set_alias(OPERATOR, "one", "x", "canary", {1: 90, 3: 10})
         await registry.delete_version(OPERATOR, "one", "x", 2)
         await registry.share(OPERATOR, "one", "x", Sharing(tenants=["t"]))
-        await registry.change_settings(OPERATOR, "one", "x", TaskSettings(unknown_below=0.1 + 0.2))
+        await registry.put(OPERATOR, "one", "x", TaskSettings(unknown_below=0.1 + 0.2))
         await registry.register(OPERATOR, "one", "y", version("a" * 64), ["latest"])
         dump = await registry.dump("one")
         await registry.restore(OPERATOR, "two", dump)

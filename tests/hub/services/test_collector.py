@@ -98,16 +98,23 @@ def test_gateway_collects_by_itself(
         assert register(hub, adapters[0].data, "kept").status_code == 201
         assert register(hub, adapters[1].data).status_code == 201
         hub.http.delete("/v1/tasks/t")
-        for path in hub.store_folder.rglob("*.safetensors"):
-            os.utime(path, (time.time() - 120, time.time() - 120))
-        wait_until(lambda: used(hub) == (len(adapters[0].data), 0))
+        assert hub.http.post("/v1/tasks/kept/images", content=png(1), headers=OCTETS).status_code == 200
+        left = hub.store_folder / "images" / "00" / f"{'0' * 64}.image"
+        left.parent.mkdir(parents=True, exist_ok=True)
+        left.write_bytes(b"left by a crash")
+        for pattern in ("*.safetensors", "*.image"):
+            for path in hub.store_folder.rglob(pattern):
+                os.utime(path, (time.time() - 120, time.time() - 120))
+        wait_until(lambda: used(hub) == (len(adapters[0].data), 0) and not left.exists())
         assert on_disk(hub) == len(adapters[0].data)
+        assert len(list(hub.store_folder.rglob("*.image"))) == 1  # the dataset's
 
         def collections() -> list[tuple[str, int]]:
             entries = hub.http.get("/v1/audit", headers=hub.admin).json()["entries"]
             return [(e["role"], e["detail"]["removed"]) for e in entries if e["action"] == "store.collect"]
 
-        wait_until(lambda: collections() == [("hub", 1)])
+        wait_until(lambda: sum(removed for _, removed in collections()) == 2)
+        assert {role for role, _ in collections()} == {"hub"}
 
 
 def test_one_gateway_at_a_time_has_the_turn_to_collect(empty_redis: str) -> None:

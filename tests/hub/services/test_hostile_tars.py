@@ -134,7 +134,7 @@ HOSTILE: dict[str, tuple[Callable[[Members], bytes], str]] = {
     "bad tenant": (changed(tenant="a:b"), "tenant.json: tenant"),
     "bad task": (changed(task__name="one:flowers"), "tenant.json: tasks.0.name"),
     "task twice": (doubled_task, "two tasks have the same name"),
-    "task without versions": (changed(task__versions=[]), "tenant.json: tasks.0.versions"),
+    "aliases without versions": (changed(task__versions=[]), "points at a missing version"),
     "number too high": (changed(task__last_number=2), "outside 1 to 2"),
     "number too low": (changed(version__version=0), "outside 1 to 4"),
     "number twice": (changed(version__version=2), "same number"),

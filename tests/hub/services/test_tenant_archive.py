@@ -79,7 +79,7 @@ def test_import_keeps_settings_coverage_and_typicality(case: Run, backbone: Back
     async def use(case: Case) -> None:
         assert "settings" not in json.loads(members(await case.export())[0][1])["tasks"][0]
         await case.register("one", "flowers", adapter)
-        await case.registry.change_settings(OPERATOR, "one", "flowers", TaskSettings(unknown_below=0.05))
+        await case.registry.put(OPERATOR, "one", "flowers", TaskSettings(unknown_below=0.05))
         entries = members(await case.export())
         manifest = json.loads(entries[0][1])
         assert [task.get("settings") for task in manifest["tasks"]] == [{"unknown_below": 0.05}, None]
@@ -87,6 +87,17 @@ def test_import_keeps_settings_coverage_and_typicality(case: Run, backbone: Back
         assert (flowers.settings.unknown_below, leaves.settings.unknown_below) == (0.05, 0.01)
         assert flowers.versions[flowers.current].typicality is True
         assert flowers.versions[flowers.current].coverage == [*(adapter.coverage or ())]
+        assert await case.registry.dump("two") == await case.registry.dump("one")
+
+    case(use)
+
+
+def test_import_keeps_a_task_without_versions(case: Run) -> None:
+    async def use(case: Case) -> None:
+        await case.registry.put(OPERATOR, "one", "empty", TaskSettings(labels=["rose"], promote="always"))
+        restored = {task.name: task for task in await case.restore(await case.export())}
+        assert restored["empty"].versions == {}
+        assert restored["empty"].settings.labels == ["rose"]
         assert await case.registry.dump("two") == await case.registry.dump("one")
 
     case(use)

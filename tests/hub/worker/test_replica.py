@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from adapters import Adapter, Backbone
-from adapters.data.images import decode_image, eval_transform
+from adapters.backbone import features
+from adapters.data.images import decode_image, eval_transform, normalise
 from hub.errors import HubError, Unavailable
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.status import StatusBoard
@@ -53,6 +55,26 @@ def test_adapters_share_a_pass_and_each_call_gets_its_own_answers(worker: Worker
         for one, other in zip([*alone[0], *alone[1]], [*together[0], *together[1]], strict=True):
             np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
         assert {(a.computed.images, a.computed.tasks) for group in together for a in group} == {(4, 2)}
+
+    run(use)
+
+
+def test_features_are_those_of_the_frozen_backbone_beside_any_adapter(
+    worker: Worker, adapters: list[Adapter], backbone: Backbone
+) -> None:
+    async def use() -> None:
+        pixels = images(6)
+        before = await worker.features(pixels)
+        await worker.classify("t", adapters[0].digest, pixels)
+        after = await worker.features(pixels)
+        assert not isinstance(before, HubError)
+        assert not isinstance(after, HubError)
+        mean, std = (torch.tensor(backbone.data_config[name]) for name in ("mean", "std"))
+        with torch.inference_mode():
+            expected = features(backbone.model, normalise(torch.from_numpy(np.stack(pixels)), mean, std))
+        for rows in (before, after):
+            assert {row.dtype for row in rows} == {np.dtype(np.float16)}
+            np.testing.assert_allclose(np.stack(rows), expected.numpy(), rtol=2e-3, atol=2e-3)
 
     run(use)
 

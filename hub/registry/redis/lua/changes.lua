@@ -57,7 +57,7 @@ end
 -- tasks. An older hub reads the common stream only.
 local function publish(tenant, kind, name)
   local streams = {'karst:events'}
-  if kind ~= 'task' then streams[2] = 'karst:events:access' end
+  if kind ~= 'task' and kind ~= 'dataset' then streams[2] = 'karst:events:access' end
   for _, stream in ipairs(streams) do
     redis.call('XADD', stream, 'MAXLEN', '~', MAX_EVENTS, '*', 'tenant', tenant, 'kind', kind, 'name', name)
   end

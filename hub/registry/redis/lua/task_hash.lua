@@ -85,7 +85,8 @@ local function update_shared_lists(is_added, tenant, task, sharing)
   end
 end
 
--- Delete a task with its versions. Return whether there was one. Redis frees the memory on a thread of its own.
+-- Delete a task with its versions and its dataset. Return whether there was one. Redis frees the memory on a thread of
+-- its own.
 local function drop_task(tenant, task)
   local key = task_key(tenant, task)
   for _, field in ipairs(redis.call('HKEYS', key)) do
@@ -93,6 +94,7 @@ local function drop_task(tenant, task)
     if digest then release_version(tenant, key, redis.call('HGET', key, field), digest) end
   end
   update_shared_lists(false, tenant, task, redis.call('HGET', key, 'share'))
+  drop_dataset(tenant, task)
   redis.call('SREM', tenant_key(tenant, 'tasks'), task)
   forget_number(tenant, task)
   redis.call('DECRBY', tenant_key(tenant, 'registry'), redis.call('HGET', key, 'b') or 0)

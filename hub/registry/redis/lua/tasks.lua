@@ -104,8 +104,11 @@ end
 
 -- Also: summary (of the version, see `models`), max_history, settings (name -> JSON text), latest (targets of the alias
 -- `latest` that the caller has compared labels with; '' for none; null: any). ARGV[3] is the version's JSON without its
--- number: it may be long, so no JSON text contains it. Known bytes move no alias.
+-- number: it may be long, so no JSON text contains it. Known bytes move no alias. training ({job, token}, null: none):
+-- the version is the result of a job, which another gateway may have taken over.
 function tasks.register(args)
+  local job = args.training ~= cjson.null and args.training.job
+  if job and redis.call('HGET', JOBS, job) ~= args.training.token then return {outcome = 'ended'} end
   local refusal = find_refusal(args) or take_change(args)
   if refusal then return refusal end
   local key = task_key(args.tenant, args.task)
@@ -126,6 +129,7 @@ function tasks.register(args)
       move_alias(key, alias, '{"' .. number .. '":1}', args.max_history)
     end
   end
+  if job then redis.call('HSET', MADE, job, number) end
   write_settings(key, args.settings)
   args.entry = with_details(args.entry, {version = tonumber(number)})
   record_task_change(args, key)
@@ -205,14 +209,30 @@ function tasks.share(args)
   return record_task_change(args, key)
 end
 
--- settings (name -> JSON text).
-function tasks.change_settings(args)
+-- settings (name -> JSON text), max_registry_bytes. Change settings of a task, or create it without a version.
+function tasks.put(args)
   local refused = refusal_of(args)
   if refused then return refused end
+  local info = redis.call('HGET', 'karst:tenants', args.tenant)
+  if not info then return {outcome = 'no_tenant'} end
+  local added_bytes = 0
+  for _, text in pairs(args.settings) do added_bytes = added_bytes + #text end
+  refused = registry_refusal(args.tenant, added_bytes, args.max_registry_bytes)
+  if refused then return refused end
   local key = task_key(args.tenant, args.task)
-  if redis.call('EXISTS', key) == 0 then return ABSENT end
+  local created = redis.call('EXISTS', key) == 0
+  if created then
+    local limits = cjson.decode(info).limits
+    if redis.call('SCARD', tenant_key(args.tenant, 'tasks')) >= limits.tasks then
+      return limit_reached('tasks', limits.tasks)
+    end
+    redis.call('SADD', tenant_key(args.tenant, 'tasks'), args.task)
+    redis.call('HSET', key, 'n', 0)
+  end
   write_settings(key, args.settings)
-  return record_task_change(args, key)
+  args.entry = with_details(args.entry, {created = created})
+  record_task_change(args, key)
+  return {outcome = 'done', created = created}
 end
 
 function tasks.delete(args)
@@ -287,13 +307,15 @@ function tasks.restore(args)
   local refusal = registry_refusal(args.tenant, args.registry_bytes, args.max_registry_bytes)
   if refusal then return refusal end
   for _, task in ipairs(args.tasks) do
-    if redis.call('EXISTS', task.staged) == 0 then return {outcome = 'unstaged'} end
+    if #task.versions > 0 and redis.call('EXISTS', task.staged) == 0 then return {outcome = 'unstaged'} end
   end
   local numbers_key = tenant_key(args.tenant, 'numbers')
   for _, task in ipairs(args.tasks) do
     local key = task_key(args.tenant, task.name)
-    redis.call('RENAME', task.staged, key)
-    redis.call('PERSIST', key)
+    if #task.versions > 0 then
+      redis.call('RENAME', task.staged, key)
+      redis.call('PERSIST', key)
+    end
     for name, value in pairs(task.fields) do redis.call('HSET', key, name, value) end
     local _, known = split_names(task.sharing)
     local sharing = sharing_text(cjson.decode(task.sharing).public, known)

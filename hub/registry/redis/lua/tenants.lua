@@ -75,8 +75,10 @@ function tenants.delete(args)
     redis.call('HDEL', 'karst:keys', id)
     redis.call('HDEL', 'karst:used', id)
   end
-  local names = {'tasks', 'numbers', 'floor', 'changes', 'shares', 'bytes', 'registry', 'keys', 'shared', 'audit', 'rate',
-    'flight', 'settled', 'counts'}
+  local names = {
+    'tasks', 'numbers', 'floor', 'changes', 'shares', 'bytes', 'registry', 'images', 'image_bytes', 'keys', 'shared',
+    'audit', 'rate', 'flight', 'settled', 'counts',
+  }
   for _, name in ipairs(names) do redis.call('UNLINK', tenant_key(args.tenant, name)) end
   drop_orphans(args.tenant)
   redis.call('ZREM', 'karst:active', args.tenant)

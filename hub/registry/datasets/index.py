@@ -1,0 +1,347 @@
+"""Index of a task's images in Redis. Every change is one atomic script, publishes an event and leaves an audit entry.
+
+Keys below `t:{tenant}:data:{task}:`, where a use is `train`, `test` or `*` for both:
+
+    images                 hash    digest -> JSON of a record, see `lua/datasets.lua`
+    names, labels          hash    label -> its id; id -> label
+    folds                  hash    label without case, spaces and Unicode form -> id
+    merged                 hash    id of a label that was merged -> id of the label that has its images now
+    at:{use}               zset    digest -> place in the order of arrival
+    at:{use}={id}          zset    the same for the images of one label; without an id for unlabelled images
+    info                   hash    last (place), last_label (id), images, bytes
+    trainings              hash    id -> JSON of a `TrainingInfo`
+    training-order         zset    id -> time in milliseconds since 1970
+
+A record holds a list of labels, so that tasks with several labels per image need no other format. A list page reads one
+range of one sorted set: its time does not depend on the size of the dataset.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from ...admin_schemas import TenantLimits
+from ...admission.quotas import DATASET_LABELS
+from ...dataset_schemas import DatasetImage, ImagePage, LabelCount, Split, Use
+from ...errors import HubError, LimitReached, NotFound
+from ...field_types import folded_label
+from ..audit import Actor
+from ..models import task_not_found
+from ..redis.connection import READ_TIMEOUT_S, RegistryConnection, as_hash, tenant_key
+from ..redis.scripts import DATASETS, ChangeReply
+from ..tenants import tenant_not_found
+
+TEST_SHARE = 0.2  # of the images with the split `auto`
+DEFAULT_LIMITS = {name: TenantLimits.model_fields[name].default for name in ("images", "image_bytes")}
+NOUNS = {"images": "images in datasets", "image_bytes": "bytes of images in datasets"}
+
+
+@dataclass(frozen=True)
+class NewImage:
+    """An image to add.
+
+    Attributes:
+        label: None leaves the label of a known image, and a new image without a label.
+        split: None leaves the split of a known image, and means `auto` for a new one.
+    """
+
+    digest: str
+    name: str
+    size_bytes: int
+    label: str | None = None
+    split: Split | None = None
+
+
+@dataclass(frozen=True)
+class AddStatus:
+    """Result for one image.
+
+    Attributes:
+        status: `added`, `there`, `moved`, or the reason of a refusal: `limit`, `labels` (too many), or `removing` (the
+            store is removing an old copy of the file).
+        before: former label of a moved image.
+        similar: older label that differs from a new one only in case, spaces or Unicode form.
+        error: text of a refusal.
+    """
+
+    status: str
+    before: str | None = None
+    similar: str | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class DatasetContent:
+    """Totals of a dataset, and its labels in order of their names; `unlabelled` counts the images without a label."""
+
+    images: int
+    image_bytes: int
+    labels: list[LabelCount]
+    unlabelled: LabelCount
+
+
+def use_of(digest: str, split: Split) -> Use:
+    """Return whether an image trains or tests. For `auto` the digest decides, so equal files are never in both."""
+    if split != "auto":
+        return split
+    return "test" if int(digest[:8], 16) < TEST_SHARE * 2**32 else "train"
+
+
+class DatasetIndex:
+    """Reads and atomic changes of datasets. Every method raises `Unavailable` if Redis does not answer.
+
+    Every change raises `NotFound` if the task does not exist, and `Unauthenticated` if the actor's key was revoked.
+    """
+
+    def __init__(self, connection: RegistryConnection) -> None:
+        self._connection = connection
+        self._redis = connection.redis
+
+    async def check_room(self, by: Actor, tenant: str, task: str) -> None:
+        """Check that the tenant may add images to this task.
+
+        Raises:
+            LimitReached: the limit of images or of their bytes.
+        """
+        await self._change("check_room", by, tenant, task, "image.add", {}, limits=DEFAULT_LIMITS)
+
+    async def add(
+        self,
+        by: Actor,
+        tenant: str,
+        task: str,
+        images: Sequence[NewImage],
+        details: Mapping[str, Any],
+        *,
+        audited: bool = False,
+        patience_s: int = 0,
+    ) -> tuple[list[AddStatus], bool]:
+        """Add images, or move known ones to another label or split, in one step.
+
+        Args:
+            details: of the audit entry.
+            audited: an earlier step of the same request has written the entry.
+            patience_s: time in which the sending gateway computes the features of new images itself.
+
+        Returns:
+            The status of each image, and whether anything was changed.
+        """
+        body = [
+            {
+                "digest": image.digest,
+                "label": image.label or "",
+                "fold": folded_label(image.label or ""),
+                "split": image.split or "",
+                "used": use_of(image.digest, image.split or "auto"),
+                "size": image.size_bytes,
+                "name": image.name,
+            }
+            for image in images
+        ]
+        reply = await self._change(
+            "add",
+            by,
+            tenant,
+            task,
+            "image.add",
+            details,
+            images=body,
+            limits=DEFAULT_LIMITS,
+            max_labels=DATASET_LABELS,
+            audited=audited,
+            patience_s=patience_s,
+        )
+        return [_status(found) for found in json.loads(reply.text)], reply.created
+
+    async def change(
+        self,
+        by: Actor,
+        tenant: str,
+        task: str,
+        digest: str,
+        *,
+        label: str | None,
+        relabel: bool,
+        split: Split | None,
+    ) -> None:
+        """Change label and split of an image.
+
+        Args:
+            relabel: whether to set the label; a label of None then removes it.
+
+        Raises:
+            NotFound: the dataset has no such image.
+            LimitReached: the dataset has the maximum number of labels.
+        """
+        details = {"digest": digest} | ({"label": label} if relabel else {}) | ({"split": split} if split else {})
+        await self._change(
+            "change",
+            by,
+            tenant,
+            task,
+            "image.change",
+            details,
+            digest=digest,
+            label=(label or "") if relabel else None,
+            fold=folded_label(label or ""),
+            split=split or "",
+            used=use_of(digest, split or "auto"),
+            max_labels=DATASET_LABELS,
+        )
+
+    async def remove(self, by: Actor, tenant: str, task: str, digest: str) -> bool:
+        """Remove an image. Return whether no dataset holds its file any more.
+
+        Raises:
+            NotFound: the dataset has no such image.
+        """
+        details = {"digest": digest}
+        reply = await self._change("remove", by, tenant, task, "image.delete", details, digests=[digest])
+        return digest in reply.names
+
+    async def rename_label(self, by: Actor, tenant: str, task: str, label: str, new: str) -> bool:
+        """Rename a label. Return whether it was merged into a label that existed.
+
+        Raises:
+            NotFound: the dataset has no such label.
+        """
+        details = {"label": label, "to": new}
+        reply = await self._change(
+            "rename_label", by, tenant, task, "label.rename", details, old=label, label=new, fold=folded_label(new)
+        )
+        return reply.created
+
+    async def page(
+        self, tenant: str, task: str, *, label: str | None, unlabelled: bool, use: Use | None, before: int, count: int
+    ) -> ImagePage:
+        """Return images, newest first.
+
+        Args:
+            label: only images with this label.
+            unlabelled: only images without a label.
+            before: cursor of the page; 0 starts at the newest image.
+        """
+        found = await self._read(
+            "page",
+            tenant,
+            task,
+            label="" if unlabelled else label,
+            used=use or "*",
+            before=before,
+            count=count,
+        )
+        rows = json.loads(found.text) or []
+        images = [_image(row["digest"], row["labels"], row["record"]) for row in rows]
+        return ImagePage(images=images, next=str(rows[-1]["record"]["n"]) if len(rows) == count else None)
+
+    async def find(self, tenant: str, task: str, digest: str) -> DatasetImage:
+        """Return one image.
+
+        Raises:
+            NotFound: the dataset has no such image.
+        """
+        row = json.loads((await self._read("find", tenant, task, digest=digest)).text)
+        return _image(digest, row["labels"], row["record"])
+
+    async def describe(self, tenant: str, task: str) -> DatasetContent:
+        """Return the numbers of images by label and use.
+
+        Raises:
+            NotFound: the task does not exist.
+        """
+        found = json.loads((await self._read("describe", tenant, task)).text)
+        counts = {row["label"]: LabelCount(**{**row, "label": row["label"] or None}) for row in found["labels"]}
+        unlabelled = counts.pop("")
+        return DatasetContent(found["images"], found["bytes"], [counts[label] for label in sorted(counts)], unlabelled)
+
+    async def all(self, tenant: str, task: str) -> list[DatasetImage]:
+        """Return every image, oldest first, as of one moment. Redis reads 100,000 records in about 50 ms."""
+        pipeline = self._redis.pipeline(transaction=True)
+        for name in ("images", "labels", "merged"):
+            pipeline.hgetall(tenant_key(tenant, f"data:{task}:{name}"))
+        records, labels, merged = map(as_hash, await self._connection.execute(pipeline.execute()))
+        rows = [(digest, json.loads(text)) for digest, text in records.items()]
+        rows.sort(key=lambda row: row[1]["n"])
+        return [
+            _image(digest, [labels[merged.get(id, id)] for id in record["l"] or ()], record) for digest, record in rows
+        ]
+
+    async def _read(self, function: str, tenant: str, task: str, **argument: Any) -> ChangeReply:
+        text = await self._connection.call(
+            DATASETS, function, timeout_s=READ_TIMEOUT_S, tenant=tenant, task=task, **argument
+        )
+        return _checked(ChangeReply.model_validate_json(text), tenant, task, **argument)
+
+    async def _change(
+        self,
+        function: str,
+        by: Actor,
+        tenant: str,
+        task: str,
+        action: str,
+        details: Mapping[str, Any],
+        **argument: Any,
+    ) -> ChangeReply:
+        entry = by.entry(tenant, action, task=task, **details)
+        reply = await self._connection.change(DATASETS, function, tenant=tenant, task=task, entry=entry, **argument)
+        return _checked(reply, tenant, task, **argument)
+
+
+def image_not_found(digest: str) -> NotFound:
+    """Return the same error for an image that does not exist and for one of another tenant."""
+    return NotFound.at("digest", f"the dataset has no image {digest}")
+
+
+def limit_error(limit: str, maximum: int) -> LimitReached:
+    """Return the error of a tenant's limit on datasets."""
+    message = f"too many {NOUNS[limit]} (limit {maximum}); delete some or ask an admin to raise it"
+    return LimitReached.at(limit, message, retry_after_s=60)
+
+
+def labels_full() -> HubError:
+    """Return the error of a dataset with too many labels."""
+    message = f"too many labels in this dataset (limit {DATASET_LABELS}); merge some"
+    return LimitReached.at("label", message, retry_after_s=60)
+
+
+def _checked(reply: ChangeReply, tenant: str, task: str, **argument: Any) -> ChangeReply:
+    match reply.outcome:
+        case "done":
+            return reply
+        case "absent":
+            raise task_not_found(task)
+        case "no_image":
+            raise image_not_found(str(argument.get("digest") or argument["digests"][0]))
+        case "no_label":
+            raise NotFound.at("label", f"the dataset has no label {argument['old']!r}")
+        case "limit":
+            raise limit_error(reply.limit, reply.maximum)
+        case "labels_full":
+            raise labels_full()
+    raise tenant_not_found(tenant)
+
+
+def _status(found: Mapping[str, Any]) -> AddStatus:
+    error = ""
+    if found["status"] == "limit":
+        error = limit_error(found["limit"], int(found["maximum"])).errors[0].message
+    elif found["status"] == "labels":
+        error = labels_full().errors[0].message
+    return AddStatus(found["status"], found.get("before"), found.get("similar"), error)
+
+
+def _image(digest: str, labels: Sequence[str], record: Mapping[str, Any]) -> DatasetImage:
+    added = datetime.fromtimestamp(record["at"] / 1000, UTC).isoformat(timespec="milliseconds")
+    labels = list(labels or ())  # Lua writes an empty list as {}
+    return DatasetImage(
+        digest=digest,
+        label=labels[0] if labels else None,
+        labels=labels,
+        split=record["s"],
+        use=record["u"],
+        name=record["name"],
+        size_bytes=int(record["size"]),
+        added=added,
+    )

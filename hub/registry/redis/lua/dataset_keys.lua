@@ -1,0 +1,84 @@
+-- Keys of a task's dataset, and the removal of a dataset. `hub/registry/datasets.py` lists the keys.
+
+-- A job is named `tenant:task:id`. `karst:training-jobs` has the token of the gateway that runs it, '' while it is
+-- queued. A job that no gateway's lease covers any more is free for any other gateway.
+
+local JOBS, LEASES, TURNS = 'karst:training-jobs', 'karst:training-leases', 'karst:training-turns'
+local MADE = 'karst:training-versions' -- job -> version that it has registered
+local TURN_S = 86400 -- for so long the registry remembers whose turn was last
+
+local function job_name(tenant, task, id)
+  return tenant .. ':' .. task .. ':' .. id
+end
+
+-- Remove a training from the queue. Return whether it was queued or running.
+local function drop_job(tenant, task, id)
+  local job, queue = job_name(tenant, task, id), tenant_key(tenant, 'training-queue')
+  if redis.call('HDEL', JOBS, job) == 0 then return false end
+  redis.call('ZREM', LEASES, job)
+  redis.call('HDEL', MADE, job)
+  redis.call('SREM', tenant_key(tenant, 'training-jobs'), job)
+  redis.call('ZREM', queue, job)
+  if redis.call('EXISTS', queue) == 0 then redis.call('ZREM', TURNS, tenant) end
+  return true
+end
+
+local function dataset_key(tenant, task, name)
+  return tenant_key(tenant, 'data:' .. task .. ':' .. name)
+end
+
+-- Return the key of an index: images that are used as `used` ('train', 'test' or '*' for both), and have the label with
+-- this id ('': no label; nil: any).
+local function index_key(tenant, task, used, label)
+  local suffix = ''
+  if label then suffix = '=' .. label end
+  return dataset_key(tenant, task, 'at:' .. used .. suffix)
+end
+
+-- Add to a tenant's numbers of images and of their bytes.
+local function count_images(tenant, images, bytes)
+  redis.call('INCRBY', tenant_key(tenant, 'images'), string.format('%.0f', images))
+  redis.call('INCRBY', tenant_key(tenant, 'image_bytes'), string.format('%.0f', bytes))
+end
+
+local HOLDERS = {[''] = 'karst:images', ['s:'] = 'karst:snapshots', ['r:'] = 'karst:reports'}
+
+-- Remove holders of a file (one by default): images (''), or trainings of a snapshot ('s:') or a report ('r:'). Return
+-- whether nothing holds the file any more.
+local function release_file(kind, digest, count)
+  local holders = HOLDERS[kind]
+  if redis.call('HINCRBY', holders, digest, -(count or 1)) > 0 then return false end
+  redis.call('HDEL', holders, digest)
+  redis.call('ZREM', 'karst:pending', digest)
+  return true
+end
+
+-- Delete a dataset's index in one step of constant work per label. The hash of images moves to `karst:dropped`, from
+-- which `datasets.drain` takes images in parts: a loop over 100,000 images would block every other client of Redis.
+local function drop_dataset(tenant, task)
+  local images = dataset_key(tenant, task, 'images')
+  local totals = redis.call('HMGET', dataset_key(tenant, task, 'info'), 'images', 'bytes')
+  if totals[1] then count_images(tenant, -tonumber(totals[1]), -tonumber(totals[2])) end
+  local labels = redis.call('HKEYS', dataset_key(tenant, task, 'labels'))
+  labels[#labels + 1] = ''
+  for _, used in ipairs({'*', 'train', 'test'}) do
+    redis.call('UNLINK', index_key(tenant, task, used))
+    for _, label in ipairs(labels) do redis.call('UNLINK', index_key(tenant, task, used, label)) end
+  end
+  for _, text in ipairs(redis.call('HVALS', dataset_key(tenant, task, 'trainings'))) do
+    local training = cjson.decode(text)
+    drop_job(tenant, task, training.id)
+    redis.call('HINCRBY', images, 's:' .. training.snapshot.digest, 1)
+    if training.report_digest and training.report_digest ~= cjson.null then
+      redis.call('HINCRBY', images, 'r:' .. training.report_digest, 1)
+    end
+  end
+  if redis.call('EXISTS', images) == 1 then
+    local dropped = 'karst:dropped:' .. string.format('%.0f', redis.call('INCR', 'karst:dropped-number'))
+    redis.call('RENAME', images, dropped)
+    redis.call('SADD', 'karst:dropped', dropped)
+  end
+  for _, name in ipairs({'info', 'names', 'labels', 'folds', 'merged', 'trainings', 'training-order'}) do
+    redis.call('UNLINK', dataset_key(tenant, task, name))
+  end
+end

@@ -1,0 +1,150 @@
+-- Trainings of tasks. Every function takes tenant, task and id, except `take`. `body` is the training's JSON text.
+
+local trainings = {}
+
+local function key(args, name)
+  return dataset_key(args.tenant, args.task, name)
+end
+
+-- Return the digest of a training's report, or nil.
+local function report_of(body)
+  if body.report_digest ~= cjson.null then return body.report_digest end
+end
+
+-- Return the training's text if it may be changed by the holder of a token; token '': if its lease has expired.
+local function held(args)
+  local job = job_name(args.tenant, args.task, args.id)
+  local token = redis.call('HGET', JOBS, job)
+  if not token or token == '' then return false end
+  if args.token ~= '' then return token == args.token end
+  return tonumber(redis.call('ZSCORE', LEASES, job) or 0) <= now_s()
+end
+
+-- Forget the oldest ended trainings beyond the maximum. Return their files that no other training uses.
+local function trim(args)
+  local orphans, order = {}, key(args, 'training-order')
+  local excess = redis.call('ZCARD', order) - args.max_trainings
+  if excess <= 0 then return orphans end
+  for _, id in ipairs(redis.call('ZRANGE', order, 0, -1)) do
+    if excess <= 0 then break end
+    if redis.call('HEXISTS', JOBS, job_name(args.tenant, args.task, id)) == 0 then
+      local body = cjson.decode(redis.call('HGET', key(args, 'trainings'), id))
+      local report = report_of(body)
+      redis.call('HDEL', key(args, 'trainings'), id)
+      redis.call('ZREM', order, id)
+      if release_file('s:', body.snapshot.digest) then orphans[#orphans + 1] = 's:' .. body.snapshot.digest end
+      if report and release_file('r:', report) then orphans[#orphans + 1] = 'r:' .. report end
+      excess = excess - 1
+    end
+  end
+  return orphans
+end
+
+-- Add a job to its tenant's queue. Of the tenants with a queue, the one whose last job started first is next.
+local function enqueue(args, place)
+  local job = job_name(args.tenant, args.task, args.id)
+  redis.call('HSET', JOBS, job, '')
+  redis.call('ZREM', LEASES, job)
+  redis.call('SADD', tenant_key(args.tenant, 'training-jobs'), job)
+  redis.call('ZADD', tenant_key(args.tenant, 'training-queue'), place, job)
+  redis.call('ZADD', TURNS, redis.call('GET', tenant_key(args.tenant, 'training-turn')) or 0, args.tenant)
+end
+
+-- body, snapshot (digest), max_trainings, entry, audited (whether to write the entry), queued (whether to add a job),
+-- max_jobs (queued or running ones of the tenant). Add a training, or replace its body. Return the files of the oldest
+-- trainings that were dropped and that no other training uses.
+function trainings.put(args)
+  if is_revoked(args.entry) then return REVOKED end
+  local refusal = (args.queued or not args.audited) and take_change(args)
+  if refusal then return refusal end
+  if redis.call('EXISTS', task_key(args.tenant, args.task)) == 0 then return ABSENT end
+  if redis.call('EXISTS', 'karst:image-gc:' .. args.snapshot) == 1 then return {outcome = 'removing'} end
+  if args.queued and redis.call('SCARD', tenant_key(args.tenant, 'training-jobs')) >= args.max_jobs then
+    return limit_reached('training_jobs', args.max_jobs)
+  end
+  local orphans = {}
+  if redis.call('HSET', key(args, 'trainings'), args.id, args.body) == 1 then
+    redis.call('HINCRBY', 'karst:snapshots', args.snapshot, 1)
+    redis.call('ZADD', key(args, 'training-order'), redis.call('HINCRBY', key(args, 'info'), 'last', 1), args.id)
+    if args.queued then enqueue(args, redis.call('INCR', 'karst:training-number')) end
+    orphans = trim(args)
+  end
+  if args.audited then record_change(args, 'dataset', args.task) end
+  local names = nil
+  if #orphans > 0 then names = orphans end
+  return {outcome = 'done', names = names}
+end
+
+-- Return whether a job has its training. Forget one without: a Redis that lost keys may have such jobs.
+local function exists(job)
+  local tenant, task, id = string.match(job, '^([^:]+):([^:]+):([^:]+)$')
+  if redis.call('HEXISTS', dataset_key(tenant, task, 'trainings'), id) == 1 then return true end
+  drop_job(tenant, task, id)
+  return false
+end
+
+-- token, lease_s, max_running. Give the next job to a gateway, unless enough are running. Return the job's name as text
+-- ('' for none), and the names of the jobs whose leases have expired.
+function trainings.take(args)
+  local now = now_s()
+  local reply, expired = {outcome = 'done', text = ''}, {}
+  for _, job in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '-inf', now, 'LIMIT', 0, 10)) do
+    if exists(job) then expired[#expired + 1] = job end
+  end
+  if #expired > 0 then reply.names = expired end
+  if redis.call('ZCARD', LEASES) >= args.max_running then return reply end
+  local tenant = redis.call('ZRANGE', TURNS, 0, 0)[1]
+  if not tenant then return reply end
+  local queue = tenant_key(tenant, 'training-queue')
+  local job = redis.call('ZPOPMIN', queue)[1]
+  local turn = redis.call('INCR', 'karst:training-number')
+  redis.call('SET', tenant_key(tenant, 'training-turn'), turn, 'EX', TURN_S)
+  if redis.call('EXISTS', queue) == 1 then redis.call('ZADD', TURNS, turn, tenant)
+  else redis.call('ZREM', TURNS, tenant) end
+  if not job or not exists(job) then return reply end
+  redis.call('HSET', JOBS, job, args.token)
+  redis.call('ZADD', LEASES, now + args.lease_s, job)
+  reply.text = job
+  return reply
+end
+
+-- token, body, lease_s. Replace the body of a running job and renew its lease.
+function trainings.write(args)
+  if not held(args) then return ABSENT end
+  redis.call('HSET', key(args, 'trainings'), args.id, args.body)
+  redis.call('ZADD', LEASES, now_s() + args.lease_s, job_name(args.tenant, args.task, args.id))
+  return DONE
+end
+
+-- token ('': its lease has expired), body. Return a running job to the front of its tenant's queue.
+function trainings.requeue(args)
+  if not held(args) then return ABSENT end
+  redis.call('HSET', key(args, 'trainings'), args.id, args.body)
+  enqueue(args, 0)
+  return DONE
+end
+
+-- token ('': its lease has expired), body, report (digest, null: none), entry. End a running job.
+function trainings.finish(args)
+  if not held(args) then return ABSENT end
+  if args.report ~= cjson.null then
+    if redis.call('EXISTS', 'karst:image-gc:' .. args.report) == 1 then return {outcome = 'removing'} end
+    redis.call('HINCRBY', 'karst:reports', args.report, 1)
+  end
+  redis.call('HSET', key(args, 'trainings'), args.id, args.body)
+  drop_job(args.tenant, args.task, args.id)
+  record_change(args, 'dataset', args.task)
+  return DONE
+end
+
+-- body, entry. End a job that is queued or runs. The gateway that runs it kills its process.
+function trainings.cancel(args)
+  local refused = refusal_of(args)
+  if refused then return refused end
+  if not drop_job(args.tenant, args.task, args.id) then return ABSENT end
+  redis.call('HSET', key(args, 'trainings'), args.id, args.body)
+  record_change(args, 'dataset', args.task)
+  return DONE
+end
+
+return cjson.encode(trainings[ARGV[1]](cjson.decode(ARGV[2])))

@@ -1,0 +1,382 @@
+"""Images of a task's dataset: add, list, change, remove. No HTTP, no Ray.
+
+An added image passes the checks of classification: the same decoder with the same limits, in its tenant's turn. Its
+bytes are in the store before the registry lists it, so a listed image always has a file.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.data.labels import near_duplicates
+
+from ...admission.authentication import Caller
+from ...admission.quotas import IMAGE_UPLOADS, IMAGE_UPLOADS_QUEUED
+from ...admission.rate_limits import RateLimiter
+from ...concurrency import TenantConcurrencyLimit, TenantThreads, gather_or_cancel, run_blocking
+from ...dataset_schemas import (
+    MAX_NAME_CHARACTERS,
+    MAX_NAMED,
+    AddCounts,
+    AddedImage,
+    DatasetImage,
+    DatasetInfo,
+    ImageChange,
+    ImagePage,
+    ImagesAdded,
+    LabelCount,
+    LabelRename,
+    LabelRenamed,
+    MovedImage,
+    RefusedImage,
+    Split,
+    Use,
+)
+from ...errors import InvalidImage, LimitReached, TooLarge, Unavailable
+from ...registry.datasets.files import StoredName
+from ...registry.datasets.index import AddStatus, DatasetIndex, NewImage
+from ...registry.tasks import TaskRegistry
+from ...storage.store import Store
+from ..image_decoding import ImageDecoder
+from .features import PATIENCE_S, FeatureService
+from .removal import FileRemoval
+from .spool import spooled
+from .zip_folders import ZipFolders
+
+STEP_IMAGES = 32  # of a zip, added in one atomic step
+REMOVING_PAUSE_S, REMOVING_ATTEMPTS = 0.3, 10  # while the store removes an old copy of a file
+MAX_WAITS = 120  # for the tenant's rate of images, in one upload of a zip
+MAX_ZIP_BYTES = 4 * 1024**3
+
+
+@dataclass(frozen=True)
+class SentImage:
+    """An image of a request; `problem` is the reason why its bytes could not be read."""
+
+    name: str
+    data: bytes
+    label: str | None = None
+    split: Split | None = None
+    problem: str = ""
+
+
+@dataclass
+class _Report:
+    """Result of a request so far."""
+
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AddCounts.model_fields, 0))
+    added: list[AddedImage] = field(default_factory=list)
+    there: list[AddedImage] = field(default_factory=list)
+    moved: list[MovedImage] = field(default_factory=list)
+    refused: list[RefusedImage] = field(default_factory=list)
+    similar: dict[str, str] = field(default_factory=dict)
+    audited: bool = False
+
+    def refuse(self, name: str, reason: str) -> None:
+        self.counts["refused"] += 1
+        if len(self.refused) < MAX_NAMED:
+            self.refused.append(RefusedImage(name=name, reason=reason))
+
+    def record(self, image: NewImage, status: AddStatus) -> None:
+        found: dict[str, Any] = {"name": image.name, "digest": image.digest, "label": image.label}
+        match status.status:
+            case "added":
+                self._append("added", self.added, AddedImage(**found))
+            case "moved":
+                self._append("moved", self.moved, MovedImage(before=status.before, **found))
+            case "there":
+                self._append("already_there", self.there, AddedImage(**found))
+            case _:
+                self.refuse(image.name, status.error)
+        if status.similar and image.label:
+            self.similar[image.label] = status.similar
+
+    def _append(self, count: str, images: list[Any], image: AddedImage) -> None:
+        self.counts[count] += 1
+        if len(images) < MAX_NAMED:
+            images.append(image)
+
+    def reply(self) -> ImagesAdded:
+        warnings = [
+            f"label {new!r} differs from label {old!r} only in case, spaces or Unicode form; merge them if they are one"
+            for new, old in self.similar.items()
+        ]
+        return ImagesAdded(
+            counts=AddCounts(**self.counts),
+            added=self.added,
+            already_there=self.there,
+            moved=self.moved,
+            refused=self.refused,
+            warnings=warnings,
+        )
+
+
+class DatasetService:
+    """Datasets of the tasks of a caller's own tenant. Every method raises `NotFound` for another tenant's task."""
+
+    def __init__(
+        self,
+        *,
+        index: DatasetIndex,
+        tasks: TaskRegistry,
+        images: Store,
+        features: FeatureService,
+        removal: FileRemoval,
+        decoder: ImageDecoder,
+        limiter: RateLimiter,
+        threads: TenantThreads,
+        max_image_bytes: int,
+    ) -> None:
+        """
+        Args:
+            threads: thread pool for calls to the store and for files.
+        """
+        self._index = index
+        self._tasks = tasks
+        self._images = images
+        self._features = features
+        self._removal = removal
+        self._decoder = decoder
+        self._limiter = limiter
+        self._threads = threads
+        self._max_image_bytes = max_image_bytes
+        self._uploads = TenantConcurrencyLimit(IMAGE_UPLOADS, IMAGE_UPLOADS + IMAGE_UPLOADS_QUEUED)
+
+    @asynccontextmanager
+    async def upload(self, caller: Caller, name: str) -> AsyncIterator[None]:
+        """Hold one of the tenant's uploads. The request's body is unread until then.
+
+        Raises:
+            NotFound: the task does not exist.
+            LimitReached: the tenant has too many images or too many uploads.
+        """
+        task = caller.own_task(name)
+        async with self._uploads.acquire(caller.tenant):
+            await self._index.check_room(caller, caller.tenant, task)
+            yield
+
+    async def add(self, caller: Caller, name: str, images: Sequence[SentImage]) -> ImagesAdded:
+        """Add the images of one request. Unusable ones are listed with their reasons; the others are kept.
+
+        Raises:
+            LimitReached: the tenant's rate of images.
+            Unavailable: the store, the registry or the workers are unavailable.
+        """
+        report = _Report()
+        await self._add(caller, caller.own_task(name), images, report, files=len(images), waits=False)
+        return report.reply()
+
+    async def add_zip(
+        self, caller: Caller, name: str, chunks: AsyncIterable[bytes], label: str | None, split: Split | None
+    ) -> ImagesAdded:
+        """Add the images of a zip of class folders, entry by entry.
+
+        Args:
+            label: of all images, in place of the names of their folders.
+            split: of all images, in place of folders named `train` and `test`.
+
+        Raises:
+            InvalidRequest, TooLarge: the zip is damaged or too large, as a whole.
+            HubError: any error of `add`. Images of earlier steps stay; the same upload again continues.
+        """
+        task, report = caller.own_task(name), _Report()
+        pool = self._threads.of(caller.tenant)
+        async with spooled(pool, chunks, MAX_ZIP_BYTES, "zip") as file:
+            entries, count = await run_blocking(pool, self._open_zip, file, label, split)
+            while images := await run_blocking(pool, lambda: list(islice(entries, STEP_IMAGES))):
+                await self._add(caller, task, images, report, files=count, waits=True)
+        return report.reply()
+
+    async def page(
+        self,
+        caller: Caller,
+        name: str,
+        *,
+        label: str | None,
+        unlabelled: bool,
+        use: Use | None,
+        before: int,
+        count: int,
+    ) -> ImagePage:
+        """Return images, newest first; see `DatasetIndex.page`."""
+        task = caller.own_task(name)
+        return await self._index.page(
+            caller.tenant, task, label=label, unlabelled=unlabelled, use=use, before=before, count=count
+        )
+
+    async def describe(self, caller: Caller, name: str) -> DatasetInfo:
+        """Return the dataset's labels with their numbers of images."""
+        task = caller.own_task(name)
+        found = await self._index.describe(caller.tenant, task)
+        declared = (await self._tasks.task(caller.tenant, task)).settings.labels
+        counts = {str(count.label): count for count in found.labels}
+        counts |= {label: LabelCount(label=label, train=0, test=0) for label in declared if label not in counts}
+        return DatasetInfo(
+            task=name,
+            images=found.images,
+            image_bytes=found.image_bytes,
+            labels=[counts[label] for label in sorted(counts)],
+            unlabelled=found.unlabelled,
+            similar_labels=[list(group) for group in near_duplicates(sorted(counts))],
+        )
+
+    async def find(self, caller: Caller, name: str, digest: str) -> DatasetImage:
+        """Return one image's record. Raises `NotFound` also for an image of another tenant."""
+        return await self._index.find(caller.tenant, caller.own_task(name), digest)
+
+    async def file(self, caller: Caller, name: str, digest: str) -> bytes:
+        """Return an image's bytes as they were sent."""
+        await self.find(caller, name, digest)
+        return await run_blocking(self._threads.of(caller.tenant), self._images.get, digest)
+
+    async def thumbnail(self, caller: Caller, name: str, digest: str) -> bytes:
+        """Return a small JPEG of an image, without its metadata, such as the place of a photo."""
+        data = await self.file(caller, name, digest)
+        return await self._decoder.thumbnail(caller.tenant, digest, data)
+
+    async def change(self, caller: Caller, name: str, digest: str, change: ImageChange) -> DatasetImage:
+        """Set label or split of an image and return it."""
+        task = caller.own_task(name)
+        relabel = "label" in change.model_fields_set
+        await self._index.change(
+            caller, caller.tenant, task, digest, label=change.label, relabel=relabel, split=change.split
+        )
+        return await self._index.find(caller.tenant, task, digest)
+
+    async def remove(self, caller: Caller, name: str, digest: str) -> None:
+        """Remove an image. Its file goes too, unless another dataset holds it."""
+        if await self._index.remove(caller, caller.tenant, caller.own_task(name), digest):
+            await self._removal.remove([StoredName("", digest)])
+
+    async def rename_label(self, caller: Caller, name: str, rename: LabelRename) -> LabelRenamed:
+        """Rename a label, or merge it into another one."""
+        task = caller.own_task(name)
+        merged = await self._index.rename_label(caller, caller.tenant, task, rename.label, rename.to)
+        found = await self._index.describe(caller.tenant, task)
+        counts = next((count for count in found.labels if count.label == rename.to), None)
+        return LabelRenamed(
+            label=rename.to, merged=merged, counts=counts or LabelCount(label=rename.to, train=0, test=0)
+        )
+
+    def _open_zip(self, file: IO[bytes], label: str | None, split: Split | None) -> tuple[Iterator[SentImage], int]:
+        zipped = ZipFolders(file, max_image_bytes=self._max_image_bytes)
+        entries = zipped.entries()
+
+        def images() -> Iterator[SentImage]:
+            for entry in entries:
+                try:
+                    data, problem = zipped.read(entry), ""
+                except InvalidImage as error:
+                    data, problem = b"", error.errors[0].message
+                yield SentImage(entry.name, data, label or entry.label, split or entry.split, problem)
+
+        return images(), len(entries)
+
+    async def _add(
+        self, caller: Caller, task: str, sent: Sequence[SentImage], report: _Report, *, files: int, waits: bool
+    ) -> None:
+        """Check, store and list some images of a request.
+
+        Args:
+            files: images of the whole request, for the audit.
+            waits: wait where the tenant's rate of images is reached, instead of raising.
+        """
+        for image in sent:
+            if image.problem:
+                report.refuse(image.name, image.problem)
+        usable = [image for image in sent if not image.problem]
+        if not usable:
+            return
+        spec = await self._features.spec()
+        sizes = await self._decoder.sizes(caller.tenant, [image.data for image in usable])
+        async with self._turn(caller.tenant, len(usable), sum(sizes), waits=waits):
+            decoded = await asyncio.gather(
+                *(
+                    self._decoded(caller.tenant, image, spec.preprocess, size)
+                    for image, size in zip(usable, sizes, strict=True)
+                ),
+                return_exceptions=True,
+            )
+        images, pixels = [], {}
+        for image, result in zip(usable, decoded, strict=True):
+            if isinstance(result, InvalidImage | TooLarge):
+                report.refuse(image.name, result.errors[0].message if result.errors else result.detail)
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                digest, pixels_of_image = result
+                pixels[digest] = pixels_of_image
+                new = NewImage(digest, image.name[-MAX_NAME_CHARACTERS:], len(image.data), image.label, image.split)
+                images.append((new, image.data))
+        if images:
+            added = await self._store(caller, task, images, report, files)
+            self._features.compute_later(caller.tenant, spec, {digest: pixels[digest] for digest in added})
+
+    @asynccontextmanager
+    async def _turn(self, tenant: str, count: int, counted: int, *, waits: bool) -> AsyncIterator[None]:
+        """Count images in flight within the tenant's limits."""
+        async with AsyncExitStack() as held:
+            for attempt in range(MAX_WAITS):
+                try:
+                    await held.enter_async_context(self._limiter.images(tenant, count, counted))
+                    break
+                except LimitReached as error:
+                    if not waits or attempt == MAX_WAITS - 1:
+                        raise
+                    await asyncio.sleep(error.retry_after_s or 1)
+            yield
+
+    async def _decoded(
+        self, tenant: str, image: SentImage, preprocess: Mapping[str, Any], size: int
+    ) -> tuple[str, NDArray[np.uint8]]:
+        (pixels,) = await self._decoder.decode(tenant, [(image.name, image.data, preprocess)], [size])
+        digest = await run_blocking(self._threads.of(tenant), lambda: hashlib.sha256(image.data).hexdigest())
+        return digest, pixels
+
+    async def _store(
+        self,
+        caller: Caller,
+        task: str,
+        images: Sequence[tuple[NewImage, bytes]],
+        report: _Report,
+        files: int,
+    ) -> list[str]:
+        """Store and list images. Return the digests of the new ones."""
+        left, added = list(images), []
+        for _ in range(REMOVING_ATTEMPTS):
+            await gather_or_cancel(
+                run_blocking(self._threads.of(caller.tenant), self._images.put, new.digest, data) for new, data in left
+            )
+            statuses, changed = await self._index.add(
+                caller,
+                caller.tenant,
+                task,
+                [new for new, _ in left],
+                {"files": files},
+                audited=report.audited,
+                patience_s=PATIENCE_S,
+            )
+            report.audited = report.audited or changed
+            waiting, unlisted = [], []
+            for (new, data), status in zip(left, statuses, strict=True):
+                if status.status == "removing":
+                    waiting.append((new, data))
+                    continue
+                report.record(new, status)
+                if status.status == "added":
+                    added.append(new.digest)
+                elif status.error:
+                    unlisted.append(StoredName("", new.digest))
+            await self._removal.remove(unlisted)  # otherwise refused images would fill the store
+            left = waiting
+            if not left:
+                return added
+            await asyncio.sleep(REMOVING_PAUSE_S)
+        raise Unavailable("The store is removing an old copy of an image. Send the images again.", retry_after_s=2)

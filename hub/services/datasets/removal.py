@@ -1,0 +1,108 @@
+"""Removal of files that no dataset uses: images with their features, snapshots and reports of trainings."""
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from itertools import islice
+
+from ...admin_schemas import Collected
+from ...concurrency import Pool, run_blocking
+from ...errors import HubError
+from ...registry.datasets.files import DatasetFiles, StoredName
+from ...registry.health import RegistryIntegrity
+from ...registry.redis.connection import is_cancelled
+from ...storage.features import FeatureStore
+from ...storage.store import Store, StoredFile
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 5.0
+DRAINED_IMAGES = 200  # of a deleted dataset, in one step of the registry
+FILES_PER_LISTING = 1000
+
+
+class FileRemoval:
+    """Removes files of datasets from the store. `run` must run beside it."""
+
+    def __init__(
+        self,
+        *,
+        files: DatasetFiles,
+        integrity: RegistryIntegrity,
+        images: Store,
+        snapshots: Store,
+        reports: Store,
+        features: FeatureStore,
+        pool: Pool,
+    ) -> None:
+        """
+        Args:
+            pool: thread pool for calls to the store.
+        """
+        self._files = files
+        self._integrity = integrity
+        self._stores = {"": images, "s:": snapshots, "r:": reports}
+        self._features = features
+        self._pool = pool
+
+    async def remove(self, names: Sequence[StoredName]) -> None:
+        """Remove files, unless a dataset has begun to use one. Never raises: garbage collection finds what is left."""
+        for name in names:
+            try:
+                await self._remove(name)
+            except HubError as error:
+                logger.warning("file %s is not removed yet: %s", name.digest, error.detail)
+
+    async def run(self) -> None:
+        """Remove the files of deleted tasks and tenants, until cancelled."""
+        while not is_cancelled():
+            try:
+                more = True
+                while more:
+                    names, more = await self._files.drain(DRAINED_IMAGES)
+                    await self.remove(names)
+            except HubError:
+                pass  # the registry is unavailable; the next round repeats
+            except Exception:
+                logger.exception("the files of deleted datasets cannot be removed")
+            await asyncio.sleep(INTERVAL_S)
+
+    async def collect(self, before: datetime) -> Collected:
+        """Remove every file that no dataset uses and that was written before a time.
+
+        Raises:
+            Conflict: the registry may have lost keys; nothing was removed.
+            Unavailable: the registry or the store is unavailable; files removed before that stay removed.
+        """
+        await self._integrity.check_images()
+        removed = size_bytes = kept = 0
+        for kind, store in self._stores.items():
+            unfinished = await run_blocking(self._pool, store.delete_unfinished, before)
+            removed, size_bytes = removed + len(unfinished), size_bytes + sum(unfinished)
+            stored = store.files()
+            while listed := await run_blocking(self._pool, _next_files, stored):
+                for file in listed:
+                    if file.modified < before and await self._remove(StoredName(kind, file.digest), before):
+                        removed, size_bytes = removed + 1, size_bytes + file.size_bytes
+                    else:
+                        kept += 1
+        return Collected(removed=removed, bytes=size_bytes, kept=kept)
+
+    async def _remove(self, name: StoredName, before: datetime | None = None) -> bool:
+        async with self._files.claimed(name) as claimed:
+            if not claimed:
+                return False
+            store = self._stores[name.kind]
+            if before is not None:  # an upload may have written the file since the listing
+                file = await run_blocking(self._pool, store.find, name.digest)
+                if file is None or file.modified >= before:
+                    return False
+            deleted = await run_blocking(self._pool, store.delete, name.digest)
+            if name.kind == "":
+                await run_blocking(self._pool, self._features.delete, name.digest)
+            return deleted
+
+
+def _next_files(files: Iterator[StoredFile]) -> list[StoredFile]:
+    return list(islice(files, FILES_PER_LISTING))

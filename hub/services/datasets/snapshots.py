@@ -1,0 +1,89 @@
+"""Snapshots: immutable lists of the images that trainings used, stored by the sha256 of their JSON text."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapters.data.labels import sorted_labels
+
+from ...dataset_schemas import DatasetImage, SnapshotInfo, Use
+from ...errors import Conflict
+
+FORMAT = "karst-snapshot/1"
+MAX_LISTED = 10  # labels in one warning
+
+
+@dataclass(frozen=True)
+class SnapshotImage:
+    """One image of a snapshot."""
+
+    digest: str
+    label: str
+    use: Use
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The labelled images of a dataset at one moment, in order of their digests."""
+
+    images: tuple[SnapshotImage, ...]
+    labels: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, dataset: Sequence[DatasetImage]) -> "Snapshot":
+        """Return the labelled images. A label without a training image trains on its images with the split `auto`.
+
+        Raises:
+            Conflict: the images cannot train a classifier.
+        """
+        labelled = sorted((image for image in dataset if image.label is not None), key=lambda image: image.digest)
+        labels = sorted_labels(str(image.label) for image in labelled)
+        if not labelled:
+            raise Conflict("The dataset has no labelled image. Add images with labels first.")
+        if len(labels) < 2:
+            raise Conflict(f"The dataset has one label only ({labels[0]!r}). Add images of a second label.")
+        trained = {image.label for image in labelled if image.use == "train"}
+        rescued = [label for label in labels if label not in trained]
+        images = tuple(
+            SnapshotImage(
+                image.digest,
+                str(image.label),
+                "train" if image.label in rescued and image.split == "auto" else image.use,
+            )
+            for image in labelled
+        )
+        untrained = set(labels) - {image.label for image in images if image.use == "train"}
+        if untrained:
+            raise Conflict(f"All images of {_listed(sorted(untrained))} have the split test. Add some to train on.")
+        counts = Counter(image.label for image in images if image.use == "train")
+        if max(counts.values()) < 2:
+            raise Conflict("No label has two images to train on. Add a second image to at least one label.")
+        warnings = []
+        if rescued:
+            warnings.append(f"too few images of {_listed(rescued)} to test on; all of them train")
+        if single := [label for label in labels if counts[label] == 1]:
+            warnings.append(f"one image only of {_listed(single)}; add more, ten or more are better")
+        return cls(images, labels, tuple(warnings))
+
+    def text(self, task: str) -> bytes:
+        """Return the JSON text. Equal datasets have equal texts."""
+        images = [[image.digest, image.label, image.use] for image in self.images]
+        return json.dumps({"format": FORMAT, "task": task, "images": images}, ensure_ascii=False).encode()
+
+    def info(self, text: bytes) -> SnapshotInfo:
+        """Return the digest of the text, and the numbers of images."""
+        test = sum(image.use == "test" for image in self.images)
+        return SnapshotInfo(
+            digest=hashlib.sha256(text).hexdigest(),
+            images=len(self.images),
+            train=len(self.images) - test,
+            test=test,
+        )
+
+
+def _listed(labels: Sequence[str]) -> str:
+    more = len(labels) - MAX_LISTED
+    return ", ".join(map(repr, labels[:MAX_LISTED])) + (f" and {more} more labels" if more > 0 else "")

@@ -1,0 +1,39 @@
+"""Recipe `instant`: a classifier head on the stored features of a snapshot's images."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adapters.backbone import BackboneInfo
+from adapters.data.errors import DataError
+from adapters.training.auto import Classifier, instant_from_features
+
+from ...errors import Conflict
+from ..datasets.snapshots import Snapshot
+
+
+def fit_instant(
+    snapshot: Snapshot, rows: Mapping[str, NDArray[np.float16]], backbone: BackboneInfo, extra: Mapping[str, str]
+) -> Classifier:
+    """Fit the instant head to the features of a snapshot.
+
+    Args:
+        rows: (D,) of each image, by digest.
+        extra: further figures for the metadata.
+
+    Raises:
+        Conflict: the images are too few.
+    """
+    numbers = {label: i for i, label in enumerate(snapshot.labels)}
+    parts = {}
+    for use in ("train", "test"):
+        images = [image for image in snapshot.images if image.use == use]
+        if images:
+            features = torch.from_numpy(np.stack([rows[image.digest] for image in images]).astype(np.float32))
+            parts[use] = features, torch.tensor([numbers[image.label] for image in images])
+    try:
+        return instant_from_features(*parts["train"], snapshot.labels, backbone, test=parts.get("test"), extra=extra)
+    except DataError as error:
+        raise Conflict(f"Cannot train: {error}.") from error

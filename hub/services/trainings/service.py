@@ -1,0 +1,236 @@
+"""Trainings in the hub: the images of a dataset in, a new version out. No HTTP, no Ray."""
+
+import asyncio
+import io
+import secrets
+import time
+import zipfile
+from collections.abc import AsyncIterator
+from concurrent.futures import Executor
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime
+
+from ...admission.authentication import Caller
+from ...admission.quotas import TRAINING_STREAMS, TRAININGS, TRAININGS_QUEUED
+from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
+from ...dataset_schemas import ENDED, TrainingInfo, TrainingList, TrainingRequest, TrainingState
+from ...errors import HubError, InvalidRequest, NotFound
+from ...registry.datasets.index import DatasetIndex
+from ...registry.datasets.trainings import Author, Job, Training, TrainingRegistry
+from ...registry.tasks import TaskRegistry
+from ...storage.store import Store
+from ..classification import ClassificationService
+from ..datasets.features import FeatureService
+from ..datasets.removal import FileRemoval
+from ..datasets.snapshots import Snapshot
+from .instant import fit_instant
+from .jobs import TrainingJobs
+from .promotion import PromotionService
+
+INSTANT = "instant"
+JOB_RECIPES = ("karst", "auto")
+INTERRUPTED = "The gateway stopped before the training ended. Train again."
+FOLLOW_INTERVAL_S = 1.0
+
+
+class TrainingService:
+    """Trainings of the tasks of a caller's own tenant. Every method raises `NotFound` for another tenant's task."""
+
+    def __init__(
+        self,
+        *,
+        index: DatasetIndex,
+        trainings: TrainingRegistry,
+        tasks: TaskRegistry,
+        snapshots: Store,
+        reports: Store,
+        features: FeatureService,
+        removal: FileRemoval,
+        classification: ClassificationService,
+        promotion: PromotionService,
+        jobs: TrainingJobs,
+        threads: TenantThreads,
+        fits: Executor,
+    ) -> None:
+        """
+        Args:
+            threads: thread pool for calls to the store.
+            fits: thread pool for fits, whose threads run torch with one thread each.
+        """
+        self._index = index
+        self._trainings = trainings
+        self._tasks = tasks
+        self._snapshots = snapshots
+        self._reports = reports
+        self._features = features
+        self._removal = removal
+        self._classification = classification
+        self._promotion = promotion
+        self._jobs = jobs
+        self._threads = threads
+        self._fits = fits
+        self._limit = TenantConcurrencyLimit(TRAININGS, TRAININGS + TRAININGS_QUEUED)
+        self._streams = TenantConcurrencyLimit(TRAINING_STREAMS, TRAINING_STREAMS)
+
+    async def train(self, caller: Caller, name: str, request: TrainingRequest) -> TrainingInfo:
+        """Train a new version from the task's dataset.
+
+        Recipe `instant` returns when the version is registered; other recipes return a queued training. The version
+        becomes `latest`, and by the task's setting `promote` also `stable`.
+
+        Raises:
+            InvalidRequest: the hub does not have the recipe.
+            Conflict: the images cannot train a classifier.
+            LimitReached: too many trainings of the tenant wait.
+            HubError: of `instant`: any error of `RegistrationService.register`; the training is then `failed`.
+        """
+        task = caller.own_task(name)
+        if request.recipe == INSTANT:
+            async with self._limit.acquire(caller.tenant):
+                return await self._train(caller, task)
+        if request.recipe not in JOB_RECIPES:
+            known = ", ".join(map(repr, (INSTANT, *JOB_RECIPES)))
+            raise InvalidRequest.at("recipe", f"is {request.recipe[:40]!r}; must be one of {known}")
+        await self._tasks.task(caller.tenant, task)
+        dataset = await self._index.all(caller.tenant, task)
+        training = await self._started(caller, task, request, Snapshot.of(dataset), "queued")
+        self._jobs.wake()
+        return training.public()
+
+    async def list(self, caller: Caller, name: str) -> TrainingList:
+        """Return the trainings of a task, newest first."""
+        found = await self._trainings.all(caller.tenant, caller.own_task(name))
+        return TrainingList(trainings=[training.public() for training in found])
+
+    async def get(self, caller: Caller, name: str, id: str) -> TrainingInfo:
+        """Return one training."""
+        return (await self._trainings.get(caller.tenant, caller.own_task(name), id)).public()
+
+    async def snapshot(self, caller: Caller, name: str, id: str) -> bytes:
+        """Return the JSON text of a training's snapshot."""
+        training = await self._trainings.get(caller.tenant, caller.own_task(name), id)
+        pool = self._threads.of(caller.tenant)
+        return await run_blocking(pool, self._snapshots.get, training.snapshot.digest)
+
+    async def report(self, caller: Caller, name: str, id: str, file: str) -> bytes:
+        """Return a file of a training's report.
+
+        Raises:
+            NotFound: the training has no such file: it has not ended, or its recipe makes no report.
+        """
+        training = await self._trainings.get(caller.tenant, caller.own_task(name), id)
+        if training.report_digest is None or file not in training.report_files:
+            raise NotFound.at("file", f"training {id!r} has no file {file!r}; `report_files` lists its files")
+        pool = self._threads.of(caller.tenant)
+        data = await run_blocking(pool, self._reports.get, training.report_digest)
+        return await run_blocking(pool, _member, data, file)
+
+    async def cancel(self, caller: Caller, name: str, id: str) -> TrainingInfo:
+        """End a queued or running training, and return it. One that has ended stays as it is."""
+        task = caller.own_task(name)
+        training = await self._trainings.get(caller.tenant, task, id)
+        if training.state in ENDED:
+            return training.public()
+        ended = training.model_copy(update={"state": "cancelled", "progress": None})
+        if not await self._trainings.cancel(caller, Job(caller.tenant, task, id), ended):
+            return (await self._trainings.get(caller.tenant, task, id)).public()
+        return ended.public()
+
+    def stream(self, caller: Caller) -> AbstractAsyncContextManager[None]:
+        """Hold one of the tenant's streams of progress.
+
+        Raises:
+            LimitReached: the tenant has too many at this gateway.
+        """
+        return self._streams.acquire(caller.tenant)
+
+    async def follow(self, caller: Caller, name: str, id: str) -> AsyncIterator[TrainingInfo]:
+        """Yield a training now, and after each change until it has ended or is deleted."""
+        last = None
+        while last is None or last.state not in ENDED:
+            try:
+                training = await self.get(caller, name, id)
+            except NotFound:
+                return
+            if training != last:
+                yield training
+            last = training
+            if training.state not in ENDED:
+                await asyncio.sleep(FOLLOW_INTERVAL_S)
+
+    async def _train(self, caller: Caller, task: str) -> TrainingInfo:
+        started_s = time.monotonic()
+        await self._tasks.task(caller.tenant, task)
+        dataset = await self._index.all(caller.tenant, task)
+        # A first look, before the features are read: most faults of a dataset show here.
+        Snapshot.of(dataset)
+        labelled = [image.digest for image in dataset if image.label is not None]
+        rows = await self._features.of(caller.tenant, labelled)
+        snapshot = Snapshot.of([image for image in dataset if image.digest in rows])
+        left_out = len(labelled) - len(rows)
+        training = await self._started(caller, task, TrainingRequest(), snapshot, "failed", left_out)
+        try:
+            backbone = (await self._classification.limits()).backbone
+            extra = {"snapshot": training.snapshot.digest, "training": training.id}
+            classifier = await run_blocking(self._fits, fit_instant, snapshot, rows, backbone, extra)
+            registered, promotion = await self._promotion.register(caller, task, classifier.adapter.data)
+        except HubError as error:
+            failed = {"error": error.detail, "seconds": _since(started_s)}
+            await self._trainings.put(caller, caller.tenant, task, training.model_copy(update=failed), audited=True)
+            raise
+        done = {
+            "state": "done",
+            "version": registered.version,
+            "report": registered.metrics,
+            "promotion": promotion,
+            "seconds": _since(started_s),
+            "error": None,
+        }
+        training = training.model_copy(update=done)
+        await self._trainings.put(caller, caller.tenant, task, training, audited=True)
+        return training.public()
+
+    async def _started(
+        self,
+        caller: Caller,
+        task: str,
+        request: TrainingRequest,
+        snapshot: Snapshot,
+        state: TrainingState,
+        left_out: int = 0,
+    ) -> Training:
+        """Store a new training with its snapshot, and return it."""
+        text = snapshot.text(task)
+        info = snapshot.info(text)
+        warnings = list(snapshot.warnings)
+        if left_out:
+            warnings.append(f"{left_out} images cannot be read and were left out")
+        queued = state == "queued"
+        training = Training(
+            id=secrets.token_hex(8),
+            task=task,
+            recipe=request.recipe,
+            state=state,
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            seconds=0,
+            snapshot=info,
+            version=None,
+            report=None,
+            warnings=warnings,
+            error=None if queued else INTERRUPTED,  # until the training ends: no training seems to run for ever
+            author=Author(key=caller.key, name=caller.name, role=caller.role, address=caller.address),
+            budget_s=request.budget_s if queued else 0,
+        )
+        await run_blocking(self._threads.of(caller.tenant), self._snapshots.put, info.digest, text)
+        dropped = await self._trainings.put(caller, caller.tenant, task, training, audited=queued, queued=queued)
+        await self._removal.remove(dropped)
+        return training
+
+
+def _since(started_s: float) -> float:
+    return round(time.monotonic() - started_s, 3)
+
+
+def _member(report: bytes, file: str) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(report)) as archive:
+        return archive.read(file)

@@ -1,0 +1,122 @@
+"""Trainings over HTTP: from uploaded images to a version that answers, and refusals of datasets that cannot train."""
+
+from typing import Any
+
+import pytest
+
+from tests.support.hub_app import OCTETS, Hub
+from tests.support.models import coloured_noise, wait_until
+from tests.support.zips import zip_of
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
+TRAININGS = "/v1/tasks/colours/trainings"
+IMAGES = "/v1/tasks/colours/images"
+
+
+@pytest.fixture
+def colours(hub: Hub, tmp_path: Any) -> Hub:
+    """A hub with a task `colours` and twelve images of each of three colours."""
+    hub.http.put("/v1/tasks/colours", json={"promote": "always"})
+    folder = coloured_noise(tmp_path / "colours", COLOURS, count=12, seed=0)
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+    reply = hub.http.post(IMAGES, content=zip_of(files), headers={"content-type": "application/zip"})
+    assert reply.json()["counts"]["added"] == 36, reply.text
+    return hub
+
+
+def test_a_training_makes_a_version_that_answers_at_once(colours: Hub, tmp_path: Any) -> None:
+    reply = colours.http.post(TRAININGS, json={"recipe": "instant"})
+    assert reply.status_code == 200, reply.text
+    training = reply.json()
+    assert (training["state"], training["version"], training["snapshot"]["images"]) == ("done", 1, 36)
+    assert training["report"]["leave_one_out_accuracy"] > 0.9
+    assert training["report"]["test_images"] == training["snapshot"]["test"] > 0
+    new = coloured_noise(tmp_path / "new", COLOURS, count=1, seed=9)
+    for label in COLOURS:
+        data = (new / label / "0.png").read_bytes()
+        answer = colours.http.post("/v1/tasks/colours/classify", content=data, headers=OCTETS).json()
+        assert answer["predictions"][0][0]["label"] == label
+    task = colours.http.get("/v1/tasks/colours").json()
+    assert task["aliases"] == {"latest": {"1": 1}, "stable": {"1": 1}}
+    assert task["versions"][0]["metrics"]["snapshot"] == training["snapshot"]["digest"]
+
+
+def test_a_training_is_listed_with_its_snapshot(colours: Hub) -> None:
+    made = colours.http.post(TRAININGS).json()
+    assert colours.http.get(TRAININGS).json()["trainings"] == [made]
+    assert colours.http.get(f"{TRAININGS}/{made['id']}").json() == made
+    snapshot = colours.http.get(f"{TRAININGS}/{made['id']}/snapshot").json()
+    listed = colours.http.get(f"{IMAGES}?count=100").json()["images"]
+    assert snapshot["images"] == sorted([image["digest"], image["label"], image["use"]] for image in listed)
+    assert colours.http.get(f"{TRAININGS}/{'0' * 16}").status_code == 404
+    entries = colours.http.get("/v1/tenants/default/audit").json()["entries"]
+    assert [entry["action"] for entry in entries].count("training.run") == 1
+
+
+def test_stored_features_are_used_and_missing_ones_are_computed(colours: Hub) -> None:
+    colours.http.post(TRAININGS)
+    assert colours.engine.feature_images == 36
+    for path in colours.store_folder.rglob("*.f16"):
+        path.unlink()
+    assert colours.http.post(TRAININGS).status_code == 200
+    assert colours.engine.feature_images == 72
+
+
+def test_a_new_label_grows_the_classes_of_the_task(colours: Hub, tmp_path: Any) -> None:
+    colours.http.post(TRAININGS)
+    white = coloured_noise(tmp_path / "white", {"white": (230, 230, 230)}, count=4, seed=3)
+    for path in white.rglob("*.png"):
+        colours.http.post(f"{IMAGES}?label=white", content=path.read_bytes(), headers=OCTETS)
+    assert colours.http.post(TRAININGS).json()["version"] == 2
+    assert colours.http.get("/v1/tasks/colours").json()["labels"] == ["blue", "green", "red", "white"]
+
+
+def test_a_dataset_that_cannot_train_is_refused_with_the_reason(hub: Hub, tmp_path: Any) -> None:
+    hub.http.put("/v1/tasks/colours", json={})
+
+    def refusal() -> str:
+        reply = hub.http.post(TRAININGS)
+        assert reply.status_code == 409, reply.text
+        return str(reply.json()["detail"])
+
+    def add(label: str, i: int, split: str) -> None:
+        data = (images / label / f"{i}.png").read_bytes()
+        hub.http.post(IMAGES, params={"label": label, "split": split}, content=data, headers=OCTETS)
+
+    images = coloured_noise(tmp_path / "images", COLOURS, count=3, seed=0)
+    assert "no labelled image" in refusal()
+    add("red", 0, "train")
+    assert "one label only" in refusal()
+    add("blue", 0, "test")
+    assert "'blue' have the split test" in refusal()
+    add("blue", 1, "train")
+    assert "No label has two images" in refusal()
+    add("red", 1, "train")
+    made = hub.http.post(TRAININGS)
+    assert made.status_code == 200, made.text
+    assert "one image only of 'blue'" in made.json()["warnings"][0]
+    assert hub.http.get("/v1/tasks/colours").json()["versions"][0]["version"] == 1
+
+
+def test_an_image_whose_file_is_lost_is_left_out_with_a_warning(colours: Hub) -> None:
+    for path in colours.store_folder.rglob("*.f16"):
+        path.unlink()
+    next(colours.store_folder.rglob("*.image")).unlink()
+    colours.engine.feature_images = 0
+    made = colours.http.post(TRAININGS).json()
+    assert made["snapshot"]["images"] == 35
+    assert "1 images cannot be read and were left out" in made["warnings"]
+
+
+def test_a_training_of_another_tenants_task_or_without_a_task_is_not_found(colours: Hub) -> None:
+    foreign = colours.key_of("foreign")
+    assert colours.http.post("/v1/tasks/default:colours/trainings", headers=foreign).status_code == 404
+    assert colours.http.post(TRAININGS, headers=foreign).status_code == 404
+    assert colours.http.post("/v1/tasks/nothing/trainings").status_code == 404
+
+
+def test_a_deleted_task_takes_its_snapshots(colours: Hub) -> None:
+    colours.http.post(TRAININGS)
+    assert any(name.endswith(".json") for name in colours.stored())
+    colours.http.delete("/v1/tasks/colours")
+    wait_until(lambda: not any(name.endswith((".json", ".image", ".f16")) for name in colours.stored()), timeout_s=20)

@@ -1,0 +1,103 @@
+"""Commands `images` and `trainings` against the hub's application."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from hub.cli.main import app
+from hub.cli.output import out
+from tests.support.hub_app import Hub
+from tests.support.models import coloured_noise, png
+
+Run = Callable[..., Result]
+COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
+
+
+@pytest.fixture
+def run(hub: Hub, url: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Function that runs a command with an owner key in the environment."""
+    monkeypatch.setenv("HUB_URL", url)
+    monkeypatch.setenv("HUB_KEY", hub.key)
+    monkeypatch.setattr(out, "width", 200)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def read(done: Result) -> Any:
+    assert done.exit_code == 0, done.output or done.exception
+    return json.loads(done.stdout)
+
+
+def test_a_folder_of_class_folders_becomes_a_task_that_answers(run: Run, hub: Hub, tmp_path: Path) -> None:
+    folder = coloured_noise(tmp_path / "colours", COLOURS, count=6, seed=0)
+    assert "added: 12" in run("images", "add", "colours", folder).stdout
+    labels = read(run("images", "info", "colours", "--json"))["labels"]
+    assert {count["label"]: count["train"] + count["test"] for count in labels} == {"red": 6, "blue": 6}
+    done = run("trainings", "start", "colours")
+    assert done.exit_code == 0, done.output
+    assert "colours version 1: 12 images" in done.stdout
+    (training,) = read(run("trainings", "list", "colours", "--json"))["trainings"]
+    assert read(run("trainings", "show", "colours", training["id"], "--json")) == training
+    assert hub.http.get("/v1/tasks/colours").json()["labels"] == ["blue", "red"]
+
+
+def test_a_second_run_sends_only_images_that_are_not_there(run: Run, hub: Hub, tmp_path: Path) -> None:
+    folder = coloured_noise(tmp_path / "colours", COLOURS, count=3, seed=0)
+    run("images", "add", "colours", folder)
+    (folder / "red" / "new.png").write_bytes(png(1))
+    before = len(hub.http.get("/v1/tenants/default/audit").json()["entries"])
+    counts = read(run("images", "add", "colours", folder, "--json"))["counts"]
+    assert counts == {"added": 1, "moved": 0, "already_there": 6, "refused": 0}
+    entries = hub.http.get("/v1/tenants/default/audit").json()["entries"][before:]
+    assert [entry["detail"]["files"] for entry in entries] == [1]
+
+
+def test_one_label_holds_for_all_files_and_moves_known_images(run: Run, tmp_path: Path) -> None:
+    folder = coloured_noise(tmp_path / "colours", COLOURS, count=2, seed=0)
+    run("images", "add", "colours", folder)
+    counts = read(run("images", "add", "colours", folder, "--label", "any", "--json"))["counts"]
+    assert counts["moved"] == 4
+
+
+def test_a_refused_image_is_listed_and_the_others_are_added(run: Run, tmp_path: Path) -> None:
+    folder = coloured_noise(tmp_path / "colours", COLOURS, count=2, seed=0)
+    (folder / "red" / "notes.txt").write_text("no image")
+    done = run("images", "add", "colours", folder)
+    assert done.exit_code == 1
+    assert "added: 4" in done.stdout
+    assert "notes.txt" in done.stderr
+
+
+def test_images_are_listed_labelled_renamed_and_deleted(run: Run, tmp_path: Path) -> None:
+    folder = coloured_noise(tmp_path / "colours", COLOURS, count=2, seed=0)
+    run("images", "add", "colours", folder)
+    page = read(run("images", "list", "colours", "--label", "red", "--count", "1", "--json"))
+    assert page["next"] is not None
+    digest = page["images"][0]["digest"]
+    assert digest in run("images", "list", "colours").stdout
+    assert read(run("images", "label", "colours", digest, "blue", "--split", "test", "--json"))["label"] == "blue"
+    assert "merged to blue, 4 images" in run("images", "rename-label", "colours", "red", "blue").stdout
+    assert run("images", "delete", "colours", digest).exit_code == 2
+    assert "deleted" in run("images", "delete", "colours", digest, "--yes").stdout
+    assert run("images", "label", "colours", digest, "x").exit_code == 1
+
+
+def test_a_job_is_queued_shown_and_cancelled_and_versions_are_compared(run: Run, hub: Hub, tmp_path: Path) -> None:
+    folder = coloured_noise(tmp_path / "colours", COLOURS, count=12, seed=0)
+    run("images", "add", "colours", folder)
+    run("trainings", "start", "colours")
+    queued = run("trainings", "start", "colours", "--recipe", "karst", "--budget", "600")
+    assert queued.exit_code == 0, queued.output
+    assert "is queued" in queued.stdout
+    training = read(run("trainings", "list", "colours", "--json"))["trainings"][0]
+    assert training["state"] in ("queued", "running")
+    assert "is cancelled" in run("trainings", "cancel", "colours", training["id"]).stdout
+    refused = run("trainings", "report", "colours", training["id"], "-o", tmp_path / "report.html")
+    assert (refused.exit_code, (tmp_path / "report.html").exists()) == (1, False)
+    compared = run("trainings", "compare", "colours", "1", "latest")
+    assert compared.exit_code == 0, compared.output
+    assert "neither is better" in compared.stdout
+    assert read(run("trainings", "compare", "colours", "1", "latest", "--json"))["differing"] == 0

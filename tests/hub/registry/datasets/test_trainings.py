@@ -1,0 +1,184 @@
+"""The queue of trainings in a real Redis: order, leases, and what a lost lease allows no more."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from hub.admin_schemas import LimitsChange
+from hub.admission.quotas import TRAINING_JOBS
+from hub.dataset_schemas import SnapshotInfo
+from hub.errors import LimitReached, NotFound
+from hub.registry.audit import OPERATOR
+from hub.registry.datasets.files import StoredName
+from hub.registry.datasets.trainings import MAX_TRAININGS, Job, Training, TrainingRegistry
+from hub.schemas import TaskSettings
+from tests.support.datasets import Registry, digest_of, with_datasets
+
+LONG_S = 1000
+
+
+def training(id: str, snapshot: str = "s", **fields: Any) -> Training:
+    """Return a queued training."""
+    body: dict[str, Any] = {
+        "id": id,
+        "task": "flowers",
+        "recipe": "karst",
+        "state": "queued",
+        "created": datetime.now(UTC).isoformat(),
+        "seconds": 0,
+        "snapshot": SnapshotInfo(digest=digest_of(snapshot), images=3, train=2, test=1),
+        "version": None,
+        "report": None,
+        "warnings": [],
+    }
+    return Training(**body | fields)
+
+
+async def queue(trainings: TrainingRegistry, *ids: str, tenant: str = "t") -> None:
+    for id in ids:
+        await trainings.put(OPERATOR, tenant, "flowers", training(id), queued=True)
+
+
+async def take(trainings: TrainingRegistry, token: str = "me", lease_s: float = LONG_S, running: int = 100) -> str:
+    """Return `tenant id` of the next job, or nothing."""
+    job = (await trainings.take(token, lease_s=lease_s, max_running=running)).job
+    return "" if job is None else f"{job.tenant} {job.id}"
+
+
+def test_tenants_take_turns_and_each_tenants_jobs_keep_their_order(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings = TrainingRegistry(registry.connection)
+        for tenant in ("a", "b", "c"):
+            await registry.tenants.create(OPERATOR, tenant, LimitsChange())
+            await registry.tasks.put(OPERATOR, tenant, "flowers", TaskSettings())
+        await queue(trainings, *(f"a{i}" for i in range(10)), tenant="a")
+        await queue(trainings, *(f"b{i}" for i in range(7)), tenant="b")
+        await queue(trainings, *(f"c{i}" for i in range(3)), tenant="c")
+        order = [await take(trainings) for _ in range(20)]
+        assert await take(trainings) == ""
+        turns = [(t, i) for i in range(10) for t, count in (("a", 10), ("b", 7), ("c", 3)) if i < count]
+        assert order == [f"{tenant} {tenant}{i}" for tenant, i in turns]
+
+    with_datasets(empty_redis, use)
+
+
+def test_a_tenant_that_comes_back_waits_for_the_others_turns(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings = TrainingRegistry(registry.connection)
+        await queue(trainings, "t1")
+        assert await take(trainings) == "t t1"
+        await queue(trainings, "t2")
+        await queue(trainings, "o1", tenant="other")
+        assert [await take(trainings), await take(trainings)] == ["other o1", "t t2"]
+
+    with_datasets(empty_redis, use)
+
+
+def test_no_more_jobs_run_than_the_hub_allows(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings = TrainingRegistry(registry.connection)
+        await queue(trainings, "x", "y")
+        assert [await take(trainings, running=1), await take(trainings, running=1)] == ["t x", ""]
+        assert await trainings.finish(Job("t", "flowers", "x"), "me", training("x", state="done"))
+        assert await take(trainings, running=1) == "t y"
+
+    with_datasets(empty_redis, use)
+
+
+def test_a_job_whose_lease_has_expired_goes_to_the_front_and_its_gateway_loses_it(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings, job = TrainingRegistry(registry.connection), Job("t", "flowers", "x")
+        await queue(trainings, "x", "y")
+        assert await take(trainings, "first", lease_s=-1) == "t x"
+        taken = await trainings.take("second", lease_s=LONG_S, max_running=1)
+        assert (taken.job, taken.expired) == (None, [job])
+        assert await trainings.requeue(job, "", training("x"))
+        assert not await trainings.requeue(job, "", training("x"))
+        assert await take(trainings, "second") == "t x"
+        running = training("x", state="running")
+        assert not await trainings.write(job, "first", running, lease_s=LONG_S)
+        assert not await trainings.finish(job, "first", running)
+        assert not await trainings.requeue(job, "", running)  # the second lease holds
+        assert await trainings.write(job, "second", running, lease_s=LONG_S)
+        assert (await trainings.get(*job)).state == "running"
+
+    with_datasets(empty_redis, use)
+
+
+def test_a_cancelled_job_leaves_the_queue_and_its_gateway_loses_it(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings = TrainingRegistry(registry.connection)
+        await queue(trainings, "x", "y")
+        await take(trainings, running=1)
+        for id in ("x", "y"):
+            job, ended = Job("t", "flowers", id), training(id, state="cancelled")
+            assert await trainings.cancel(OPERATOR, job, ended)
+            assert not await trainings.cancel(OPERATOR, job, ended)
+            assert not await trainings.write(job, "me", training(id, state="running"), lease_s=LONG_S)
+        assert await take(trainings) == ""
+        assert [found.state for found in await trainings.all("t", "flowers")] == ["cancelled", "cancelled"]
+        assert [action for action, _ in await registry.entries()][-2:] == ["training.cancel", "training.cancel"]
+
+    with_datasets(empty_redis, use)
+
+
+def test_a_deleted_task_takes_its_jobs_with_it(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings, job = TrainingRegistry(registry.connection), Job("t", "flowers", "x")
+        await queue(trainings, "x", "y")
+        await take(trainings, running=1)
+        await registry.tasks.delete_task(OPERATOR, "t", "flowers")
+        assert await take(trainings) == ""
+        assert not await trainings.finish(job, "me", training("x", state="done"))
+        with pytest.raises(NotFound):
+            await trainings.put(OPERATOR, "t", "flowers", training("z"), queued=True)
+
+    with_datasets(empty_redis, use)
+
+
+def test_a_deleted_task_releases_the_snapshot_and_report_of_several_trainings(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings, report = TrainingRegistry(registry.connection), digest_of("report")
+        for id in ("x", "y"):
+            await queue(trainings, id)
+            await take(trainings)
+            ended = training(id, state="done", report_digest=report)
+            assert await trainings.finish(Job("t", "flowers", id), "me", ended)
+        async with registry.files.claimed(StoredName("r:", report)) as claimed:
+            assert not claimed
+        await registry.tasks.delete_task(OPERATOR, "t", "flowers")
+        found = []
+        more = True
+        while more:
+            names, more = await registry.files.drain(100)
+            found += names
+        assert sorted(found) == [StoredName("r:", report), StoredName("s:", digest_of("s"))]
+
+    with_datasets(empty_redis, use)
+
+
+def test_a_tenant_has_a_limit_of_jobs(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings = TrainingRegistry(registry.connection)
+        await queue(trainings, *map(str, range(TRAINING_JOBS)))
+        with pytest.raises(LimitReached, match=f"limit {TRAINING_JOBS}"):
+            await queue(trainings, "more")
+        await queue(trainings, "more", tenant="other")
+
+    with_datasets(empty_redis, use)
+
+
+def test_old_trainings_are_dropped_but_no_job_that_has_not_ended(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings = TrainingRegistry(registry.connection)
+        await queue(trainings, "job")
+        dropped = []
+        for i in range(MAX_TRAININGS):
+            ended = training(str(i), f"s{i}", state="done")
+            dropped += await trainings.put(OPERATOR, "t", "flowers", ended)
+        assert dropped == [StoredName("s:", digest_of("s0"))]
+        assert {"job", "1"} <= {found.id for found in await trainings.all("t", "flowers")}
+        assert await take(trainings) == "t job"
+
+    with_datasets(empty_redis, use)
