@@ -283,7 +283,7 @@ Pool = Executor | TenantPool | None
 def lower_priority() -> None:
     """Let the calling thread run while other threads and processes leave it a core. Only Linux has this for a thread.
 
-    It is for threads that do not hold Python's interpreter lock: otherwise threads of normal priority would wait for it.
+    It is for threads without Python's interpreter lock: otherwise threads of normal priority would wait for them.
     """
     if sys.platform == "linux":
         thread = threading.get_native_id()

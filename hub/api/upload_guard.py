@@ -151,7 +151,9 @@ class UploadGuardMiddleware:
             await send(message)
 
         pauses = self._behind_haproxy and Headers(scope=scope).get(DISCONNECT_HEADER) == "?1"
-        body = _Body(receive, self._memory, self._pace, self._route_keeps_bytes, self._read_ahead_bytes if pauses else None)
+        body = _Body(
+            receive, self._memory, self._pace, self._route_keeps_bytes, self._read_ahead_bytes if pauses else None
+        )
         scope[BODY] = body
         upload = asyncio.create_task(body.read(self._speed))
         reply = asyncio.create_task(_run(self._app, scope, body.receive, observed_send))
