@@ -33,6 +33,7 @@ API_KEYS = 1000  # API keys; further keys get 429
 DATASET_LABELS = 10_000  # labels of one dataset; further labels get 429
 IMAGE_UPLOADS = 4  # running uploads to datasets per gateway; further uploads wait in the tenant's queue
 IMAGE_UPLOADS_QUEUED = 32  # queued uploads per gateway; further uploads get 429
+KEPT_QUEUED = 64  # classified images per gateway that wait to be kept; further ones are not kept
 WORKER_FEATURES_QUEUED = 1024  # images that wait for features at a worker; further images are computed later
 TRAININGS = 1  # running trainings with recipe `instant` per gateway; further trainings wait in the tenant's queue
 TRAININGS_QUEUED = 8  # queued trainings per gateway; further trainings get 429

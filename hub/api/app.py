@@ -31,6 +31,7 @@ from ..registry.audit import AuditLog
 from ..registry.cache import RegistryCache
 from ..registry.datasets.files import DatasetFiles
 from ..registry.datasets.index import DatasetIndex
+from ..registry.datasets.kept import KeptImages
 from ..registry.datasets.trainings import TrainingRegistry
 from ..registry.events import EventLog
 from ..registry.health import RegistryIntegrity, RegistryWatch
@@ -43,6 +44,7 @@ from ..services.administration import AdministrationService
 from ..services.classification import ClassificationService
 from ..services.datasets.features import FeatureService
 from ..services.datasets.images import DatasetService
+from ..services.datasets.keeping import Keeper
 from ..services.datasets.removal import FileRemoval
 from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
@@ -205,26 +207,35 @@ def create_app(
     )
     integrity = RegistryIntegrity(database)
     watch = RegistryWatch(database, cache.resynchronise, metrics.record_registry if metrics is not None else None)
-    service = ClassificationService(
-        registry=registry,
-        cache=cache,
-        limiter=limiter,
-        decoder=decoder,
-        workers=workers,
-    )
-    index, dataset_files = DatasetIndex(database), DatasetFiles(database)
+    index, dataset_files, kept = DatasetIndex(database), DatasetFiles(database), KeptImages(database)
     images = Store(str(settings.store_url), IMAGES, settings.min_free_disk)
     snapshots = Store(str(settings.store_url), SNAPSHOTS, settings.min_free_disk)
     reports = Store(str(settings.store_url), REPORTS, settings.min_free_disk)
     features = FeatureStore(str(settings.store_url))
     removal = FileRemoval(
         files=dataset_files,
+        kept=kept,
         integrity=integrity,
         images=images,
         snapshots=snapshots,
         reports=reports,
         features=features,
         pool=store_threads.of(""),
+    )
+    keeper = Keeper(
+        kept=kept,
+        images=images,
+        removal=removal,
+        threads=store_threads,
+        count=metrics.record_kept if metrics is not None else _count_nothing,
+    )
+    service = ClassificationService(
+        registry=registry,
+        cache=cache,
+        limiter=limiter,
+        decoder=decoder,
+        workers=workers,
+        keeper=keeper,
     )
     audit = AuditLog(database)
     collector = Collector(
@@ -265,6 +276,7 @@ def create_app(
         images=images,
         features=feature_service,
         removal=removal,
+        keeper=keeper,
         decoder=decoder,
         limiter=limiter,
         threads=store_threads,
@@ -334,6 +346,7 @@ def create_app(
             collector.run(),
             feature_service.run(),
             removal.run(),
+            keeper.run(),
             jobs.run(),
         )
         background = {asyncio.create_task(step) for step in steps}
@@ -383,3 +396,7 @@ def _job_settings(settings: Settings) -> JobSettings:
         max_pixels=settings.max_image_pixels,
         threads=settings.training_cpus,
     )
+
+
+def _count_nothing(_end: str, _images: int) -> None:
+    """Ignore counts of an application without metrics."""

@@ -26,6 +26,9 @@ class Statuses:
     def record(self, context: RequestContext, status: int, seconds: float) -> None:
         self.seen.append((status, context.error))
 
+    def record_kept(self, end: str, images: int) -> None:
+        raise AssertionError(f"no test keeps images, and {images} were {end}")
+
     def record_registry(self, refuses_changes: bool) -> None:
         assert not refuses_changes
 
