@@ -90,7 +90,6 @@ class GatewayAPI(FastAPI):
     ) -> None:
         """
         Args:
-            active: active tenants of the gateway.
             metrics: see `create_app`.
         """
         super().__init__(
@@ -368,8 +367,7 @@ def create_app(
     api = GatewayAPI(settings, active, metrics, lifespan)
     authenticator = Authenticator(cache, limiter)
     dependencies = CallerDependencies(authenticator, parse_threads)
-    calls = active.limit(tenant_calls, GATEWAY_CALLS_BESIDE)
-    limit = TenantConcurrencyLimit(calls, tenant_calls + tenant_waiting)
+    limit = TenantConcurrencyLimit(active.limit(tenant_calls, GATEWAY_CALLS_BESIDE), tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)
     checkpoint = settings.checkpoint.name if settings.checkpoint else None
