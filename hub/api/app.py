@@ -16,13 +16,14 @@ from starlette.types import ASGIApp, Lifespan
 from ..admission.authentication import Authenticator
 from ..admission.quotas import (
     GATEWAY_CALLS,
+    GATEWAY_CALLS_BESIDE,
     GATEWAY_CALLS_QUEUED,
     PARSED_AT_ONCE,
     SOURCE_DOWNLOADS,
     STORE_CALLS,
 )
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantThreads
+from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantThreads, lower_priority
 from ..errors import Unavailable
 from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
@@ -71,7 +72,7 @@ from .protocols.oip import add_oip_routes
 from .request_heads import HeaderLimitsMiddleware, UnreadBodyMiddleware
 from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEADERS, SecurityHeadersMiddleware
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
-from .upload_guard import BodyMemory, UploadGuardMiddleware
+from .upload_guard import BodyMemory, BodyPace, UploadGuardMiddleware
 
 PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster
 SOURCE_THREADS = 16  # downloads of adapter files, which may take minutes each
@@ -84,6 +85,7 @@ class GatewayAPI(FastAPI):
     def __init__(
         self,
         settings: Settings,
+        active: ActiveTenants,
         metrics: RequestMetrics | None = None,
         lifespan: Lifespan[FastAPI] | None = None,
     ) -> None:
@@ -102,6 +104,7 @@ class GatewayAPI(FastAPI):
             generate_unique_id_function=lambda route: route.name,
         )
         self._settings = settings
+        self._active = active
         self._metrics = metrics
         add_exception_handlers(self)
 
@@ -117,6 +120,7 @@ class GatewayAPI(FastAPI):
             Middleware(
                 UploadGuardMiddleware,
                 memory=BodyMemory(),
+                pace=BodyPace(self._active),
                 route_keeps_bytes=max(settings.max_request_bytes, settings.max_adapter_bytes),
                 behind_haproxy=settings.haproxy,
             ),
@@ -176,6 +180,7 @@ def create_app(
     threads = max(4, cores)
     # One pool for each kind of call: otherwise images would wait for a slow store, and the store for slow sources.
     decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode")
+    large_decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode-large", initializer=lower_priority)
     store_executor = ThreadPoolExecutor(threads, "store")
     parse_executor = ThreadPoolExecutor(PARSE_THREADS, "parse")
     source_executor = ThreadPoolExecutor(SOURCE_THREADS, "source")
@@ -192,6 +197,7 @@ def create_app(
     limiter = RateLimiter(database, cache, keys)
     decoder = ImageDecoder(
         decoders,
+        large_decoders,
         active,
         threads=threads,
         cores=cores,
@@ -355,15 +361,15 @@ def create_app(
         with suppress(Unavailable):
             await limiter.settle()
         await database.close()
-        for executor in (decoders, store_executor, parse_executor, source_executor, fits):
+        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fits):
             executor.shutdown(wait=False)
         if metrics is not None:
             tracing.stop()
 
-    api = GatewayAPI(settings, metrics, lifespan)
+    api = GatewayAPI(settings, active, metrics, lifespan)
     authenticator = Authenticator(cache, limiter)
     dependencies = CallerDependencies(authenticator, parse_threads)
-    limit = TenantConcurrencyLimit(tenant_calls, tenant_calls + tenant_waiting)
+    limit = TenantConcurrencyLimit(active.limit(tenant_calls, GATEWAY_CALLS_BESIDE), tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)
     checkpoint = settings.checkpoint.name if settings.checkpoint else None
