@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .field_types import DIGEST_PATTERN, Label
 from .field_types import Body as _Body
-from .field_types import Label
 
 Split = Literal["auto", "train", "test"]
 Use = Literal["train", "test"]
@@ -15,8 +15,17 @@ MAX_NAME_CHARACTERS = 200  # of a file
 MAX_BUDGET_S = 3600  # of one training
 
 
+class KeptAnswer(_Body):
+    """The answer to a classified image that the hub kept: version, best label with its score, and typicality."""
+
+    version: int
+    label: str
+    score: float
+    typicality: float | None = None
+
+
 class DatasetImage(_Body):
-    """One image of a dataset.
+    """One image of a dataset. `answer` is present if it was classified and kept, `expires` if it will be removed.
 
     `labels` has at most one label in this version. `split` is as it was set; `use` is `train` or `test`, which the
     digest decides for the split `auto`.
@@ -30,6 +39,8 @@ class DatasetImage(_Body):
     name: str
     size_bytes: int
     added: str
+    answer: KeptAnswer | None = Field(None, exclude_if=lambda value: value is None)
+    expires: str | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class ImagePage(_Body):
@@ -65,6 +76,20 @@ class ImageChange(_Body):
 
     label: Label | None = None
     split: Split | None = None
+
+
+class Feedback(_Body):
+    """The true label of an image, by the image's digest."""
+
+    image: Annotated[str, Field(pattern=DIGEST_PATTERN)]
+    label: Label
+
+
+class FeedbackGiven(_Body):
+    """The image with its label, and whether the hub's answer was this label; null for images never classified."""
+
+    image: DatasetImage
+    correct: bool | None
 
 
 class LabelRename(_Body):

@@ -194,11 +194,11 @@ def add_task_routes(
                 caller, task, source, alias, settings, stage=stage, labels_may_change=changed
             )
         else:
-            await changes.require_uploads(caller)
-            data = await body.read_file(max_adapter_bytes, "adapter file")
-            registered, created = await changes.register(
-                caller, task, data, alias, settings, stage=stage, labels_may_change=changed
-            )
+            async with changes.upload(caller):
+                data = await body.read_file(max_adapter_bytes, "adapter file")
+                registered, created = await changes.register(
+                    caller, task, data, alias, settings, stage=stage, labels_may_change=changed
+                )
         response.status_code = 201 if created else 200
         return registered
 

@@ -11,6 +11,8 @@ from ...dataset_schemas import (
     PAGE_IMAGES,
     DatasetImage,
     DatasetInfo,
+    Feedback,
+    FeedbackGiven,
     ImageChange,
     ImagePage,
     ImagesAdded,
@@ -146,6 +148,14 @@ def add_dataset_routes(
     @api.delete("/v1/tasks/{task}/images/{digest}", status_code=204)
     async def delete_image(caller: Owner, task: TaskName, digest: Digest) -> None:
         await service.remove(caller, task, digest)
+
+    @api.post(
+        "/v1/tasks/{task}/feedback",
+        summary="Give an image its true label, which confirms or corrects the answer",
+        openapi_extra=request_body({JSON: schema_of(Feedback)}),
+    )
+    async def give_feedback(caller: Owner, task: TaskName, body: Body) -> FeedbackGiven:
+        return await service.feedback(caller, task, await body.read_json(Feedback))
 
 
 async def _images_of_form(form: FormData, body: RequestBody, label: str | None, split: Split | None) -> list[SentImage]:
