@@ -23,7 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 ACTIVE_S = 10.0  # a tenant counts as active for this long after its last call
 REST_RATIO = 3.0  # rest of a tenant after a call that slows others, relative to the call's time
-LOW_PRIORITY = 10  # nice value: about a tenth of a core beside a thread of normal priority
+LOW_PRIORITY = 5  # nice value: about a quarter of a core beside a thread of normal priority
 MAX_CHARGES = 1024  # tenants with a charge that are remembered before paid charges are removed
 
 
