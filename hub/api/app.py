@@ -276,14 +276,13 @@ def create_app(
         images=images,
         features=feature_service,
         removal=removal,
-        keeper=keeper,
         decoder=decoder,
         limiter=limiter,
         threads=store_threads,
         max_image_bytes=settings.max_image_bytes,
         min_free_bytes=settings.min_free_disk,
     )
-    reviews = ReviewService(index, feature_service, fits)
+    reviews = ReviewService(index, feature_service, keeper, fits)
     training_registry = TrainingRegistry(database)
     comparison = ComparisonService(
         index=index,

@@ -175,7 +175,7 @@ def add_dataset_routes(
         openapi_extra=request_body({JSON: schema_of(Feedback)}),
     )
     async def give_feedback(caller: Owner, task: TaskName, body: Body) -> FeedbackGiven:
-        return await service.feedback(caller, task, await body.read_json(Feedback))
+        return await reviews.feedback(caller, task, await body.read_json(Feedback))
 
 
 async def _images_of_form(form: FormData, body: RequestBody, label: str | None, split: Split | None) -> list[SentImage]:

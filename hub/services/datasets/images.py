@@ -28,8 +28,6 @@ from ...dataset_schemas import (
     AddedImage,
     DatasetImage,
     DatasetInfo,
-    Feedback,
-    FeedbackGiven,
     ImageChange,
     ImagePage,
     ImagesAdded,
@@ -49,7 +47,6 @@ from ...storage.store import Store
 from ..image_decoding import ImageDecoder
 from ..spool import spooled
 from .features import PATIENCE_S, FeatureService
-from .keeping import Keeper
 from .removal import FileRemoval
 from .zip_folders import ZipFolders
 
@@ -132,7 +129,6 @@ class DatasetService:
         images: Store,
         features: FeatureService,
         removal: FileRemoval,
-        keeper: Keeper,
         decoder: ImageDecoder,
         limiter: RateLimiter,
         threads: TenantThreads,
@@ -149,7 +145,6 @@ class DatasetService:
         self._images = images
         self._features = features
         self._removal = removal
-        self._keeper = keeper
         self._decoder = decoder
         self._limiter = limiter
         self._threads = threads
@@ -261,16 +256,6 @@ class DatasetService:
             caller, caller.tenant, task, digest, label=change.label, relabel=relabel, split=change.split
         )
         return await self._index.find(caller.tenant, task, digest)
-
-    async def feedback(self, caller: Caller, name: str, feedback: Feedback) -> FeedbackGiven:
-        """Give an image of the dataset its true label."""
-        task = caller.own_task(name)
-        await self._keeper.settled(caller.tenant, task, feedback.image)
-        await self._index.change(
-            caller, caller.tenant, task, feedback.image, label=feedback.label, relabel=True, split=None
-        )
-        image = await self._index.find(caller.tenant, task, feedback.image)
-        return FeedbackGiven(image=image, correct=image.answer.label == feedback.label if image.answer else None)
 
     async def remove(self, caller: Caller, name: str, digest: str) -> None:
         """Remove an image. Its file goes too, unless another dataset holds it."""

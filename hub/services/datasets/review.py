@@ -1,4 +1,4 @@
-"""The review queue of a dataset: images without a label, and labels that are probably wrong. No HTTP, no Ray.
+"""The review queue of a dataset: images without a label, labels that are probably wrong, feedback. No HTTP, no Ray.
 
 A call looks at a bounded number of images, so a dataset of 100,000 takes no longer than one of 10,000. Features come
 from the store; the arithmetic runs in the thread of fits, never on the event loop.
@@ -18,11 +18,12 @@ from adapters.training.instant import InstantHead, fit_head
 from ...admission.authentication import Caller
 from ...admission.quotas import REVIEWS, REVIEWS_QUEUED
 from ...concurrency import TenantConcurrencyLimit, run_blocking
-from ...dataset_schemas import DatasetImage, ReviewImage, ReviewKind, ReviewQueue
+from ...dataset_schemas import DatasetImage, Feedback, FeedbackGiven, ReviewImage, ReviewKind, ReviewQueue
 from ...registry.datasets.index import DatasetIndex
 from ...schemas import Prediction
 from ..label_sets import best
 from .features import FeatureService
+from .keeping import Keeper
 from .review_order import FEW, margins_of, suspects_first, typical_first, uncertain_first, unit_rows
 
 UNLABELLED = 4000  # newest images without a label that one call looks at
@@ -48,13 +49,14 @@ class _Head:
 class ReviewService:
     """Review of the tasks of a caller's own tenant. Raises `NotFound` for another tenant's task."""
 
-    def __init__(self, index: DatasetIndex, features: FeatureService, fits: Executor) -> None:
+    def __init__(self, index: DatasetIndex, features: FeatureService, keeper: Keeper, fits: Executor) -> None:
         """
         Args:
             fits: thread pool whose threads run torch with one thread each.
         """
         self._index = index
         self._features = features
+        self._keeper = keeper
         self._fits = fits
         self._limit = TenantConcurrencyLimit(REVIEWS, REVIEWS + REVIEWS_QUEUED)
 
@@ -81,6 +83,16 @@ class ReviewService:
             else:
                 images = await run_blocking(self._fits, _useful, labelled, free, rows, count)
         return ReviewQueue(task=name, kind=kind, images=images, considered=len(labelled if kind == "errors" else free))
+
+    async def feedback(self, caller: Caller, name: str, feedback: Feedback) -> FeedbackGiven:
+        """Give an image of the dataset its true label."""
+        task = caller.own_task(name)
+        await self._keeper.settled(caller.tenant, task, feedback.image)
+        await self._index.change(
+            caller, caller.tenant, task, feedback.image, label=feedback.label, relabel=True, split=None
+        )
+        image = await self._index.find(caller.tenant, task, feedback.image)
+        return FeedbackGiven(image=image, correct=image.answer.label == feedback.label if image.answer else None)
 
     async def _labelled(self, tenant: str, task: str) -> list[DatasetImage]:
         """Return the newest images of each label, equally many of each at most."""
