@@ -280,6 +280,7 @@ def create_app(
         limiter=limiter,
         threads=store_threads,
         max_image_bytes=settings.max_image_bytes,
+        min_free_bytes=settings.min_free_disk,
     )
     training_registry = TrainingRegistry(database)
     comparison = ComparisonService(

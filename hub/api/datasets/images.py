@@ -32,6 +32,7 @@ from ..openapi import BINARY, OCTETS, request_body, schema_of
 from ..problems import POSITION_PATTERN, invalid_fields
 
 ZIPS = ("application/zip", "application/x-zip-compressed")
+ZIP_START = b"PK\x03\x04"
 NEUTRAL_PARTS = {"image", "images", "file", "files"}  # names of parts that are no labels
 FORM_TEXTS = ("label", "split")
 IMAGES_CONTENT: dict[str, Any] = {
@@ -95,6 +96,8 @@ def add_dataset_routes(
                     images = await _images_of_form(form, body, label, split)
             else:
                 name, data = await body.read_image(max_request_bytes)
+                if data.startswith(ZIP_START):
+                    raise InvalidRequest.at("body", f"is a ZIP archive; send it with Content-Type: {ZIPS[0]}")
                 images = [SentImage(name, data, label, split)]
             return await service.add(caller, task, images)
 
