@@ -149,7 +149,7 @@ def add_task_routes(
         summary="Change settings of a task, or create it without a version",
         response_model=TaskInfo,
         responses={201: {"model": TaskInfo}},
-        openapi_extra=request_body({JSON: schema_of(TaskSettings)}),
+        openapi_extra=request_body({JSON: schema_of(TaskSettings)}, required=False),
     )
     async def put_task(caller: Owner, task: TaskName, body: Body) -> Response:
         info, created = await changes.put(caller, task, await body.read_json(TaskSettings, default=b"{}"))
