@@ -6,10 +6,13 @@ from pydantic import Field
 
 from .field_types import DIGEST_PATTERN, Label
 from .field_types import Body as _Body
+from .schemas import Prediction
 
 Split = Literal["auto", "train", "test"]
 Use = Literal["train", "test"]
+ReviewKind = Literal["unlabelled", "errors"]
 PAGE_IMAGES, MAX_PAGE_IMAGES = 100, 1000
+REVIEW_IMAGES, MAX_REVIEW_IMAGES = 20, 100
 MAX_NAMED = 1000  # images that a reply names in each of its lists
 MAX_NAME_CHARACTERS = 200  # of a file
 MAX_BUDGET_S = 3600  # of one training
@@ -90,6 +93,27 @@ class FeedbackGiven(_Body):
 
     image: DatasetImage
     correct: bool | None
+
+
+class ReviewImage(_Body):
+    """An image to review, and labels with scores that a classifier of the other images suggests.
+
+    `margin` is the difference between the two best scores; for `errors`, the score of the image's label minus the best
+    score. It is null while too few images have labels.
+    """
+
+    image: DatasetImage
+    suggestions: list[Prediction]
+    margin: float | None
+
+
+class ReviewQueue(_Body):
+    """Images to review, most useful first, from the number of images that the hub considered."""
+
+    task: str
+    kind: ReviewKind
+    images: list[ReviewImage]
+    considered: int
 
 
 class LabelRename(_Body):

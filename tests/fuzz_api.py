@@ -37,6 +37,8 @@ SECRET = "label of the owner alone"
 TENANT = "default"
 TASKS = ("flowers", "trees")
 UNLIMITED = {"requests_per_second": 1e6, "images_per_second": 1e7, "tasks": 10**6}
+# Statuses for a request that the schema refuses; 414 is for a label that makes the URL too long.
+REFUSED = [400, 401, 403, 404, 405, 406, 409, 414, 415, 422, 428, 429, "5xx"]
 # A schema cannot describe these bodies: an image, an adapter, an alias that is not a number. The hub may refuse a body
 # that the schema allows.
 BEYOND_SCHEMA = (
@@ -157,6 +159,7 @@ def _config(caller: Caller) -> str:
         "version": ("1", "2", "latest"),
         "alias": ("latest", "stable"),
     }
+    lines.append(f"checks.negative_data_rejection.expected-statuses = {json.dumps(REFUSED)}")
     lines.append("[parameters]")
     lines += [f'"path.{name}" = {{ dictionary = "{name}", probability = 0.6 }}' for name in words]
     lines += [f"[dictionaries.{name}]\nvalues = {json.dumps(values)}" for name, values in words.items()]

@@ -46,6 +46,7 @@ from ..services.datasets.features import FeatureService
 from ..services.datasets.images import DatasetService
 from ..services.datasets.keeping import Keeper
 from ..services.datasets.removal import FileRemoval
+from ..services.datasets.review import ReviewService
 from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
@@ -226,7 +227,7 @@ def create_app(
         images=images,
         removal=removal,
         threads=store_threads,
-        count=metrics.record_kept if metrics is not None else _count_nothing,
+        count=metrics.record_kept if metrics is not None else None,
     )
     service = ClassificationService(
         registry=registry,
@@ -275,12 +276,13 @@ def create_app(
         images=images,
         features=feature_service,
         removal=removal,
-        keeper=keeper,
         decoder=decoder,
         limiter=limiter,
         threads=store_threads,
         max_image_bytes=settings.max_image_bytes,
+        min_free_bytes=settings.min_free_disk,
     )
+    reviews = ReviewService(index, feature_service, keeper, fits)
     training_registry = TrainingRegistry(database)
     comparison = ComparisonService(
         index=index,
@@ -374,7 +376,7 @@ def create_app(
     add_backbone_route(api, service, dependencies, image_size=settings.image_size, checkpoint=checkpoint)
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
-    add_dataset_routes(api, datasets, dependencies, max_request_bytes=max_request_bytes)
+    add_dataset_routes(api, datasets, reviews, dependencies, max_request_bytes=max_request_bytes)
     add_training_routes(api, trainings, comparison, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
@@ -394,7 +396,3 @@ def _job_settings(settings: Settings) -> JobSettings:
         max_pixels=settings.max_image_pixels,
         threads=settings.training_cpus,
     )
-
-
-def _count_nothing(_end: str, _images: int) -> None:
-    """Ignore counts of an application without metrics."""

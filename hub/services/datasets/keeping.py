@@ -60,20 +60,20 @@ class Keeper:
         images: Store,
         removal: FileRemoval,
         threads: TenantThreads,
-        count: Callable[[str, int], None],
+        count: Callable[[str, int], None] | None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """
         Args:
             threads: thread pool for calls to the store.
-            count: counts images by their end: `kept`, `known`, `refused` or `dropped`.
+            count: counts images by their end: `kept`, `known`, `refused` or `dropped`; None: no counts.
             clock: seconds since 1970.
         """
         self._kept = kept
         self._images = images
         self._removal = removal
         self._threads = threads
-        self._count = count
+        self._metric = count
         self._clock = clock
         self._queues: dict[str, deque[_Queued]] = {}  # by tenant; the first one is next
         self._bytes = 0
@@ -191,6 +191,10 @@ class Keeper:
         ]
         await self._removal.remove(unlisted)  # otherwise refused images would fill the store
         return statuses
+
+    def _count(self, end: str, images: int) -> None:
+        if self._metric is not None:
+            self._metric(end, images)
 
     def _note_room(self, tenant: str, task: str, statuses: Sequence[str]) -> None:
         now = self._clock()

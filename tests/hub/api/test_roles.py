@@ -32,6 +32,7 @@ ROUTES = {
     "GET /v1/tasks/{task}/images/{digest}/thumbnail": "owner",
     "PATCH /v1/tasks/{task}/images/{digest}": "owner",
     "DELETE /v1/tasks/{task}/images/{digest}": "owner",
+    "GET /v1/tasks/{task}/review": "owner",
     "POST /v1/tasks/{task}/feedback": "owner",
     "GET /v1/tasks/{task}/compare": "owner",
     "POST /v1/tasks/{task}/trainings": "owner",
