@@ -116,13 +116,13 @@ class ImageDecoder:
         """
         self._active.note(tenant)
         calls = (self._one(tenant, *image, size) for image, size in zip(images, sizes, strict=True))
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        decoded = []
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-            decoded.append(result)
-        return decoded
+        decodes = [asyncio.create_task(call) for call in calls]
+        try:
+            return [await decode for decode in decodes]
+        finally:  # after the error of the first wrong image nothing decodes the images behind it
+            for decode in decodes:
+                decode.cancel()
+            await asyncio.gather(*decodes, return_exceptions=True)
 
     async def _size(self, tenant: str, image: bytes | np.ndarray) -> int:
         if isinstance(image, np.ndarray) or len(image) > self._max_bytes:

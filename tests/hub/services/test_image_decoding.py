@@ -352,3 +352,21 @@ def test_threads_of_low_priority_decode_large_images_only() -> None:
     own = os.getpriority(os.PRIO_PROCESS, 0)
     run(use)
     assert priorities == [own, max(own, LOW_PRIORITY), own]
+
+
+def test_images_behind_a_wrong_one_are_not_decoded() -> None:
+    decoded = []
+
+    def decode(data: bytes, **options: Any) -> Any:
+        decoded.append(data)
+        return decode_image(data, **options)
+
+    async def use() -> None:
+        with decoder(timeout_s=5, decode=decode) as images:
+            sent = [(f"images.{i}", b"no image" if i else png(), PREPROCESS) for i in range(64)]
+            with pytest.raises(InvalidImage, match=r"^images\.1: "):
+                await several(images, "a", sent)
+            await until(lambda: images.running == 0)
+        assert len(decoded) < 10
+
+    run(use)
