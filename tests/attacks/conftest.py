@@ -23,7 +23,7 @@ TASK = "secret"
 HOST = "localhost"  # of the certificate
 TWO = {"HUB_MIN_GATEWAYS": "2", "HUB_MAX_GATEWAYS": "2", "HUB_MIN_WORKERS": "2", "HUB_MAX_WORKERS": "2"}
 # Settings, whether with TLS, and the largest ratio of 95th percentiles. Two gateways allow an attacker twice as much on
-# the same cores, and Ray's stock proxy reads whole bodies before a gateway can pause them: 4.9 and 6.9 at most.
+# the same cores, and Ray's stock proxy reads whole bodies before a gateway can pause them: 4.9 and 7.5 at most.
 SETUPS = [
     pytest.param(({}, False, MOST_SLOWER), id="haproxy"),
     pytest.param((TWO, True, 2 * MOST_SLOWER), id="haproxy-tls-two", marks=pytest.mark.long),
