@@ -3,11 +3,12 @@
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from ...client.client import Client
 from ..options import DEFAULT_URL, AsJson, OwnerKey, Url
 from ..output import out, show
+from .images import DIGEST_CHARACTERS
 
 Task = Annotated[str, typer.Argument(help="name of the task")]
 Image = Annotated[str, typer.Argument(help="digest of the image, from `review list` or the reply to a classification")]
@@ -29,7 +30,7 @@ def list_review(
         found = client.review(task, kind="errors" if errors else "unlabelled", count=count)
     if as_json:
         return show(found, True)
-    table = Table("image", "name", "label", "suggested")
+    table = Table(Column("image", no_wrap=True, min_width=DIGEST_CHARACTERS), "name", "label", "suggested")
     for row in found.images:
         suggested = ", ".join(f"{label.label} {label.score:.0%}" for label in row.suggestions)
         table.add_row(row.image.digest, row.image.name, row.image.label or "-", suggested or "-")
