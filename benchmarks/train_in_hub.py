@@ -313,9 +313,9 @@ def pictures(seed: int) -> list[bytes]:
 def neighbour(stage: Stage) -> dict[str, Any]:
     """Measure another tenant's p95 alone, beside an upload, and beside a training."""
     admin = {"authorization": f"Bearer {stage.served.admin_key}"}
-    reply = httpx.put(f"{stage.served.url}/v1/tenants/victim", json={}, headers=admin)
-    reply.raise_for_status()
-    key = httpx.post(f"{stage.served.url}/v1/tenants/victim/keys", json={"role": "owner"}, headers=admin)
+    tenants = f"{stage.served.url}/v1/tenants"
+    httpx.post(tenants, json={"tenant": "victim"}, headers=admin).raise_for_status()
+    key = httpx.post(f"{tenants}/victim/keys", json={"name": "victim", "role": "owner"}, headers=admin)
     key.raise_for_status()
     images = digits()
     with Client(stage.served.url, key.json()["key"]) as victim:
