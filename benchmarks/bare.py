@@ -200,6 +200,7 @@ def _decoder(threads: int) -> tuple[asyncio.AbstractEventLoop, ImageDecoder]:
     # The gateway decodes one image fewer at a time for one tenant than for all tenants.
     decoder = ImageDecoder(
         executor,
+        executor,
         ActiveTenants(),
         threads=threads + 1,
         cores=os.cpu_count() or 1,

@@ -5,6 +5,9 @@ fair queue, which a call reaches only after these limits.
 """
 
 import asyncio
+import os
+import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -20,6 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 ACTIVE_S = 10.0  # a tenant counts as active for this long after its last call
 REST_RATIO = 3.0  # rest of a tenant after a call that slows others, relative to the call's time
+LOW_PRIORITY = 5  # nice value: about a quarter of a core beside a thread of normal priority
 MAX_CHARGES = 1024  # tenants with a charge that are remembered before paid charges are removed
 
 
@@ -117,6 +121,15 @@ class ActiveTenants:
         """Return the number of active tenants besides this one."""
         self._forget()
         return len(self._called_s) - (tenant in self._called_s)
+
+    def limit(self, alone: int, beside: int) -> Callable[[str], int]:
+        """Return the function of a limit that is lower for a tenant while another tenant is active.
+
+        Args:
+            alone: limit of the only active tenant.
+            beside: limit beside others; never above `alone`.
+        """
+        return lambda tenant: min(alone, beside) if self.others(tenant) else alone
 
     def _forget(self) -> None:
         oldest_s = self._clock() - ACTIVE_S
@@ -265,6 +278,17 @@ class TenantPool:
 
 
 Pool = Executor | TenantPool | None
+
+
+def lower_priority() -> None:
+    """Let the calling thread run while other threads and processes leave it a core. Only Linux has this for a thread.
+
+    It is for threads without Python's interpreter lock: otherwise threads of normal priority would wait for them.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        # Never a higher priority than that of the process, which only root may set.
+        os.setpriority(os.PRIO_PROCESS, thread, max(LOW_PRIORITY, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

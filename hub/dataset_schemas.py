@@ -4,19 +4,31 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .field_types import DIGEST_PATTERN, Label
 from .field_types import Body as _Body
-from .field_types import Label
+from .schemas import Prediction
 
 Split = Literal["auto", "train", "test"]
 Use = Literal["train", "test"]
+ReviewKind = Literal["unlabelled", "errors"]
 PAGE_IMAGES, MAX_PAGE_IMAGES = 100, 1000
+REVIEW_IMAGES, MAX_REVIEW_IMAGES = 20, 100
 MAX_NAMED = 1000  # images that a reply names in each of its lists
 MAX_NAME_CHARACTERS = 200  # of a file
 MAX_BUDGET_S = 3600  # of one training
 
 
+class KeptAnswer(_Body):
+    """The answer to a classified image that the hub kept: version, best label with its score, and typicality."""
+
+    version: int
+    label: str
+    score: float
+    typicality: float | None = None
+
+
 class DatasetImage(_Body):
-    """One image of a dataset.
+    """One image of a dataset. `answer` is present if it was classified and kept, `expires` if it will be removed.
 
     `labels` has at most one label in this version. `split` is as it was set; `use` is `train` or `test`, which the
     digest decides for the split `auto`.
@@ -30,6 +42,8 @@ class DatasetImage(_Body):
     name: str
     size_bytes: int
     added: str
+    answer: KeptAnswer | None = Field(None, exclude_if=lambda value: value is None)
+    expires: str | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class ImagePage(_Body):
@@ -65,6 +79,41 @@ class ImageChange(_Body):
 
     label: Label | None = None
     split: Split | None = None
+
+
+class Feedback(_Body):
+    """The true label of an image, by the image's digest."""
+
+    image: Annotated[str, Field(pattern=DIGEST_PATTERN)]
+    label: Label
+
+
+class FeedbackGiven(_Body):
+    """The image with its label, and whether the hub's answer was this label; null for images never classified."""
+
+    image: DatasetImage
+    correct: bool | None
+
+
+class ReviewImage(_Body):
+    """An image to review, and labels with scores that a classifier of the other images suggests.
+
+    `margin` is the difference between the two best scores; for `errors`, the score of the image's label minus the best
+    score. It is null while too few images have labels.
+    """
+
+    image: DatasetImage
+    suggestions: list[Prediction]
+    margin: float | None
+
+
+class ReviewQueue(_Body):
+    """Images to review, most useful first, from the number of images that the hub considered."""
+
+    task: str
+    kind: ReviewKind
+    images: list[ReviewImage]
+    considered: int
 
 
 class LabelRename(_Body):

@@ -22,13 +22,15 @@ def clean_label(text: str) -> str:
     """Return a label without spaces around it, in Unicode's composed form: macOS writes file names decomposed.
 
     Raises:
-        ValueError: the label is empty or too long, or has control characters.
+        ValueError: the label is empty, invisible or too long, or has control characters.
     """
     if (found := found_in(text)) is not None:
         raise ValueError(f"has the control character {found}; remove it")
     text = unicodedata.normalize("NFC", text).strip()
     if not text:
         raise ValueError("is empty; give the label a name")
+    if all(unicodedata.category(character) in ("Cf", "Zs") for character in text):
+        raise ValueError("has no visible character; give the label a name")
     if len(text) > MAX_LABEL_CHARACTERS:
         raise ValueError(f"has {len(text)} characters (limit {MAX_LABEL_CHARACTERS}); shorten it")
     return text

@@ -2,8 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .control_characters import PLAIN
 from .field_types import (
@@ -61,21 +60,10 @@ class VersionInfo(_Body):
         return count_of((self.metrics or {}).get("train_images"))
 
 
-def _built(*planned: str) -> BeforeValidator:
-    """Refuse values that docs/datasets.md announces and this hub does not have, by their names."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, str) and value in planned:
-            raise PydanticCustomError("planned", "{value} is not in this hub yet", {"value": repr(value)})
-        return value
-
-    return BeforeValidator(check)
-
-
 class Keep(_Body):
     """Classified images that the hub keeps in the task's dataset: their choice, their number a day, their days."""
 
-    images: Annotated[Literal["none"], _built("uncertain", "sample", "all")] = "none"
+    images: Literal["none", "uncertain", "sample", "all"] = "none"
     per_day: Annotated[int, Field(ge=1, le=100_000), NUMBER] = 200
     days: Annotated[int, Field(ge=1, le=3650), NUMBER] = 30
 
@@ -221,6 +209,7 @@ class Classified(_Body):
     typicality: list[float] | None = _optional()
     unknown: list[bool] | None = _optional()
     sets: list[list[str]] | None = _optional()
+    image: list[str | None] | None = _optional("digest of each image that the task's dataset keeps, else null")
 
 
 class Input(_Body):
@@ -247,6 +236,7 @@ class Result(_Body):
     typicality: float | None = _optional()
     unknown: bool | None = _optional()
     set: list[str] | None = _optional()
+    image: str | None = _optional("digest of the image if the task's dataset keeps it")
 
 
 class Results(_Body):

@@ -37,13 +37,21 @@ SECRET = "label of the owner alone"
 TENANT = "default"
 TASKS = ("flowers", "trees")
 UNLIMITED = {"requests_per_second": 1e6, "images_per_second": 1e7, "tasks": 10**6}
-# A schema cannot describe these bodies: an image, an adapter, an alias that is not a number. The hub may refuse a body
-# that the schema allows.
+# Statuses for a request that the schema refuses; 414 is for a label that makes the URL too long.
+REFUSED = [400, 401, 403, 404, 405, 406, 409, 414, 415, 422, 428, 429, "5xx"]
+# A schema cannot describe these requests: an image, an adapter, a label, an alias that is not a number. The hub may
+# refuse one that the schema allows.
 BEYOND_SCHEMA = (
     "/v1/classify",
     "/v1/tasks/{task}/aliases/{alias}",
+    "/v1/tasks/{task}",
     "/v1/tasks/{task}/classify",
+    "/v1/tasks/{task}/dataset/rename-label",
+    "/v1/tasks/{task}/feedback",
+    "/v1/tasks/{task}/images",
+    "/v1/tasks/{task}/images/{digest}",
     "/v1/tasks/{task}/sharing",
+    "/v1/tasks/{task}/trainings",
     "/v1/tasks/{task}/versions",
     "/v1/admin/keys",
     "/v1/tenants/{tenant}/import",
@@ -60,10 +68,12 @@ ACCEPTED = ["2xx", "401", "403", "404", "409", "413", "422", "429"]
 
 @dataclass(frozen=True)
 class Caller:
-    """A caller: its key, and tasks that exist, so that requests get beyond the first 404."""
+    """A caller: its key, and tasks, images and trainings that exist, so that requests get beyond the first 404."""
 
     name: str
     key: str | None
+    digests: tuple[str, ...]
+    trainings: tuple[str, ...]
     tasks: tuple[str, ...] = TASKS
 
 
@@ -104,6 +114,14 @@ def prepare(url: str, key: str, admin_key: str, folder: Path) -> list[Caller]:
         for task, adapter in zip((TASKS[0], *TASKS), (first, second, first), strict=True):
             path = f"/v1/tasks/{task}/versions"
             client.post(path, content=adapter, headers=owner | OCTETS).raise_for_status()
+        parts = [("rose" if i % 2 else "tulip", (f"{i}.png", png(i))) for i in range(12)]
+        digests, trainings = [], []
+        for task in TASKS:
+            added = client.post(f"/v1/tasks/{task}/images", files=parts, headers=owner).raise_for_status()
+            digests += [image["digest"] for image in added.json()["added"]]
+            trained = client.post(f"/v1/tasks/{task}/trainings", headers=owner, json={}).raise_for_status()
+            trainings.append(trained.json()["id"])
+        known = tuple(dict.fromkeys(digests)), tuple(trainings)
         made = client.post("/v1/tenants/visitor/keys", json={"name": "fuzz", "role": "owner"}, headers=admin)
         (folder / "tenant.tar").write_bytes(client.get(f"/v1/tenants/{TENANT}/export", headers=owner).content)
     for i, adapter in enumerate(others):
@@ -111,10 +129,10 @@ def prepare(url: str, key: str, admin_key: str, folder: Path) -> list[Caller]:
     (folder / "image.png").write_bytes(png())
     foreign = tuple(f"{TENANT}:{task}" for task in TASKS)
     return [
-        Caller("anonymous", None),
-        Caller("visitor", made.json()["key"], foreign),
-        Caller("owner", key),
-        Caller("admin", admin_key),
+        Caller("anonymous", None, *known),
+        Caller("visitor", made.json()["key"], *known, foreign),
+        Caller("owner", key, *known),
+        Caller("admin", admin_key, *known),
     ]
 
 
@@ -156,7 +174,10 @@ def _config(caller: Caller) -> str:
         "tenant": (TENANT, "visitor"),
         "version": ("1", "2", "latest"),
         "alias": ("latest", "stable"),
+        "digest": caller.digests,
+        "training": caller.trainings,
     }
+    lines.append(f"checks.negative_data_rejection.expected-statuses = {json.dumps(REFUSED)}")
     lines.append("[parameters]")
     lines += [f'"path.{name}" = {{ dictionary = "{name}", probability = 0.6 }}' for name in words]
     lines += [f"[dictionaries.{name}]\nvalues = {json.dumps(values)}" for name, values in words.items()]

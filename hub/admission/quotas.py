@@ -8,13 +8,17 @@ and their error is 413.
 """
 
 GATEWAY_CALLS = 64  # running classification calls per gateway; further calls wait in the tenant's queue
+GATEWAY_CALLS_BESIDE = 8  # the same while another tenant is active: more would only wait for the gateway's core
 GATEWAY_CALLS_QUEUED = 448  # queued classification calls per gateway; further calls get 429
 KEY_CALLS = 512  # open requests per key at HAProxy, the sum of both limits above; further requests get 429
 BODY_BYTES = 512 * 1024**2  # bytes of request bodies in memory per gateway; further bytes get 429
+BODY_BYTES_PER_S = 32 * 1024**2  # bytes of bodies per second per gateway beside another active tenant; others wait
 PIXELS_PER_IMAGE = 2_000_000  # pixels that count as one image; a larger image counts once for each such part begun
 IMAGES_DECODED = 128  # images decoded or at workers per gateway; further images wait in the tenant's queue
 PARSED_AT_ONCE = 1  # large JSON bodies parsed, or adapter files checked, per gateway; further ones wait for a turn
 STORE_CALLS = 2  # adapter files read or written at once per gateway; further calls wait for a turn
+UPLOADS = 4  # adapter files that are read and registered at once per gateway; further uploads wait, unread
+UPLOADS_QUEUED = 60  # queued uploads of adapter files per gateway; further uploads get 429
 REFUSED_UPLOADS = 120  # refused adapter files per minute per gateway; further uploads get 429
 SOURCE_DOWNLOADS = 2  # running downloads of adapter files by reference per gateway; further calls wait
 SOURCE_DOWNLOADS_QUEUED = 2  # queued downloads per gateway; further calls get 429
@@ -29,6 +33,9 @@ API_KEYS = 1000  # API keys; further keys get 429
 DATASET_LABELS = 10_000  # labels of one dataset; further labels get 429
 IMAGE_UPLOADS = 4  # running uploads to datasets per gateway; further uploads wait in the tenant's queue
 IMAGE_UPLOADS_QUEUED = 32  # queued uploads per gateway; further uploads get 429
+REVIEWS = 1  # running calls for a review queue per gateway; further calls wait in the tenant's queue
+REVIEWS_QUEUED = 8  # queued calls for a review queue per gateway; further calls get 429
+KEPT_QUEUED = 64  # classified images per gateway that wait to be kept; further ones are not kept
 WORKER_FEATURES_QUEUED = 1024  # images that wait for features at a worker; further images are computed later
 TRAININGS = 1  # running trainings with recipe `instant` per gateway; further trainings wait in the tenant's queue
 TRAININGS_QUEUED = 8  # queued trainings per gateway; further trainings get 429

@@ -16,13 +16,14 @@ from starlette.types import ASGIApp, Lifespan
 from ..admission.authentication import Authenticator
 from ..admission.quotas import (
     GATEWAY_CALLS,
+    GATEWAY_CALLS_BESIDE,
     GATEWAY_CALLS_QUEUED,
     PARSED_AT_ONCE,
     SOURCE_DOWNLOADS,
     STORE_CALLS,
 )
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantThreads
+from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantThreads, lower_priority
 from ..errors import Unavailable
 from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
@@ -30,6 +31,7 @@ from ..registry.audit import AuditLog
 from ..registry.cache import RegistryCache
 from ..registry.datasets.files import DatasetFiles
 from ..registry.datasets.index import DatasetIndex
+from ..registry.datasets.kept import KeptImages
 from ..registry.datasets.trainings import TrainingRegistry
 from ..registry.events import EventLog
 from ..registry.health import RegistryIntegrity, RegistryWatch
@@ -42,7 +44,9 @@ from ..services.administration import AdministrationService
 from ..services.classification import ClassificationService
 from ..services.datasets.features import FeatureService
 from ..services.datasets.images import DatasetService
+from ..services.datasets.keeping import Keeper
 from ..services.datasets.removal import FileRemoval
+from ..services.datasets.review import ReviewService
 from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
@@ -68,7 +72,7 @@ from .protocols.oip import add_oip_routes
 from .request_heads import HeaderLimitsMiddleware, UnreadBodyMiddleware
 from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEADERS, SecurityHeadersMiddleware
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
-from .upload_guard import BodyMemory, UploadGuardMiddleware
+from .upload_guard import BodyMemory, BodyPace, UploadGuardMiddleware
 
 PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster
 SOURCE_THREADS = 16  # downloads of adapter files, which may take minutes each
@@ -81,6 +85,7 @@ class GatewayAPI(FastAPI):
     def __init__(
         self,
         settings: Settings,
+        active: ActiveTenants,
         metrics: RequestMetrics | None = None,
         lifespan: Lifespan[FastAPI] | None = None,
     ) -> None:
@@ -99,6 +104,7 @@ class GatewayAPI(FastAPI):
             generate_unique_id_function=lambda route: route.name,
         )
         self._settings = settings
+        self._active = active
         self._metrics = metrics
         add_exception_handlers(self)
 
@@ -114,6 +120,7 @@ class GatewayAPI(FastAPI):
             Middleware(
                 UploadGuardMiddleware,
                 memory=BodyMemory(),
+                pace=BodyPace(self._active),
                 route_keeps_bytes=max(settings.max_request_bytes, settings.max_adapter_bytes),
                 behind_haproxy=settings.haproxy,
             ),
@@ -173,6 +180,7 @@ def create_app(
     threads = max(4, cores)
     # One pool for each kind of call: otherwise images would wait for a slow store, and the store for slow sources.
     decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode")
+    large_decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode-large", initializer=lower_priority)
     store_executor = ThreadPoolExecutor(threads, "store")
     parse_executor = ThreadPoolExecutor(PARSE_THREADS, "parse")
     source_executor = ThreadPoolExecutor(SOURCE_THREADS, "source")
@@ -189,6 +197,7 @@ def create_app(
     limiter = RateLimiter(database, cache, keys)
     decoder = ImageDecoder(
         decoders,
+        large_decoders,
         active,
         threads=threads,
         cores=cores,
@@ -198,26 +207,35 @@ def create_app(
     )
     integrity = RegistryIntegrity(database)
     watch = RegistryWatch(database, cache.resynchronise, metrics.record_registry if metrics is not None else None)
-    service = ClassificationService(
-        registry=registry,
-        cache=cache,
-        limiter=limiter,
-        decoder=decoder,
-        workers=workers,
-    )
-    index, dataset_files = DatasetIndex(database), DatasetFiles(database)
+    index, dataset_files, kept = DatasetIndex(database), DatasetFiles(database), KeptImages(database)
     images = Store(str(settings.store_url), IMAGES, settings.min_free_disk)
     snapshots = Store(str(settings.store_url), SNAPSHOTS, settings.min_free_disk)
     reports = Store(str(settings.store_url), REPORTS, settings.min_free_disk)
     features = FeatureStore(str(settings.store_url))
     removal = FileRemoval(
         files=dataset_files,
+        kept=kept,
         integrity=integrity,
         images=images,
         snapshots=snapshots,
         reports=reports,
         features=features,
         pool=store_threads.of(""),
+    )
+    keeper = Keeper(
+        kept=kept,
+        images=images,
+        removal=removal,
+        threads=store_threads,
+        count=metrics.record_kept if metrics is not None else None,
+    )
+    service = ClassificationService(
+        registry=registry,
+        cache=cache,
+        limiter=limiter,
+        decoder=decoder,
+        workers=workers,
+        keeper=keeper,
     )
     audit = AuditLog(database)
     collector = Collector(
@@ -262,7 +280,9 @@ def create_app(
         limiter=limiter,
         threads=store_threads,
         max_image_bytes=settings.max_image_bytes,
+        min_free_bytes=settings.min_free_disk,
     )
+    reviews = ReviewService(index, feature_service, keeper, fits)
     training_registry = TrainingRegistry(database)
     comparison = ComparisonService(
         index=index,
@@ -327,6 +347,7 @@ def create_app(
             collector.run(),
             feature_service.run(),
             removal.run(),
+            keeper.run(),
             jobs.run(),
         )
         background = {asyncio.create_task(step) for step in steps}
@@ -340,22 +361,22 @@ def create_app(
         with suppress(Unavailable):
             await limiter.settle()
         await database.close()
-        for executor in (decoders, store_executor, parse_executor, source_executor, fits):
+        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fits):
             executor.shutdown(wait=False)
         if metrics is not None:
             tracing.stop()
 
-    api = GatewayAPI(settings, metrics, lifespan)
+    api = GatewayAPI(settings, active, metrics, lifespan)
     authenticator = Authenticator(cache, limiter)
     dependencies = CallerDependencies(authenticator, parse_threads)
-    limit = TenantConcurrencyLimit(tenant_calls, tenant_calls + tenant_waiting)
+    limit = TenantConcurrencyLimit(active.limit(tenant_calls, GATEWAY_CALLS_BESIDE), tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)
     checkpoint = settings.checkpoint.name if settings.checkpoint else None
     add_backbone_route(api, service, dependencies, image_size=settings.image_size, checkpoint=checkpoint)
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
-    add_dataset_routes(api, datasets, dependencies, max_request_bytes=max_request_bytes)
+    add_dataset_routes(api, datasets, reviews, dependencies, max_request_bytes=max_request_bytes)
     add_training_routes(api, trainings, comparison, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)

@@ -149,7 +149,7 @@ def add_task_routes(
         summary="Change settings of a task, or create it without a version",
         response_model=TaskInfo,
         responses={201: {"model": TaskInfo}},
-        openapi_extra=request_body({JSON: schema_of(TaskSettings)}),
+        openapi_extra=request_body({JSON: schema_of(TaskSettings)}, required=False),
     )
     async def put_task(caller: Owner, task: TaskName, body: Body) -> Response:
         info, created = await changes.put(caller, task, await body.read_json(TaskSettings, default=b"{}"))
@@ -194,11 +194,11 @@ def add_task_routes(
                 caller, task, source, alias, settings, stage=stage, labels_may_change=changed
             )
         else:
-            await changes.require_uploads(caller)
-            data = await body.read_file(max_adapter_bytes, "adapter file")
-            registered, created = await changes.register(
-                caller, task, data, alias, settings, stage=stage, labels_may_change=changed
-            )
+            async with changes.upload(caller):
+                data = await body.read_file(max_adapter_bytes, "adapter file")
+                registered, created = await changes.register(
+                    caller, task, data, alias, settings, stage=stage, labels_may_change=changed
+                )
         response.status_code = 201 if created else 200
         return registered
 

@@ -5,13 +5,16 @@ memory at once. The size limit of a body belongs to its route (`bodies`).
 """
 
 import asyncio
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..admission.quotas import BODY_BYTES
+from ..admission.quotas import BODY_BYTES, BODY_BYTES_PER_S
+from ..concurrency import ActiveTenants
 from ..errors import HubError, LimitReached, RequestTimeout, Unavailable
 from .problems import error_response
 from .request_heads import announces_body
@@ -19,6 +22,7 @@ from .security_headers import DISCONNECT_HEADER
 
 READ_AHEAD_BYTES = 1024**2
 BODY_MEMORY_BYTES = 1024**3  # of all tenants in one gateway
+BODY_BURST_S = 0.125  # bytes of this time are read without a pause, after a time without bodies
 BODY = "karst_hub.body"  # key in the ASGI scope
 
 
@@ -73,6 +77,35 @@ class BodyMemory:
             del self._by_tenant[tenant]
 
 
+class BodyPace:
+    """Rate at which a gateway reads one tenant's bodies while another tenant is active.
+
+    Reading takes the time of the event loop, which all tenants share. Without a rate, one tenant's bodies would take
+    half of it.
+    """
+
+    def __init__(
+        self,
+        active: ActiveTenants,
+        bytes_per_s: float = BODY_BYTES_PER_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._active = active
+        self._bytes_per_s = bytes_per_s
+        self._clock = clock
+        self._paid_s: dict[str, float] = {}  # time at which the tenant has paid for all bytes that were read
+
+    def pause_s(self, tenant: str, size: int) -> float:
+        """Count bytes of a tenant's body; return the time to wait before the gateway reads more of this body."""
+        if not self._active.others(tenant):
+            return 0.0
+        now_s = self._clock()
+        paid_s = max(now_s - BODY_BURST_S, self._paid_s.get(tenant, 0.0)) + size / self._bytes_per_s
+        self._paid_s = {name: at_s for name, at_s in self._paid_s.items() if at_s > now_s - BODY_BURST_S}
+        self._paid_s[tenant] = paid_s
+        return max(0.0, paid_s - now_s)
+
+
 class UploadGuardMiddleware:
     """ASGI middleware that ends a request with a slow or large upload, or with a disconnected client.
 
@@ -84,6 +117,7 @@ class UploadGuardMiddleware:
         app: ASGIApp,
         *,
         memory: BodyMemory,
+        pace: BodyPace,
         route_keeps_bytes: int,
         behind_haproxy: bool,
         speed: UploadSpeed = SLOWEST_UPLOAD,
@@ -98,6 +132,7 @@ class UploadGuardMiddleware:
         """
         self._app = app
         self._memory = memory
+        self._pace = pace
         self._route_keeps_bytes = route_keeps_bytes
         self._behind_haproxy = behind_haproxy
         self._speed = speed
@@ -116,7 +151,9 @@ class UploadGuardMiddleware:
             await send(message)
 
         pauses = self._behind_haproxy and Headers(scope=scope).get(DISCONNECT_HEADER) == "?1"
-        body = _Body(receive, self._memory, self._route_keeps_bytes, self._read_ahead_bytes if pauses else None)
+        body = _Body(
+            receive, self._memory, self._pace, self._route_keeps_bytes, self._read_ahead_bytes if pauses else None
+        )
         scope[BODY] = body
         upload = asyncio.create_task(body.read(self._speed))
         reply = asyncio.create_task(_run(self._app, scope, body.receive, observed_send))
@@ -152,10 +189,16 @@ class _Body:
     """Body of one request between server and application; its bytes count until the request ends."""
 
     def __init__(
-        self, receive: Receive, memory: BodyMemory, route_keeps_bytes: int, read_ahead_bytes: int | None
+        self,
+        receive: Receive,
+        memory: BodyMemory,
+        pace: BodyPace,
+        route_keeps_bytes: int,
+        read_ahead_bytes: int | None,
     ) -> None:
         self._receive = receive
         self._memory = memory
+        self._pace = pace
         self._route_keeps_bytes = route_keeps_bytes
         self._read_ahead_bytes = read_ahead_bytes  # None: the proxy holds the body in memory anyway
         self._messages: asyncio.Queue[Message] = asyncio.Queue()
@@ -175,9 +218,11 @@ class _Body:
         clock = asyncio.get_running_loop().time
         await self._wanted.wait()
         start = clock()
-        more = True
+        more, size = True, 0
         while more:
             pause_start = clock()
+            if pause_s := self._pace.pause_s(self._tenant, size):
+                await asyncio.sleep(pause_s)
             await self._wait_for_route()
             start += clock() - pause_start  # otherwise a slow route would count as a slow client
             received = self._unread_bytes + self._read_bytes
@@ -191,7 +236,8 @@ class _Body:
                 raise RequestTimeout(f"The request body is too slow: {reason}, after {received} bytes.") from None
             if message["type"] == "http.disconnect":
                 return
-            self._unread_bytes += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            self._unread_bytes += size
             self._count()
             self._messages.put_nowait(message)
             more = message.get("more_body", False)

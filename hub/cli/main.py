@@ -20,6 +20,7 @@ from . import adapters as cli_library
 from . import tasks as cli_tasks
 from . import tenants as cli_tenants
 from .datasets import images as cli_images
+from .datasets import review as cli_review
 from .datasets import trainings as cli_trainings
 from .options import DEFAULT_URL, AdminKey, AsJson, Key, UnknownBelow, Url
 from .output import err, fail, out, settings, show, show_text, usage_error
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.add_typer(cli_library.app)
 app.add_typer(cli_tasks.app)
 app.add_typer(cli_images.app, name="images")
+app.add_typer(cli_review.app, name="review")
 app.add_typer(cli_trainings.app, name="trainings")
 app.add_typer(cli_tenants.app, name="tenants")
 

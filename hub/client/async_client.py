@@ -142,6 +142,8 @@ class AsyncClient(BaseClient):
     classify = _series(endpoints.classify)
     classify_inputs = _series(endpoints.classify_inputs)
     create_task = _single(dataset_endpoints.create_task)
+    feedback = _single(dataset_endpoints.feedback)
+    review = _single(dataset_endpoints.review)
     train = _training(training_endpoints.train)
     trainings = _single(training_endpoints.trainings)
     training = _single(training_endpoints.training)

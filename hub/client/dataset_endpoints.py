@@ -8,9 +8,12 @@ from ..dataset_schemas import (
     AddCounts,
     DatasetImage,
     DatasetInfo,
+    FeedbackGiven,
     ImagePage,
     ImagesAdded,
     LabelRenamed,
+    ReviewKind,
+    ReviewQueue,
     Split,
     Use,
 )
@@ -121,6 +124,29 @@ def rename_label(task: str, label: str, to: str) -> Call[LabelRenamed]:
     path = route("tasks", task, "dataset", "rename-label")
     body = json_body({"label": label, "to": to})
     return Call("POST", path, model(LabelRenamed), headers=JSON, content=body, idempotent=False)
+
+
+def feedback(task: str, image: str, label: str) -> Call[FeedbackGiven]:
+    """Give a kept image, or any image of the dataset, its true label.
+
+    Args:
+        image: its digest, as the reply to the classification named it.
+
+    Raises:
+        NotFound: The dataset has no such image.
+    """
+    body = json_body({"image": image, "label": label})
+    return Call("POST", route("tasks", task, "feedback"), model(FeedbackGiven), headers=JSON, content=body)
+
+
+def review(task: str, *, kind: ReviewKind = "unlabelled", count: int = 20) -> Call[ReviewQueue]:
+    """Return images to label, most useful first.
+
+    Args:
+        kind: `unlabelled`, or `errors` for images whose label is probably wrong.
+        count: images of the reply, at most 100.
+    """
+    return Call("GET", route("tasks", task, "review"), model(ReviewQueue), params={"kind": kind, "count": count})
 
 
 def _joined(parts: Sequence[ImagesAdded]) -> ImagesAdded:

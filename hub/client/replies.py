@@ -13,7 +13,7 @@ from .transport import Call
 
 Model = TypeVar("Model", bound=BaseModel)
 AnyPath: TypeAlias = str | os.PathLike[str]
-PER_IMAGE = ("predictions", "typicality", "unknown", "sets")  # lists of `Classified` with one entry per image
+PER_IMAGE = ("predictions", "typicality", "unknown", "sets", "image")  # lists of `Classified` with one entry per image
 
 
 def model(kind: type[Model]) -> Callable[[bytes], Model]:

@@ -12,6 +12,7 @@ STARTED = {  # series that exist before their first event, so that dashboards sh
     "karst_images": [{"task": "none"}],
     "karst_images_unknown": [{"task": "none"}],
 }
+KEPT_ENDS = ("kept", "known", "refused", "dropped")
 TIMED_PARTS = ("load", "queue", "compute")
 
 
@@ -26,10 +27,20 @@ class GatewayMetrics:
         for name, series in STARTED.items():
             for tags in series:
                 self._counters[name].start({"tenant": NO_TENANT} | tags)
+        for end in KEPT_ENDS:
+            self._counters["karst_images_kept"].start({"end": end})
 
     def record_registry(self, refuses_changes: bool) -> None:
         """Record whether the gateway refuses changes. Ray drops a gauge that is not set again within seconds."""
         self._gauges["karst_changes_refused"].set(float(refuses_changes))
+
+    def record_kept(self, end: str, images: int) -> None:
+        """Count classified images that a task's owner keeps.
+
+        Args:
+            end: `kept`; `known` (it was there); `refused` (no room); `dropped` (a full queue or an error).
+        """
+        self._counters["karst_images_kept"].inc(images, {"end": end})
 
     def record(self, context: RequestContext, status: int, seconds: float) -> None:
         """Record a request. Only successful classifications are timed.

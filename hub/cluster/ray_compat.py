@@ -38,7 +38,7 @@ LOOPBACK_SWITCHES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 def ray_switches(token_file: Path) -> dict[str, str]:
-    """Return the variables of every hub: no usage statistics, and an authentication token.
+    """Return the variables of every hub: no usage statistics, an authentication token, and normal priority.
 
     Args:
         token_file: file with the token. Ray's own ports are open on all interfaces; a process that may connect to
@@ -48,6 +48,9 @@ def ray_switches(token_file: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
+        # Ray starts gateways, workers and HAProxy with a nice value of 15: all other programs would go first, and the
+        # gateway's threads of low priority would hardly differ from the others.
+        "RAY_worker_niceness": "0",
         # Ray logs this error at every stop of Serve, without a fault.
         "RAY_DEDUP_LOGS_SKIP_REGEX": "ServeController.graceful_shutdown failed",
     }

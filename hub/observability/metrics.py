@@ -41,6 +41,7 @@ GATEWAY = (
     Metric("karst_limits_hit", "counter", "requests refused by a limit of the tenant", ("tenant", "limit")),
     Metric("karst_images", "counter", "classified images", ("tenant", "task")),
     Metric("karst_images_unknown", "counter", "classified images that are unknown to their task", ("tenant", "task")),
+    Metric("karst_images_kept", "counter", "classified images to keep: kept, known, refused or dropped", ("end",)),
     Metric("karst_changes_refused", "gauge", "1 while changes are refused because Redis may evict keys"),
     Metric("karst_request_seconds", "histogram", "classification, from first byte to answer", ("tenant",)),
     Metric("karst_load_seconds", "histogram", "wait of a classification for its adapter", ("tenant",)),

@@ -27,6 +27,9 @@ class RequestMetrics(Protocol):
     def record_registry(self, refuses_changes: bool) -> None:
         """Record whether the gateway refuses changes because Redis may evict keys."""
 
+    def record_kept(self, end: str, images: int) -> None:
+        """Count classified images that a task's owner keeps, by their end."""
+
 
 class RequestLogMiddleware:
     """ASGI middleware for ids, contexts, traces, metrics and the log line of each request.

@@ -4,6 +4,7 @@ import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..registry.tasks import TaskRegistry
 from ..registry.versions import ServedVersion, StoredVersion
 from ..schemas import Classified, Input, Result, TaskInfo, TaskList
 from ..worker_api import Answer, PassStats, Workers
+from .datasets.keeping import Keeper
 from .image_decoding import ImageDecoder
 from .label_sets import best, require_small_labels, require_small_sets, threshold_of
 from .predictions import Predicted, result_of
@@ -40,12 +42,14 @@ class ClassificationService:
         limiter: RateLimiter,
         decoder: ImageDecoder,
         workers: Workers,
+        keeper: Keeper,
     ) -> None:
         self._registry = registry
         self._cache = cache
         self._limiter = limiter
         self._decoder = decoder
         self._workers = workers
+        self._keeper = keeper
         self._images = TenantConcurrencyLimit(IMAGES_DECODED)
         self._reads = TenantConcurrencyLimit(REGISTRY_READS)  # of up to half a megabyte each
         self._limits: BankLimits | None = None
@@ -95,7 +99,8 @@ class ClassificationService:
             answers = await self._compute(tenant, name, chosen, pixels, weight)
         predicted = Predicted(chosen, answers, found.settings.unknown_below, threshold)
         request_context.note_unknown(name, sum(predicted.unknown or ()))
-        return predicted
+        kept = await self._keeper.take(owner, found.name, found.settings.keep, predicted, [x for _, x in images])
+        return replace(predicted, kept=kept)
 
     async def classify(
         self,
@@ -131,6 +136,7 @@ class ClassificationService:
             typicality=predicted.typicality,
             unknown=predicted.unknown,
             sets=sets,
+            image=predicted.kept,
         )
         return body, [answer.computed for answer in answers]
 
@@ -178,10 +184,12 @@ class ClassificationService:
                 for at in members.values()
             )
         answers = dict(zip(chain(*members.values()), chain(*groups), strict=True))
-        results = [
-            result_of(x.task, Predicted(c, [answers[i]], task.settings.unknown_below, threshold), top_k)
-            for i, (x, task, c, threshold) in enumerate(zip(inputs, tasks, chosen, thresholds, strict=True))
-        ]
+        results = []
+        for i, (x, task, c, threshold) in enumerate(zip(inputs, tasks, chosen, thresholds, strict=True)):
+            one = Predicted(c, [answers[i]], task.settings.unknown_below, threshold)
+            owner, _ = caller.resolve(x.task)
+            kept = await self._keeper.take(owner, task.name, task.settings.keep, one, [images[i][1]])
+            results.append(result_of(x.task, replace(one, kept=kept), top_k))
         require_small_sets(result.set for result in results if result.set)
         for result in results:
             request_context.note_unknown(result.task, int(result.unknown or False))

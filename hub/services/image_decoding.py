@@ -38,14 +38,15 @@ T = TypeVar("T")
 class ImageDecoder:
     """Decoder of images in a thread pool, within a hub's size limits, in turns that are fair by megapixels.
 
-    An image counts as one for each `PIXELS_PER_IMAGE` begun. An image that counts as more than one is large. Beside
-    other active tenants, a tenant's large images use its share of the cores: otherwise they would slow the decodes of
-    others, the event loop and the workers.
+    An image counts as one for each `PIXELS_PER_IMAGE` begun. An image that counts as more than one is large. Threads
+    of low priority decode it, on the tenant's share of the cores beside other active tenants: otherwise large images
+    would slow the decodes of others, the event loop and the workers.
     """
 
     def __init__(
         self,
         executor: Executor,
+        large_executor: Executor,
         active: ActiveTenants,
         *,
         threads: int,
@@ -59,6 +60,7 @@ class ImageDecoder:
         """
         Args:
             executor: thread pool with `threads + spare_threads` threads.
+            large_executor: as many threads of low priority, for large images.
             active: active tenants of the gateway.
             cores: of the machine; a tenant's share is of these.
             threads: images decoded at the same time. One tenant gets one thread fewer, so no tenant uses all of them.
@@ -70,6 +72,7 @@ class ImageDecoder:
             decode: function that decodes, with the arguments of `adapters.data.images.decode_image`.
         """
         self._executor = executor
+        self._large_executor = large_executor
         self._active = active
         self._cores = cores
         tenant_threads = max(1, threads - 1)
@@ -113,13 +116,13 @@ class ImageDecoder:
         """
         self._active.note(tenant)
         calls = (self._one(tenant, *image, size) for image, size in zip(images, sizes, strict=True))
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        decoded = []
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-            decoded.append(result)
-        return decoded
+        decodes = [asyncio.create_task(call) for call in calls]
+        try:
+            return [await decode for decode in decodes]
+        finally:  # after the error of the first wrong image nothing decodes the images behind it
+            for decode in decodes:
+                decode.cancel()
+            await asyncio.gather(*decodes, return_exceptions=True)
 
     async def _size(self, tenant: str, image: bytes | np.ndarray) -> int:
         if isinstance(image, np.ndarray) or len(image) > self._max_bytes:
@@ -171,7 +174,7 @@ class ImageDecoder:
             await held.enter_async_context(self._tenant_limit.acquire(tenant))
             await self._turns.acquire(tenant, size)
             decode = asyncio.get_running_loop().run_in_executor(
-                self._executor, work, field, image, size * PIXELS_PER_IMAGE
+                self._large_executor if size > 1 else self._executor, work, field, image, size * PIXELS_PER_IMAGE
             )
             task = asyncio.create_task(self._hold(held.pop_all(), tenant, decode, rests=size > 1))
             self._decodes.add(task)  # otherwise the task could be garbage-collected: the loop holds weak references

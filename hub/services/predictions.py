@@ -15,12 +15,14 @@ class Predicted:
     Attributes:
         unknown_below: of the task; an image with a lower typicality is unknown.
         threshold: probability at or above which labels belong to an image's set; None: no sets.
+        kept: digest of each image that the task's dataset keeps, else None; None: the task keeps no images.
     """
 
     version: ServedVersion
     answers: list[Answer]
     unknown_below: float
     threshold: float | None
+    kept: list[str | None] | None = None
 
     @property
     def typicality(self) -> list[float] | None:
@@ -52,4 +54,5 @@ def result_of(task: str, predicted: Predicted, top_k: int) -> Result:
         typicality=predicted.typicality[0] if predicted.typicality else None,
         unknown=predicted.unknown[0] if predicted.unknown else None,
         set=predicted.sets[0] if predicted.sets else None,
+        image=predicted.kept[0] if predicted.kept else None,
     )

@@ -2,12 +2,14 @@
 
 import asyncio
 import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
 from adapters import Adapter, AdapterError, BankLimits
 
 from ..admission.authentication import Caller
-from ..admission.quotas import SOURCE_DOWNLOADS, SOURCE_DOWNLOADS_QUEUED
+from ..admission.quotas import SOURCE_DOWNLOADS, SOURCE_DOWNLOADS_QUEUED, UPLOADS, UPLOADS_QUEUED
 from ..admission.refused_uploads import RefusedUploads
 from ..concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ..errors import Conflict, InvalidAdapter, InvalidRequest, LimitReached
@@ -66,22 +68,26 @@ class RegistrationService:
         self._source_threads = source_threads
         self._refused = RefusedUploads()
         self._max_adapter_bytes = max_adapter_bytes
+        self._uploads = TenantConcurrencyLimit(UPLOADS, UPLOADS + UPLOADS_QUEUED)
         self._downloads = TenantConcurrencyLimit(SOURCE_DOWNLOADS, SOURCE_DOWNLOADS + SOURCE_DOWNLOADS_QUEUED)
         self._background: set[asyncio.Task[None]] = set()
 
-    async def require_uploads(self, caller: Caller) -> None:
-        """Check, before the upload of a file, that not too many files of the tenant were refused.
+    @asynccontextmanager
+    async def upload(self, caller: Caller) -> AsyncIterator[None]:
+        """Wait for one of the tenant's uploads, and hold it while a file is read and registered.
 
-        A refusal comes after a second. Otherwise a client that ignores `Retry-After` could send hundreds a second.
+        A refusal holds it for a second. Otherwise a client that ignores `Retry-After` could send hundreds a second.
 
         Raises:
-            LimitReached: the limit is reached.
+            LimitReached: too many uploads of the tenant are queued, or too many of its files were refused.
         """
-        try:
-            self._refused.require(caller.tenant)
-        except LimitReached:
-            await asyncio.sleep(REFUSAL_DELAY_S)
-            raise
+        async with self._uploads.acquire(caller.tenant):
+            try:
+                self._refused.require(caller.tenant)
+            except LimitReached:
+                await asyncio.sleep(REFUSAL_DELAY_S)
+                raise
+            yield
 
     async def register(
         self,

@@ -8,12 +8,9 @@ counts and no audit.
 import hashlib
 import json
 import tarfile
-import tempfile
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -30,7 +27,8 @@ from ..registry.models import DEFAULT_SETTINGS, WholeTask
 from ..registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
 from ..registry.versions import StoredVersion, StoredVersions
 from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
-from ..storage.store import FILE, Store, require_free_space
+from ..storage.store import FILE, Store
+from .spool import spooled
 
 FORMAT = "karst-tenant/1"
 MANIFEST = "tenant.json"
@@ -163,8 +161,9 @@ async def import_tenant(
         InsufficientStorage: the disk of the store or of temporary files is nearly full.
         Unavailable: the registry, the store or the disk for temporary files is unavailable.
     """
-    with _spool() as file:
-        await _receive(pool, file, chunks, max_archive_bytes(info.limits), min_free_bytes)
+    max_bytes = max_archive_bytes(info.limits)
+    too_large = f"the tar has more than {max_bytes} bytes, the tenant's limit for an import"
+    async with spooled(pool, chunks, max_bytes=max_bytes, too_large=too_large, min_free_bytes=min_free_bytes) as file:
         members = await run_blocking(pool, _index, file, max_adapter_bytes)
         tasks = await run_blocking(pool, _read_manifest, file, members)
         fields_by_digest = {}
@@ -248,34 +247,6 @@ def _header(name: str, size_bytes: int) -> bytes:
 
 def _padding(size_bytes: int) -> bytes:
     return bytes(-size_bytes % BLOCK_BYTES)
-
-
-@contextmanager
-def _spool() -> Iterator[IO[bytes]]:
-    """Open a temporary file without a name: the system removes it even after a crash."""
-    try:
-        with tempfile.TemporaryFile() as file:
-            yield file
-    except OSError as error:
-        raise Unavailable(f"The hub cannot store the upload on its disk: {error.strerror or error}.") from error
-
-
-async def _receive(
-    pool: Pool, file: IO[bytes], chunks: AsyncIterable[bytes], max_bytes: int, min_free_bytes: int
-) -> None:
-    folder = Path(tempfile.gettempdir())
-    total, buffer = 0, bytearray()
-    async for chunk in chunks:
-        total += len(chunk)
-        if total > max_bytes:
-            raise TooLarge.at("body", f"the tar has more than {max_bytes} bytes, the tenant's limit for an import")
-        buffer += chunk
-        if len(buffer) >= CHUNK_BYTES:
-            require_free_space(folder, len(buffer), min_free_bytes)
-            await run_blocking(pool, file.write, bytes(buffer))
-            buffer.clear()
-    await run_blocking(pool, file.write, bytes(buffer))
-    await run_blocking(pool, file.flush)
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,11 @@
-"""Clients without a key at real hubs: repeated headers, slow connections, redirects, Ray's pages.
-
-One hub is the shared one behind HAProxy. The other one has Serve's stock proxy, TLS, two gateways and two workers.
-"""
-
-import ssl
-from collections.abc import Iterator
-from dataclasses import dataclass
-from urllib.parse import urlsplit
+"""Clients without a key at a real hub: repeated headers, slow connections, redirects, Ray's pages."""
 
 import httpx
 import pytest
 
 from hub.api.request_heads import SINGLE_HEADERS
 from hub.api.security_headers import security_headers
-from hub.local.ports import free_port
 from tests.support.connections import drip_all, raw_reply
-from tests.support.hub_process import serve
-from tests.support.tls import certificate
 
 from .conftest import AttackedHub
 
@@ -25,42 +14,10 @@ LONG_HEAD_S = 10  # limit of both front proxies
 UPLOAD = b"POST /v1/tasks/a/classify HTTP/1.1\r\nhost: hub\r\n"
 
 
-@dataclass(frozen=True)
-class Front:
-    """A hub's front proxy."""
-
-    url: str
-    tls: ssl.SSLContext | None
-    admin_key: str
-
-    def reply(self, request: bytes) -> tuple[int, bytes]:
-        """Return status and head of the reply to these bytes."""
-        head, _ = raw_reply(self.url, request, self.tls)
-        return int(head[9:12]), head
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    folder = tmp_path_factory.mktemp("stock")
-    key, cert = certificate("localhost")
-    for name, pem in (("cert.pem", cert), ("key.pem", key)):
-        (folder / name).write_bytes(pem)
-    tls = {"HUB_TLS_CERT": str(folder / "cert.pem"), "HUB_TLS_KEY": str(folder / "key.pem")}
-    two = {"HUB_MIN_GATEWAYS": "2", "HUB_MAX_GATEWAYS": "2", "HUB_MIN_WORKERS": "2", "HUB_MAX_WORKERS": "2"}
-    served = serve(folder, free_port(), HUB_HAPROXY="false", **tls, **two)
-    assert served.admin_key is not None
-    context = ssl.create_default_context(cadata=cert.decode())
-    yield Front(f"https://localhost:{urlsplit(served.url).port}", context, served.admin_key)
-    served.stop()
-
-
-@pytest.fixture(params=["haproxy", "stock"])
-def front(request: pytest.FixtureRequest) -> Front:
-    if request.param == "stock":
-        found: Front = request.getfixturevalue("stock")
-        return found
-    hub: AttackedHub = request.getfixturevalue("hub")
-    return Front(hub.url, None, hub.admin_key)
+def reply(hub: AttackedHub, request: bytes) -> tuple[int, bytes]:
+    """Return status and head of the reply to these bytes."""
+    head, _ = raw_reply(hub.front.url, request, hub.front.tls)
+    return int(head[9:12]), head
 
 
 @pytest.mark.parametrize(
@@ -76,23 +33,23 @@ def front(request: pytest.FixtureRequest) -> Front:
     ],
     ids=["head", "second head", "no key", "unknown key", "no path", "health", "routes"],
 )
-def test_fifty_connections_end_when_they_send_a_byte_now_and_then(front: Front, start: bytes) -> None:
-    assert drip_all(front.url, start, count=50, seconds=LONG_HEAD_S + 20, tls=front.tls) == 50
+def test_fifty_connections_end_when_they_send_a_byte_now_and_then(hub: AttackedHub, start: bytes) -> None:
+    assert drip_all(hub.front.url, start, count=50, seconds=LONG_HEAD_S + 20, tls=hub.front.tls) == 50
 
 
 @pytest.mark.parametrize("name", SINGLE_HEADERS)
-def test_a_header_with_one_value_is_refused_when_it_is_sent_twice(front: Front, name: str) -> None:
+def test_a_header_with_one_value_is_refused_when_it_is_sent_twice(hub: AttackedHub, name: str) -> None:
     values = ("chunked", "chunked") if name == "transfer-encoding" else ("0", "1")
     host = "" if name == "host" else "host: hub\r\n"
-    key = "" if name == "authorization" else f"authorization: Bearer {front.admin_key}\r\n"
+    key = "" if name == "authorization" else f"authorization: Bearer {hub.admin_key}\r\n"
     lines = f"{name}: {values[0]}\r\n{name.title()}: {values[1]}\r\n"
-    status, head = front.reply(f"GET /v1/tenants HTTP/1.1\r\n{host}{key}{lines}\r\n".encode())
+    status, head = reply(hub, f"GET /v1/tenants HTTP/1.1\r\n{host}{key}{lines}\r\n".encode())
     assert status == 400, head
 
 
-def test_no_path_is_redirected(front: Front) -> None:
+def test_no_path_is_redirected(hub: AttackedHub) -> None:
     """Every route with a slash more, and targets that name another host."""
-    document = httpx.get(f"{front.url}/openapi.json", verify=front.tls or True).json()
+    document = httpx.get(f"{hub.front.url}/openapi.json", verify=hub.front.tls or True).json()
     operations = [(method.upper(), path) for path, item in document["paths"].items() for method in item]
     names = {"{task}": "a", "{tenant}": "a"}
     targets = []
@@ -103,20 +60,20 @@ def test_no_path_is_redirected(front: Front) -> None:
     others = ["/\\evil.example/", "/%5cevil.example/", "//evil.example", "/..//evil.example", "/.//evil.example/docs/"]
     targets += [("GET", target) for target in (*others, "http://evil.example/v1/tasks/", "http://evil.example/docs/")]
     for method, target in targets:
-        status, head = front.reply(f"{method} {target} HTTP/1.1\r\nhost: evil.example\r\n\r\n".encode())
+        status, head = reply(hub, f"{method} {target} HTTP/1.1\r\nhost: evil.example\r\n\r\n".encode())
         assert not 300 <= status < 400, (method, target, head)
         assert b"\nlocation:" not in head.lower()
 
 
 @pytest.mark.parametrize("path", ["/-/routes", "/-/ROUTES", "/%2d/routes", "/-%2Froutes", "/-/x", "/-/"])
-def test_ray_s_pages_are_hidden(front: Front, path: str) -> None:
-    status, head = front.reply(f"GET {path} HTTP/1.1\r\nhost: hub\r\n\r\n".encode())
+def test_ray_s_pages_are_hidden(hub: AttackedHub, path: str) -> None:
+    status, head = reply(hub, f"GET {path} HTTP/1.1\r\nhost: hub\r\n\r\n".encode())
     assert status == 404, head
 
 
-def test_ray_s_health_has_the_security_headers_of_all_replies(front: Front) -> None:
+def test_ray_s_health_has_the_security_headers_of_all_replies(hub: AttackedHub) -> None:
     expected = {f"{name}: {value}".encode() for name, value in security_headers(tls=False).items()}
     for path in ("/-/healthz", "/-/routes", "/healthz", "/nowhere"):
-        status, head = front.reply(f"GET {path} HTTP/1.1\r\nhost: hub\r\n\r\n".encode())
+        status, head = reply(hub, f"GET {path} HTTP/1.1\r\nhost: hub\r\n\r\n".encode())
         assert (status == 200) == path.endswith("healthz")
         assert expected <= {line.strip() for line in head.split(b"\r\n")}, (path, head)

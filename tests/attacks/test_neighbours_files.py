@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from adapters import Adapter
-from hub.client.client import Client
 from hub.local.run_folder import RECORD
 from tests.support.models import with_metadata
 
@@ -43,7 +42,7 @@ def test_hub_leaves_nothing_readable_for_other_users_when_it_runs(hub: AttackedH
 def test_disk_stays_within_the_quota_when_a_tenant_registers_and_deletes(hub: AttackedHub, victim: Victim) -> None:
     key, quota = hub.tenant({"stored_bytes": 10**6}), 10**6
     before = stored_bytes(hub.home)
-    with Client(hub.url, key) as client:
+    with hub.client(key) as client:
         for number in range(12):
             client.register("t", with_metadata(Adapter.read(victim.adapter), producer=f"{number}" + "x" * 300_000))
             client.delete_task("t")

@@ -251,6 +251,15 @@ def test_tenant_is_active_until_it_made_no_call_for_a_while() -> None:
     assert active.others("b") == 0
 
 
+def test_tenant_s_limit_falls_when_another_tenant_is_active() -> None:
+    active = ActiveTenants()
+    limit, low = active.limit(64, 8), active.limit(4, 8)
+    active.note("a")
+    assert (limit("a"), low("a")) == (64, 4)
+    active.note("b")
+    assert (limit("a"), limit("b"), low("a")) == (8, 8, 4)
+
+
 def test_tenant_s_calls_take_turns_and_other_tenants_do_not_wait_when_one_sends_many() -> None:
     async def use() -> None:
         with ThreadPoolExecutor(2) as executor:

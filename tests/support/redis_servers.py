@@ -18,6 +18,8 @@ from hub.local.embedded_redis import find_redis_server
 from hub.local.ports import free_port
 
 START_TIMEOUT_S = 20.0
+CLUSTER_PORT = 10_000  # added to a server's port
+FIRST_OF_CONNECTIONS = 32_768  # Linux' default
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,19 @@ class RedisServer:
         self.client.replicaof("NO", "ONE")
 
 
+def _server_port() -> int:
+    """Return a free port whose cluster port is free too, and is none that Linux gives to connections.
+
+    A server of a cluster also listens on its cluster port, 10,000 higher.
+    """
+    while True:
+        port = free_port()
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port + CLUSTER_PORT))
+            if port + CLUSTER_PORT < FIRST_OF_CONNECTIONS:
+                return port
+
+
 @contextmanager
 def redis_server(folder: Path, *options: str, password: str | None = None, wait: bool = True) -> Iterator[RedisServer]:
     """Run a redis-server while the context lasts.
@@ -56,7 +71,7 @@ def redis_server(folder: Path, *options: str, password: str | None = None, wait:
         wait: return when it answers; otherwise at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port, log = free_port(), folder / "redis.log"
+    port, log = _server_port(), folder / "redis.log"
     command = [find_redis_server(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
     if password is not None:
         command += ["--requirepass", password]

@@ -8,14 +8,20 @@ from starlette.datastructures import FormData
 from ...admission.authentication import Caller
 from ...dataset_schemas import (
     MAX_PAGE_IMAGES,
+    MAX_REVIEW_IMAGES,
     PAGE_IMAGES,
+    REVIEW_IMAGES,
     DatasetImage,
     DatasetInfo,
+    Feedback,
+    FeedbackGiven,
     ImageChange,
     ImagePage,
     ImagesAdded,
     LabelRename,
     LabelRenamed,
+    ReviewKind,
+    ReviewQueue,
     Split,
     Use,
 )
@@ -23,6 +29,7 @@ from ...errors import FieldProblem, InvalidRequest
 from ...field_types import DIGEST_PATTERN, Label, clean_label
 from ...schemas import MAX_IMAGES
 from ...services.datasets.images import DatasetService, SentImage
+from ...services.datasets.review import ReviewService
 from ..base64_images import refuse_base64
 from ..bodies import FORM, JSON, RequestBody, is_apple_double
 from ..dependencies import CallerDependencies, TaskName
@@ -30,6 +37,7 @@ from ..openapi import BINARY, OCTETS, request_body, schema_of
 from ..problems import POSITION_PATTERN, invalid_fields
 
 ZIPS = ("application/zip", "application/x-zip-compressed")
+ZIP_START = b"PK\x03\x04"
 NEUTRAL_PARTS = {"image", "images", "file", "files"}  # names of parts that are no labels
 FORM_TEXTS = ("label", "split")
 IMAGES_CONTENT: dict[str, Any] = {
@@ -55,11 +63,20 @@ ListedUse = Annotated[Use | None, Query(description="only images that train, or 
 Unlabelled = Annotated[bool, Query(description="only images without a label")]
 Cursor = Annotated[str, Query(pattern=POSITION_PATTERN, description="`next` of the previous page")]
 Count = Annotated[int, Query(ge=1, le=MAX_PAGE_IMAGES, description="images of a page")]
+Kind = Annotated[
+    ReviewKind, Query(description="`unlabelled`: images without a label; `errors`: labels that are probably wrong")
+]
+ReviewCount = Annotated[int, Query(ge=1, le=MAX_REVIEW_IMAGES, description="images of the reply")]
 CACHED = {"cache-control": "private, max-age=86400, immutable"}  # a digest always names the same bytes
 
 
 def add_dataset_routes(
-    api: FastAPI, service: DatasetService, dependencies: CallerDependencies, *, max_request_bytes: int
+    api: FastAPI,
+    service: DatasetService,
+    reviews: ReviewService,
+    dependencies: CallerDependencies,
+    *,
+    max_request_bytes: int,
 ) -> None:
     """Add the routes of datasets. All of them need an owner's key."""
     Owner = Annotated[Caller, Depends(dependencies.owner)]
@@ -93,6 +110,8 @@ def add_dataset_routes(
                     images = await _images_of_form(form, body, label, split)
             else:
                 name, data = await body.read_image(max_request_bytes)
+                if data.startswith(ZIP_START):
+                    raise InvalidRequest.at("body", f"is a ZIP archive; send it with Content-Type: {ZIPS[0]}")
                 images = [SentImage(name, data, label, split)]
             return await service.add(caller, task, images)
 
@@ -143,6 +162,20 @@ def add_dataset_routes(
     @api.delete("/v1/tasks/{task}/images/{digest}", status_code=204)
     async def delete_image(caller: Owner, task: TaskName, digest: Digest) -> None:
         await service.remove(caller, task, digest)
+
+    @api.get("/v1/tasks/{task}/review", summary="List images to label or to correct, most useful first")
+    async def get_review(
+        caller: Owner, task: TaskName, kind: Kind = "unlabelled", count: ReviewCount = REVIEW_IMAGES
+    ) -> ReviewQueue:
+        return await reviews.review(caller, task, kind, count)
+
+    @api.post(
+        "/v1/tasks/{task}/feedback",
+        summary="Give an image its true label, which confirms or corrects the answer",
+        openapi_extra=request_body({JSON: schema_of(Feedback)}),
+    )
+    async def give_feedback(caller: Owner, task: TaskName, body: Body) -> FeedbackGiven:
+        return await reviews.feedback(caller, task, await body.read_json(Feedback))
 
 
 async def _images_of_form(form: FormData, body: RequestBody, label: str | None, split: Split | None) -> list[SentImage]:

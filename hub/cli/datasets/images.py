@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from ...client.client import Client
 from ...dataset_schemas import MAX_PAGE_IMAGES, ImagesAdded, Split, Use
@@ -23,6 +23,8 @@ from ..output import confirm, day, err, fail, out, show
 Task = Annotated[str, typer.Argument(help="name of the task")]
 Digest = Annotated[str, typer.Argument(help="digest of the image, from `images list`")]
 SplitOption = Annotated[Split | None, typer.Option(help="train, test, or auto: the digest decides")]
+DIGEST_CHARACTERS = 64
+LIST_WIDTH = 140  # at least; on a narrow terminal lines wrap, otherwise a digest could not be copied
 CALL_IMAGES = 200  # sent before the progress bar moves
 
 app = typer.Typer(
@@ -87,10 +89,10 @@ def list_images(
         page = client.images.list(task, label=label, unlabelled=unlabelled, split=split, cursor=cursor, count=count)
     if as_json:
         return show(page, True)
-    table = Table("digest", "label", "split", "use", "name", "added")
+    table = Table(Column("digest", no_wrap=True, min_width=DIGEST_CHARACTERS), "label", "split", "use", "name", "added")
     for image in page.images:
         table.add_row(image.digest, image.label or "-", image.split, image.use, image.name, day(image.added))
-    out.print(table)
+    out.print(table, width=max(out.width, LIST_WIDTH), crop=False)
     if page.next is not None:
         out.print(f"more: --cursor {page.next}")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from ...client.client import Client
 from ...dataset_schemas import TrainingInfo
@@ -56,7 +56,9 @@ def list_trainings(task: Task, key: OwnerKey, url: Url = DEFAULT_URL, as_json: A
         found = client.trainings(task)
     if as_json:
         return show(found, True)
-    table = Table("id", "recipe", "state", "version", "images", "accuracy", "created")
+    table = Table(
+        Column("id", no_wrap=True, min_width=16), "recipe", "state", "version", "images", "accuracy", "created"
+    )
     for training in found.trainings:
         version = "-" if training.version is None else str(training.version)
         images = str(training.snapshot.images)

@@ -24,7 +24,7 @@ from typing import Any
 
 from ...admin_schemas import TenantLimits
 from ...admission.quotas import DATASET_LABELS
-from ...dataset_schemas import DatasetImage, ImagePage, LabelCount, Split, Use
+from ...dataset_schemas import DatasetImage, ImagePage, KeptAnswer, LabelCount, Split, Use
 from ...errors import HubError, LimitReached, NotFound
 from ...field_types import folded_label
 from ..audit import Actor
@@ -333,7 +333,6 @@ def _status(found: Mapping[str, Any]) -> AddStatus:
 
 
 def _image(digest: str, labels: Sequence[str], record: Mapping[str, Any]) -> DatasetImage:
-    added = datetime.fromtimestamp(record["at"] / 1000, UTC).isoformat(timespec="milliseconds")
     labels = list(labels or ())  # Lua writes an empty list as {}
     return DatasetImage(
         digest=digest,
@@ -343,5 +342,11 @@ def _image(digest: str, labels: Sequence[str], record: Mapping[str, Any]) -> Dat
         use=record["u"],
         name=record["name"],
         size_bytes=int(record["size"]),
-        added=added,
+        added=_time(record["at"]),
+        answer=KeptAnswer(**record["p"]) if record.get("p") else None,
+        expires=_time(record["k"]) if record.get("k") and not labels else None,
     )
+
+
+def _time(ms: float) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")

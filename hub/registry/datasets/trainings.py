@@ -33,7 +33,7 @@ from ..redis.connection import (
 from ..redis.scripts import TRAININGS, ChangeReply
 from .files import StoredName
 
-MAX_TRAININGS = 100  # kept per task, besides queued and running ones
+MAX_TRAININGS = 100  # newest ones kept per task; older ones stay while they are jobs, or while their version exists
 
 
 class Author(BaseModel):

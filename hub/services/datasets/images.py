@@ -39,15 +39,15 @@ from ...dataset_schemas import (
     Split,
     Use,
 )
-from ...errors import InvalidImage, LimitReached, TooLarge, Unavailable
+from ...errors import InvalidImage, InvalidRequest, LimitReached, TooLarge, Unavailable
 from ...registry.datasets.files import StoredName
 from ...registry.datasets.index import AddStatus, DatasetIndex, NewImage
 from ...registry.tasks import TaskRegistry
 from ...storage.store import Store
 from ..image_decoding import ImageDecoder
+from ..spool import spooled
 from .features import PATIENCE_S, FeatureService
 from .removal import FileRemoval
-from .spool import spooled
 from .zip_folders import ZipFolders
 
 STEP_IMAGES = 32  # of a zip, added in one atomic step
@@ -82,7 +82,7 @@ class _Report:
     def refuse(self, name: str, reason: str) -> None:
         self.counts["refused"] += 1
         if len(self.refused) < MAX_NAMED:
-            self.refused.append(RefusedImage(name=name, reason=reason))
+            self.refused.append(RefusedImage(name=name[-MAX_NAME_CHARACTERS:], reason=reason))
 
     def record(self, image: NewImage, status: AddStatus) -> None:
         found: dict[str, Any] = {"name": image.name, "digest": image.digest, "label": image.label}
@@ -133,10 +133,12 @@ class DatasetService:
         limiter: RateLimiter,
         threads: TenantThreads,
         max_image_bytes: int,
+        min_free_bytes: int,
     ) -> None:
         """
         Args:
             threads: thread pool for calls to the store and for files.
+            min_free_bytes: bytes that a zip leaves free on the disk of temporary files.
         """
         self._index = index
         self._tasks = tasks
@@ -147,6 +149,7 @@ class DatasetService:
         self._limiter = limiter
         self._threads = threads
         self._max_image_bytes = max_image_bytes
+        self._min_free_bytes = min_free_bytes
         self._uploads = TenantConcurrencyLimit(IMAGE_UPLOADS, IMAGE_UPLOADS + IMAGE_UPLOADS_QUEUED)
 
     @asynccontextmanager
@@ -183,12 +186,16 @@ class DatasetService:
             split: of all images, in place of folders named `train` and `test`.
 
         Raises:
-            InvalidRequest, TooLarge: the zip is damaged or too large, as a whole.
+            InvalidRequest, TooLarge: the zip is damaged, without a file, or too large, as a whole.
+            InsufficientStorage: the disk of temporary files or of the store is nearly full.
             HubError: any error of `add`. Images of earlier steps stay; the same upload again continues.
         """
         task, report = caller.own_task(name), _Report()
         pool = self._threads.of(caller.tenant)
-        async with spooled(pool, chunks, MAX_ZIP_BYTES, "zip") as file:
+        too_large = f"the zip has more than {MAX_ZIP_BYTES} bytes; send it in parts"
+        async with spooled(
+            pool, chunks, max_bytes=MAX_ZIP_BYTES, too_large=too_large, min_free_bytes=self._min_free_bytes
+        ) as file:
             entries, count = await run_blocking(pool, self._open_zip, file, label, split)
             while images := await run_blocking(pool, lambda: list(islice(entries, STEP_IMAGES))):
                 await self._add(caller, task, images, report, files=count, waits=True)
@@ -268,6 +275,8 @@ class DatasetService:
     def _open_zip(self, file: IO[bytes], label: str | None, split: Split | None) -> tuple[Iterator[SentImage], int]:
         zipped = ZipFolders(file, max_image_bytes=self._max_image_bytes)
         entries = zipped.entries()
+        if not entries:
+            raise InvalidRequest.at("body", "the zip has no image; put images into folders of the zip")
 
         def images() -> Iterator[SentImage]:
             for entry in entries:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import islice
@@ -10,6 +11,7 @@ from ...admin_schemas import Collected
 from ...concurrency import Pool, run_blocking
 from ...errors import HubError
 from ...registry.datasets.files import DatasetFiles, StoredName
+from ...registry.datasets.kept import KeptImages
 from ...registry.health import RegistryIntegrity
 from ...registry.redis.connection import is_cancelled
 from ...storage.features import FeatureStore
@@ -18,6 +20,7 @@ from ...storage.store import Store, StoredFile
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 5.0
+EXPIRY_S = 600.0  # between two removals of kept images whose time is over
 DRAINED_IMAGES = 200  # of a deleted dataset, in one step of the registry
 FILES_PER_LISTING = 1000
 
@@ -29,6 +32,7 @@ class FileRemoval:
         self,
         *,
         files: DatasetFiles,
+        kept: KeptImages,
         integrity: RegistryIntegrity,
         images: Store,
         snapshots: Store,
@@ -41,6 +45,7 @@ class FileRemoval:
             pool: thread pool for calls to the store.
         """
         self._files = files
+        self._kept = kept
         self._integrity = integrity
         self._stores = {"": images, "s:": snapshots, "r:": reports}
         self._features = features
@@ -55,27 +60,47 @@ class FileRemoval:
                 logger.warning("file %s is not removed yet: %s", name.digest, error.detail)
 
     async def run(self) -> None:
-        """Remove the files of deleted tasks and tenants, until cancelled."""
+        """Remove the files of deleted tasks and tenants and expired images, until cancelled."""
+        expired_s = -EXPIRY_S
         while not is_cancelled():
             try:
                 more = True
                 while more:
                     names, more = await self._files.drain(DRAINED_IMAGES)
                     await self.remove(names)
+                if time.monotonic() - expired_s >= EXPIRY_S:
+                    await self.expire()
+                    expired_s = time.monotonic()
             except HubError:
                 pass  # the registry is unavailable; the next round repeats
             except Exception:
                 logger.exception("the files of deleted datasets cannot be removed")
             await asyncio.sleep(INTERVAL_S)
 
+    async def expire(self) -> int:
+        """Remove classified images whose time is over, unless they have a label. Return their number.
+
+        Raises:
+            Unavailable: the registry is unavailable.
+        """
+        total = 0
+        for tenant, task in await self._kept.datasets():
+            removed = DRAINED_IMAGES
+            while removed == DRAINED_IMAGES:
+                removed, names = await self._kept.expire(tenant, task, DRAINED_IMAGES)
+                await self.remove(names)
+                total += removed
+        return total
+
     async def collect(self, before: datetime) -> Collected:
-        """Remove every file that no dataset uses and that was written before a time.
+        """Remove expired images, and every file that no dataset uses and that was written before a time.
 
         Raises:
             Conflict: the registry may have lost keys; nothing was removed.
             Unavailable: the registry or the store is unavailable; files removed before that stay removed.
         """
         await self._integrity.check_images()
+        await self.expire()
         removed = size_bytes = kept = 0
         for kind, store in self._stores.items():
             unfinished = await run_blocking(self._pool, store.delete_unfinished, before)

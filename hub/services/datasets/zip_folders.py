@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
-from ...dataset_schemas import MAX_NAME_CHARACTERS, Split
+from ...dataset_schemas import Split
 from ...errors import InvalidImage, InvalidRequest, TooLarge
 from ...field_types import clean_label
 
@@ -97,7 +97,7 @@ class ZipFolders:
         if entry.size_bytes > self._max_image_bytes:
             message = f"the image has {entry.size_bytes} bytes (limit {self._max_image_bytes})"
             raise InvalidImage.at(entry.name, message)
-        self._file.seek(entry.offset)
+        self._file.seek(min(entry.offset, self._size))  # otherwise the system refuses offsets from 2**63
         header = self._file.read(30)
         if len(header) < 30 or not header.startswith(LOCAL):
             raise InvalidImage.at(entry.name, "the zip is damaged at this entry; write the zip again")
@@ -178,6 +178,8 @@ def _entry(name: str, flags: int, mode: int, method: int, crc: int, packed: int,
         refusal = "its path is absolute or leads out of the zip; use relative paths"
     elif stat.S_IFMT(mode) not in (0, stat.S_IFREG):
         refusal = "a link or a special file; put the image itself into the zip"
+    elif "\ufffd" in name:
+        refusal = "its path is not valid UTF-8, so its label is not known; rename it and write the zip again"
     elif flags & ENCRYPTED:
         refusal = "encrypted; write the zip without a password"
     elif method not in (STORED, DEFLATED):
@@ -192,7 +194,7 @@ def _entry(name: str, flags: int, mode: int, method: int, crc: int, packed: int,
         except ValueError as error:
             refusal = f"the name of its folder, which is its label, {error}"
         split = next((SPLIT_FOLDERS[f.lower()] for f in folders[:-1] if f.lower() in SPLIT_FOLDERS), None)
-    return ZipEntry(name[:MAX_NAME_CHARACTERS], label, split, refusal, method, crc, packed, size, offset)
+    return ZipEntry(name, label, split, refusal, method, crc, packed, size, offset)
 
 
 def _is_ignored(entry: ZipEntry) -> bool:

@@ -184,7 +184,7 @@ def test_invalid_settings_are_refused_by_name(served: Hub) -> None:
         ('{"unknown_below": null}', "unknown_below"),
         ('{"unknown_below": NaN}', "unknown_below"),
         ('{"unknown": 0.1}', "unknown"),
-        ('{"unknown_below": 0.1, "keep": {"images": "all"}}', "keep.images"),
+        ('{"unknown_below": 0.1, "keep": {"images": "some"}}', "keep.images"),
     ):
         reply = served.http.put(URL, content=body)
         assert reply.status_code == 422, (body, reply.text)

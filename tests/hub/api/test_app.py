@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from hub.api.app import GatewayAPI
 from hub.api.request_heads import MAX_TARGET_BYTES
+from hub.concurrency import ActiveTenants
 from hub.errors import NotFound
 from hub.observability.request_context import RequestContext
 from hub.settings import Settings
@@ -25,13 +26,16 @@ class Statuses:
     def record(self, context: RequestContext, status: int, seconds: float) -> None:
         self.seen.append((status, context.error))
 
+    def record_kept(self, end: str, images: int) -> None:
+        raise AssertionError(f"no test keeps images, and {images} were {end}")
+
     def record_registry(self, refuses_changes: bool) -> None:
         assert not refuses_changes
 
 
 @pytest.fixture
 def api() -> GatewayAPI:
-    api = GatewayAPI(Settings(backbone="demo", cors_origins=(SITE,)))
+    api = GatewayAPI(Settings(backbone="demo", cors_origins=(SITE,)), ActiveTenants())
 
     @api.get("/missing")
     async def missing() -> Response:
@@ -69,7 +73,7 @@ def test_every_error_has_id_and_security_headers(
 
 def test_metrics_count_every_request() -> None:
     metrics = Statuses()
-    api = GatewayAPI(Settings(backbone="demo"), metrics)
+    api = GatewayAPI(Settings(backbone="demo"), ActiveTenants(), metrics)
 
     @api.get("/missing")
     async def missing() -> Response:

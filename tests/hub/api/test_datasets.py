@@ -56,17 +56,6 @@ def test_a_task_is_made_without_versions_and_settings_change(hub: Hub) -> None:
     assert "has no version yet" in refused.json()["detail"]
 
 
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [({"keep": {"images": "uncertain"}}, "keep.images")],
-)
-def test_a_setting_that_is_not_built_is_refused_by_its_name(hub: Hub, body: dict[str, Any], field: str) -> None:
-    reply = hub.http.put("/v1/tasks/flowers", json=body)
-    assert reply.status_code == 422
-    assert reply.json()["errors"][0]["field"] == field
-    assert "is not in this hub yet" in reply.json()["detail"]
-
-
 def test_one_image_is_added_listed_read_and_shown_small(dataset: Hub) -> None:
     data = png(1, (240, 200))
     reply = add(dataset, data, "?label=rose&split=train")

@@ -32,6 +32,8 @@ ROUTES = {
     "GET /v1/tasks/{task}/images/{digest}/thumbnail": "owner",
     "PATCH /v1/tasks/{task}/images/{digest}": "owner",
     "DELETE /v1/tasks/{task}/images/{digest}": "owner",
+    "GET /v1/tasks/{task}/review": "owner",
+    "POST /v1/tasks/{task}/feedback": "owner",
     "GET /v1/tasks/{task}/compare": "owner",
     "POST /v1/tasks/{task}/trainings": "owner",
     "GET /v1/tasks/{task}/trainings": "owner",
@@ -102,6 +104,7 @@ def operations(hub: Hub) -> list[str]:
 BODIES: dict[str, dict[str, Any]] = {
     "rename-label": {"json": {"label": "rose", "to": "rosa"}},
     "images/{digest}": {"json": {"label": "rose"}},
+    "feedback": {"json": {"image": "0" * 64, "label": "rose"}},
     "trainings": {"json": {"recipe": "instant"}},
     "/tasks/{task}": {"json": {"unknown_below": 0.05}},
     "tokens": {"json": {"task": TASK}},

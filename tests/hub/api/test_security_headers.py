@@ -8,6 +8,7 @@ from starlette.testclient import TestClient
 from hub.api.app import GatewayAPI
 from hub.api.dependencies import client_address
 from hub.api.security_headers import DATA_POLICY, PAGE_POLICY
+from hub.concurrency import ActiveTenants
 from hub.settings import Settings
 from tests.support.hub_app import Hub
 
@@ -25,7 +26,7 @@ SITE = "https://a.example"
 
 def client(**settings: object) -> TestClient:
     """Return a client of an application with a route for each kind of reply."""
-    api = GatewayAPI(Settings(backbone="demo", **settings))  # type: ignore[arg-type]
+    api = GatewayAPI(Settings(backbone="demo", **settings), ActiveTenants())  # type: ignore[arg-type]
 
     @api.get("/")
     async def page() -> Response:

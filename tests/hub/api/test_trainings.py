@@ -1,5 +1,6 @@
 """Trainings over HTTP: from uploaded images to a version that answers, and refusals of datasets that cannot train."""
 
+import hashlib
 from typing import Any
 
 import pytest
@@ -38,7 +39,10 @@ def test_a_training_makes_a_version_that_answers_at_once(colours: Hub, tmp_path:
         assert answer["predictions"][0][0]["label"] == label
     task = colours.http.get("/v1/tasks/colours").json()
     assert task["aliases"] == {"latest": {"1": 1}, "stable": {"1": 1}}
-    assert task["versions"][0]["metrics"]["snapshot"] == training["snapshot"]["digest"]
+    version = colours.http.get("/v1/tasks/colours/versions/1").json()
+    assert version["metrics"]["snapshot"] == training["snapshot"]["digest"]
+    listed = colours.http.get(f"{TRAININGS}/{version['metrics']['training']}/snapshot").content
+    assert hashlib.sha256(listed).hexdigest() == version["metrics"]["snapshot"]
 
 
 def test_a_training_is_listed_with_its_snapshot(colours: Hub) -> None:

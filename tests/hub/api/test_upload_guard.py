@@ -13,10 +13,12 @@ from starlette.types import Message, Receive, Scope, Send
 from hub.api.security_headers import DISCONNECT_HEADER
 from hub.api.upload_guard import (
     BodyMemory,
+    BodyPace,
     UploadGuardMiddleware,
     UploadSpeed,
     claim_body,
 )
+from hub.concurrency import ActiveTenants
 from hub.errors import LimitReached, RequestTimeout, Unavailable
 from tests.support import virtual_time
 
@@ -106,7 +108,12 @@ def guard(handler: Handler, memory: BodyMemory | None = None, **options: Any) ->
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await (await handler(Request(scope, receive)))(scope, receive, send)
 
-    defaults: dict[str, Any] = {"route_keeps_bytes": 100, "behind_haproxy": True, "speed": SPEED}
+    defaults: dict[str, Any] = {
+        "pace": BodyPace(ActiveTenants()),
+        "route_keeps_bytes": 100,
+        "behind_haproxy": True,
+        "speed": SPEED,
+    }
     return UploadGuardMiddleware(app, memory=memory or BodyMemory(), **(defaults | options))
 
 
@@ -289,6 +296,26 @@ def test_a_slow_upload_gets_no_second_reply_when_the_reply_has_begun() -> None:
     server = Server(b"abc", 1000.0, b"")
     virtual_time.run(handle(server, reply_early))
     assert [message["type"] for message in server.messages] == ["http.response.start", "http.response.body"]
+
+
+def test_bodies_of_a_tenant_are_read_at_a_rate_when_another_tenant_is_active() -> None:
+    """The server has the whole body at once; the client of a body without pauses is not too slow."""
+
+    async def seconds(active: ActiveTenants) -> float:
+        async def claimed(request: Request) -> Response:
+            claim_body(request.scope, "a")
+            return await count_bytes(request)
+
+        pace = BodyPace(active, bytes_per_s=1000, clock=asyncio.get_running_loop().time)
+        server = Server(*[b"x" * 1000] * 60)
+        found = await handle(server, claimed, pace=pace, speed=UploadSpeed(idle_s=10, grace_s=30, bytes_per_s=1000))
+        assert server.body == b"60000"
+        return found
+
+    active = ActiveTenants()
+    assert virtual_time.run(seconds(active)) < 0.1
+    active.note("b")
+    assert virtual_time.run(seconds(active)) == pytest.approx(59, abs=1)
 
 
 def test_body_memory_is_limited_in_total_and_by_tenant() -> None:

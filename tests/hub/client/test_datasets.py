@@ -100,3 +100,28 @@ def test_clients_wait_for_a_job_cancel_one_and_compare_versions(
             assert (await client.training("colours", queued.id)).state == "cancelled"
 
     asyncio.run(use())
+
+
+def test_both_clients_review_images_and_confirm_them(hub: Hub, url: str, tmp_path: Path) -> None:
+    folder = coloured_noise(tmp_path, COLOURS, count=6, seed=0)
+    with Client(url, hub.key) as client:
+        client.create_task("colours")
+        client.images.add("colours", folder / "red" / "0.png", label="red")
+        client.images.add("colours", sorted((folder / "blue").iterdir()))
+        queue = client.review("colours", count=3)
+        assert (queue.kind, queue.considered, len(queue.images)) == ("unlabelled", 6, 3)
+        given = client.feedback("colours", queue.images[0].image.digest, "blue")
+        assert (given.image.label, given.correct) == ("blue", None)
+        with pytest.raises(NotFound):
+            client.feedback("colours", "0" * 64, "blue")
+
+    async def use() -> None:
+        async with AsyncClient(url, hub.key) as client:
+            queue = await client.review("colours")
+            assert queue.considered == 5
+            for row in queue.images:
+                await client.feedback("colours", row.image.digest, "blue")
+            assert (await client.review("colours")).images == []
+            assert (await client.review("colours", kind="errors")).kind == "errors"
+
+    asyncio.run(use())

@@ -30,6 +30,9 @@ class Recorder:
         assert seconds >= 0
         self.requests.append((context.request_id, context.tenant, status))
 
+    def record_kept(self, end: str, images: int) -> None:
+        raise AssertionError("the middleware keeps no images")
+
     def record_registry(self, refuses_changes: bool) -> None:
         raise AssertionError("the middleware knows no registry")
 

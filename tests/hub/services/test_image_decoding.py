@@ -1,7 +1,9 @@
 """Image decoding in a thread pool: a slow decode is refused, keeps its tenant's share, and delays no other tenant."""
 
 import asyncio
+import os
 import struct
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 from adapters.data.images import decode_image
-from hub.concurrency import ActiveTenants
+from hub.concurrency import LOW_PRIORITY, ActiveTenants, lower_priority
 from hub.errors import InvalidImage, TooLarge
 from hub.services.image_decoding import MAX_JPEG_SCANS, ImageDecoder
 from tests.support.models import PREPROCESS, bomb_png, encoded, png
@@ -51,10 +53,11 @@ def slow() -> Iterator[SlowDecode]:
 
 @contextmanager
 def decoder(threads: int = 2, spare_threads: int = 0, **options: Any) -> Iterator[ImageDecoder]:
-    with ThreadPoolExecutor(threads + spare_threads) as executor:
+    count = threads + spare_threads
+    with ThreadPoolExecutor(count) as executor, ThreadPoolExecutor(count, initializer=lower_priority) as large:
         limits = {"max_bytes": 100_000, "max_pixels": 1_000_000, "timeout_s": 0.2} | options
         yield ImageDecoder(
-            executor, ActiveTenants(), threads=threads, cores=threads, spare_threads=spare_threads, **limits
+            executor, large, ActiveTenants(), threads=threads, cores=threads, spare_threads=spare_threads, **limits
         )
 
 
@@ -321,7 +324,7 @@ def test_tenant_decodes_large_images_on_its_share_of_the_cores_when_others_are_a
         active.note("b")
         with ThreadPoolExecutor(4) as executor:
             images = ImageDecoder(
-                executor, active, threads=4, cores=4, max_bytes=100_000, max_pixels=1_000_000, decode=slow
+                executor, executor, active, threads=4, cores=4, max_bytes=100_000, max_pixels=1_000_000, decode=slow
             )
             both = large("a", 4)
             await until(lambda: slow.running == 2)
@@ -329,5 +332,41 @@ def test_tenant_decodes_large_images_on_its_share_of_the_cores_when_others_are_a
             assert slow.running == 2
             slow.go.set()
             await asyncio.gather(*both)
+
+    run(use)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
+def test_threads_of_low_priority_decode_large_images_only() -> None:
+    priorities = []
+
+    def decode(data: bytes, **options: Any) -> Any:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return decode_image(data, **options)
+
+    async def use() -> None:
+        with decoder(max_pixels=50_000_000, timeout_s=5, decode=decode) as images:
+            for size in (1, 2, 1):
+                await images.decode("a", [("body", png(), PREPROCESS)], [size])
+
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    run(use)
+    assert priorities == [own, max(own, LOW_PRIORITY), own]
+
+
+def test_images_behind_a_wrong_one_are_not_decoded() -> None:
+    decoded = []
+
+    def decode(data: bytes, **options: Any) -> Any:
+        decoded.append(data)
+        return decode_image(data, **options)
+
+    async def use() -> None:
+        with decoder(timeout_s=5, decode=decode) as images:
+            sent = [(f"images.{i}", b"no image" if i else png(), PREPROCESS) for i in range(64)]
+            with pytest.raises(InvalidImage, match=r"^images\.1: "):
+                await several(images, "a", sent)
+            await until(lambda: images.running == 0)
+        assert len(decoded) < 10
 
     run(use)

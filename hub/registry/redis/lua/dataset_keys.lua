@@ -78,7 +78,8 @@ local function drop_dataset(tenant, task)
     redis.call('RENAME', images, dropped)
     redis.call('SADD', 'karst:dropped', dropped)
   end
-  for _, name in ipairs({'info', 'names', 'labels', 'folds', 'merged', 'trainings', 'training-order'}) do
+  for _, name in ipairs({'info', 'names', 'labels', 'folds', 'merged', 'trainings', 'training-order', 'kept'}) do
     redis.call('UNLINK', dataset_key(tenant, task, name))
   end
+  redis.call('SREM', 'karst:kept', tenant .. ':' .. task)
 end

@@ -20,21 +20,29 @@ local function held(args)
   return tonumber(redis.call('ZSCORE', LEASES, job) or 0) <= now_s()
 end
 
--- Forget the oldest ended trainings beyond the maximum. Return their files that no other training uses.
+-- Return whether a training is a job that has not ended, or made a version that the task still has. Such a version's
+-- metrics name the training and its snapshot.
+local function is_needed(args, id, body)
+  if redis.call('HEXISTS', JOBS, job_name(args.tenant, args.task, id)) == 1 then return true end
+  if not body.version or body.version == cjson.null then return false end
+  local field = 'v:' .. string.format('%.0f', body.version)
+  return redis.call('HEXISTS', task_key(args.tenant, args.task), field) == 1
+end
+
+-- Forget ended trainings older than the newest max_trainings, unless they are needed. Return their files that no other
+-- training uses.
 local function trim(args)
   local orphans, order = {}, key(args, 'training-order')
   local excess = redis.call('ZCARD', order) - args.max_trainings
   if excess <= 0 then return orphans end
-  for _, id in ipairs(redis.call('ZRANGE', order, 0, -1)) do
-    if excess <= 0 then break end
-    if redis.call('HEXISTS', JOBS, job_name(args.tenant, args.task, id)) == 0 then
-      local body = cjson.decode(redis.call('HGET', key(args, 'trainings'), id))
+  for _, id in ipairs(redis.call('ZRANGE', order, 0, excess - 1)) do
+    local body = cjson.decode(redis.call('HGET', key(args, 'trainings'), id))
+    if not is_needed(args, id, body) then
       local report = report_of(body)
       redis.call('HDEL', key(args, 'trainings'), id)
       redis.call('ZREM', order, id)
       if release_file('s:', body.snapshot.digest) then orphans[#orphans + 1] = 's:' .. body.snapshot.digest end
       if report and release_file('r:', report) then orphans[#orphans + 1] = 'r:' .. report end
-      excess = excess - 1
     end
   end
   return orphans

@@ -101,3 +101,29 @@ def test_a_job_is_queued_shown_and_cancelled_and_versions_are_compared(run: Run,
     assert compared.exit_code == 0, compared.output
     assert "neither is better" in compared.stdout
     assert read(run("trainings", "compare", "colours", "1", "latest", "--json"))["differing"] == 0
+
+
+def test_lists_show_whole_digests_and_ids_on_a_narrow_terminal(
+    run: Run, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(out, "width", 80)
+    run("images", "add", "colours", coloured_noise(tmp_path / "colours", COLOURS, count=6, seed=0))
+    run("trainings", "start", "colours")
+    image = hub.http.get("/v1/tasks/colours/images").json()["images"][0]
+    assert image["digest"] in run("images", "list", "colours").stdout
+    training = hub.http.get("/v1/tasks/colours/trainings").json()["trainings"][0]
+    assert training["id"] in run("trainings", "list", "colours").stdout
+
+
+def test_an_image_of_the_review_queue_gets_its_true_label(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = coloured_noise(tmp_path / "colours", COLOURS, count=2, seed=0)
+    run("images", "add", "colours", folder)
+    digest = read(run("images", "list", "colours", "--json"))["images"][0]["digest"]
+    assert run("images", "label", "colours", digest).exit_code == 0
+    monkeypatch.setattr(out, "width", 80)
+    assert digest in run("review", "list", "colours").stdout
+    assert f"{digest[:12]}: green" in run("review", "confirm", "colours", digest, "green").stdout
+    assert read(run("review", "list", "colours", "--json"))["images"] == []
+    assert read(run("review", "list", "colours", "--errors", "--json"))["kind"] == "errors"

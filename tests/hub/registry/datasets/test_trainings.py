@@ -14,6 +14,7 @@ from hub.registry.datasets.files import StoredName
 from hub.registry.datasets.trainings import MAX_TRAININGS, Job, Training, TrainingRegistry
 from hub.schemas import TaskSettings
 from tests.support.datasets import Registry, digest_of, with_datasets
+from tests.support.registry import version
 
 LONG_S = 1000
 
@@ -174,11 +175,28 @@ def test_old_trainings_are_dropped_but_no_job_that_has_not_ended(empty_redis: st
         trainings = TrainingRegistry(registry.connection)
         await queue(trainings, "job")
         dropped = []
-        for i in range(MAX_TRAININGS):
+        for i in range(MAX_TRAININGS + 1):
             ended = training(str(i), f"s{i}", state="done")
             dropped += await trainings.put(OPERATOR, "t", "flowers", ended)
         assert dropped == [StoredName("s:", digest_of("s0"))]
         assert {"job", "1"} <= {found.id for found in await trainings.all("t", "flowers")}
         assert await take(trainings) == "t job"
+
+    with_datasets(empty_redis, use)
+
+
+def test_a_training_stays_while_the_task_has_its_version(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings = TrainingRegistry(registry.connection)
+        first, _ = await registry.tasks.register(OPERATOR, "t", "flowers", version("a" * 64), ["latest"])
+        made = training("made", "of version", state="done", version=first.version)
+        await trainings.put(OPERATOR, "t", "flowers", made)
+        for i in range(MAX_TRAININGS):
+            await trainings.put(OPERATOR, "t", "flowers", training(str(i), f"s{i}", state="failed"))
+        assert (await trainings.get("t", "flowers", "made")).version == first.version
+        await registry.tasks.register(OPERATOR, "t", "flowers", version("b" * 64), ["latest"])
+        await registry.tasks.delete_version(OPERATOR, "t", "flowers", first.version)
+        dropped = await trainings.put(OPERATOR, "t", "flowers", training("next", "next", state="failed"))
+        assert set(dropped) == {StoredName("s:", digest_of(s)) for s in ("of version", "s0")}
 
     with_datasets(empty_redis, use)

@@ -3,20 +3,30 @@
 import tempfile
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import IO
 
-from ...concurrency import Pool, run_blocking
-from ...errors import TooLarge, Unavailable
+from ..concurrency import Pool, run_blocking
+from ..errors import TooLarge, Unavailable
+from ..storage.store import require_free_space
 
 CHUNK_BYTES = 1024**2
 
 
 @asynccontextmanager
-async def spooled(pool: Pool, chunks: AsyncIterable[bytes], max_bytes: int, subject: str) -> AsyncIterator[IO[bytes]]:
+async def spooled(
+    pool: Pool, chunks: AsyncIterable[bytes], *, max_bytes: int, too_large: str, min_free_bytes: int
+) -> AsyncIterator[IO[bytes]]:
     """Write a body to a temporary file without a name: the system removes it even after a crash.
+
+    Args:
+        max_bytes: limit of the body.
+        too_large: message of the error beyond it.
+        min_free_bytes: bytes that the upload leaves free on the disk of temporary files.
 
     Raises:
         TooLarge: the body has more than `max_bytes`.
+        InsufficientStorage: the disk would have less than the least free space.
         Unavailable: the disk is full or cannot be written.
     """
     try:
@@ -28,19 +38,20 @@ async def spooled(pool: Pool, chunks: AsyncIterable[bytes], max_bytes: int, subj
         async for chunk in chunks:
             total += len(chunk)
             if total > max_bytes:
-                raise TooLarge.at("body", f"the {subject} has more than {max_bytes} bytes; send it in parts")
+                raise TooLarge.at("body", too_large)
             buffer += chunk
             if len(buffer) >= CHUNK_BYTES:
-                await _write(pool, file, bytes(buffer))
+                await run_blocking(pool, _write, file, bytes(buffer), min_free_bytes)
                 buffer.clear()
-        await _write(pool, file, bytes(buffer))
+        await run_blocking(pool, _write, file, bytes(buffer), min_free_bytes)
         yield file
 
 
-async def _write(pool: Pool, file: IO[bytes], data: bytes) -> None:
+def _write(file: IO[bytes], data: bytes, min_free_bytes: int) -> None:
+    require_free_space(Path(tempfile.gettempdir()), len(data), min_free_bytes)
     try:
-        await run_blocking(pool, file.write, data)
-        await run_blocking(pool, file.flush)
+        file.write(data)
+        file.flush()
     except OSError as error:
         raise _unavailable(error) from error
 
