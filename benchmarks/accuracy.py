@@ -245,6 +245,8 @@ STAGES: dict[str, Stage] = {
     "search others": search(OTHERS),
     "25 others": table(25, 0, OTHERS),
     **{f"25 adapters seed {seed}": table(25, seed, ADAPTERS) for seed in SEEDS[1:]},
+    **{f"25 rates seed {seed}": table_rates(25, seed, (KARST,)) for seed in SEEDS[1:]},
+    **{f"25 rates of others seed {seed}": table_rates(25, seed, ADAPTERS) for seed in SEEDS},
     "variants' rates": search(tuple(VARIANTS)),
     "10": table(10, 0),
     "50": table(50, 0),

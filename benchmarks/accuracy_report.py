@@ -7,6 +7,7 @@ The script computes every number and every verdict in the text from the files. A
 
 import argparse
 import json
+import math
 import statistics
 from collections import Counter
 from dataclasses import replace
@@ -18,8 +19,8 @@ from matplotlib.figure import Figure
 
 from . import answers, answers_report
 from .accuracy import OUTPUT, PER_CLASS, SEARCH_PER_CLASS, SEARCH_TASKS, search_cells, validation_means
-from .accuracy_methods import HEADS, INSTANT, KARST, METHODS, PAPER, TRAINED, VARIANTS
-from .accuracy_results import AUTO, EACH, ReportError, Results, complete, difference, read
+from .accuracy_methods import ADAPTERS, HEADS, INSTANT, KARST, METHODS, PAPER, TRAINED, VARIANTS
+from .accuracy_results import AUTO, EACH, PER_TASK, ReportError, Results, complete, difference, over_seeds, read
 from .accuracy_tasks import TASKS
 from .common import markdown_table
 
@@ -33,6 +34,8 @@ ORIGIN = {
     "location": "drawn: a sprite's horizontal position in eight bins",
 }
 DECIDED = 2  # standard errors
+RIVALS = ("LoRA", "LoKr")
+TITLES = {KARST: "KARST", EACH: EACH, AUTO: "`auto`"}
 
 
 def main() -> None:
@@ -53,16 +56,34 @@ def main() -> None:
 
 
 def targets(results: Results) -> list[str]:
-    """Return a line of Markdown per target of KARST, with its verdict, at the images of the search and seed 0."""
+    """Return a line of Markdown per target of KARST, with its verdict, at the images of the search.
+
+    The first lines are means over the seeds, whose training images differ; the others are of seed 0.
+    """
     lines = []
-    for method, title in ((KARST, "KARST"), (EACH, EACH), (AUTO, "`auto`")):
+    for method, rival, title in (
+        *((name, INSTANT, f"{title} at least instant") for name, title in TITLES.items()),
+        *((KARST, rival, f"KARST at least {rival}") for rival in RIVALS),
+        *((EACH, rival + PER_TASK, f"KARST at least {rival}, both with a rate per task,") for rival in RIVALS),
+        *((AUTO, rival + PER_TASK, f"`auto` at least {rival} with a rate per task") for rival in RIVALS),
+    ):
+        tasks = complete(results, (method, rival), SEARCH_PER_CLASS)
+        if len(results.seeds((method, rival), tasks[0], SEARCH_PER_CLASS) if tasks else ()) < 2:
+            continue
+        for chosen, where in (*(([task], f"on {task}") for task in tasks if rival == INSTANT), (tasks, "in the mean")):
+            gap, error = over_seeds(results, method, rival, chosen)
+            lines.append(
+                f"- {title} {where}, over the seeds: **{_verdict(gap, error)}** ({gap:+.1f} points, "
+                f"standard error over the seeds {error:.1f})."
+            )
+    for method, title in TITLES.items():
         for task in complete(results, (INSTANT, method), SEARCH_PER_CLASS):
             gap, error = difference(results, method, INSTANT, [task])
             lines.append(
                 f"- {title} at least instant on {task}: **{_verdict(gap, error)}** ({gap:+.1f} points, "
                 f"standard error {error:.1f})."
             )
-    for rival in ("LoRA", "LoKr"):
+    for rival in RIVALS:
         tasks = complete(results, (KARST, rival), SEARCH_PER_CLASS)
         if tasks:
             gap, error = difference(results, KARST, rival, tasks)
@@ -120,8 +141,9 @@ def report(results: Results, worth: dict[str, Any]) -> str:
         "size of theirs.",
         *_trained_tables(results),
         "## Targets",
-        f"At {SEARCH_PER_CLASS} images a class and seed 0. The standard error is that of the paired differences over "
-        "the test images; the training images of one seed add more noise.",
+        f"At {SEARCH_PER_CLASS} images a class: over the seeds where several ran, then for seed 0. The standard error "
+        "over the seeds is that of the mean over draws of training images. The other one is that of the paired "
+        "differences over the test images of one seed; its training images add more noise.",
         "\n".join(targets(results)) or "Not measured yet.",
         "## Why KARST and LoKr differ, and more kernels",
         *_variants(results),
@@ -225,7 +247,27 @@ def _trained_tables(results: Results) -> list[str]:
             f"{per_class} images a class, seed 0, accuracy in percent:",
             markdown_table(["method", "parameters", *TASKS, "mean"], rows),
         ]
-    return parts
+    return parts + _seeds_table(results)
+
+
+def _seeds_table(results: Results) -> list[str]:
+    """Return a table of means over the seeds, with their standard deviations, of the methods with several seeds."""
+    rows = []
+    for method in (INSTANT, *TRAINED, *(name + PER_TASK for name in ADAPTERS), AUTO):
+        seeds = {task: results.seeds([method, KARST], task, SEARCH_PER_CLASS) for task in TASKS}
+        if min(map(len, seeds.values())) < 2:
+            continue
+        found = [
+            [results.accuracy(method, task, SEARCH_PER_CLASS, seed) or 0.0 for seed in seeds[task]] for task in TASKS
+        ]
+        cells = [f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}" for values in found]
+        rows.append([method, *cells, f"{statistics.fmean(map(statistics.fmean, found)):.1f}"])
+    if not rows:
+        return []
+    return [
+        f"{SEARCH_PER_CLASS} images a class, mean and standard deviation over the seeds, accuracy in percent:",
+        markdown_table(["method", *TASKS, "mean"], rows),
+    ]
 
 
 def _variants(results: Results) -> list[str]:
@@ -310,14 +352,18 @@ def _claims(results: Results) -> list[str]:
     for claim, one, other in claims:
         tasks = complete(results, (one, other), SEARCH_PER_CLASS)
         if tasks:
-            gap, error = difference(results, one, other, tasks)
+            gap, error = over_seeds(results, one, other, tasks)
+            drawn = "over the seeds"
+            if math.isinf(error):  # one seed
+                (gap, error), drawn = difference(results, one, other, tasks), "seed 0"
             verdict = "confirmed here" if gap > 0 else "contradicted here"
             verdict = verdict if abs(gap) > DECIDED * error else "undecided"
-            lines.append(f"- {claim}: {verdict} ({gap:+.1f} points, standard error {error:.1f}, {', '.join(tasks)}).")
+            where = f"{drawn}, {', '.join(tasks)}"
+            lines.append(f"- {claim}: {verdict} ({gap:+.1f} points, standard error {error:.1f}, {where}).")
     return [
-        "On test images, seed 0. A difference of less than two standard errors is undecided. The error leaves out the "
-        "draw of the training images, and the gain of LoRA and LoKr was not searched, so a verdict holds for this draw "
-        "and these gains:",
+        "On test images. A difference of less than two standard errors is undecided. With one seed the error leaves "
+        "out the draw of the training images, and the gain of LoRA and LoKr was not searched, so a verdict holds for "
+        "this draw and these gains:",
         "\n".join(lines) or "Not measured yet.",
         "The paper trains ViT-B/16 of ImageNet-21k for 100 epochs of 1,000 images, with a rate searched per task. "
         "These figures neither confirm nor refute it. They show which claims hold for a short training on few images.",

@@ -16,7 +16,8 @@ from .accuracy_methods import INSTANT, KARST, METHODS, VARIANTS
 from .accuracy_tasks import TASKS
 
 AUTO = "auto"
-EACH = "KARST, rate per task"
+PER_TASK = ", rate per task"
+EACH = KARST + PER_TASK
 Cell = dict[str, Any]
 Gap = tuple[float, float]
 
@@ -35,12 +36,14 @@ class Results:
     def cell(self, method: str, task: str, per_class: int, seed: int) -> Cell | None:
         """Return the cell at the method's selected rate, or None.
 
-        `EACH` is KARST at the rate with the better validation accuracy on this task. `AUTO` is that one, or KARST where
-        one rate ran, if it is better than instant on validation images by more than one standard error; else instant.
+        A name that ends in `PER_TASK` is a method at the rate with the better validation accuracy on this task. `AUTO`
+        is KARST at that rate, or KARST where one rate ran, if it is better than instant on validation images by more
+        than one standard error; else instant.
         """
-        if method == EACH:
-            found = self._cells(KARST, task, per_class, seed)
-            if len(found) < len(METHODS[KARST].rates):
+        if method.endswith(PER_TASK):
+            name = method.removesuffix(PER_TASK)
+            found = self._cells(name, task, per_class, seed)
+            if len(found) < len(METHODS[name].rates):
                 return None
             return max(found, key=lambda cell: (cell["validation"], -cell["rate"]))
         if method == AUTO:
@@ -111,3 +114,21 @@ def difference(results: Results, one: str, other: str, tasks: Sequence[str], per
         )
         variance += float(each.var()) / len(each)
     return total / len(tasks), 100 * math.sqrt(variance) / len(tasks)
+
+
+def over_seeds(results: Results, one: str, other: str, tasks: Sequence[str], per_class: int = SEARCH_PER_CLASS) -> Gap:
+    """Return the mean difference of two methods over tasks and their common seeds, in points, and its standard error.
+
+    The error is that of the mean over the seeds, each of which draws other training images; infinite for one seed.
+    """
+    seeds = sorted(set.intersection(*(set(results.seeds((one, other), task, per_class)) for task in tasks)))
+    gaps = [
+        statistics.fmean(
+            (results.accuracy(one, task, per_class, seed) or 0.0)
+            - (results.accuracy(other, task, per_class, seed) or 0.0)
+            for task in tasks
+        )
+        for seed in seeds
+    ]
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf
+    return statistics.fmean(gaps), error
