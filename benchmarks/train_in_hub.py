@@ -18,7 +18,6 @@ Each backbone has one `karst-hub serve` with its default settings. Ratios compar
 import argparse
 import asyncio
 import hashlib
-import io
 import json
 import os
 import subprocess
@@ -47,6 +46,7 @@ from hub.registry.audit import OPERATOR
 from hub.registry.datasets.index import DatasetIndex, NewImage
 from hub.registry.redis.connection import RegistryConnection
 from tests.support.hub_process import KARST_HUB, Served, serve
+from tests.support.models import encoded, wait_until
 
 from . import bare, real_backbone
 from .common import machine
@@ -105,7 +105,7 @@ class Stage:
     def wait_for_features(self, images: Sequence[bytes]) -> None:
         """Return when each image has its features."""
         names = {f"{hashlib.sha256(image).hexdigest()}.f16" for image in images}
-        wait(lambda: names <= {path.name for path in self.home.rglob("*.f16")})
+        wait_until(lambda: names <= {path.name for path in self.home.rglob("*.f16")}, WAIT_S)
 
 
 def main() -> None:
@@ -166,12 +166,6 @@ def digits() -> list[Labelled]:
     return images
 
 
-def encoded(image: Image.Image, format: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, quality=90)
-    return buffer.getvalue()
-
-
 def fill(stage: Stage, task: str, images: Sequence[Labelled]) -> None:
     """Make a task with these images, and return when each has its features."""
     with stage.client() as client:
@@ -179,15 +173,6 @@ def fill(stage: Stage, task: str, images: Sequence[Labelled]) -> None:
         for label in sorted({image.label for image in images}):
             client.images.add(task, [image.data for image in images if image.label == label], label=label)
     stage.wait_for_features([image.data for image in images])
-
-
-def wait(condition: Callable[[], bool]) -> None:
-    """Return when the condition holds."""
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        if time.monotonic() > end:
-            raise RuntimeError(f"nothing happened within {WAIT_S:.0f} s")
-        time.sleep(0.02)
 
 
 def balanced(images: Sequence[Labelled], per_class: int) -> list[Labelled]:
@@ -306,7 +291,7 @@ def pictures(seed: int) -> list[bytes]:
         a, b = generator.uniform(0.5, 3, 2)
         wave = np.stack([np.sin(2 * np.pi * (a * x + b * y + c)) for c in generator.uniform(0, 1, 3)], -1)
         pixels = np.clip(128 + 90 * wave + generator.normal(0, 8, wave.shape), 0, 255).astype(np.uint8)
-        images.append(encoded(Image.fromarray(pixels), "JPEG"))
+        images.append(encoded(Image.fromarray(pixels), "JPEG", quality=90))
     return images
 
 
@@ -358,7 +343,7 @@ def neighbour(stage: Stage) -> dict[str, Any]:
             found = httpx.get(path, headers=owner).json()
             return str((found.get("progress") or {}).get("stage", found["state"]))
 
-        wait(lambda: stage_of().startswith(("KARST", "done", "failed")))
+        wait_until(lambda: stage_of().startswith(("KARST", "done", "failed")), WAIT_S)
         reached = stage_of()
         beside_karst = measured(BESIDE_S)
         httpx.delete(path, headers=owner).raise_for_status()

@@ -168,7 +168,7 @@ class RegistryIntegrity:
                 "the registry from a backup. If it lost nothing, call CONFIG RESETSTAT in Redis, and collect again."
             )
         for _ in range(CENSUS_ATTEMPTS):  # a change between two reads looks like a gap
-            versions, claims = await self._count_versions(), await self._count_claims()
+            versions, claims = await self._count_versions(), await self._sum_of("karst:digests")
             if versions == claims:
                 return
         raise Conflict(
@@ -195,10 +195,6 @@ class RegistryIntegrity:
             f"The registry has lost keys: its datasets have {listed} images, but its index of files has {held}. "
             "Restore the registry from a backup."
         )
-
-    async def _count_claims(self) -> int:
-        """Return the sum of all files' numbers of versions."""
-        return await self._sum_of("karst:digests")
 
     async def _sum_of(self, key: str) -> int:
         """Return the sum of a hash's values."""

@@ -6,7 +6,6 @@ and the preprocessing, so that features of another backbone are never used. The 
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,8 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from ..errors import Unavailable
-from ..urls import shown_text
-from .store import write_file
+from .store import unavailable, write_file
 
-logger = logging.getLogger(__name__)
 KEY_CHARS = 32
 
 
@@ -52,7 +48,7 @@ class FeatureStore:
             else:
                 self._fs.pipe_file(path, data)
         except Exception as error:  # each file system has its own exception types
-            raise _unavailable(error, "write features") from error
+            raise unavailable(error, "write features", "image") from error
 
     def get(self, key: str, digests: Sequence[str], width: int) -> dict[str, NDArray[np.float16]]:
         """Return the features (width,) of those images that have some. A damaged file counts as missing.
@@ -64,7 +60,7 @@ class FeatureStore:
         try:
             found = self._fs.cat(list(paths), on_error="return") if paths else {}
         except Exception as error:
-            raise _unavailable(error, "read features") from error
+            raise unavailable(error, "read features", "image") from error
         rows = {}
         for path, data in found.items():
             if isinstance(data, bytes) and len(data) == 2 * width:
@@ -72,7 +68,7 @@ class FeatureStore:
                 if np.isfinite(row).all():
                     rows[paths[path]] = row
             elif isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
-                raise _unavailable(data, "read features") from data
+                raise unavailable(data, "read features", "image") from data
         return rows
 
     def delete(self, digest: str) -> None:
@@ -87,20 +83,14 @@ class FeatureStore:
         except FileNotFoundError:
             return
         except Exception as error:
-            raise _unavailable(error, "list features") from error
+            raise unavailable(error, "list features", "image") from error
         for key in keys:
             try:
                 self._fs.rm_file(self._path(key, digest))
             except FileNotFoundError:
                 continue
             except Exception as error:
-                raise _unavailable(error, "remove features") from error
+                raise unavailable(error, "remove features", "image") from error
 
     def _path(self, key: str, digest: str) -> str:
         return f"{self._root}/{key}/{digest[:2]}/{digest}.f16"
-
-
-def _unavailable(error: Exception, action: str) -> Unavailable:
-    reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-    logger.error("the image store cannot %s: %s", action, shown_text(reason))
-    return Unavailable(f"The image store cannot {action}. The hub's log has the cause.")

@@ -114,7 +114,7 @@ class Store:
         except InsufficientStorage:
             raise
         except Exception as error:  # each file system has its own exception types
-            raise _unavailable(error, f"write file {digest}") from error
+            raise unavailable(error, f"write file {digest}") from error
 
     def require_space(self, size_bytes: int) -> None:
         """Check that the disk of a local store has room for a file.
@@ -137,7 +137,7 @@ class Store:
             message = f"The {self._kind.noun} store has no file {digest}. {self._kind.remedy}"
             raise Unavailable(message) from error
         except Exception as error:
-            raise _unavailable(error, f"read file {digest}") from error
+            raise unavailable(error, f"read file {digest}") from error
         found = hashlib.sha256(data).hexdigest()
         if found != digest:
             path = self._fs.unstrip_protocol(self._path(digest))
@@ -157,7 +157,7 @@ class Store:
         except FileNotFoundError:
             return None
         except Exception as error:
-            raise _unavailable(error, f"read file {digest}") from error
+            raise unavailable(error, f"read file {digest}") from error
 
     def files(self) -> Iterator[StoredFile]:
         """Yield every file of the kind, in no order. Other files are skipped.
@@ -181,7 +181,7 @@ class Store:
         except FileNotFoundError:
             return False
         except Exception as error:
-            raise _unavailable(error, f"remove file {digest}") from error
+            raise unavailable(error, f"remove file {digest}") from error
         return True
 
     def delete_unfinished(self, before: datetime) -> list[int]:
@@ -211,7 +211,7 @@ class Store:
         except FileNotFoundError:
             return None
         except Exception as error:
-            raise _unavailable(error, f"read {OWNER}") from error
+            raise unavailable(error, f"read {OWNER}") from error
 
     def set_owner(self, id: str) -> None:
         """Write the id of the registry that the store belongs to.
@@ -226,7 +226,7 @@ class Store:
             else:
                 self._fs.pipe_file(path, id.encode())
         except Exception as error:
-            raise _unavailable(error, f"write {OWNER}") from error
+            raise unavailable(error, f"write {OWNER}") from error
 
     def _entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield name and details of all files in the folders `00` to `ff`, one folder at a time."""
@@ -243,7 +243,7 @@ class Store:
         except FileNotFoundError:
             return []  # no file yet, or the folder was removed after its listing
         except Exception as error:
-            raise _unavailable(error, "list its files") from error
+            raise unavailable(error, "list its files") from error
 
     def _stored(self, digest: str, entry: dict[str, Any]) -> StoredFile:
         return StoredFile(digest, entry["size"], _time(entry))
@@ -314,10 +314,12 @@ def _time(entry: dict[str, Any]) -> datetime:
     return datetime.fromtimestamp(found, UTC) if found is not None else datetime.max.replace(tzinfo=UTC)
 
 
-def _unavailable(error: Exception, action: str) -> Unavailable:
-    logger.error("the adapter store cannot %s: %s", action, shown_text(_first_line(error)))
-    return Unavailable(f"The adapter store cannot {action}. The hub's log has the cause.")
+def unavailable(error: Exception, action: str, noun: str = "adapter") -> Unavailable:
+    """Log why a store cannot do something, and return the error for the client.
 
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    Args:
+        noun: what the store keeps.
+    """
+    reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    logger.error("the %s store cannot %s: %s", noun, action, shown_text(reason))
+    return Unavailable(f"The {noun} store cannot {action}. The hub's log has the cause.")
