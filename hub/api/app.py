@@ -63,6 +63,7 @@ from ..training.job import BackboneSource, Trainer
 from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
+from .console.files import add_console
 from .datasets.images import add_dataset_routes
 from .datasets.trainings import add_training_routes
 from .dependencies import CallerDependencies
@@ -382,6 +383,7 @@ def create_app(
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     openapi.add_pages(api)
+    add_console(api)
     api.state.cache = cache
     return api
 
