@@ -6,7 +6,6 @@ import secrets
 import time
 import zipfile
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 
@@ -50,7 +49,7 @@ class TrainingService:
         promotion: PromotionService,
         jobs: TrainingJobs,
         threads: TenantThreads,
-        fits: Executor,
+        fits: TenantThreads,
     ) -> None:
         """
         Args:
@@ -172,7 +171,7 @@ class TrainingService:
         try:
             backbone = (await self._classification.limits()).backbone
             extra = {"snapshot": training.snapshot.digest, "training": training.id}
-            classifier = await run_blocking(self._fits, fit_instant, snapshot, rows, backbone, extra)
+            classifier = await run_blocking(self._fits.of(caller.tenant), fit_instant, snapshot, rows, backbone, extra)
             registered, promotion = await self._promotion.register(caller, task, classifier.adapter.data)
         except HubError as error:
             failed = {"error": error.detail, "seconds": _since(started_s)}
