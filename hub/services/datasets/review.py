@@ -89,7 +89,7 @@ class ReviewService:
         task = caller.own_task(name)
         await self._keeper.settled(caller.tenant, task, feedback.image)
         await self._index.change(
-            caller, caller.tenant, task, feedback.image, label=feedback.label, relabel=True, split=None
+            caller, caller.tenant, task, [feedback.image], label=feedback.label, relabel=True, split=None
         )
         image = await self._index.find(caller.tenant, task, feedback.image)
         return FeedbackGiven(image=image, correct=image.answer.label == feedback.label if image.answer else None)
