@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import torch
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -15,6 +14,7 @@ from starlette.types import ASGIApp, Lifespan
 
 from ..admission.authentication import Authenticator
 from ..admission.quotas import (
+    FITS,
     GATEWAY_CALLS,
     GATEWAY_CALLS_BESIDE,
     GATEWAY_CALLS_QUEUED,
@@ -51,6 +51,7 @@ from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
 from ..services.trainings.comparison import ComparisonService
+from ..services.trainings.instant import start_fit_thread
 from ..services.trainings.jobs import JobSettings, TrainingJobs
 from ..services.trainings.promotion import PromotionService
 from ..services.trainings.service import TrainingService
@@ -59,10 +60,11 @@ from ..storage.accounts import FileRegistry
 from ..storage.features import FeatureStore
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import IMAGES, REPORTS, SNAPSHOTS, Store
-from ..training.job import BackboneSource, Trainer
+from ..training.job import Trainer
 from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
+from .console.files import add_console
 from .datasets.images import add_dataset_routes
 from .datasets.trainings import add_training_routes
 from .dependencies import CallerDependencies
@@ -76,6 +78,7 @@ from .upload_guard import BodyMemory, BodyPace, UploadGuardMiddleware
 
 PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster
 SOURCE_THREADS = 16  # downloads of adapter files, which may take minutes each
+FIT_THREADS = 2  # classifiers of datasets, in turns by tenant
 SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
 
 
@@ -188,7 +191,8 @@ def create_app(
     store_threads = TenantThreads(store_executor, threads, STORE_CALLS)
     parse_threads = TenantThreads(parse_executor, PARSE_THREADS, PARSED_AT_ONCE, active)
     source_threads = TenantThreads(source_executor, SOURCE_THREADS, SOURCE_DOWNLOADS)
-    fits = ThreadPoolExecutor(1, "fit", initializer=torch.set_num_threads, initargs=(1,))
+    fit_executor = ThreadPoolExecutor(FIT_THREADS, "fit", initializer=start_fit_thread)
+    fits = TenantThreads(fit_executor, FIT_THREADS, FITS)
 
     database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
@@ -304,7 +308,7 @@ def create_app(
         classification=service,
         promotion=promotion,
         trainer=trainer,
-        settings=_job_settings(settings),
+        settings=JobSettings.of(settings),
         threads=store_threads,
     )
     trainings = TrainingService(
@@ -361,7 +365,7 @@ def create_app(
         with suppress(Unavailable):
             await limiter.settle()
         await database.close()
-        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fits):
+        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fit_executor):
             executor.shutdown(wait=False)
         if metrics is not None:
             tracing.stop()
@@ -382,17 +386,6 @@ def create_app(
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     openapi.add_pages(api)
+    add_console(api)
     api.state.cache = cache
     return api
-
-
-def _job_settings(settings: Settings) -> JobSettings:
-    """Return what the hub's trainings share."""
-    device = "cuda" if settings.training_gpus else "cpu"
-    return JobSettings(
-        store_url=str(settings.store_url),
-        backbone=BackboneSource(settings.backbone, settings.checkpoint, settings.image_size, device),
-        max_running=settings.max_trainings,
-        max_pixels=settings.max_image_pixels,
-        threads=settings.training_cpus,
-    )

@@ -17,10 +17,13 @@ from starlette.testclient import TestClient
 
 from adapters import load_backbone
 from hub.admission.quotas import DATASET_LABELS
+from hub.dataset_schemas import DatasetImage
+from hub.errors import Conflict
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
 from hub.registry.datasets.index import DatasetIndex
 from hub.registry.redis.connection import RegistryConnection
+from hub.services.datasets.snapshots import Snapshot
 from tests.support.asgi import listening
 from tests.support.datasets import new_image
 from tests.support.hub_app import OCTETS, Hub, bearer, in_registry, make_api, running
@@ -204,6 +207,17 @@ def test_nothing_is_half_added_when_redis_is_full_and_no_file_stays(
         collect(app)
         assert image_files(app) == [f"{kept}.image"]
         assert app.http.post(IMAGES, files=parts).json()["counts"]["added"] == 4
+
+
+def test_a_training_is_refused_when_its_scores_would_take_the_memory_of_the_hub() -> None:
+    def listed(images: int, labels: int) -> list[DatasetImage]:
+        common: dict[str, Any] = {"split": "train", "use": "train", "name": "n", "size_bytes": 1, "added": ""}
+        names = [f"label {i % labels}" for i in range(images)]
+        return [DatasetImage(digest=f"{i:064x}", label=name, labels=[name], **common) for i, name in enumerate(names)]
+
+    assert len(Snapshot.of(listed(6000, 3000)).images) == 6000
+    with pytest.raises(Conflict, match="6000 labelled images of 4000 labels are too many"):
+        Snapshot.of(listed(6000, 4000))
 
 
 def test_names_and_reasons_stay_short_when_names_are_long(app: Hub) -> None:

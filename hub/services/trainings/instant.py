@@ -14,10 +14,17 @@ from adapters.data.errors import DataError
 from adapters.evaluation.numbers import report_numbers
 from adapters.training.auto import Classifier, instant_from_features
 
+from ...concurrency import lower_priority
 from ...errors import Conflict
 from ..datasets.snapshots import Snapshot
 
 REPORT = "report.json"
+
+
+def start_fit_thread() -> None:
+    """Let the calling thread fit with one core, and only while classification leaves it one."""
+    torch.set_num_threads(1)
+    lower_priority()
 
 
 def fit_instant(

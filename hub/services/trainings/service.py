@@ -7,7 +7,6 @@ import secrets
 import time
 import zipfile
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 
@@ -51,7 +50,7 @@ class TrainingService:
         promotion: PromotionService,
         jobs: TrainingJobs,
         threads: TenantThreads,
-        fits: Executor,
+        fits: TenantThreads,
     ) -> None:
         """
         Args:
@@ -173,7 +172,9 @@ class TrainingService:
         try:
             backbone = (await self._classification.limits()).backbone
             extra = {"snapshot": training.snapshot.digest, "training": training.id}
-            classifier, report = await run_blocking(self._fits, fit_instant, snapshot, rows, backbone, extra)
+            classifier, report = await run_blocking(
+                self._fits.of(caller.tenant), fit_instant, snapshot, rows, backbone, extra
+            )
             digest = hashlib.sha256(report).hexdigest()
             await run_blocking(self._threads.of(caller.tenant), self._reports.put, digest, report)
             registered, promotion = await self._promotion.register(caller, task, classifier.adapter.data)
