@@ -187,7 +187,7 @@ function Dataset({ task, info, reload }) {
 
   const chip = (text, key, on, row, to) => html`<li>
     <button
-      class=${on ? "chip on" : "chip"}
+      class="chip"
       aria-pressed=${on}
       onClick=${() => filterBy(to === undefined ? { label: undefined, unlabelled: undefined } : to === null ? { label: undefined, unlabelled: on ? undefined : "1" } : { label: on ? undefined : to, unlabelled: undefined })}
       onDragOver=${(event) => to !== undefined && event.preventDefault()}
