@@ -39,6 +39,7 @@ KEPT_QUEUED = 64  # classified images per gateway that wait to be kept; further 
 WORKER_FEATURES_QUEUED = 1024  # images that wait for features at a worker; further images are computed later
 TRAININGS = 1  # running trainings with recipe `instant` per gateway; further trainings wait in the tenant's queue
 TRAININGS_QUEUED = 8  # queued trainings per gateway; further trainings get 429
+FITS = 1  # classifiers of datasets that one gateway fits; further ones wait for the tenant's turn
 TRAINING_JOBS = 20  # queued and running jobs of recipes `karst` and `auto`; further ones get 429
 TRAINING_STREAMS = 16  # open streams of progress per gateway; further ones get 429
 COMPARISONS = 1  # running comparisons of versions per gateway; further ones wait in the tenant's queue

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import torch
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Lifespan
 
 from ..admission.authentication import Authenticator
 from ..admission.quotas import (
+    FITS,
     GATEWAY_CALLS,
     GATEWAY_CALLS_BESIDE,
     GATEWAY_CALLS_QUEUED,
@@ -51,6 +51,7 @@ from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
 from ..services.trainings.comparison import ComparisonService
+from ..services.trainings.instant import start_fit_thread
 from ..services.trainings.jobs import JobSettings, TrainingJobs
 from ..services.trainings.promotion import PromotionService
 from ..services.trainings.service import TrainingService
@@ -79,6 +80,7 @@ from .upload_guard import BodyMemory, BodyPace, UploadGuardMiddleware
 
 PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster
 SOURCE_THREADS = 16  # downloads of adapter files, which may take minutes each
+FIT_THREADS = 2  # classifiers of datasets, in turns by tenant
 SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
 
 
@@ -176,7 +178,8 @@ def create_app(
     store_threads = TenantThreads(store_executor, threads, STORE_CALLS)
     parse_threads = TenantThreads(parse_executor, PARSE_THREADS, PARSED_AT_ONCE, active)
     source_threads = TenantThreads(source_executor, SOURCE_THREADS, SOURCE_DOWNLOADS)
-    fits = ThreadPoolExecutor(1, "fit", initializer=torch.set_num_threads, initargs=(1,))
+    fit_executor = ThreadPoolExecutor(FIT_THREADS, "fit", initializer=start_fit_thread)
+    fits = TenantThreads(fit_executor, FIT_THREADS, FITS)
 
     database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
@@ -363,7 +366,7 @@ def create_app(
             with suppress(Unavailable):
                 await last
         await database.close()
-        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fits):
+        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fit_executor):
             executor.shutdown(wait=False)
         if metrics is not None:
             tracing.stop()

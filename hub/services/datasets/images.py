@@ -31,6 +31,8 @@ from ...dataset_schemas import (
     ImageChange,
     ImagePage,
     ImagesAdded,
+    ImagesChange,
+    ImagesChanged,
     LabelCount,
     LabelRename,
     LabelRenamed,
@@ -253,9 +255,22 @@ class DatasetService:
         task = caller.own_task(name)
         relabel = "label" in change.model_fields_set
         await self._index.change(
-            caller, caller.tenant, task, digest, label=change.label, relabel=relabel, split=change.split
+            caller, caller.tenant, task, [digest], label=change.label, relabel=relabel, split=change.split
         )
         return await self._index.find(caller.tenant, task, digest)
+
+    async def change_many(self, caller: Caller, name: str, change: ImagesChange) -> ImagesChanged:
+        """Set label or split of several images, all in one step."""
+        changed, absent = await self._index.change(
+            caller,
+            caller.tenant,
+            caller.own_task(name),
+            list(dict.fromkeys(change.images)),
+            label=change.label,
+            relabel="label" in change.model_fields_set,
+            split=change.split,
+        )
+        return ImagesChanged(changed=changed, absent=absent)
 
     async def remove(self, caller: Caller, name: str, digest: str) -> None:
         """Remove an image. Its file goes too, unless another dataset holds it."""

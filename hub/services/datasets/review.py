@@ -6,7 +6,6 @@ from the store; the arithmetic runs in the thread of fits, never on the event lo
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ from adapters.training.instant import InstantHead, fit_head
 
 from ...admission.authentication import Caller
 from ...admission.quotas import REVIEWS, REVIEWS_QUEUED
-from ...concurrency import TenantConcurrencyLimit, run_blocking
+from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ...dataset_schemas import DatasetImage, Feedback, FeedbackGiven, ReviewImage, ReviewKind, ReviewQueue
 from ...registry.datasets.index import DatasetIndex
 from ...schemas import Prediction
@@ -51,7 +50,7 @@ class ReviewService:
     """Review of the tasks of a caller's own tenant. Raises `NotFound` for another tenant's task."""
 
     def __init__(
-        self, index: DatasetIndex, features: FeatureService, keeper: Keeper, usage: UsageCounter, fits: Executor
+        self, index: DatasetIndex, features: FeatureService, keeper: Keeper, usage: UsageCounter, fits: TenantThreads
     ) -> None:
         """
         Args:
@@ -82,10 +81,11 @@ class ReviewService:
             rows = await self._features.of(caller.tenant, digests)
             labelled = [image for image in labelled if image.digest in rows]
             free = [image for image in free if image.digest in rows]
+            fits = self._fits.of(caller.tenant)
             if kind == "errors":
-                images = await run_blocking(self._fits, _suspects, labelled, rows, count)
+                images = await run_blocking(fits, _suspects, labelled, rows, count)
             else:
-                images = await run_blocking(self._fits, _useful, labelled, free, rows, count)
+                images = await run_blocking(fits, _useful, labelled, free, rows, count)
         return ReviewQueue(task=name, kind=kind, images=images, considered=len(labelled if kind == "errors" else free))
 
     async def feedback(self, caller: Caller, name: str, feedback: Feedback) -> FeedbackGiven:
@@ -94,7 +94,7 @@ class ReviewService:
         await self._keeper.settled(caller.tenant, task, feedback.image)
         before = (await self._index.find(caller.tenant, task, feedback.image)).label
         await self._index.change(
-            caller, caller.tenant, task, feedback.image, label=feedback.label, relabel=True, split=None
+            caller, caller.tenant, task, [feedback.image], label=feedback.label, relabel=True, split=None
         )
         image = await self._index.find(caller.tenant, task, feedback.image)
         if image.answer is None:

@@ -65,7 +65,7 @@ class JobSettings:
 
     @classmethod
     def of(cls, settings: Settings) -> "JobSettings":
-        """Return those of a hub."""
+        """Return what the trainings of a hub share."""
         device = "cuda" if settings.training_gpus else "cpu"
         return cls(
             store_url=str(settings.store_url),

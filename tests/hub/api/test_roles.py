@@ -30,6 +30,7 @@ ROUTES = {
     "GET /v1/tasks/{task}/images": "owner",
     "GET /v1/tasks/{task}/images/{digest}": "owner",
     "GET /v1/tasks/{task}/images/{digest}/thumbnail": "owner",
+    "PATCH /v1/tasks/{task}/images": "owner",
     "PATCH /v1/tasks/{task}/images/{digest}": "owner",
     "DELETE /v1/tasks/{task}/images/{digest}": "owner",
     "GET /v1/tasks/{task}/review": "owner",
@@ -104,6 +105,7 @@ def operations(hub: Hub) -> list[str]:
 
 BODIES: dict[str, dict[str, Any]] = {
     "rename-label": {"json": {"label": "rose", "to": "rosa"}},
+    "PATCH /v1/tasks/{task}/images": {"json": {"images": ["0" * 64], "label": "rose"}},
     "images/{digest}": {"json": {"label": "rose"}},
     "feedback": {"json": {"image": "0" * 64, "label": "rose"}},
     "trainings": {"json": {"recipe": "instant"}},
@@ -141,7 +143,7 @@ def send(
     parts = {"task": task, "version": version, "alias": "stable", "tenant": tenant, "id": "0" * 16}
     parts |= {"digest": "0" * 64, "training": "0" * 16, "file": "report.html"}
     body: dict[str, Any] = {} if method in ("GET", "DELETE") or path.endswith("/rollback") else {"content": png()}
-    body = next((b for end, b in BODIES.items() if path.endswith(end) and body), body)
+    body = next((b for end, b in BODIES.items() if operation.endswith(end) and body), body)
     if content is not None:
         body = {"content": content}
     return hub.http.request(method, path.format(**parts) + query, headers=headers, **body)
