@@ -41,6 +41,8 @@ Cluster is not supported. All keys start with `karst:`. Names of tenants and tas
     t:{tenant}:flight           hash    see `admission/rate_limits`
     t:{tenant}:settled          hash    see `admission/rate_limits`
     t:{tenant}:counts           hash    requests, images, refused
+    t:{tenant}:usage_bytes      string  size of all records in `data:{task}:usage`, in bytes
+    usage-calls:{gateway}       string  number of the gateway's last call that added counts; expires
 """
 
 import asyncio
