@@ -1,6 +1,7 @@
 """Renew the console's vendored modules in `hub/web/vendor` from npm: `python .ci/vendor_web.py`.
 
-Versions are fixed in `PACKAGES`. npm's registry gives each archive's digest, and an archive that differs is refused. Bare names of imports become relative, because a page without inline scripts cannot have an import map.
+Versions are fixed in `PACKAGES`. npm's registry gives each archive's digest, and an archive that differs is refused.
+Bare names of imports become relative, because a page without inline scripts cannot have an import map.
 """
 
 import base64

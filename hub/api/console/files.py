@@ -80,8 +80,8 @@ def console() -> Console:
     digest = whole.hexdigest()[:DIGEST_CHARS]
     page = contents.pop("index.html").replace(b"{digest}", digest.encode())
     served = {path: _file(path, data) for path, data in contents.items() if path.rpartition(".")[2] in MEDIA_TYPES}
-    for path in demo_adapters():
-        served[f"demo/{path.name}"] = _file(path.name, path.read_bytes())
+    for adapter in demo_adapters():
+        served[f"demo/{adapter.name}"] = _file(adapter.name, adapter.read_bytes())
     return Console(digest, _file("index.html", page), served)
 
 

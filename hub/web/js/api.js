@@ -36,7 +36,7 @@ function keyFor(path) {
 
 function authorised(path, headers = {}) {
   const key = keyFor(path);
-  return key ? { ...headers, authorization: `Bearer ${key}` } : headers;
+  return key ? { authorization: `Bearer ${key}`, ...headers } : headers;
 }
 
 async function failed(path, reply) {
@@ -51,7 +51,7 @@ async function failed(path, reply) {
 
 /** Return the error of a refused call. A key that the hub no longer knows is forgotten. */
 function refused(path, status, problem, retryAfter) {
-  if (status === 401 && keyFor(path)) {
+  if (status === 401 && keyFor(path) && path !== "/v1/login") {
     signOut(keyFor(path) === keys.value.admin ? "admin" : "tenant");
     notify("The hub does not accept this key any more: it was revoked or has expired. Sign in with another one.", "error");
   }
@@ -160,6 +160,7 @@ export const api = {
   put: (path, data) => json("PUT", path, { data }),
   patch: (path, data) => json("PATCH", path, { data }),
   delete: (path) => json("DELETE", path),
+  logIn: async (code) => (await call("POST", "/v1/login", { headers: { authorization: `Bearer ${code}` } })).json(),
   upload,
   blobUrl,
   release: (url) => URL.revokeObjectURL(url),

@@ -45,7 +45,7 @@ export function Login({ code }) {
 
 /** Trade the one-time code of a login link for keys. */
 async function exchange(code) {
-  const { key, admin_key: admin } = await api.post("/v1/login", { code });
+  const { key, admin_key: admin } = await api.logIn(code);
   signIn({ ...(key && { tenant: key }), ...(admin && { admin }) });
 }
 
