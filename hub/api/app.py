@@ -2,19 +2,19 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import torch
 from fastapi import FastAPI
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Lifespan
 
 from ..admission.authentication import Authenticator
+from ..admission.login_codes import LoginCodes
 from ..admission.quotas import (
+    FITS,
     GATEWAY_CALLS,
     GATEWAY_CALLS_BESIDE,
     GATEWAY_CALLS_QUEUED,
@@ -33,6 +33,7 @@ from ..registry.datasets.files import DatasetFiles
 from ..registry.datasets.index import DatasetIndex
 from ..registry.datasets.kept import KeptImages
 from ..registry.datasets.trainings import TrainingRegistry
+from ..registry.datasets.usage import UsageRegistry
 from ..registry.events import EventLog
 from ..registry.health import RegistryIntegrity, RegistryWatch
 from ..registry.keys import KeyRegistry
@@ -51,31 +52,38 @@ from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
 from ..services.trainings.comparison import ComparisonService
+from ..services.trainings.instant import start_fit_thread
 from ..services.trainings.jobs import JobSettings, TrainingJobs
 from ..services.trainings.promotion import PromotionService
 from ..services.trainings.service import TrainingService
+from ..services.usage.counter import UsageCounter
+from ..services.usage.service import UsageService
 from ..settings import Settings
 from ..storage.accounts import FileRegistry
 from ..storage.features import FeatureStore
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import IMAGES, REPORTS, SNAPSHOTS, Store
-from ..training.job import BackboneSource, Trainer
+from ..training.job import Trainer
 from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
+from .console.files import add_console
+from .console.login import add_login_route
 from .datasets.images import add_dataset_routes
 from .datasets.trainings import add_training_routes
+from .datasets.usage import add_usage_routes
 from .dependencies import CallerDependencies
 from .problems import add_exception_handlers
 from .protocols.huggingface import add_huggingface_routes
 from .protocols.oip import add_oip_routes
 from .request_heads import HeaderLimitsMiddleware, UnreadBodyMiddleware
-from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEADERS, SecurityHeadersMiddleware
+from .security_headers import SecurityHeadersMiddleware, cors
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
 from .upload_guard import BodyMemory, BodyPace, UploadGuardMiddleware
 
 PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster
 SOURCE_THREADS = 16  # downloads of adapter files, which may take minutes each
+FIT_THREADS = 2  # classifiers of datasets, in turns by tenant
 SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
 
 
@@ -116,7 +124,7 @@ class GatewayAPI(FastAPI):
             Middleware(RequestLogMiddleware, self._metrics, server_returns_id=self._metrics is not None),
             Middleware(SecurityHeadersMiddleware, tls=settings.tls_cert is not None),
             Middleware(HeaderLimitsMiddleware),
-            *_cors(settings.cors_origins),
+            *cors(settings.cors_origins),
             Middleware(
                 UploadGuardMiddleware,
                 memory=BodyMemory(),
@@ -137,21 +145,6 @@ class GatewayAPI(FastAPI):
         if is_new:
             openapi.complete(document)
         return document
-
-
-def _cors(origins: Sequence[str]) -> list[Middleware]:
-    """Return the CORS middleware; nothing without origins, so that browsers refuse replies to other sites."""
-    if not origins:
-        return []
-    return [
-        Middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=CORS_METHODS,
-            allow_headers=CORS_REQUEST_HEADERS,
-            expose_headers=CORS_REPLY_HEADERS,
-        )
-    ]
 
 
 def create_app(
@@ -188,7 +181,8 @@ def create_app(
     store_threads = TenantThreads(store_executor, threads, STORE_CALLS)
     parse_threads = TenantThreads(parse_executor, PARSE_THREADS, PARSED_AT_ONCE, active)
     source_threads = TenantThreads(source_executor, SOURCE_THREADS, SOURCE_DOWNLOADS)
-    fits = ThreadPoolExecutor(1, "fit", initializer=torch.set_num_threads, initargs=(1,))
+    fit_executor = ThreadPoolExecutor(FIT_THREADS, "fit", initializer=start_fit_thread)
+    fits = TenantThreads(fit_executor, FIT_THREADS, FITS)
 
     database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
@@ -222,11 +216,14 @@ def create_app(
         features=features,
         pool=store_threads.of(""),
     )
+    usage_registry = UsageRegistry(database)
+    counter = UsageCounter(usage_registry, count_lost=metrics.record_lost_usage if metrics is not None else None)
     keeper = Keeper(
         kept=kept,
         images=images,
         removal=removal,
         threads=store_threads,
+        usage=counter,
         count=metrics.record_kept if metrics is not None else None,
     )
     service = ClassificationService(
@@ -236,6 +233,7 @@ def create_app(
         decoder=decoder,
         workers=workers,
         keeper=keeper,
+        usage=counter,
     )
     audit = AuditLog(database)
     collector = Collector(
@@ -282,7 +280,7 @@ def create_app(
         max_image_bytes=settings.max_image_bytes,
         min_free_bytes=settings.min_free_disk,
     )
-    reviews = ReviewService(index, feature_service, keeper, fits)
+    reviews = ReviewService(index, feature_service, keeper, counter, fits)
     training_registry = TrainingRegistry(database)
     comparison = ComparisonService(
         index=index,
@@ -304,7 +302,7 @@ def create_app(
         classification=service,
         promotion=promotion,
         trainer=trainer,
-        settings=_job_settings(settings),
+        settings=JobSettings.of(settings),
         threads=store_threads,
     )
     trainings = TrainingService(
@@ -320,6 +318,14 @@ def create_app(
         jobs=jobs,
         threads=store_threads,
         fits=fits,
+    )
+    usage = UsageService(
+        counter=counter,
+        registry=usage_registry,
+        tasks=registry,
+        trainings=training_registry,
+        snapshots=snapshots,
+        threads=store_threads,
     )
     administration = AdministrationService(
         registry=registry,
@@ -348,6 +354,7 @@ def create_app(
             feature_service.run(),
             removal.run(),
             keeper.run(),
+            counter.run(),
             jobs.run(),
         )
         background = {asyncio.create_task(step) for step in steps}
@@ -358,10 +365,11 @@ def create_app(
             _, background = await asyncio.wait(background, timeout=1)
         await jobs.close()
         await feature_service.close()
-        with suppress(Unavailable):
-            await limiter.settle()
+        for last in (counter.write(), limiter.settle()):
+            with suppress(Unavailable):
+                await last
         await database.close()
-        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fits):
+        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fit_executor):
             executor.shutdown(wait=False)
         if metrics is not None:
             tracing.stop()
@@ -378,21 +386,12 @@ def create_app(
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, reviews, dependencies, max_request_bytes=max_request_bytes)
     add_training_routes(api, trainings, comparison, dependencies)
+    add_usage_routes(api, usage, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     openapi.add_pages(api)
+    add_console(api)
+    add_login_route(api, LoginCodes(database))
     api.state.cache = cache
     return api
-
-
-def _job_settings(settings: Settings) -> JobSettings:
-    """Return what the hub's trainings share."""
-    device = "cuda" if settings.training_gpus else "cpu"
-    return JobSettings(
-        store_url=str(settings.store_url),
-        backbone=BackboneSource(settings.backbone, settings.checkpoint, settings.image_size, device),
-        max_running=settings.max_trainings,
-        max_pixels=settings.max_image_pixels,
-        threads=settings.training_cpus,
-    )

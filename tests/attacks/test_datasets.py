@@ -17,10 +17,13 @@ from starlette.testclient import TestClient
 
 from adapters import load_backbone
 from hub.admission.quotas import DATASET_LABELS
+from hub.dataset_schemas import DatasetImage
+from hub.errors import Conflict
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
 from hub.registry.datasets.index import DatasetIndex
 from hub.registry.redis.connection import RegistryConnection
+from hub.services.datasets.snapshots import Snapshot
 from tests.support.asgi import listening
 from tests.support.datasets import new_image
 from tests.support.hub_app import OCTETS, Hub, bearer, in_registry, make_api, running
@@ -206,6 +209,17 @@ def test_nothing_is_half_added_when_redis_is_full_and_no_file_stays(
         assert app.http.post(IMAGES, files=parts).json()["counts"]["added"] == 4
 
 
+def test_a_training_is_refused_when_its_scores_would_take_the_memory_of_the_hub() -> None:
+    def listed(images: int, labels: int) -> list[DatasetImage]:
+        common: dict[str, Any] = {"split": "train", "use": "train", "name": "n", "size_bytes": 1, "added": ""}
+        names = [f"label {i % labels}" for i in range(images)]
+        return [DatasetImage(digest=f"{i:064x}", label=name, labels=[name], **common) for i, name in enumerate(names)]
+
+    assert len(Snapshot.of(listed(6000, 3000)).images) == 6000
+    with pytest.raises(Conflict, match="6000 labelled images of 4000 labels are too many"):
+        Snapshot.of(listed(6000, 4000))
+
+
 def test_names_and_reasons_stay_short_when_names_are_long(app: Hub) -> None:
     name = "n" * 3000 + ".png"
     form = app.http.post(IMAGES, files=[("rose", (name, b"no image")), ("rose", (name, png(1)))])
@@ -230,6 +244,8 @@ def test_names_and_reasons_stay_short_when_names_are_long(app: Hub) -> None:
         ("POST", f"{TASK}/trainings", {"json": {"budget_s": 10**300}}),
         ("PUT", TASK, {"json": {"labels": ["x" * 300] * 1000}}),
         ("PATCH", f"{IMAGES}/{'0' * 64}", {"json": {"label": "x" * 60_000}}),
+        ("PATCH", IMAGES, {"json": {"images": ["0" * 64] * 201, "label": "x"}}),
+        ("PATCH", IMAGES, {"json": {"images": [f"{i}{'x' * 3000}" for i in range(200)], "label": "x"}}),
         ("GET", f"{TASK}/compare", {"params": {"a": "x" * 5000, "b": "y" * 5000}}),
         ("GET", f"{IMAGES}/{'f' * 64}", {}),
     ],
@@ -268,6 +284,7 @@ def test_a_tenant_s_images_are_404_on_each_route_of_another_tenant_and_403_for_a
         ("GET", f"{IMAGES}/{digest}", {}),
         ("GET", f"{IMAGES}/{digest}/thumbnail", {}),
         ("PATCH", f"{IMAGES}/{digest}", {"json": {"label": "stolen"}}),
+        ("PATCH", IMAGES, {"json": {"images": [digest], "label": "stolen"}}),
         ("DELETE", f"{IMAGES}/{digest}", {}),
         ("POST", f"{TASK}/dataset/rename-label", {"json": {"label": "rose", "to": "stolen"}}),
         ("GET", f"{TASK}/trainings/{training}", {}),

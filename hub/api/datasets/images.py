@@ -18,6 +18,8 @@ from ...dataset_schemas import (
     ImageChange,
     ImagePage,
     ImagesAdded,
+    ImagesChange,
+    ImagesChanged,
     LabelRename,
     LabelRenamed,
     ReviewKind,
@@ -158,6 +160,14 @@ def add_dataset_routes(
     )
     async def change_image(caller: Owner, task: TaskName, digest: Digest, body: Body) -> DatasetImage:
         return await service.change(caller, task, digest, await body.read_json(ImageChange))
+
+    @api.patch(
+        "/v1/tasks/{task}/images",
+        summary="Set label or split of several images in one step",
+        openapi_extra=request_body({JSON: schema_of(ImagesChange)}),
+    )
+    async def change_images(caller: Owner, task: TaskName, body: Body) -> ImagesChanged:
+        return await service.change_many(caller, task, await body.read_json(ImagesChange))
 
     @api.delete("/v1/tasks/{task}/images/{digest}", status_code=204)
     async def delete_image(caller: Owner, task: TaskName, digest: Digest) -> None:

@@ -160,36 +160,42 @@ class DatasetIndex:
         by: Actor,
         tenant: str,
         task: str,
-        digest: str,
+        digests: Sequence[str],
         *,
         label: str | None,
         relabel: bool,
         split: Split | None,
-    ) -> None:
-        """Change label and split of an image.
+    ) -> tuple[int, list[str]]:
+        """Change label and split of images, in one step.
 
         Args:
+            digests: at least one, each once.
             relabel: whether to set the label; a label of None then removes it.
 
+        Returns:
+            The number of images that changed, and the digests that the dataset does not have.
+
         Raises:
-            NotFound: the dataset has no such image.
+            NotFound: the dataset has none of the images.
             LimitReached: the dataset has the maximum number of labels.
         """
-        details = {"digest": digest} | ({"label": label} if relabel else {}) | ({"split": split} if split else {})
-        await self._change(
+        details: dict[str, Any] = {"digest": digests[0]} if len(digests) == 1 else {"images": len(digests)}
+        details |= ({"label": label} if relabel else {}) | ({"split": split} if split else {})
+        reply = await self._change(
             "change",
             by,
             tenant,
             task,
             "image.change",
             details,
-            digest=digest,
+            digests=list(digests),
             label=(label or "") if relabel else None,
             fold=folded_label(label or ""),
             split=split or "",
-            used=use_of(digest, split or "auto"),
+            used=[use_of(digest, split or "auto") for digest in digests],
             max_labels=DATASET_LABELS,
         )
+        return reply.number, list(reply.names)
 
     async def remove(self, by: Actor, tenant: str, task: str, digest: str) -> bool:
         """Remove an image. Return whether no dataset holds its file any more.

@@ -115,6 +115,7 @@ class TrainingRegistry:
             id=training.id,
             body=training.model_dump_json(),
             snapshot=training.snapshot.digest,
+            report=training.report_digest,
             max_trainings=MAX_TRAININGS,
             audited=audited,
             queued=queued,

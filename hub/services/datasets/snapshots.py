@@ -13,6 +13,8 @@ from ...errors import Conflict
 
 FORMAT = "karst-snapshot/1"
 MAX_LISTED = 10  # labels in one warning
+# Images times labels of one training. The head has a score of 8 bytes for each image and label, several times at once.
+MAX_SCORES = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Snapshot:
             raise Conflict("The dataset has no labelled image. Add images with labels first.")
         if len(labels) < 2:
             raise Conflict(f"The dataset has one label only ({labels[0]!r}). Add images of a second label.")
+        if len(labelled) * len(labels) > MAX_SCORES:
+            raise Conflict(
+                f"{len(labelled)} labelled images of {len(labels)} labels are too many for one training (images times "
+                f"labels: limit {MAX_SCORES}). Merge labels, or train a task for each part of them."
+            )
         trained = {image.label for image in labelled if image.use == "train"}
         rescued = [label for label in labels if label not in trained]
         images = tuple(

@@ -132,7 +132,7 @@ class ComparisonService:
                     continue
                 part.append((image.digest, data))
             if part:
-                predicted = await self._classification.predict(caller, task, str(number), part)
+                predicted = await self._classification.test(caller, task, str(number), part)
                 labels = predicted.version.labels
                 for (digest, _), answer in zip(part, predicted.answers, strict=True):
                     found[digest] = labels[int(answer.probabilities.argmax())]

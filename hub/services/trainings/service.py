@@ -1,12 +1,12 @@
 """Trainings in the hub: the images of a dataset in, a new version out. No HTTP, no Ray."""
 
 import asyncio
+import hashlib
 import io
 import secrets
 import time
 import zipfile
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 
@@ -23,7 +23,7 @@ from ..classification import ClassificationService
 from ..datasets.features import FeatureService
 from ..datasets.removal import FileRemoval
 from ..datasets.snapshots import Snapshot
-from .instant import fit_instant
+from .instant import REPORT, fit_instant
 from .jobs import TrainingJobs
 from .promotion import PromotionService
 
@@ -50,7 +50,7 @@ class TrainingService:
         promotion: PromotionService,
         jobs: TrainingJobs,
         threads: TenantThreads,
-        fits: Executor,
+        fits: TenantThreads,
     ) -> None:
         """
         Args:
@@ -172,7 +172,11 @@ class TrainingService:
         try:
             backbone = (await self._classification.limits()).backbone
             extra = {"snapshot": training.snapshot.digest, "training": training.id}
-            classifier = await run_blocking(self._fits, fit_instant, snapshot, rows, backbone, extra)
+            classifier, report = await run_blocking(
+                self._fits.of(caller.tenant), fit_instant, snapshot, rows, backbone, extra
+            )
+            digest = hashlib.sha256(report).hexdigest()
+            await run_blocking(self._threads.of(caller.tenant), self._reports.put, digest, report)
             registered, promotion = await self._promotion.register(caller, task, classifier.adapter.data)
         except HubError as error:
             failed = {"error": error.detail, "seconds": _since(started_s)}
@@ -182,6 +186,8 @@ class TrainingService:
             "state": "done",
             "version": registered.version,
             "report": registered.metrics,
+            "report_digest": digest,
+            "report_files": [REPORT],
             "promotion": promotion,
             "seconds": _since(started_s),
             "error": None,

@@ -33,26 +33,36 @@ function datasets.check_room(args)
   return DONE
 end
 
--- digest, label (null: unchanged; '': none), fold, split ('': unchanged), used, max_labels.
+-- digests, label (null: unchanged; '': none), fold, split ('': unchanged), used (of each image), max_labels. Return the
+-- number of changed images, and the digests of absent ones.
 function datasets.change(args)
   local refusal = find_change_refusal(args)
   if refusal then return refusal end
-  local record = read_record(args, args.digest)
-  if not record then return {outcome = 'no_image'} end
-  local ids = nil
+  local records, absent, changed = {}, {}, 0
+  for i, digest in ipairs(args.digests) do
+    records[i] = read_record(args, digest) or false
+    if not records[i] then absent[#absent + 1] = digest end
+  end
+  if #absent == #args.digests then return {outcome = 'no_image'} end
+  local ids, label = nil, nil
   if args.label == '' then
     ids = {}
   elseif args.label ~= cjson.null then
-    local id = label_id(args, args.label, args.fold)
-    if not id then return {outcome = 'labels_full'} end
-    if not (#record.l == 1 and heir(args, record.l[1]) == id) then ids = {id} end
+    label = label_id(args, args.label, args.fold)
+    if not label then return {outcome = 'labels_full'} end
+    ids = {label}
   end
-  local split, used = args.split, args.used
-  if split == '' then split, used = record.s, record.u end
-  if move(args, args.digest, record, ids, split, used) then
-    record_change(args, 'dataset', args.task)
+  for i, record in ipairs(records) do
+    if record then
+      local own = ids
+      if label and #record.l == 1 and heir(args, record.l[1]) == label then own = nil end
+      local split, used = args.split, args.used[i]
+      if split == '' then split, used = record.s, record.u end
+      if move(args, args.digests[i], record, own, split, used) then changed = changed + 1 end
+    end
   end
-  return DONE
+  if changed > 0 then record_change(args, 'dataset', args.task) end
+  return {outcome = 'done', number = changed, names = some(absent)}
 end
 
 -- digests. Return those whose files no dataset holds any more.
