@@ -83,7 +83,3 @@ def __getattr__(name: str) -> Any:
     found = getattr(import_module(_MODULE_OF[name], __name__), name)
     globals()[name] = found  # the next use does not come here
     return found
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]

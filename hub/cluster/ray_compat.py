@@ -130,7 +130,7 @@ def without_monitors() -> Iterator[None]:
     class Params(ours):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
-            self.no_monitor, self.include_log_monitor = True, False
+            self.update(no_monitor=True, include_log_monitor=False)
 
     parameter.RayParams = Params  # type: ignore[misc]
     try:
