@@ -43,7 +43,8 @@ from hub.errors import HubError
 from hub.local.embedded_redis import embedded_redis
 from hub.local.ports import free_port
 from hub.registry.audit import OPERATOR
-from hub.registry.datasets.index import DatasetIndex, NewImage
+from hub.registry.datasets.entries import NewImage
+from hub.registry.datasets.index import DatasetIndex
 from hub.registry.redis.connection import RegistryConnection
 from tests.support.datasets import unpaced_reads
 from tests.support.hub_process import KARST_HUB, Served, serve

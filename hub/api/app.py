@@ -2,14 +2,13 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Lifespan
 
 from ..admission.authentication import Authenticator
@@ -34,6 +33,7 @@ from ..registry.datasets.files import DatasetFiles
 from ..registry.datasets.index import DatasetIndex
 from ..registry.datasets.kept import KeptImages
 from ..registry.datasets.trainings import TrainingRegistry
+from ..registry.datasets.usage import UsageRegistry
 from ..registry.events import EventLog
 from ..registry.health import RegistryIntegrity, RegistryWatch
 from ..registry.keys import KeyRegistry
@@ -56,6 +56,8 @@ from ..services.trainings.instant import start_fit_thread
 from ..services.trainings.jobs import JobSettings, TrainingJobs
 from ..services.trainings.promotion import PromotionService
 from ..services.trainings.service import TrainingService
+from ..services.usage.counter import UsageCounter
+from ..services.usage.service import UsageService
 from ..settings import Settings
 from ..storage.accounts import FileRegistry
 from ..storage.features import FeatureStore
@@ -67,12 +69,13 @@ from . import openapi
 from .admin import add_admin_routes
 from .datasets.images import add_dataset_routes
 from .datasets.trainings import add_training_routes
+from .datasets.usage import add_usage_routes
 from .dependencies import CallerDependencies
 from .problems import add_exception_handlers
 from .protocols.huggingface import add_huggingface_routes
 from .protocols.oip import add_oip_routes
 from .request_heads import HeaderLimitsMiddleware, UnreadBodyMiddleware
-from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEADERS, SecurityHeadersMiddleware
+from .security_headers import SecurityHeadersMiddleware, cors
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
 from .upload_guard import BodyMemory, BodyPace, UploadGuardMiddleware
 
@@ -119,7 +122,7 @@ class GatewayAPI(FastAPI):
             Middleware(RequestLogMiddleware, self._metrics, server_returns_id=self._metrics is not None),
             Middleware(SecurityHeadersMiddleware, tls=settings.tls_cert is not None),
             Middleware(HeaderLimitsMiddleware),
-            *_cors(settings.cors_origins),
+            *cors(settings.cors_origins),
             Middleware(
                 UploadGuardMiddleware,
                 memory=BodyMemory(),
@@ -140,21 +143,6 @@ class GatewayAPI(FastAPI):
         if is_new:
             openapi.complete(document)
         return document
-
-
-def _cors(origins: Sequence[str]) -> list[Middleware]:
-    """Return the CORS middleware; nothing without origins, so that browsers refuse replies to other sites."""
-    if not origins:
-        return []
-    return [
-        Middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=CORS_METHODS,
-            allow_headers=CORS_REQUEST_HEADERS,
-            expose_headers=CORS_REPLY_HEADERS,
-        )
-    ]
 
 
 def create_app(
@@ -213,9 +201,9 @@ def create_app(
     integrity = RegistryIntegrity(database)
     watch = RegistryWatch(database, cache.resynchronise, metrics.record_registry if metrics is not None else None)
     index, dataset_files, kept = DatasetIndex(database, reads), DatasetFiles(database), KeptImages(database)
-    images = Store(str(settings.store_url), IMAGES, settings.min_free_disk)
-    snapshots = Store(str(settings.store_url), SNAPSHOTS, settings.min_free_disk)
-    reports = Store(str(settings.store_url), REPORTS, settings.min_free_disk)
+    images, snapshots, reports = [
+        Store(str(settings.store_url), kind, settings.min_free_disk) for kind in (IMAGES, SNAPSHOTS, REPORTS)
+    ]
     features = FeatureStore(str(settings.store_url))
     removal = FileRemoval(
         files=dataset_files,
@@ -227,11 +215,14 @@ def create_app(
         features=features,
         pool=store_threads.of(""),
     )
+    usage_registry = UsageRegistry(database)
+    counter = UsageCounter(usage_registry, count_lost=metrics.record_lost_usage if metrics is not None else None)
     keeper = Keeper(
         kept=kept,
         images=images,
         removal=removal,
         threads=store_threads,
+        usage=counter,
         count=metrics.record_kept if metrics is not None else None,
     )
     service = ClassificationService(
@@ -242,6 +233,7 @@ def create_app(
         workers=workers,
         keeper=keeper,
         reads=reads,
+        usage=counter,
     )
     audit = AuditLog(database)
     collector = Collector(
@@ -288,7 +280,7 @@ def create_app(
         max_image_bytes=settings.max_image_bytes,
         min_free_bytes=settings.min_free_disk,
     )
-    reviews = ReviewService(index, feature_service, keeper, fits)
+    reviews = ReviewService(index, feature_service, keeper, counter, fits)
     training_registry = TrainingRegistry(database, reads)
     comparison = ComparisonService(
         index=index,
@@ -329,6 +321,14 @@ def create_app(
         parse_threads=parse_threads,
         fits=fits,
     )
+    usage = UsageService(
+        counter=counter,
+        registry=usage_registry,
+        tasks=registry,
+        trainings=training_registry,
+        snapshots=snapshots,
+        threads=store_threads,
+    )
     administration = AdministrationService(
         registry=registry,
         tenants=tenants,
@@ -356,6 +356,7 @@ def create_app(
             feature_service.run(),
             removal.run(),
             keeper.run(),
+            counter.run(),
             jobs.run(),
         )
         background = {asyncio.create_task(step) for step in steps}
@@ -366,8 +367,9 @@ def create_app(
             _, background = await asyncio.wait(background, timeout=1)
         await jobs.close()
         await feature_service.close()
-        with suppress(Unavailable):
-            await limiter.settle()
+        for last in (counter.write(), limiter.settle()):
+            with suppress(Unavailable):
+                await last
         await database.close()
         for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fit_executor):
             executor.shutdown(wait=False)
@@ -386,6 +388,7 @@ def create_app(
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, reviews, dependencies, max_request_bytes=max_request_bytes)
     add_training_routes(api, trainings, comparison, dependencies)
+    add_usage_routes(api, usage, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)

@@ -20,7 +20,8 @@ from hub.admission.quotas import DATASET_LABELS
 from hub.errors import Conflict
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
-from hub.registry.datasets.index import DatasetIndex, ListedImage
+from hub.registry.datasets.entries import ListedImage
+from hub.registry.datasets.index import DatasetIndex
 from hub.registry.redis.connection import RegistryConnection
 from hub.services.datasets.snapshots import Snapshot
 from tests.support.asgi import listening

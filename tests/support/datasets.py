@@ -9,8 +9,9 @@ from hub.admin_schemas import LimitsChange
 from hub.concurrency import ActiveTenants, TenantReads
 from hub.dataset_schemas import DatasetImage, Split, Use
 from hub.registry.audit import OPERATOR, AuditLog
+from hub.registry.datasets.entries import AddStatus, NewImage
 from hub.registry.datasets.files import DatasetFiles
-from hub.registry.datasets.index import AddStatus, DatasetIndex, NewImage
+from hub.registry.datasets.index import DatasetIndex
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry

@@ -37,10 +37,10 @@ Cluster is not supported. All keys start with `karst:`. Names of tenants and tas
     t:{tenant}:keys             set     ids of the tenant's API keys
     t:{tenant}:shared           set     `tenant:task` of each task that another tenant shares with this tenant by name
     t:{tenant}:audit            stream  JSON of each change
-    t:{tenant}:rate             hash    see `admission/rate_limits`
-    t:{tenant}:flight           hash    see `admission/rate_limits`
-    t:{tenant}:settled          hash    see `admission/rate_limits`
+    t:{tenant}:rate, :flight, :settled    hashes, see `admission/rate_limits`
     t:{tenant}:counts           hash    requests, images, refused
+    t:{tenant}:usage_bytes      string  size of all records in `data:{task}:usage`, in bytes
+    usage-calls:{gateway}       string  number of the gateway's last call that added counts; expires
 """
 
 import asyncio

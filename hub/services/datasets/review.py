@@ -21,6 +21,7 @@ from ...dataset_schemas import DatasetImage, Feedback, FeedbackGiven, ReviewImag
 from ...registry.datasets.index import DatasetIndex
 from ...schemas import Prediction
 from ..label_sets import best
+from ..usage.counter import UsageCounter
 from .features import FeatureService
 from .keeping import Keeper
 from .review_order import FEW, margins_of, suspects_first, typical_first, uncertain_first, unit_rows
@@ -48,7 +49,9 @@ class _Head:
 class ReviewService:
     """Review of the tasks of a caller's own tenant. Raises `NotFound` for another tenant's task."""
 
-    def __init__(self, index: DatasetIndex, features: FeatureService, keeper: Keeper, fits: TenantThreads) -> None:
+    def __init__(
+        self, index: DatasetIndex, features: FeatureService, keeper: Keeper, usage: UsageCounter, fits: TenantThreads
+    ) -> None:
         """
         Args:
             fits: thread pool whose threads run torch with one thread each.
@@ -56,6 +59,7 @@ class ReviewService:
         self._index = index
         self._features = features
         self._keeper = keeper
+        self._usage = usage
         self._fits = fits
         self._limit = TenantConcurrencyLimit(REVIEWS, REVIEWS + REVIEWS_QUEUED)
 
@@ -88,11 +92,17 @@ class ReviewService:
         """Give an image of the dataset its true label."""
         task = caller.own_task(name)
         await self._keeper.settled(caller.tenant, task, feedback.image)
+        before = (await self._index.find(caller.tenant, task, feedback.image)).label
         await self._index.change(
             caller, caller.tenant, task, [feedback.image], label=feedback.label, relabel=True, split=None
         )
         image = await self._index.find(caller.tenant, task, feedback.image)
-        return FeedbackGiven(image=image, correct=image.answer.label == feedback.label if image.answer else None)
+        if image.answer is None:
+            return FeedbackGiven(image=image, correct=None)
+        correct = image.answer.label == feedback.label
+        if before != feedback.label:  # the same feedback again is no second correction
+            self._usage.reviewed(caller.tenant, task, correct=correct)
+        return FeedbackGiven(image=image, correct=correct)
 
     async def _labelled(self, tenant: str, task: str) -> list[DatasetImage]:
         """Return the newest images of each label, equally many of each at most."""

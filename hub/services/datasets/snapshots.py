@@ -10,7 +10,7 @@ from adapters.data.labels import sorted_labels
 
 from ...dataset_schemas import SnapshotInfo, Use
 from ...errors import Conflict
-from ...registry.datasets.index import ListedImage
+from ...registry.datasets.entries import ListedImage
 
 FORMAT = "karst-snapshot/1"
 MAX_LISTED = 10  # labels in one warning

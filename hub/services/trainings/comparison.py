@@ -16,7 +16,8 @@ from ...admission.quotas import COMPARISONS, COMPARISONS_QUEUED
 from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ...dataset_schemas import ComparedClass, ComparedImage, ComparedVersion, Comparison
 from ...errors import Conflict, Unavailable
-from ...registry.datasets.index import DatasetIndex, ListedImage
+from ...registry.datasets.entries import ListedImage
+from ...registry.datasets.index import DatasetIndex
 from ...registry.datasets.trainings import TrainingRegistry
 from ...registry.models import Task
 from ...registry.tasks import TaskRegistry
@@ -137,7 +138,7 @@ class ComparisonService:
                     continue
                 part.append((image.digest, data))
             if part:
-                predicted = await self._classification.predict(caller, task, str(number), part)
+                predicted = await self._classification.test(caller, task, str(number), part)
                 labels = predicted.version.labels
                 for (digest, _), answer in zip(part, predicted.answers, strict=True):
                     found[digest] = labels[int(answer.probabilities.argmax())]

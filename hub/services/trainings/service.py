@@ -15,7 +15,8 @@ from ...admission.quotas import TRAINING_STREAMS, TRAININGS, TRAININGS_QUEUED
 from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ...dataset_schemas import ENDED, TrainingInfo, TrainingList, TrainingRequest, TrainingState
 from ...errors import HubError, InvalidRequest, NotFound
-from ...registry.datasets.index import DatasetIndex, ListedImage
+from ...registry.datasets.entries import ListedImage
+from ...registry.datasets.index import DatasetIndex
 from ...registry.datasets.trainings import Author, Job, Training, TrainingRegistry
 from ...registry.tasks import TaskRegistry
 from ...storage.store import Store

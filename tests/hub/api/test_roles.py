@@ -36,6 +36,7 @@ ROUTES = {
     "GET /v1/tasks/{task}/review": "owner",
     "POST /v1/tasks/{task}/feedback": "owner",
     "GET /v1/tasks/{task}/compare": "owner",
+    "GET /v1/tasks/{task}/usage": "owner",
     "POST /v1/tasks/{task}/trainings": "owner",
     "GET /v1/tasks/{task}/trainings": "owner",
     "GET /v1/tasks/{task}/trainings/{training}": "owner",
