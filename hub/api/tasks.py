@@ -67,6 +67,7 @@ Labels = Annotated[
     Literal["changed"] | None, Query(description="`changed`: the labels may differ from those behind `latest`")
 ]
 TasksCursor = Annotated[str | None, Query(pattern=TASKS_CURSOR_PATTERN, description="`next` of the previous page")]
+Search = Annotated[str, Query(max_length=127, description="part of a task's name")]
 VersionsCursor = Annotated[str | None, Query(pattern=NUMBER_PATTERN, description="`next` of the previous page")]
 UnknownBelow = Annotated[
     float | None, Query(ge=0, le=1, description="the task's setting: an image with a lower typicality is unknown")
@@ -135,8 +136,10 @@ def add_task_routes(
     Body = Annotated[RequestBody, Depends(dependencies.body)]
 
     @api.get("/v1/tasks", response_model=TaskList)
-    async def list_tasks(caller: TenantCaller, limit: Limit = MAX_PAGE, cursor: TasksCursor = None) -> Response:
-        return json_reply(await service.tasks(caller, limit, cursor or ""))
+    async def list_tasks(
+        caller: TenantCaller, limit: Limit = MAX_PAGE, cursor: TasksCursor = None, search: Search = ""
+    ) -> Response:
+        return json_reply(await service.tasks(caller, limit, cursor or "", search))
 
     @api.get("/v1/tasks/{task}", response_model=TaskInfo)
     async def get_task(

@@ -1,4 +1,4 @@
-"""What the index of a dataset takes and returns."""
+"""Images as the index of a dataset takes and returns them."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

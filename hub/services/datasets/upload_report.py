@@ -1,4 +1,4 @@
-"""Report of an upload of images: what was added, moved or refused, within a bounded size."""
+"""Result of an upload of images: what was added, moved, already there or refused, each by name."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from ...registry.datasets.entries import AddStatus, NewImage
 
 @dataclass
 class UploadReport:
-    """Result of an upload so far. Its lists are bounded; its counts are not."""
+    """Result of a request so far."""
 
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AddCounts.model_fields, 0))
     added: list[AddedImage] = field(default_factory=list)
