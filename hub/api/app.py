@@ -206,7 +206,7 @@ def create_app(
     images, snapshots, reports = [
         Store(str(settings.store_url), kind, settings.min_free_disk) for kind in (IMAGES, SNAPSHOTS, REPORTS)
     ]
-    features = FeatureStore(str(settings.store_url))
+    usage_registry, features = UsageRegistry(database), FeatureStore(str(settings.store_url))
     removal = FileRemoval(
         files=dataset_files,
         kept=kept,
@@ -217,7 +217,6 @@ def create_app(
         features=features,
         pool=store_threads.of(""),
     )
-    usage_registry = UsageRegistry(database)
     counter = UsageCounter(usage_registry, count_lost=metrics.record_lost_usage if metrics is not None else None)
     keeper = Keeper(
         kept=kept,
@@ -341,6 +340,7 @@ def create_app(
         cache=cache,
         store=store,
         registration=changes,
+        datasets=datasets.archive,
         threads=store_threads,
         max_adapter_bytes=settings.max_adapter_bytes,
         min_free_bytes=settings.min_free_disk,

@@ -32,7 +32,16 @@ from ..models import task_not_found
 from ..redis.connection import READ_TIMEOUT_S, RegistryConnection, as_hash, as_optional_text, tenant_key
 from ..redis.scripts import DATASETS, ChangeReply
 from ..tenants import tenant_not_found
-from .entries import AddStatus, DatasetContent, ListedImage, NewImage, use_of
+from .entries import (
+    AddStatus,
+    ArchivedImage,
+    DatasetContent,
+    ListedImage,
+    NewImage,
+    StagedDataset,
+    StoredRecord,
+    use_of,
+)
 
 T = TypeVar("T")
 PART_FIELDS = 500  # of a hash that is read whole, in one read
@@ -235,7 +244,12 @@ class DatasetIndex:
         return LabelCount(label=label, train=train, test=test)
 
     async def all(self, tenant: str, task: str) -> list[ListedImage]:
-        """Return every image, in no order. An image that is changed meanwhile is listed as before or as after it.
+        """Return every image, in no order. An image that is changed meanwhile is listed as before or as after it."""
+        found = await self.records(tenant, task)
+        return [ListedImage(digest, each["name"], label, each["s"], each["u"]) for digest, each, label in found]
+
+    async def records(self, tenant: str, task: str) -> list[StoredRecord]:
+        """Return every image as it is stored, in no order; none for a task that does not exist.
 
         The images come in parts, each in the tenant's turn, so a large dataset delays no call of other tenants.
         """
@@ -244,8 +258,49 @@ class DatasetIndex:
         found = []
         for digest, record in records.items():
             names = [labels.get(merged.get(id, id)) for id in record["l"] or ()]  # Lua writes an empty list as {}
-            found.append(ListedImage(digest, record["name"], names[0] if names else None, record["s"], record["u"]))
+            found.append(StoredRecord(digest, record, names[0] if names else None))
         return found
+
+    async def stage(self, by: Actor, tenant: str, name: str, images: Sequence[ArchivedImage]) -> list[str]:
+        """Add images to a staged dataset, which counts in the tenant's limits and which nobody sees.
+
+        `TaskRegistry.restore` makes it the dataset of a task. A dataset that no import changes for an hour is removed.
+
+        Returns:
+            The digests whose old files the store is removing: try these again.
+
+        Raises:
+            NotFound: the tenant does not exist.
+            LimitReached: the tenant's limit of images or of their bytes, or the dataset has too many labels.
+        """
+        body = [
+            {
+                "digest": image.digest,
+                "label": image.label or "",
+                "fold": folded_label(image.label or ""),
+                "split": image.split,
+                "used": use_of(image.digest, image.split),
+                "size": image.size_bytes,
+                "name": image.name,
+                "at": image.added,
+            }
+            | ({"kept": image.expires} if image.expires is not None else {})
+            | ({"answer": image.answer.model_dump(exclude_none=True)} if image.answer is not None else {})
+            for image in images
+        ]
+        options: dict[str, Any] = {"limits": DEFAULT_LIMITS, "max_labels": DATASET_LABELS, "patience_s": 0}
+        reply = await self._change("stage", by, tenant, name, "image.add", {}, images=body, staged=True, **options)
+        statuses = json.loads(reply.text)
+        for found in statuses:
+            if found["status"] == "limit":
+                raise limit_error(found["limit"], int(found["maximum"]))
+            if found["status"] == "labels":
+                raise labels_full()
+        return [image.digest for image, found in zip(images, statuses, strict=True) if found["status"] == "removing"]
+
+    async def drop_staged(self, tenant: str, staged: StagedDataset) -> None:
+        """Remove a staged dataset, unless a task has it by now."""
+        await self._connection.change(DATASETS, "drop_staged", tenant=tenant, task=staged.name)
 
     async def _hash(self, tenant: str, task: str, name: str, parse: Callable[[str], T]) -> dict[str, T]:
         """Return the parsed values of a hash of the dataset, read in parts."""
