@@ -63,7 +63,6 @@ from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
 from .console.files import add_console
-from .console.login import add_login_route
 from .datasets.images import add_dataset_routes
 from .datasets.trainings import add_training_routes
 from .datasets.usage import add_usage_routes
@@ -371,7 +370,6 @@ def create_app(
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     openapi.add_pages(api)
-    add_console(api)
-    add_login_route(api, LoginCodes(database))
+    add_console(api, LoginCodes(database))
     api.state.cache = cache
     return api
