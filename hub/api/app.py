@@ -50,6 +50,8 @@ from ..services.datasets.review import ReviewService
 from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
+from ..services.trainings.answers import VersionAnswers
+from ..services.trainings.backtest import BacktestService
 from ..services.trainings.comparison import ComparisonService
 from ..services.trainings.instant import start_fit_thread
 from ..services.trainings.jobs import JobSettings, TrainingJobs
@@ -279,8 +281,7 @@ def create_app(
     )
     reviews = ReviewService(index, feature_service, keeper, counter, fits)
     training_registry = TrainingRegistry(database)
-    comparison = ComparisonService(
-        index=index,
+    answers = VersionAnswers(
         trainings=training_registry,
         tasks=registry,
         adapters=store,
@@ -290,6 +291,7 @@ def create_app(
         classification=service,
         threads=store_threads,
     )
+    comparison, backtests = ComparisonService(index, answers), BacktestService(index, answers)
     promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
     jobs = TrainingJobs(
         trainings=training_registry,
@@ -383,7 +385,7 @@ def create_app(
     add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, reviews, dependencies, max_request_bytes=max_request_bytes)
     add_training_routes(api, trainings, comparison, dependencies)
-    add_usage_routes(api, usage, dependencies)
+    add_usage_routes(api, usage, backtests, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)

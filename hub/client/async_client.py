@@ -152,6 +152,7 @@ class AsyncClient(BaseClient):
     training_report = _single(training_endpoints.training_report)
     compare = _single(training_endpoints.compare)
     task_usage = _single(usage_endpoints.task_usage)
+    backtest = _single(usage_endpoints.backtest)
     backbone = _single(admin_endpoints.backbone)
     usage = _single(admin_endpoints.usage)
     audit = _single(admin_endpoints.audit)

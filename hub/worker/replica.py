@@ -43,7 +43,6 @@ PREWARMING_INTERVAL_S = 30.0
 MAX_ROUTED_DIGESTS = 1000  # resident adapters that a worker reports to the routers
 STORE_READERS = 8  # threads that read from the store
 FEATURE_IMAGES, FEATURE_IMAGES_GPU = 4, 32  # of a pass without adapters: small, since a classification may wait for it
-FEATURE_WAIT_S = 1.0  # between two such passes of a worker that is never idle
 TRIALS_PER_SIZE, TRIALS_TIMEOUT_S = 4, 5.0  # trial passes of a new worker
 
 
@@ -104,13 +103,14 @@ class Worker:
             tenant_limit=WORKER_IMAGES_QUEUED,
             max_running=2 if on_gpu else 1,
         )
-        self._feature_passes: IdlePasses[NDArray[np.uint8], NDArray[np.float16]] = IdlePasses(
-            self._run_features,
-            lambda: self._batcher.is_idle,
-            size=FEATURE_IMAGES_GPU if on_gpu else FEATURE_IMAGES,
-            limit=WORKER_FEATURES_QUEUED,
-            longest_wait_s=FEATURE_WAIT_S,
-        )
+        passes: dict[str, Any] = {
+            "is_idle": lambda: self._batcher.is_idle,
+            "size": FEATURE_IMAGES_GPU if on_gpu else FEATURE_IMAGES,
+            "limit": WORKER_FEATURES_QUEUED,
+        }
+        self._feature_passes: IdlePasses[NDArray[np.uint8], NDArray[np.float16]]
+        self._feature_passes = IdlePasses(self._run_features, **passes)
+        self._idle_answers: IdlePasses[Item, Answer] = IdlePasses(self._run_batch, **passes)
         self._metrics = WorkerMetrics(metric_types())
         self._stats = WorkerStats()
         self._prewarming = prewarming
@@ -217,6 +217,7 @@ class Worker:
         images: Sequence[NDArray[np.uint8]],
         weight: float = 1.0,
         origin: CallOrigin = CallOrigin(),  # noqa: B008 (a tuple)
+        idle: bool = False,
     ) -> list[Answer]:
         """Return one answer for each preprocessed image, all from one adapter.
 
@@ -226,6 +227,7 @@ class Worker:
             images: uint8 arrays (3, H, W).
             weight: the tenant's share, relative to other tenants.
             origin: the request behind the call.
+            idle: compute the images while no other image waits.
 
         Raises:
             Unavailable: the store cannot return the adapter's file, or the adapter is not in a slot in time.
@@ -241,6 +243,8 @@ class Worker:
                 queued_at_s = time.perf_counter()
                 load_ms = (queued_at_s - started_s) * 1000
                 items = [Item(pixels, adapter, load_ms, queued_at_s, origin.traceparent) for pixels in images]
+                if idle:  # not part of the load, which adds workers
+                    return await self._idle_answers.submit(items)
                 self._images += len(images)
                 try:
                     return await self._batcher.submit(tenant, items, weight)

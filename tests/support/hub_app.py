@@ -46,6 +46,7 @@ class Engine:
         self.slots: dict[str, tuple[Slot, Adapter]] = {}
         self.prefetched: list[str] = []
         self.feature_images = 0
+        self.idle_images = 0
 
     async def limits(self) -> BankLimits:
         return self._bank.limits
@@ -61,8 +62,9 @@ class Engine:
         return [row.numpy() for row in pooled.half()]
 
     async def classify(
-        self, tenant: str, digest: str, images: Sequence[NDArray[np.uint8]], weight: float
+        self, tenant: str, digest: str, images: Sequence[NDArray[np.uint8]], weight: float, *, idle: bool = False
     ) -> list[Answer]:
+        self.idle_images += idle * len(images)
         if digest not in self.slots:
             adapter = Adapter.read(self._store.get(digest))
             self.slots[digest] = self._bank.put(adapter), adapter
