@@ -12,6 +12,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Lifespan
 
 from ..admission.authentication import Authenticator
+from ..admission.login_codes import LoginCodes
 from ..admission.quotas import (
     FITS,
     GATEWAY_CALLS,
@@ -68,6 +69,8 @@ from ..training.job import Trainer
 from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
+from .console.files import add_console
+from .console.login import add_login_route
 from .datasets.images import add_dataset_routes
 from .datasets.trainings import add_training_routes
 from .datasets.usage import add_usage_routes
@@ -390,5 +393,7 @@ def create_app(
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     openapi.add_pages(api)
+    add_console(api)
+    add_login_route(api, LoginCodes(database))
     api.state.cache = cache
     return api

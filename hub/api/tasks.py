@@ -66,6 +66,7 @@ Labels = Annotated[
     Literal["changed"] | None, Query(description="`changed`: the labels may differ from those behind `latest`")
 ]
 TasksCursor = Annotated[str | None, Query(pattern=TASKS_CURSOR_PATTERN, description="`next` of the previous page")]
+Search = Annotated[str, Query(max_length=127, description="part of a task's name")]
 VersionsCursor = Annotated[str | None, Query(pattern=NUMBER_PATTERN, description="`next` of the previous page")]
 UnknownBelow = Annotated[
     float | None, Query(ge=0, le=1, description="the task's setting: an image with a lower typicality is unknown")
@@ -135,8 +136,10 @@ def add_task_routes(
 
     # FastAPI would check each entry of a page once more, which takes longer than the rest of the request.
     @api.get("/v1/tasks", response_model=TaskList)
-    async def list_tasks(caller: TenantCaller, limit: Limit = MAX_PAGE, cursor: TasksCursor = None) -> Response:
-        return _json((await service.tasks(caller, limit, cursor or "")).model_dump_json())
+    async def list_tasks(
+        caller: TenantCaller, limit: Limit = MAX_PAGE, cursor: TasksCursor = None, search: Search = ""
+    ) -> Response:
+        return _json((await service.tasks(caller, limit, cursor or "", search)).model_dump_json())
 
     @api.get("/v1/tasks/{task}", response_model=TaskInfo)
     async def get_task(

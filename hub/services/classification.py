@@ -233,10 +233,18 @@ class ClassificationService:
             results.append(result_of(x.task, await self._answered(caller, x.task, task, one, [data]), top_k))
         return results, [answers[i].computed for i in range(len(inputs))]
 
-    async def tasks(self, caller: Caller, limit: int, cursor: str) -> TaskList:
-        """Return a page of the tasks that the caller sees, as far as its key may use them; see `TaskReads.page`."""
+    async def tasks(self, caller: Caller, limit: int, cursor: str, search: str) -> TaskList:
+        """Return a page of the tasks that the caller sees, as far as its key may use them; see `TaskReads.page`.
+
+        Args:
+            search: part of a task's name; '' for all tasks.
+        """
+
+        def is_listed(name: str) -> bool:
+            return search in name and caller.may_use(name)
+
         async with self._reads.acquire(caller.tenant):
-            found, next_cursor = await self._registry.page(caller.tenant, limit, cursor, caller.may_use)
+            found, next_cursor = await self._registry.page(caller.tenant, limit, cursor, is_listed)
         return TaskList(tasks=found, next=next_cursor)
 
     async def task(self, caller: Caller, name: str, limit: int, after: int) -> str:
