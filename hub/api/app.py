@@ -19,11 +19,12 @@ from ..admission.quotas import (
     GATEWAY_CALLS_BESIDE,
     GATEWAY_CALLS_QUEUED,
     PARSED_AT_ONCE,
+    REGISTRY_READS,
     SOURCE_DOWNLOADS,
     STORE_CALLS,
 )
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantThreads, lower_priority
+from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantReads, TenantThreads, lower_priority
 from ..errors import Unavailable
 from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
@@ -180,6 +181,7 @@ def create_app(
     parse_executor = ThreadPoolExecutor(PARSE_THREADS, "parse")
     source_executor = ThreadPoolExecutor(SOURCE_THREADS, "source")
     active = ActiveTenants()
+    reads = TenantReads(REGISTRY_READS, active)
     store_threads = TenantThreads(store_executor, threads, STORE_CALLS)
     parse_threads = TenantThreads(parse_executor, PARSE_THREADS, PARSED_AT_ONCE, active)
     source_threads = TenantThreads(source_executor, SOURCE_THREADS, SOURCE_DOWNLOADS)
@@ -203,10 +205,10 @@ def create_app(
     )
     integrity = RegistryIntegrity(database)
     watch = RegistryWatch(database, cache.resynchronise, metrics.record_registry if metrics is not None else None)
-    index, dataset_files, kept = DatasetIndex(database), DatasetFiles(database), KeptImages(database)
-    images = Store(str(settings.store_url), IMAGES, settings.min_free_disk)
-    snapshots = Store(str(settings.store_url), SNAPSHOTS, settings.min_free_disk)
-    reports = Store(str(settings.store_url), REPORTS, settings.min_free_disk)
+    index, dataset_files, kept = DatasetIndex(database, reads), DatasetFiles(database), KeptImages(database)
+    images, snapshots, reports = [
+        Store(str(settings.store_url), kind, settings.min_free_disk) for kind in (IMAGES, SNAPSHOTS, REPORTS)
+    ]
     features = FeatureStore(str(settings.store_url))
     removal = FileRemoval(
         files=dataset_files,
@@ -235,6 +237,7 @@ def create_app(
         decoder=decoder,
         workers=workers,
         keeper=keeper,
+        reads=reads,
         usage=counter,
     )
     audit = AuditLog(database)
@@ -283,7 +286,7 @@ def create_app(
         min_free_bytes=settings.min_free_disk,
     )
     reviews = ReviewService(index, feature_service, keeper, counter, fits)
-    training_registry = TrainingRegistry(database)
+    training_registry = TrainingRegistry(database, reads)
     answers = VersionAnswers(
         trainings=training_registry,
         tasks=registry,
@@ -293,8 +296,9 @@ def create_app(
         features=feature_service,
         classification=service,
         threads=store_threads,
+        parse_threads=parse_threads,
     )
-    comparison, backtests = ComparisonService(index, answers), BacktestService(index, answers)
+    comparison, backtests = ComparisonService(index, answers, parse_threads), BacktestService(index, answers)
     promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
     jobs = TrainingJobs(
         trainings=training_registry,
@@ -319,15 +323,11 @@ def create_app(
         promotion=promotion,
         jobs=jobs,
         threads=store_threads,
+        parse_threads=parse_threads,
         fits=fits,
     )
     usage = UsageService(
-        counter=counter,
-        registry=usage_registry,
-        tasks=registry,
-        trainings=training_registry,
-        snapshots=snapshots,
-        threads=store_threads,
+        counter, usage_registry, registry, training_registry, snapshots, reads, store_threads, parse_threads
     )
     administration = AdministrationService(
         registry=registry,

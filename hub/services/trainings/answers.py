@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from ...admission.quotas import COMPARISONS, COMPARISONS_QUEUED
 from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ...dataset_schemas import DatasetImage
 from ...errors import Conflict, Unavailable
+from ...registry.datasets.entries import ListedImage
 from ...registry.datasets.trainings import TrainingRegistry
 from ...registry.models import Task
 from ...registry.tasks import TaskRegistry
@@ -23,6 +25,7 @@ from ..classification import ClassificationService
 from ..datasets.features import FeatureService
 
 BATCH_IMAGES = 16  # in one classification
+Images: TypeAlias = Sequence[DatasetImage] | Sequence[ListedImage]
 
 
 class VersionAnswers:
@@ -39,10 +42,12 @@ class VersionAnswers:
         features: FeatureService,
         classification: ClassificationService,
         threads: TenantThreads,
+        parse_threads: TenantThreads,
     ) -> None:
         """
         Args:
             threads: thread pool for calls to the stores.
+            parse_threads: thread pool for what these calls return.
         """
         self._tasks = tasks
         self._trainings = trainings
@@ -52,6 +57,7 @@ class VersionAnswers:
         self._features = features
         self._classification = classification
         self._threads = threads
+        self._parse_threads = parse_threads
         self._limit = TenantConcurrencyLimit(COMPARISONS, COMPARISONS + COMPARISONS_QUEUED)
 
     @asynccontextmanager
@@ -81,17 +87,15 @@ class VersionAnswers:
         found: set[str] = set()
         for digest in named & known:
             text = await run_blocking(self._threads.of(tenant), self._snapshots.get, digest)
-            found |= {image for image, _, use in json.loads(text)["images"] if use == "train"}
+            found |= await run_blocking(self._parse_threads.of(tenant), _trained_images, text)
         return found
 
-    async def of_heads(
-        self, tenant: str, adapters: Sequence[Adapter], images: Sequence[DatasetImage]
-    ) -> list[dict[str, str]]:
+    async def of_heads(self, tenant: str, adapters: Sequence[Adapter], images: Images) -> list[dict[str, str]]:
         """Return the labels of each head by digest. An unreadable image has none."""
         rows = await self._features.of(tenant, [image.digest for image in images])
         return [await run_blocking(self._threads.of(tenant), _labels_of_head, adapter, rows) for adapter in adapters]
 
-    async def of_engine(self, caller: Caller, task: str, number: int, images: Sequence[DatasetImage]) -> dict[str, str]:
+    async def of_engine(self, caller: Caller, task: str, number: int, images: Images) -> dict[str, str]:
         """Return the labels by digest, from the workers, in small parts. An image whose file is lost has none."""
         found = {}
         for start in range(0, len(images), BATCH_IMAGES):
@@ -110,7 +114,8 @@ class VersionAnswers:
         return found
 
     async def _adapter(self, tenant: str, digest: str) -> Adapter:
-        return Adapter.read(await run_blocking(self._threads.of(tenant), self._adapters.get, digest))
+        data = await run_blocking(self._threads.of(tenant), self._adapters.get, digest)
+        return await run_blocking(self._parse_threads.of(tenant), Adapter.read, data)
 
 
 class ChosenVersions:
@@ -141,7 +146,7 @@ class ChosenVersions:
         """Return the digests of the images that trained one of the versions, as far as snapshots tell."""
         return await self._answers.trained(self._caller.tenant, self._task, self._adapters)
 
-    async def labels(self, images: Sequence[DatasetImage]) -> list[dict[str, str]]:
+    async def labels(self, images: Images) -> list[dict[str, str]]:
         """Return the best labels of each version by digest. An unreadable image has none.
 
         Raises:
@@ -159,6 +164,10 @@ def _number(task: Task, reference: str) -> int:
         listed = ", ".join(map(str, targets))
         raise Conflict(f"The alias {reference!r} points at several versions ({listed}). Name one of them.")
     return next(iter(targets))
+
+
+def _trained_images(snapshot: bytes) -> set[str]:
+    return {image for image, _, use in json.loads(snapshot)["images"] if use == "train"}
 
 
 def _labels_of_head(adapter: Adapter, rows: Mapping[str, NDArray[np.float16]]) -> dict[str, str]:

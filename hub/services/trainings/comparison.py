@@ -8,8 +8,10 @@ import torch
 from adapters.evaluation.calibration import accuracy_interval, paired_gain
 
 from ...admission.authentication import Caller
-from ...dataset_schemas import ComparedClass, ComparedImage, ComparedVersion, Comparison, DatasetImage
+from ...concurrency import TenantThreads, run_blocking
+from ...dataset_schemas import ComparedClass, ComparedImage, ComparedVersion, Comparison
 from ...errors import Conflict
+from ...registry.datasets.entries import ListedImage
 from ...registry.datasets.index import DatasetIndex
 from .answers import VersionAnswers
 
@@ -21,9 +23,14 @@ MAX_DIFFERING = 1000  # images in a reply
 class ComparisonService:
     """Comparisons of versions of a caller's own tasks."""
 
-    def __init__(self, index: DatasetIndex, answers: VersionAnswers) -> None:
+    def __init__(self, index: DatasetIndex, answers: VersionAnswers, parse_threads: TenantThreads) -> None:
+        """
+        Args:
+            parse_threads: thread pool for the figures.
+        """
         self._index = index
         self._answers = answers
+        self._parse_threads = parse_threads
 
     async def compare(self, caller: Caller, name: str, a: str, b: str) -> Comparison:
         """Compare two versions on the test images that neither was trained on, as far as their snapshots tell.
@@ -50,14 +57,23 @@ class ComparisonService:
             answers = await versions.labels(images)
             compared = [image for image in images if all(image.digest in answer for answer in answers)]
             left_out = len(tested) - len(unseen) + len(images) - len(compared)
-            return _comparison(task, versions.numbers, answers, compared, left_out, len(unseen) - len(images))
+            return await run_blocking(
+                self._parse_threads.of(caller.tenant),
+                _comparison,
+                task,
+                versions.numbers,
+                answers,
+                compared,
+                left_out,
+                len(unseen) - len(images),
+            )
 
 
 def _comparison(
     task: str,
     numbers: Sequence[int],
     answers: Sequence[Mapping[str, str]],
-    images: Sequence[DatasetImage],
+    images: Sequence[ListedImage],
     left_out: int,
     beyond_limit: int,
 ) -> Comparison:
