@@ -29,6 +29,7 @@ class UsageService:
 
     def __init__(
         self,
+        *,
         counter: UsageCounter,
         registry: UsageRegistry,
         tasks: TaskRegistry,
@@ -37,7 +38,6 @@ class UsageService:
         reads: TenantReads,
         threads: TenantThreads,
         parse_threads: TenantThreads,
-        *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """

@@ -199,7 +199,7 @@ export function Chart({ data, series, label, time = false, height = 240 }) {
         data,
         box.current,
       );
-      sizes = new ResizeObserver(() => plot.current?.setSize(size()));
+      sizes = new ResizeObserver(() => box.current && plot.current?.setSize(size()));
       sizes.observe(box.current);
     });
     return () => {
@@ -215,6 +215,8 @@ export function Chart({ data, series, label, time = false, height = 240 }) {
 
 // Pictures ----------------------------------------------------------------------------------------------------------
 
+const SEEN_MS = 100; // in view before a thumbnail is fetched: a fast scroll fetches none on its way
+
 /** The thumbnail of an image of a task. It is fetched when it comes into view, and freed when it goes. */
 export function Thumbnail({ task, digest, alt }) {
   const box = useRef(null);
@@ -222,17 +224,22 @@ export function Thumbnail({ task, digest, alt }) {
   useEffect(() => {
     let mine = null;
     const stop = new AbortController();
-    const seen = new IntersectionObserver(([entry]) => {
-      if (!entry.isIntersecting) return;
+    const fetchIt = () => {
       seen.disconnect();
       api.blobUrl(`/v1/tasks/${encodeURIComponent(task)}/images/${digest}/thumbnail`, { signal: stop.signal }).then(
         (url) => (stop.signal.aborted ? api.release(url) : setState({ url: (mine = url) })),
         (error) => stop.signal.aborted || setState({ error }),
       );
+    };
+    let timer = 0;
+    const seen = new IntersectionObserver(([entry]) => {
+      clearTimeout(timer);
+      if (entry.isIntersecting) timer = setTimeout(fetchIt, SEEN_MS);
     });
     setState({});
     seen.observe(box.current);
     return () => {
+      clearTimeout(timer);
       seen.disconnect();
       stop.abort();
       if (mine) api.release(mine);

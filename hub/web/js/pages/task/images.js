@@ -187,7 +187,7 @@ function Dataset({ task, info, reload }) {
 
   const chip = (text, key, on, row, to) => html`<li>
     <button
-      class=${on ? "chip on" : "chip"}
+      class="chip"
       aria-pressed=${on}
       onClick=${() => filterBy(to === undefined ? { label: undefined, unlabelled: undefined } : to === null ? { label: undefined, unlabelled: on ? undefined : "1" } : { label: on ? undefined : to, unlabelled: undefined })}
       onDragOver=${(event) => to !== undefined && event.preventDefault()}
@@ -255,7 +255,7 @@ function Dataset({ task, info, reload }) {
             <span aria-live="polite">${count(selected.size)} selected</span>
             <${Button} onClick=${selectAll}>Select all<//>
             ${selected.size > 0 &&
-            html`<${LabelChoice} text="Label them" labels=${labels} none="no label" value="" onPick=${(name) => relabel([...selected], name)} />
+            html`<${LabelChoice} text="Label them" labels=${labels} none="no label" onPick=${(name) => relabel([...selected], name)} />
               <${Button} onClick=${() => setOpen(images.items.find(({ digest }) => selected.has(digest)))}>Open<//>
               <${Button} kind="danger" onClick=${() => setDialog("delete")}>Delete<//>`}
             ${undo.current.length > 0 && html`<${Button} onClick=${takeBack}>Undo<//>`}

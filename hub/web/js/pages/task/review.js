@@ -128,7 +128,7 @@ export default function Review({ task, detail, reload }) {
           ${labels.slice(0, 30).map((label, i) => html`<li><button class="chip" onClick=${() => answer(label)}>${i < 9 && html`<kbd>${i + 1}</kbd>`} ${label}</button></li>`)}
         </ul>
         <div class="row">
-          <${LabelChoice} text="Another label" labels=${labels} value="" onPick=${(label) => label && answer(label)} />
+          <${LabelChoice} text="Another label" labels=${labels} onPick=${(label) => answer(label)} />
           <${Button} onClick=${skip}>Skip <kbd>S</kbd><//>
         </div>
       </div>

@@ -92,7 +92,7 @@ export function accuracyOf(metrics) {
   return null;
 }
 
-/** A choice of a label, with a way to a new one. */
+/** A choice of a label, with a way to a new one. Without a `value` (null: no label), a choice is an action. */
 export function LabelChoice({ labels, value, none, onPick, text = "Label" }) {
   const [fresh, setFresh] = useState(null);
   if (fresh !== null) {
@@ -108,10 +108,14 @@ export function LabelChoice({ labels, value, none, onPick, text = "Label" }) {
       <button>Add</button>
     </form>`;
   }
-  const picked = ({ target }) => (target.value === "+" ? setFresh("") : onPick(target.value.slice(1) || null));
+  const picked = ({ target }) => {
+    if (target.value === "+") setFresh("");
+    else onPick(target.value.slice(1) || null);
+    if (value === undefined) target.value = ""; // an action, not a state
+  };
   return html`<${Field} label=${text}>
-    <select value=${value === null || value === undefined ? (none ? "=" : "") : `=${value}`} onChange=${picked}>
-      ${none ? html`<option value="=">${none}</option>` : html`<option value="" disabled>choose ...</option>`}
+    <select value=${value === undefined ? "" : `=${value ?? ""}`} onChange=${picked}>
+      ${value === undefined && html`<option value="" disabled>choose ...</option>`} ${none && html`<option value="=">${none}</option>`}
       ${labels.map((label) => html`<option value=${`=${label}`}>${label}</option>`)}
       <option value="+">new label ...</option>
     </select>

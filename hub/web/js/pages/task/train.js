@@ -156,7 +156,7 @@ function Result({ task, detail, training, reload }) {
       ${advice && html`<p><strong>Advice:</strong> ${advice}</p>`}
       ${training.warnings.map((text) => html`<p class="warning">${text}</p>`)}
       ${training.promotion && html`<p>${training.promotion.promoted ? "It became" : "It did not become"} stable: ${training.promotion.reason}.</p>`}
-      ${training.version && html`<p><a role="button" href=${`#/tasks/${task}/try`}>Try it</a></p>`}
+      ${training.version && html`<p><a class="button" href=${`#/tasks/${task}/try`}>Try it</a></p>`}
       ${version && html`<${Promote} task=${task} detail=${detail} version=${training.version} labels=${labels} reload=${reload} />`}
     </div>
     ${figures.classes && html`<${Classes} classes=${figures.classes} labels=${labels} />`}

@@ -114,5 +114,5 @@ function Teach({ task, file, labels }) {
       setGiven(label);
     });
   if (given) return html`<p role="status">Added as ${given}. <a href=${`#/tasks/${task}/train`}>Train again</a> to use it.</p>`;
-  return html`<div class="row"><${LabelChoice} text="Add to the images as" labels=${labels} value="" onPick=${give} /></div>`;
+  return html`<div class="row"><${LabelChoice} text="Add to the images as" labels=${labels} onPick=${give} /></div>`;
 }
