@@ -13,7 +13,9 @@ from .format.file import Adapter
 from .format.layouts import LayoutCache
 from .method.config import ConfigError, KarstConfig
 from .method.karst import KarstModel, attach, extract
-from .serving.bank import Bank, BankFullError, Slot
+from .serving.answers import ImageScores, ImageTasks, Scores, Slot
+from .serving.bank import Bank, BankFullError
+from .serving.heads import Heads, HeadScores
 from .serving.limits import BankLimits
 from .serving.slot_memory import Packed
 
@@ -34,7 +36,11 @@ __all__ = [
     "BankLimits",
     "ConfigError",
     "DataError",
+    "HeadScores",
+    "Heads",
     "ImageError",
+    "ImageScores",
+    "ImageTasks",
     "ImageTooLargeError",
     "KarstConfig",
     "KarstModel",
@@ -42,6 +48,7 @@ __all__ = [
     "Packed",
     "Problem",
     "Recipe",
+    "Scores",
     "Site",
     "Slot",
     "Trained",
