@@ -253,6 +253,11 @@ class Bank:
             finally:
                 self._batch = None
 
+    @property
+    def blocks(self) -> int:
+        """Number of blocks before which rows can split; 0 where the backbone's rows cannot."""
+        return len(self._blocks.names)
+
     def passes(self, first_blocks: Sequence[int], *, heads: bool = False) -> float:
         """Return the work of one image with several adapters, in frozen passes of one image.
 
@@ -334,7 +339,8 @@ class Bank:
 
     def _found_blocks(self, pixels: Tensor, frozen: Tensor) -> Blocks:
         """Return the blocks before which rows can split; none if the features of split rows are other ones."""
-        places = [place.name for place in (*self.limits.backbone.sites, *self.limits.backbone.norms)]
+        info = self.limits.backbone
+        places = [*(site.name for site in info.sites), *(norm.name for norm in info.norms)]
         blocks = find_blocks(self._model, places, pixels)
         count = len(blocks.names)
         modules = dict(self._model.named_modules())

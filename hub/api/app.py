@@ -49,6 +49,7 @@ from ..services.datasets.removal import FileRemoval
 from ..services.datasets.review import ReviewService
 from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
+from ..services.many_tasks import ManyTasksService
 from ..services.registration import RegistrationService
 from ..services.trainings.comparison import ComparisonService
 from ..services.trainings.jobs import JobSettings, TrainingJobs
@@ -237,6 +238,7 @@ def create_app(
         workers=workers,
         keeper=keeper,
     )
+    many = ManyTasksService(service, cache=cache, limiter=limiter, decoder=decoder, workers=workers, keeper=keeper)
     audit = AuditLog(database)
     collector = Collector(
         registry=registry,
@@ -375,7 +377,7 @@ def create_app(
     checkpoint = settings.checkpoint.name if settings.checkpoint else None
     add_backbone_route(api, service, dependencies, image_size=settings.image_size, checkpoint=checkpoint)
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
-    add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
+    add_classify_routes(api, service, many, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, reviews, dependencies, max_request_bytes=max_request_bytes)
     add_training_routes(api, trainings, comparison, dependencies)
     add_admin_routes(api, administration, dependencies)

@@ -30,6 +30,8 @@ from .predictions import Predicted, result_of
 
 CHUNK_BYTES = 2 * 1024**2  # pixels in one call to a worker: Ray passes arguments by value up to 4 MiB
 
+OVERFLOW = "the adapter's numbers overflow on this image; train the adapter again and register the new file"
+
 
 class ClassificationService:
     """Classification for a caller. A task name is `task` for the caller's own, or `tenant:task` for any tenant's."""
@@ -50,7 +52,7 @@ class ClassificationService:
         self._decoder = decoder
         self._workers = workers
         self._keeper = keeper
-        self._images = TenantConcurrencyLimit(IMAGES_DECODED)
+        self.images = TenantConcurrencyLimit(IMAGES_DECODED)  # decoded or at workers, of all kinds of calls
         self._reads = TenantConcurrencyLimit(REGISTRY_READS)  # of up to half a megabyte each
         self._limits: BankLimits | None = None
 
@@ -82,7 +84,7 @@ class ClassificationService:
             LimitReached: a limit of the tenant.
             Unavailable: no worker answers, or the adapter cannot be loaded in time.
         """
-        found = await self._visible(caller, name)
+        found = await self.visible(caller, name)
         owner, _ = caller.resolve(name)
         chosen = await self._cache.version(owner, found, choose_version(found, version, canary))
         threshold = threshold_of(name, chosen, coverage)
@@ -91,7 +93,7 @@ class ClassificationService:
         request_context.note_task(name, chosen.version, chosen.digest)
         tenant, count = caller.tenant, len(images)
         sizes = await self._decoder.sizes(tenant, [x for _, x in images])
-        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self._images.acquire(tenant, sum(sizes)):
+        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self.images.acquire(tenant, sum(sizes)):
             with tracing.span("decode", images=count), request_context.timed("decode"):
                 pixels = await self._decoder.decode(
                     tenant, [(field, x, chosen.preprocess) for field, x in images], sizes
@@ -159,7 +161,7 @@ class ClassificationService:
             HubError: any error of `predict`; its field names the input.
             InvalidRequest: the reply would be too large.
         """
-        tasks = [await self._visible(caller, x.task) for x in inputs]
+        tasks = [await self.visible(caller, x.task) for x in inputs]
         chosen = [
             await self._cache.version(caller.resolve(x.task)[0], task, choose_version(task, x.version, canary))
             for task, x in zip(tasks, inputs, strict=True)
@@ -172,7 +174,7 @@ class ClassificationService:
             members[c.digest].append(i)
         tenant, count = caller.tenant, len(inputs)
         sizes = await self._decoder.sizes(tenant, [x for _, x in images])
-        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self._images.acquire(tenant, sum(sizes)):
+        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self.images.acquire(tenant, sum(sizes)):
             with tracing.span("decode", images=count), request_context.timed("decode"):
                 pixels = await self._decoder.decode(
                     tenant,
@@ -294,7 +296,7 @@ class ClassificationService:
         """
         await self._workers.limits()
 
-    async def _visible(self, caller: Caller, name: str) -> Task:
+    async def visible(self, caller: Caller, name: str) -> Task:
         """Return the task to classify with, from the cache if possible.
 
         Raises:
@@ -317,7 +319,7 @@ class ClassificationService:
         return (await self._cache.version(owner, task, task.current)).labels
 
     async def _described(self, caller: Caller, name: str) -> Task:
-        """Return the task to describe, always from the registry; raises what `_visible` raises."""
+        """Return the task to describe, always from the registry; raises what `visible` raises."""
         caller.require_task(name)
         owner, task = caller.resolve(name)
         if owner != caller.tenant:
@@ -339,9 +341,7 @@ class ClassificationService:
         )
         for answer in chain(*answers):
             if not np.isfinite(answer.probabilities).all():
-                raise InvalidAdapter(
-                    "the adapter's numbers overflow on this image; train the adapter again and register the new file"
-                )
+                raise InvalidAdapter(OVERFLOW)
         request_context.note_images(task, len(pixels))
         return [*chain(*answers)]
 

@@ -187,7 +187,7 @@ def test_a_plan_leads_each_row_from_its_image_past_its_first_block(images: list[
 def test_rows_split_in_every_kind_of_backbone(tmp_path: Path, architecture: str) -> None:
     if architecture == "swin":
         backbone = small_swin(tmp_path)
-        late = ("layers.2.blocks.1.*", "layers.3.*")
+        late: tuple[str, ...] = ("layers.2.blocks.1.*", "layers.3.*")
     else:
         patch = 14 if "14" in architecture else 16
         backbone = local_backbone(tmp_path, architecture, depth=3, img_size=2 * patch)
