@@ -297,7 +297,7 @@ class Result(_Body):
 
 
 class SkippedTask(_Body):
-    """A task that `*` stands for, and that cannot answer."""
+    """A task among those of `*` that cannot answer, and why."""
 
     task: str
     reason: str

@@ -83,7 +83,7 @@ class ManyTasksService:
     ) -> tuple[Results, list[PassStats]]:
         """Return the answers of the version `latest` of each task, in the order of the names.
 
-        `*` stands for the tenant's own tasks that the key may use. Those that cannot answer are named with the reason:
+        `*` means the tenant's own tasks that the key may use. Those that cannot answer are named with the reason:
         a task without a version or without data for label sets, an adapter that does not fit or overflows. In a list
         of names each of these is an error of the call.
 
@@ -164,7 +164,7 @@ class ManyTasksService:
     async def _every(self, caller: Caller) -> Sequence[str]:
         names = [name for name in await self._cache.task_names(caller.tenant) if caller.may_use(name)]
         if len(names) > MAX_TASKS:
-            message = f"* stands for {len(names)} tasks (limit {MAX_TASKS}); name at most {MAX_TASKS} of them in a call"
+            message = f"* means {len(names)} tasks (limit {MAX_TASKS}); name at most {MAX_TASKS} of them in a call"
             raise InvalidRequest.at("tasks", message)
         return names
 

@@ -5,12 +5,12 @@ import json
 from typing import Any
 
 import pytest
-from httpx import Response
 
 from adapters import Adapter, Backbone
 from hub.schemas import MAX_IMAGES, MAX_TASKS
 from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import calibrated_adapter, flat_png, png, random_adapter, wait_until, with_metadata
+from tests.support.protocols import Reply
 
 IMAGE = base64.b64encode(png(1)).decode()
 HEADS = 5
@@ -37,16 +37,12 @@ def register(hub: Hub, task: str, data: bytes, headers: dict[str, str] | None = 
     assert reply.status_code == 201, reply.text
 
 
-def classify(
-    hub: Hub, tasks: Any, headers: dict[str, str] | None = None, image: str = IMAGE, **params: Any
-) -> Response:
-    reply: Response = hub.http.post(
-        "/v1/classify", json={"image": image, "tasks": tasks}, headers=headers, params=params
-    )
+def classify(hub: Hub, tasks: Any, headers: dict[str, str] | None = None, image: str = IMAGE, **params: Any) -> Reply:
+    reply: Reply = hub.http.post("/v1/classify", json={"image": image, "tasks": tasks}, headers=headers, params=params)
     return reply
 
 
-def refused(reply: Response, status: int, field: str) -> str:
+def refused(reply: Reply, status: int, field: str) -> str:
     assert reply.status_code == status, reply.text
     assert reply.headers["content-type"] == "application/problem+json"
     assert field in [error["field"] for error in reply.json()["errors"]]

@@ -196,8 +196,7 @@ def test_no_item_is_lost_or_doubled(steps: Sequence[tuple[str, int, float, int]]
     assert all(numbers == sorted(numbers) for numbers in popped.values())
 
 
-def test_an_item_counts_as_its_images(  # of which a batch, a turn and the limit have a number
-) -> None:
+def test_an_item_counts_as_its_images_in_batches_turns_and_the_limit() -> None:
     queue: FairQueue[tuple[str, int]] = FairQueue(10, lambda item: item[1])
     queue.push("a", [("a", 3), ("a", 3), ("a", 1)], 1.0, 0.0)
     queue.push("b", [("b", 1)] * 7, 1.0, 0.0)
