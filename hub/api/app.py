@@ -2,28 +2,29 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import torch
 from fastapi import FastAPI
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Lifespan
 
 from ..admission.authentication import Authenticator
+from ..admission.login_codes import LoginCodes
 from ..admission.quotas import (
+    FITS,
     GATEWAY_CALLS,
     GATEWAY_CALLS_BESIDE,
     GATEWAY_CALLS_QUEUED,
     PARSED_AT_ONCE,
+    REGISTRY_READS,
     SOURCE_DOWNLOADS,
     STORE_CALLS,
 )
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantThreads, lower_priority
+from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantReads, TenantThreads, lower_priority
 from ..errors import Unavailable
 from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
@@ -33,6 +34,7 @@ from ..registry.datasets.files import DatasetFiles
 from ..registry.datasets.index import DatasetIndex
 from ..registry.datasets.kept import KeptImages
 from ..registry.datasets.trainings import TrainingRegistry
+from ..registry.datasets.usage import UsageRegistry
 from ..registry.events import EventLog
 from ..registry.health import RegistryIntegrity, RegistryWatch
 from ..registry.keys import KeyRegistry
@@ -52,31 +54,37 @@ from ..services.image_decoding import ImageDecoder
 from ..services.many_tasks import ManyTasksService
 from ..services.registration import RegistrationService
 from ..services.trainings.comparison import ComparisonService
+from ..services.trainings.instant import start_fit_thread
 from ..services.trainings.jobs import JobSettings, TrainingJobs
 from ..services.trainings.promotion import PromotionService
 from ..services.trainings.service import TrainingService
+from ..services.usage.counter import UsageCounter
+from ..services.usage.service import UsageService
 from ..settings import Settings
 from ..storage.accounts import FileRegistry
 from ..storage.features import FeatureStore
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import IMAGES, REPORTS, SNAPSHOTS, Store
-from ..training.job import BackboneSource, Trainer
+from ..training.job import Trainer
 from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
+from .console.files import add_console
 from .datasets.images import add_dataset_routes
 from .datasets.trainings import add_training_routes
+from .datasets.usage import add_usage_routes
 from .dependencies import CallerDependencies
 from .problems import add_exception_handlers
 from .protocols.huggingface import add_huggingface_routes
 from .protocols.oip import add_oip_routes
 from .request_heads import HeaderLimitsMiddleware, UnreadBodyMiddleware
-from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEADERS, SecurityHeadersMiddleware
+from .security_headers import SecurityHeadersMiddleware, cors
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
 from .upload_guard import BodyMemory, BodyPace, UploadGuardMiddleware
 
 PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster
 SOURCE_THREADS = 16  # downloads of adapter files, which may take minutes each
+FIT_THREADS = 2  # classifiers of datasets, in turns by tenant
 SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
 
 
@@ -90,10 +98,7 @@ class GatewayAPI(FastAPI):
         metrics: RequestMetrics | None = None,
         lifespan: Lifespan[FastAPI] | None = None,
     ) -> None:
-        """
-        Args:
-            metrics: see `create_app`.
-        """
+        """Make an application without routes; `create_app` describes the metrics."""
         super().__init__(
             title="karst-hub",
             lifespan=lifespan,
@@ -117,7 +122,7 @@ class GatewayAPI(FastAPI):
             Middleware(RequestLogMiddleware, self._metrics, server_returns_id=self._metrics is not None),
             Middleware(SecurityHeadersMiddleware, tls=settings.tls_cert is not None),
             Middleware(HeaderLimitsMiddleware),
-            *_cors(settings.cors_origins),
+            *cors(settings.cors_origins),
             Middleware(
                 UploadGuardMiddleware,
                 memory=BodyMemory(),
@@ -138,21 +143,6 @@ class GatewayAPI(FastAPI):
         if is_new:
             openapi.complete(document)
         return document
-
-
-def _cors(origins: Sequence[str]) -> list[Middleware]:
-    """Return the CORS middleware; nothing without origins, so that browsers refuse replies to other sites."""
-    if not origins:
-        return []
-    return [
-        Middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=CORS_METHODS,
-            allow_headers=CORS_REQUEST_HEADERS,
-            expose_headers=CORS_REPLY_HEADERS,
-        )
-    ]
 
 
 def create_app(
@@ -186,10 +176,12 @@ def create_app(
     parse_executor = ThreadPoolExecutor(PARSE_THREADS, "parse")
     source_executor = ThreadPoolExecutor(SOURCE_THREADS, "source")
     active = ActiveTenants()
+    reads = TenantReads(REGISTRY_READS, active)
     store_threads = TenantThreads(store_executor, threads, STORE_CALLS)
     parse_threads = TenantThreads(parse_executor, PARSE_THREADS, PARSED_AT_ONCE, active)
     source_threads = TenantThreads(source_executor, SOURCE_THREADS, SOURCE_DOWNLOADS)
-    fits = ThreadPoolExecutor(1, "fit", initializer=torch.set_num_threads, initargs=(1,))
+    fit_executor = ThreadPoolExecutor(FIT_THREADS, "fit", initializer=start_fit_thread)
+    fits = TenantThreads(fit_executor, FIT_THREADS, FITS)
 
     database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
@@ -208,10 +200,10 @@ def create_app(
     )
     integrity = RegistryIntegrity(database)
     watch = RegistryWatch(database, cache.resynchronise, metrics.record_registry if metrics is not None else None)
-    index, dataset_files, kept = DatasetIndex(database), DatasetFiles(database), KeptImages(database)
-    images = Store(str(settings.store_url), IMAGES, settings.min_free_disk)
-    snapshots = Store(str(settings.store_url), SNAPSHOTS, settings.min_free_disk)
-    reports = Store(str(settings.store_url), REPORTS, settings.min_free_disk)
+    index, dataset_files, kept = DatasetIndex(database, reads), DatasetFiles(database), KeptImages(database)
+    images, snapshots, reports = [
+        Store(str(settings.store_url), kind, settings.min_free_disk) for kind in (IMAGES, SNAPSHOTS, REPORTS)
+    ]
     features = FeatureStore(str(settings.store_url))
     removal = FileRemoval(
         files=dataset_files,
@@ -223,11 +215,14 @@ def create_app(
         features=features,
         pool=store_threads.of(""),
     )
+    usage_registry = UsageRegistry(database)
+    counter = UsageCounter(usage_registry, count_lost=metrics.record_lost_usage if metrics is not None else None)
     keeper = Keeper(
         kept=kept,
         images=images,
         removal=removal,
         threads=store_threads,
+        usage=counter,
         count=metrics.record_kept if metrics is not None else None,
     )
     service = ClassificationService(
@@ -237,8 +232,10 @@ def create_app(
         decoder=decoder,
         workers=workers,
         keeper=keeper,
+        reads=reads,
+        usage=counter,
     )
-    many = ManyTasksService(service, cache=cache, limiter=limiter, decoder=decoder, workers=workers, keeper=keeper)
+    many = ManyTasksService(service, cache=cache, limiter=limiter, decoder=decoder, workers=workers)
     audit = AuditLog(database)
     collector = Collector(
         registry=registry,
@@ -284,8 +281,8 @@ def create_app(
         max_image_bytes=settings.max_image_bytes,
         min_free_bytes=settings.min_free_disk,
     )
-    reviews = ReviewService(index, feature_service, keeper, fits)
-    training_registry = TrainingRegistry(database)
+    reviews = ReviewService(index, feature_service, keeper, counter, fits)
+    training_registry = TrainingRegistry(database, reads)
     comparison = ComparisonService(
         index=index,
         trainings=training_registry,
@@ -296,6 +293,7 @@ def create_app(
         features=feature_service,
         classification=service,
         threads=store_threads,
+        parse_threads=parse_threads,
     )
     promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
     jobs = TrainingJobs(
@@ -306,7 +304,7 @@ def create_app(
         classification=service,
         promotion=promotion,
         trainer=trainer,
-        settings=_job_settings(settings),
+        settings=JobSettings.of(settings),
         threads=store_threads,
     )
     trainings = TrainingService(
@@ -321,7 +319,16 @@ def create_app(
         promotion=promotion,
         jobs=jobs,
         threads=store_threads,
+        parse_threads=parse_threads,
         fits=fits,
+    )
+    usage = UsageService(
+        counter=counter,
+        registry=usage_registry,
+        tasks=registry,
+        trainings=training_registry,
+        snapshots=snapshots,
+        threads=store_threads,
     )
     administration = AdministrationService(
         registry=registry,
@@ -350,6 +357,7 @@ def create_app(
             feature_service.run(),
             removal.run(),
             keeper.run(),
+            counter.run(),
             jobs.run(),
         )
         background = {asyncio.create_task(step) for step in steps}
@@ -360,10 +368,11 @@ def create_app(
             _, background = await asyncio.wait(background, timeout=1)
         await jobs.close()
         await feature_service.close()
-        with suppress(Unavailable):
-            await limiter.settle()
+        for last in (counter.write(), limiter.settle()):
+            with suppress(Unavailable):
+                await last
         await database.close()
-        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fits):
+        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fit_executor):
             executor.shutdown(wait=False)
         if metrics is not None:
             tracing.stop()
@@ -380,21 +389,11 @@ def create_app(
     add_classify_routes(api, service, many, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, reviews, dependencies, max_request_bytes=max_request_bytes)
     add_training_routes(api, trainings, comparison, dependencies)
+    add_usage_routes(api, usage, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     openapi.add_pages(api)
+    add_console(api, LoginCodes(database))
     api.state.cache = cache
     return api
-
-
-def _job_settings(settings: Settings) -> JobSettings:
-    """Return what the hub's trainings share."""
-    device = "cuda" if settings.training_gpus else "cpu"
-    return JobSettings(
-        store_url=str(settings.store_url),
-        backbone=BackboneSource(settings.backbone, settings.checkpoint, settings.image_size, device),
-        max_running=settings.max_trainings,
-        max_pixels=settings.max_image_pixels,
-        threads=settings.training_cpus,
-    )

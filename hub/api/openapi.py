@@ -41,6 +41,7 @@ GROUPS = {
     "/v1/usage": "tenants",
     "/v1/audit": "admin",
     "/v1/admin": "admin",
+    "/v1/login": "hub",
     "/v1/status": "admin",
     "/v1/gc": "admin",
     "/v2": "Open Inference Protocol v2",

@@ -105,6 +105,9 @@ def serve() -> None:
         elif first:  # otherwise a container's log would keep the keys
             _say(f"The first keys are in {write_first_keys(hub.first_keys, chosen.home)} (mode 600).")
         out.print(f"HUB_URL={hub.url}", soft_wrap=True)
+        if hub.login_link is not None and out.is_terminal:  # a log must not keep it
+            _say("The console, for your browser. The link works once, within an hour:")
+            out.print(hub.login_link, soft_wrap=True)
         sys.stdout.flush()
         _say("ready; press Ctrl-C to stop")
         stopping.wait()
@@ -223,6 +226,21 @@ def admin_key() -> None:
     from ..local.hub import new_admin_key
 
     out.print(f"HUB_ADMIN_KEY={new_admin_key(settings())}", soft_wrap=True)
+
+
+@app.command()
+def login_link(
+    tenant: Annotated[str, typer.Argument(help="the tenant to manage")] = "default",
+    admin: Annotated[bool, typer.Option(help="also give the rights of an admin key")] = False,
+) -> None:
+    """Print a link that opens the console in a browser, once, within an hour, on the hub's own machine.
+
+    The link gives an owner's key of the tenant that expires after 12 hours. The command needs access to the registry
+    instead of a key: HUB_REDIS_URL, or HUB_HOME of a running or stopped hub.
+    """
+    from ..local.hub import new_login_link
+
+    out.print(new_login_link(settings(), tenant, admin=admin), soft_wrap=True)
 
 
 @app.command()

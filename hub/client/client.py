@@ -16,6 +16,7 @@ from ..dataset_schemas import TrainingInfo
 from ..errors import HubError, NotFound
 from . import admin_endpoints, dataset_endpoints, endpoints
 from .jobs import endpoints as training_endpoints
+from .jobs import usage as usage_endpoints
 from .jobs.waiting import PAUSE_S, TrainingCall
 from .retries import RetrySchedule
 from .transport import (
@@ -155,6 +156,7 @@ class Client(BaseClient):
     cancel_training = _single(training_endpoints.cancel_training)
     training_report = _single(training_endpoints.training_report)
     compare = _single(training_endpoints.compare)
+    task_usage = _single(usage_endpoints.task_usage)
     backbone = _single(admin_endpoints.backbone)
     usage = _single(admin_endpoints.usage)
     audit = _single(admin_endpoints.audit)

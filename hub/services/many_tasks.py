@@ -7,7 +7,8 @@ and one for each `ANSWERS_PER_IMAGE` answers begun, beyond the first.
 import asyncio
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -18,12 +19,11 @@ from ..concurrency import gather_or_cancel
 from ..errors import HubError, InvalidAdapter, InvalidRequest, NotFound
 from ..observability import request_context, tracing
 from ..registry.cache import RegistryCache
-from ..registry.models import Task
+from ..registry.models import Task, choose_version
 from ..registry.versions import ServedVersion
-from ..schemas import LATEST, MAX_IMAGES, MAX_TASKS, Result, Results, SkippedTask, TasksBody
+from ..schemas import LATEST, MAX_IMAGES, MAX_TASKS, Results, SkippedTask, TasksBody
 from ..worker_api import Answer, PassStats, TaskAnswers, Workers
-from .classification import OVERFLOW, ClassificationService, choose_version
-from .datasets.keeping import Keeper
+from .classification import OVERFLOW, ClassificationService
 from .image_decoding import ImageDecoder
 from .label_sets import require_small_labels, require_small_sets, threshold_of
 from .predictions import Predicted, result_of
@@ -63,14 +63,12 @@ class ManyTasksService:
         limiter: RateLimiter,
         decoder: ImageDecoder,
         workers: Workers,
-        keeper: Keeper,
     ) -> None:
         self._classification = classification
         self._cache = cache
         self._limiter = limiter
         self._decoder = decoder
         self._workers = workers
-        self._keeper = keeper
 
     async def classify(
         self,
@@ -104,10 +102,8 @@ class ManyTasksService:
         request_context.note_several_tasks()
         answers = await self._compute(caller.tenant, calls, chosen, image, images)
 
-        results, stats = list[Result](), dict[int, PassStats]()
-        for i, x in enumerate(chosen):
-            if i % STEP == STEP - 1:
-                await asyncio.sleep(0)
+        found: list[tuple[_Chosen, Predicted]] = []
+        for x in chosen:
             answer = answers[x.version.digest]
             if isinstance(answer, Answer) and not np.isfinite(answer.probabilities).all():
                 answer = InvalidAdapter(OVERFLOW)
@@ -115,18 +111,21 @@ class ManyTasksService:
                 if not sent.every:
                     raise InvalidAdapter.at("tasks", f"task {x.name!r} cannot answer: {answer.detail}")
                 skipped[x.name] = answer.detail
-                continue
-            one = Predicted(x.version, [answer], x.task.settings.unknown_below, x.threshold)
-            kept = await self._keeper.take(x.owner, x.task.name, x.task.settings.keep, one, [image])
-            results.append(result_of(x.name, replace(one, kept=kept), top_k))
-            request_context.note_images(x.name, 1)
-            request_context.note_unknown(x.name, int(results[-1].unknown or False))
-            stats[id(answer.computed)] = answer.computed
-        if not results:
+            else:
+                found.append((x, Predicted(x.version, [answer], x.task.settings.unknown_below, x.threshold)))
+        if not found:
             raise _none_can_answer(skipped)
-        require_small_sets((result.set for result in results if result.set), "tasks")
+        require_small_sets(chain(*(one.sets or () for _, one in found)), "tasks")
+        results = []
+        for i, (x, one) in enumerate(found):
+            if i % STEP == STEP - 1:
+                await asyncio.sleep(0)
+            request_context.note_images(x.name, 1)
+            answered = await self._classification.answered(caller, x.name, x.task, one, [image])
+            results.append(result_of(x.name, answered, top_k))
+        passes = {id(one.answers[0].computed): one.answers[0].computed for _, one in found}
         named = [SkippedTask(task=name, reason=reason) for name, reason in sorted(skipped.items())]
-        return Results(results=results, skipped=named if sent.every else None), [*stats.values()]
+        return Results(results=results, skipped=named if sent.every else None), [*passes.values()]
 
     async def _choose(
         self,

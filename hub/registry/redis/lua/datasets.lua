@@ -33,26 +33,36 @@ function datasets.check_room(args)
   return DONE
 end
 
--- digest, label (null: unchanged; '': none), fold, split ('': unchanged), used, max_labels.
+-- digests, label (null: unchanged; '': none), fold, split ('': unchanged), used (of each image), max_labels. Return the
+-- number of changed images, and the digests of absent ones.
 function datasets.change(args)
   local refusal = find_change_refusal(args)
   if refusal then return refusal end
-  local record = read_record(args, args.digest)
-  if not record then return {outcome = 'no_image'} end
-  local ids = nil
+  local records, absent, changed = {}, {}, 0
+  for i, digest in ipairs(args.digests) do
+    records[i] = read_record(args, digest) or false
+    if not records[i] then absent[#absent + 1] = digest end
+  end
+  if #absent == #args.digests then return {outcome = 'no_image'} end
+  local ids, label = nil, nil
   if args.label == '' then
     ids = {}
   elseif args.label ~= cjson.null then
-    local id = label_id(args, args.label, args.fold)
-    if not id then return {outcome = 'labels_full'} end
-    if not (#record.l == 1 and heir(args, record.l[1]) == id) then ids = {id} end
+    label = label_id(args, args.label, args.fold)
+    if not label then return {outcome = 'labels_full'} end
+    ids = {label}
   end
-  local split, used = args.split, args.used
-  if split == '' then split, used = record.s, record.u end
-  if move(args, args.digest, record, ids, split, used) then
-    record_change(args, 'dataset', args.task)
+  for i, record in ipairs(records) do
+    if record then
+      local own = ids
+      if label and #record.l == 1 and heir(args, record.l[1]) == label then own = nil end
+      local split, used = args.split, args.used[i]
+      if split == '' then split, used = record.s, record.u end
+      if move(args, args.digests[i], record, own, split, used) then changed = changed + 1 end
+    end
   end
-  return DONE
+  if changed > 0 then record_change(args, 'dataset', args.task) end
+  return {outcome = 'done', number = changed, names = some(absent)}
 end
 
 -- digests. Return those whose files no dataset holds any more.
@@ -135,21 +145,19 @@ function datasets.find(args)
   return {outcome = 'done', text = cjson.encode(shown(args, args.digest, text, {}))}
 end
 
--- Return the number of images by label and use, and the dataset's totals. ZCARD counts without a scan.
+-- ids (of labels; '': no label). Return the numbers of images that train and that test, for each label, and the
+-- dataset's totals. A dataset may have thousands of labels: the caller asks for some of them at a time.
 function datasets.describe(args)
   if redis.call('EXISTS', task_key(args.tenant, args.task)) == 0 then return ABSENT end
   local counts = {}
-  local labels = redis.call('HGETALL', key(args, 'labels'))
-  labels[#labels + 1], labels[#labels + 2] = '', ''
-  for i = 1, #labels, 2 do
-    local count = {label = labels[i + 1]}
-    for _, used in ipairs(USES) do
-      count[used] = redis.call('ZCARD', index_key(args.tenant, args.task, used, labels[i]))
+  for i, id in ipairs(args.ids) do
+    counts[i] = {}
+    for j, used in ipairs(USES) do
+      counts[i][j] = redis.call('ZCARD', index_key(args.tenant, args.task, used, id))
     end
-    counts[#counts + 1] = count
   end
   local totals = redis.call('HMGET', key(args, 'info'), 'images', 'bytes')
-  local found = {labels = counts, images = tonumber(totals[1] or 0), bytes = tonumber(totals[2] or 0)}
+  local found = {counts = counts, images = tonumber(totals[1] or 0), bytes = tonumber(totals[2] or 0)}
   return {outcome = 'done', text = cjson.encode(found)}
 end
 

@@ -127,3 +127,18 @@ def test_an_image_of_the_review_queue_gets_its_true_label(
     assert f"{digest[:12]}: green" in run("review", "confirm", "colours", digest, "green").stdout
     assert read(run("review", "list", "colours", "--json"))["images"] == []
     assert read(run("review", "list", "colours", "--errors", "--json"))["kind"] == "errors"
+
+
+def test_usage_of_a_task_shows_its_answers_by_day_and_whether_images_drift(run: Run, hub: Hub, tmp_path: Path) -> None:
+    folder = coloured_noise(tmp_path / "colours", COLOURS, count=6, seed=0)
+    run("images", "add", "colours", folder)
+    run("trainings", "start", "colours")
+    assert run("classify", "colours", folder / "red").exit_code == 0
+    shown = run("usage", "colours", "--days", "2").stdout
+    assert "total" in shown
+    assert "labels: " in shown
+    assert "Version 1 has answered 6 images; 50 are needed" in shown
+    found = read(run("usage", "colours", "--json"))
+    assert (sum(found["total"]["by_label"].values()), len(found["days"])) == (6, 30)
+    assert read(run("usage", "--json"))["used"]["tasks"] == 1
+    assert run("usage", "--days", "2").exit_code == 2

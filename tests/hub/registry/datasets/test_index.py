@@ -8,8 +8,8 @@ import pytest
 from hub.admin_schemas import LimitsChange
 from hub.errors import LimitReached, NotFound, Unauthenticated
 from hub.registry.audit import OPERATOR, Actor
+from hub.registry.datasets.entries import use_of
 from hub.registry.datasets.files import StoredName
-from hub.registry.datasets.index import use_of
 from hub.registry.events import STREAMS, EventLog
 from tests.support.datasets import Registry, digest_of, new_image, with_datasets
 
@@ -75,16 +75,16 @@ def test_an_image_changes_label_and_split_and_loses_its_label(empty_redis: str) 
         await registry.add(new_image(1, "rose", "train"))
         digest = digest_of(1)
         index = registry.index
-        await index.change(OPERATOR, "t", "flowers", digest, label="tulip", relabel=True, split="test")
+        await index.change(OPERATOR, "t", "flowers", [digest], label="tulip", relabel=True, split="test")
         image = await index.find("t", "flowers", digest)
         assert (image.label, image.use) == ("tulip", "test")
-        await index.change(OPERATOR, "t", "flowers", digest, label=None, relabel=True, split=None)
+        await index.change(OPERATOR, "t", "flowers", [digest], label=None, relabel=True, split=None)
         image = await index.find("t", "flowers", digest)
         assert (image.label, image.labels, image.use) == (None, [], "test")
         assert await registry.names(unlabelled=True) == ["1"]
         assert await registry.counts() == {}
         with pytest.raises(NotFound, match="no image"):
-            await index.change(OPERATOR, "t", "flowers", digest_of(2), label="x", relabel=True, split=None)
+            await index.change(OPERATOR, "t", "flowers", [digest_of(2)], label="x", relabel=True, split=None)
 
     with_datasets(empty_redis, use)
 

@@ -1,0 +1,93 @@
+"""A whole hub, and Debian's chromium at its console. Without chromium or playwright the tests are skipped, by name."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from hub.client.client import Client
+from hub.local.ports import free_port
+from tests.support.hub_process import serve
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium")
+DESK, PHONE = (1280, 900), (360, 740)
+WAIT_MS = 30_000  # for one step of a page, on a busy machine
+EXPECTED = ("status of 404",)  # a console message about a page's optional route
+
+
+@dataclass
+class Console:
+    """A hub, and browsers at its console."""
+
+    url: str
+    key: str
+    admin_key: str
+    browser: "playwright.Browser"
+    faults: list[str] = field(default_factory=list)
+
+    def page(self, path: str = "", *, size: tuple[int, int] = DESK, signed_in: bool = True) -> "playwright.Page":
+        """Open a page of the console in a browser context of its own. Its errors fail the test."""
+        context = self.browser.new_context(viewport={"width": size[0], "height": size[1]})
+        context.set_default_timeout(WAIT_MS)
+        if signed_in:
+            stored = json.dumps(json.dumps({"tenant": self.key}))
+            context.add_init_script(f"sessionStorage.setItem('karst-hub keys', {stored})")
+        page = context.new_page()
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.on("console", lambda message: self._note(message.type, message.text))
+        page.goto(f"{self.url}/#{path}")
+        return page
+
+    def client(self) -> Client:
+        return Client(self.url, self.key)
+
+    def _note(self, kind: str, text: str) -> None:
+        if kind == "error" and not any(part in text for part in EXPECTED):
+            self.faults.append(text)
+
+
+@pytest.fixture(scope="package")
+def whole_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, str]]:
+    """Start a hub; yield its URL and the keys of an owner and of an admin."""
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    served = serve(tmp_path_factory.mktemp("console"), free_port())
+    yield served.url, str(served.key), str(served.admin_key)
+    served.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["playwright.Browser"]:
+    """Start a browser. It ends with the module: its event loop would disturb tests that run one of their own."""
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def console(whole_hub: tuple[str, str, str], browser: "playwright.Browser") -> Iterator[Console]:
+    """The console of a hub. A script error, or a violation of the page's policy, fails the test."""
+    console = Console(*whole_hub, browser)
+    yield console
+    for context in browser.contexts:
+        context.close()
+    assert console.faults == []
+
+
+@pytest.fixture
+def new_task(console: Console) -> Callable[..., str]:
+    """Return a function that makes a task of the given folders of images, and returns its name."""
+
+    def make(name: str, folder: Path | None = None) -> str:
+        with console.client() as client:
+            client.create_task(name)
+            for label in sorted(folder.iterdir()) if folder else ():
+                client.images.add(name, sorted(label.iterdir()), label=label.name)
+        return name
+
+    return make
