@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters import AdapterError, BankLimits
+from adapters import AdapterError
 
 from .errors import FieldProblem, InvalidAdapter
+
+if TYPE_CHECKING:
+    from adapters import BankLimits  # at run time it would import torch, which the command line does not need
 
 ROUTING_DIGEST_CHARS = 16  # of a digest that workers report to routers: enough to tell adapters apart
 
@@ -81,7 +84,7 @@ class Workers(Protocol):
     async def prefetch(self, digest: str) -> None:
         """Ask a worker to load an adapter before its first call. Never raises."""
 
-    async def limits(self) -> BankLimits:
+    async def limits(self) -> "BankLimits":
         """Return the limits of the workers' banks.
 
         Raises:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from ..data.files import LeftOut
-from ..format.file import write_atomically
+from ..format.atomic_write import write_atomically
 from .advice import advise
 from .figures import Png, image_tag
 from .numbers import report_numbers

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..format.file import write_atomically
+from ..format.atomic_write import write_atomically
 from ..paper.train import TrainedModel
 from ..training.inference import Predictions
 from .figures import Png

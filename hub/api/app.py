@@ -19,11 +19,12 @@ from ..admission.quotas import (
     GATEWAY_CALLS_BESIDE,
     GATEWAY_CALLS_QUEUED,
     PARSED_AT_ONCE,
+    REGISTRY_READS,
     SOURCE_DOWNLOADS,
     STORE_CALLS,
 )
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantThreads, lower_priority
+from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantReads, TenantThreads, lower_priority
 from ..errors import Unavailable
 from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
@@ -68,7 +69,6 @@ from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
 from .console.files import add_console
-from .console.login import add_login_route
 from .datasets.images import add_dataset_routes
 from .datasets.trainings import add_training_routes
 from .datasets.usage import add_usage_routes
@@ -178,6 +178,7 @@ def create_app(
     parse_executor = ThreadPoolExecutor(PARSE_THREADS, "parse")
     source_executor = ThreadPoolExecutor(SOURCE_THREADS, "source")
     active = ActiveTenants()
+    reads = TenantReads(REGISTRY_READS, active)
     store_threads = TenantThreads(store_executor, threads, STORE_CALLS)
     parse_threads = TenantThreads(parse_executor, PARSE_THREADS, PARSED_AT_ONCE, active)
     source_threads = TenantThreads(source_executor, SOURCE_THREADS, SOURCE_DOWNLOADS)
@@ -201,10 +202,10 @@ def create_app(
     )
     integrity = RegistryIntegrity(database)
     watch = RegistryWatch(database, cache.resynchronise, metrics.record_registry if metrics is not None else None)
-    index, dataset_files, kept = DatasetIndex(database), DatasetFiles(database), KeptImages(database)
-    images = Store(str(settings.store_url), IMAGES, settings.min_free_disk)
-    snapshots = Store(str(settings.store_url), SNAPSHOTS, settings.min_free_disk)
-    reports = Store(str(settings.store_url), REPORTS, settings.min_free_disk)
+    index, dataset_files, kept = DatasetIndex(database, reads), DatasetFiles(database), KeptImages(database)
+    images, snapshots, reports = [
+        Store(str(settings.store_url), kind, settings.min_free_disk) for kind in (IMAGES, SNAPSHOTS, REPORTS)
+    ]
     features = FeatureStore(str(settings.store_url))
     removal = FileRemoval(
         files=dataset_files,
@@ -233,6 +234,7 @@ def create_app(
         decoder=decoder,
         workers=workers,
         keeper=keeper,
+        reads=reads,
         usage=counter,
     )
     audit = AuditLog(database)
@@ -281,7 +283,7 @@ def create_app(
         min_free_bytes=settings.min_free_disk,
     )
     reviews = ReviewService(index, feature_service, keeper, counter, fits)
-    training_registry = TrainingRegistry(database)
+    training_registry = TrainingRegistry(database, reads)
     comparison = ComparisonService(
         index=index,
         trainings=training_registry,
@@ -292,6 +294,7 @@ def create_app(
         features=feature_service,
         classification=service,
         threads=store_threads,
+        parse_threads=parse_threads,
     )
     promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
     jobs = TrainingJobs(
@@ -317,6 +320,7 @@ def create_app(
         promotion=promotion,
         jobs=jobs,
         threads=store_threads,
+        parse_threads=parse_threads,
         fits=fits,
     )
     usage = UsageService(
@@ -391,7 +395,6 @@ def create_app(
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     openapi.add_pages(api)
-    add_console(api)
-    add_login_route(api, LoginCodes(database))
+    add_console(api, LoginCodes(database))
     api.state.cache = cache
     return api

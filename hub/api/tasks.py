@@ -44,6 +44,7 @@ from .dependencies import (
     VersionNumber,
     VersionReference,
     add_batch_headers,
+    json_reply,
     no_options,
 )
 from .openapi import BINARY, OCTETS, request_body, schema_of
@@ -134,18 +135,17 @@ def add_task_routes(
     Owner = Annotated[Caller, Depends(dependencies.owner)]
     Body = Annotated[RequestBody, Depends(dependencies.body)]
 
-    # FastAPI would check each entry of a page once more, which takes longer than the rest of the request.
     @api.get("/v1/tasks", response_model=TaskList)
     async def list_tasks(
         caller: TenantCaller, limit: Limit = MAX_PAGE, cursor: TasksCursor = None, search: Search = ""
     ) -> Response:
-        return _json((await service.tasks(caller, limit, cursor or "", search)).model_dump_json())
+        return json_reply(await service.tasks(caller, limit, cursor or "", search))
 
     @api.get("/v1/tasks/{task}", response_model=TaskInfo)
     async def get_task(
         caller: TenantCaller, task: TaskName, limit: Limit = MAX_PAGE, cursor: VersionsCursor = None
     ) -> Response:
-        return _json(await service.task(caller, task, limit, int(cursor or 0)))
+        return json_reply(await service.task(caller, task, limit, int(cursor or 0)))
 
     @api.put(
         "/v1/tasks/{task}",
@@ -156,7 +156,7 @@ def add_task_routes(
     )
     async def put_task(caller: Owner, task: TaskName, body: Body) -> Response:
         info, created = await changes.put(caller, task, await body.read_json(TaskSettings, default=b"{}"))
-        return _json(info, 201 if created else 200)
+        return json_reply(info, 201 if created else 200)
 
     @api.delete("/v1/tasks/{task}", status_code=204)
     async def delete_task(caller: Owner, task: TaskName) -> None:
@@ -169,7 +169,7 @@ def add_task_routes(
         openapi_extra=request_body({JSON: schema_of(Sharing)}),
     )
     async def share_task(caller: Owner, task: TaskName, body: Body) -> Response:
-        return _json(await changes.share(caller, task, await body.read_json(Sharing)))
+        return json_reply(await changes.share(caller, task, await body.read_json(Sharing)))
 
     @api.post(
         "/v1/tasks/{task}/versions",
@@ -221,7 +221,7 @@ def add_task_routes(
     async def get_version(
         caller: TenantCaller, task: TaskName, version: VersionReference, canary: CanaryKey = None
     ) -> Response:
-        return _json((await service.version(caller, task, version, canary)).json)
+        return json_reply((await service.version(caller, task, version, canary)).json)
 
     @api.get(
         "/v1/tasks/{task}/versions/{version}/file",
@@ -248,7 +248,7 @@ def add_task_routes(
     async def set_alias(caller: Owner, task: TaskName, alias: AliasName, body: Body) -> Response:
         _refuse_version_number(alias)
         change = await body.read_json(AliasChange)
-        return _json(await changes.set_alias(caller, task, alias, change.targets()))
+        return json_reply(await changes.set_alias(caller, task, alias, change.targets()))
 
     @api.delete("/v1/tasks/{task}/aliases/{alias}", status_code=204)
     async def delete_alias(caller: Owner, task: TaskName, alias: AliasName) -> None:
@@ -260,7 +260,7 @@ def add_task_routes(
         response_model=TaskInfo,
     )
     async def roll_back_alias(caller: Owner, task: TaskName, alias: AliasName) -> Response:
-        return _json(await changes.roll_back(caller, task, alias))
+        return json_reply(await changes.roll_back(caller, task, alias))
 
 
 def add_classify_routes(
@@ -325,11 +325,6 @@ def add_classify_routes(
             results, stats = await service.classify_inputs(caller, sent.inputs, images, top_k, canary, coverage)
         add_batch_headers(response, stats)
         return Results(results=results)
-
-
-def _json(content: str, status: int = 200) -> Response:
-    """Return a reply whose JSON is ready."""
-    return Response(content, status, media_type=JSON)
 
 
 def _parse_inputs(body: bytes) -> tuple[InputsBody, list[NamedImage]]:

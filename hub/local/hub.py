@@ -26,6 +26,7 @@ from ..settings import Settings
 from ..urls import shown_url
 from . import preflight
 from .bootstrap import DEFAULT_TENANT, FirstKeys, create_first_keys
+from .deployer import Deployer
 from .embedded_redis import embedded_redis, url_of_running
 from .errors import StartError
 from .front_door import url_of, wait_until_answered
@@ -71,18 +72,22 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
         preflight.check_sources(settings)
         preflight.check_registry(redis_url)
         os.environ.update(ray_environment(settings, folder) | LOOPBACK_SWITCHES)
-        preflight.check_backbone(settings)
         stack.enter_context(forwarded_logs(lambda: actor_logs(folder), sys.stderr, settings.log_format))
 
-        from ..cluster import app  # imports Ray, which reads the environment now
+        with Deployer(settings) as deployer:
+            from ..cluster import local_cluster  # imports Ray, which reads the environment now
 
-        stack.callback(app.stop)
-        stack.callback(drain, folder)
-        try:
-            app.start(settings, folder)
-            wait_until_answered(settings)
-        except (RuntimeError, TimeoutError, ValueError, OSError) as error:  # Ray's own; the text may have tracebacks
-            raise StartError(start_error(error, folder)) from error
+            stack.callback(local_cluster.stop)
+            stack.callback(drain, folder)
+            try:
+                address = local_cluster.start(settings, folder)
+                deployer.check_backbone()
+                deployer.deploy(address)
+                wait_until_answered(settings)
+            except StartError:
+                raise
+            except (RuntimeError, TimeoutError, ValueError, OSError) as error:  # Ray's; the text may have tracebacks
+                raise StartError(start_error(error, folder)) from error
         # Last: the keys of a start that failed would never be shown.
         keys = asyncio.run(_with_database(redis_url, lambda db: create_first_keys(TenantRegistry(db), KeyRegistry(db))))
         link = None

@@ -10,9 +10,9 @@ import numpy as np
 from adapters import BankLimits
 
 from ..admission.authentication import Caller
-from ..admission.quotas import IMAGES_DECODED, REGISTRY_READS
+from ..admission.quotas import IMAGES_DECODED
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import TenantConcurrencyLimit, gather_or_cancel
+from ..concurrency import TenantConcurrencyLimit, TenantReads, gather_or_cancel
 from ..errors import InvalidAdapter
 from ..observability import request_context, tracing
 from ..registry.cache import RegistryCache
@@ -42,8 +42,13 @@ class ClassificationService:
         decoder: ImageDecoder,
         workers: Workers,
         keeper: Keeper,
+        reads: TenantReads,
         usage: UsageCounter,
     ) -> None:
+        """
+        Args:
+            reads: turns of reads of tasks with their versions, of up to half a megabyte each.
+        """
         self._registry = registry
         self._cache = cache
         self._limiter = limiter
@@ -52,7 +57,7 @@ class ClassificationService:
         self._keeper = keeper
         self._usage = usage
         self._images = TenantConcurrencyLimit(IMAGES_DECODED)
-        self._reads = TenantConcurrencyLimit(REGISTRY_READS)  # of up to half a megabyte each
+        self._reads = reads
         self._limits: BankLimits | None = None
 
     async def predict(
@@ -242,7 +247,7 @@ class ClassificationService:
         def is_listed(name: str) -> bool:
             return search in name and caller.may_use(name)
 
-        async with self._reads.acquire(caller.tenant):
+        async with self._reads.turn(caller.tenant):
             found, next_cursor = await self._registry.page(caller.tenant, limit, cursor, is_listed)
         return TaskList(tasks=found, next=next_cursor)
 
@@ -266,7 +271,7 @@ class ClassificationService:
         """
         owner, _ = caller.resolve(name)
         numbers = [number for number in task.digests if number > after]
-        async with self._reads.acquire(caller.tenant):
+        async with self._reads.turn(caller.tenant):
             page = await self._registry.versions(owner, task, numbers[:limit])
         info = TaskInfo(
             task=name if owner != caller.tenant else task.name,
@@ -294,7 +299,7 @@ class ClassificationService:
             NotFound: the caller sees no such task or version.
         """
         task, number = await self.find(caller, name, reference, canary)
-        async with self._reads.acquire(caller.tenant):
+        async with self._reads.turn(caller.tenant):
             return await self._registry.version(caller.resolve(name)[0], task, number)
 
     async def served(

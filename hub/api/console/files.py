@@ -13,6 +13,9 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from ...admission.login_codes import LoginCodes
+from .login import add_login_route
+
 DIGEST_CHARS = 16
 DEMO_FILES = ("count.safetensors", "digits.safetensors", "shapes.safetensors")
 MEDIA_TYPES = {
@@ -49,8 +52,8 @@ class Console:
     files: dict[str, File]
 
 
-def add_console(api: FastAPI) -> None:
-    """Add `GET /` and the files that the page names.
+def add_console(api: FastAPI, codes: LoginCodes) -> None:
+    """Add `GET /`, the files that the page names, and the exchange of a login link's code.
 
     The page names its files relatively, and their addresses have the digest of all files. The console therefore works
     below any path of a proxy, browsers keep the files for a year, and a new version of the hub has new addresses.
@@ -68,6 +71,8 @@ def add_console(api: FastAPI) -> None:
         if found is None or digest != console().digest:
             raise HTTPException(HTTPStatus.NOT_FOUND)
         return _reply(request, found, IMMUTABLE)
+
+    add_login_route(api, codes)
 
 
 @cache

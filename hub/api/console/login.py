@@ -14,7 +14,7 @@ CODE = HTTPBearer(auto_error=False)
 
 
 def add_login_route(api: FastAPI, codes: LoginCodes) -> None:
-    """Add `POST /v1/login`. The code is in the `Authorization` header: logs mask it, and a client without a key sends no body."""
+    """Add `POST /v1/login`. The code is in the `Authorization` header, which logs mask; the route has no body."""
 
     @api.post("/v1/login", summary="Exchange the code of a login link for keys", dependencies=[Depends(no_options)])
     async def log_in(credentials: Annotated[HTTPAuthorizationCredentials | None, Security(CODE)]) -> Login:

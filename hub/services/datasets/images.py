@@ -37,8 +37,9 @@ from ...dataset_schemas import (
     Use,
 )
 from ...errors import InvalidImage, InvalidRequest, LimitReached, TooLarge, Unavailable
+from ...registry.datasets.entries import NewImage
 from ...registry.datasets.files import StoredName
-from ...registry.datasets.index import DatasetIndex, NewImage
+from ...registry.datasets.index import DatasetIndex
 from ...registry.tasks import TaskRegistry
 from ...storage.store import Store
 from ..image_decoding import ImageDecoder
@@ -226,11 +227,8 @@ class DatasetService:
         """Rename a label, or merge it into another one."""
         task = caller.own_task(name)
         merged = await self._index.rename_label(caller, caller.tenant, task, rename.label, rename.to)
-        found = await self._index.describe(caller.tenant, task)
-        counts = next((count for count in found.labels if count.label == rename.to), None)
-        return LabelRenamed(
-            label=rename.to, merged=merged, counts=counts or LabelCount(label=rename.to, train=0, test=0)
-        )
+        counts = await self._index.count(caller.tenant, task, rename.to)
+        return LabelRenamed(label=rename.to, merged=merged, counts=counts)
 
     def _open_zip(self, file: IO[bytes], label: str | None, split: Split | None) -> tuple[Iterator[SentImage], int]:
         zipped = ZipFolders(file, max_image_bytes=self._max_image_bytes)

@@ -12,7 +12,7 @@ from ...dataset_schemas import (
     MovedImage,
     RefusedImage,
 )
-from ...registry.datasets.index import AddStatus, NewImage
+from ...registry.datasets.entries import AddStatus, NewImage
 
 
 @dataclass

@@ -14,8 +14,9 @@ from adapters.evaluation.calibration import accuracy_interval, paired_gain
 from ...admission.authentication import Caller
 from ...admission.quotas import COMPARISONS, COMPARISONS_QUEUED
 from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
-from ...dataset_schemas import ComparedClass, ComparedImage, ComparedVersion, Comparison, DatasetImage
+from ...dataset_schemas import ComparedClass, ComparedImage, ComparedVersion, Comparison
 from ...errors import Conflict, Unavailable
+from ...registry.datasets.entries import ListedImage
 from ...registry.datasets.index import DatasetIndex
 from ...registry.datasets.trainings import TrainingRegistry
 from ...registry.models import Task
@@ -45,10 +46,12 @@ class ComparisonService:
         features: FeatureService,
         classification: ClassificationService,
         threads: TenantThreads,
+        parse_threads: TenantThreads,
     ) -> None:
         """
         Args:
             threads: thread pool for calls to the stores.
+            parse_threads: thread pool for what these calls return.
         """
         self._index = index
         self._trainings = trainings
@@ -59,6 +62,7 @@ class ComparisonService:
         self._features = features
         self._classification = classification
         self._threads = threads
+        self._parse_threads = parse_threads
         self._limit = TenantConcurrencyLimit(COMPARISONS, COMPARISONS + COMPARISONS_QUEUED)
 
     async def compare(self, caller: Caller, name: str, a: str, b: str) -> Comparison:
@@ -94,10 +98,14 @@ class ComparisonService:
                 answers = [await self._of_engine(caller, task_name, number, images) for number in numbers]
             compared = [image for image in images if all(image.digest in answer for answer in answers)]
             left_out = len(tested) - len(unseen) + len(images) - len(compared)
-            return _comparison(task_name, numbers, answers, compared, left_out, len(unseen) - len(images))
+            parse = self._parse_threads.of(caller.tenant)
+            return await run_blocking(
+                parse, _comparison, task_name, numbers, answers, compared, left_out, len(unseen) - len(images)
+            )
 
     async def _adapter(self, tenant: str, digest: str) -> Adapter:
-        return Adapter.read(await run_blocking(self._threads.of(tenant), self._adapters.get, digest))
+        data = await run_blocking(self._threads.of(tenant), self._adapters.get, digest)
+        return await run_blocking(self._parse_threads.of(tenant), Adapter.read, data)
 
     async def _use_features(self, adapters: Sequence[Adapter]) -> bool:
         """Return whether the stored features are those that the adapters' heads expect."""
@@ -112,15 +120,13 @@ class ComparisonService:
         found: set[str] = set()
         for digest in named & known:
             text = await run_blocking(self._threads.of(tenant), self._snapshots.get, digest)
-            found |= {image for image, _, use in json.loads(text)["images"] if use == "train"}
+            found |= await run_blocking(self._parse_threads.of(tenant), _trained_images, text)
         return found
 
     async def _of_head(self, tenant: str, adapter: Adapter, rows: Mapping[str, NDArray[np.float16]]) -> dict[str, str]:
         return await run_blocking(self._threads.of(tenant), _answers_of_head, adapter, rows)
 
-    async def _of_engine(
-        self, caller: Caller, task: str, number: int, images: Sequence[DatasetImage]
-    ) -> dict[str, str]:
+    async def _of_engine(self, caller: Caller, task: str, number: int, images: Sequence[ListedImage]) -> dict[str, str]:
         """Classify images in small parts. An image whose file is lost has no answer."""
         found = {}
         for start in range(0, len(images), BATCH_IMAGES):
@@ -147,6 +153,10 @@ def _number(task: Task, reference: str) -> int:
     return next(iter(targets))
 
 
+def _trained_images(snapshot: bytes) -> set[str]:
+    return {image for image, _, use in json.loads(snapshot)["images"] if use == "train"}
+
+
 def _answers_of_head(adapter: Adapter, rows: Mapping[str, NDArray[np.float16]]) -> dict[str, str]:
     if not rows:
         return {}
@@ -161,7 +171,7 @@ def _comparison(
     task: str,
     numbers: Sequence[int],
     answers: Sequence[Mapping[str, str]],
-    images: Sequence[DatasetImage],
+    images: Sequence[ListedImage],
     left_out: int,
     beyond_limit: int,
 ) -> Comparison:

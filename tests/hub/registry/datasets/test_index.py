@@ -8,8 +8,8 @@ import pytest
 from hub.admin_schemas import LimitsChange
 from hub.errors import LimitReached, NotFound, Unauthenticated
 from hub.registry.audit import OPERATOR, Actor
+from hub.registry.datasets.entries import use_of
 from hub.registry.datasets.files import StoredName
-from hub.registry.datasets.index import use_of
 from hub.registry.events import STREAMS, EventLog
 from tests.support.datasets import Registry, digest_of, new_image, with_datasets
 
