@@ -1,9 +1,7 @@
 """HTTP application of a gateway: settings and workers -> services, routes and middleware. No Ray."""
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -14,17 +12,13 @@ from starlette.types import ASGIApp, Lifespan
 from ..admission.authentication import Authenticator
 from ..admission.login_codes import LoginCodes
 from ..admission.quotas import (
-    FITS,
     GATEWAY_CALLS,
     GATEWAY_CALLS_BESIDE,
     GATEWAY_CALLS_QUEUED,
-    PARSED_AT_ONCE,
     REGISTRY_READS,
-    SOURCE_DOWNLOADS,
-    STORE_CALLS,
 )
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantReads, TenantThreads, lower_priority
+from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantReads
 from ..errors import Unavailable
 from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
@@ -52,8 +46,8 @@ from ..services.datasets.review import ReviewService
 from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
 from ..services.registration import RegistrationService
+from ..services.thread_pools import ThreadPools
 from ..services.trainings.comparison import ComparisonService
-from ..services.trainings.instant import start_fit_thread
 from ..services.trainings.jobs import JobSettings, TrainingJobs
 from ..services.trainings.promotion import PromotionService
 from ..services.trainings.service import TrainingService
@@ -80,11 +74,6 @@ from .request_heads import HeaderLimitsMiddleware, UnreadBodyMiddleware
 from .security_headers import SecurityHeadersMiddleware, cors
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
 from .upload_guard import BodyMemory, BodyPace, UploadGuardMiddleware
-
-PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster
-SOURCE_THREADS = 16  # downloads of adapter files, which may take minutes each
-FIT_THREADS = 2  # classifiers of datasets, in turns by tenant
-SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
 
 
 class GatewayAPI(FastAPI):
@@ -169,21 +158,8 @@ def create_app(
     if metrics is not None:
         log_format.start(settings.log_format, settings.log_level)
         tracing.start(settings.traces_exporter, settings.otlp_protocol)
-    cores = os.cpu_count() or 1
-    threads = max(4, cores)
-    # One pool for each kind of call: otherwise images would wait for a slow store, and the store for slow sources.
-    decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode")
-    large_decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode-large", initializer=lower_priority)
-    store_executor = ThreadPoolExecutor(threads, "store")
-    parse_executor = ThreadPoolExecutor(PARSE_THREADS, "parse")
-    source_executor = ThreadPoolExecutor(SOURCE_THREADS, "source")
     active = ActiveTenants()
-    reads = TenantReads(REGISTRY_READS, active)
-    store_threads = TenantThreads(store_executor, threads, STORE_CALLS)
-    parse_threads = TenantThreads(parse_executor, PARSE_THREADS, PARSED_AT_ONCE, active)
-    source_threads = TenantThreads(source_executor, SOURCE_THREADS, SOURCE_DOWNLOADS)
-    fit_executor = ThreadPoolExecutor(FIT_THREADS, "fit", initializer=start_fit_thread)
-    fits = TenantThreads(fit_executor, FIT_THREADS, FITS)
+    pools, reads = ThreadPools(active), TenantReads(REGISTRY_READS, active)
 
     database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
@@ -191,12 +167,12 @@ def create_app(
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))
     limiter = RateLimiter(database, cache, keys)
     decoder = ImageDecoder(
-        decoders,
-        large_decoders,
+        pools.decoders,
+        pools.large_decoders,
         active,
-        threads=threads,
-        cores=cores,
-        spare_threads=threads * SPARE_DECODERS,
+        threads=pools.threads,
+        cores=pools.cores,
+        spare_threads=pools.spare_decoders,
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
     )
@@ -215,7 +191,7 @@ def create_app(
         snapshots=snapshots,
         reports=reports,
         features=features,
-        pool=store_threads.of(""),
+        pool=pools.store.of(""),
     )
     usage_registry = UsageRegistry(database)
     counter = UsageCounter(usage_registry, count_lost=metrics.record_lost_usage if metrics is not None else None)
@@ -223,7 +199,7 @@ def create_app(
         kept=kept,
         images=images,
         removal=removal,
-        threads=store_threads,
+        threads=pools.store,
         usage=counter,
         count=metrics.record_kept if metrics is not None else None,
     )
@@ -245,7 +221,7 @@ def create_app(
         audit=audit,
         store=store,
         datasets=removal,
-        pool=store_threads.of(""),
+        pool=pools.store.of(""),
         interval_s=settings.gc_interval_s,
         age_s=settings.gc_age_s,
     )
@@ -256,9 +232,9 @@ def create_app(
         sources=RemoteSources(settings.sources, max_bytes=settings.max_adapter_bytes),
         classification=service,
         collector=collector,
-        store_threads=store_threads,
-        parse_threads=parse_threads,
-        source_threads=source_threads,
+        store_threads=pools.store,
+        parse_threads=pools.parse,
+        source_threads=pools.sources,
         max_adapter_bytes=settings.max_adapter_bytes,
     )
     feature_service = FeatureService(
@@ -268,7 +244,7 @@ def create_app(
         decoder=decoder,
         workers=workers,
         limits=service.limits,
-        threads=store_threads,
+        threads=pools.store,
     )
     datasets = DatasetService(
         index=index,
@@ -278,11 +254,11 @@ def create_app(
         removal=removal,
         decoder=decoder,
         limiter=limiter,
-        threads=store_threads,
+        threads=pools.store,
         max_image_bytes=settings.max_image_bytes,
         min_free_bytes=settings.min_free_disk,
     )
-    reviews = ReviewService(index, feature_service, keeper, counter, fits)
+    reviews = ReviewService(index, feature_service, keeper, counter, pools.fits)
     training_registry = TrainingRegistry(database, reads)
     comparison = ComparisonService(
         index=index,
@@ -293,8 +269,8 @@ def create_app(
         snapshots=snapshots,
         features=feature_service,
         classification=service,
-        threads=store_threads,
-        parse_threads=parse_threads,
+        threads=pools.store,
+        parse_threads=pools.parse,
     )
     promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
     jobs = TrainingJobs(
@@ -306,7 +282,7 @@ def create_app(
         promotion=promotion,
         trainer=trainer,
         settings=JobSettings.of(settings),
-        threads=store_threads,
+        threads=pools.store,
     )
     trainings = TrainingService(
         index=index,
@@ -319,9 +295,9 @@ def create_app(
         classification=service,
         promotion=promotion,
         jobs=jobs,
-        threads=store_threads,
-        parse_threads=parse_threads,
-        fits=fits,
+        threads=pools.store,
+        parse_threads=pools.parse,
+        fits=pools.fits,
     )
     usage = UsageService(
         counter=counter,
@@ -329,7 +305,7 @@ def create_app(
         tasks=registry,
         trainings=training_registry,
         snapshots=snapshots,
-        threads=store_threads,
+        threads=pools.store,
     )
     administration = AdministrationService(
         registry=registry,
@@ -341,7 +317,7 @@ def create_app(
         cache=cache,
         store=store,
         registration=changes,
-        threads=store_threads,
+        threads=pools.store,
         max_adapter_bytes=settings.max_adapter_bytes,
         min_free_bytes=settings.min_free_disk,
     )
@@ -353,7 +329,7 @@ def create_app(
             limiter.run(),
             watch.run(),
             registry.upgrade(),
-            keep_bound(integrity, store, store_threads.of("")),
+            keep_bound(integrity, store, pools.store.of("")),
             collector.run(),
             feature_service.run(),
             removal.run(),
@@ -373,14 +349,13 @@ def create_app(
             with suppress(Unavailable):
                 await last
         await database.close()
-        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fit_executor):
-            executor.shutdown(wait=False)
+        pools.close()
         if metrics is not None:
             tracing.stop()
 
     api = GatewayAPI(settings, active, metrics, lifespan)
     authenticator = Authenticator(cache, limiter)
-    dependencies = CallerDependencies(authenticator, parse_threads)
+    dependencies = CallerDependencies(authenticator, pools.parse)
     limit = TenantConcurrencyLimit(active.limit(tenant_calls, GATEWAY_CALLS_BESIDE), tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)

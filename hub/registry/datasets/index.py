@@ -4,8 +4,8 @@ Keys below `t:{tenant}:data:{task}:`, where a use is `train`, `test` or `*` for 
 
     images                 hash    digest -> JSON of a record, see `lua/datasets.lua`
     names, labels          hash    label -> its id; id -> label
-    folds                  hash    label without case, spaces and Unicode form -> id
-    merged                 hash    id of a label that was merged -> id of the label that has its images now
+    folds, fold-of         hash    label without case, spaces and Unicode form -> id; id -> this spelling
+    merged                 hash    id of a label with many images -> id of the label that it was merged into
     at:{use}               zset    digest -> place in the order of arrival
     at:{use}={id}          zset    the same for the images of one label; without an id for unlabelled images
     info                   hash    last (place), last_label (id), images, bytes
@@ -172,7 +172,16 @@ class DatasetIndex:
         """
         details = {"label": label, "to": new}
         reply = await self._change(
-            "rename_label", by, tenant, task, "label.rename", details, old=label, label=new, fold=folded_label(new)
+            "rename_label",
+            by,
+            tenant,
+            task,
+            "label.rename",
+            details,
+            old=label,
+            label=new,
+            fold=folded_label(new),
+            max_labels=DATASET_LABELS,
         )
         return reply.created
 
@@ -243,8 +252,10 @@ class DatasetIndex:
         labels, merged = [await self._hash(tenant, task, name, str) for name in ("labels", "merged")]
         found = []
         for digest, record in records.items():
-            names = [labels.get(merged.get(id, id)) for id in record["l"] or ()]  # Lua writes an empty list as {}
-            found.append(ListedImage(digest, record["name"], names[0] if names else None, record["s"], record["u"]))
+            id = record["l"][0] if record["l"] else ""  # Lua writes an empty list as {}
+            while id in merged:
+                id = merged[id]
+            found.append(ListedImage(digest, record["name"], labels.get(id), record["s"], record["u"]))
         return found
 
     async def _hash(self, tenant: str, task: str, name: str, parse: Callable[[str], T]) -> dict[str, T]:

@@ -80,7 +80,7 @@ local function drop_dataset(tenant, task)
   end
   local usage = redis.call('HGET', dataset_key(tenant, task, 'usage'), 'b')
   if usage then redis.call('DECRBY', tenant_key(tenant, 'usage_bytes'), usage) end
-  for _, name in ipairs({'info', 'names', 'labels', 'folds', 'merged', 'trainings', 'training-order', 'kept', 'usage'}) do
+  for _, name in ipairs({'info', 'names', 'labels', 'folds', 'fold-of', 'merged', 'trainings', 'training-order', 'kept', 'usage'}) do
     redis.call('UNLINK', dataset_key(tenant, task, name))
   end
   redis.call('SREM', 'karst:kept', tenant .. ':' .. task)
