@@ -45,6 +45,7 @@ from ..services.datasets.removal import FileRemoval
 from ..services.datasets.review import ReviewService
 from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
+from ..services.many_tasks import ManyTasksService
 from ..services.registration import RegistrationService
 from ..services.thread_pools import ThreadPools
 from ..services.trainings.comparison import ComparisonService
@@ -86,10 +87,7 @@ class GatewayAPI(FastAPI):
         metrics: RequestMetrics | None = None,
         lifespan: Lifespan[FastAPI] | None = None,
     ) -> None:
-        """
-        Args:
-            metrics: see `create_app`.
-        """
+        """Make an application without routes; `create_app` describes the metrics."""
         super().__init__(
             title="karst-hub",
             lifespan=lifespan,
@@ -213,6 +211,7 @@ def create_app(
         reads=reads,
         usage=counter,
     )
+    many = ManyTasksService(service, cache=cache, limiter=limiter, decoder=decoder, workers=workers)
     audit = AuditLog(database)
     collector = Collector(
         registry=registry,
@@ -362,7 +361,7 @@ def create_app(
     checkpoint = settings.checkpoint.name if settings.checkpoint else None
     add_backbone_route(api, service, dependencies, image_size=settings.image_size, checkpoint=checkpoint)
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
-    add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
+    add_classify_routes(api, service, many, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, reviews, dependencies, max_request_bytes=max_request_bytes)
     add_training_routes(api, trainings, comparison, dependencies)
     add_usage_routes(api, usage, dependencies)
