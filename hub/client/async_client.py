@@ -142,6 +142,7 @@ class AsyncClient(BaseClient):
     delete_version = _single(endpoints.delete_version)
     classify = _series(endpoints.classify)
     classify_inputs = _series(endpoints.classify_inputs)
+    classify_tasks = _single(endpoints.classify_tasks)
     create_task = _single(dataset_endpoints.create_task)
     feedback = _single(dataset_endpoints.feedback)
     review = _single(dataset_endpoints.review)

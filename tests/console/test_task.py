@@ -1,21 +1,21 @@
 """The tabs of a task, as a person uses them: in a browser, by clicks and keys, at a whole hub."""
 
 import io
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import httpx
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
+from playwright.sync_api import Locator, Page
 
 from tests.console.conftest import DESK, PHONE, Console
 from tests.support.image_sets import write_digits
 from tests.support.zips import zip_of
 
 pytestmark = pytest.mark.slow
-Page = Any  # of playwright, which a machine without it cannot name
 LABELS = ("0", "1", "4")
 
 
@@ -140,7 +140,7 @@ def test_review_by_keyboard_labels_corrects_undoes_and_retrains(
         client.train(task)
         client.images.add(task, [path for label in LABELS for path in files(unseen / label)])
     page = console.page(f"/tasks/{task}/review")
-    status = page.locator("section p[role=status]")
+    status = page.locator(".row > p[role=status]")
     expect_text(page, status, "6 left")
     page.get_by_text("Suggestion:").wait_for()
     page.keyboard.press("Enter")
@@ -228,17 +228,18 @@ def test_list_of_10_000_images_needs_few_requests_when_a_person_scrolls_to_its_e
     box = page.get_by_role("listbox")
     for part in range(1, 51):
         box.evaluate(f"box => {{ box.scrollTop = box.scrollHeight * {part} / 50 }}")
-    page.get_by_role("option", name=re.compile("^l0/0.png, l0")).locator("img").wait_for()
+    last = page.locator(".cell[aria-label^='l0/0.png, ']")
+    last.scroll_into_view_if_needed()
+    last.locator("img").wait_for()
     assert sum("count=" in url for url in asked) <= 20
-    assert sum(url.endswith("/thumbnail") for url in asked) < 1500
+    assert sum(url.endswith("/thumbnail") for url in asked) < 500
     assert page.locator(".cell").count() < 200
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_tab_has_no_serious_accessibility_finding(
-    console: Console, digits: Path, unseen: Path, new_task: Callable[..., str], scheme: str
+    console: Console, digits: Path, unseen: Path, new_task: Callable[..., str], scheme: Literal["light", "dark"]
 ) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     task = new_task(f"axe-{scheme}", digits)
     with console.client() as client:
         client.train(task)
@@ -256,7 +257,7 @@ def test_every_tab_has_no_serious_accessibility_finding(
     }.items():
         open_tab(page, tab)
         page.locator(ready).first.wait_for()
-        violations = axe.run(page).response["violations"]
+        violations = Axe().run(page).response["violations"]
         found += [(tab, v["id"], v["nodes"][0]["html"]) for v in violations if v["impact"] in ("serious", "critical")]
     assert found == []
 
@@ -273,7 +274,7 @@ def aliases(console: Console, task: str) -> dict[str, dict[int, int]]:
         return client.task(task).aliases
 
 
-def expect_text(page: Page, place: Page, text: str) -> None:
+def expect_text(page: Page, place: Locator, text: str) -> None:
     """Wait until an element has exactly this text."""
     page.wait_for_function(
         "([element, text]) => element.textContent.trim() === text", arg=[place.element_handle(), text]

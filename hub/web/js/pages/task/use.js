@@ -48,16 +48,10 @@ function Usage({ task }) {
   const time = days.map(({ day }) => Date.parse(day) / 1000);
   return html`<h2>Use of the last ${DAYS} days</h2>
     <p>
-      ${count(total.images)} images${typeof total.unknown === "number" ? `, ${percent(total.unknown / total.images)} unknown` : ""}${typeof total.typicality === "number" ? `, mean typicality ${total.typicality.toFixed(2)}` : ""}${typeof total.corrections === "number" ? `, ${count(total.corrections)} corrected` : ""}.
+      ${count(total.images)} images${typeof total.unknown === "number" ? `, ${percent(total.unknown / total.images)} unknown` : ""}${typeof total.typicality === "number" ? `, mean typicality ${total.typicality.toFixed(2)}` : ""}${total.confirmed + total.corrections > 0 ? `, ${count(total.corrections)} of ${count(total.confirmed + total.corrections)} reviewed answers corrected` : ""}.
     </p>
-    <${Drift} drift=${drift} />
+    ${drift && html`<p class=${drift.verdict === "drift" ? "warning" : ""}><strong>Drift:</strong> ${drift.text}</p>`}
     <${Chart} label="Images a day" time data=${[time, days.map(({ images }) => images), ...shown.map((label) => days.map(({ by_label }) => by_label?.[label] ?? 0))]} series=${["day", "all", ...shown]} />
     <${Table} label="Answers by label" head=${["label", "images", "share"]} rows=${labels.slice(0, 100).map(([label, n]) => [label, count(n), percent(n / total.images)])} />
     <${Table} label="Images by version" head=${["version", "images"]} rows=${Object.entries(total.by_version ?? {}).map(([version, n]) => [version, count(n)])} />`;
-}
-
-function Drift({ drift }) {
-  if (!drift) return null;
-  const figures = Object.entries(drift).filter(([, value]) => ["number", "string", "boolean"].includes(typeof value));
-  return html`<p class=${drift.drifts ? "warning" : ""}><strong>Drift:</strong> ${figures.map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join("; ")}</p>`;
 }
