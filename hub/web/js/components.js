@@ -233,9 +233,9 @@ export function Thumbnail({ task, digest, alt }) {
       );
     };
     let timer = 0;
-    const seen = new IntersectionObserver(([entry]) => {
+    const seen = new IntersectionObserver((entries) => {
       clearTimeout(timer);
-      if (entry.isIntersecting) timer = setTimeout(fetchIt, SEEN_MS);
+      if (entries.at(-1).isIntersecting) timer = setTimeout(fetchIt, SEEN_MS);
     });
     setState({});
     seen.observe(box.current);
