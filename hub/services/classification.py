@@ -241,17 +241,10 @@ class ClassificationService:
         return results, [answers[i].computed for i in range(len(inputs))]
 
     async def tasks(self, caller: Caller, limit: int, cursor: str, search: str) -> TaskList:
-        """Return a page of the tasks that the caller sees, as far as its key may use them; see `TaskReads.page`.
-
-        Args:
-            search: part of a task's name; '' for all tasks.
-        """
-
-        def is_listed(name: str) -> bool:
-            return search in name and caller.may_use(name)
-
+        """Return a page of the tasks that the caller may use and whose names contain `search`; see `TaskReads.page`."""
         async with self._reads.turn(caller.tenant):
-            found, next_cursor = await self._registry.page(caller.tenant, limit, cursor, is_listed)
+            page = self._registry.page(caller.tenant, limit, cursor, lambda n: search in n and caller.may_use(n))
+            found, next_cursor = await page
         return TaskList(tasks=found, next=next_cursor)
 
     async def task(self, caller: Caller, name: str, limit: int, after: int) -> str:
