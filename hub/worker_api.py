@@ -99,7 +99,7 @@ class Workers(Protocol):
     """All workers of a hub, as a gateway sees them."""
 
     async def classify(
-        self, tenant: str, digest: str, images: Sequence[NDArray[np.uint8]], weight: float
+        self, tenant: str, digest: str, images: Sequence[NDArray[np.uint8]], weight: float, *, idle: bool = False
     ) -> list[Answer]:
         """Return one answer for each image, all from one adapter.
 
@@ -108,6 +108,7 @@ class Workers(Protocol):
             digest: sha256 of the adapter's file.
             images: preprocessed pixels, uint8 (3, H, W).
             weight: the tenant's share, relative to other tenants.
+            idle: compute the images while no other image waits for classification.
 
         Raises:
             Unavailable: no worker answers, or the adapter cannot be loaded in time.

@@ -48,6 +48,8 @@ from ..services.image_decoding import ImageDecoder
 from ..services.many_tasks import ManyTasksService
 from ..services.registration import RegistrationService
 from ..services.thread_pools import ThreadPools
+from ..services.trainings.answers import VersionAnswers
+from ..services.trainings.backtest import BacktestService
 from ..services.trainings.comparison import ComparisonService
 from ..services.trainings.jobs import JobSettings, TrainingJobs
 from ..services.trainings.promotion import PromotionService
@@ -259,8 +261,7 @@ def create_app(
     )
     reviews = ReviewService(index, feature_service, keeper, counter, pools.fits)
     training_registry = TrainingRegistry(database, reads)
-    comparison = ComparisonService(
-        index=index,
+    answers = VersionAnswers(
         trainings=training_registry,
         tasks=registry,
         adapters=store,
@@ -271,6 +272,7 @@ def create_app(
         threads=pools.store,
         parse_threads=pools.parse,
     )
+    comparison, backtests = ComparisonService(index, answers, pools.parse), BacktestService(index, answers)
     promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
     jobs = TrainingJobs(
         trainings=training_registry,
@@ -304,7 +306,9 @@ def create_app(
         tasks=registry,
         trainings=training_registry,
         snapshots=snapshots,
+        reads=reads,
         threads=pools.store,
+        parse_threads=pools.parse,
     )
     administration = AdministrationService(
         registry=registry,
@@ -364,7 +368,7 @@ def create_app(
     add_classify_routes(api, service, many, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, reviews, dependencies, max_request_bytes=max_request_bytes)
     add_training_routes(api, trainings, comparison, dependencies)
-    add_usage_routes(api, usage, dependencies)
+    add_usage_routes(api, usage, backtests, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)

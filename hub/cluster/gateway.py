@@ -45,9 +45,11 @@ class ServeWorkers:
         self._scale_to_zero = scale_to_zero
         self._limits: BankLimits | None = None
 
-    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
+    async def classify(
+        self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float, *, idle: bool = False
+    ) -> list[Answer]:
         with tracing.worker_call_span(len(images)):
-            arguments = tenant, digest, images, weight, request_context.call_origin()
+            arguments = tenant, digest, images, weight, request_context.call_origin(), idle
             answers = await self._call(self._handle_for(digest).answer, *arguments)
             if isinstance(answers, Unavailable):  # this worker cannot load the adapter; another one may hold it
                 answers = await self._call(self._handle_for(digest + RESIDENT_ONLY).answer, *arguments)

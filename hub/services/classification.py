@@ -98,12 +98,12 @@ class ClassificationService:
     async def test(
         self, caller: Caller, name: str, version: str, images: Sequence[tuple[str, bytes | np.ndarray]]
     ) -> Predicted:
-        """Return what `predict` does, for a test of a version: no image is kept or counted.
+        """Return what `predict` does, for a test of a version: in idle turns of the workers, and not kept or counted.
 
         Raises:
             HubError: any error of `predict`.
         """
-        _, predicted = await self._predict(caller, name, version, images)
+        _, predicted = await self._predict(caller, name, version, images, idle=True)
         return predicted
 
     async def _predict(
@@ -116,6 +116,7 @@ class ClassificationService:
         coverage: float | None = None,
         *,
         check: Callable[[ServedVersion, int], None] | None = None,
+        idle: bool = False,
     ) -> tuple[Task, Predicted]:
         """Return the task, and what `predict` returns."""
         found = await self.visible(caller, name)
@@ -132,7 +133,7 @@ class ClassificationService:
                 pixels = await self._decoder.decode(
                     tenant, [(field, x, chosen.preprocess) for field, x in images], sizes
                 )
-            answers = await self._compute(tenant, name, chosen, pixels, weight)
+            answers = await self._compute(tenant, name, chosen, pixels, weight, idle=idle)
         return found, Predicted(chosen, answers, found.settings.unknown_below, threshold)
 
     async def answered(
@@ -381,13 +382,20 @@ class ClassificationService:
             raise task_not_found(name)
 
     async def _compute(
-        self, tenant: str, task: str, chosen: ServedVersion, pixels: Sequence[np.ndarray], weight: float
+        self,
+        tenant: str,
+        task: str,
+        chosen: ServedVersion,
+        pixels: Sequence[np.ndarray],
+        weight: float,
+        *,
+        idle: bool = False,
     ) -> list[Answer]:
         request_context.note_task(task, chosen.version, chosen.digest)
         size = max(1, CHUNK_BYTES // max(p.nbytes for p in pixels))
         chunks = [pixels[i : i + size] for i in range(0, len(pixels), size)]
         answers = await gather_or_cancel(
-            self._workers.classify(tenant, chosen.digest, chunk, weight) for chunk in chunks
+            self._workers.classify(tenant, chosen.digest, chunk, weight, idle=idle) for chunk in chunks
         )
         for answer in chain(*answers):
             if not np.isfinite(answer.probabilities).all():

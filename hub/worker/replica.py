@@ -43,7 +43,6 @@ PREWARMING_INTERVAL_S = 30.0
 MAX_ROUTED_DIGESTS = 1000  # resident adapters that a worker reports to the routers
 STORE_READERS = 8  # threads that read from the store
 FEATURE_IMAGES, FEATURE_IMAGES_GPU = 4, 32  # of a pass without adapters: small, since a classification may wait for it
-FEATURE_WAIT_S = 1.0  # between two such passes of a worker that is never idle
 HEADS_SHARE = 4  # stacked heads may take the limit of host memory for adapters, divided by this
 
 
@@ -97,13 +96,14 @@ class Worker:
             max_running=2 if on_gpu else 1,
             images_of=lambda item: item.passes,
         )
-        self._feature_passes: IdlePasses[NDArray[np.uint8], NDArray[np.float16]] = IdlePasses(
-            self._passes.features,
-            lambda: self._batcher.is_idle,
-            size=FEATURE_IMAGES_GPU if on_gpu else FEATURE_IMAGES,
-            limit=WORKER_FEATURES_QUEUED,
-            longest_wait_s=FEATURE_WAIT_S,
-        )
+        passes: dict[str, Any] = {
+            "is_idle": lambda: self._batcher.is_idle,
+            "size": FEATURE_IMAGES_GPU if on_gpu else FEATURE_IMAGES,
+            "limit": WORKER_FEATURES_QUEUED,
+        }
+        self._feature_passes: IdlePasses[NDArray[np.uint8], NDArray[np.float16]]
+        self._feature_passes = IdlePasses(self._passes.features, **passes)
+        self._idle_answers: IdlePasses[Item, tuple[ItemScores, PassStats]] = IdlePasses(self._run_batch, **passes)
         self._metrics = WorkerMetrics(metric_types())
         self._stats = WorkerStats()
         self._prewarming = prewarming
@@ -183,6 +183,7 @@ class Worker:
         images: Sequence[NDArray[np.uint8]],
         weight: float = 1.0,
         origin: CallOrigin = CallOrigin(),  # noqa: B008 (a tuple)
+        idle: bool = False,
     ) -> list[Answer]:
         """Return one answer for each preprocessed image, all from one adapter.
 
@@ -192,6 +193,7 @@ class Worker:
             images: uint8 arrays (3, H, W).
             weight: the tenant's share, relative to other tenants.
             origin: the request behind the call.
+            idle: compute the images while no other image waits.
 
         Raises:
             Unavailable: the store cannot return the adapter's file, or the adapter is not in a slot in time.
@@ -210,7 +212,8 @@ class Worker:
                     Item(pixels, adapter.mean, adapter.std, (adapter,), load_ms, queued_at_s, origin.traceparent)
                     for pixels in images
                 ]
-                found = await self._submit(tenant, weight, items)
+                # Answers in idle turns are not part of the load, which adds workers.
+                found = await (self._idle_answers.submit(items) if idle else self._submit(tenant, weight, items))
                 typicality = [float(scores.typicality[0]) for scores, _ in found]
                 return [
                     Answer(scores.probabilities, stats, None if isnan(share) else share)

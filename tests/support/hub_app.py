@@ -46,6 +46,7 @@ class Engine:
         self.slots: dict[str, tuple[Slot, Adapter]] = {}
         self.prefetched: list[str] = []
         self.feature_images = 0
+        self.idle_images = 0
         self.calls: list[tuple[str, list[str]]] = []  # of `classify_tasks`: key and digests
         self.invalid: set[str] = set()  # digests that a worker cannot load
 
@@ -63,8 +64,9 @@ class Engine:
         return [row.numpy() for row in pooled.half()]
 
     async def classify(
-        self, tenant: str, digest: str, images: Sequence[NDArray[np.uint8]], weight: float
+        self, tenant: str, digest: str, images: Sequence[NDArray[np.uint8]], weight: float, *, idle: bool = False
     ) -> list[Answer]:
+        self.idle_images += idle * len(images)
         slot, adapter = self._loaded(digest)
         mean, std = (torch.tensor(adapter.preprocess[name]) for name in ("mean", "std"))
         pixels = normalise(torch.from_numpy(np.stack(images)), mean, std)
