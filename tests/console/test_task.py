@@ -188,9 +188,44 @@ def test_training_job_shows_its_progress_and_is_cancelled(
     page.get_by_text("Version 1 is ready").wait_for()
     page.get_by_role("combobox", name="for at most").select_option("3600")
     page.get_by_role("button", name="Improve").click()
-    page.get_by_text("KARST", exact=False).and_(page.locator("p[role=status]")).wait_for(timeout=240_000)
+    page.get_by_role("status").get_by_text("KARST,").wait_for(timeout=240_000)
     page.get_by_role("button", name="Cancel").click()
     page.get_by_text("The training was cancelled").wait_for()
+
+
+def test_two_versions_answer_side_by_side_and_the_picture_joins_the_images(
+    console: Console, digits: Path, unseen: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("beside", digits)
+    with console.client() as client:
+        client.train(task)
+        client.train(task)
+    page = console.page(f"/tasks/{task}/try")
+    page.get_by_role("combobox", name="beside").select_option("1")
+    choose(page, [files(unseen / "4")[0]])
+    page.get_by_role("heading", name="4 version 2").wait_for()
+    page.get_by_role("heading", name="4 version 1").wait_for()
+    assert page.get_by_role("meter", name="Typicality").count() == 2
+    page.get_by_role("combobox", name="Add to the images as").select_option("=4")
+    page.get_by_text("Added as 4.").wait_for()
+    assert counts(console, task)["4"] == 13
+
+
+def test_labels_that_may_be_wrong_are_listed_and_leave_the_list_when_corrected(
+    console: Console, digits: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("suspects", digits)
+    with console.client() as client:
+        wrong = client.images.list(task, label="0").images[0]
+        client.images.label(task, wrong.digest, "1")
+    page = console.page(f"/tasks/{task}/images")
+    page.locator(".cell").first.wait_for()
+    page.get_by_role("combobox", name="Show").select_option("errors")
+    suspect = page.locator(".cell", has_text="1; or 0?").first
+    suspect.click()
+    page.keyboard.press("1")
+    page.get_by_text("1 image is labelled 0 now.").wait_for()
+    assert counts(console, task)["0"] == 12
 
 
 def test_canary_takes_a_share_and_rolls_back(console: Console, digits: Path, new_task: Callable[..., str]) -> None:

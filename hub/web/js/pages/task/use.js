@@ -2,7 +2,7 @@
 import { api } from "../../api.js";
 import { Chart, CopyBox, Table, count, percent } from "../../components.js";
 import { html } from "../../lib.js";
-import { at, useLoaded } from "./shared.js";
+import { at, owns, useLoaded } from "./shared.js";
 
 const DAYS = 30;
 
@@ -30,10 +30,10 @@ export default function Use({ task, detail }) {
   const url = hubUrl();
   return html`<section aria-label="Use">
     <h2>Call this task</h2>
-    ${!detail.versions.length && html`<p>The task answers as soon as it has a version: <a href=${`#/tasks/${task}/train`}>train</a>.</p>`}
-    <p>Programs need a key that may only classify: <a href="#/tenant">make one</a>.</p>
+    ${!detail.versions.length && html`<p>The task answers as soon as it has a version.</p>`}
+    <p>Programs need a key that may only classify${owns(task) ? html`: <a href="#/tenant">make one</a>` : ""}.</p>
     ${[["curl", curl], ["Python", python], ["JavaScript", script]].map(([name, text]) => html`<h3>${name}</h3><${CopyBox} label=${name} text=${text(url, task)} />`)}
-    <${Usage} task=${task} />
+    ${owns(task) && html`<${Usage} task=${task} />`}
   </section>`;
 }
 
