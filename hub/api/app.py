@@ -1,9 +1,7 @@
 """HTTP application of a gateway: settings and workers -> services, routes and middleware. No Ray."""
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -14,17 +12,13 @@ from starlette.types import ASGIApp, Lifespan
 from ..admission.authentication import Authenticator
 from ..admission.login_codes import LoginCodes
 from ..admission.quotas import (
-    FITS,
     GATEWAY_CALLS,
     GATEWAY_CALLS_BESIDE,
     GATEWAY_CALLS_QUEUED,
-    PARSED_AT_ONCE,
     REGISTRY_READS,
-    SOURCE_DOWNLOADS,
-    STORE_CALLS,
 )
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantReads, TenantThreads, lower_priority
+from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantReads
 from ..errors import Unavailable
 from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
@@ -33,6 +27,7 @@ from ..registry.cache import RegistryCache
 from ..registry.datasets.files import DatasetFiles
 from ..registry.datasets.index import DatasetIndex
 from ..registry.datasets.kept import KeptImages
+from ..registry.datasets.staging import StagedDatasets
 from ..registry.datasets.trainings import TrainingRegistry
 from ..registry.datasets.usage import UsageRegistry
 from ..registry.events import EventLog
@@ -44,6 +39,7 @@ from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..services.administration import AdministrationService
 from ..services.classification import ClassificationService
+from ..services.datasets.archive import DatasetArchive
 from ..services.datasets.features import FeatureService
 from ..services.datasets.images import DatasetService
 from ..services.datasets.keeping import Keeper
@@ -51,9 +47,12 @@ from ..services.datasets.removal import FileRemoval
 from ..services.datasets.review import ReviewService
 from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
+from ..services.many_tasks import ManyTasksService
 from ..services.registration import RegistrationService
+from ..services.thread_pools import ThreadPools
+from ..services.trainings.answers import VersionAnswers
+from ..services.trainings.backtest import BacktestService
 from ..services.trainings.comparison import ComparisonService
-from ..services.trainings.instant import start_fit_thread
 from ..services.trainings.jobs import JobSettings, TrainingJobs
 from ..services.trainings.promotion import PromotionService
 from ..services.trainings.service import TrainingService
@@ -81,11 +80,6 @@ from .security_headers import SecurityHeadersMiddleware, cors
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
 from .upload_guard import BodyMemory, BodyPace, UploadGuardMiddleware
 
-PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster
-SOURCE_THREADS = 16  # downloads of adapter files, which may take minutes each
-FIT_THREADS = 2  # classifiers of datasets, in turns by tenant
-SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
-
 
 class GatewayAPI(FastAPI):
     """FastAPI application with the hub's middleware, OpenAPI document and problems; routes are added to it."""
@@ -97,10 +91,7 @@ class GatewayAPI(FastAPI):
         metrics: RequestMetrics | None = None,
         lifespan: Lifespan[FastAPI] | None = None,
     ) -> None:
-        """
-        Args:
-            metrics: see `create_app`.
-        """
+        """Make an application without routes; `create_app` describes the metrics."""
         super().__init__(
             title="karst-hub",
             lifespan=lifespan,
@@ -169,21 +160,8 @@ def create_app(
     if metrics is not None:
         log_format.start(settings.log_format, settings.log_level)
         tracing.start(settings.traces_exporter, settings.otlp_protocol)
-    cores = os.cpu_count() or 1
-    threads = max(4, cores)
-    # One pool for each kind of call: otherwise images would wait for a slow store, and the store for slow sources.
-    decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode")
-    large_decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode-large", initializer=lower_priority)
-    store_executor = ThreadPoolExecutor(threads, "store")
-    parse_executor = ThreadPoolExecutor(PARSE_THREADS, "parse")
-    source_executor = ThreadPoolExecutor(SOURCE_THREADS, "source")
     active = ActiveTenants()
-    reads = TenantReads(REGISTRY_READS, active)
-    store_threads = TenantThreads(store_executor, threads, STORE_CALLS)
-    parse_threads = TenantThreads(parse_executor, PARSE_THREADS, PARSED_AT_ONCE, active)
-    source_threads = TenantThreads(source_executor, SOURCE_THREADS, SOURCE_DOWNLOADS)
-    fit_executor = ThreadPoolExecutor(FIT_THREADS, "fit", initializer=start_fit_thread)
-    fits = TenantThreads(fit_executor, FIT_THREADS, FITS)
+    pools, reads = ThreadPools(active), TenantReads(REGISTRY_READS, active)
 
     database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
@@ -191,12 +169,12 @@ def create_app(
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))
     limiter = RateLimiter(database, cache, keys)
     decoder = ImageDecoder(
-        decoders,
-        large_decoders,
+        pools.decoders,
+        pools.large_decoders,
         active,
-        threads=threads,
-        cores=cores,
-        spare_threads=threads * SPARE_DECODERS,
+        threads=pools.threads,
+        cores=pools.cores,
+        spare_threads=pools.spare_decoders,
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
     )
@@ -215,14 +193,14 @@ def create_app(
         snapshots=snapshots,
         reports=reports,
         features=features,
-        pool=store_threads.of(""),
+        pool=pools.store.of(""),
     )
     counter = UsageCounter(usage_registry, count_lost=metrics.record_lost_usage if metrics is not None else None)
     keeper = Keeper(
         kept=kept,
         images=images,
         removal=removal,
-        threads=store_threads,
+        threads=pools.store,
         usage=counter,
         count=metrics.record_kept if metrics is not None else None,
     )
@@ -236,6 +214,7 @@ def create_app(
         reads=reads,
         usage=counter,
     )
+    many = ManyTasksService(service, cache=cache, limiter=limiter, decoder=decoder, workers=workers)
     audit = AuditLog(database)
     collector = Collector(
         registry=registry,
@@ -244,7 +223,7 @@ def create_app(
         audit=audit,
         store=store,
         datasets=removal,
-        pool=store_threads.of(""),
+        pool=pools.store.of(""),
         interval_s=settings.gc_interval_s,
         age_s=settings.gc_age_s,
     )
@@ -255,9 +234,9 @@ def create_app(
         sources=RemoteSources(settings.sources, max_bytes=settings.max_adapter_bytes),
         classification=service,
         collector=collector,
-        store_threads=store_threads,
-        parse_threads=parse_threads,
-        source_threads=source_threads,
+        store_threads=pools.store,
+        parse_threads=pools.parse,
+        source_threads=pools.sources,
         max_adapter_bytes=settings.max_adapter_bytes,
     )
     feature_service = FeatureService(
@@ -267,7 +246,7 @@ def create_app(
         decoder=decoder,
         workers=workers,
         limits=service.limits,
-        threads=store_threads,
+        threads=pools.store,
     )
     datasets = DatasetService(
         index=index,
@@ -277,14 +256,13 @@ def create_app(
         removal=removal,
         decoder=decoder,
         limiter=limiter,
-        threads=store_threads,
+        threads=pools.store,
         max_image_bytes=settings.max_image_bytes,
         min_free_bytes=settings.min_free_disk,
     )
-    reviews = ReviewService(index, feature_service, keeper, counter, fits)
+    reviews = ReviewService(index, feature_service, keeper, counter, pools.fits)
     training_registry = TrainingRegistry(database, reads)
-    comparison = ComparisonService(
-        index=index,
+    answers = VersionAnswers(
         trainings=training_registry,
         tasks=registry,
         adapters=store,
@@ -292,9 +270,10 @@ def create_app(
         snapshots=snapshots,
         features=feature_service,
         classification=service,
-        threads=store_threads,
-        parse_threads=parse_threads,
+        threads=pools.store,
+        parse_threads=pools.parse,
     )
+    comparison, backtests = ComparisonService(index, answers, pools.parse), BacktestService(index, answers)
     promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
     jobs = TrainingJobs(
         trainings=training_registry,
@@ -305,7 +284,7 @@ def create_app(
         promotion=promotion,
         trainer=trainer,
         settings=JobSettings.of(settings),
-        threads=store_threads,
+        threads=pools.store,
     )
     trainings = TrainingService(
         index=index,
@@ -318,9 +297,9 @@ def create_app(
         classification=service,
         promotion=promotion,
         jobs=jobs,
-        threads=store_threads,
-        parse_threads=parse_threads,
-        fits=fits,
+        threads=pools.store,
+        parse_threads=pools.parse,
+        fits=pools.fits,
     )
     usage = UsageService(
         counter=counter,
@@ -328,7 +307,9 @@ def create_app(
         tasks=registry,
         trainings=training_registry,
         snapshots=snapshots,
-        threads=store_threads,
+        reads=reads,
+        threads=pools.store,
+        parse_threads=pools.parse,
     )
     administration = AdministrationService(
         registry=registry,
@@ -340,8 +321,16 @@ def create_app(
         cache=cache,
         store=store,
         registration=changes,
-        datasets=datasets.archive,
-        threads=store_threads,
+        datasets=DatasetArchive(
+            index,
+            StagedDatasets(database),
+            images,
+            feature_service,
+            decoder,
+            pools.store,
+            settings.max_image_bytes,
+        ),
+        threads=pools.store,
         max_adapter_bytes=settings.max_adapter_bytes,
         min_free_bytes=settings.min_free_disk,
     )
@@ -353,7 +342,7 @@ def create_app(
             limiter.run(),
             watch.run(),
             registry.upgrade(),
-            keep_bound(integrity, store, store_threads.of("")),
+            keep_bound(integrity, store, pools.store.of("")),
             collector.run(),
             feature_service.run(),
             removal.run(),
@@ -373,24 +362,23 @@ def create_app(
             with suppress(Unavailable):
                 await last
         await database.close()
-        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fit_executor):
-            executor.shutdown(wait=False)
+        pools.close()
         if metrics is not None:
             tracing.stop()
 
     api = GatewayAPI(settings, active, metrics, lifespan)
     authenticator = Authenticator(cache, limiter)
-    dependencies = CallerDependencies(authenticator, parse_threads)
+    dependencies = CallerDependencies(authenticator, pools.parse)
     limit = TenantConcurrencyLimit(active.limit(tenant_calls, GATEWAY_CALLS_BESIDE), tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)
     checkpoint = settings.checkpoint.name if settings.checkpoint else None
     add_backbone_route(api, service, dependencies, image_size=settings.image_size, checkpoint=checkpoint)
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
-    add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
+    add_classify_routes(api, service, many, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, reviews, dependencies, max_request_bytes=max_request_bytes)
     add_training_routes(api, trainings, comparison, dependencies)
-    add_usage_routes(api, usage, dependencies)
+    add_usage_routes(api, usage, backtests, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)

@@ -4,8 +4,8 @@ Keys below `t:{tenant}:data:{task}:`, where a use is `train`, `test` or `*` for 
 
     images                 hash    digest -> JSON of a record, see `lua/datasets.lua`
     names, labels          hash    label -> its id; id -> label
-    folds                  hash    label without case, spaces and Unicode form -> id
-    merged                 hash    id of a label that was merged -> id of the label that has its images now
+    folds, fold-of         hash    label without case, spaces and Unicode form -> id; id -> this spelling
+    merged                 hash    id of a label with many images -> id of the label that it was merged into
     at:{use}               zset    digest -> place in the order of arrival
     at:{use}={id}          zset    the same for the images of one label; without an id for unlabelled images
     info                   hash    last (place), last_label (id), images, bytes
@@ -32,16 +32,7 @@ from ..models import task_not_found
 from ..redis.connection import READ_TIMEOUT_S, RegistryConnection, as_hash, as_optional_text, tenant_key
 from ..redis.scripts import DATASETS, ChangeReply
 from ..tenants import tenant_not_found
-from .entries import (
-    AddStatus,
-    ArchivedImage,
-    DatasetContent,
-    ListedImage,
-    NewImage,
-    StagedDataset,
-    StoredRecord,
-    use_of,
-)
+from .entries import AddStatus, DatasetContent, ListedImage, NewImage, StoredRecord, use_of
 
 T = TypeVar("T")
 PART_FIELDS = 500  # of a hash that is read whole, in one read
@@ -181,7 +172,16 @@ class DatasetIndex:
         """
         details = {"label": label, "to": new}
         reply = await self._change(
-            "rename_label", by, tenant, task, "label.rename", details, old=label, label=new, fold=folded_label(new)
+            "rename_label",
+            by,
+            tenant,
+            task,
+            "label.rename",
+            details,
+            old=label,
+            label=new,
+            fold=folded_label(new),
+            max_labels=DATASET_LABELS,
         )
         return reply.created
 
@@ -257,50 +257,11 @@ class DatasetIndex:
         labels, merged = [await self._hash(tenant, task, name, str) for name in ("labels", "merged")]
         found = []
         for digest, record in records.items():
-            names = [labels.get(merged.get(id, id)) for id in record["l"] or ()]  # Lua writes an empty list as {}
-            found.append(StoredRecord(digest, record, names[0] if names else None))
+            id = record["l"][0] if record["l"] else ""  # Lua writes an empty list as {}
+            while id in merged:
+                id = merged[id]
+            found.append(StoredRecord(digest, record, labels.get(id)))
         return found
-
-    async def stage(self, by: Actor, tenant: str, name: str, images: Sequence[ArchivedImage]) -> list[str]:
-        """Add images to a staged dataset, which counts in the tenant's limits and which nobody sees.
-
-        `TaskRegistry.restore` makes it the dataset of a task. A dataset that no import changes for an hour is removed.
-
-        Returns:
-            The digests whose old files the store is removing: try these again.
-
-        Raises:
-            NotFound: the tenant does not exist.
-            LimitReached: the tenant's limit of images or of their bytes, or the dataset has too many labels.
-        """
-        body = [
-            {
-                "digest": image.digest,
-                "label": image.label or "",
-                "fold": folded_label(image.label or ""),
-                "split": image.split,
-                "used": use_of(image.digest, image.split),
-                "size": image.size_bytes,
-                "name": image.name,
-                "at": image.added,
-            }
-            | ({"kept": image.expires} if image.expires is not None else {})
-            | ({"answer": image.answer.model_dump(exclude_none=True)} if image.answer is not None else {})
-            for image in images
-        ]
-        options: dict[str, Any] = {"limits": DEFAULT_LIMITS, "max_labels": DATASET_LABELS, "patience_s": 0}
-        reply = await self._change("stage", by, tenant, name, "image.add", {}, images=body, staged=True, **options)
-        statuses = json.loads(reply.text)
-        for found in statuses:
-            if found["status"] == "limit":
-                raise limit_error(found["limit"], int(found["maximum"]))
-            if found["status"] == "labels":
-                raise labels_full()
-        return [image.digest for image, found in zip(images, statuses, strict=True) if found["status"] == "removing"]
-
-    async def drop_staged(self, tenant: str, staged: StagedDataset) -> None:
-        """Remove a staged dataset, unless a task has it by now."""
-        await self._connection.change(DATASETS, "drop_staged", tenant=tenant, task=staged.name)
 
     async def _hash(self, tenant: str, task: str, name: str, parse: Callable[[str], T]) -> dict[str, T]:
         """Return the parsed values of a hash of the dataset, read in parts."""

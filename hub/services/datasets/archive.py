@@ -22,6 +22,7 @@ from ...errors import InvalidImage, TooLarge, Unavailable
 from ...registry.audit import Actor
 from ...registry.datasets.entries import ArchivedImage, StagedDataset, StoredRecord
 from ...registry.datasets.index import DatasetIndex
+from ...registry.datasets.staging import StagedDatasets
 from ...storage.store import Store
 from .. import tar
 from ..image_decoding import ImageDecoder
@@ -79,6 +80,7 @@ class DatasetArchive:
     def __init__(
         self,
         index: DatasetIndex,
+        staging: StagedDatasets,
         images: Store,
         features: FeatureService,
         decoder: ImageDecoder,
@@ -90,6 +92,7 @@ class DatasetArchive:
             threads: thread pool for calls to the store and for files.
         """
         self._index = index
+        self._staging = staging
         self._images = images
         self._features = features
         self._decoder = decoder
@@ -152,7 +155,7 @@ class DatasetArchive:
             yield staged
         finally:
             for dataset in staged.values():
-                await self._index.drop_staged(info.tenant, dataset)
+                await self._staging.drop(info.tenant, dataset)
 
     async def _stage(
         self,
@@ -179,7 +182,7 @@ class DatasetArchive:
         left = {image.digest for image in images}
         for _ in range(REMOVING_ATTEMPTS):
             await gather_or_cancel(store(digest) for digest in left)
-            left = set(await self._index.stage(by, tenant, name, [image for image in images if image.digest in left]))
+            left = set(await self._staging.add(by, tenant, name, [image for image in images if image.digest in left]))
             if not left:
                 return
             await asyncio.sleep(REMOVING_PAUSE_S)

@@ -44,7 +44,6 @@ from ...registry.tasks import TaskRegistry
 from ...storage.store import Store
 from ..image_decoding import ImageDecoder
 from ..spool import spooled
-from .archive import DatasetArchive
 from .features import PATIENCE_S, FeatureService
 from .removal import FileRemoval
 from .upload_report import UploadReport
@@ -99,7 +98,6 @@ class DatasetService:
         self._threads = threads
         self._max_image_bytes = max_image_bytes
         self._min_free_bytes = min_free_bytes
-        self.archive = DatasetArchive(index, images, features, decoder, threads, max_image_bytes)
         self._uploads = TenantConcurrencyLimit(IMAGE_UPLOADS, IMAGE_UPLOADS + IMAGE_UPLOADS_QUEUED)
 
     @asynccontextmanager

@@ -11,11 +11,10 @@ import pytest
 import redis
 from starlette.testclient import TestClient
 
-from hub.concurrency import ActiveTenants, TenantReads
 from hub.registry.audit import OPERATOR
 from hub.registry.datasets.entries import ArchivedImage
 from hub.registry.datasets.files import DatasetFiles
-from hub.registry.datasets.index import DatasetIndex
+from hub.registry.datasets.staging import StagedDatasets
 from hub.registry.redis.connection import RegistryConnection
 from tests.support.hub_app import OCTETS, Hub, make_api
 from tests.support.models import png, wait_until
@@ -245,11 +244,12 @@ def test_an_import_of_existing_tasks_leaves_their_datasets(tenant: Hub, other: T
 
 def test_datasets_of_an_import_that_stopped_are_removed(tenant: Hub) -> None:
     """A gateway that is killed leaves a staged dataset; a round of the removal drops it after an hour."""
+
     async def main() -> None:
         database = RegistryConnection(tenant.redis_url)
-        index, files = DatasetIndex(database, TenantReads(100, ActiveTenants())), DatasetFiles(database)
+        staging, files = StagedDatasets(database), DatasetFiles(database)
         image = ArchivedImage(digest="a" * 64, name="a", size_bytes=5, added=1, split="auto", label="x")
-        await index.stage(OPERATOR, "copy", "~1", [image])
+        await staging.add(OPERATOR, "copy", "~1", [image])
         await files.drain(10)
         assert used(tenant) == (1, 5)
         await database.redis.zadd("karst:staged-datasets", {"copy:~1": 1})

@@ -83,7 +83,7 @@ local function drop_dataset(tenant, task)
   end
   local usage = redis.call('HGET', dataset_key(tenant, task, 'usage'), 'b')
   if usage then redis.call('DECRBY', tenant_key(tenant, 'usage_bytes'), usage) end
-  for _, name in ipairs({'info', 'names', 'labels', 'folds', 'merged', 'trainings', 'training-order', 'kept', 'usage'}) do
+  for _, name in ipairs({'info', 'names', 'labels', 'folds', 'fold-of', 'merged', 'trainings', 'training-order', 'kept', 'usage'}) do
     redis.call('UNLINK', dataset_key(tenant, task, name))
   end
   redis.call('SREM', 'karst:kept', tenant .. ':' .. task)
@@ -109,7 +109,7 @@ end
 
 -- Make a staged dataset the dataset of a task that is created in the same step.
 local function adopt_dataset(tenant, staged, task)
-  local names = {'images', 'info', 'names', 'folds', 'merged', 'kept'}
+  local names = {'images', 'info', 'names', 'folds', 'fold-of', 'merged', 'kept'}
   local labels = redis.call('HKEYS', dataset_key(tenant, staged, 'labels'))
   names[#names + 1], labels[#labels + 1] = 'labels', ''
   for _, used in ipairs({'*', 'train', 'test'}) do
