@@ -239,7 +239,7 @@ def _manifest(info: TenantInfo, tasks: Sequence[WholeTask], datasets: ExportedDa
 
 
 def _task_entry(task: WholeTask, images: int) -> str:
-    """Return the JSON of a task with so many images.
+    """Return the JSON of a task with this number of images.
 
     The versions' texts are not parsed: they may have 100 MB, and all tenants would wait.
     """

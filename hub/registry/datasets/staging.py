@@ -1,4 +1,4 @@
-"""Datasets of an import that no task has yet: they count in the tenant's limits, and nobody sees them.
+"""Datasets of an import that no task has yet: they count in the tenant's limits, and no client sees them.
 
 Their keys are those of a task with an invalid name; `files` has the list of all. `TaskRegistry.restore` makes them the
 datasets of tasks.

@@ -1,7 +1,7 @@
 """Datasets in the archive of a tenant: `datasets/<task>.jsonl` lists a task's images, `images/<digest>` has the files.
 
 An import checks each image as an upload does. It lists the images in staged datasets, which count in the tenant's
-limits and which nobody sees until `TaskRegistry.restore` creates their tasks.
+limits and which no client sees until `TaskRegistry.restore` creates their tasks.
 """
 
 import asyncio
