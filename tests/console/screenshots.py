@@ -19,7 +19,7 @@ from tests.support.hub_process import serve
 from tests.support.image_sets import write_digits
 
 FOLDER = Path(__file__).parents[2] / "docs" / "img"
-SIZE = {"width": 1100, "height": 760}
+SIZE = 1100, 760
 # name -> path, and an element that shows that the page is complete
 PAGES = {
     "tasks": ("/tasks", "main table"),
@@ -61,7 +61,7 @@ def _prepare(client: Client, folder: Path) -> None:
 def _take(url: str, keys: dict[str, str]) -> None:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = browser.new_context(viewport=SIZE)
+        context = browser.new_context(viewport={"width": SIZE[0], "height": SIZE[1]})
         context.set_default_timeout(WAIT_MS)
         context.add_init_script(f"sessionStorage.setItem('karst-hub keys', {json.dumps(json.dumps(keys))})")
         page = context.new_page()
