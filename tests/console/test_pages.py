@@ -18,9 +18,10 @@ from hub.registry.audit import OPERATOR
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.schemas import TaskSettings
-from tests.console.conftest import DESK, PHONE, Console
+from tests.console.conftest import DESK, PHONE, WAIT_MS, Console
 from tests.support.hub_process import KARST_HUB, serve
 from tests.support.image_sets import write_digits
+from tests.support.nginx import CERTIFICATE, KEY, nginx
 
 pytestmark = pytest.mark.slow
 Page = Any  # of playwright, which a machine without it cannot name
@@ -210,3 +211,32 @@ def test_open_page_says_that_the_hub_went_away_and_works_when_it_is_back(
     page.get_by_role("link", name="digits", exact=True).wait_for()
     page.context.close()
     again.stop()
+
+
+def test_console_works_below_a_path_and_behind_tls(
+    console: Console, new_task: Callable[..., str], tmp_path: Path
+) -> None:
+    task = new_task("prefixed", write_digits(tmp_path / "digits", 0, 2))
+    port = free_port()
+    url = f"https://localhost:{port}/below/here"
+    site = f"""
+        server {{
+            listen {port} ssl;
+            ssl_certificate {tmp_path}/{CERTIFICATE};
+            ssl_certificate_key {tmp_path}/{KEY};
+            location /below/here/ {{ proxy_pass {console.url}/; }}
+        }}
+    """
+    with nginx(tmp_path, site, url):
+        context = console.browser.new_context(ignore_https_errors=True)
+        context.set_default_timeout(WAIT_MS)
+        page = context.new_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{url}/")
+        sign_in(page, console.key)
+        page.get_by_role("link", name=task, exact=True).click()
+        page.locator(".cell img").first.wait_for()
+        context.close()
+    own = (f"{url}/", f"blob:https://localhost:{port}/")
+    assert [address for address in asked if not address.startswith(own)] == []
