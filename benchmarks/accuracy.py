@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from adapters import Backbone
 from adapters.data.images import normalise_for
 from adapters.evaluation.calibration import paired_gain
-from adapters.format.file import write_atomically
+from adapters.format.atomic_write import write_atomically
 from adapters.training.instant import InstantHead, fit_head
 from adapters.training.steps import KarstRecipe
 

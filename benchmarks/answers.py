@@ -30,7 +30,8 @@ from adapters import Backbone, Bank, fit
 from adapters.data.images import preprocess_of
 from adapters.evaluation.calibration import coverage_table, coverage_threshold, fit_temperature
 from adapters.evaluation.evaluate import ECE_BINS
-from adapters.format.file import Adapter, write_atomically
+from adapters.format.atomic_write import write_atomically
+from adapters.format.file import Adapter
 from adapters.method.typicality import fit_typicality
 from adapters.serving.typicality import DeviceTypicality, typicality_of
 from adapters.training.auto import HEAD_ONLY

@@ -26,7 +26,7 @@ from adapters.data.checks import check_dataset
 from adapters.data.datasets import read_dataset
 from adapters.data.image_set import ImageTensors
 from adapters.data.images import preprocess_of
-from adapters.format.file import write_atomically
+from adapters.format.atomic_write import write_atomically
 from adapters.training.batches import ModelRunner, TokenCache
 from adapters.training.precision import autocast_dtype, cpu_capabilities
 

@@ -43,8 +43,10 @@ from hub.errors import HubError
 from hub.local.embedded_redis import embedded_redis
 from hub.local.ports import free_port
 from hub.registry.audit import OPERATOR
-from hub.registry.datasets.index import DatasetIndex, NewImage
+from hub.registry.datasets.entries import NewImage
+from hub.registry.datasets.index import DatasetIndex
 from hub.registry.redis.connection import RegistryConnection
+from tests.support.datasets import unpaced_reads
 from tests.support.hub_process import KARST_HUB, Served, serve
 from tests.support.models import encoded, wait_until
 
@@ -376,7 +378,7 @@ def page(stage: Stage) -> dict[str, Any]:
 async def list_images(stage: Stage, task: str) -> None:
     """Write entries of images without files."""
     connection = RegistryConnection(stage.redis_url)
-    index = DatasetIndex(connection)
+    index = DatasetIndex(connection, unpaced_reads())
     try:
         for start in range(0, LISTED_IMAGES, ADDED_AT_ONCE):
             entries = [

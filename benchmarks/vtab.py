@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adapters import BackboneError, DataError, load_backbone
-from adapters.format.file import write_atomically
+from adapters.format.atomic_write import write_atomically
 from adapters.method.config import PRESETS
 from adapters.paper.recipe import Recipe
 

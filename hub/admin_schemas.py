@@ -151,6 +151,15 @@ class NewKey(KeyInfo):
     key: str
 
 
+class Login(_Body):
+    """New keys of a login link; a link gives one or both."""
+
+    tenant: str | None
+    key: str | None
+    admin_key: str | None
+    expires: str
+
+
 class UsedNow(_Body):
     """Current use of a tenant."""
 

@@ -13,6 +13,7 @@ Use = Literal["train", "test"]
 ReviewKind = Literal["unlabelled", "errors"]
 PAGE_IMAGES, MAX_PAGE_IMAGES = 100, 1000
 REVIEW_IMAGES, MAX_REVIEW_IMAGES = 20, 100
+MAX_CHANGED = 200  # images of one change: one atomic step of some milliseconds
 MAX_NAMED = 1000  # images that a reply names in each of its lists
 MAX_NAME_CHARACTERS = 200  # of a file
 MAX_BUDGET_S = 3600  # of one training
@@ -79,6 +80,19 @@ class ImageChange(_Body):
 
     label: Label | None = None
     split: Split | None = None
+
+
+class ImagesChange(ImageChange):
+    """The same change of several images, by their digests."""
+
+    images: list[Annotated[str, Field(pattern=DIGEST_PATTERN)]] = Field(min_length=1, max_length=MAX_CHANGED)
+
+
+class ImagesChanged(_Body):
+    """Number of images that a change concerned, and the digests that the dataset does not have."""
+
+    changed: int
+    absent: list[str]
 
 
 class Feedback(_Body):

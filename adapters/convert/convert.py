@@ -20,8 +20,9 @@ import safetensors.torch
 from torch import Tensor
 
 from ..backbone import DEMO_NAME, Backbone
+from ..format.atomic_write import write_atomically
 from ..format.errors import AdapterError, Problem, file_error
-from ..format.file import Adapter, write_atomically
+from ..format.file import Adapter
 from ..format.metadata import FORMAT
 from ..method import typicality
 from ..serving.limits import BankLimits

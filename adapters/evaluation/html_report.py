@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from ..data.files import LeftOut
-from ..format.file import write_atomically
+from ..format.atomic_write import write_atomically
 from .advice import advise
 from .figures import Png, image_tag
+from .numbers import report_numbers
 from .outputs import AccuracyInUse, described
-from .report import ERROR_COLUMNS, ERROR_ROWS, describe_error, draw_confusion, draw_errors, png_of
+from .report import draw_confusion, draw_errors, png_of
 
 if TYPE_CHECKING:  # `auto` uses this room's calibration
     from ..training.auto import Classifier
@@ -58,7 +59,7 @@ class HtmlReport:
         figures = {"curves": png_of(_draw_curves(classifier))} | self._predictions(classifier.held_out)
         metadata = self._metadata | described(classifier.adapter) | classifier.metrics
         advice = advise(classifier)
-        text = json.dumps(_numbers(classifier, advice, metadata), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(_numbers(classifier, metadata), indent=2, ensure_ascii=False, allow_nan=False)
         page = _page(classifier, figures, advice, metadata, self._in_use)
         self.figures = figures
         self.folder.mkdir(exist_ok=True)
@@ -76,18 +77,8 @@ class HtmlReport:
         return self._drawn[1]
 
 
-def _numbers(classifier: "Classifier", advice: Sequence[str], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    held_out = classifier.held_out
-    numbers = dict(metadata) | {
-        "measured_on": held_out.split,
-        "accuracy": round(held_out.accuracy, 4),
-        "interval": [round(value, 4) for value in held_out.interval],
-        "chance": round(classifier.chance, 4),
-        "learning_curve": [list(point) for point in classifier.learning_curve],
-        "advice": list(advice),
-        "confusion": held_out.confusion().tolist(),
-        "errors": [describe_error(held_out, i) for i in held_out.worst_errors(ERROR_COLUMNS * ERROR_ROWS)],
-    }
+def _numbers(classifier: "Classifier", metadata: Mapping[str, Any]) -> dict[str, Any]:
+    numbers = report_numbers(classifier, [str(x) for x in classifier.held_out.images.images.sources], metadata)
     if classifier.refined is not None:
         numbers["curve"] = [
             {"step": point.step, "loss": point.loss, "accuracy": point.accuracy} for point in classifier.refined.curve

@@ -16,10 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..format.file import write_atomically
+from ..format.atomic_write import write_atomically
 from ..paper.train import TrainedModel
 from ..training.inference import Predictions
 from .figures import Png
+from .numbers import describe_error
 
 FILES = ("curves.png", "confusion.png", "errors.png", "report.json")
 MAX_TICKS = 40  # class names per axis of the confusion matrix; with more classes, every n-th is named
@@ -65,6 +66,8 @@ def write_report(
 
 def _numbers(predictions: Predictions, trained: TrainedModel, train_targets: Sequence[int]) -> dict[str, Any]:
     confusion = predictions.confusion()
+    sources = predictions.images.images.sources
+    worst = predictions.worst_errors(ERROR_COLUMNS * ERROR_ROWS)
     train_counts = Counter(train_targets)
     classes = []
     for k, label in enumerate(predictions.labels):
@@ -86,16 +89,7 @@ def _numbers(predictions: Predictions, trained: TrainedModel, train_targets: Seq
         "accuracy": predictions.accuracy,
         "classes": classes,
         "confusion": confusion.tolist(),
-        "errors": [describe_error(predictions, i) for i in predictions.worst_errors(ERROR_COLUMNS * ERROR_ROWS)],
-    }
-
-
-def describe_error(predictions: Predictions, i: int) -> dict[str, Any]:
-    return {
-        "image": str(predictions.images.images.sources[i]),
-        "label": predictions.labels[int(predictions.targets[i])],
-        "predicted": predictions.labels[int(predictions.predicted[i])],
-        "score": round(float(predictions.confidences[i]), 4),
+        "errors": [describe_error(predictions, i, str(sources[i])) for i in worst],
     }
 
 
@@ -163,7 +157,7 @@ def draw_errors(predictions: Predictions) -> Figure:
 
 def _draw_error(axes: Axes, predictions: Predictions, i: int) -> None:
     pixels, _ = predictions.images[i]
-    error = describe_error(predictions, i)
+    error = describe_error(predictions, i, str(predictions.images.images.sources[i]))
     axes.imshow(pixels.permute(1, 2, 0).numpy())  # after resizing and cropping
     axes.set_title(
         f"true {_short(error['label'])}\npredicted {_short(error['predicted'])} ({error['score']:.0%})",

@@ -7,9 +7,7 @@ collect all problems before they raise.
 import copy
 import hashlib
 import json
-import os
 import struct
-import tempfile
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +25,7 @@ from ..backbone import Backbone, BackboneInfo
 from ..method import kronecker
 from ..method.config import KarstConfig
 from ..short_repr import short_repr
+from .atomic_write import write_atomically
 from .errors import AdapterError, Problem, enough, file_error
 from .header import MAX_TENSORS, parse_header, read_header
 from .layouts import Layout, LayoutCache
@@ -289,33 +288,6 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         if layer not in ("head", "typicality"):
             out.setdefault(layer, {})[part] = tensor
     return out
-
-
-def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file through a temporary name, so that readers see all of it or none; it survives a power cut.
-
-    Args:
-        mode: permissions of the file.
-
-    Raises:
-        OSError: the folder does not exist or is not writable, or the disk is full; no file is left behind.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # otherwise a power cut could lose the file's name
-    finally:
-        os.close(folder)
 
 
 def _valid_with(fields: Mapping[str, Any]) -> Hashable:

@@ -16,7 +16,7 @@ import torch
 from ..data.errors import DataError
 from ..data.image_set import ImageTensors
 from ..data.images import preprocess_of
-from ..format.file import write_atomically
+from ..format.atomic_write import write_atomically
 from ..method.karst import KarstModel
 from .recipe import Recipe
 

@@ -33,6 +33,7 @@ HEAD_ONLY = KarstConfig(kernels=0, rescale="none")
 CURVE_PARTS = (0.25, 0.5, 1.0)  # of the images, in the learning curve
 NO_FIGURES: Mapping[str, Any] = {}
 MIN_CURVE_IMAGES = 2  # per class and part
+MAX_CURVE_IMAGES = 2000  # of an instant training from features: beyond, two more fits take seconds
 
 
 @dataclass(frozen=True)
@@ -134,24 +135,7 @@ class InstantFit:
         metrics = _metrics("instant", held_out, test) | dict(self.extra)
         labels = self.images.images.labels
         adapter = _instant_adapter(self.head, self.frozen, self.backbone, labels, held_out, metrics)
-        return Classifier(adapter, held_out, test, metrics, self.learning_curve())
-
-    def learning_curve(self) -> tuple[tuple[int, float], ...]:
-        """Return (images, leave-one-out accuracy) for parts of the images with the same shares of the classes."""
-        rank = torch.empty_like(self.targets)
-        counts = self.targets.bincount()
-        generator = torch.Generator().manual_seed(0)
-        for k, count in enumerate(counts):
-            rank[self.targets == k] = torch.randperm(int(count), generator=generator)
-        curve = []
-        for part in CURVE_PARTS:
-            kept = rank < (counts[self.targets] * part).ceil().clamp_min(1)
-            targets = self.targets[kept]
-            if int(targets.bincount().min()) < MIN_CURVE_IMAGES:
-                continue
-            scores = self.head.scores if part == 1 else fit_head(self.frozen[kept], targets, len(counts)).scores
-            curve.append((len(targets), round(float((scores.argmax(1) == targets).double().mean()), 4)))
-        return tuple(curve)
+        return Classifier(adapter, held_out, test, metrics, _learning_curve(self.frozen, self.targets, self.head))
 
     def refine(self, asked: Refinement, instant: Classifier, watch: RefineWatch | None = None) -> Classifier:
         """Train KARST within a budget; return its classifier if it is better, else the instant one with the report.
@@ -241,7 +225,30 @@ def instant_from_features(
         tested = Predictions("test", names, test[0].float() @ head.weight.T + head.bias, test[1])
     metrics = _metrics("instant", held_out, tested) | dict(extra)
     adapter = _instant_adapter(head, features, backbone, labels, held_out, metrics)
-    return Classifier(adapter, held_out, tested, metrics, learning_curve=())
+    curve = _learning_curve(features, targets, head) if len(targets) <= MAX_CURVE_IMAGES else ()
+    return Classifier(adapter, held_out, tested, metrics, curve)
+
+
+def _learning_curve(features: Tensor, targets: Tensor, head: InstantHead) -> tuple[tuple[int, float], ...]:
+    """Return (images, leave-one-out accuracy) for parts of the images with the same shares of the classes.
+
+    Args:
+        head: fitted to all images.
+    """
+    rank = torch.empty_like(targets)
+    counts = targets.bincount()
+    generator = torch.Generator().manual_seed(0)
+    for k, count in enumerate(counts):
+        rank[targets == k] = torch.randperm(int(count), generator=generator)
+    curve = []
+    for part in CURVE_PARTS:
+        kept = rank < (counts[targets] * part).ceil().clamp_min(1)
+        chosen = targets[kept]
+        if int(chosen.bincount().min()) < MIN_CURVE_IMAGES:
+            continue
+        scores = head.scores if part == 1 else fit_head(features[kept], chosen, len(counts)).scores
+        curve.append((len(chosen), round(float((scores.argmax(1) == chosen).double().mean()), 4)))
+    return tuple(curve)
 
 
 def _instant_adapter(

@@ -1,29 +1,24 @@
 """HTTP application of a gateway: settings and workers -> services, routes and middleware. No Ray."""
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import torch
 from fastapi import FastAPI
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Lifespan
 
 from ..admission.authentication import Authenticator
+from ..admission.login_codes import LoginCodes
 from ..admission.quotas import (
     GATEWAY_CALLS,
     GATEWAY_CALLS_BESIDE,
     GATEWAY_CALLS_QUEUED,
-    PARSED_AT_ONCE,
-    SOURCE_DOWNLOADS,
-    STORE_CALLS,
+    REGISTRY_READS,
 )
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantThreads, lower_priority
+from ..concurrency import ActiveTenants, TenantConcurrencyLimit, TenantReads
 from ..errors import Unavailable
 from ..observability import log_format, tracing
 from ..observability.request_log import RequestLogMiddleware, RequestMetrics
@@ -33,6 +28,7 @@ from ..registry.datasets.files import DatasetFiles
 from ..registry.datasets.index import DatasetIndex
 from ..registry.datasets.kept import KeptImages
 from ..registry.datasets.trainings import TrainingRegistry
+from ..registry.datasets.usage import UsageRegistry
 from ..registry.events import EventLog
 from ..registry.health import RegistryIntegrity, RegistryWatch
 from ..registry.keys import KeyRegistry
@@ -49,34 +45,38 @@ from ..services.datasets.removal import FileRemoval
 from ..services.datasets.review import ReviewService
 from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
+from ..services.many_tasks import ManyTasksService
 from ..services.registration import RegistrationService
+from ..services.thread_pools import ThreadPools
+from ..services.trainings.answers import VersionAnswers
+from ..services.trainings.backtest import BacktestService
 from ..services.trainings.comparison import ComparisonService
 from ..services.trainings.jobs import JobSettings, TrainingJobs
 from ..services.trainings.promotion import PromotionService
 from ..services.trainings.service import TrainingService
+from ..services.usage.counter import UsageCounter
+from ..services.usage.service import UsageService
 from ..settings import Settings
 from ..storage.accounts import FileRegistry
 from ..storage.features import FeatureStore
 from ..storage.remote_sources import RemoteSources
 from ..storage.store import IMAGES, REPORTS, SNAPSHOTS, Store
-from ..training.job import BackboneSource, Trainer
+from ..training.job import Trainer
 from ..worker_api import Workers
 from . import openapi
 from .admin import add_admin_routes
+from .console.files import add_console
 from .datasets.images import add_dataset_routes
 from .datasets.trainings import add_training_routes
+from .datasets.usage import add_usage_routes
 from .dependencies import CallerDependencies
 from .problems import add_exception_handlers
 from .protocols.huggingface import add_huggingface_routes
 from .protocols.oip import add_oip_routes
 from .request_heads import HeaderLimitsMiddleware, UnreadBodyMiddleware
-from .security_headers import CORS_METHODS, CORS_REPLY_HEADERS, CORS_REQUEST_HEADERS, SecurityHeadersMiddleware
+from .security_headers import SecurityHeadersMiddleware, cors
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
 from .upload_guard import BodyMemory, BodyPace, UploadGuardMiddleware
-
-PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster
-SOURCE_THREADS = 16  # downloads of adapter files, which may take minutes each
-SPARE_DECODERS = 3  # per decoding thread; a spare one starts only in place of a decoder that takes too long
 
 
 class GatewayAPI(FastAPI):
@@ -89,10 +89,7 @@ class GatewayAPI(FastAPI):
         metrics: RequestMetrics | None = None,
         lifespan: Lifespan[FastAPI] | None = None,
     ) -> None:
-        """
-        Args:
-            metrics: see `create_app`.
-        """
+        """Make an application without routes; `create_app` describes the metrics."""
         super().__init__(
             title="karst-hub",
             lifespan=lifespan,
@@ -116,7 +113,7 @@ class GatewayAPI(FastAPI):
             Middleware(RequestLogMiddleware, self._metrics, server_returns_id=self._metrics is not None),
             Middleware(SecurityHeadersMiddleware, tls=settings.tls_cert is not None),
             Middleware(HeaderLimitsMiddleware),
-            *_cors(settings.cors_origins),
+            *cors(settings.cors_origins),
             Middleware(
                 UploadGuardMiddleware,
                 memory=BodyMemory(),
@@ -137,21 +134,6 @@ class GatewayAPI(FastAPI):
         if is_new:
             openapi.complete(document)
         return document
-
-
-def _cors(origins: Sequence[str]) -> list[Middleware]:
-    """Return the CORS middleware; nothing without origins, so that browsers refuse replies to other sites."""
-    if not origins:
-        return []
-    return [
-        Middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=CORS_METHODS,
-            allow_headers=CORS_REQUEST_HEADERS,
-            expose_headers=CORS_REPLY_HEADERS,
-        )
-    ]
 
 
 def create_app(
@@ -176,19 +158,8 @@ def create_app(
     if metrics is not None:
         log_format.start(settings.log_format, settings.log_level)
         tracing.start(settings.traces_exporter, settings.otlp_protocol)
-    cores = os.cpu_count() or 1
-    threads = max(4, cores)
-    # One pool for each kind of call: otherwise images would wait for a slow store, and the store for slow sources.
-    decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode")
-    large_decoders = ThreadPoolExecutor(threads * (1 + SPARE_DECODERS), "decode-large", initializer=lower_priority)
-    store_executor = ThreadPoolExecutor(threads, "store")
-    parse_executor = ThreadPoolExecutor(PARSE_THREADS, "parse")
-    source_executor = ThreadPoolExecutor(SOURCE_THREADS, "source")
     active = ActiveTenants()
-    store_threads = TenantThreads(store_executor, threads, STORE_CALLS)
-    parse_threads = TenantThreads(parse_executor, PARSE_THREADS, PARSED_AT_ONCE, active)
-    source_threads = TenantThreads(source_executor, SOURCE_THREADS, SOURCE_DOWNLOADS)
-    fits = ThreadPoolExecutor(1, "fit", initializer=torch.set_num_threads, initargs=(1,))
+    pools, reads = ThreadPools(active), TenantReads(REGISTRY_READS, active)
 
     database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
@@ -196,21 +167,21 @@ def create_app(
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))
     limiter = RateLimiter(database, cache, keys)
     decoder = ImageDecoder(
-        decoders,
-        large_decoders,
+        pools.decoders,
+        pools.large_decoders,
         active,
-        threads=threads,
-        cores=cores,
-        spare_threads=threads * SPARE_DECODERS,
+        threads=pools.threads,
+        cores=pools.cores,
+        spare_threads=pools.spare_decoders,
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
     )
     integrity = RegistryIntegrity(database)
     watch = RegistryWatch(database, cache.resynchronise, metrics.record_registry if metrics is not None else None)
-    index, dataset_files, kept = DatasetIndex(database), DatasetFiles(database), KeptImages(database)
-    images = Store(str(settings.store_url), IMAGES, settings.min_free_disk)
-    snapshots = Store(str(settings.store_url), SNAPSHOTS, settings.min_free_disk)
-    reports = Store(str(settings.store_url), REPORTS, settings.min_free_disk)
+    index, dataset_files, kept = DatasetIndex(database, reads), DatasetFiles(database), KeptImages(database)
+    images, snapshots, reports = [
+        Store(str(settings.store_url), kind, settings.min_free_disk) for kind in (IMAGES, SNAPSHOTS, REPORTS)
+    ]
     features = FeatureStore(str(settings.store_url))
     removal = FileRemoval(
         files=dataset_files,
@@ -220,13 +191,16 @@ def create_app(
         snapshots=snapshots,
         reports=reports,
         features=features,
-        pool=store_threads.of(""),
+        pool=pools.store.of(""),
     )
+    usage_registry = UsageRegistry(database)
+    counter = UsageCounter(usage_registry, count_lost=metrics.record_lost_usage if metrics is not None else None)
     keeper = Keeper(
         kept=kept,
         images=images,
         removal=removal,
-        threads=store_threads,
+        threads=pools.store,
+        usage=counter,
         count=metrics.record_kept if metrics is not None else None,
     )
     service = ClassificationService(
@@ -236,7 +210,10 @@ def create_app(
         decoder=decoder,
         workers=workers,
         keeper=keeper,
+        reads=reads,
+        usage=counter,
     )
+    many = ManyTasksService(service, cache=cache, limiter=limiter, decoder=decoder, workers=workers)
     audit = AuditLog(database)
     collector = Collector(
         registry=registry,
@@ -245,7 +222,7 @@ def create_app(
         audit=audit,
         store=store,
         datasets=removal,
-        pool=store_threads.of(""),
+        pool=pools.store.of(""),
         interval_s=settings.gc_interval_s,
         age_s=settings.gc_age_s,
     )
@@ -256,9 +233,9 @@ def create_app(
         sources=RemoteSources(settings.sources, max_bytes=settings.max_adapter_bytes),
         classification=service,
         collector=collector,
-        store_threads=store_threads,
-        parse_threads=parse_threads,
-        source_threads=source_threads,
+        store_threads=pools.store,
+        parse_threads=pools.parse,
+        source_threads=pools.sources,
         max_adapter_bytes=settings.max_adapter_bytes,
     )
     feature_service = FeatureService(
@@ -268,7 +245,7 @@ def create_app(
         decoder=decoder,
         workers=workers,
         limits=service.limits,
-        threads=store_threads,
+        threads=pools.store,
     )
     datasets = DatasetService(
         index=index,
@@ -278,14 +255,13 @@ def create_app(
         removal=removal,
         decoder=decoder,
         limiter=limiter,
-        threads=store_threads,
+        threads=pools.store,
         max_image_bytes=settings.max_image_bytes,
         min_free_bytes=settings.min_free_disk,
     )
-    reviews = ReviewService(index, feature_service, keeper, fits)
-    training_registry = TrainingRegistry(database)
-    comparison = ComparisonService(
-        index=index,
+    reviews = ReviewService(index, feature_service, keeper, counter, pools.fits)
+    training_registry = TrainingRegistry(database, reads)
+    answers = VersionAnswers(
         trainings=training_registry,
         tasks=registry,
         adapters=store,
@@ -293,8 +269,10 @@ def create_app(
         snapshots=snapshots,
         features=feature_service,
         classification=service,
-        threads=store_threads,
+        threads=pools.store,
+        parse_threads=pools.parse,
     )
+    comparison, backtests = ComparisonService(index, answers, pools.parse), BacktestService(index, answers)
     promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
     jobs = TrainingJobs(
         trainings=training_registry,
@@ -304,8 +282,8 @@ def create_app(
         classification=service,
         promotion=promotion,
         trainer=trainer,
-        settings=_job_settings(settings),
-        threads=store_threads,
+        settings=JobSettings.of(settings),
+        threads=pools.store,
     )
     trainings = TrainingService(
         index=index,
@@ -318,8 +296,19 @@ def create_app(
         classification=service,
         promotion=promotion,
         jobs=jobs,
-        threads=store_threads,
-        fits=fits,
+        threads=pools.store,
+        parse_threads=pools.parse,
+        fits=pools.fits,
+    )
+    usage = UsageService(
+        counter=counter,
+        registry=usage_registry,
+        tasks=registry,
+        trainings=training_registry,
+        snapshots=snapshots,
+        reads=reads,
+        threads=pools.store,
+        parse_threads=pools.parse,
     )
     administration = AdministrationService(
         registry=registry,
@@ -331,7 +320,7 @@ def create_app(
         cache=cache,
         store=store,
         registration=changes,
-        threads=store_threads,
+        threads=pools.store,
         max_adapter_bytes=settings.max_adapter_bytes,
         min_free_bytes=settings.min_free_disk,
     )
@@ -343,11 +332,12 @@ def create_app(
             limiter.run(),
             watch.run(),
             registry.upgrade(),
-            keep_bound(integrity, store, store_threads.of("")),
+            keep_bound(integrity, store, pools.store.of("")),
             collector.run(),
             feature_service.run(),
             removal.run(),
             keeper.run(),
+            counter.run(),
             jobs.run(),
         )
         background = {asyncio.create_task(step) for step in steps}
@@ -358,41 +348,31 @@ def create_app(
             _, background = await asyncio.wait(background, timeout=1)
         await jobs.close()
         await feature_service.close()
-        with suppress(Unavailable):
-            await limiter.settle()
+        for last in (counter.write(), limiter.settle()):
+            with suppress(Unavailable):
+                await last
         await database.close()
-        for executor in (decoders, large_decoders, store_executor, parse_executor, source_executor, fits):
-            executor.shutdown(wait=False)
+        pools.close()
         if metrics is not None:
             tracing.stop()
 
     api = GatewayAPI(settings, active, metrics, lifespan)
     authenticator = Authenticator(cache, limiter)
-    dependencies = CallerDependencies(authenticator, parse_threads)
+    dependencies = CallerDependencies(authenticator, pools.parse)
     limit = TenantConcurrencyLimit(active.limit(tenant_calls, GATEWAY_CALLS_BESIDE), tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)
     checkpoint = settings.checkpoint.name if settings.checkpoint else None
     add_backbone_route(api, service, dependencies, image_size=settings.image_size, checkpoint=checkpoint)
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
-    add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
+    add_classify_routes(api, service, many, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, reviews, dependencies, max_request_bytes=max_request_bytes)
     add_training_routes(api, trainings, comparison, dependencies)
+    add_usage_routes(api, usage, backtests, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     openapi.add_pages(api)
+    add_console(api, LoginCodes(database))
     api.state.cache = cache
     return api
-
-
-def _job_settings(settings: Settings) -> JobSettings:
-    """Return what the hub's trainings share."""
-    device = "cuda" if settings.training_gpus else "cpu"
-    return JobSettings(
-        store_url=str(settings.store_url),
-        backbone=BackboneSource(settings.backbone, settings.checkpoint, settings.image_size, device),
-        max_running=settings.max_trainings,
-        max_pixels=settings.max_image_pixels,
-        threads=settings.training_cpus,
-    )

@@ -9,6 +9,7 @@ from fastapi import Depends, Header, Path, Query, Request, Response, Security
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 
 from ..admission.authentication import Authenticator, Caller
 from ..concurrency import TenantThreads
@@ -17,7 +18,7 @@ from ..field_types import NAME_PATTERN, TASK_PATTERN
 from ..observability import request_context
 from ..schemas import MAX_PAGE
 from ..worker_api import PassStats
-from .bodies import NO_BODY, RequestBody
+from .bodies import JSON, NO_BODY, RequestBody
 from .problems import invalid_fields
 from .request_heads import announces_body
 from .upload_guard import claim_body
@@ -87,6 +88,12 @@ class CallerDependencies:
 
         self.any_caller, self.tenant_caller, self.owner, self.admin = any_caller, tenant_caller, owner, admin
         self.body = body
+
+
+def json_reply(content: BaseModel | str, status: int = 200) -> Response:
+    """Return a reply whose content is complete. FastAPI would check each entry of a long list once more."""
+    text = content if isinstance(content, str) else content.model_dump_json()
+    return Response(text, status, media_type=JSON)
 
 
 def client_address(request: Request) -> str:

@@ -1,5 +1,9 @@
 """Headers that protect clients, gateways and Ray: security headers of replies, and request headers that Ray obeys."""
 
+from collections.abc import Sequence
+
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Ray obeys these headers from any client: timeout, model and session of a request, and whether a disconnect cancels it.
@@ -43,6 +47,21 @@ CORS_REPLY_HEADERS = (
     "x-skipped-files",
     "x-worker",
 )
+
+
+def cors(origins: Sequence[str]) -> list[Middleware]:
+    """Return the CORS middleware; nothing without origins, so that browsers refuse replies to other sites."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=CORS_METHODS,
+            allow_headers=CORS_REQUEST_HEADERS,
+            expose_headers=CORS_REPLY_HEADERS,
+        )
+    ]
 
 
 def security_headers(*, tls: bool) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Routes of health, the backbone, tasks, versions, aliases and classification."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Response
@@ -25,10 +26,12 @@ from ..schemas import (
     SourceBody,
     TaskInfo,
     TaskList,
+    TasksBody,
     TaskSettings,
     VersionInfo,
 )
 from ..services.classification import ClassificationService
+from ..services.many_tasks import ManyTasksService
 from ..services.registration import RegistrationService
 from .base64_images import NamedImage, decode_base64
 from .bodies import FORM, JSON, RequestBody, parse_json
@@ -44,6 +47,7 @@ from .dependencies import (
     VersionNumber,
     VersionReference,
     add_batch_headers,
+    json_reply,
     no_options,
 )
 from .openapi import BINARY, OCTETS, request_body, schema_of
@@ -58,6 +62,7 @@ IMAGES_CONTENT: dict[str, Any] = {
     },
     JSON: schema_of(ImagesBody),
 }
+INPUTS_MEMBER, TASKS_MEMBER = re.compile(rb'"inputs"\s*:'), re.compile(rb'"(tasks|image)"\s*:')
 MovedAlias = Annotated[
     str | None, Query(pattern=NAME_PATTERN, description="a further alias that a new version gets, besides `latest`")
 ]
@@ -66,6 +71,7 @@ Labels = Annotated[
     Literal["changed"] | None, Query(description="`changed`: the labels may differ from those behind `latest`")
 ]
 TasksCursor = Annotated[str | None, Query(pattern=TASKS_CURSOR_PATTERN, description="`next` of the previous page")]
+Search = Annotated[str, Query(max_length=127, description="part of a task's name")]
 VersionsCursor = Annotated[str | None, Query(pattern=NUMBER_PATTERN, description="`next` of the previous page")]
 UnknownBelow = Annotated[
     float | None, Query(ge=0, le=1, description="the task's setting: an image with a lower typicality is unknown")
@@ -133,16 +139,17 @@ def add_task_routes(
     Owner = Annotated[Caller, Depends(dependencies.owner)]
     Body = Annotated[RequestBody, Depends(dependencies.body)]
 
-    # FastAPI would check each entry of a page once more, which takes longer than the rest of the request.
     @api.get("/v1/tasks", response_model=TaskList)
-    async def list_tasks(caller: TenantCaller, limit: Limit = MAX_PAGE, cursor: TasksCursor = None) -> Response:
-        return _json((await service.tasks(caller, limit, cursor or "")).model_dump_json())
+    async def list_tasks(
+        caller: TenantCaller, limit: Limit = MAX_PAGE, cursor: TasksCursor = None, search: Search = ""
+    ) -> Response:
+        return json_reply(await service.tasks(caller, limit, cursor or "", search))
 
     @api.get("/v1/tasks/{task}", response_model=TaskInfo)
     async def get_task(
         caller: TenantCaller, task: TaskName, limit: Limit = MAX_PAGE, cursor: VersionsCursor = None
     ) -> Response:
-        return _json(await service.task(caller, task, limit, int(cursor or 0)))
+        return json_reply(await service.task(caller, task, limit, int(cursor or 0)))
 
     @api.put(
         "/v1/tasks/{task}",
@@ -153,7 +160,7 @@ def add_task_routes(
     )
     async def put_task(caller: Owner, task: TaskName, body: Body) -> Response:
         info, created = await changes.put(caller, task, await body.read_json(TaskSettings, default=b"{}"))
-        return _json(info, 201 if created else 200)
+        return json_reply(info, 201 if created else 200)
 
     @api.delete("/v1/tasks/{task}", status_code=204)
     async def delete_task(caller: Owner, task: TaskName) -> None:
@@ -166,7 +173,7 @@ def add_task_routes(
         openapi_extra=request_body({JSON: schema_of(Sharing)}),
     )
     async def share_task(caller: Owner, task: TaskName, body: Body) -> Response:
-        return _json(await changes.share(caller, task, await body.read_json(Sharing)))
+        return json_reply(await changes.share(caller, task, await body.read_json(Sharing)))
 
     @api.post(
         "/v1/tasks/{task}/versions",
@@ -218,7 +225,7 @@ def add_task_routes(
     async def get_version(
         caller: TenantCaller, task: TaskName, version: VersionReference, canary: CanaryKey = None
     ) -> Response:
-        return _json((await service.version(caller, task, version, canary)).json)
+        return json_reply((await service.version(caller, task, version, canary)).json)
 
     @api.get(
         "/v1/tasks/{task}/versions/{version}/file",
@@ -245,7 +252,7 @@ def add_task_routes(
     async def set_alias(caller: Owner, task: TaskName, alias: AliasName, body: Body) -> Response:
         _refuse_version_number(alias)
         change = await body.read_json(AliasChange)
-        return _json(await changes.set_alias(caller, task, alias, change.targets()))
+        return json_reply(await changes.set_alias(caller, task, alias, change.targets()))
 
     @api.delete("/v1/tasks/{task}/aliases/{alias}", status_code=204)
     async def delete_alias(caller: Owner, task: TaskName, alias: AliasName) -> None:
@@ -257,12 +264,13 @@ def add_task_routes(
         response_model=TaskInfo,
     )
     async def roll_back_alias(caller: Owner, task: TaskName, alias: AliasName) -> Response:
-        return _json(await changes.roll_back(caller, task, alias))
+        return json_reply(await changes.roll_back(caller, task, alias))
 
 
 def add_classify_routes(
     api: FastAPI,
     service: ClassificationService,
+    many: ManyTasksService,
     dependencies: CallerDependencies,
     concurrency_limit: TenantConcurrencyLimit,
     *,
@@ -302,35 +310,42 @@ def add_classify_routes(
             response.headers["x-skipped-files"] = str(sent.skipped)
         return classified
 
+    # FastAPI would check a thousand results once more.
     @api.post(
         "/v1/classify",
-        summary="Classify images with several tasks",
-        openapi_extra=request_body({JSON: schema_of(InputsBody)}),
+        summary="Classify images with several tasks, or one image with many tasks",
+        response_model=Results,
+        openapi_extra=request_body({JSON: {"anyOf": [schema_of(InputsBody), schema_of(TasksBody)]}}),
     )
     async def classify_inputs(
         caller: TenantCaller,
         body: Body,
-        response: Response,
         top_k: TopK = 5,
         coverage: Coverage = None,
         canary: CanaryKey = None,
-    ) -> Results:
+    ) -> Response:
         async with concurrency_limit.acquire(caller.tenant):
             sent, images = await body.parse(_parse_inputs, await body.read(max_request_bytes))
             top_k = body.option("top_k", top_k, sent.top_k)
             coverage = body.option("coverage", coverage, sent.coverage)
-            results, stats = await service.classify_inputs(caller, sent.inputs, images, top_k, canary, coverage)
-        add_batch_headers(response, stats)
-        return Results(results=results)
+            if isinstance(sent, TasksBody):
+                results, stats = await many.classify(caller, sent, images[0][1], top_k, canary, coverage)
+            else:
+                found, stats = await service.classify_inputs(caller, sent.inputs, images, top_k, canary, coverage)
+                results = Results(results=found)
+        reply = json_reply(results)
+        add_batch_headers(reply, stats)
+        return reply
 
 
-def _json(content: str, status: int = 200) -> Response:
-    """Return a reply whose JSON is ready."""
-    return Response(content, status, media_type=JSON)
+def _parse_inputs(body: bytes) -> tuple[InputsBody | TasksBody, list[NamedImage]]:
+    """Return the body of a call for several tasks, and its decoded images.
 
-
-def _parse_inputs(body: bytes) -> tuple[InputsBody, list[NamedImage]]:
-    """Return the body of a call for several tasks, and its decoded images."""
+    The names of the members tell both forms apart; a text with such a name is no member, since no colon follows it.
+    """
+    if not INPUTS_MEMBER.search(body) and TASKS_MEMBER.search(body):
+        one = parse_json(TasksBody, body)
+        return one, decode_base64([("image", one.image)])
     sent = parse_json(InputsBody, body)
     return sent, decode_base64([(f"inputs.{i}.image", x.image) for i, x in enumerate(sent.inputs)])
 

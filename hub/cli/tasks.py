@@ -11,6 +11,8 @@ from ..client.client import Client
 from ..errors import InvalidRequest
 from ..field_types import MeasuredAccuracy
 from ..schemas import LATEST, Registered, TaskInfo
+from ..usage_schemas import MAX_USAGE_DAYS
+from .datasets.usage import show_task_usage
 from .options import DEFAULT_URL, AsJson, Key, OwnerKey, UnknownBelow, Url, Yes
 from .output import confirm, day, out, show, usage_error
 
@@ -191,10 +193,24 @@ def token(
 
 
 @app.command()
-def usage(key: Key, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
-    """Show the limits and the usage of the key's tenant."""
+def usage(
+    key: Key,
+    task: Annotated[str | None, typer.Argument(help="name of a task, to count its answers")] = None,
+    days: Annotated[int | None, typer.Option(min=1, max=MAX_USAGE_DAYS, help="of TASK; 30 by default")] = None,
+    url: Url = DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Show the limits and the usage of the key's tenant, or the answers of a task by day and whether its images drift.
+
+    A task's answers need an owner's key.
+    """
+    if task is None and days is not None:
+        usage_error("--days belongs to the answers of a task; name the task")
     with Client(url, key) as client:
-        show_usage(client.usage(), as_json)
+        if task is None:
+            show_usage(client.usage(), as_json)
+        else:
+            show_task_usage(client.task_usage(task, days=days or 30), as_json)
 
 
 @app.command()

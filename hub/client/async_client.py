@@ -14,6 +14,7 @@ from ..dataset_schemas import TrainingInfo
 from ..errors import HubError, NotFound
 from . import admin_endpoints, dataset_endpoints, endpoints
 from .jobs import endpoints as training_endpoints
+from .jobs import usage as usage_endpoints
 from .jobs.waiting import PAUSE_S, TrainingCall
 from .retries import RetrySchedule
 from .transport import (
@@ -141,6 +142,7 @@ class AsyncClient(BaseClient):
     delete_version = _single(endpoints.delete_version)
     classify = _series(endpoints.classify)
     classify_inputs = _series(endpoints.classify_inputs)
+    classify_tasks = _single(endpoints.classify_tasks)
     create_task = _single(dataset_endpoints.create_task)
     feedback = _single(dataset_endpoints.feedback)
     review = _single(dataset_endpoints.review)
@@ -150,6 +152,8 @@ class AsyncClient(BaseClient):
     cancel_training = _single(training_endpoints.cancel_training)
     training_report = _single(training_endpoints.training_report)
     compare = _single(training_endpoints.compare)
+    task_usage = _single(usage_endpoints.task_usage)
+    backtest = _single(usage_endpoints.backtest)
     backbone = _single(admin_endpoints.backbone)
     usage = _single(admin_endpoints.usage)
     audit = _single(admin_endpoints.audit)

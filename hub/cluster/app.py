@@ -1,8 +1,7 @@
-"""Composition of the hub on Ray Serve: settings -> the Serve application, and a local Ray cluster to run it."""
+"""Composition of the hub on Ray Serve: settings -> the Serve application."""
 
 import logging
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +16,7 @@ from ..worker.prewarming import Prewarming
 from ..worker.replica import Worker
 from .autoscaling import replica_options
 from .gateway import Gateway
-from .ray_compat import LOOPBACK, cpus_of_this_node, local_cluster_options, ray_metrics
+from .ray_compat import LOOPBACK, cpus_of_this_node, ray_metrics
 from .request_router import RendezvousRouter
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,6 @@ QUEUED_REQUESTS = 512  # calls that wait for a worker in one gateway; the gatewa
 ROUTING_STATS_S = 5.0  # interval of the workers' reports of resident adapters
 DRAIN_TIMEOUT_S = 60.0  # for the accepted requests of a replica that stops
 LOGGING = {"enable_access_log": False}  # an access log line costs more time than the hub's work on a call
-OBJECT_STORE_BYTES = 256 * 1024**2  # images are passed by value; Ray's object store is hardly used
 
 
 def build(settings: Settings) -> serve.Application:
@@ -108,27 +106,17 @@ def _workers_per_node(max_workers: int) -> int:
     return max(1, min(max_workers, cpus_of_this_node()))
 
 
-def start(settings: Settings, folder: Path) -> None:
-    """Start Ray on this machine alone and the hub on it; return when a worker has loaded its backbone.
-
-    The variables of `local.ray_environment` must be set before this module is imported: Ray reads them at import.
+def deploy(settings: Settings, address: str) -> None:
+    """Deploy the hub on the local Ray cluster; return when a worker has loaded its backbone.
 
     Args:
-        folder: the hub's private folder, for Ray's sockets and logs.
+        address: of the cluster's GCS, as `local_cluster.start` returned it.
 
     Raises:
         RuntimeError: a deployment does not start; the text has the deployments' messages with their tracebacks.
         TimeoutError: Serve's proxies do not start in time.
     """
-    ray.init(
-        address="local",
-        num_cpus=settings.max_workers + 1 + settings.max_trainings * settings.training_cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=OBJECT_STORE_BYTES,
-        **local_cluster_options(settings.metrics_port, folder),
-    )
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # HAProxy listens on the hub's address and has its certificate; the gateways behind it stay on loopback.
     http_options: dict[str, Any] = {"host": LOOPBACK if settings.haproxy else settings.host, "port": settings.port}
@@ -140,10 +128,3 @@ def start(settings: Settings, folder: Path) -> None:
     except RuntimeError as error:  # its text has no reason; the deployments' messages have it
         deployments = serve.status().applications[NAME].deployments.values()
         raise RuntimeError("\n".join([str(error), *(d.message for d in deployments)])) from error
-
-
-def stop() -> None:
-    """Drain and stop the hub and the Ray cluster of `start`."""
-    if ray.is_initialized():  # otherwise Serve would start a cluster in order to stop it
-        serve.shutdown()  # type: ignore[no-untyped-call]  # Ray has no types here
-        ray.shutdown()

@@ -11,6 +11,8 @@ STARTED = {  # series that exist before their first event, so that dashboards sh
     "karst_limits_hit": [{"limit": "requests_per_second"}],
     "karst_images": [{"task": "none"}],
     "karst_images_unknown": [{"task": "none"}],
+    "karst_images_typical": [{"task": "none"}],
+    "karst_typicality": [{"task": "none"}],
 }
 KEPT_ENDS = ("kept", "known", "refused", "dropped")
 TIMED_PARTS = ("load", "queue", "compute")
@@ -29,6 +31,7 @@ class GatewayMetrics:
                 self._counters[name].start({"tenant": NO_TENANT} | tags)
         for end in KEPT_ENDS:
             self._counters["karst_images_kept"].start({"end": end})
+        self._counters["karst_usage_lost"].start({})
 
     def record_registry(self, refuses_changes: bool) -> None:
         """Record whether the gateway refuses changes. Ray drops a gauge that is not set again within seconds."""
@@ -41,6 +44,10 @@ class GatewayMetrics:
             end: `kept`; `known` (it was there); `refused` (no room); `dropped` (a full queue or an error).
         """
         self._counters["karst_images_kept"].inc(images, {"end": end})
+
+    def record_lost_usage(self, images: int) -> None:
+        """Count answers that a task's usage does not count, because too many counts wait for Redis."""
+        self._counters["karst_usage_lost"].inc(images, {})
 
     def record(self, context: RequestContext, status: int, seconds: float) -> None:
         """Record a request. Only successful classifications are timed.
@@ -63,6 +70,10 @@ class GatewayMetrics:
             self._counters["karst_images"].inc(images, tags | {"task": label})
             if unknown := context.unknown.get(task):
                 self._counters["karst_images_unknown"].inc(unknown, tags | {"task": label})
+            if task in context.typicality:
+                typical, total = context.typicality[task]
+                self._counters["karst_images_typical"].inc(typical, tags | {"task": label})
+                self._counters["karst_typicality"].inc(total, tags | {"task": label})
         if context.images:
             self._histograms["karst_request_seconds"].observe(seconds, tags)
             for part in TIMED_PARTS:

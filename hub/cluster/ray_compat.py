@@ -7,6 +7,8 @@ first.
 
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +53,10 @@ def ray_switches(token_file: Path) -> dict[str, str]:
         # Ray starts gateways, workers and HAProxy with a nice value of 15: all other programs would go first, and the
         # gateway's threads of low priority would hardly differ from the others.
         "RAY_worker_niceness": "0",
+        # Ten rounds a second of Serve's controller and of each replica's counters take a twentieth of a core of an idle
+        # hub. Four rounds and one suffice: a replica's own health check has ten seconds.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
         # Ray logs this error at every stop of Serve, without a fault.
         "RAY_DEDUP_LOGS_SKIP_REGEX": "ServeController.graceful_shutdown failed",
     }
@@ -108,6 +114,29 @@ def local_cluster_options(metrics_port: int | None, folder: Path) -> dict[str, A
     """
     options = {"_node_ip_address": LOOPBACK, "_metrics_export_port": metrics_port}
     return options | {"_temp_dir": str(folder / SESSIONS)}
+
+
+@contextmanager
+def without_monitors() -> Iterator[None]:
+    """Let `ray.init` start a head without the autoscaler's monitor and the log monitor while the context lasts.
+
+    Both take 100 MB in all. A cluster on one machine adds no nodes, and `hub.local` reads the actors' logs itself.
+    `ray start` has hidden options for both; `ray.init` has none.
+    """
+    from ray._private import parameter
+
+    ours = parameter.RayParams
+
+    class Params(ours):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.update(no_monitor=True, include_log_monitor=False)
+
+    parameter.RayParams = Params  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        parameter.RayParams = ours  # type: ignore[misc]
 
 
 def haproxy_logs(folder: Path) -> list[Path]:

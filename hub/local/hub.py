@@ -10,8 +10,10 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
+from ..admission.login_codes import LoginCodes
 from ..cluster.haproxy_node import drain
 from ..cluster.ray_compat import LOOPBACK_SWITCHES, actor_logs
 from ..errors import Unavailable
@@ -23,7 +25,8 @@ from ..registry.tenants import TenantRegistry
 from ..settings import Settings
 from ..urls import shown_url
 from . import preflight
-from .bootstrap import FirstKeys, create_first_keys
+from .bootstrap import DEFAULT_TENANT, FirstKeys, create_first_keys
+from .deployer import Deployer
 from .embedded_redis import embedded_redis, url_of_running
 from .errors import StartError
 from .front_door import url_of, wait_until_answered
@@ -38,10 +41,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LocalHub:
-    """A running hub: its URL, and its first keys if this start created them."""
+    """A running hub: its URL; its first keys and a login link of the console if this start created them."""
 
     url: str
     first_keys: FirstKeys
+    login_link: str | None
 
 
 @contextmanager
@@ -68,21 +72,30 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
         preflight.check_sources(settings)
         preflight.check_registry(redis_url)
         os.environ.update(ray_environment(settings, folder) | LOOPBACK_SWITCHES)
-        preflight.check_backbone(settings)
         stack.enter_context(forwarded_logs(lambda: actor_logs(folder), sys.stderr, settings.log_format))
 
-        from ..cluster import app  # imports Ray, which reads the environment now
+        with Deployer(settings) as deployer:
+            from ..cluster import local_cluster  # imports Ray, which reads the environment now
 
-        stack.callback(app.stop)
-        stack.callback(drain, folder)
-        try:
-            app.start(settings, folder)
-            wait_until_answered(settings)
-        except (RuntimeError, TimeoutError, ValueError, OSError) as error:  # Ray's own; the text may have tracebacks
-            raise StartError(start_error(error, folder)) from error
+            stack.callback(local_cluster.stop)
+            stack.callback(drain, folder)
+            try:
+                address = local_cluster.start(settings, folder)
+                deployer.check_backbone()
+                deployer.deploy(address)
+                wait_until_answered(settings)
+            except StartError:
+                raise
+            except (RuntimeError, TimeoutError, ValueError, OSError) as error:  # Ray's; the text may have tracebacks
+                raise StartError(start_error(error, folder)) from error
         # Last: the keys of a start that failed would never be shown.
         keys = asyncio.run(_with_database(redis_url, lambda db: create_first_keys(TenantRegistry(db), KeyRegistry(db))))
-        yield LocalHub(url_of(settings), keys)
+        link = None
+        if keys.owner is not None:
+            grant = partial(LoginCodes.create, tenant=DEFAULT_TENANT, admin=True)
+            code = asyncio.run(_with_database(redis_url, lambda db: grant(LoginCodes(db))))
+            link = login_link(url_of(settings), code)
+        yield LocalHub(url_of(settings), keys, link)
 
 
 def new_admin_key(settings: Settings) -> str:
@@ -93,6 +106,28 @@ def new_admin_key(settings: Settings) -> str:
     Raises:
         EmbeddedRedisError, StartError: the registry does not answer, or a hub could not start with it.
     """
+    made = _in_registry(settings, lambda db: KeyRegistry(db).create(OPERATOR, "", ADMIN, "made by hand"))
+    return made.key
+
+
+def new_login_link(settings: Settings, tenant: str, *, admin: bool) -> str:
+    """Create a login link directly in the registry, whether a hub runs on it or not.
+
+    Raises:
+        EmbeddedRedisError, StartError: the registry does not answer, or a hub could not start with it.
+        NotFound: the tenant does not exist.
+    """
+    code = _in_registry(settings, lambda db: LoginCodes(db).create(tenant, admin=admin))
+    return login_link(url_of(settings), code)
+
+
+def login_link(url: str, code: str) -> str:
+    """Return the address that opens the console with a code. Browsers do not send the part behind `#`."""
+    return f"{url}/#/login/{code}"
+
+
+def _in_registry(settings: Settings, use: Callable[[RegistryConnection], Awaitable[T]]) -> T:
+    """Use the registry of a hub that runs or is stopped."""
     with ExitStack() as stack:
         url = settings.redis_url
         if url is not None:
@@ -103,8 +138,7 @@ def new_admin_key(settings: Settings) -> str:
                 url = stack.enter_context(embedded_redis(settings.home))
             except StartError:  # a hub runs in this home
                 url = url_of_running(settings.home)
-        made = asyncio.run(_with_database(url, lambda db: KeyRegistry(db).create(OPERATOR, "", ADMIN, "made by hand")))
-        return made.key
+        return asyncio.run(_with_database(url, use))
 
 
 async def _with_database(url: str, use: Callable[[RegistryConnection], Awaitable[T]]) -> T:

@@ -166,17 +166,3 @@ def check_registry(url: str) -> None:
         startup.check_registry(url)
     except startup.UnfitRegistry as error:
         raise StartError(str(error)) from error
-
-
-def check_backbone(settings: Settings) -> None:
-    """Load the backbone once, so that a download is visible and an error comes once: Ray would try three times.
-
-    Raises:
-        StartError: it cannot be loaded.
-    """
-    from adapters import BackboneError, load_backbone  # torch, which reads the environment at import
-
-    try:
-        load_backbone(settings.backbone, settings.checkpoint, image_size=settings.image_size)
-    except BackboneError as error:
-        raise StartError(str(error)) from error

@@ -6,7 +6,7 @@ Log lines, metrics and traces read the context. No Ray, no HTTP framework.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ class RequestContext:
     digest: str = ""
     images: dict[str, int] = field(default_factory=dict)  # classified images by task
     unknown: dict[str, int] = field(default_factory=dict)  # those below the task's `unknown_below`
+    typicality: dict[str, tuple[int, float]] = field(default_factory=dict)  # images with a typicality, and its sum
     times_s: dict[str, float] = field(default_factory=dict)  # decode, load, queue, compute
     error: str = ""  # code of the problem in the reply
     limit: str = ""  # the tenant's limit that caused a 429
@@ -83,16 +84,29 @@ def note_task(task: str, version: int, digest: str) -> None:
         context.task, context.version, context.digest = task, version, digest
 
 
+def note_several_tasks() -> None:
+    """Record that the request, and this asyncio task from now on, works for more than one task."""
+    _adapter.set(AdapterContext(SEVERAL_TASKS))
+    if context := _request.get():
+        context.task, context.version, context.digest = SEVERAL_TASKS, None, ""
+
+
 def note_images(task: str, images: int) -> None:
     """Add classified images of a task."""
     if context := _request.get():
         context.images[task] = context.images.get(task, 0) + images
 
 
-def note_unknown(task: str, images: int) -> None:
-    """Add classified images that are unknown to their task."""
-    if (context := _request.get()) and images:
-        context.unknown[task] = context.unknown.get(task, 0) + images
+def note_answers(task: str, unknown: int, typicality: Sequence[float]) -> None:
+    """Add the answers to images of a task: the number of unknown ones, and the typicality of all that have one."""
+    context = _request.get()
+    if context is None:
+        return
+    if unknown:
+        context.unknown[task] = context.unknown.get(task, 0) + unknown
+    if typicality:
+        images, total = context.typicality.get(task, (0, 0.0))
+        context.typicality[task] = images + len(typicality), total + sum(typicality)
 
 
 def note_times(**times_s: float) -> None:

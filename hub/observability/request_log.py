@@ -30,6 +30,9 @@ class RequestMetrics(Protocol):
     def record_kept(self, end: str, images: int) -> None:
         """Count classified images that a task's owner keeps, by their end."""
 
+    def record_lost_usage(self, images: int) -> None:
+        """Count answers that a task's usage does not count."""
+
 
 class RequestLogMiddleware:
     """ASGI middleware for ids, contexts, traces, metrics and the log line of each request.

@@ -11,7 +11,9 @@ n          the number of versions
 b          the bytes of all fields, as the tenant's sum counts them; absent until the first change by this hub
 """
 
+import hashlib
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -175,3 +177,24 @@ def parse_targets(text: str) -> dict[int, int]:
 
 def _targets_body(targets: Mapping[int, int]) -> str:
     return json.dumps({str(n): targets[n] for n in sorted(targets)}, separators=(",", ":"))
+
+
+def choose_version(task: Task, reference: str, canary: str | None = None) -> int:
+    """Return the version of a number or an alias. If an alias has several versions, draw one by weight.
+
+    The draw is random, or a hash of `canary`. Versions divide the range from 0 to the sum of weights in order, so a
+    canary version whose weight grows keeps the callers that it had.
+    """
+    targets = task.targets(reference)
+    if len(targets) == 1:
+        return next(iter(targets))
+    total = sum(targets.values())
+    if canary is None:
+        at = random.randrange(total)  # noqa: S311
+    else:
+        at = int.from_bytes(hashlib.sha256(f"{task.name}/{canary}".encode()).digest()) * total >> 256
+    for number, weight in targets.items():  # noqa: B007
+        at -= weight
+        if at < 0:
+            break
+    return number

@@ -1,7 +1,5 @@
 """Classification of images with a tenant's tasks, and descriptions of those tasks. No HTTP, no Ray."""
 
-import hashlib
-import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,13 +10,13 @@ import numpy as np
 from adapters import BankLimits
 
 from ..admission.authentication import Caller
-from ..admission.quotas import IMAGES_DECODED, REGISTRY_READS
+from ..admission.quotas import IMAGES_DECODED
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import TenantConcurrencyLimit, gather_or_cancel
+from ..concurrency import TenantConcurrencyLimit, TenantReads, gather_or_cancel
 from ..errors import InvalidAdapter
 from ..observability import request_context, tracing
 from ..registry.cache import RegistryCache
-from ..registry.models import Task, task_not_found
+from ..registry.models import Task, choose_version, task_not_found
 from ..registry.tasks import TaskRegistry
 from ..registry.versions import ServedVersion, StoredVersion
 from ..schemas import Classified, Input, Result, TaskInfo, TaskList
@@ -27,8 +25,11 @@ from .datasets.keeping import Keeper
 from .image_decoding import ImageDecoder
 from .label_sets import best, require_small_labels, require_small_sets, threshold_of
 from .predictions import Predicted, result_of
+from .usage.counter import UsageCounter
 
 CHUNK_BYTES = 2 * 1024**2  # pixels in one call to a worker: Ray passes arguments by value up to 4 MiB
+
+OVERFLOW = "the adapter's numbers overflow on this image; train the adapter again and register the new file"
 
 
 class ClassificationService:
@@ -43,15 +44,22 @@ class ClassificationService:
         decoder: ImageDecoder,
         workers: Workers,
         keeper: Keeper,
+        reads: TenantReads,
+        usage: UsageCounter,
     ) -> None:
+        """
+        Args:
+            reads: turns of reads of tasks with their versions, of up to half a megabyte each.
+        """
         self._registry = registry
         self._cache = cache
         self._limiter = limiter
         self._decoder = decoder
         self._workers = workers
         self._keeper = keeper
-        self._images = TenantConcurrencyLimit(IMAGES_DECODED)
-        self._reads = TenantConcurrencyLimit(REGISTRY_READS)  # of up to half a megabyte each
+        self._usage = usage
+        self.images = TenantConcurrencyLimit(IMAGES_DECODED)  # decoded or at workers, of all kinds of calls
+        self._reads = reads
         self._limits: BankLimits | None = None
 
     async def predict(
@@ -66,6 +74,8 @@ class ClassificationService:
         check: Callable[[ServedVersion, int], None] | None = None,
     ) -> Predicted:
         """Return the version used and the answer to each image.
+
+        The task's usage counts the answers, and its dataset may keep the images.
 
         Args:
             version: a version number or an alias.
@@ -82,7 +92,34 @@ class ClassificationService:
             LimitReached: a limit of the tenant.
             Unavailable: no worker answers, or the adapter cannot be loaded in time.
         """
-        found = await self._visible(caller, name)
+        found, predicted = await self._predict(caller, name, version, images, canary, coverage, check=check)
+        return await self.answered(caller, name, found, predicted, [x for _, x in images])
+
+    async def test(
+        self, caller: Caller, name: str, version: str, images: Sequence[tuple[str, bytes | np.ndarray]]
+    ) -> Predicted:
+        """Return what `predict` does, for a test of a version: in idle turns of the workers, and not kept or counted.
+
+        Raises:
+            HubError: any error of `predict`.
+        """
+        _, predicted = await self._predict(caller, name, version, images, idle=True)
+        return predicted
+
+    async def _predict(
+        self,
+        caller: Caller,
+        name: str,
+        version: str,
+        images: Sequence[tuple[str, bytes | np.ndarray]],
+        canary: str | None = None,
+        coverage: float | None = None,
+        *,
+        check: Callable[[ServedVersion, int], None] | None = None,
+        idle: bool = False,
+    ) -> tuple[Task, Predicted]:
+        """Return the task, and what `predict` returns."""
+        found = await self.visible(caller, name)
         owner, _ = caller.resolve(name)
         chosen = await self._cache.version(owner, found, choose_version(found, version, canary))
         threshold = threshold_of(name, chosen, coverage)
@@ -91,15 +128,23 @@ class ClassificationService:
         request_context.note_task(name, chosen.version, chosen.digest)
         tenant, count = caller.tenant, len(images)
         sizes = await self._decoder.sizes(tenant, [x for _, x in images])
-        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self._images.acquire(tenant, sum(sizes)):
+        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self.images.acquire(tenant, sum(sizes)):
             with tracing.span("decode", images=count), request_context.timed("decode"):
                 pixels = await self._decoder.decode(
                     tenant, [(field, x, chosen.preprocess) for field, x in images], sizes
                 )
-            answers = await self._compute(tenant, name, chosen, pixels, weight)
-        predicted = Predicted(chosen, answers, found.settings.unknown_below, threshold)
-        request_context.note_unknown(name, sum(predicted.unknown or ()))
-        kept = await self._keeper.take(owner, found.name, found.settings.keep, predicted, [x for _, x in images])
+            answers = await self._compute(tenant, name, chosen, pixels, weight, idle=idle)
+        return found, Predicted(chosen, answers, found.settings.unknown_below, threshold)
+
+    async def answered(
+        self, caller: Caller, name: str, task: Task, predicted: Predicted, images: Sequence[bytes | np.ndarray]
+    ) -> Predicted:
+        """Count answers that the caller is about to get, and keep the images that the task's owner wants."""
+        owner, _ = caller.resolve(name)
+        request_context.note_answers(name, sum(predicted.unknown or ()), predicted.typicality or ())
+        if owner == caller.tenant:  # no tenant sees how much another one uses a task
+            self._usage.answered(owner, task.name, predicted)
+        kept = await self._keeper.take(owner, task.name, task.settings.keep, predicted, images)
         return replace(predicted, kept=kept)
 
     async def classify(
@@ -125,9 +170,10 @@ class ClassificationService:
         def check(chosen: ServedVersion, count: int) -> None:
             require_small_labels([chosen.labels] * count, top_k)
 
-        predicted = await self.predict(caller, name, version, images, canary, coverage, check=check)
-        chosen, answers, sets = predicted.version, predicted.answers, predicted.sets
-        require_small_sets(sets or ())
+        task, predicted = await self._predict(caller, name, version, images, canary, coverage, check=check)
+        require_small_sets(predicted.sets or ())
+        predicted = await self.answered(caller, name, task, predicted, [x for _, x in images])
+        chosen, answers = predicted.version, predicted.answers
         body = Classified(
             task=name,
             version=chosen.version,
@@ -135,7 +181,7 @@ class ClassificationService:
             predictions=[best(chosen.labels, answer.probabilities, top_k) for answer in answers],
             typicality=predicted.typicality,
             unknown=predicted.unknown,
-            sets=sets,
+            sets=predicted.sets,
             image=predicted.kept,
         )
         return body, [answer.computed for answer in answers]
@@ -159,7 +205,7 @@ class ClassificationService:
             HubError: any error of `predict`; its field names the input.
             InvalidRequest: the reply would be too large.
         """
-        tasks = [await self._visible(caller, x.task) for x in inputs]
+        tasks = [await self.visible(caller, x.task) for x in inputs]
         chosen = [
             await self._cache.version(caller.resolve(x.task)[0], task, choose_version(task, x.version, canary))
             for task, x in zip(tasks, inputs, strict=True)
@@ -172,7 +218,7 @@ class ClassificationService:
             members[c.digest].append(i)
         tenant, count = caller.tenant, len(inputs)
         sizes = await self._decoder.sizes(tenant, [x for _, x in images])
-        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self._images.acquire(tenant, sum(sizes)):
+        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self.images.acquire(tenant, sum(sizes)):
             with tracing.span("decode", images=count), request_context.timed("decode"):
                 pixels = await self._decoder.decode(
                     tenant,
@@ -184,21 +230,21 @@ class ClassificationService:
                 for at in members.values()
             )
         answers = dict(zip(chain(*members.values()), chain(*groups), strict=True))
+        found = [
+            Predicted(c, [answers[i]], task.settings.unknown_below, threshold)
+            for i, (task, c, threshold) in enumerate(zip(tasks, chosen, thresholds, strict=True))
+        ]
+        require_small_sets(chain(*(one.sets or () for one in found)))
         results = []
-        for i, (x, task, c, threshold) in enumerate(zip(inputs, tasks, chosen, thresholds, strict=True)):
-            one = Predicted(c, [answers[i]], task.settings.unknown_below, threshold)
-            owner, _ = caller.resolve(x.task)
-            kept = await self._keeper.take(owner, task.name, task.settings.keep, one, [images[i][1]])
-            results.append(result_of(x.task, replace(one, kept=kept), top_k))
-        require_small_sets(result.set for result in results if result.set)
-        for result in results:
-            request_context.note_unknown(result.task, int(result.unknown or False))
+        for x, task, one, (_, data) in zip(inputs, tasks, found, images, strict=True):
+            results.append(result_of(x.task, await self.answered(caller, x.task, task, one, [data]), top_k))
         return results, [answers[i].computed for i in range(len(inputs))]
 
-    async def tasks(self, caller: Caller, limit: int, cursor: str) -> TaskList:
-        """Return a page of the tasks that the caller sees, as far as its key may use them; see `TaskReads.page`."""
-        async with self._reads.acquire(caller.tenant):
-            found, next_cursor = await self._registry.page(caller.tenant, limit, cursor, caller.may_use)
+    async def tasks(self, caller: Caller, limit: int, cursor: str, search: str) -> TaskList:
+        """Return a page of the tasks that the caller may use and whose names contain `search`; see `TaskReads.page`."""
+        async with self._reads.turn(caller.tenant):
+            page = self._registry.page(caller.tenant, limit, cursor, lambda n: search in n and caller.may_use(n))
+            found, next_cursor = await page
         return TaskList(tasks=found, next=next_cursor)
 
     async def task(self, caller: Caller, name: str, limit: int, after: int) -> str:
@@ -221,7 +267,7 @@ class ClassificationService:
         """
         owner, _ = caller.resolve(name)
         numbers = [number for number in task.digests if number > after]
-        async with self._reads.acquire(caller.tenant):
+        async with self._reads.turn(caller.tenant):
             page = await self._registry.versions(owner, task, numbers[:limit])
         info = TaskInfo(
             task=name if owner != caller.tenant else task.name,
@@ -249,7 +295,7 @@ class ClassificationService:
             NotFound: the caller sees no such task or version.
         """
         task, number = await self.find(caller, name, reference, canary)
-        async with self._reads.acquire(caller.tenant):
+        async with self._reads.turn(caller.tenant):
             return await self._registry.version(caller.resolve(name)[0], task, number)
 
     async def served(
@@ -294,7 +340,7 @@ class ClassificationService:
         """
         await self._workers.limits()
 
-    async def _visible(self, caller: Caller, name: str) -> Task:
+    async def visible(self, caller: Caller, name: str) -> Task:
         """Return the task to classify with, from the cache if possible.
 
         Raises:
@@ -317,7 +363,7 @@ class ClassificationService:
         return (await self._cache.version(owner, task, task.current)).labels
 
     async def _described(self, caller: Caller, name: str) -> Task:
-        """Return the task to describe, always from the registry; raises what `_visible` raises."""
+        """Return the task to describe, always from the registry; raises what `visible` raises."""
         caller.require_task(name)
         owner, task = caller.resolve(name)
         if owner != caller.tenant:
@@ -329,39 +375,23 @@ class ClassificationService:
             raise task_not_found(name)
 
     async def _compute(
-        self, tenant: str, task: str, chosen: ServedVersion, pixels: Sequence[np.ndarray], weight: float
+        self,
+        tenant: str,
+        task: str,
+        chosen: ServedVersion,
+        pixels: Sequence[np.ndarray],
+        weight: float,
+        *,
+        idle: bool = False,
     ) -> list[Answer]:
         request_context.note_task(task, chosen.version, chosen.digest)
         size = max(1, CHUNK_BYTES // max(p.nbytes for p in pixels))
         chunks = [pixels[i : i + size] for i in range(0, len(pixels), size)]
         answers = await gather_or_cancel(
-            self._workers.classify(tenant, chosen.digest, chunk, weight) for chunk in chunks
+            self._workers.classify(tenant, chosen.digest, chunk, weight, idle=idle) for chunk in chunks
         )
         for answer in chain(*answers):
             if not np.isfinite(answer.probabilities).all():
-                raise InvalidAdapter(
-                    "the adapter's numbers overflow on this image; train the adapter again and register the new file"
-                )
+                raise InvalidAdapter(OVERFLOW)
         request_context.note_images(task, len(pixels))
         return [*chain(*answers)]
-
-
-def choose_version(task: Task, reference: str, canary: str | None = None) -> int:
-    """Return the version of a number or an alias. If an alias has several versions, draw one by weight.
-
-    The draw is random, or a hash of `canary`. Versions divide the range from 0 to the sum of weights in order, so a
-    canary version whose weight grows keeps the callers that it had.
-    """
-    targets = task.targets(reference)
-    if len(targets) == 1:
-        return next(iter(targets))
-    total = sum(targets.values())
-    if canary is None:
-        at = random.randrange(total)  # noqa: S311
-    else:
-        at = int.from_bytes(hashlib.sha256(f"{task.name}/{canary}".encode()).digest()) * total >> 256
-    for number, weight in targets.items():  # noqa: B007
-        at -= weight
-        if at < 0:
-            break
-    return number

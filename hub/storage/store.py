@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from adapters.format.file import write_atomically
+from adapters.format.atomic_write import write_atomically
 
 from ..errors import InsufficientStorage, Unavailable
 from ..urls import shown_text

@@ -17,12 +17,15 @@ from starlette.testclient import TestClient
 
 from adapters import load_backbone
 from hub.admission.quotas import DATASET_LABELS
+from hub.errors import Conflict
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
+from hub.registry.datasets.entries import ListedImage
 from hub.registry.datasets.index import DatasetIndex
 from hub.registry.redis.connection import RegistryConnection
+from hub.services.datasets.snapshots import Snapshot
 from tests.support.asgi import listening
-from tests.support.datasets import new_image
+from tests.support.datasets import new_image, unpaced_reads
 from tests.support.hub_app import OCTETS, Hub, bearer, in_registry, make_api, running
 from tests.support.models import encoded, png, wait_until
 from tests.support.protocols import Reply
@@ -206,6 +209,15 @@ def test_nothing_is_half_added_when_redis_is_full_and_no_file_stays(
         assert app.http.post(IMAGES, files=parts).json()["counts"]["added"] == 4
 
 
+def test_a_training_is_refused_when_its_scores_would_take_the_memory_of_the_hub() -> None:
+    def listed(images: int, labels: int) -> list[ListedImage]:
+        return [ListedImage(f"{i:064x}", "n", f"label {i % labels}", "train", "train") for i in range(images)]
+
+    assert len(Snapshot.of(listed(6000, 3000)).images) == 6000
+    with pytest.raises(Conflict, match="6000 labelled images of 4000 labels are too many"):
+        Snapshot.of(listed(6000, 4000))
+
+
 def test_names_and_reasons_stay_short_when_names_are_long(app: Hub) -> None:
     name = "n" * 3000 + ".png"
     form = app.http.post(IMAGES, files=[("rose", (name, b"no image")), ("rose", (name, png(1)))])
@@ -230,6 +242,8 @@ def test_names_and_reasons_stay_short_when_names_are_long(app: Hub) -> None:
         ("POST", f"{TASK}/trainings", {"json": {"budget_s": 10**300}}),
         ("PUT", TASK, {"json": {"labels": ["x" * 300] * 1000}}),
         ("PATCH", f"{IMAGES}/{'0' * 64}", {"json": {"label": "x" * 60_000}}),
+        ("PATCH", IMAGES, {"json": {"images": ["0" * 64] * 201, "label": "x"}}),
+        ("PATCH", IMAGES, {"json": {"images": [f"{i}{'x' * 3000}" for i in range(200)], "label": "x"}}),
         ("GET", f"{TASK}/compare", {"params": {"a": "x" * 5000, "b": "y" * 5000}}),
         ("GET", f"{IMAGES}/{'f' * 64}", {}),
     ],
@@ -268,6 +282,7 @@ def test_a_tenant_s_images_are_404_on_each_route_of_another_tenant_and_403_for_a
         ("GET", f"{IMAGES}/{digest}", {}),
         ("GET", f"{IMAGES}/{digest}/thumbnail", {}),
         ("PATCH", f"{IMAGES}/{digest}", {"json": {"label": "stolen"}}),
+        ("PATCH", IMAGES, {"json": {"images": [digest], "label": "stolen"}}),
         ("DELETE", f"{IMAGES}/{digest}", {}),
         ("POST", f"{TASK}/dataset/rename-label", {"json": {"label": "rose", "to": "stolen"}}),
         ("GET", f"{TASK}/trainings/{training}", {}),
@@ -315,7 +330,7 @@ def test_images_that_are_deleted_during_trainings_at_once_leave_whole_versions(a
 
 def test_a_dataset_of_10_000_labels_is_listed_and_the_next_label_is_refused(app: Hub) -> None:
     async def fill(connection: RegistryConnection) -> None:
-        index = DatasetIndex(connection)
+        index = DatasetIndex(connection, unpaced_reads())
         for start in range(0, DATASET_LABELS, 500):
             images = [new_image(i, f"{i:05}") for i in range(start, start + 500)]
             await index.add(OPERATOR, "default", "flowers", images, {"files": len(images)}, patience_s=600)

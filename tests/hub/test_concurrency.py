@@ -13,6 +13,7 @@ from hub.concurrency import (
     ACTIVE_S,
     ActiveTenants,
     TenantConcurrencyLimit,
+    TenantReads,
     TenantThreads,
     TenantTurns,
     gather_or_cancel,
@@ -294,5 +295,25 @@ def test_tenant_rests_between_calls_when_another_tenant_is_active() -> None:
             await gap_s("a")
             active.note("b")
             assert await gap_s("a") > 0.03  # a rest of 90 ms; without one the gap is about 1 ms
+
+    asyncio.run(use())
+
+
+def test_tenant_s_reads_rest_when_another_tenant_is_active_and_wait_for_no_other_tenant() -> None:
+    async def use() -> None:
+        active = ActiveTenants()
+        reads, loop = TenantReads(1, active), asyncio.get_running_loop()
+
+        async def read(tenant: str) -> tuple[float, float]:
+            """Return when a read of 30 ms began and ended."""
+            async with reads.turn(tenant):
+                began_s = loop.time()
+                await asyncio.sleep(0.03)
+                return began_s, loop.time()
+
+        active.note("b")
+        (_, ended_s), (began_s, _), (others_s, _) = await asyncio.gather(read("a"), read("a"), read("b"))
+        assert began_s - ended_s > 0.03  # a rest of 90 ms; without one the gap is about 1 ms
+        assert others_s < ended_s
 
     asyncio.run(use())

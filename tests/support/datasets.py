@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from hub.admin_schemas import LimitsChange
+from hub.concurrency import ActiveTenants, TenantReads
 from hub.dataset_schemas import DatasetImage, Split, Use
 from hub.registry.audit import OPERATOR, AuditLog
+from hub.registry.datasets.entries import AddStatus, NewImage
 from hub.registry.datasets.files import DatasetFiles
-from hub.registry.datasets.index import AddStatus, DatasetIndex, NewImage
+from hub.registry.datasets.index import DatasetIndex
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
@@ -19,6 +21,11 @@ from tests.support.hub_app import in_registry
 T = TypeVar("T")
 TENANTS = ("t", "other")
 NO_CHANGE = LimitsChange()
+
+
+def unpaced_reads() -> TenantReads:
+    """Return turns of reads without any active tenant, so that none rests."""
+    return TenantReads(100, ActiveTenants())
 
 
 def digest_of(i: int | str) -> str:
@@ -78,6 +85,8 @@ def with_datasets(url: str, use: Callable[[Registry], Awaitable[T]], limits: Lim
         for tenant in TENANTS:
             await tenants.create(OPERATOR, tenant, limits)
             await tasks.put(OPERATOR, tenant, "flowers", TaskSettings())
-        return await use(Registry(connection, DatasetIndex(connection), DatasetFiles(connection), tasks, tenants))
+        return await use(
+            Registry(connection, DatasetIndex(connection, unpaced_reads()), DatasetFiles(connection), tasks, tenants)
+        )
 
     return in_registry(url, run)

@@ -18,6 +18,8 @@ from ...dataset_schemas import (
     ImageChange,
     ImagePage,
     ImagesAdded,
+    ImagesChange,
+    ImagesChanged,
     LabelRename,
     LabelRenamed,
     ReviewKind,
@@ -32,7 +34,7 @@ from ...services.datasets.images import DatasetService, SentImage
 from ...services.datasets.review import ReviewService
 from ..base64_images import refuse_base64
 from ..bodies import FORM, JSON, RequestBody, is_apple_double
-from ..dependencies import CallerDependencies, TaskName
+from ..dependencies import CallerDependencies, TaskName, json_reply
 from ..openapi import BINARY, OCTETS, request_body, schema_of
 from ..problems import POSITION_PATTERN, invalid_fields
 
@@ -82,9 +84,11 @@ def add_dataset_routes(
     Owner = Annotated[Caller, Depends(dependencies.owner)]
     Body = Annotated[RequestBody, Depends(dependencies.body)]
 
-    @api.get("/v1/tasks/{task}/dataset", summary="Count the images of a task by label and use")
-    async def get_dataset(caller: Owner, task: TaskName) -> DatasetInfo:
-        return await service.describe(caller, task)
+    @api.get(
+        "/v1/tasks/{task}/dataset", summary="Count the images of a task by label and use", response_model=DatasetInfo
+    )
+    async def get_dataset(caller: Owner, task: TaskName) -> Response:
+        return json_reply(await service.describe(caller, task))
 
     @api.post(
         "/v1/tasks/{task}/dataset/rename-label",
@@ -115,7 +119,7 @@ def add_dataset_routes(
                 images = [SentImage(name, data, label, split)]
             return await service.add(caller, task, images)
 
-    @api.get("/v1/tasks/{task}/images", summary="List images of a dataset, newest first")
+    @api.get("/v1/tasks/{task}/images", summary="List images of a dataset, newest first", response_model=ImagePage)
     async def list_images(
         caller: Owner,
         task: TaskName,
@@ -124,12 +128,13 @@ def add_dataset_routes(
         split: ListedUse = None,
         cursor: Cursor = "0",
         count: Count = PAGE_IMAGES,
-    ) -> ImagePage:
+    ) -> Response:
         if unlabelled and label is not None:
             raise InvalidRequest.at("unlabelled", "contradicts label; set one of them")
-        return await service.page(
+        page = await service.page(
             caller, task, label=label, unlabelled=unlabelled, use=split, before=int(cursor), count=count
         )
+        return json_reply(page)
 
     @api.get(
         "/v1/tasks/{task}/images/{digest}",
@@ -158,6 +163,14 @@ def add_dataset_routes(
     )
     async def change_image(caller: Owner, task: TaskName, digest: Digest, body: Body) -> DatasetImage:
         return await service.change(caller, task, digest, await body.read_json(ImageChange))
+
+    @api.patch(
+        "/v1/tasks/{task}/images",
+        summary="Set label or split of several images in one step",
+        openapi_extra=request_body({JSON: schema_of(ImagesChange)}),
+    )
+    async def change_images(caller: Owner, task: TaskName, body: Body) -> ImagesChanged:
+        return await service.change_many(caller, task, await body.read_json(ImagesChange))
 
     @api.delete("/v1/tasks/{task}/images/{digest}", status_code=204)
     async def delete_image(caller: Owner, task: TaskName, digest: Digest) -> None:

@@ -11,7 +11,7 @@ from ...dataset_schemas import Comparison, TrainingInfo, TrainingList, TrainingR
 from ...services.trainings.comparison import ComparisonService
 from ...services.trainings.service import TrainingService
 from ..bodies import JSON, RequestBody
-from ..dependencies import CallerDependencies, QueryVersion, TaskName
+from ..dependencies import CallerDependencies, QueryVersion, TaskName, json_reply
 from ..openapi import request_body, schema_of
 from ..problems import KEY_ID_PATTERN
 
@@ -45,9 +45,11 @@ def add_training_routes(
         response.status_code = 202 if training.state == "queued" else 200
         return training
 
-    @api.get("/v1/tasks/{task}/trainings", summary="List the trainings of a task, newest first")
-    async def list_trainings(caller: Owner, task: TaskName) -> TrainingList:
-        return await service.list(caller, task)
+    @api.get(
+        "/v1/tasks/{task}/trainings", summary="List the trainings of a task, newest first", response_model=TrainingList
+    )
+    async def list_trainings(caller: Owner, task: TaskName) -> Response:
+        return json_reply(await service.list(caller, task))
 
     @api.get("/v1/tasks/{task}/trainings/{training}", summary="Get a training with its progress and its report")
     async def get_training(caller: Owner, task: TaskName, training: TrainingId) -> TrainingInfo:

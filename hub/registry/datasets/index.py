@@ -4,8 +4,8 @@ Keys below `t:{tenant}:data:{task}:`, where a use is `train`, `test` or `*` for 
 
     images                 hash    digest -> JSON of a record, see `lua/datasets.lua`
     names, labels          hash    label -> its id; id -> label
-    folds                  hash    label without case, spaces and Unicode form -> id
-    merged                 hash    id of a label that was merged -> id of the label that has its images now
+    folds, fold-of         hash    label without case, spaces and Unicode form -> id; id -> this spelling
+    merged                 hash    id of a label with many images -> id of the label that it was merged into
     at:{use}               zset    digest -> place in the order of arrival
     at:{use}={id}          zset    the same for the images of one label; without an id for unlabelled images
     info                   hash    last (place), last_label (id), images, bytes
@@ -17,76 +17,28 @@ range of one sorted set: its time does not depend on the size of the dataset.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from ...admin_schemas import TenantLimits
 from ...admission.quotas import DATASET_LABELS
+from ...concurrency import TenantReads
 from ...dataset_schemas import DatasetImage, ImagePage, KeptAnswer, LabelCount, Split, Use
 from ...errors import HubError, LimitReached, NotFound
 from ...field_types import folded_label
 from ..audit import Actor
 from ..models import task_not_found
-from ..redis.connection import READ_TIMEOUT_S, RegistryConnection, as_hash, tenant_key
+from ..redis.connection import READ_TIMEOUT_S, RegistryConnection, as_hash, as_optional_text, tenant_key
 from ..redis.scripts import DATASETS, ChangeReply
 from ..tenants import tenant_not_found
+from .entries import AddStatus, DatasetContent, ListedImage, NewImage, use_of
 
-TEST_SHARE = 0.2  # of the images with the split `auto`
+T = TypeVar("T")
+PART_FIELDS = 500  # of a hash that is read whole, in one read
+PART_LABELS = 200  # counted in one read
 DEFAULT_LIMITS = {name: TenantLimits.model_fields[name].default for name in ("images", "image_bytes")}
 NOUNS = {"images": "images in datasets", "image_bytes": "bytes of images in datasets"}
-
-
-@dataclass(frozen=True)
-class NewImage:
-    """An image to add.
-
-    Attributes:
-        label: None leaves the label of a known image, and a new image without a label.
-        split: None leaves the split of a known image, and means `auto` for a new one.
-    """
-
-    digest: str
-    name: str
-    size_bytes: int
-    label: str | None = None
-    split: Split | None = None
-
-
-@dataclass(frozen=True)
-class AddStatus:
-    """Result for one image.
-
-    Attributes:
-        status: `added`, `there`, `moved`, or the reason of a refusal: `limit`, `labels` (too many), or `removing` (the
-            store is removing an old copy of the file).
-        before: former label of a moved image.
-        similar: older label that differs from a new one only in case, spaces or Unicode form.
-        error: text of a refusal.
-    """
-
-    status: str
-    before: str | None = None
-    similar: str | None = None
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class DatasetContent:
-    """Totals of a dataset, and its labels in order of their names; `unlabelled` counts the images without a label."""
-
-    images: int
-    image_bytes: int
-    labels: list[LabelCount]
-    unlabelled: LabelCount
-
-
-def use_of(digest: str, split: Split) -> Use:
-    """Return whether an image trains or tests. For `auto` the digest decides, so equal files are never in both."""
-    if split != "auto":
-        return split
-    return "test" if int(digest[:8], 16) < TEST_SHARE * 2**32 else "train"
 
 
 class DatasetIndex:
@@ -95,9 +47,14 @@ class DatasetIndex:
     Every change raises `NotFound` if the task does not exist, and `Unauthenticated` if the actor's key was revoked.
     """
 
-    def __init__(self, connection: RegistryConnection) -> None:
+    def __init__(self, connection: RegistryConnection, reads: TenantReads) -> None:
+        """
+        Args:
+            reads: turns of every read whose size the tenant decides.
+        """
         self._connection = connection
         self._redis = connection.redis
+        self._reads = reads
 
     async def check_room(self, by: Actor, tenant: str, task: str) -> None:
         """Check that the tenant may add images to this task.
@@ -160,36 +117,42 @@ class DatasetIndex:
         by: Actor,
         tenant: str,
         task: str,
-        digest: str,
+        digests: Sequence[str],
         *,
         label: str | None,
         relabel: bool,
         split: Split | None,
-    ) -> None:
-        """Change label and split of an image.
+    ) -> tuple[int, list[str]]:
+        """Change label and split of images, in one step.
 
         Args:
+            digests: at least one, each once.
             relabel: whether to set the label; a label of None then removes it.
 
+        Returns:
+            The number of images that changed, and the digests that the dataset does not have.
+
         Raises:
-            NotFound: the dataset has no such image.
+            NotFound: the dataset has none of the images.
             LimitReached: the dataset has the maximum number of labels.
         """
-        details = {"digest": digest} | ({"label": label} if relabel else {}) | ({"split": split} if split else {})
-        await self._change(
+        details: dict[str, Any] = {"digest": digests[0]} if len(digests) == 1 else {"images": len(digests)}
+        details |= ({"label": label} if relabel else {}) | ({"split": split} if split else {})
+        reply = await self._change(
             "change",
             by,
             tenant,
             task,
             "image.change",
             details,
-            digest=digest,
+            digests=list(digests),
             label=(label or "") if relabel else None,
             fold=folded_label(label or ""),
             split=split or "",
-            used=use_of(digest, split or "auto"),
+            used=[use_of(digest, split or "auto") for digest in digests],
             max_labels=DATASET_LABELS,
         )
+        return reply.number, list(reply.names)
 
     async def remove(self, by: Actor, tenant: str, task: str, digest: str) -> bool:
         """Remove an image. Return whether no dataset holds its file any more.
@@ -209,7 +172,16 @@ class DatasetIndex:
         """
         details = {"label": label, "to": new}
         reply = await self._change(
-            "rename_label", by, tenant, task, "label.rename", details, old=label, label=new, fold=folded_label(new)
+            "rename_label",
+            by,
+            tenant,
+            task,
+            "label.rename",
+            details,
+            old=label,
+            label=new,
+            fold=folded_label(new),
+            max_labels=DATASET_LABELS,
         )
         return reply.created
 
@@ -223,17 +195,11 @@ class DatasetIndex:
             unlabelled: only images without a label.
             before: cursor of the page; 0 starts at the newest image.
         """
-        found = await self._read(
-            "page",
-            tenant,
-            task,
-            label="" if unlabelled else label,
-            used=use or "*",
-            before=before,
-            count=count,
-        )
-        rows = json.loads(found.text) or []
-        images = [_image(row["digest"], row["labels"], row["record"]) for row in rows]
+        asked = {"label": "" if unlabelled else label, "used": use or "*", "before": before, "count": count}
+        async with self._reads.turn(tenant):
+            found = await self._read("page", tenant, task, **asked)
+            rows = json.loads(found.text) or []
+            images = [_image(row["digest"], row["labels"], row["record"]) for row in rows]
         return ImagePage(images=images, next=str(rows[-1]["record"]["n"]) if len(rows) == count else None)
 
     async def find(self, tenant: str, task: str, digest: str) -> DatasetImage:
@@ -251,22 +217,58 @@ class DatasetIndex:
         Raises:
             NotFound: the task does not exist.
         """
-        found = json.loads((await self._read("describe", tenant, task)).text)
-        counts = {row["label"]: LabelCount(**{**row, "label": row["label"] or None}) for row in found["labels"]}
-        unlabelled = counts.pop("")
-        return DatasetContent(found["images"], found["bytes"], [counts[label] for label in sorted(counts)], unlabelled)
+        labels = await self._hash(tenant, task, "labels", str)
+        ids, counts = ["", *labels], []
+        for start in range(0, len(ids), PART_LABELS):
+            async with self._reads.turn(tenant):
+                part = ids[start : start + PART_LABELS]
+                found = json.loads((await self._read("describe", tenant, task, ids=part)).text)
+                for id, (train, test) in zip(part, found["counts"], strict=True):
+                    counts.append(LabelCount(label=labels.get(id), train=train, test=test))
+        unlabelled, *labelled = counts
+        labelled.sort(key=lambda count: str(count.label))
+        return DatasetContent(found["images"], found["bytes"], labelled, unlabelled)
 
-    async def all(self, tenant: str, task: str) -> list[DatasetImage]:
-        """Return every image, oldest first, as of one moment. Redis reads 100,000 records in about 50 ms."""
-        pipeline = self._redis.pipeline(transaction=True)
-        for name in ("images", "labels", "merged"):
-            pipeline.hgetall(tenant_key(tenant, f"data:{task}:{name}"))
-        records, labels, merged = map(as_hash, await self._connection.execute(pipeline.execute()))
-        rows = [(digest, json.loads(text)) for digest, text in records.items()]
-        rows.sort(key=lambda row: row[1]["n"])
-        return [
-            _image(digest, [labels[merged.get(id, id)] for id in record["l"] or ()], record) for digest, record in rows
-        ]
+    async def count(self, tenant: str, task: str, label: str) -> LabelCount:
+        """Return the number of images of one label.
+
+        Raises:
+            NotFound: the task does not exist.
+        """
+        command = self._redis.hget(tenant_key(tenant, f"data:{task}:names"), label)
+        id = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
+        if id is None:
+            return LabelCount(label=label, train=0, test=0)
+        found = json.loads((await self._read("describe", tenant, task, ids=[id])).text)
+        (train, test), *_ = found["counts"]
+        return LabelCount(label=label, train=train, test=test)
+
+    async def all(self, tenant: str, task: str) -> list[ListedImage]:
+        """Return every image, in no order. An image that is changed meanwhile is listed as before or as after it.
+
+        The images come in parts, each in the tenant's turn, so a large dataset delays no call of other tenants.
+        """
+        records = await self._hash(tenant, task, "images", json.loads)
+        labels, merged = [await self._hash(tenant, task, name, str) for name in ("labels", "merged")]
+        found = []
+        for digest, record in records.items():
+            id = record["l"][0] if record["l"] else ""  # Lua writes an empty list as {}
+            while id in merged:
+                id = merged[id]
+            found.append(ListedImage(digest, record["name"], labels.get(id), record["s"], record["u"]))
+        return found
+
+    async def _hash(self, tenant: str, task: str, name: str, parse: Callable[[str], T]) -> dict[str, T]:
+        """Return the parsed values of a hash of the dataset, read in parts."""
+        found: dict[str, T] = {}
+        cursor = 0
+        while True:
+            async with self._reads.turn(tenant):
+                command = self._redis.hscan(tenant_key(tenant, f"data:{task}:{name}"), cursor, count=PART_FIELDS)
+                cursor, part = await self._connection.execute(command, timeout_s=READ_TIMEOUT_S)
+                found |= {field: parse(value) for field, value in as_hash(part).items()}
+            if cursor == 0:
+                return found
 
     async def _read(self, function: str, tenant: str, task: str, **argument: Any) -> ChangeReply:
         text = await self._connection.call(

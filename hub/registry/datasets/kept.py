@@ -15,8 +15,9 @@ from ...dataset_schemas import KeptAnswer
 from ..audit import Actor
 from ..redis.connection import RegistryConnection, as_texts
 from ..redis.scripts import KEPT
+from .entries import use_of
 from .files import StoredName
-from .index import DEFAULT_LIMITS, use_of
+from .index import DEFAULT_LIMITS
 
 KEEPER = Actor("", "kept images", "hub", "the hub itself")
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field
 
 from ...admission.quotas import TRAINING_JOBS
+from ...concurrency import TenantReads
 from ...dataset_schemas import TrainingInfo
 from ...errors import LimitReached, NotFound, Unavailable
 from ..audit import Actor
@@ -85,9 +86,24 @@ class Taken(NamedTuple):
 class TrainingRegistry:
     """Reads and atomic changes of trainings. Every method raises `Unavailable` if Redis does not answer."""
 
-    def __init__(self, connection: RegistryConnection) -> None:
+    def __init__(self, connection: RegistryConnection, reads: TenantReads) -> None:
+        """
+        Args:
+            reads: turns of every read whose size the tenant decides.
+        """
         self._connection = connection
         self._redis = connection.redis
+        self._reads = reads
+
+    async def check_room(self, tenant: str) -> None:
+        """Check that the tenant may queue a job.
+
+        Raises:
+            LimitReached: the tenant's limit of queued and running jobs.
+        """
+        command = self._redis.scard(tenant_key(tenant, "training-jobs"))
+        if as_integer(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S)) >= TRAINING_JOBS:
+            raise _too_many_jobs()
 
     async def put(
         self, by: Actor, tenant: str, task: str, training: Training, *, audited: bool = False, queued: bool = False
@@ -115,6 +131,7 @@ class TrainingRegistry:
             id=training.id,
             body=training.model_dump_json(),
             snapshot=training.snapshot.digest,
+            report=training.report_digest,
             max_trainings=MAX_TRAININGS,
             audited=audited,
             queued=queued,
@@ -122,8 +139,7 @@ class TrainingRegistry:
         )
         _check_removing(reply)
         if reply.outcome == "limit" and reply.limit == "training_jobs":
-            message = f"too many queued and running trainings (limit {reply.maximum}); wait, or cancel some"
-            raise LimitReached.at("training_jobs", message, retry_after_s=60)
+            raise _too_many_jobs()
         if reply.outcome != "done":
             raise task_not_found(task)
         return [StoredName.parse(name) for name in reply.names]
@@ -178,17 +194,18 @@ class TrainingRegistry:
         Raises:
             NotFound: the task does not exist.
         """
-        pipeline = self._redis.pipeline(transaction=True)
-        pipeline.exists(tenant_key(tenant, f"task:{task}"))
-        pipeline.zrevrange(tenant_key(tenant, f"data:{task}:training-order"), 0, -1)
-        exists, ids = await self._connection.execute(pipeline.execute(), timeout_s=READ_TIMEOUT_S)
-        if not as_integer(exists):
-            raise task_not_found(task)
-        if not as_texts(ids):
-            return []
-        command = self._redis.hmget(tenant_key(tenant, f"data:{task}:trainings"), as_texts(ids))
-        texts = as_optional_texts(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
-        return [Training.model_validate_json(text) for text in texts if text is not None]
+        async with self._reads.turn(tenant):
+            pipeline = self._redis.pipeline(transaction=True)
+            pipeline.exists(tenant_key(tenant, f"task:{task}"))
+            pipeline.zrevrange(tenant_key(tenant, f"data:{task}:training-order"), 0, -1)
+            exists, ids = await self._connection.execute(pipeline.execute(), timeout_s=READ_TIMEOUT_S)
+            if not as_integer(exists):
+                raise task_not_found(task)
+            if not as_texts(ids):
+                return []
+            command = self._redis.hmget(tenant_key(tenant, f"data:{task}:trainings"), as_texts(ids))
+            texts = as_optional_texts(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
+            return [Training.model_validate_json(text) for text in texts if text is not None]
 
     async def get(self, tenant: str, task: str, id: str) -> Training:
         """Return one training.
@@ -209,6 +226,11 @@ class TrainingRegistry:
         if reply.outcome == "limit":
             raise LimitReached.at(reply.limit, f"too many changes (limit {reply.maximum}); try again in a second")
         return reply.outcome == "done"
+
+
+def _too_many_jobs() -> LimitReached:
+    message = f"too many queued and running trainings (limit {TRAINING_JOBS}); wait, or cancel some"
+    return LimitReached.at("training_jobs", message, retry_after_s=60)
 
 
 def _actor(training: Training) -> Actor:

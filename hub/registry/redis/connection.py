@@ -15,10 +15,10 @@ Cluster is not supported. All keys start with `karst:`. Names of tenants and tas
     orphans                     hash    digest of a file that no version refers to -> tenant that it counts against
     collection                  string  exists until the next garbage collection may begin; the collecting gateway
     gc:{digest}                 string  exists while a garbage collection may remove the file
-    events                      stream  tenant, kind (task, key, tenant) and name of each change
-    events:access               stream  the same for keys and tenants only
+    events, events:access       stream  tenant, kind (task, key, tenant) and name of each change; of keys and tenants
     audit                       stream  tenant and JSON of each change
     audit:admins                stream  the same for changes by admins only
+    login:{sha256 of a code}    string  JSON {tenant, admin} of an unused login link; expires
     workers                     hash    worker -> JSON of a `WorkerStatus`
     workers:at                  zset    worker -> time of its last report, in seconds since 1970 by Redis' clock
     active                      zset    tenant -> its last request within an hour, in seconds since 1970
@@ -37,10 +37,10 @@ Cluster is not supported. All keys start with `karst:`. Names of tenants and tas
     t:{tenant}:keys             set     ids of the tenant's API keys
     t:{tenant}:shared           set     `tenant:task` of each task that another tenant shares with this tenant by name
     t:{tenant}:audit            stream  JSON of each change
-    t:{tenant}:rate             hash    see `admission/rate_limits`
-    t:{tenant}:flight           hash    see `admission/rate_limits`
-    t:{tenant}:settled          hash    see `admission/rate_limits`
+    t:{tenant}:rate, :flight, :settled  see `admission/rate_limits`; hashes
     t:{tenant}:counts           hash    requests, images, refused
+    t:{tenant}:usage_bytes      string  size of all records in `data:{task}:usage`, in bytes
+    usage-calls:{gateway}       string  number of the gateway's last call that added counts; expires
 """
 
 import asyncio

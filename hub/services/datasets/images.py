@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import IO, Any
 
@@ -23,31 +23,30 @@ from ...admission.rate_limits import RateLimiter
 from ...concurrency import TenantConcurrencyLimit, TenantThreads, gather_or_cancel, run_blocking
 from ...dataset_schemas import (
     MAX_NAME_CHARACTERS,
-    MAX_NAMED,
-    AddCounts,
-    AddedImage,
     DatasetImage,
     DatasetInfo,
     ImageChange,
     ImagePage,
     ImagesAdded,
+    ImagesChange,
+    ImagesChanged,
     LabelCount,
     LabelRename,
     LabelRenamed,
-    MovedImage,
-    RefusedImage,
     Split,
     Use,
 )
 from ...errors import InvalidImage, InvalidRequest, LimitReached, TooLarge, Unavailable
+from ...registry.datasets.entries import NewImage
 from ...registry.datasets.files import StoredName
-from ...registry.datasets.index import AddStatus, DatasetIndex, NewImage
+from ...registry.datasets.index import DatasetIndex
 from ...registry.tasks import TaskRegistry
 from ...storage.store import Store
 from ..image_decoding import ImageDecoder
 from ..spool import spooled
 from .features import PATIENCE_S, FeatureService
 from .removal import FileRemoval
+from .upload_report import UploadReport
 from .zip_folders import ZipFolders
 
 STEP_IMAGES = 32  # of a zip, added in one atomic step
@@ -65,57 +64,6 @@ class SentImage:
     label: str | None = None
     split: Split | None = None
     problem: str = ""
-
-
-@dataclass
-class _Report:
-    """Result of a request so far."""
-
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AddCounts.model_fields, 0))
-    added: list[AddedImage] = field(default_factory=list)
-    there: list[AddedImage] = field(default_factory=list)
-    moved: list[MovedImage] = field(default_factory=list)
-    refused: list[RefusedImage] = field(default_factory=list)
-    similar: dict[str, str] = field(default_factory=dict)
-    audited: bool = False
-
-    def refuse(self, name: str, reason: str) -> None:
-        self.counts["refused"] += 1
-        if len(self.refused) < MAX_NAMED:
-            self.refused.append(RefusedImage(name=name[-MAX_NAME_CHARACTERS:], reason=reason))
-
-    def record(self, image: NewImage, status: AddStatus) -> None:
-        found: dict[str, Any] = {"name": image.name, "digest": image.digest, "label": image.label}
-        match status.status:
-            case "added":
-                self._append("added", self.added, AddedImage(**found))
-            case "moved":
-                self._append("moved", self.moved, MovedImage(before=status.before, **found))
-            case "there":
-                self._append("already_there", self.there, AddedImage(**found))
-            case _:
-                self.refuse(image.name, status.error)
-        if status.similar and image.label:
-            self.similar[image.label] = status.similar
-
-    def _append(self, count: str, images: list[Any], image: AddedImage) -> None:
-        self.counts[count] += 1
-        if len(images) < MAX_NAMED:
-            images.append(image)
-
-    def reply(self) -> ImagesAdded:
-        warnings = [
-            f"label {new!r} differs from label {old!r} only in case, spaces or Unicode form; merge them if they are one"
-            for new, old in self.similar.items()
-        ]
-        return ImagesAdded(
-            counts=AddCounts(**self.counts),
-            added=self.added,
-            already_there=self.there,
-            moved=self.moved,
-            refused=self.refused,
-            warnings=warnings,
-        )
 
 
 class DatasetService:
@@ -172,7 +120,7 @@ class DatasetService:
             LimitReached: the tenant's rate of images.
             Unavailable: the store, the registry or the workers are unavailable.
         """
-        report = _Report()
+        report = UploadReport()
         await self._add(caller, caller.own_task(name), images, report, files=len(images), waits=False)
         return report.reply()
 
@@ -190,7 +138,7 @@ class DatasetService:
             InsufficientStorage: the disk of temporary files or of the store is nearly full.
             HubError: any error of `add`. Images of earlier steps stay; the same upload again continues.
         """
-        task, report = caller.own_task(name), _Report()
+        task, report = caller.own_task(name), UploadReport()
         pool = self._threads.of(caller.tenant)
         too_large = f"the zip has more than {MAX_ZIP_BYTES} bytes; send it in parts"
         async with spooled(
@@ -253,9 +201,22 @@ class DatasetService:
         task = caller.own_task(name)
         relabel = "label" in change.model_fields_set
         await self._index.change(
-            caller, caller.tenant, task, digest, label=change.label, relabel=relabel, split=change.split
+            caller, caller.tenant, task, [digest], label=change.label, relabel=relabel, split=change.split
         )
         return await self._index.find(caller.tenant, task, digest)
+
+    async def change_many(self, caller: Caller, name: str, change: ImagesChange) -> ImagesChanged:
+        """Set label or split of several images, all in one step."""
+        changed, absent = await self._index.change(
+            caller,
+            caller.tenant,
+            caller.own_task(name),
+            list(dict.fromkeys(change.images)),
+            label=change.label,
+            relabel="label" in change.model_fields_set,
+            split=change.split,
+        )
+        return ImagesChanged(changed=changed, absent=absent)
 
     async def remove(self, caller: Caller, name: str, digest: str) -> None:
         """Remove an image. Its file goes too, unless another dataset holds it."""
@@ -266,11 +227,8 @@ class DatasetService:
         """Rename a label, or merge it into another one."""
         task = caller.own_task(name)
         merged = await self._index.rename_label(caller, caller.tenant, task, rename.label, rename.to)
-        found = await self._index.describe(caller.tenant, task)
-        counts = next((count for count in found.labels if count.label == rename.to), None)
-        return LabelRenamed(
-            label=rename.to, merged=merged, counts=counts or LabelCount(label=rename.to, train=0, test=0)
-        )
+        counts = await self._index.count(caller.tenant, task, rename.to)
+        return LabelRenamed(label=rename.to, merged=merged, counts=counts)
 
     def _open_zip(self, file: IO[bytes], label: str | None, split: Split | None) -> tuple[Iterator[SentImage], int]:
         zipped = ZipFolders(file, max_image_bytes=self._max_image_bytes)
@@ -289,7 +247,7 @@ class DatasetService:
         return images(), len(entries)
 
     async def _add(
-        self, caller: Caller, task: str, sent: Sequence[SentImage], report: _Report, *, files: int, waits: bool
+        self, caller: Caller, task: str, sent: Sequence[SentImage], report: UploadReport, *, files: int, waits: bool
     ) -> None:
         """Check, store and list some images of a request.
 
@@ -354,7 +312,7 @@ class DatasetService:
         caller: Caller,
         task: str,
         images: Sequence[tuple[NewImage, bytes]],
-        report: _Report,
+        report: UploadReport,
         files: int,
     ) -> list[str]:
         """Store and list images. Return the digests of the new ones."""

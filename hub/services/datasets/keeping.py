@@ -27,6 +27,7 @@ from ...registry.redis.connection import is_cancelled
 from ...schemas import Keep
 from ...storage.store import Store
 from ..predictions import Predicted
+from ..usage.counter import UsageCounter
 from .removal import FileRemoval
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Keeper:
         images: Store,
         removal: FileRemoval,
         threads: TenantThreads,
+        usage: UsageCounter,
         count: Callable[[str, int], None] | None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -73,6 +75,7 @@ class Keeper:
         self._images = images
         self._removal = removal
         self._threads = threads
+        self._usage = usage
         self._metric = count
         self._clock = clock
         self._queues: dict[str, deque[_Queued]] = {}  # by tenant; the first one is next
@@ -173,6 +176,7 @@ class Keeper:
             for queued in step:
                 self._bytes -= len(queued.data)
                 self._pending.discard((tenant, task, queued.image.digest))
+        self._usage.kept(tenant, task, statuses.count("added"))
         ends = {"added": "kept", "there": "known", "error": "dropped"}
         for end, images in Counter(ends.get(status, "refused") for status in statuses).items():
             self._count(end, images)

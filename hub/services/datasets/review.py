@@ -6,7 +6,6 @@ from the store; the arithmetic runs in the thread of fits, never on the event lo
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +16,12 @@ from adapters.training.instant import InstantHead, fit_head
 
 from ...admission.authentication import Caller
 from ...admission.quotas import REVIEWS, REVIEWS_QUEUED
-from ...concurrency import TenantConcurrencyLimit, run_blocking
+from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ...dataset_schemas import DatasetImage, Feedback, FeedbackGiven, ReviewImage, ReviewKind, ReviewQueue
 from ...registry.datasets.index import DatasetIndex
 from ...schemas import Prediction
 from ..label_sets import best
+from ..usage.counter import UsageCounter
 from .features import FeatureService
 from .keeping import Keeper
 from .review_order import FEW, margins_of, suspects_first, typical_first, uncertain_first, unit_rows
@@ -49,7 +49,9 @@ class _Head:
 class ReviewService:
     """Review of the tasks of a caller's own tenant. Raises `NotFound` for another tenant's task."""
 
-    def __init__(self, index: DatasetIndex, features: FeatureService, keeper: Keeper, fits: Executor) -> None:
+    def __init__(
+        self, index: DatasetIndex, features: FeatureService, keeper: Keeper, usage: UsageCounter, fits: TenantThreads
+    ) -> None:
         """
         Args:
             fits: thread pool whose threads run torch with one thread each.
@@ -57,6 +59,7 @@ class ReviewService:
         self._index = index
         self._features = features
         self._keeper = keeper
+        self._usage = usage
         self._fits = fits
         self._limit = TenantConcurrencyLimit(REVIEWS, REVIEWS + REVIEWS_QUEUED)
 
@@ -78,21 +81,28 @@ class ReviewService:
             rows = await self._features.of(caller.tenant, digests)
             labelled = [image for image in labelled if image.digest in rows]
             free = [image for image in free if image.digest in rows]
+            fits = self._fits.of(caller.tenant)
             if kind == "errors":
-                images = await run_blocking(self._fits, _suspects, labelled, rows, count)
+                images = await run_blocking(fits, _suspects, labelled, rows, count)
             else:
-                images = await run_blocking(self._fits, _useful, labelled, free, rows, count)
+                images = await run_blocking(fits, _useful, labelled, free, rows, count)
         return ReviewQueue(task=name, kind=kind, images=images, considered=len(labelled if kind == "errors" else free))
 
     async def feedback(self, caller: Caller, name: str, feedback: Feedback) -> FeedbackGiven:
         """Give an image of the dataset its true label."""
         task = caller.own_task(name)
         await self._keeper.settled(caller.tenant, task, feedback.image)
+        before = (await self._index.find(caller.tenant, task, feedback.image)).label
         await self._index.change(
-            caller, caller.tenant, task, feedback.image, label=feedback.label, relabel=True, split=None
+            caller, caller.tenant, task, [feedback.image], label=feedback.label, relabel=True, split=None
         )
         image = await self._index.find(caller.tenant, task, feedback.image)
-        return FeedbackGiven(image=image, correct=image.answer.label == feedback.label if image.answer else None)
+        if image.answer is None:
+            return FeedbackGiven(image=image, correct=None)
+        correct = image.answer.label == feedback.label
+        if before != feedback.label:  # the same feedback again is no second correction
+            self._usage.reviewed(caller.tenant, task, correct=correct)
+        return FeedbackGiven(image=image, correct=correct)
 
     async def _labelled(self, tenant: str, task: str) -> list[DatasetImage]:
         """Return the newest images of each label, equally many of each at most."""

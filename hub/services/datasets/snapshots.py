@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 from adapters.data.labels import sorted_labels
 
-from ...dataset_schemas import DatasetImage, SnapshotInfo, Use
+from ...dataset_schemas import SnapshotInfo, Use
 from ...errors import Conflict
+from ...registry.datasets.entries import ListedImage
 
 FORMAT = "karst-snapshot/1"
 MAX_LISTED = 10  # labels in one warning
+# Images times labels of one training. The head has a score of 8 bytes for each image and label, several times at once.
+MAX_SCORES = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Snapshot:
     warnings: tuple[str, ...]
 
     @classmethod
-    def of(cls, dataset: Sequence[DatasetImage]) -> "Snapshot":
+    def of(cls, dataset: Sequence[ListedImage]) -> "Snapshot":
         """Return the labelled images. A label without a training image trains on its images with the split `auto`.
 
         Raises:
@@ -45,6 +48,11 @@ class Snapshot:
             raise Conflict("The dataset has no labelled image. Add images with labels first.")
         if len(labels) < 2:
             raise Conflict(f"The dataset has one label only ({labels[0]!r}). Add images of a second label.")
+        if len(labelled) * len(labels) > MAX_SCORES:
+            raise Conflict(
+                f"{len(labelled)} labelled images of {len(labels)} labels are too many for one training (images times "
+                f"labels: limit {MAX_SCORES}). Merge labels, or train a task for each part of them."
+            )
         trained = {image.label for image in labelled if image.use == "train"}
         rescued = [label for label in labels if label not in trained]
         images = tuple(
@@ -70,8 +78,10 @@ class Snapshot:
 
     def text(self, task: str) -> bytes:
         """Return the JSON text. Equal datasets have equal texts."""
-        images = [[image.digest, image.label, image.use] for image in self.images]
-        return json.dumps({"format": FORMAT, "task": task, "images": images}, ensure_ascii=False).encode()
+        # Image by image: one call of `dumps` would hold Python's interpreter lock until the end.
+        images = [json.dumps([image.digest, image.label, image.use], ensure_ascii=False) for image in self.images]
+        head = json.dumps({"format": FORMAT, "task": task}, ensure_ascii=False)
+        return f'{head[:-1]}, "images": [{", ".join(images)}]}}'.encode()
 
     def info(self, text: bytes) -> SnapshotInfo:
         """Return the digest of the text, and the numbers of images."""

@@ -1,5 +1,8 @@
 """Recipe `instant`: a classifier head on the stored features of a snapshot's images."""
 
+import io
+import json
+import zipfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -8,16 +11,26 @@ from numpy.typing import NDArray
 
 from adapters.backbone import BackboneInfo
 from adapters.data.errors import DataError
+from adapters.evaluation.numbers import report_numbers
 from adapters.training.auto import Classifier, instant_from_features
 
+from ...concurrency import lower_priority
 from ...errors import Conflict
 from ..datasets.snapshots import Snapshot
+
+REPORT = "report.json"
+
+
+def start_fit_thread() -> None:
+    """Let the calling thread fit with one core, and only while classification leaves it one."""
+    torch.set_num_threads(1)
+    lower_priority()
 
 
 def fit_instant(
     snapshot: Snapshot, rows: Mapping[str, NDArray[np.float16]], backbone: BackboneInfo, extra: Mapping[str, str]
-) -> Classifier:
-    """Fit the instant head to the features of a snapshot.
+) -> tuple[Classifier, bytes]:
+    """Fit the instant head to the features of a snapshot. Return it with its report, a zip of `report.json`.
 
     Args:
         rows: (D,) of each image, by digest.
@@ -34,6 +47,14 @@ def fit_instant(
             features = torch.from_numpy(np.stack([rows[image.digest] for image in images]).astype(np.float32))
             parts[use] = features, torch.tensor([numbers[image.label] for image in images])
     try:
-        return instant_from_features(*parts["train"], snapshot.labels, backbone, test=parts.get("test"), extra=extra)
+        classifier = instant_from_features(
+            *parts["train"], snapshot.labels, backbone, test=parts.get("test"), extra=extra
+        )
     except DataError as error:
         raise Conflict(f"Cannot train: {error}.") from error
+    names = [image.digest for image in snapshot.images if image.use == "train"]
+    numbers = report_numbers(classifier, names, classifier.metrics)
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(REPORT, json.dumps(numbers, ensure_ascii=False, allow_nan=False))
+    return classifier, data.getvalue()

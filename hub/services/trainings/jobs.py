@@ -26,6 +26,7 @@ from ...registry.datasets.trainings import Job, Training, TrainingRegistry
 from ...registry.redis.connection import is_cancelled
 from ...registry.tasks import TaskRegistry
 from ...registry.versions import TrainingEndedError
+from ...settings import Settings
 from ...storage.store import Store
 from ...training.job import BackboneSource, Trainer, TrainingInterrupted, TrainingJob, TrainingResult
 from ..classification import ClassificationService
@@ -61,6 +62,18 @@ class JobSettings:
     max_running: int
     max_pixels: int
     threads: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> "JobSettings":
+        """Return what the trainings of a hub share."""
+        device = "cuda" if settings.training_gpus else "cpu"
+        return cls(
+            store_url=str(settings.store_url),
+            backbone=BackboneSource(settings.backbone, settings.checkpoint, settings.image_size, device),
+            max_running=settings.max_trainings,
+            max_pixels=settings.max_image_pixels,
+            threads=settings.training_cpus,
+        )
 
 
 @dataclass

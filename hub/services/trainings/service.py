@@ -1,12 +1,12 @@
 """Trainings in the hub: the images of a dataset in, a new version out. No HTTP, no Ray."""
 
 import asyncio
+import hashlib
 import io
 import secrets
 import time
 import zipfile
-from collections.abc import AsyncIterator
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 
@@ -15,6 +15,7 @@ from ...admission.quotas import TRAINING_STREAMS, TRAININGS, TRAININGS_QUEUED
 from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ...dataset_schemas import ENDED, TrainingInfo, TrainingList, TrainingRequest, TrainingState
 from ...errors import HubError, InvalidRequest, NotFound
+from ...registry.datasets.entries import ListedImage
 from ...registry.datasets.index import DatasetIndex
 from ...registry.datasets.trainings import Author, Job, Training, TrainingRegistry
 from ...registry.tasks import TaskRegistry
@@ -23,7 +24,7 @@ from ..classification import ClassificationService
 from ..datasets.features import FeatureService
 from ..datasets.removal import FileRemoval
 from ..datasets.snapshots import Snapshot
-from .instant import fit_instant
+from .instant import REPORT, fit_instant
 from .jobs import TrainingJobs
 from .promotion import PromotionService
 
@@ -50,11 +51,13 @@ class TrainingService:
         promotion: PromotionService,
         jobs: TrainingJobs,
         threads: TenantThreads,
-        fits: Executor,
+        parse_threads: TenantThreads,
+        fits: TenantThreads,
     ) -> None:
         """
         Args:
             threads: thread pool for calls to the store.
+            parse_threads: thread pool for snapshots.
             fits: thread pool for fits, whose threads run torch with one thread each.
         """
         self._index = index
@@ -68,8 +71,10 @@ class TrainingService:
         self._promotion = promotion
         self._jobs = jobs
         self._threads = threads
+        self._parse_threads = parse_threads
         self._fits = fits
         self._limit = TenantConcurrencyLimit(TRAININGS, TRAININGS + TRAININGS_QUEUED)
+        self._queueing = TenantConcurrencyLimit(TRAININGS, TRAININGS + TRAININGS_QUEUED)
         self._streams = TenantConcurrencyLimit(TRAINING_STREAMS, TRAINING_STREAMS)
 
     async def train(self, caller: Caller, name: str, request: TrainingRequest) -> TrainingInfo:
@@ -91,9 +96,11 @@ class TrainingService:
         if request.recipe not in JOB_RECIPES:
             known = ", ".join(map(repr, (INSTANT, *JOB_RECIPES)))
             raise InvalidRequest.at("recipe", f"is {request.recipe[:40]!r}; must be one of {known}")
-        await self._tasks.task(caller.tenant, task)
-        dataset = await self._index.all(caller.tenant, task)
-        training = await self._started(caller, task, request, Snapshot.of(dataset), "queued")
+        async with self._queueing.acquire(caller.tenant):
+            await self._tasks.task(caller.tenant, task)
+            await self._trainings.check_room(caller.tenant)
+            snapshot = await self._snapshot(caller.tenant, await self._index.all(caller.tenant, task))
+            training = await self._started(caller, task, request, snapshot, "queued")
         self._jobs.wake()
         return training.public()
 
@@ -163,16 +170,20 @@ class TrainingService:
         await self._tasks.task(caller.tenant, task)
         dataset = await self._index.all(caller.tenant, task)
         # A first look, before the features are read: most faults of a dataset show here.
-        Snapshot.of(dataset)
+        await self._snapshot(caller.tenant, dataset)
         labelled = [image.digest for image in dataset if image.label is not None]
         rows = await self._features.of(caller.tenant, labelled)
-        snapshot = Snapshot.of([image for image in dataset if image.digest in rows])
+        snapshot = await self._snapshot(caller.tenant, [image for image in dataset if image.digest in rows])
         left_out = len(labelled) - len(rows)
         training = await self._started(caller, task, TrainingRequest(), snapshot, "failed", left_out)
         try:
             backbone = (await self._classification.limits()).backbone
             extra = {"snapshot": training.snapshot.digest, "training": training.id}
-            classifier = await run_blocking(self._fits, fit_instant, snapshot, rows, backbone, extra)
+            classifier, report = await run_blocking(
+                self._fits.of(caller.tenant), fit_instant, snapshot, rows, backbone, extra
+            )
+            digest = hashlib.sha256(report).hexdigest()
+            await run_blocking(self._threads.of(caller.tenant), self._reports.put, digest, report)
             registered, promotion = await self._promotion.register(caller, task, classifier.adapter.data)
         except HubError as error:
             failed = {"error": error.detail, "seconds": _since(started_s)}
@@ -182,6 +193,8 @@ class TrainingService:
             "state": "done",
             "version": registered.version,
             "report": registered.metrics,
+            "report_digest": digest,
+            "report_files": [REPORT],
             "promotion": promotion,
             "seconds": _since(started_s),
             "error": None,
@@ -189,6 +202,9 @@ class TrainingService:
         training = training.model_copy(update=done)
         await self._trainings.put(caller, caller.tenant, task, training, audited=True)
         return training.public()
+
+    async def _snapshot(self, tenant: str, dataset: Sequence[ListedImage]) -> Snapshot:
+        return await run_blocking(self._parse_threads.of(tenant), Snapshot.of, dataset)
 
     async def _started(
         self,
@@ -200,8 +216,8 @@ class TrainingService:
         left_out: int = 0,
     ) -> Training:
         """Store a new training with its snapshot, and return it."""
-        text = snapshot.text(task)
-        info = snapshot.info(text)
+        text = await run_blocking(self._parse_threads.of(caller.tenant), snapshot.text, task)
+        info = await run_blocking(self._parse_threads.of(caller.tenant), snapshot.info, text)
         warnings = list(snapshot.warnings)
         if left_out:
             warnings.append(f"{left_out} images cannot be read and were left out")

@@ -29,6 +29,9 @@ class Statuses:
     def record_kept(self, end: str, images: int) -> None:
         raise AssertionError(f"no test keeps images, and {images} were {end}")
 
+    def record_lost_usage(self, images: int) -> None:
+        raise AssertionError(f"no test fills the counts, and {images} were lost")
+
     def record_registry(self, refuses_changes: bool) -> None:
         assert not refuses_changes
 

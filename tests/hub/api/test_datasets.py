@@ -235,6 +235,23 @@ def test_features_are_computed_once_on_arrival(dataset: Hub) -> None:
     assert dataset.engine.feature_images == 5
 
 
+def test_several_images_change_in_one_step_and_absent_ones_are_named(dataset: Hub) -> None:
+    dataset.http.post(IMAGES, files=[("rose", (f"{i}.png", png(i))) for i in range(3)])
+    digests, absent = [digest_of(png(i)) for i in range(3)], "0" * 64
+    body = {"images": [digests[0], digests[1], digests[1], absent], "label": "tulip", "split": "test"}
+    changed = dataset.http.patch(IMAGES, json=body)
+    assert changed.status_code == 200, changed.text
+    assert changed.json() == {"changed": 2, "absent": [absent]}
+    assert {image["digest"] for image in listed(dataset, "?label=tulip&split=test")} == set(digests[:2])
+    assert dataset.http.patch(IMAGES, json={"images": digests, "label": "tulip"}).json()["changed"] == 1
+    assert dataset.http.patch(IMAGES, json={"images": digests, "label": None}).json()["changed"] == 3
+    assert [row["label"] for row in dataset.http.get("/v1/tasks/flowers/dataset").json()["labels"]] == []
+    assert dataset.http.patch(IMAGES, json={"images": [absent], "label": "lily"}).status_code == 404
+    assert dataset.http.patch(IMAGES, json={"images": [], "label": "lily"}).status_code == 422
+    actions = [entry["action"] for entry in dataset.http.get("/v1/tenants/default/audit").json()["entries"]]
+    assert actions.count("image.change") == 3
+
+
 def test_another_tenant_sees_neither_the_dataset_nor_an_image_by_its_digest(dataset: Hub) -> None:
     add(dataset, png(1))
     foreign = dataset.key_of("foreign")

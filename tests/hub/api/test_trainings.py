@@ -57,6 +57,24 @@ def test_a_training_is_listed_with_its_snapshot(colours: Hub) -> None:
     assert [entry["action"] for entry in entries].count("training.run") == 1
 
 
+def test_an_instant_training_has_a_report_that_goes_with_its_task(colours: Hub) -> None:
+    red = colours.http.get(f"{IMAGES}?label=red&split=train").json()["images"]
+    colours.http.patch(f"{IMAGES}/{red[0]['digest']}", json={"label": "blue"})
+    made = colours.http.post(TRAININGS).json()
+    assert made["report_files"] == ["report.json"]
+    report = colours.http.get(f"{TRAININGS}/{made['id']}/report/report.json").json()
+    assert report["labels"] == ["blue", "green", "red"]
+    counts = [report["classes"][label]["images"] for label in report["labels"]]
+    assert [sum(row) for row in report["confusion"]] == counts
+    wrong = {(error["image"], error["label"], error["predicted"]) for error in report["errors"]}
+    assert (red[0]["digest"], "blue", "red") in wrong
+    assert report["learning_curve"][-1] == [made["snapshot"]["train"], report["accuracy"]]
+    assert report["advice"]
+    assert [name for name in colours.stored() if name.endswith(".zip")]
+    colours.http.delete("/v1/tasks/colours")
+    wait_until(lambda: not any(name.endswith(".zip") for name in colours.stored()), timeout_s=20)
+
+
 def test_stored_features_are_used_and_missing_ones_are_computed(colours: Hub) -> None:
     colours.http.post(TRAININGS)
     assert colours.engine.feature_images == 36

@@ -46,6 +46,8 @@ def test_client_adds_labels_lists_trains_and_classifies(hub: Hub, url: str, tmp_
         assert client.training("colours", training.id).version == 1
         reply = client.classify("colours", folder / "blue" / "3.png")
         assert reply.predictions[0][0].label == "blue"
+        used = client.task_usage("colours", days=2)
+        assert (len(used.days), used.total.by_label, used.total.by_version) == (2, {"blue": 1}, {"1": 1})
 
 
 def test_async_client_does_the_same(hub: Hub, url: str, tmp_path: Path) -> None:

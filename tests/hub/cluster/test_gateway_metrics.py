@@ -46,6 +46,16 @@ def test_unknown_images_are_counted_with_the_label_of_their_task() -> None:
     assert counted["other"] > 2
 
 
+def test_the_mean_typicality_of_a_task_is_the_ratio_of_two_counters() -> None:
+    recorder = Recorder()
+    metrics = GatewayMetrics(recorder.types())
+    for sum_ in (1.5, 0.5):
+        context = RequestContext("r", "acme", images={"digits": 4}, typicality={"digits": (4, sum_)})
+        metrics.record(context, 200, 0.1)
+    sums = recorder.sums()
+    assert sums["karst_typicality", "acme", "digits"] / sums["karst_images_typical", "acme", "digits"] == 0.25
+
+
 def test_a_refusal_is_counted_by_type_and_limit() -> None:
     recorder = Recorder()
     metrics = GatewayMetrics(recorder.types())

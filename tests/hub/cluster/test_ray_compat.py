@@ -98,6 +98,28 @@ print(json.dumps([usage_lib.usage_stats_enabled(), ray_constants.RAY_DEDUP_LOGS_
     assert in_new_process(code, switches) == [False, switches["RAY_DEDUP_LOGS_SKIP_REGEX"]]
 
 
+def test_serve_reads_the_intervals_of_every_hub(tmp_path: Path) -> None:
+    code = """
+from ray.serve._private import constants
+print(json.dumps([constants.CONTROL_LOOP_INTERVAL_S, constants.RAY_SERVE_METRICS_EXPORT_INTERVAL_MS]))
+"""
+    assert in_new_process(code, ray_compat.ray_switches(tmp_path / "token")) == [0.25, 1000]
+
+
+@pytest.mark.parametrize("without", [True, False])
+def test_head_has_no_monitors_when_it_starts_without_them(without: bool) -> None:
+    code = f"""
+import contextlib, psutil, ray
+from hub.cluster.ray_compat import without_monitors
+with without_monitors() if {without} else contextlib.nullcontext():
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+ray.shutdown()
+print(json.dumps([any(name in command for command in commands) for name in ("log_monitor.py", "/monitor.py")]))
+"""
+    assert in_new_process(code, ray_compat.LOOPBACK_SWITCHES) == [not without] * 2
+
+
 def test_a_local_cluster_has_the_private_arguments_the_keys_of_its_node_and_its_files() -> None:
     code = f"""
 import ray, sys, tempfile, time

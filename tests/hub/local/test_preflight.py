@@ -80,18 +80,6 @@ def test_a_registry_that_cannot_be_used_is_refused(url: str) -> None:
         preflight.check_registry(url)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"backbone": "nonsense"}, "nonsense"),
-        ({"backbone": "demo", "checkpoint": Path("/no/such.safetensors")}, "such.safetensors"),
-    ],
-)
-def test_a_backbone_that_cannot_be_loaded_is_refused(values: dict[str, object], message: str) -> None:
-    with pytest.raises(StartError, match=message):
-        preflight.check_backbone(Settings().model_copy(update=values))
-
-
 def test_too_few_open_files_are_refused_with_the_ways_to_raise_the_limit() -> None:
     with pytest.raises(StartError, match=r"limit of open files is 256, and the hub needs 1024.*LimitNOFILE"):
         check_open_files(Settings(), 256)

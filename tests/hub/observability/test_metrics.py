@@ -103,6 +103,8 @@ HEALTHY = {
     'ray_karst_request_seconds_bucket{tenant="a", le="1"}': "0+600x30",
     'ray_karst_request_seconds_bucket{tenant="a", le="5"}': "0+600x30",
     'ray_karst_request_seconds_bucket{tenant="a", le="+Inf"}': "0+600x30",
+    'ray_karst_images_typical_total{tenant="a", task="t"}': "0+600x30",
+    'ray_karst_typicality_total{tenant="a", task="t"}': "0+300x30",
     "ray_karst_adapter_hits_total": "0+600x30",
     "ray_karst_adapter_evictions_total": "0+6x30",
     "ray_karst_adapter_failures_total": "0x30",
@@ -119,6 +121,7 @@ FAULTS: dict[str, dict[str, str | None]] = {  # alert -> what differs; None: the
     "KarstHubThrashing": {"ray_karst_adapter_evictions_total": "0+300x30"},
     "KarstHubLoadsFail": {"ray_karst_adapter_failures_total": "0+6x30"},
     "KarstHubColdLoadsSlow": {"ray_karst_adapter_load_seconds_total": "0+30x30"},
+    "KarstHubDrift": {'ray_karst_typicality_total{tenant="a", task="t"}': "0+180x30"},
     "KarstHubTenantAtItsLimit": {'ray_karst_limits_hit_total{tenant="a", limit="requests_per_second"}': "0+120x30"},
 }
 

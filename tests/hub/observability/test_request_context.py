@@ -11,7 +11,7 @@ def test_notes_outside_of_a_request_have_no_effect() -> None:
     request_context.note_tenant("acme")
     request_context.note_error("not-found")
     request_context.note_images("digits", 1)
-    request_context.note_unknown("digits", 1)
+    request_context.note_answers("digits", 1, [0.5])
     assert request_context.log_fields() == {}
 
 

@@ -33,6 +33,9 @@ class Recorder:
     def record_kept(self, end: str, images: int) -> None:
         raise AssertionError("the middleware keeps no images")
 
+    def record_lost_usage(self, images: int) -> None:
+        raise AssertionError("the middleware counts no answers")
+
     def record_registry(self, refuses_changes: bool) -> None:
         raise AssertionError("the middleware knows no registry")
 

@@ -5,8 +5,7 @@ from collections import Counter
 from httpx2 import Response
 
 from adapters import Adapter
-from hub.registry.models import Task
-from hub.services.classification import choose_version
+from hub.registry.models import Task, choose_version
 from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import png
 

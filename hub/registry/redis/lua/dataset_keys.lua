@@ -78,7 +78,9 @@ local function drop_dataset(tenant, task)
     redis.call('RENAME', images, dropped)
     redis.call('SADD', 'karst:dropped', dropped)
   end
-  for _, name in ipairs({'info', 'names', 'labels', 'folds', 'merged', 'trainings', 'training-order', 'kept'}) do
+  local usage = redis.call('HGET', dataset_key(tenant, task, 'usage'), 'b')
+  if usage then redis.call('DECRBY', tenant_key(tenant, 'usage_bytes'), usage) end
+  for _, name in ipairs({'info', 'names', 'labels', 'folds', 'fold-of', 'merged', 'trainings', 'training-order', 'kept', 'usage'}) do
     redis.call('UNLINK', dataset_key(tenant, task, name))
   end
   redis.call('SREM', 'karst:kept', tenant .. ':' .. task)

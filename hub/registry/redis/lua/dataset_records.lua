@@ -14,9 +14,16 @@ local function key(args, name)
   return dataset_key(args.tenant, args.task, name)
 end
 
--- Return the id by which a label is indexed.
+-- Return the id by which a label is indexed: the last one of a chain of merges, which becomes shorter by this call.
 local function heir(args, id)
-  return redis.call('HGET', key(args, 'merged'), id) or id
+  local last, steps = id, 0
+  local following = redis.call('HGET', key(args, 'merged'), last)
+  while following do
+    last, steps = following, steps + 1
+    following = redis.call('HGET', key(args, 'merged'), last)
+  end
+  if steps > 1 then redis.call('HSET', key(args, 'merged'), id, last) end
+  return last
 end
 
 -- Add an image to (ZADD) or remove it from (ZREM) every index that it belongs to.
@@ -50,20 +57,27 @@ local function write_record(args, digest, record)
   update_indexes(args, 'ZADD', digest, record)
 end
 
--- Forget a label without images.
+-- Note how a label is spelled without case, spaces and Unicode form.
+local function put_fold(args, id, fold)
+  redis.call('HSETNX', key(args, 'folds'), fold, id)
+  redis.call('HSET', key(args, 'fold-of'), id, fold)
+end
+
+local function drop_fold(args, id)
+  local fold = redis.call('HGET', key(args, 'fold-of'), id)
+  if not fold then return end -- a label of an older hub
+  redis.call('HDEL', key(args, 'fold-of'), id)
+  if redis.call('HGET', key(args, 'folds'), fold) == id then redis.call('HDEL', key(args, 'folds'), fold) end
+end
+
+-- Forget a label without images. The work must not depend on the number of labels: an upload calls this for each image.
 local function drop_if_unused(args, id)
   if id == '' or redis.call('EXISTS', index_key(args.tenant, args.task, '*', id)) == 1 then return end
   local name = redis.call('HGET', key(args, 'labels'), id)
   if not name then return end
   redis.call('HDEL', key(args, 'labels'), id)
   redis.call('HDEL', key(args, 'names'), name)
-  local folds, merged = redis.call('HGETALL', key(args, 'folds')), redis.call('HGETALL', key(args, 'merged'))
-  for i = 1, #folds, 2 do
-    if folds[i + 1] == id then redis.call('HDEL', key(args, 'folds'), folds[i]) end
-  end
-  for i = 1, #merged, 2 do
-    if merged[i + 1] == id then redis.call('HDEL', key(args, 'merged'), merged[i]) end
-  end
+  drop_fold(args, id)
 end
 
 -- Return the names of a record's labels. `known` (id -> name) spares a page the reads of labels that it has seen.
@@ -86,9 +100,10 @@ local function label_id(args, name, fold)
   redis.call('HSET', key(args, 'names'), name, id)
   redis.call('HSET', key(args, 'labels'), id, name)
   local other = redis.call('HGET', key(args, 'folds'), fold)
-  if other then return id, redis.call('HGET', key(args, 'labels'), other) end
-  redis.call('HSET', key(args, 'folds'), fold, id)
-  return id
+  local similar = other and redis.call('HGET', key(args, 'labels'), other)
+  if other and not similar then redis.call('HDEL', key(args, 'folds'), fold) end
+  put_fold(args, id, fold)
+  return id, similar or nil
 end
 
 -- Return a limit of the tenant. Tenants of an older hub have none.

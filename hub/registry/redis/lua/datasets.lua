@@ -2,6 +2,7 @@
 
 local datasets = {}
 local USES = {'train', 'test'}
+local RELABELLED = 100 -- images of a label whose records are changed when it is merged into another label
 
 -- images: list of {digest, label ('': none), fold, split ('': auto, or unchanged), used, size, name};
 -- max_labels, limits (defaults), audited (whether an earlier step of the same request wrote the entry), patience_s (in
@@ -33,26 +34,36 @@ function datasets.check_room(args)
   return DONE
 end
 
--- digest, label (null: unchanged; '': none), fold, split ('': unchanged), used, max_labels.
+-- digests, label (null: unchanged; '': none), fold, split ('': unchanged), used (of each image), max_labels. Return the
+-- number of changed images, and the digests of absent ones.
 function datasets.change(args)
   local refusal = find_change_refusal(args)
   if refusal then return refusal end
-  local record = read_record(args, args.digest)
-  if not record then return {outcome = 'no_image'} end
-  local ids = nil
+  local records, absent, changed = {}, {}, 0
+  for i, digest in ipairs(args.digests) do
+    records[i] = read_record(args, digest) or false
+    if not records[i] then absent[#absent + 1] = digest end
+  end
+  if #absent == #args.digests then return {outcome = 'no_image'} end
+  local ids, label = nil, nil
   if args.label == '' then
     ids = {}
   elseif args.label ~= cjson.null then
-    local id = label_id(args, args.label, args.fold)
-    if not id then return {outcome = 'labels_full'} end
-    if not (#record.l == 1 and heir(args, record.l[1]) == id) then ids = {id} end
+    label = label_id(args, args.label, args.fold)
+    if not label then return {outcome = 'labels_full'} end
+    ids = {label}
   end
-  local split, used = args.split, args.used
-  if split == '' then split, used = record.s, record.u end
-  if move(args, args.digest, record, ids, split, used) then
-    record_change(args, 'dataset', args.task)
+  for i, record in ipairs(records) do
+    if record then
+      local own = ids
+      if label and #record.l == 1 and heir(args, record.l[1]) == label then own = nil end
+      local split, used = args.split, args.used[i]
+      if split == '' then split, used = record.s, record.u end
+      if move(args, args.digests[i], record, own, split, used) then changed = changed + 1 end
+    end
   end
-  return DONE
+  if changed > 0 then record_change(args, 'dataset', args.task) end
+  return {outcome = 'done', number = changed, names = some(absent)}
 end
 
 -- digests. Return those whose files no dataset holds any more.
@@ -65,7 +76,27 @@ function datasets.remove(args)
   return {outcome = 'done', number = removed, names = some(orphans)}
 end
 
--- old (its name), label and fold (the new one). Rename a label, or merge it into a label that exists.
+-- Give the images of one label another one, record by record.
+local function relabel(args, id, target)
+  for _, digest in ipairs(redis.call('ZRANGE', index_key(args.tenant, args.task, '*', id), 0, -1)) do
+    local record = read_record(args, digest)
+    move(args, digest, record, {target}, record.s, record.u)
+  end
+end
+
+-- Add the members of a sorted set to another one, and delete it. The work is that of the smaller one.
+local function add_all(from, to)
+  if redis.call('ZCARD', from) > redis.call('ZCARD', to) then
+    add_all(to, from)
+    redis.call('RENAME', from, to)
+    return
+  end
+  local members = redis.call('ZRANGE', from, 0, -1, 'WITHSCORES')
+  for i = 1, #members, 2 do redis.call('ZADD', to, members[i + 1], members[i]) end
+  redis.call('UNLINK', from)
+end
+
+-- old (its name), label and fold (the new one), max_labels. Rename a label, or merge it into a label that exists.
 function datasets.rename_label(args)
   local refusal = find_change_refusal(args)
   if refusal then return refusal end
@@ -74,31 +105,28 @@ function datasets.rename_label(args)
   if not id then return {outcome = 'no_label'} end
   if args.old == args.label then return {outcome = 'done', created = false} end
   local target = redis.call('HGET', names, args.label)
-  redis.call('HDEL', names, args.old)
-  local folds = redis.call('HGETALL', key(args, 'folds'))
-  for i = 1, #folds, 2 do
-    if folds[i + 1] == id then redis.call('HDEL', key(args, 'folds'), folds[i]) end
-  end
   if not target then
+    redis.call('HDEL', names, args.old)
     redis.call('HSET', names, args.label, id)
     redis.call('HSET', labels, id, args.label)
-    redis.call('HSETNX', key(args, 'folds'), args.fold, id)
-    record_change(args, 'dataset', args.task)
-    return {outcome = 'done', created = false}
+    drop_fold(args, id)
+    put_fold(args, id, args.fold)
+  elseif redis.call('ZCARD', index_key(args.tenant, args.task, '*', id)) <= RELABELLED then
+    relabel(args, id, target)
+    drop_if_unused(args, id) -- a label without images
+  else
+    -- `merged` keeps the ids of such labels, since records may have them.
+    if redis.call('HLEN', key(args, 'merged')) >= args.max_labels then return {outcome = 'labels_full'} end
+    for _, used in ipairs({'*', 'train', 'test'}) do
+      add_all(index_key(args.tenant, args.task, used, id), index_key(args.tenant, args.task, used, target))
+    end
+    redis.call('HSET', key(args, 'merged'), id, target)
+    redis.call('HDEL', names, args.old)
+    redis.call('HDEL', labels, id)
+    drop_fold(args, id)
   end
-  for _, used in ipairs({'*', 'train', 'test'}) do
-    local from, to = index_key(args.tenant, args.task, used, id), index_key(args.tenant, args.task, used, target)
-    redis.call('ZUNIONSTORE', to, 2, to, from, 'AGGREGATE', 'MAX')
-    redis.call('UNLINK', from)
-  end
-  local merged = redis.call('HGETALL', key(args, 'merged'))
-  for i = 1, #merged, 2 do
-    if merged[i + 1] == id then redis.call('HSET', key(args, 'merged'), merged[i], target) end
-  end
-  redis.call('HSET', key(args, 'merged'), id, target)
-  redis.call('HDEL', labels, id)
   record_change(args, 'dataset', args.task)
-  return {outcome = 'done', created = true}
+  return {outcome = 'done', created = target and true or false}
 end
 
 local function shown(args, digest, text, known)
@@ -135,21 +163,19 @@ function datasets.find(args)
   return {outcome = 'done', text = cjson.encode(shown(args, args.digest, text, {}))}
 end
 
--- Return the number of images by label and use, and the dataset's totals. ZCARD counts without a scan.
+-- ids (of labels; '': no label). Return the numbers of images that train and that test, for each label, and the
+-- dataset's totals. A dataset may have thousands of labels: the caller asks for some of them at a time.
 function datasets.describe(args)
   if redis.call('EXISTS', task_key(args.tenant, args.task)) == 0 then return ABSENT end
   local counts = {}
-  local labels = redis.call('HGETALL', key(args, 'labels'))
-  labels[#labels + 1], labels[#labels + 2] = '', ''
-  for i = 1, #labels, 2 do
-    local count = {label = labels[i + 1]}
-    for _, used in ipairs(USES) do
-      count[used] = redis.call('ZCARD', index_key(args.tenant, args.task, used, labels[i]))
+  for i, id in ipairs(args.ids) do
+    counts[i] = {}
+    for j, used in ipairs(USES) do
+      counts[i][j] = redis.call('ZCARD', index_key(args.tenant, args.task, used, id))
     end
-    counts[#counts + 1] = count
   end
   local totals = redis.call('HMGET', key(args, 'info'), 'images', 'bytes')
-  local found = {labels = counts, images = tonumber(totals[1] or 0), bytes = tonumber(totals[2] or 0)}
+  local found = {counts = counts, images = tonumber(totals[1] or 0), bytes = tonumber(totals[2] or 0)}
   return {outcome = 'done', text = cjson.encode(found)}
 end
 

@@ -77,7 +77,7 @@ function tenants.delete(args)
   end
   local names = {
     'tasks', 'numbers', 'floor', 'changes', 'shares', 'bytes', 'registry', 'images', 'image_bytes', 'keys', 'shared',
-    'audit', 'rate', 'flight', 'settled', 'counts',
+    'audit', 'rate', 'flight', 'settled', 'counts', 'usage_bytes',
   }
   for _, name in ipairs(names) do redis.call('UNLINK', tenant_key(args.tenant, name)) end
   drop_orphans(args.tenant)

@@ -58,9 +58,16 @@ local function enqueue(args, place)
   redis.call('ZADD', TURNS, redis.call('GET', tenant_key(args.tenant, 'training-turn')) or 0, args.tenant)
 end
 
--- body, snapshot (digest), max_trainings, entry, audited (whether to write the entry), queued (whether to add a job),
--- max_jobs (queued or running ones of the tenant). Add a training, or replace its body. Return the files of the oldest
--- trainings that were dropped and that no other training uses.
+-- Count a training as a user of its report. Return a refusal if the file is being removed.
+local function hold_report(report)
+  if report == cjson.null then return nil end
+  if redis.call('EXISTS', 'karst:image-gc:' .. report) == 1 then return {outcome = 'removing'} end
+  redis.call('HINCRBY', 'karst:reports', report, 1)
+end
+
+-- body, snapshot and report (digests; report null: none), max_trainings, entry, audited (whether to write the entry),
+-- queued (whether to add a job), max_jobs (queued or running ones of the tenant). Add a training, or replace its body.
+-- Return the files of the oldest trainings that were dropped and that no other training uses.
 function trainings.put(args)
   if is_revoked(args.entry) then return REVOKED end
   local refusal = (args.queued or not args.audited) and take_change(args)
@@ -69,6 +76,11 @@ function trainings.put(args)
   if redis.call('EXISTS', 'karst:image-gc:' .. args.snapshot) == 1 then return {outcome = 'removing'} end
   if args.queued and redis.call('SCARD', tenant_key(args.tenant, 'training-jobs')) >= args.max_jobs then
     return limit_reached('training_jobs', args.max_jobs)
+  end
+  local known = redis.call('HGET', key(args, 'trainings'), args.id)
+  if not known or report_of(cjson.decode(known)) ~= report_of({report_digest = args.report}) then
+    local removing = hold_report(args.report)
+    if removing then return removing end
   end
   local orphans = {}
   if redis.call('HSET', key(args, 'trainings'), args.id, args.body) == 1 then
@@ -135,10 +147,8 @@ end
 -- token ('': its lease has expired), body, report (digest, null: none), entry. End a running job.
 function trainings.finish(args)
   if not held(args) then return ABSENT end
-  if args.report ~= cjson.null then
-    if redis.call('EXISTS', 'karst:image-gc:' .. args.report) == 1 then return {outcome = 'removing'} end
-    redis.call('HINCRBY', 'karst:reports', args.report, 1)
-  end
+  local removing = hold_report(args.report)
+  if removing then return removing end
   redis.call('HSET', key(args, 'trainings'), args.id, args.body)
   drop_job(args.tenant, args.task, args.id)
   record_change(args, 'dataset', args.task)

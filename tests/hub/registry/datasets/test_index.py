@@ -8,8 +8,8 @@ import pytest
 from hub.admin_schemas import LimitsChange
 from hub.errors import LimitReached, NotFound, Unauthenticated
 from hub.registry.audit import OPERATOR, Actor
+from hub.registry.datasets.entries import use_of
 from hub.registry.datasets.files import StoredName
-from hub.registry.datasets.index import use_of
 from hub.registry.events import STREAMS, EventLog
 from tests.support.datasets import Registry, digest_of, new_image, with_datasets
 
@@ -75,16 +75,16 @@ def test_an_image_changes_label_and_split_and_loses_its_label(empty_redis: str) 
         await registry.add(new_image(1, "rose", "train"))
         digest = digest_of(1)
         index = registry.index
-        await index.change(OPERATOR, "t", "flowers", digest, label="tulip", relabel=True, split="test")
+        await index.change(OPERATOR, "t", "flowers", [digest], label="tulip", relabel=True, split="test")
         image = await index.find("t", "flowers", digest)
         assert (image.label, image.use) == ("tulip", "test")
-        await index.change(OPERATOR, "t", "flowers", digest, label=None, relabel=True, split=None)
+        await index.change(OPERATOR, "t", "flowers", [digest], label=None, relabel=True, split=None)
         image = await index.find("t", "flowers", digest)
         assert (image.label, image.labels, image.use) == (None, [], "test")
         assert await registry.names(unlabelled=True) == ["1"]
         assert await registry.counts() == {}
         with pytest.raises(NotFound, match="no image"):
-            await index.change(OPERATOR, "t", "flowers", digest_of(2), label="x", relabel=True, split=None)
+            await index.change(OPERATOR, "t", "flowers", [digest_of(2)], label="x", relabel=True, split=None)
 
     with_datasets(empty_redis, use)
 
@@ -277,5 +277,67 @@ def test_a_page_takes_no_longer_in_a_dataset_of_20000_images_than_in_a_small_one
         large = await median_ms()
         assert large < 10 * small, (small, large)  # 20 times the images; the bar of 50 ms is in benchmarks
         assert len(await registry.index.all("t", "flowers")) == 20_000
+
+    with_datasets(empty_redis, use)
+
+
+@pytest.mark.parametrize("into_larger", [True, False])
+def test_merged_labels_keep_their_images_when_they_have_many_and_are_merged_again(
+    empty_redis: str, into_larger: bool
+) -> None:
+    async def use(registry: Registry) -> None:
+        for label, numbers in (("a", range(150)), ("b", range(150, 400)), ("c", range(400, 520))):
+            await registry.add(*(new_image(i, label) for i in numbers))
+        index = registry.index
+        for old, new in [("a", "b"), ("b", "c")] if into_larger else [("b", "a"), ("a", "c")]:
+            assert await index.rename_label(OPERATOR, "t", "flowers", old, new)
+        assert await registry.counts() == {"c": 520}
+        assert await registry.names("c") == [str(i) for i in reversed(range(520))]
+        uses = [image.use for image in await registry.page(label="c", use="test")]
+        assert uses == ["test"] * len(uses)
+        assert {image.label for image in await index.all("t", "flowers")} == {"c"}
+        assert {image.label for image in await registry.page()} == {"c"}
+        moved = await registry.add(*(new_image(i, "a") for i in range(520)))
+        assert {status.before for status in moved} == {"c"}
+        assert await registry.counts() == {"a": 520}
+
+    with_datasets(empty_redis, use)
+
+
+def test_merges_of_small_labels_leave_nothing_behind_in_redis(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        async def stored() -> int:
+            """Return the number of fields in all hashes of the dataset."""
+            redis = registry.connection.redis
+            names = [name async for name in redis.scan_iter("karst:t:t:data:flowers:*", _type="hash")]
+            return sum([await redis.hlen(name) for name in names])
+
+        await registry.add(new_image(1, "rose"), new_image(2, "tulip"))
+        before = await stored()
+        for i in range(30):
+            await registry.add(new_image(1, f"Rose {i}"))
+            assert await registry.index.rename_label(OPERATOR, "t", "flowers", f"Rose {i}", "tulip")
+            await registry.add(new_image(1, "rose"))
+        assert await stored() == before
+
+    with_datasets(empty_redis, use)
+
+
+def test_moving_images_takes_no_longer_in_a_dataset_of_4000_labels_than_in_a_small_one(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        async def median_ms() -> float:
+            times = []
+            for i in range(15):
+                began = time.perf_counter()
+                await registry.add(*(new_image(n, f"new {i} {n}") for n in range(30)))
+                times.append(1000 * (time.perf_counter() - began))
+            return sorted(times)[len(times) // 2]
+
+        small_ms = await median_ms()
+        for start in range(0, 4000, 500):
+            await registry.add(*(new_image(f"more {i}", f"label {i}") for i in range(start, start + 500)))
+        large_ms = await median_ms()
+        print(f"{small_ms:.1f} and {large_ms:.1f} ms")
+        assert large_ms < 4 * small_ms  # 14 times when each move read all labels
 
     with_datasets(empty_redis, use)

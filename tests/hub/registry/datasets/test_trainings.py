@@ -13,7 +13,7 @@ from hub.registry.audit import OPERATOR
 from hub.registry.datasets.files import StoredName
 from hub.registry.datasets.trainings import MAX_TRAININGS, Job, Training, TrainingRegistry
 from hub.schemas import TaskSettings
-from tests.support.datasets import Registry, digest_of, with_datasets
+from tests.support.datasets import Registry, digest_of, unpaced_reads, with_datasets
 from tests.support.registry import version
 
 LONG_S = 1000
@@ -49,7 +49,7 @@ async def take(trainings: TrainingRegistry, token: str = "me", lease_s: float = 
 
 def test_tenants_take_turns_and_each_tenants_jobs_keep_their_order(empty_redis: str) -> None:
     async def use(registry: Registry) -> None:
-        trainings = TrainingRegistry(registry.connection)
+        trainings = TrainingRegistry(registry.connection, unpaced_reads())
         for tenant in ("a", "b", "c"):
             await registry.tenants.create(OPERATOR, tenant, LimitsChange())
             await registry.tasks.put(OPERATOR, tenant, "flowers", TaskSettings())
@@ -66,7 +66,7 @@ def test_tenants_take_turns_and_each_tenants_jobs_keep_their_order(empty_redis: 
 
 def test_a_tenant_that_comes_back_waits_for_the_others_turns(empty_redis: str) -> None:
     async def use(registry: Registry) -> None:
-        trainings = TrainingRegistry(registry.connection)
+        trainings = TrainingRegistry(registry.connection, unpaced_reads())
         await queue(trainings, "t1")
         assert await take(trainings) == "t t1"
         await queue(trainings, "t2")
@@ -78,7 +78,7 @@ def test_a_tenant_that_comes_back_waits_for_the_others_turns(empty_redis: str) -
 
 def test_no_more_jobs_run_than_the_hub_allows(empty_redis: str) -> None:
     async def use(registry: Registry) -> None:
-        trainings = TrainingRegistry(registry.connection)
+        trainings = TrainingRegistry(registry.connection, unpaced_reads())
         await queue(trainings, "x", "y")
         assert [await take(trainings, running=1), await take(trainings, running=1)] == ["t x", ""]
         assert await trainings.finish(Job("t", "flowers", "x"), "me", training("x", state="done"))
@@ -89,7 +89,7 @@ def test_no_more_jobs_run_than_the_hub_allows(empty_redis: str) -> None:
 
 def test_a_job_whose_lease_has_expired_goes_to_the_front_and_its_gateway_loses_it(empty_redis: str) -> None:
     async def use(registry: Registry) -> None:
-        trainings, job = TrainingRegistry(registry.connection), Job("t", "flowers", "x")
+        trainings, job = TrainingRegistry(registry.connection, unpaced_reads()), Job("t", "flowers", "x")
         await queue(trainings, "x", "y")
         assert await take(trainings, "first", lease_s=-1) == "t x"
         taken = await trainings.take("second", lease_s=LONG_S, max_running=1)
@@ -109,7 +109,7 @@ def test_a_job_whose_lease_has_expired_goes_to_the_front_and_its_gateway_loses_i
 
 def test_a_cancelled_job_leaves_the_queue_and_its_gateway_loses_it(empty_redis: str) -> None:
     async def use(registry: Registry) -> None:
-        trainings = TrainingRegistry(registry.connection)
+        trainings = TrainingRegistry(registry.connection, unpaced_reads())
         await queue(trainings, "x", "y")
         await take(trainings, running=1)
         for id in ("x", "y"):
@@ -126,7 +126,7 @@ def test_a_cancelled_job_leaves_the_queue_and_its_gateway_loses_it(empty_redis: 
 
 def test_a_deleted_task_takes_its_jobs_with_it(empty_redis: str) -> None:
     async def use(registry: Registry) -> None:
-        trainings, job = TrainingRegistry(registry.connection), Job("t", "flowers", "x")
+        trainings, job = TrainingRegistry(registry.connection, unpaced_reads()), Job("t", "flowers", "x")
         await queue(trainings, "x", "y")
         await take(trainings, running=1)
         await registry.tasks.delete_task(OPERATOR, "t", "flowers")
@@ -140,7 +140,7 @@ def test_a_deleted_task_takes_its_jobs_with_it(empty_redis: str) -> None:
 
 def test_a_deleted_task_releases_the_snapshot_and_report_of_several_trainings(empty_redis: str) -> None:
     async def use(registry: Registry) -> None:
-        trainings, report = TrainingRegistry(registry.connection), digest_of("report")
+        trainings, report = TrainingRegistry(registry.connection, unpaced_reads()), digest_of("report")
         for id in ("x", "y"):
             await queue(trainings, id)
             await take(trainings)
@@ -161,7 +161,7 @@ def test_a_deleted_task_releases_the_snapshot_and_report_of_several_trainings(em
 
 def test_a_tenant_has_a_limit_of_jobs(empty_redis: str) -> None:
     async def use(registry: Registry) -> None:
-        trainings = TrainingRegistry(registry.connection)
+        trainings = TrainingRegistry(registry.connection, unpaced_reads())
         await queue(trainings, *map(str, range(TRAINING_JOBS)))
         with pytest.raises(LimitReached, match=f"limit {TRAINING_JOBS}"):
             await queue(trainings, "more")
@@ -172,7 +172,7 @@ def test_a_tenant_has_a_limit_of_jobs(empty_redis: str) -> None:
 
 def test_old_trainings_are_dropped_but_no_job_that_has_not_ended(empty_redis: str) -> None:
     async def use(registry: Registry) -> None:
-        trainings = TrainingRegistry(registry.connection)
+        trainings = TrainingRegistry(registry.connection, unpaced_reads())
         await queue(trainings, "job")
         dropped = []
         for i in range(MAX_TRAININGS + 1):
@@ -187,7 +187,7 @@ def test_old_trainings_are_dropped_but_no_job_that_has_not_ended(empty_redis: st
 
 def test_a_training_stays_while_the_task_has_its_version(empty_redis: str) -> None:
     async def use(registry: Registry) -> None:
-        trainings = TrainingRegistry(registry.connection)
+        trainings = TrainingRegistry(registry.connection, unpaced_reads())
         first, _ = await registry.tasks.register(OPERATOR, "t", "flowers", version("a" * 64), ["latest"])
         made = training("made", "of version", state="done", version=first.version)
         await trainings.put(OPERATOR, "t", "flowers", made)

@@ -1,0 +1,46 @@
+"""A Ray cluster on this machine alone.
+
+No torch: the process of `karst-hub serve` imports this module and lasts as long as the hub.
+"""
+
+import logging
+from pathlib import Path
+
+import ray
+
+from ..settings import Settings
+from .ray_compat import local_cluster_options, without_monitors
+
+OBJECT_STORE_BYTES = 256 * 1024**2  # images are passed by value; Ray's object store is hardly used
+
+
+def start(settings: Settings, folder: Path) -> str:
+    """Start the cluster, and return the address of its GCS.
+
+    The variables of `local.ray_environment` must be set before this module is imported: Ray reads them at import.
+
+    Args:
+        folder: the hub's private folder, for Ray's sockets and logs.
+    """
+    with without_monitors():
+        ray.init(
+            address="local",
+            num_cpus=settings.max_workers + 1 + settings.max_trainings * settings.training_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **local_cluster_options(settings.metrics_port, folder),
+        )
+    address: str = ray.get_runtime_context().gcs_address
+    return address
+
+
+def stop() -> None:
+    """Drain and stop the hub, and stop the cluster of `start`."""
+    if ray.is_initialized():  # otherwise Serve would start a cluster in order to stop it
+        from ray import serve  # 60 MB that a running hub's command does not need
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve.shutdown()  # type: ignore[no-untyped-call]  # Ray has no types here
+        ray.shutdown()

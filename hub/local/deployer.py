@@ -1,0 +1,102 @@
+"""Process of its own that loads the backbone as a check, and then deploys the hub on the local Ray cluster.
+
+A deployment's classes import torch and timm. This process ends when the hub runs; otherwise they would take hundreds of
+megabytes in the process of `karst-hub serve` for as long as the hub runs. Its imports take their time beside the start
+of Ray.
+"""
+
+import subprocess
+import sys
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+from ..observability import log_format
+from ..settings import Settings
+from .errors import StartError
+
+STOP_TIMEOUT_S = 5.0
+
+
+class Deployer:
+    """The process, as `karst-hub serve` sees it. A context: no process outlives it."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Start the process; it loads the backbone."""
+        self._connection, theirs = Pipe()
+        with theirs:
+            # -P: a folder named `hub` in the working directory is not ours. A session of its own: Ctrl-C is for the
+            # command, which then ends this process.
+            command = [sys.executable, "-P", "-m", __name__, str(theirs.fileno())]
+            self.process = subprocess.Popen(  # noqa: S603 (a fixed command)
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
+            )
+        self._connection.send(settings)
+
+    def __enter__(self) -> "Deployer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        self._connection.close()
+        if kind is None:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_TIMEOUT_S)
+        self.process.kill()  # Ray would write a stack trace about a SIGTERM
+        self.process.wait()
+
+    def check_backbone(self) -> None:
+        """Return when the backbone was loaded.
+
+        Raises:
+            StartError: it cannot be loaded.
+        """
+        if (problem := self._answer()) is not None:
+            raise StartError(problem)
+
+    def deploy(self, address: str) -> None:
+        """Deploy the hub on the cluster at this address; return when it runs.
+
+        Raises:
+            RuntimeError: Ray Serve could not start it; the text may have tracebacks.
+        """
+        self._connection.send(address)
+        if (problem := self._answer()) is not None:
+            raise RuntimeError(problem)
+
+    def _answer(self) -> str | None:
+        """Return the next problem that the process reports, or None for a step that it finished."""
+        with suppress(EOFError, ConnectionError):
+            problem: str | None = self._connection.recv()
+            return problem
+        return f"the process that deploys the hub ended with status {self.process.wait()}"
+
+
+def main(connection: Connection) -> None:
+    """Check the backbone, wait for the cluster's address, deploy; answer each step with None or its problem."""
+    settings: Settings = connection.recv()
+    log_format.start(settings.log_format, settings.log_level)
+
+    from adapters import BackboneError, load_backbone
+
+    try:
+        # Once here: a download is visible, and an error comes once. Ray would try three times.
+        load_backbone(settings.backbone, settings.checkpoint, image_size=settings.image_size)
+    except BackboneError as error:
+        connection.send(str(error))
+        return
+
+    from ..cluster import app
+
+    connection.send(None)
+    address = connection.recv()
+    try:
+        app.deploy(settings, address)
+    except (RuntimeError, TimeoutError, ValueError, OSError) as error:
+        connection.send(str(error))
+    else:
+        connection.send(None)
+
+
+if __name__ == "__main__":
+    with suppress(EOFError):  # the command has ended
+        main(Connection(int(sys.argv[1])))

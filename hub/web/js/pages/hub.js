@@ -1,0 +1,132 @@
+/** The hub, for its admin: workers, busy tasks and tenants, live; tenants and admin keys. */
+import { api } from "../api.js";
+import { Button, Chart, Dialog, ErrorBox, Field, Loading, Page, Table, ago, count, percent } from "../components.js";
+import { html, useEffect, useRef, useState } from "../lib.js";
+import { connection } from "../state.js";
+import { Audit, Keys, useApi } from "./tenant.js";
+
+const PERIOD_MS = 2000;
+const KEPT = 150; // points of the chart: five minutes
+
+export default function Hub() {
+  const [status, setStatus] = useState(null);
+  const [error, setError] = useState(null);
+  const points = useRef([[], [], []]);
+  useEffect(() => {
+    let timer;
+    let here = true;
+    const look = async () => {
+      if (connection.value === "ok" && !document.hidden) {
+        try {
+          const found = await api.get("/v1/status");
+          const sum = (name) => found.workers.reduce((total, worker) => total + worker[name], 0);
+          const now = [Date.now() / 1000, sum("images_per_second"), sum("waiting")];
+          points.current = points.current.map((values, i) => [...values, now[i]].slice(-KEPT));
+          if (!here) return;
+          setStatus(found);
+          setError(null);
+        } catch (problem) {
+          if (here) setError(problem);
+        }
+      }
+      if (here) timer = setTimeout(look, PERIOD_MS);
+    };
+    look();
+    return () => {
+      here = false;
+      clearTimeout(timer);
+    };
+  }, []);
+  return html`<${Page} title="Hub">
+    ${error && html`<${ErrorBox} error=${error} />`}
+    ${status ? html`<${Status} status=${status} points=${points.current} />` : !error && html`<${Loading} />`}
+    <${Tenants} />
+    <${Keys} path="/v1/admin/keys" roles=${[]} title="Admin keys" />
+    <${Audit} path="/v1/audit" params=${{ of: "admins" }} />
+  <//>`;
+}
+
+function Status({ status, points }) {
+  const { workers, tasks, tenants, changes_refused: refused } = status;
+  return html`<section aria-label="Now">
+    ${refused && html`<p class="error" role="alert">Changes are refused: ${refused}</p>`}
+    <h2>Now</h2>
+    <${Chart} label="Images a second, and images in the queue" time data=${points} series=${["time", "images a second", "queue"]} height=${180} />
+    <h3>Workers</h3>
+    <${Table}
+      label="Workers"
+      empty="No worker reports. The hub starts one, or none can start: see the log of the hub."
+      head=${["worker", "device", "up since", "slots", "hit rate", "images a pass", "adapters a pass", "queue", "images a second", "failures"]}
+      rows=${workers.map((worker) => [
+        worker.worker,
+        worker.device,
+        ago(Date.now() - 1000 * worker.uptime_s),
+        `${count(worker.slots_used)} of ${count(worker.slots)}`,
+        percent(worker.hits + worker.loads ? worker.hits / (worker.hits + worker.loads) : undefined, 1),
+        worker.images_per_pass.toFixed(1),
+        worker.adapters_per_pass.toFixed(1),
+        count(worker.waiting),
+        worker.images_per_second.toFixed(1),
+        count(worker.failures),
+      ])}
+    />
+    <h3>Busy tasks</h3>
+    <${Table} label="Busy tasks" empty="No task is called now." head=${["tenant", "task", "images a second"]} rows=${tasks.map((task) => [task.tenant, task.task, task.images_per_second.toFixed(1)])} />
+    <h3>Tenants of the last minute</h3>
+    <${Table}
+      label="Tenants of the last minute"
+      empty="No tenant called in the last minute."
+      head=${["tenant", "unfinished images", "requests", "images", "refused"]}
+      rows=${tenants.map(({ tenant, images_in_flight: now, counted }) => [tenant, count(now), count(counted.requests), count(counted.images), count(counted.refused)])}
+    />
+  </section>`;
+}
+
+function Tenants() {
+  const list = useApi("/v1/tenants", { limit: 100 });
+  const [making, setMaking] = useState(false);
+  const [open, setOpen] = useState(null);
+  return html`<section aria-label="Tenants">
+    <div class="title"><h2>Tenants</h2><${Button} onClick=${() => setMaking(true)}>New tenant<//></div>
+    ${list.error && html`<${ErrorBox} error=${list.error} retry=${list.reload} />`}
+    ${list.value &&
+    html`<${Table}
+      label="Tenants"
+      empty="There is no tenant."
+      head=${["tenant", "made", "requests a second", "images a second", "tasks", "stored bytes", "share", ""]}
+      rows=${list.value.tenants.map(({ tenant, created, limits }) => [
+        tenant,
+        ago(created),
+        count(limits.requests_per_second),
+        count(limits.images_per_second),
+        count(limits.tasks),
+        count(limits.stored_bytes),
+        count(limits.weight),
+        html`<${Button} label=${`Keys of ${tenant}`} onClick=${() => setOpen(tenant)}>Keys<//>`,
+      ])}
+    />`}
+    ${list.value?.next && html`<p class="soft">The first 100 tenants. <code>karst-hub tenants list</code> shows all.</p>`}
+    ${making && html`<${NewTenant} onClose=${() => setMaking(false)} onMade=${(name) => (setMaking(false), setOpen(name), list.reload())} />`}
+    ${open && html`<${Dialog} title=${`Tenant ${open}`} onClose=${() => setOpen(null)}><${Keys} path=${`/v1/tenants/${open}/keys`} /><//>`}
+  </section>`;
+}
+
+function NewTenant({ onClose, onMade }) {
+  const [name, setName] = useState("");
+  const [error, setError] = useState(null);
+  const make = async () => {
+    try {
+      await api.post("/v1/tenants", { tenant: name });
+      onMade(name);
+    } catch (problem) {
+      setError(problem);
+    }
+  };
+  return html`<${Dialog} title="New tenant" onClose=${onClose}>
+    <form onSubmit=${(event) => (event.preventDefault(), make())}>
+      <${Field} label="Name" hint="Small letters, digits, - and _"><input required maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" value=${name} onInput=${(e) => setName(e.target.value)} /><//>
+      ${error && html`<${ErrorBox} error=${error} />`}
+      <${Button} kind="primary" submit>Make the tenant<//>
+    </form>
+  <//>`;
+}

@@ -1,0 +1,345 @@
+/** Tab "Images": add pictures, see them, give them labels. */
+import { api } from "../../api.js";
+import { Button, Camera, Confirm, Dialog, DropZone, Empty, ErrorBox, Field, Loading, count } from "../../components.js";
+import { html, useEffect, useRef, useState } from "../../lib.js";
+import { go, route } from "../../router.js";
+import { Grid } from "./grid.js";
+import { ImageDialog, LabelChoice, at, attempt, useKeys, useLoaded } from "./shared.js";
+import { useUpload } from "./uploads.js";
+
+const PAGE = 500;
+const BULK = 200; // images of one change
+const FOLDERS = "folder";
+
+const sum = ({ train, test }) => train + test;
+
+/** Images of a filter, loaded page by page as far as they are needed. */
+function useImages(task, filter) {
+  const key = JSON.stringify([task, filter]);
+  const [, redraw] = useState(0);
+  const list = useRef({});
+  if (list.current.key !== key) list.current = { key, items: [], next: "0", wanted: 1 };
+  const mine = list.current;
+
+  async function load() {
+    if (filter.show === "errors") {
+      const { images } = await api.get(at(task, "review"), { kind: "errors", count: 100 });
+      mine.items = images.map(({ image, suggestions: [suggested] }) => ({ ...image, suggested }));
+      mine.next = null;
+      return;
+    }
+    const params = { count: PAGE, cursor: mine.next };
+    if (filter.use) params.split = filter.use;
+    if (filter.unlabelled) params.unlabelled = true;
+    else if (filter.label !== undefined) params.label = filter.label;
+    const page = await api.get(at(task, "images"), params);
+    mine.items = [...mine.items, ...page.images];
+    mine.next = page.next;
+  }
+  /** Load until the first `wanted` images are there. */
+  function need(wanted) {
+    mine.wanted = Math.max(mine.wanted, wanted);
+    if (mine.next === null || mine.items.length >= mine.wanted) return Promise.resolve();
+    mine.busy ??= (async () => {
+      try {
+        while (mine === list.current && mine.next !== null && mine.items.length < mine.wanted) {
+          await load();
+          redraw((n) => n + 1);
+        }
+      } catch (error) {
+        mine.error = error;
+        redraw((n) => n + 1);
+      }
+      mine.busy = null;
+    })();
+    return mine.busy;
+  }
+  /** Change or drop (null) loaded images without a request. */
+  function update(digests, change) {
+    mine.items = mine.items.flatMap((image) => {
+      if (!digests.has(image.digest)) return [image];
+      const changed = change(image);
+      return changed ? [changed] : [];
+    });
+    redraw((n) => n + 1);
+  }
+  const restart = () => {
+    list.current = {};
+    redraw((n) => n + 1);
+  };
+  useEffect(() => void need(1), [mine]);
+  return { items: mine.items, complete: mine.next === null, error: mine.error, need, update, restart };
+}
+
+/** Number of images that a filter has, from the counts of the dataset. */
+function totalOf(info, { label, unlabelled, use }) {
+  const part = (row) => (use ? row[use] : sum(row));
+  if (unlabelled) return part(info.unlabelled);
+  if (label !== undefined) return part(info.labels.find((row) => row.label === label) ?? { train: 0, test: 0 });
+  return part(info.unlabelled) + info.labels.reduce((total, row) => total + part(row), 0);
+}
+
+export default function Images({ task }) {
+  const info = useLoaded(() => api.get(at(task, "dataset")), [task]);
+  if (info.error && !info.value) return html`<${ErrorBox} error=${info.error} retry=${info.reload} />`;
+  if (!info.value) return html`<${Loading} />`;
+  return html`<${Dataset} key=${task} task=${task} info=${info.value} reload=${info.reload} />`;
+}
+
+function Dataset({ task, info, reload }) {
+  const { label, unlabelled, use, show } = route.value.query;
+  const filter = { label, unlabelled, use, show };
+  const images = useImages(task, filter);
+  const [selected, select] = useState(new Set());
+  const [open, setOpen] = useState(null);
+  const [dialog, setDialog] = useState(null); // "delete", "label", "camera"
+  const [choice, setChoice] = useState(FOLDERS); // label of new images
+  const undo = useRef([]);
+  const refresh = useRef(0);
+  const labels = info.labels.map((row) => row.label);
+  const total = show ? images.items.length : images.complete ? images.items.length : totalOf(info, filter);
+
+  const filterBy = (change) => {
+    select(new Set());
+    const query = Object.entries({ ...filter, ...change }).filter(([, value]) => value !== undefined && value !== "");
+    go(`/tasks/${task}/images${query.length ? `?${new URLSearchParams(query)}` : ""}`);
+  };
+  const recount = () => {
+    clearTimeout(refresh.current);
+    refresh.current = setTimeout(reload, 300);
+  };
+  const upload = useUpload(task, () => {
+    images.restart();
+    recount();
+  });
+  const add = (files) => upload.start(files, choice === FOLDERS ? null : choice);
+
+  const belongs = (image) => {
+    if (unlabelled && image.label !== null) return false;
+    if (label !== undefined && image.label !== label) return false;
+    return show !== "errors" || image.suggested?.kept !== false;
+  };
+  /** Give images a label (null: none), in steps. `record` keeps what Undo needs. */
+  const relabel = (digests, to, record = true) =>
+    attempt(async () => {
+      const chosen = new Set(digests);
+      const before = images.items.filter(({ digest }) => chosen.has(digest)).map(({ digest, label }) => [digest, label]);
+      for (let i = 0; i < digests.length; i += BULK) {
+        await api.patch(at(task, "images"), { images: digests.slice(i, i + BULK), label: to });
+      }
+      if (record) undo.current.push(before);
+      images.update(chosen, (image) => {
+        const changed = { ...image, label: to, suggested: image.suggested && { ...image.suggested, kept: false } };
+        return belongs(changed) ? changed : null;
+      });
+      select(new Set());
+      recount();
+    }, `${digests.length} ${digests.length === 1 ? "image is" : "images are"} ${to === null ? "without a label" : `labelled ${to}`} now.`);
+  const takeBack = async () => {
+    const last = undo.current.pop();
+    if (!last) return;
+    const groups = Map.groupBy ? Map.groupBy(last, ([, before]) => before) : groupBy(last);
+    for (const [before, rows] of groups) await relabel(rows.map(([digest]) => digest), before, false);
+    images.restart();
+  };
+  const remove = () =>
+    attempt(async () => {
+      for (const digest of selected) {
+        await api.delete(at(task, "images", digest));
+        images.update(new Set([digest]), () => null);
+      }
+      select(new Set());
+      setDialog(null);
+      recount();
+    }, `${selected.size} images are deleted.`);
+  const addLabel = (name) =>
+    attempt(async () => {
+      await api.put(at(task), { labels: [...new Set([...labels, name])] });
+      await reload();
+    });
+  const selectAll = () =>
+    attempt(async () => {
+      await images.need(Infinity);
+      select(new Set(images.items.map(({ digest }) => digest)));
+    });
+
+  useKeys((event) => {
+    const control = event.ctrlKey || event.metaKey;
+    const number = /^[1-9]$/.test(event.key) ? labels[event.key - 1] : undefined;
+    if (control && event.key === "z") takeBack();
+    else if (control || !selected.size) return;
+    else if (number !== undefined) relabel([...selected], number);
+    else if (event.key === "0" || event.key === "Backspace") relabel([...selected], null);
+    else if (event.key === "Delete") setDialog("delete");
+    else return;
+    event.preventDefault();
+  });
+  const drop = (event, to) => {
+    const text = event.dataTransfer.getData("application/x-karst-images");
+    if (!text) return;
+    event.preventDefault();
+    event.stopPropagation();
+    relabel(JSON.parse(text), to);
+  };
+  const describe = (image) =>
+    (image.suggested ? `${image.label}; or ${image.suggested.label}?` : (image.label ?? "no label")) +
+    (image.use === "test" ? " · test" : "");
+
+  const chip = (text, key, on, row, to) => html`<li>
+    <button
+      class="chip"
+      aria-pressed=${on}
+      onClick=${() => filterBy(to === undefined ? { label: undefined, unlabelled: undefined } : to === null ? { label: undefined, unlabelled: on ? undefined : "1" } : { label: on ? undefined : to, unlabelled: undefined })}
+      onDragOver=${(event) => to !== undefined && event.preventDefault()}
+      onDrop=${(event) => to !== undefined && drop(event, to)}
+    >
+      ${key && html`<kbd>${key}</kbd>`} ${text} <span class="count">${count(row)}</span>
+    </button>
+  </li>`;
+
+  const few = info.labels.filter((row) => row.train + row.test > 0).length;
+  return html`<section aria-label="Images">
+    <${DropZone} onFiles=${add} accept="image/*,.zip" folders>
+      <p><strong>Drop images, folders or a zip here</strong>, paste them, or choose them.</p>
+      <p>A folder's name becomes the label of its images.</p>
+    <//>
+    <div class="row">
+      <${LabelChoice}
+        text="Label of new images"
+        labels=${labels}
+        none="from their folders"
+        value=${choice === FOLDERS ? null : choice}
+        onPick=${(name) => setChoice(name ?? FOLDERS)}
+      />
+      <${Button} onClick=${() => setDialog("camera")}>Take pictures<//>
+    </div>
+    <${Progress} upload=${upload} />
+    ${info.images === 0
+      ? html`<${Empty} title="No images yet">
+          <p>Add about ten pictures of each thing that the task should tell apart. Two labels are the minimum.</p>
+          <p>Pictures in folders, such as <code>rose/1.jpg</code>, get the name of their folder as the label.</p>
+        <//>`
+      : html`<p role="status">
+            ${count(info.images)} images, ${few} labels.
+            ${few < 2
+              ? " Next: give images at least two labels. Select images, then press a number, drag them to a label, or choose one below."
+              : sum(info.unlabelled)
+                ? html` ${count(sum(info.unlabelled))} have no label: <a href=${`#/tasks/${task}/review`}>review them one by one</a>.`
+                : html` Next: <a href=${`#/tasks/${task}/train`}>train</a>.`}
+          </p>
+          <ul class="chips" aria-label="Labels: filter, or drop images on one">
+            ${chip("all", "", label === undefined && !unlabelled, info.images, undefined)}
+            ${chip("no label", "0", !!unlabelled, sum(info.unlabelled), null)}
+            ${info.labels.map((row, i) => chip(row.label, i < 9 ? i + 1 : "", label === row.label, sum(row), row.label))}
+            <li><button class="chip" onClick=${() => setDialog("label")}>+ new label</button></li>
+          </ul>
+          ${info.similar_labels.length > 0 &&
+          html`<p class="warning">These labels differ only in case or spaces: ${info.similar_labels.map((group) => group.join(" and ")).join("; ")}.</p>`}
+          <div class="row">
+            <${Field} label="Use">
+              <select value=${use ?? ""} onChange=${(e) => filterBy({ use: e.target.value })}>
+                <option value="">all</option>
+                <option value="train">train</option>
+                <option value="test">test</option>
+              </select>
+            <//>
+            <${Field} label="Show">
+              <select value=${show ?? ""} onChange=${(e) => filterBy({ show: e.target.value })}>
+                <option value="">newest first</option>
+                <option value="errors">labels that may be wrong</option>
+              </select>
+            <//>
+          </div>
+          ${images.error && html`<${ErrorBox} error=${images.error} retry=${images.restart} />`}
+          <div class="bulk row" role="toolbar" aria-label="Selected images">
+            <span aria-live="polite">${count(selected.size)} selected</span>
+            <${Button} onClick=${selectAll}>Select all<//>
+            ${selected.size > 0 &&
+            html`<${LabelChoice} text="Label them" labels=${labels} none="no label" onPick=${(name) => relabel([...selected], name)} />
+              <${Button} onClick=${() => setOpen(images.items.find(({ digest }) => selected.has(digest)))}>Open<//>
+              <${Button} kind="danger" onClick=${() => setDialog("delete")}>Delete<//>`}
+            ${undo.current.length > 0 && html`<${Button} onClick=${takeBack}>Undo<//>`}
+          </div>
+          ${total === 0
+            ? html`<p>${images.complete ? "No image matches this filter." : "Looking ..."}</p>`
+            : html`<${Grid}
+                task=${task}
+                items=${images.items}
+                total=${total}
+                need=${images.need}
+                selected=${selected}
+                onSelect=${select}
+                onAll=${selectAll}
+                onOpen=${setOpen}
+                describe=${describe}
+              />`}`}
+    ${open &&
+    html`<${ImageDialog}
+      task=${task}
+      image=${open}
+      labels=${labels}
+      note=${open.suggested && `A classifier of the other images says ${open.suggested.label}.`}
+      onClose=${() => setOpen(null)}
+      onDelete=${() => (select(new Set([open.digest])), setOpen(null), setDialog("delete"))}
+      onChange=${(changed) => {
+        images.update(new Set([changed.digest]), (image) => (belongs({ ...image, ...changed }) ? { ...image, ...changed } : null));
+        setOpen({ ...open, ...changed });
+        recount();
+      }}
+    />`}
+    ${dialog === "delete" &&
+    html`<${Confirm} title="Delete images" action="Delete" onYes=${remove} onNo=${() => setDialog(null)}>
+      Delete ${count(selected.size)} images of this task? Versions that they trained stay.
+    <//>`}
+    ${dialog === "label" && html`<${NewLabel} onAdd=${addLabel} onClose=${() => setDialog(null)} />`}
+    ${dialog === "camera" &&
+    html`<${Camera}
+      onPicture=${(blob) => add([{ file: new File([blob], `camera-${Date.now()}.jpg`, { type: blob.type }), path: "" }])}
+      onClose=${() => setDialog(null)}
+    />`}
+  </section>`;
+}
+
+/** Map.groupBy for browsers before 2024. */
+function groupBy(rows) {
+  const groups = new Map();
+  for (const row of rows) groups.set(row[1], [...(groups.get(row[1]) ?? []), row]);
+  return groups;
+}
+
+function NewLabel({ onAdd, onClose }) {
+  const [name, setName] = useState("");
+  const submit = async (event) => {
+    event.preventDefault();
+    if (name.trim() && (await onAdd(name.trim()))) onClose();
+  };
+  return html`<${Dialog} title="New label" onClose=${onClose}>
+    <form onSubmit=${submit}>
+      <${Field} label="Name"><input value=${name} maxlength="200" autofocus onInput=${(e) => setName(e.target.value)} /><//>
+      <button disabled=${!name.trim()}>Add</button>
+    </form>
+  <//>`;
+}
+
+/** Progress of an upload, and the refused files with their reasons. */
+function Progress({ upload: { state, stop, clear } }) {
+  if (!state) return null;
+  const { added = 0, already_there: there = 0, moved = 0, refused = 0 } = state.counts;
+  const parts = [`${count(added)} added`, there && `${count(there)} already there`, moved && `${count(moved)} moved`, refused && `${count(refused)} refused`];
+  return html`<div class="card">
+    <p role="status">
+      ${state.nothing ? "No image among these files." : `${state.done ? "Done" : "Uploading"}: ${parts.filter(Boolean).join(", ")}.`}
+      ${state.error && html` <strong>${state.error}</strong>`}
+    </p>
+    ${!state.done && html`<progress aria-label="Upload" max="1" value=${state.share} />`}
+    ${state.warnings.map((text) => html`<p class="warning">${text}</p>`)}
+    ${state.refused.length > 0 &&
+    html`<details open>
+      <summary>Refused files</summary>
+      <ul class="refused">
+        ${state.refused.slice(0, 200).map(({ name, reason }) => html`<li><strong>${name}</strong>: ${reason}</li>`)}
+      </ul>
+    </details>`}
+    <${Button} onClick=${state.done ? clear : stop}>${state.done ? "Close" : "Stop"}<//>
+  </div>`;
+}

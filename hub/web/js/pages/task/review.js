@@ -1,0 +1,161 @@
+/** Tab "Review": one image at a time; one key confirms or corrects. */
+import { api } from "../../api.js";
+import { Button, Empty, ErrorBox, Field, Loading, count, percent } from "../../components.js";
+import { html, useEffect, useRef, useState } from "../../lib.js";
+import { go, route } from "../../router.js";
+import { FullImage, LabelChoice, at, attempt, useKeys, useLoaded } from "./shared.js";
+
+const QUEUE = 20; // images of a call; the hub orders the rest anew with the labels of these
+
+export default function Review({ task, detail, reload }) {
+  const kind = route.value.query.kind === "errors" ? "errors" : "unlabelled";
+  const info = useLoaded(() => api.get(at(task, "dataset")), [task]);
+  const queue = useRef([]);
+  const passed = useRef(new Set()); // skipped or answered here: a new queue shows them last or never
+  const history = useRef([]);
+  const [state, setState] = useState({ image: null });
+  const [given, setGiven] = useState(0);
+  const [busy, setBusy] = useState(false);
+
+  async function next() {
+    try {
+      if (!queue.current.length) {
+        const found = (await api.get(at(task, "review"), { kind, count: QUEUE })).images;
+        queue.current = found.filter(({ image }) => !passed.current.has(image.digest));
+        if (!queue.current.length && found.length === QUEUE) {
+          // The whole page was skipped: a longer one has others, if there are any.
+          const more = (await api.get(at(task, "review"), { kind, count: 100 })).images;
+          queue.current = more.filter(({ image }) => !passed.current.has(image.digest));
+        }
+      }
+      setState({ image: queue.current.shift() ?? null, ended: true });
+    } catch (error) {
+      setState({ image: null, error });
+    }
+  }
+  useEffect(() => {
+    queue.current = [];
+    passed.current = new Set();
+    history.current = [];
+    setGiven(0);
+    setState({ image: null });
+    next();
+  }, [task, kind]);
+
+  const { image: shown } = state;
+  const labels = info.value?.labels.map((row) => row.label) ?? [];
+  const suggestions = shown?.suggestions ?? [];
+  const answer = async (label) => {
+    if (!shown || busy) return;
+    setBusy(true);
+    const done = await attempt(() => api.post(at(task, "feedback"), { image: shown.image.digest, label }));
+    if (done) {
+      history.current.push(shown);
+      passed.current.add(shown.image.digest);
+      setGiven((n) => n + 1);
+      info.reload();
+      await next();
+    }
+    setBusy(false);
+  };
+  const skip = () => {
+    if (!shown || busy) return;
+    passed.current.add(shown.image.digest);
+    next();
+  };
+  const undo = async () => {
+    const last = history.current.at(-1);
+    if (!last || busy) return;
+    setBusy(true);
+    const done = await attempt(() => api.patch(at(task, "images", last.image.digest), { label: last.image.label }), "Taken back.");
+    if (done) {
+      history.current.pop();
+      passed.current.delete(last.image.digest);
+      if (shown) queue.current.unshift(shown);
+      setGiven((n) => n - 1);
+      setState({ image: last });
+      info.reload();
+    }
+    setBusy(false);
+  };
+  useKeys((event) => {
+    const control = event.ctrlKey || event.metaKey;
+    const key = event.key.toLowerCase();
+    if ((control && key === "z") || (!control && key === "u")) undo();
+    else if (control) return;
+    else if (key === "enter" && suggestions.length) answer(suggestions[0].label);
+    else if (key === "k" && kind === "errors") answer(shown?.image.label);
+    else if (key === "s" || key === "arrowright") skip();
+    else if (/^[1-9]$/.test(key) && labels[key - 1] !== undefined) answer(labels[key - 1]);
+    else return;
+    event.preventDefault();
+  });
+
+  const train = () =>
+    attempt(async () => {
+      const training = await api.post(at(task, "trainings"), { recipe: "instant" });
+      await reload();
+      go(`/tasks/${task}/train?training=${training.id}`);
+    });
+  if (info.error && !info.value) return html`<${ErrorBox} error=${info.error} retry=${info.reload} />`;
+  if (!info.value) return html`<${Loading} />`;
+  const left = info.value.unlabelled.train + info.value.unlabelled.test;
+  const retrain = html`<${Button} kind=${shown ? "" : "primary"} onClick=${train}>Retrain<//>`;
+  return html`<section aria-label="Review">
+    <div class="row">
+      <${Field} label="Review">
+        <select value=${kind} onChange=${(e) => go(`/tasks/${task}/review${e.target.value === "errors" ? "?kind=errors" : ""}`)}>
+          <option value="unlabelled">images without a label</option>
+          <option value="errors">labels that may be wrong</option>
+        </select>
+      <//>
+      <p role="status">${kind === "unlabelled" ? `${count(left)} left` : ""}${given ? `${kind === "unlabelled" ? ", " : ""}${count(given)} done` : ""}</p>
+      ${given > 0 && html`<${Button} onClick=${undo}>Undo <kbd>U</kbd><//>${shown && retrain}`}
+    </div>
+    ${state.error && html`<${ErrorBox} error=${state.error} retry=${next} />`}
+    ${!shown && !state.error && !state.ended && html`<${Loading} />`}
+    ${shown &&
+    html`<article class="review">
+      <${FullImage} key=${shown.image.digest} task=${task} digest=${shown.image.digest} alt=${`the image ${shown.image.name}`} />
+      <div>
+        ${shown.image.label !== null && html`<p>Its label is <strong>${shown.image.label}</strong>.</p>`}
+        ${suggestions.length
+          ? html`<p aria-live="polite">Suggestion: <strong>${suggestions[0].label}</strong> (${percent(suggestions[0].score)})${suggestions.length > 1 && html`<span class="muted">${suggestions.slice(1).map(({ label, score }) => `; ${label} ${percent(score)}`)}</span>`}</p>
+              <${Button} kind="primary" onClick=${() => answer(suggestions[0].label)}>${suggestions[0].label} <kbd>Enter</kbd><//>`
+          : html`<p>No suggestion yet: give a few images of each label.</p>`}
+        ${kind === "errors" && html`<${Button} onClick=${() => answer(shown.image.label)}>Keep ${shown.image.label} <kbd>K</kbd><//>`}
+        <ul class="chips" aria-label="Labels">
+          ${labels.slice(0, 30).map((label, i) => html`<li><button class="chip" onClick=${() => answer(label)}>${i < 9 && html`<kbd>${i + 1}</kbd>`} ${label}</button></li>`)}
+        </ul>
+        <div class="row">
+          <${LabelChoice} text="Another label" labels=${labels} onPick=${(label) => answer(label)} />
+          <${Button} onClick=${skip}>Skip <kbd>S</kbd><//>
+        </div>
+      </div>
+    </article>`}
+    ${!shown && state.ended && html`<${Done} task=${task} detail=${detail} reload=${reload} kind=${kind} skipped=${left} given=${given} retrain=${retrain} again=${() => (passed.current.clear(), next())} />`}
+  </section>`;
+}
+
+/** The end of a queue: what to do next, and how more images come here by themselves. */
+function Done({ task, detail, reload, kind, skipped, given, retrain, again }) {
+  const keep = (images) =>
+    attempt(async () => {
+      await api.put(at(task), { keep: { ...detail.keep, images } });
+      await reload();
+    }, "The setting is saved.");
+  return html`<${Empty} title=${kind === "errors" ? "No label looks wrong" : skipped ? "Only skipped images are left" : "Every image has a label"}>
+    ${given > 0 && html`<p>Train again, so that the task knows your ${count(given)} answers. ${retrain}</p>`}
+    ${kind === "unlabelled" && skipped > 0 && html`<p><${Button} onClick=${again}>Show the skipped ones<//></p>`}
+    ${detail.keep &&
+    html`<p>The hub can keep pictures that it classifies, so that they appear here. They are somebody's: tell the callers.</p>
+      <${Field} label="Keep classified pictures for review">
+        <select value=${detail.keep.images} onChange=${(e) => keep(e.target.value)}>
+          <option value="none">none</option>
+          <option value="uncertain">uncertain ones</option>
+          <option value="sample">a tenth</option>
+          <option value="all">all</option>
+        </select>
+      <//>`}
+  <//>`;
+}

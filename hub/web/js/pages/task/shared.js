@@ -1,0 +1,200 @@
+/** Parts that several tabs of a task share. */
+import { api } from "../../api.js";
+import { Button, Dialog, Field, Thumbnail } from "../../components.js";
+import { html, useCallback, useEffect, useRef, useState } from "../../lib.js";
+import { me, notify } from "../../state.js";
+
+/** Return the path of a task's route, each part encoded. */
+export const at = (task, ...parts) => ["/v1/tasks", ...[task, ...parts].map(encodeURIComponent)].join("/");
+
+/** Return whether this person may change a task: an owner of its tenant. */
+export const owns = (task) => me.value?.role === "owner" && !task.includes(":");
+
+/** Load a value for a component, and again when `deps` change: {value, error, reload}. */
+export function useLoaded(load, deps) {
+  const [state, set] = useState({});
+  const turn = useRef(0);
+  const reload = useCallback(async () => {
+    const mine = ++turn.current; // a later call makes earlier replies void
+    try {
+      const value = await load();
+      if (mine === turn.current) set({ value });
+    } catch (error) {
+      if (mine === turn.current) set((before) => ({ value: before.value, error }));
+    }
+  }, deps);
+  useEffect(() => {
+    set({});
+    reload();
+    return () => void turn.current++;
+  }, [reload]);
+  return { ...state, reload };
+}
+
+/** Run an action. Show its error to the person; return whether it succeeded. */
+export async function attempt(action, success) {
+  try {
+    await action();
+    if (success) notify(success, "ok");
+    return true;
+  } catch (error) {
+    if (error.name !== "AbortError") notify(error.detail || error.message, "error");
+    return false;
+  }
+}
+
+/** Call `onKey` for each key outside of text fields, dialogs and controls that use the key themselves. */
+export function useKeys(onKey) {
+  const latest = useRef(onKey);
+  latest.current = onKey;
+  useEffect(() => {
+    const listen = (event) => {
+      if (event.defaultPrevented || event.altKey || document.querySelector("dialog[open]")) return;
+      if (event.target.closest("input:not([type=checkbox]), select, textarea")) return;
+      if (event.key === "Enter" && event.target.closest("button, a, summary")) return;
+      latest.current(event);
+    };
+    addEventListener("keydown", listen);
+    return () => removeEventListener("keydown", listen);
+  }, []);
+}
+
+/** Return the versions and aliases of a task as pairs of value and text for a choice. */
+export const references = (detail) => [
+  ...Object.keys(detail.aliases).map((alias) => [alias, `${alias} (${targets(detail, alias)})`]),
+  ...detail.versions.map(({ version }) => [String(version), `version ${version}`]),
+];
+
+/** Return the versions of an alias as text, with shares if there are several. */
+export function targets(detail, alias) {
+  const weights = Object.entries(detail.aliases[alias] ?? {});
+  const sum = weights.reduce((total, [, weight]) => total + weight, 0);
+  if (weights.length === 1) return `version ${weights[0][0]}`;
+  return weights.map(([version, weight]) => `${Math.round((100 * weight) / sum)} % version ${version}`).join(", ");
+}
+
+/** Return the only version of an alias; null if it has several or does not exist. */
+export function versionOf(detail, alias) {
+  const versions = Object.keys(detail.aliases[alias] ?? {});
+  return versions.length === 1 ? Number(versions[0]) : null;
+}
+
+/** Return {accuracy, interval, images, on} from the figures of a training; null if there are none. */
+export function accuracyOf(metrics) {
+  for (const [name, count, on] of [
+    ["test", "test_images", "test images"],
+    ["held_out", "train_images", "held-out images"],
+    ["leave_one_out", "train_images", "left-out images"],
+    ["val", "val_images", "validation images"],
+  ]) {
+    const accuracy = metrics?.[`${name}_accuracy`];
+    if (typeof accuracy === "number") {
+      return { accuracy, interval: metrics[`${name}_interval`], images: metrics[count], on };
+    }
+  }
+  return null;
+}
+
+/** A choice of a label, with a way to a new one. Without a `value` (null: no label), a choice is an action. */
+export function LabelChoice({ labels, value, none, onPick, text = "Label" }) {
+  const [fresh, setFresh] = useState(null);
+  if (fresh !== null) {
+    const done = (event) => {
+      event.preventDefault();
+      if (fresh.trim()) onPick(fresh.trim());
+      setFresh(null);
+    };
+    return html`<form class="row" onSubmit=${done}>
+      <${Field} label="New label">
+        <input value=${fresh} maxlength="200" ref=${focus} onInput=${(e) => setFresh(e.target.value)} />
+      <//>
+      <button>Add</button>
+    </form>`;
+  }
+  const picked = ({ target }) => {
+    if (target.value === "+") setFresh("");
+    else onPick(target.value.slice(1) || null);
+    if (value === undefined) target.value = ""; // an action, not a state
+  };
+  return html`<${Field} label=${text}>
+    <select value=${value === undefined ? "" : `=${value ?? ""}`} onChange=${picked}>
+      ${value === undefined && html`<option value="" disabled>choose ...</option>`} ${none && html`<option value="=">${none}</option>`}
+      ${labels.map((label) => html`<option value=${`=${label}`}>${label}</option>`)}
+      <option value="+">new label ...</option>
+    </select>
+  <//>`;
+}
+
+const focus = (element) => element?.focus();
+
+/** An image at its full size; its thumbnail until the file is there, and if the browser cannot show the file. */
+export function FullImage({ task, digest, alt }) {
+  const [url, setUrl] = useState(null);
+  useEffect(() => {
+    let mine = null;
+    let gone = false;
+    setUrl(null);
+    api.blobUrl(at(task, "images", digest)).then(
+      (found) => (gone ? api.release(found) : setUrl((mine = found))),
+      () => {},
+    );
+    return () => {
+      gone = true;
+      if (mine) api.release(mine);
+    };
+  }, [task, digest]);
+  if (!url) return html`<${Thumbnail} task=${task} digest=${digest} alt=${alt} />`;
+  return html`<img class="full" src=${url} alt=${alt} onError=${() => setUrl(null)} />`;
+}
+
+/** A dialog with one image, where the person changes its label or use, or deletes it. */
+export function ImageDialog({ task, image, labels, note, onChange, onDelete, onClose }) {
+  const change = (body, text) => attempt(async () => onChange(await api.patch(at(task, "images", image.digest), body)), text);
+  return html`<${Dialog} title=${image.name || image.digest.slice(0, 12)} onClose=${onClose}>
+    <${FullImage} task=${task} digest=${image.digest} alt=${image.name || "the image"} />
+    ${note && html`<p>${note}</p>`}
+    <div class="row">
+      <${LabelChoice}
+        labels=${labels}
+        value=${image.label}
+        none="no label"
+        onPick=${(label) => change({ label }, label ? `Labelled ${label}.` : "The label is removed.")}
+      />
+      ${image.split &&
+      html`<${Field} label="Use">
+        <select value=${image.split} onChange=${(e) => change({ split: e.target.value }, "The use is changed.")}>
+          <option value="auto">automatic (now: ${image.use})</option>
+          <option value="train">train</option>
+          <option value="test">test</option>
+        </select>
+      <//>`}
+      ${onDelete && html`<${Button} kind="danger" onClick=${onDelete}>Delete<//>`}
+    </div>
+  <//>`;
+}
+
+/** Thumbnails of some images that open a dialog: list of {digest, label, text}. */
+export function ImageStrip({ task, images, labels, empty = "No image." }) {
+  const [open, setOpen] = useState(null);
+  const [changed, setChanged] = useState({});
+  if (!images.length) return html`<p>${empty}</p>`;
+  const shown = images.map((image) => ({ ...image, ...changed[image.digest] }));
+  return html`<ul class="strip">
+      ${shown.map(
+        (image) => html`<li key=${image.digest}>
+          <button class="plain" onClick=${() => setOpen(image.digest)}>
+            <${Thumbnail} task=${task} digest=${image.digest} alt="" />
+            <span>${image.text}</span>
+          </button>
+        </li>`,
+      )}
+    </ul>
+    ${open &&
+    html`<${ImageDialog}
+      task=${task}
+      image=${shown.find(({ digest }) => digest === open)}
+      labels=${labels}
+      onClose=${() => setOpen(null)}
+      onChange=${(image) => setChanged({ ...changed, [image.digest]: { ...image, text: `now ${image.label ?? "without a label"}` } })}
+    />`}`;
+}

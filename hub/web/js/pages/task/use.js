@@ -1,0 +1,57 @@
+/** Tab "Use": how a program calls this task, and how it is used. */
+import { api } from "../../api.js";
+import { Chart, CopyBox, Table, count, percent } from "../../components.js";
+import { html } from "../../lib.js";
+import { at, owns, useLoaded } from "./shared.js";
+
+const DAYS = 30;
+
+/** The hub's address as this page was reached, with the path of a proxy. */
+const hubUrl = () => new URL(".", document.baseURI).href.replace(/\/$/, "");
+
+const curl = (url, task) => `curl -H "Authorization: Bearer $HUB_KEY" \\
+  "${url}/v1/tasks/${task}/classify?version=latest" --data-binary @picture.jpg`;
+
+const python = (url, task) => `from hub import Client  # pip install karst-hub
+
+with Client("${url}", "<key>") as client:
+    answer = client.classify("${task}", "picture.jpg")
+    print(answer.predictions[0][0].label)`;
+
+const script = (url, task) => `const reply = await fetch("${url}/v1/tasks/${task}/classify", {
+  method: "POST",
+  headers: { authorization: \`Bearer \${token}\` }, // a token, not a key: docs/browsers.md
+  body: file,
+});
+const { predictions } = await reply.json();
+console.log(predictions[0][0].label);`;
+
+export default function Use({ task, detail }) {
+  const url = hubUrl();
+  return html`<section aria-label="Use">
+    <h2>Call this task</h2>
+    ${!detail.versions.length && html`<p>The task answers as soon as it has a version.</p>`}
+    <p>Programs need a key that may only classify${owns(task) ? html`: <a href="#/tenant">make one</a>` : ""}.</p>
+    ${[["curl", curl], ["Python", python], ["JavaScript", script]].map(([name, text]) => html`<h3>${name}</h3><${CopyBox} label=${name} text=${text(url, task)} />`)}
+    ${owns(task) && html`<${Usage} task=${task} />`}
+  </section>`;
+}
+
+/** Counts by label and day, and drift; nothing if the hub does not count. */
+function Usage({ task }) {
+  const usage = useLoaded(() => api.get(at(task, "usage"), { days: DAYS }), [task]);
+  if (!usage.value) return null;
+  const { days, total, drift } = usage.value;
+  if (!total?.images) return html`<h2>Use of the last ${DAYS} days</h2><p>No image was classified yet.</p>`;
+  const labels = Object.entries(total.by_label ?? {}).sort((a, b) => b[1] - a[1]);
+  const shown = labels.slice(0, 6).map(([label]) => label);
+  const time = days.map(({ day }) => Date.parse(day) / 1000);
+  return html`<h2>Use of the last ${DAYS} days</h2>
+    <p>
+      ${count(total.images)} images${typeof total.unknown === "number" ? `, ${percent(total.unknown / total.images)} unknown` : ""}${typeof total.typicality === "number" ? `, mean typicality ${total.typicality.toFixed(2)}` : ""}${total.confirmed + total.corrections > 0 ? `, ${count(total.corrections)} of ${count(total.confirmed + total.corrections)} reviewed answers corrected` : ""}.
+    </p>
+    ${drift && html`<p class=${drift.verdict === "drift" ? "warning" : ""}><strong>Drift:</strong> ${drift.text}</p>`}
+    <${Chart} label="Images a day" time data=${[time, days.map(({ images }) => images), ...shown.map((label) => days.map(({ by_label }) => by_label?.[label] ?? 0))]} series=${["day", "all", ...shown]} />
+    <${Table} label="Answers by label" head=${["label", "images", "share"]} rows=${labels.slice(0, 100).map(([label, n]) => [label, count(n), percent(n / total.images)])} />
+    <${Table} label="Images by version" head=${["version", "images"]} rows=${Object.entries(total.by_version ?? {}).map(([version, n]) => [version, count(n)])} />`;
+}

@@ -1,0 +1,136 @@
+/** Tab "Versions": what was trained, what is live, and the way back. */
+import { api } from "../../api.js";
+import { Button, Confirm, Empty, Field, Table, ago, count, percent } from "../../components.js";
+import { html, useState } from "../../lib.js";
+import { accuracyOf, at, attempt, targets } from "./shared.js";
+
+const saved = (url, name) => Object.assign(document.createElement("a"), { href: url, download: name }).click();
+
+export default function Versions({ task, detail, reload }) {
+  const [gone, setGone] = useState(null); // the version or alias that the person wants to delete
+  if (!detail.versions.length) {
+    return html`<${Empty} title="No version yet"><p><a href=${`#/tasks/${task}/train`}>Train</a>, or register a file with <code>karst-hub register</code>.</p><//>`;
+  }
+  const change = (action, text) => attempt(async () => (await action(), await reload()), text);
+  const download = (version) =>
+    attempt(async () => {
+      const url = await api.blobUrl(at(task, "versions", version, "file"));
+      saved(url, `${task.split(":").at(-1)}-${version}.safetensors`);
+      setTimeout(() => api.release(url), 60_000);
+    });
+  const pointing = (version) => Object.keys(detail.aliases).filter((alias) => version in detail.aliases[alias]);
+  const versions = [...detail.versions].sort((a, b) => b.version - a.version);
+  return html`<section aria-label="Versions">
+    <h2>Aliases</h2>
+    <p>Callers name an alias. Move it, and their next call gets another version.</p>
+    ${Object.keys(detail.aliases).map(
+      (alias) => html`<${Alias} key=${alias} task=${task} alias=${alias} detail=${detail} versions=${versions} change=${change} onDelete=${() => setGone({ alias })} />`,
+    )}
+    <${NewAlias} task=${task} versions=${versions} change=${change} />
+    ${detail.sharing !== null && html`<${Field} label="After a training in the hub, stable moves">
+      <select value=${detail.promote} onChange=${(e) => change(() => api.put(at(task), { promote: e.target.value }), "The setting is saved.")}>
+        <option value="never">by hand only</option>
+        <option value="if_better">if the version is better on the same test images</option>
+        <option value="always">always</option>
+      </select>
+    <//>`}
+    <h2>Versions</h2>
+    <${Table}
+      label="All versions"
+      head=${["version", "registered", "accuracy", "recipe", "images", "labels", "size", "trained on", "aliases", "actions"]}
+      rows=${versions.map((version) => {
+        const metrics = version.metrics ?? {};
+        const found = accuracyOf(metrics);
+        return [
+          version.version,
+          ago(version.registered),
+          found ? `${percent(found.accuracy)}${found.interval ? ` (${percent(found.interval[0])} to ${percent(found.interval[1])})` : ""}` : "unknown",
+          metrics.recipe ?? "uploaded",
+          count(metrics.train_images),
+          count(version.labels.length),
+          `${count(Math.ceil(version.size_bytes / 1024))} KiB`,
+          metrics.training ? html`<a href=${`#/tasks/${task}/train?training=${metrics.training}`}>snapshot <code>${String(metrics.snapshot).slice(0, 8)}</code></a>` : "",
+          pointing(version.version).join(", "),
+          html`<span class="actions">
+            <${Button} onClick=${() => download(version.version)} label=${`Download version ${version.version}`}>Download<//>
+            <${Button} kind="danger" disabled=${pointing(version.version).length > 0} onClick=${() => setGone(version)} label=${`Delete version ${version.version}`}>Delete<//>
+          </span>`,
+        ];
+      })}
+    />
+    ${gone &&
+    html`<${Confirm}
+      title=${gone.alias ? `Delete the alias ${gone.alias}` : `Delete version ${gone.version}`}
+      action="Delete"
+      onNo=${() => setGone(null)}
+      onYes=${async () => {
+        const path = gone.alias ? at(task, "aliases", gone.alias) : at(task, "versions", gone.version);
+        await change(() => api.delete(path), "Deleted.");
+        setGone(null);
+      }}
+    >
+      ${gone.alias ? "Callers that name it will get an error." : "Its number is never used again."}
+    <//>`}
+  </section>`;
+}
+
+/** One alias: its target, a canary as a slider, and the way back. */
+function Alias({ task, alias, detail, versions, change, onDelete }) {
+  const weights = Object.entries(detail.aliases[alias]).sort((a, b) => b[1] - a[1]);
+  const sum = weights.reduce((total, [, weight]) => total + weight, 0);
+  const main = Number(weights[0][0]);
+  const second = weights[1] ? Number(weights[1][0]) : null;
+  const [canary, setCanary] = useState(second);
+  const [share, setShare] = useState(second === null ? 10 : Math.round((100 * weights[1][1]) / sum));
+  const path = at(task, "aliases", alias);
+  const others = versions.map(({ version }) => version).filter((version) => version !== main);
+  const start = () => {
+    const target = share >= 100 ? { version: canary } : share <= 0 ? { version: main } : { weights: { [main]: 100 - share, [canary]: share } };
+    return change(() => api.put(path, target), `${alias}: ${share} % of the calls get version ${canary}.`);
+  };
+  return html`<div class="card alias">
+    <div class="row">
+      <strong><code>${alias}</code></strong> <span>${targets(detail, alias)}</span>
+      <${Field} label=${`Point ${alias} at`}>
+        <select value=${weights.length === 1 ? main : ""} onChange=${(e) => change(() => api.put(path, { version: Number(e.target.value) }), `${alias} is version ${e.target.value} now.`)}>
+          ${weights.length > 1 && html`<option value="" disabled>several</option>`}
+          ${versions.map(({ version }) => html`<option value=${version}>version ${version}</option>`)}
+        </select>
+      <//>
+      <${Button} label=${`Roll back ${alias}`} onClick=${() => change(() => api.post(`${path}/rollback`), `${alias} is back at its previous target.`)}>Roll back<//>
+      ${alias !== "latest" && html`<${Button} kind="danger" label=${`Delete the alias ${alias}`} onClick=${onDelete}>Delete<//>`}
+    </div>
+    ${others.length > 0 &&
+    html`<details open=${second !== null}>
+      <summary>Canary: a share of the calls to another version</summary>
+      <div class="row">
+        <${Field} label="Canary">
+          <select value=${canary ?? ""} onChange=${(e) => setCanary(Number(e.target.value))}>
+            <option value="" disabled>choose ...</option>
+            ${others.map((version) => html`<option value=${version}>version ${version}</option>`)}
+          </select>
+        <//>
+        <${Field} label=${`Share of ${alias}: ${share} %`}>
+          <input type="range" min="0" max="100" value=${share} onInput=${(e) => setShare(Number(e.target.value))} />
+        <//>
+        <${Button} disabled=${canary === null} onClick=${start}>Set<//>
+      </div>
+    </details>`}
+  </div>`;
+}
+
+function NewAlias({ task, versions, change }) {
+  const [name, setName] = useState("");
+  const [version, setVersion] = useState(versions[0].version);
+  const submit = async (event) => {
+    event.preventDefault();
+    if (await change(() => api.put(at(task, "aliases", name), { version }), `${name} is version ${version}.`)) setName("");
+  };
+  return html`<form class="row" onSubmit=${submit}>
+    <${Field} label="New alias"><input value=${name} required maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" placeholder="stable" onInput=${(e) => setName(e.target.value)} /><//>
+    <${Field} label="for"><select value=${version} onChange=${(e) => setVersion(Number(e.target.value))}>
+      ${versions.map((v) => html`<option value=${v.version}>version ${v.version}</option>`)}
+    </select><//>
+    <button>Set</button>
+  </form>`;
+}

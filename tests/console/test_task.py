@@ -1,0 +1,329 @@
+"""The tabs of a task, as a person uses them: in a browser, by clicks and keys, at a whole hub."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import httpx
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from playwright.sync_api import Locator, Page
+
+from tests.console.conftest import DESK, PHONE, Console
+from tests.support.image_sets import write_digits
+from tests.support.zips import zip_of
+
+pytestmark = pytest.mark.slow
+LABELS = ("0", "1", "4")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of twelve images of each of three digits."""
+    return write_digits(tmp_path_factory.mktemp("digits"), 0, 12)
+
+
+@pytest.fixture(scope="module")
+def unseen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of two further images of each digit."""
+    return write_digits(tmp_path_factory.mktemp("unseen"), 40, 2)
+
+
+def files(folder: Path) -> list[str]:
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+def choose(page: Page, paths: list[str]) -> None:
+    """Choose files, as a person does with the button."""
+    with page.expect_file_chooser() as chooser:
+        page.get_by_text("Choose files", exact=True).click()
+    chooser.value.set_files(paths)
+
+
+def open_tab(page: Page, name: str) -> None:
+    page.get_by_role("navigation", name="Parts of").get_by_role("link", name=name, exact=True).click()
+
+
+def add_labelled(page: Page, label: str, paths: list[str]) -> None:
+    """Add images with a new label, in the tab Images."""
+    page.get_by_role("combobox", name="Label of new images").select_option("+")
+    page.get_by_role("textbox", name="New label").fill(label)
+    page.get_by_role("button", name="Add", exact=True).click()
+    choose(page, paths)
+    page.get_by_text(f"Done: {len(paths)} added.").wait_for()
+    page.locator(".card").get_by_role("button", name="Close").click()
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+def test_own_task_answers_when_a_person_clicks_from_sign_in_to_an_answer(
+    console: Console, digits: Path, unseen: Path, size: tuple[int, int]
+) -> None:
+    name = f"own-{size[0]}"
+    page = console.page(size=size, signed_in=False)
+    page.get_by_label("API key").fill(console.key)
+    page.get_by_role("button", name="Sign in").click()
+    page.get_by_role("button", name="New task").or_(page.get_by_role("button", name="Make a task")).first.click()
+    page.get_by_role("textbox", name="Name").fill(name)
+    page.get_by_role("button", name="Make the task").click()
+    page.get_by_text("No images yet").wait_for()
+    for label in LABELS:
+        add_labelled(page, label, files(digits / label))
+    page.get_by_text("36 images, 3 labels.").wait_for()
+    open_tab(page, "Train")
+    page.get_by_role("button", name="Train now").click()
+    page.get_by_text("Version 1 is ready").wait_for()
+    page.get_by_role("link", name="Try it").click()
+    for label in LABELS:
+        choose(page, [files(unseen / label)[0]])
+        page.locator(".tried").first.get_by_role("heading", name=f"{label} version 1").wait_for()
+    assert page.locator(".tried").count() == 3
+    wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert wide == 0  # nothing is cut off beside the screen
+
+
+def test_images_are_labelled_by_key_by_dragging_and_in_bulk_and_undone(
+    console: Console, digits: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("labels")
+    with console.client() as client:
+        client.images.add(task, files(digits / "0")[:6])
+        client.create_task(task, labels=["cat", "dog"])
+    page = console.page(f"/tasks/{task}/images")
+    cells = page.locator(".cell")
+    cells.first.click()
+    page.keyboard.press("2")
+    page.get_by_text("1 image is labelled dog now.").wait_for()
+    cells.nth(1).drag_to(page.get_by_role("button", name="cat"))
+    page.get_by_text("1 image is labelled cat now.").wait_for()
+    cells.nth(2).click()
+    cells.nth(4).click(modifiers=["Shift"])
+    page.get_by_text("3 selected").wait_for()
+    page.get_by_role("combobox", name="Label them").select_option("=cat")
+    page.get_by_text("3 images are labelled cat now.").wait_for()
+    assert counts(console, task) == {"cat": 4, "dog": 1, None: 1}
+    page.keyboard.press("Control+z")
+    page.get_by_text("3 images are without a label now.").wait_for()
+    page.get_by_role("listbox").focus()
+    page.keyboard.press("Control+a")
+    page.get_by_text("6 selected").wait_for()
+    page.keyboard.press("1")
+    page.get_by_text("6 images are labelled cat now.").wait_for()
+    assert counts(console, task) == {"cat": 6, "dog": 0, None: 0}
+
+
+def test_refused_files_are_shown_with_reasons_and_the_others_kept(
+    console: Console, digits: Path, tmp_path: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("refused")
+    (tmp_path / "notes.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes((digits / "0" / "0.png").read_bytes()[:60])
+    (tmp_path / "folders.zip").write_bytes(
+        zip_of({"rose/1.png": (digits / "0" / "1.png").read_bytes(), "rose/a.txt": b"text"})
+    )
+    page = console.page(f"/tasks/{task}/images")
+    choose(page, [str(digits / "0" / "0.png"), *map(str, sorted(tmp_path.iterdir()))])
+    page.get_by_text("Done: 2 added, 3 refused.").wait_for()
+    reasons = page.locator(".refused li").all_inner_texts()
+    assert any(text.startswith("notes.png: not an image") for text in reasons)
+    assert any(text.startswith("cut.png: ") for text in reasons)
+    assert any(text.startswith("rose/a.txt: ") for text in reasons)
+    assert counts(console, task) == {"rose": 1, None: 1}
+
+
+def test_review_by_keyboard_labels_corrects_undoes_and_retrains(
+    console: Console, digits: Path, unseen: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("review", digits)
+    with console.client() as client:
+        client.train(task)
+        client.images.add(task, [path for label in LABELS for path in files(unseen / label)])
+    page = console.page(f"/tasks/{task}/review")
+    status = page.locator(".row > p[role=status]")
+    expect_text(page, status, "6 left")
+    page.get_by_text("Suggestion:").wait_for()
+    page.keyboard.press("Enter")
+    expect_text(page, status, "5 left, 1 done")
+    page.keyboard.press("3")
+    expect_text(page, status, "4 left, 2 done")
+    page.keyboard.press("u")
+    expect_text(page, status, "5 left, 1 done")
+    page.keyboard.press("Control+z")
+    expect_text(page, status, "6 left")
+    for left in range(5, -1, -1):
+        page.get_by_text("Suggestion:").wait_for()
+        page.keyboard.press("Enter")
+        expect_text(page, status, f"{left} left, {6 - left} done")
+    with console.client() as client:
+        found = {image.name: image.label for image in client.images.list(task, count=6).images}
+    assert len(found) == 2  # two names, each of three images
+    page.get_by_role("button", name="Retrain").click()
+    page.get_by_text("Version 2 is ready").wait_for()
+
+
+def test_wrong_labels_are_found_in_the_confusion_matrix_and_corrected(
+    console: Console, digits: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("wrong", digits)
+    with console.client() as client:
+        wrong = client.images.list(task, label="0", split="train").images[0]
+        client.images.label(task, wrong.digest, "1")
+    page = console.page(f"/tasks/{task}/train")
+    page.get_by_role("button", name="Train now").click()
+    page.get_by_role("button", name="1 images of 1 answered 0").click()
+    page.get_by_role("region", name="Images of the cell").get_by_role("button", name="1, taken for 0").click()
+    page.get_by_role("dialog").get_by_role("combobox", name="Label").select_option("=0")
+    page.get_by_text("now 0").first.wait_for(state="attached")
+    with console.client() as client:
+        assert wrong.digest in {image.digest for image in client.images.list(task, label="0").images}
+
+
+def test_training_job_shows_its_progress_and_is_cancelled(
+    console: Console, digits: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("job", digits)
+    page = console.page(f"/tasks/{task}/train")
+    page.get_by_role("button", name="Train now").click()
+    page.get_by_text("Version 1 is ready").wait_for()
+    page.get_by_role("combobox", name="for at most").select_option("3600")
+    page.get_by_role("button", name="Improve").click()
+    page.get_by_role("status").get_by_text("KARST,").wait_for(timeout=240_000)
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("The training was cancelled").wait_for()
+
+
+def test_two_versions_answer_side_by_side_and_the_picture_joins_the_images(
+    console: Console, digits: Path, unseen: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("beside", digits)
+    with console.client() as client:
+        client.train(task)
+        client.train(task)
+    page = console.page(f"/tasks/{task}/try")
+    page.get_by_role("combobox", name="beside").select_option("1")
+    choose(page, [files(unseen / "4")[0]])
+    page.get_by_role("heading", name="4 version 2").wait_for()
+    page.get_by_role("heading", name="4 version 1").wait_for()
+    assert page.get_by_role("meter", name="Typicality").count() == 2
+    page.get_by_role("combobox", name="Add to the images as").select_option("=4")
+    page.get_by_text("Added as 4.").wait_for()
+    assert counts(console, task)["4"] == 13
+
+
+def test_labels_that_may_be_wrong_are_listed_and_leave_the_list_when_corrected(
+    console: Console, digits: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("suspects", digits)
+    with console.client() as client:
+        wrong = client.images.list(task, label="0").images[0]
+        client.images.label(task, wrong.digest, "1")
+    page = console.page(f"/tasks/{task}/images")
+    page.locator(".cell").first.wait_for()
+    page.get_by_role("combobox", name="Show").select_option("errors")
+    suspect = page.locator(".cell", has_text="1; or 0?").first
+    suspect.click()
+    page.keyboard.press("1")
+    page.get_by_text("1 image is labelled 0 now.").wait_for()
+    assert counts(console, task)["0"] == 12
+
+
+def test_canary_takes_a_share_and_rolls_back(console: Console, digits: Path, new_task: Callable[..., str]) -> None:
+    task = new_task("canary", digits)
+    with console.client() as client:
+        client.train(task)
+        client.train(task)
+        client.set_alias(task, "stable", 1)
+    page = console.page(f"/tasks/{task}/versions")
+    card = page.locator(".alias").filter(has_text="stable")
+    card.get_by_text("Canary: a share").click()
+    card.get_by_role("combobox", name="Canary").select_option("2")
+    card.get_by_role("slider").fill("20")
+    card.get_by_role("button", name="Set").click()
+    card.get_by_text("80 % version 1, 20 % version 2").wait_for()
+    assert aliases(console, task)["stable"] == {1: 80, 2: 20}
+    card.get_by_role("button", name="Roll back stable").click()
+    page.get_by_text("stable is back at its previous target.").wait_for()
+    assert aliases(console, task)["stable"] == {1: 1}
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download version 1").click()
+    assert download.value.suggested_filename == f"{task}-1.safetensors"
+
+
+def test_list_of_10_000_images_needs_few_requests_when_a_person_scrolls_to_its_end(
+    console: Console, new_task: Callable[..., str]
+) -> None:
+    task = new_task("many")
+    for start in range(0, 10_000, 2000):
+        add_zip(console, task, zip_of({f"l{i % 5}/{i}.png": square(i) for i in range(start, start + 2000)}))
+    page = console.page(f"/tasks/{task}/images")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.locator(".cell img").first.wait_for()
+    box = page.get_by_role("listbox")
+    for part in range(1, 51):
+        box.evaluate(f"box => {{ box.scrollTop = box.scrollHeight * {part} / 50 }}")
+    last = page.locator(".cell[aria-label^='l0/0.png, ']")
+    last.scroll_into_view_if_needed()
+    last.locator("img").wait_for()
+    assert sum("count=" in url for url in asked) <= 20
+    assert sum(url.endswith("/thumbnail") for url in asked) < 500
+    assert page.locator(".cell").count() < 200
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_tab_has_no_serious_accessibility_finding(
+    console: Console, digits: Path, unseen: Path, new_task: Callable[..., str], scheme: Literal["light", "dark"]
+) -> None:
+    task = new_task(f"axe-{scheme}", digits)
+    with console.client() as client:
+        client.train(task)
+        client.images.add(task, files(unseen / "0"))
+    found = []
+    page = console.page(f"/tasks/{task}/images")
+    page.emulate_media(color_scheme=scheme)
+    for tab, ready in {
+        "Images": ".cell img",
+        "Train": ".confusion",
+        "Try": ".drop",
+        "Review": ".review img",
+        "Versions": ".alias",
+        "Use": ".copy",
+    }.items():
+        open_tab(page, tab)
+        page.locator(ready).first.wait_for()
+        violations = Axe().run(page).response["violations"]
+        found += [(tab, v["id"], v["nodes"][0]["html"]) for v in violations if v["impact"] in ("serious", "critical")]
+    assert found == []
+
+
+def counts(console: Console, task: str) -> dict[str | None, int]:
+    """Return the number of images of each label."""
+    with console.client() as client:
+        info = client.images.info(task)
+    return {row.label: row.train + row.test for row in (*info.labels, info.unlabelled)}
+
+
+def aliases(console: Console, task: str) -> dict[str, dict[int, int]]:
+    with console.client() as client:
+        return client.task(task).aliases
+
+
+def expect_text(page: Page, place: Locator, text: str) -> None:
+    """Wait until an element has exactly this text."""
+    page.wait_for_function(
+        "([element, text]) => element.textContent.trim() === text", arg=[place.element_handle(), text]
+    )
+
+
+def add_zip(console: Console, task: str, data: bytes) -> None:
+    headers = {"authorization": f"Bearer {console.key}", "content-type": "application/zip"}
+    url = f"{console.url}/v1/tasks/{task}/images"
+    httpx.post(url, content=data, headers=headers, timeout=600).raise_for_status()
+
+
+def square(i: int) -> bytes:
+    """Return a small image that differs from those of other numbers."""
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), (i % 256, i // 256, 77)).save(data, "PNG")
+    return data.getvalue()

@@ -1,0 +1,71 @@
+"""Login links: a code gives keys once."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from hub.admission.login_codes import LoginCodes
+from hub.errors import NotFound
+from hub.registry.redis.connection import RegistryConnection
+from tests.support.hub_app import Hub, bearer
+
+
+def code_of(hub: Hub, tenant: str = "default", *, admin: bool = False) -> str:
+    async def create() -> str:
+        database = RegistryConnection(hub.redis_url)
+        try:
+            return await LoginCodes(database).create(tenant, admin=admin)
+        finally:
+            await database.close()
+
+    return asyncio.run(create())
+
+
+def log_in(hub: Hub, code: str) -> Any:
+    return hub.http.post("/v1/login", headers=bearer(code))
+
+
+def test_code_gives_an_owners_key_that_expires(hub: Hub) -> None:
+    given = log_in(hub, code_of(hub)).json()
+    assert (given["tenant"], given["admin_key"]) == ("default", None)
+    [key] = [
+        key
+        for key in hub.http.get("/v1/tenants/default/keys", headers=bearer(given["key"])).json()["keys"]
+        if key["name"] == "console"
+    ]
+    assert (key["role"], key["expires"]) == ("owner", given["expires"])
+
+
+def test_code_with_admin_rights_gives_an_admin_key_too(hub: Hub) -> None:
+    given = log_in(hub, code_of(hub, admin=True)).json()
+    assert hub.http.get("/v1/status", headers=bearer(given["admin_key"])).status_code == 200
+    assert hub.http.get("/v1/usage", headers=bearer(given["key"])).json()["tenant"] == "default"
+
+
+def test_code_works_once(hub: Hub) -> None:
+    code = code_of(hub)
+    assert log_in(hub, code).status_code == 200
+    again = log_in(hub, code)
+    assert again.status_code == 401
+    assert "karst-hub login-link" in again.json()["detail"]
+
+
+@pytest.mark.parametrize("headers", [{"authorization": ""}, bearer("other")])
+def test_login_without_a_known_code_is_refused(hub: Hub, headers: dict[str, str]) -> None:
+    assert hub.http.post("/v1/login", headers=headers).status_code == 401
+
+
+def test_registry_has_no_code_and_an_unused_one_expires(hub: Hub) -> None:
+    code = code_of(hub)
+    with Redis.from_url(hub.redis_url) as redis:
+        [name] = redis.keys("karst:login:*")
+        assert code.encode() not in name
+        assert code.encode() not in redis.get(name)
+        assert 0 < redis.ttl(name) <= 3600
+
+
+def test_code_of_an_absent_tenant_is_refused_at_once(hub: Hub) -> None:
+    with pytest.raises(NotFound, match="nobody"):
+        code_of(hub, "nobody")
