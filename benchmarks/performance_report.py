@@ -118,13 +118,13 @@ def _many_tasks(result: dict[str, Any]) -> list[str]:
     large = result["rows"][0]
     return [
         "## One image, many tasks",
-        f"`python -m benchmarks.many_tasks` ({_machine(result)}, threads: {result['machine']['threads']}). One image in "
-        "`Bank.score_images` with softmax and typicality, beside the pass of one task. Heads have ten classes. Adapters in "
-        f"the last blocks share a row up to there: {large['passes']:.2f} passes of {large['backbone']}. The benchmark first "
-        "compares each answer with that of a call for its task alone. Other programs used the cores at the same time.",
+        f"`python -m benchmarks.many_tasks` ({_machine(result)}, threads: {result['machine']['threads']}). One "
+        "image in `Bank.score_images` with softmax and typicality, beside the pass of one task. Heads have ten "
+        f"classes. Adapters in the last blocks share a row: {large['passes']:.2f} passes of {large['backbone']}. "
+        "The benchmark first compares each answer with that of a call for its task alone.",
         markdown_table(["backbone", "tasks / one task", "time", "target"], rows),
         f"The stacked heads of {large['backbone']} take {large['heads_mb']:g} MB, and with typicality "
-        f"{large['typical_mb']:g} MB: reading them once is what they cost. They need no slots.",
+        f"{large['typical_mb']:g} MB; they need no slots. Other programs used the cores meanwhile.",
     ]
 
 
