@@ -18,9 +18,9 @@ from hub.worker.replica import Worker
 from .metrics import Recorder
 
 
-def make_worker(redis_url: str, store: Store, home: Path) -> Worker:
-    """Return a worker with the demo backbone and two slots."""
-    settings = Settings(backbone="demo", slots=2, batch_wait_ms=50, home=home)
+def make_worker(redis_url: str, store: Store, home: Path, slots: int = 2) -> Worker:
+    """Return a worker with the demo backbone."""
+    settings = Settings(backbone="demo", slots=slots, batch_wait_ms=50, home=home)
     return Worker(settings, store, Prewarming(redis_url, []), lambda: 1, Recorder().types)
 
 
@@ -50,7 +50,7 @@ def run(use: Callable[[], Awaitable[None]]) -> None:
 def fix_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the largest batch size, however fast this machine is."""
     monkeypatch.setattr(BatchTuner, "record", lambda *_: None)
-    monkeypatch.setattr("hub.worker.replica.TRIALS_PER_SIZE", 0)
+    monkeypatch.setattr("hub.worker.passes.TRIALS_PER_SIZE", 0)
 
 
 class PassGate:

@@ -79,6 +79,20 @@ def test_features_are_those_of_the_frozen_backbone_beside_any_adapter(
     run(use)
 
 
+def test_answers_in_idle_turns_are_those_of_other_calls(worker: Worker, adapters: list[Adapter]) -> None:
+    async def use() -> None:
+        digest, pixels = adapters[0].digest, images(6)
+        usual = await worker.classify("t", digest, pixels)
+        idle, beside = await asyncio.gather(
+            worker.classify("t", digest, pixels, idle=True), worker.classify("t", adapters[1].digest, images(6, 1))
+        )
+        for one, other in zip(usual, idle, strict=True):
+            np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
+        assert len(beside) == 6
+
+    run(use)
+
+
 def test_an_answer_has_typicality_where_its_adapter_has_it(
     worker: Worker, adapters: list[Adapter], backbone: Backbone, store: Store
 ) -> None:
