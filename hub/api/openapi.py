@@ -168,7 +168,7 @@ def _problem_statuses(path: str, method: str, operation: dict[str, Any]) -> Iter
         yield from (401, 403, 404, 429)
     if body:
         yield 408
-    if change:
+    if change or path.endswith(("/compare", "/backtest")):
         yield 409
     if body:
         yield 413

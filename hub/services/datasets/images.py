@@ -341,6 +341,13 @@ class DatasetService:
                     added.append(new.digest)
                 elif status.error:
                     unlisted.append(StoredName("", new.digest))
+            # Another dataset may have given up the same file between the first write and the listing.
+            listed = set(added)
+            await gather_or_cancel(
+                run_blocking(self._threads.of(caller.tenant), self._images.put_missing, new.digest, data)
+                for new, data in left
+                if new.digest in listed
+            )
             await self._removal.remove(unlisted)  # otherwise refused images would fill the store
             left = waiting
             if not left:
