@@ -38,8 +38,8 @@ from ..registry.status import StatusBoard
 from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..services.administration import AdministrationService
+from ..services.archives.dataset_archive import DatasetArchive
 from ..services.classification import ClassificationService
-from ..services.datasets.archive import DatasetArchive
 from ..services.datasets.features import FeatureService
 from ..services.datasets.images import DatasetService
 from ..services.datasets.keeping import Keeper

@@ -13,10 +13,10 @@ from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..schemas import TaskList
 from ..storage.store import Store
-from .datasets.archive import DatasetArchive
+from .archives.dataset_archive import DatasetArchive
+from .archives.tenant_archive import Export, export_tenant, import_tenant
 from .garbage_collection import Collector
 from .registration import RegistrationService
-from .tenant_archive import Export, export_tenant, import_tenant
 
 
 class AdministrationService:

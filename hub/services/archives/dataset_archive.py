@@ -24,10 +24,10 @@ from ...registry.datasets.entries import ArchivedImage, StagedDataset, StoredRec
 from ...registry.datasets.index import DatasetIndex
 from ...registry.datasets.staging import StagedDatasets
 from ...storage.store import Store
-from .. import tar
+from ..datasets.features import FeatureService
 from ..image_decoding import ImageDecoder
-from ..tar import Member, invalid
-from .features import FeatureService
+from . import tar
+from .tar import Member, invalid
 
 LIST = re.compile(r"datasets/([a-z0-9][a-z0-9_-]{0,62})\.jsonl")
 IMAGE = re.compile(r"images/([0-9a-f]{64})")

@@ -2,7 +2,7 @@
 
 `tenant.json` comes first: every task with its versions, aliases, their history, sharing, last version number and the
 settings that were set. Then comes each adapter file once, as `files/<digest>.safetensors`, and then the datasets
-(`datasets.archive`). The tar has no keys, no counts and no audit.
+(`dataset_archive`). The tar has no keys, no counts and no audit.
 """
 
 import hashlib
@@ -18,25 +18,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from adapters import Adapter
 from adapters.method.typicality import Typicality
 
-from ..admin_schemas import TenantInfo, TenantLimits
-from ..concurrency import Pool, run_blocking
-from ..errors import InvalidAdapter, TooLarge, Unavailable
-from ..field_types import Name, VersionNumber, Weight
-from ..registry.audit import Actor
-from ..registry.models import DEFAULT_SETTINGS, WholeTask
-from ..registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
-from ..registry.versions import StoredVersion, StoredVersions
-from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
-from ..storage.store import FILE, Store
+from ...admin_schemas import TenantInfo, TenantLimits
+from ...concurrency import Pool, run_blocking
+from ...errors import InvalidAdapter, TooLarge, Unavailable
+from ...field_types import Name, VersionNumber, Weight
+from ...registry.audit import Actor
+from ...registry.models import DEFAULT_SETTINGS, WholeTask
+from ...registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
+from ...registry.versions import StoredVersion, StoredVersions
+from ...schemas import LATEST, Sharing, TaskSettings, VersionInfo
+from ...storage.store import FILE, Store
+from ..spool import spooled
 from . import tar
-from .datasets.archive import (
+from .dataset_archive import (
     MAX_MEMBER_BYTES,
     DatasetArchive,
     DatasetMembers,
     ExportedDatasets,
     max_dataset_bytes,
 )
-from .spool import spooled
 from .tar import Member, invalid
 
 FORMAT = "karst-tenant/1"
