@@ -250,6 +250,7 @@ def test_canary_takes_a_share_and_rolls_back(console: Console, digits: Path, new
     assert download.value.suggested_filename == f"{task}-1.safetensors"
 
 
+@pytest.mark.long
 def test_list_of_10_000_images_needs_few_requests_when_a_person_scrolls_to_its_end(
     console: Console, new_task: Callable[..., str]
 ) -> None:
@@ -271,7 +272,7 @@ def test_list_of_10_000_images_needs_few_requests_when_a_person_scrolls_to_its_e
     assert page.locator(".cell").count() < 200
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
 def test_every_tab_has_no_serious_accessibility_finding(
     console: Console, digits: Path, unseen: Path, new_task: Callable[..., str], scheme: Literal["light", "dark"]
 ) -> None:

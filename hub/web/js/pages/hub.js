@@ -124,7 +124,7 @@ function NewTenant({ onClose, onMade }) {
   };
   return html`<${Dialog} title="New tenant" onClose=${onClose}>
     <form onSubmit=${(event) => (event.preventDefault(), make())}>
-      <${Field} label="Name" hint="Small letters, digits, - and _"><input required maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" value=${name} onInput=${(e) => setName(e.target.value)} /><//>
+      <${Field} label="Name" hint="Small letters, digits, - and _"><input required title="Small letters, digits, - and _" maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" value=${name} onInput=${(e) => setName(e.target.value)} /><//>
       ${error && html`<${ErrorBox} error=${error} />`}
       <${Button} kind="primary" submit>Make the tenant<//>
     </form>

@@ -109,7 +109,7 @@ function NewTask({ onClose }) {
   };
   return html`<${Dialog} title="New task" onClose=${onClose}>
     <form onSubmit=${(event) => (event.preventDefault(), make())}>
-      <${Field} label="Name" hint="Small letters, digits, - and _, for example: flowers"><input value=${name} required maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" onInput=${(e) => setName(e.target.value)} /><//>
+      <${Field} label="Name" hint="Small letters, digits, - and _, for example: flowers"><input value=${name} required title="Small letters, digits, - and _, for example: my-flowers" maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" onInput=${(e) => setName(e.target.value)} /><//>
       <${Field} label="Labels, one a line" hint="You can leave this empty: labels also come from folders, and from what you type later."><textarea rows="4" value=${labels} onInput=${(e) => setLabels(e.target.value)}></textarea><//>
       ${error && html`<${ErrorBox} error=${error} />`}
       <${Button} kind="primary" submit>Make the task<//>
