@@ -59,9 +59,7 @@ class LoginCodes:
         expires = datetime.now(UTC) + timedelta(hours=KEY_HOURS)
         tenant, key, admin_key = given["tenant"] or None, None, None
         if tenant is not None:
-            if (await self._tenants.get(tenant)).created != given[
-                "created"
-            ]:  # made again by another owner
+            if (await self._tenants.get(tenant)).created != given["created"]:  # made again by another owner
                 raise Unauthenticated(message)
             key = (await self._keys.create(OPERATOR, tenant, OWNER, KEY_NAME, expires)).key
         if given["admin"]:
