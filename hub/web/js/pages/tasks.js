@@ -2,7 +2,7 @@
 import { address, api } from "../api.js";
 import { Button, Dialog, Empty, ErrorBox, Field, Loading, Page, Sparkline, Table, ago, count, percent } from "../components.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
-import { Link, go, route } from "../router.js";
+import { Link, go, replace, route } from "../router.js";
 import { me, notify } from "../state.js";
 
 const PAGE = 25;
@@ -31,7 +31,7 @@ export default function Tasks() {
   useEffect(() => {
     load();
   }, [search]);
-  const find = (text) => history.replaceState(null, "", `#/tasks${text ? `?${new URLSearchParams({ search: text })}` : ""}`) || dispatchEvent(new HashChangeEvent("hashchange"));
+  const find = (text) => replace(`/tasks${text ? `?${new URLSearchParams({ search: text })}` : ""}`);
   const choose = (by) => setSort((before) => ({ by, down: before.by === by && !before.down }));
   const shown = sort.by === null ? state.tasks : [...state.tasks].sort((a, b) => {
     const [x, y] = [SORTS[sort.by](a), SORTS[sort.by](b)];

@@ -1,9 +1,10 @@
 /** Tab "Train": one button, the live curve, and what the result means. */
 import { api } from "../../api.js";
+import { attempt, useLoaded } from "../../calls.js";
 import { Button, Chart, Empty, ErrorBox, Field, Loading, Meter, Table, ago, count, percent } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
-import { ImageStrip, accuracyOf, at, attempt, useLoaded, versionOf } from "./shared.js";
+import { ImageStrip, accuracyOf, at, versionOf } from "./shared.js";
 
 const ENDED = ["done", "failed", "cancelled"];
 const CELLS = 20; // labels of a confusion matrix; with more, only its largest confusions are listed
