@@ -25,6 +25,7 @@ from ...registry.datasets.index import DatasetIndex
 from ...registry.datasets.staging import StagedDatasets
 from ...storage.store import Store
 from ..datasets.features import FeatureService
+from ..datasets.removal import REMOVING_ATTEMPTS, REMOVING_PAUSE_S
 from ..image_decoding import ImageDecoder
 from . import tar
 from .tar import Member, invalid
@@ -35,7 +36,6 @@ MAX_MEMBER_BYTES = 2**40
 MAX_LINE_BYTES = 8192  # of one image in a list
 STEP_IMAGES = 32  # listed in one step
 READ_AT_ONCE = 4  # images in memory
-REMOVING_PAUSE_S, REMOVING_ATTEMPTS = 0.3, 10  # while the store removes an old copy of a file
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,7 @@ class DatasetArchive:
         try:
             await self._decoder.decode(tenant, [(f"image {digest}", data, preprocess)], sizes)
         except (InvalidImage, TooLarge) as error:
-            reason = error.errors[0].message if error.errors else error.detail
-            raise invalid(f"image {digest} does not fit this hub: {reason}") from error
+            raise invalid(f"image {digest} does not fit this hub: {error.reason}") from error
 
     def check_lists(self, file: IO[bytes], members: DatasetMembers, images: Mapping[str, int]) -> None:
         """Check that lists and images of an archive agree, before anything is stored. Runs in a thread.

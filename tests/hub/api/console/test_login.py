@@ -77,5 +77,5 @@ def test_code_of_a_tenant_that_was_deleted_and_made_again_is_refused(hub: Hub) -
 
 
 def test_code_of_an_absent_tenant_is_refused_at_once(hub: Hub) -> None:
-    with pytest.raises(NotFound, match="nobody"):
-        code_of(hub, "nobody")
+    with pytest.raises(NotFound, match="absent"):
+        code_of(hub, "absent")
