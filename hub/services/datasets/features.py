@@ -113,13 +113,23 @@ class FeatureService:
         running = {self._running[digest] for digest in digests if digest in self._running}
         if running:
             await asyncio.wait(running)
+        found = await self.stored(tenant, digests)
+        missing = [digest for digest in digests if digest not in found]
+        for start in range(0, len(missing), COMPUTED_IMAGES):
+            found |= await self._computed(tenant, spec, missing[start : start + COMPUTED_IMAGES])
+        return found
+
+    async def stored(self, tenant: str, digests: Sequence[str]) -> dict[str, NDArray[np.float16]]:
+        """Return the features of those images for which the store has them.
+
+        Raises:
+            Unavailable: the store is unavailable, or no worker has loaded its backbone yet.
+        """
+        spec = await self.spec()
         found: dict[str, NDArray[np.float16]] = {}
         for start in range(0, len(digests), READ_IMAGES):
             part = list(digests[start : start + READ_IMAGES])
             found |= await run_blocking(self._threads.of(tenant), self._features.get, spec.key, part, spec.width)
-        missing = [digest for digest in digests if digest not in found]
-        for start in range(0, len(missing), COMPUTED_IMAGES):
-            found |= await self._computed(tenant, spec, missing[start : start + COMPUTED_IMAGES])
         return found
 
     async def run(self) -> None:
