@@ -138,11 +138,11 @@ def duplicates(
             table.add_row("", f"and {group.size - len(group.images)} more", "", "", "")
         table.add_section()
     out.print(table, width=max(out.width, LIST_WIDTH), crop=False)
-    out.print(f"{page.total} groups of near-duplicates among {page.considered} images")
+    out.print(f"groups of near-duplicates among {page.considered} images: {page.total}")
     if page.total_across_splits:
         err.print(
-            f"warning: {page.total_across_splits} groups both train and test; delete the copies, or give each group "
-            "one split with `images label --split`",
+            f"warning: groups that both train and test: {page.total_across_splits}; delete the copies, or give each "
+            "group one split with `images label --split`",
             soft_wrap=True,
         )
     if page.next is not None:
