@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from adapters import Bank, BankLimits, load_backbone
 from adapters.data.images import normalise, preprocess_of
+from adapters.serving.frozen_forms import can_int8, measure_forms
 
 from ..admin_schemas import WorkerStatus
 from ..admission.quotas import WORKER_FEATURES_QUEUED, WORKER_IMAGES_QUEUED
@@ -44,6 +45,7 @@ MAX_ROUTED_DIGESTS = 1000  # resident adapters that a worker reports to the rout
 STORE_READERS = 8  # threads that read from the store
 FEATURE_IMAGES, FEATURE_IMAGES_GPU = 4, 32  # of a pass without adapters: small, since a classification may wait for it
 FEATURE_WAIT_S = 1.0  # between two such passes of a worker that is never idle
+FORM_IMAGES = 8  # of the passes for which the forms of the frozen layers are measured: a usual batch on a CPU
 TRIALS_PER_SIZE, TRIALS_TIMEOUT_S = 4, 5.0  # trial passes of a new worker
 
 
@@ -125,10 +127,22 @@ class Worker:
             settings.backbone,
             settings.checkpoint,
             device=settings.torch_device,
-            dtype=getattr(torch, settings.dtype),
+            dtype=getattr(torch, settings.weights_dtype),
             image_size=settings.image_size,
         )
-        return Bank(backbone, slots=settings.slots, max_rank=settings.max_rank, max_kernels=settings.max_kernels)
+        int8 = settings.dtype == "int8"
+        if int8 and not can_int8(backbone):
+            logger.warning("HUB_DTYPE=int8 needs a CPU with VNNI; this worker computes in float32")
+        forms = measure_forms(backbone, min(settings.batch_size, FORM_IMAGES), int8=int8)
+        for line in forms.describe():
+            logger.info("frozen layers %s", line)
+        return Bank(
+            backbone,
+            slots=settings.slots,
+            max_rank=settings.max_rank,
+            max_kernels=settings.max_kernels,
+            forms=forms,
+        )
 
     def _run_trials(self) -> None:
         """Measure passes with empty adapters, otherwise the first callers would wait for the tuner's trials."""
@@ -277,6 +291,7 @@ class Worker:
             load_s=counts.load_s,
             evictions=counts.evictions,
             failures=counts.failures,
+            frozen_layers=self._bank.forms.describe(),
         )
 
     async def refresh_prewarming(self) -> None:
