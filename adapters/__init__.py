@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from .method.config import ConfigError, KarstConfig
     from .method.karst import KarstModel, attach, extract
     from .paper.recipe import Recipe
-    from .serving.bank import Bank, BankFullError, Slot
+    from .serving.answers import ImageScores, ImageTasks, Scores, Slot
+    from .serving.bank import Bank, BankFullError
+    from .serving.heads import Heads, HeadScores
     from .serving.limits import BankLimits
     from .serving.slot_memory import Packed
     from .training.fit import fit
@@ -34,7 +36,11 @@ __all__ = [
     "BankLimits",
     "ConfigError",
     "DataError",
+    "HeadScores",
+    "Heads",
     "ImageError",
+    "ImageScores",
+    "ImageTasks",
     "ImageTooLargeError",
     "KarstConfig",
     "KarstModel",
@@ -42,6 +48,7 @@ __all__ = [
     "Packed",
     "Problem",
     "Recipe",
+    "Scores",
     "Site",
     "Slot",
     "Trained",
@@ -62,7 +69,9 @@ _MODULES = {
     ".method.config": ("ConfigError", "KarstConfig"),
     ".method.karst": ("KarstModel", "attach", "extract"),
     ".paper.recipe": ("Recipe",),
-    ".serving.bank": ("Bank", "BankFullError", "Slot"),
+    ".serving.answers": ("ImageScores", "ImageTasks", "Scores", "Slot"),
+    ".serving.bank": ("Bank", "BankFullError"),
+    ".serving.heads": ("HeadScores", "Heads"),
     ".serving.limits": ("BankLimits",),
     ".serving.slot_memory": ("Packed",),
     ".training.fit": ("fit",),

@@ -120,7 +120,9 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
         "ms": {name: spread([1e3 * taken[name] for taken in times]) for name in contenders},
         "frozen_layers": forms.describe(),
         "quick_to_frozen": spread([taken["quick"] / taken["frozen"] for taken in times]),
-        "int8_to_frozen": spread([taken["int8"] / taken["frozen"] for taken in times]) if "int8" in contenders else None,
+        "int8_to_frozen": spread([taken["int8"] / taken["frozen"] for taken in times])
+        if "int8" in contenders
+        else None,
         "mixed_to_frozen": spread([taken["mixed"] / taken["frozen"] for taken in times]),
         "mixed_to_quick": spread([taken["mixed"] / taken["quick"] for taken in times]),
         "limit_to_frozen": spread([(taken["quick"] + taken["products"]) / taken["frozen"] for taken in times]),

@@ -17,6 +17,8 @@ from .common import markdown_table
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 MIXED_BARS = {("vit_base_patch16_224", 2): 1.05, ("vit_base_patch16_224", 8): 1.15, ("vit_tiny_patch16_224", 2): 1.20}
+MANY_BARS = {"heads": 1.10, "typical": 1.10, "late": 3.5}
+MANY_MODELS = ("vit_base_patch16_224", "vit_small_patch16_224")
 PEER_NAMES = {
     "ours": "ours, mixed batches",
     "LoRA": "peft LoRA, mixed batches",
@@ -33,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {
         name: json.loads((options.results / f"{name}.json").read_text())
-        for name in ("mixed_batch", "engine", "peers", "over_http", "rate_limits", "train_step")
+        for name in ("mixed_batch", "many_tasks", "engine", "peers", "over_http", "rate_limits", "train_step")
     }
     (options.docs / "img").mkdir(parents=True, exist_ok=True)
     (options.docs / "performance.md").write_text(report(found))
@@ -50,6 +52,7 @@ def report(found: dict[str, Any]) -> str:
         "quartiles in brackets. The machine is shared and noisy. It has two cores and no GPU, so GPU performance was "
         "**not** measured. `--help` of each script describes its method.",
         *_mixed(found["mixed_batch"]),
+        *_many_tasks(found["many_tasks"]),
         *_engine(found["engine"]),
         *_peers(found["peers"]),
         *_http(found["over_http"]),
@@ -95,6 +98,33 @@ def _mixed(result: dict[str, Any]) -> list[str]:
         ),
         "The number of multiplications alone gives a ratio of 1.04 for ViT-B/16 with two kernels, 1.15 with eight, and "
         "1.12 for ViT-Ti/16 with two.",
+    ]
+
+
+def _many_tasks(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in result["rows"]:
+        backbone, ratios = row["backbone"], row["ratios"]
+        bars = MANY_BARS if backbone in MANY_MODELS else {}
+        names = {
+            "heads": f"{result['heads']} heads / one",
+            "typical": f"{result['heads']} heads with typicality / one such head",
+            "late": f"{result['late']} adapters in the last {result['late_blocks']} blocks / one head",
+        }
+        rows += [
+            [backbone, text, _value(ratios[name]), _bar(bars.get(name), ratios[name], "<=")]
+            for name, text in names.items()
+        ]
+    large = result["rows"][0]
+    return [
+        "## One image, many tasks",
+        f"`python -m benchmarks.many_tasks` ({_machine(result)}, threads: {result['machine']['threads']}). One "
+        "image in `Bank.score_images` with softmax and typicality, beside the pass of one task. Heads have ten "
+        f"classes. Adapters in the last blocks share a row: {large['passes']:.2f} passes of {large['backbone']}. "
+        "The benchmark first compares each answer with that of a call for its task alone.",
+        markdown_table(["backbone", "tasks / one task", "time", "target"], rows),
+        f"The stacked heads of {large['backbone']} take {large['heads_mb']:g} MB, and with typicality "
+        f"{large['typical_mb']:g} MB; they need no slots. Other programs used the cores meanwhile.",
     ]
 
 

@@ -71,7 +71,9 @@ class Instant:
     async def prefetch(self, digest: str) -> None:
         pass
 
-    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
+    async def classify(
+        self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float, *, idle: bool = False
+    ) -> list[Answer]:
         with tracing.worker_call_span(len(images)):
             origin = request_context.call_origin()
             if origin.traceparent:

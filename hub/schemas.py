@@ -2,12 +2,23 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from .control_characters import PLAIN
+from .errors import shown
 from .field_types import (
     DIGEST_PATTERN,
     NUMBER,
+    TASK_PATTERN,
     Label,
     MeasuredAccuracy,
     Name,
@@ -22,6 +33,8 @@ from .field_types import Body as _Body
 
 LATEST = "latest"
 MAX_IMAGES = 64
+MAX_TASKS = 1000  # of one image
+EVERY = "*"  # every task of the tenant
 MAX_REPLY_BYTES = 8 * 1024**2  # of the labels and numbers of one reply to a classification
 MAX_PAGE = 1000  # entries of a list in one reply
 NEXT = "the parameter `cursor` of the next page; absent on the last page"
@@ -226,6 +239,50 @@ class InputsBody(_Body):
     coverage: BodyCoverage | None = None
 
 
+def _every_or_names(value: Any, names: ValidatorFunctionWrapHandler) -> Any:
+    """Accept `EVERY` as the only text, and a list of names."""
+    if value == EVERY:
+        return [EVERY]
+    if isinstance(value, str):
+        message = "is {value}; must be a list of names of tasks, or * for every task"
+        raise PydanticCustomError("tasks", message, {"value": shown(value)})
+    return names(value)
+
+
+Tasks = Annotated[
+    list[TaskName],
+    Field(min_length=1, max_length=MAX_TASKS),
+    WrapValidator(_every_or_names),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "array",
+                    "items": {"type": "string", "pattern": TASK_PATTERN},
+                    "minItems": 1,
+                    "maxItems": 1000,
+                },
+                {"type": "string", "const": EVERY},
+            ]
+        }
+    ),
+]
+
+
+class TasksBody(_Body):
+    """One image and the tasks that classify it: names, or `*` for every task of the key's tenant that has a version."""
+
+    image: str
+    tasks: Tasks
+    top_k: BodyTopK | None = None
+    coverage: BodyCoverage | None = None
+
+    @property
+    def every(self) -> bool:
+        """Whether every task of the tenant is meant."""
+        return self.tasks == [EVERY]
+
+
 class Result(_Body):
     """Predictions of one input. Its last members are present as in `Classified`."""
 
@@ -239,10 +296,18 @@ class Result(_Body):
     image: str | None = _optional("digest of the image if the task's dataset keeps it")
 
 
+class SkippedTask(_Body):
+    """A task among those of `*` that cannot answer, and why."""
+
+    task: str
+    reason: str
+
+
 class Results(_Body):
-    """Reply to a classification with several tasks, in the order of its inputs."""
+    """Reply to a classification with several tasks, in the order of its inputs or tasks; by name for `*`."""
 
     results: list[Result]
+    skipped: list[SkippedTask] | None = _optional("tasks of the tenant without an answer; only in replies to `*`")
 
 
 class FieldProblemInfo(_Body):

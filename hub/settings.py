@@ -39,7 +39,12 @@ class Settings(BaseSettings):
     slots: int = Field(64, ge=1, description="adapters in a worker's device memory")
     max_rank: int = Field(16, ge=1, description="largest rank of an adapter")
     max_kernels: int = Field(8, ge=1, description="largest number of kernels of an adapter")
-    host_cache_bytes: int = Field(1024**3, ge=0, description="host memory per worker for adapters without a slot")
+    host_cache_bytes: int = Field(
+        1024**3,
+        ge=0,
+        description="host memory per worker for adapters without a slot; "
+        "stacked heads of calls for many tasks take up to a quarter as much besides",
+    )
     pinned: tuple[str, ...] = Field((), description="`tenant/task` or `tenant/task@alias`: adapters that keep a slot")
     batch_size: int = Field(32, ge=1, description="largest forward pass, in images; a worker may choose less")
     batch_wait_ms: float = Field(2.0, ge=0, description="longest wait of a forward pass for more images")

@@ -1,4 +1,4 @@
-"""JSON bodies of the routes for the use of a task in production: counts of answers, and drift."""
+"""JSON bodies of the routes for the use of a task in production: counts of answers, and drift, and back-tests."""
 
 from typing import Literal
 
@@ -7,6 +7,7 @@ from pydantic import Field
 from .field_types import Body as _Body
 
 MAX_USAGE_DAYS = 400
+MAX_BACKTEST_IMAGES = 1000
 
 
 class UsageCounts(_Body):
@@ -97,3 +98,52 @@ class TaskUsage(_Body):
     days: list[UsageOfDay]
     total: UsageCounts
     drift: Drift | None
+
+
+class ChangedLabels(_Body):
+    """Number of images that one version labels `a` and the other `b`."""
+
+    a: str
+    b: str
+    images: int
+
+
+class RightAnswers(_Body):
+    """Images with a label that trained neither version, as far as snapshots tell, and how many each labels so."""
+
+    images: int
+    a: int
+    b: int
+
+
+class BacktestImage(_Body):
+    """A kept image that the versions label differently; `label` is its true label, where it has one."""
+
+    digest: str
+    name: str
+    added: str
+    label: str | None
+    a: str
+    b: str
+
+
+class Backtest(_Body):
+    """The newest kept images of a task, answered by version `b` and by version `a`.
+
+    `a` is null where the answers are those that the callers got. `changed` of the `images` have another label; `share`
+    is their part, with its 95 % `interval`. `left_out` images cannot be read, `beyond_limit` more are not in the sample
+    that workers have answered. `changes` has the 100 most frequent changes, `differ` all changed images, newest first.
+    """
+
+    task: str
+    a: int | None
+    b: int
+    images: int
+    left_out: int
+    beyond_limit: int
+    changed: int
+    share: float
+    interval: tuple[float, float]
+    labelled: RightAnswers
+    changes: list[ChangedLabels]
+    differ: list[BacktestImage]

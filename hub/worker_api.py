@@ -1,7 +1,8 @@
 """Interface between gateways and workers: the calls, their origin and their answers. No Ray, no HTTP."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -51,11 +52,54 @@ class Answer:
     typicality: float | None = None
 
 
+@dataclass(frozen=True)
+class TaskAnswers:
+    """Answers of several adapters to one image, in few arrays: Ray would copy a thousand small ones one by one.
+
+    Attributes:
+        sizes: digest -> number of labels, in the order of the other lists.
+        probabilities: float32, those of one adapter behind those of another.
+        typicality: in [0, 1]; NaN for an adapter without typicality.
+        computed: pass of each adapter.
+        invalid: digest -> why the adapter cannot answer.
+    """
+
+    sizes: dict[str, int]
+    probabilities: NDArray[np.float32]
+    typicality: NDArray[np.float64]
+    computed: list[PassStats]
+    invalid: dict[str, InvalidAdapter]
+
+    @classmethod
+    def of(
+        cls,
+        answers: Sequence[tuple[str, NDArray[np.float32], float, PassStats]],
+        invalid: Mapping[str, InvalidAdapter],
+    ) -> "TaskAnswers":
+        """Put answers together: digest, probabilities, typicality or NaN, and pass of each adapter."""
+        return cls(
+            {digest: len(own) for digest, own, _, _ in answers},
+            np.concatenate([np.empty(0, np.float32), *(own for _, own, _, _ in answers)]),
+            np.array([typicality for _, _, typicality, _ in answers], float),
+            [stats for _, _, _, stats in answers],
+            dict(invalid),
+        )
+
+    def answers(self) -> dict[str, Answer]:
+        """Return the answer of each adapter that gave one, by digest."""
+        parts = np.split(self.probabilities, np.cumsum([*self.sizes.values()])[:-1])
+        shares = self.typicality.tolist()
+        return {
+            digest: Answer(part, stats, None if isnan(share) else share)
+            for digest, part, stats, share in zip(self.sizes, parts, self.computed, shares, strict=bool(self.sizes))
+        }
+
+
 class Workers(Protocol):
     """All workers of a hub, as a gateway sees them."""
 
     async def classify(
-        self, tenant: str, digest: str, images: Sequence[NDArray[np.uint8]], weight: float
+        self, tenant: str, digest: str, images: Sequence[NDArray[np.uint8]], weight: float, *, idle: bool = False
     ) -> list[Answer]:
         """Return one answer for each image, all from one adapter.
 
@@ -64,11 +108,27 @@ class Workers(Protocol):
             digest: sha256 of the adapter's file.
             images: preprocessed pixels, uint8 (3, H, W).
             weight: the tenant's share, relative to other tenants.
+            idle: compute the images while no other image waits for classification.
 
         Raises:
             Unavailable: no worker answers, or the adapter cannot be loaded in time.
             InvalidAdapter: the adapter does not fit the workers' backbone.
             LimitReached: too many images of the tenant are queued.
+        """
+
+    async def classify_tasks(
+        self, tenant: str, digests: Sequence[str], image: NDArray[np.uint8], weight: float, key: str
+    ) -> TaskAnswers:
+        """Return the answers of several adapters to one image, all from one worker.
+
+        Args:
+            tenant, weight: as in `classify`.
+            key: calls with equal keys go to the same two workers, which then hold the adapters of these calls.
+            digests: different adapters whose preprocessing is the same.
+            image: preprocessed pixels, uint8 (3, H, W).
+
+        Raises:
+            Unavailable, LimitReached: as `classify`.
         """
 
     async def features(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float16]]:

@@ -12,7 +12,7 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ["OMP_NUM_THREADS"] = "1"
 
 HERE = Path(__file__).parent
-HUBS = ("tests/system/", "tests/attacks/test_neighbours")  # tests that share whole hubs
+HUBS = ("tests/system/", "tests/console/", "tests/attacks/test_neighbours")  # tests that share whole hubs
 
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types

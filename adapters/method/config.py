@@ -45,6 +45,11 @@ class KarstConfig(BaseModel):
             raise ValueError(f"stage_ranks is {self.stage_ranks}, but its largest must equal rank = {self.rank}")
         return self
 
+    @property
+    def is_head(self) -> bool:
+        """Whether an adapter of this config is only a head on the frozen backbone's features."""
+        return self.kernels == 0 and self.rescale == "none" and not self.norms
+
     def select(self, layers: Sequence[Layer]) -> list[Layer]:
         """Return the sites or norms of a backbone whose names match `sites`, with `fnmatch` patterns."""
         if self.sites is None:

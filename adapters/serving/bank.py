@@ -3,29 +3,30 @@
 Axes: B images, T tokens of an image (rows of a layer's input that belong to it), K classes, D features.
 
 No adapter is merged. Each adapted layer computes its frozen product once for the whole batch. KARST's part is a
-batched product over images (`kronecker.add_`, with separate numbers for each image), added in place. The numbers are
-gathered from the `SlotMemory` once per batch.
+batched product over rows (`kronecker.add_`, with separate numbers for each row), added in place. The numbers are
+gathered from the `SlotMemory` once per batch. An image with several adapters has one row up to the first block that
+they change (`row_plan`).
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..backbone import Backbone, BackboneError, Site, features
+from ..backbone import Backbone, BackboneError, features
 from ..format.file import Adapter
 from ..format.layouts import LayoutCache
-from ..method import kronecker
-from ..short_repr import short_repr
+from .adapted_layers import AdaptedLinear, Batch, hook_block, hook_norm
+from .answers import ImageScores, ImageTasks, Resident, Scores, Slot, answers
+from .blocks import Blocks, find_blocks
 from .frozen_forms import FrozenForms, unmeasured_forms
+from .heads import Heads
 from .limits import BankLimits
 from .prepack import prepack_layers
-from .slot_memory import Packed, PackingPlan, SiteNumbers, SlotMemory
-from .typicality import DeviceTypicality, typicality_of
+from .row_plan import RowPlan, plan_rows
+from .slot_memory import Packed, PackingPlan, SlotMemory
+from .typicality import DeviceTypicality
 
 # Of the largest feature, between two implementations of the same model.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -34,53 +35,6 @@ INT8_ROUNDING = 0.5  # a model that a bank cannot serve differs by more than its
 
 class BankFullError(RuntimeError):
     """All slots of a bank are in use; evict an adapter first."""
-
-
-class Slot(NamedTuple):
-    """Handle of an adapter in a bank; each `put` has a new generation, so a stale handle never matches."""
-
-    number: int
-    generation: int
-
-
-@dataclass(frozen=True)
-class _Resident:
-    """The parts of an adapter in a slot that are not in the slot memory."""
-
-    generation: int
-    kernels: int
-    rank: int
-    kronecker: frozenset[str]
-    rescaled: frozenset[str]
-    norms: frozenset[str]
-    head_weight: Tensor  # (K, D)
-    head_bias: Tensor  # (K,)
-    typicality: DeviceTypicality | None
-
-    __repr__ = short_repr
-
-
-class Scores(NamedTuple):
-    """Logits of one image, and its typicality."""
-
-    logits: Tensor  # (K,), in the backbone's dtype
-    typicality: float | None  # in [0, 1]; None where the adapter has no typicality
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Numbers of the batch in the current forward pass, and the sites that any of its adapters changes.
-
-    A batch with one adapter repeats its numbers B times: one product per image is faster than one product over all
-    rows, whose long thin matrices do not fit the processor's cache.
-    """
-
-    numbers: dict[str, SiteNumbers]
-    kronecker: frozenset[str]
-    rescaled: frozenset[str]
-    norms: dict[str, tuple[Tensor, Tensor]]  # weight and bias, (B, 1, d), where any adapter tunes the norm
-
-    __repr__ = short_repr
 
 
 class Bank:
@@ -132,22 +86,22 @@ class Bank:
         self.limits = BankLimits(backbone.info(), max_rank=max_rank, max_kernels=max_kernels, factor=factor)
         self.layouts = LayoutCache() if layouts is None else layouts
         self._plan_key = object()  # of this bank's plans in the cache; `self` would keep the bank in memory
-        self._residents: dict[int, _Resident] = {}
+        self._residents: dict[int, Resident] = {}
         self._generation = 0
         self._free = list(range(slots - 1, -1, -1))
         self._slots_lock = threading.Lock()
         self._forward_lock = threading.Lock()
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._model = backbone.clone()
         self.forms = unmeasured_forms(backbone) if forms is None else forms
         prepack_layers(self._model, backbone.sites, self.forms)
         self._memory = SlotMemory(backbone, slots, max_rank=max_rank, max_kernels=max_kernels, factor=factor)
         for site in backbone.sites:
-            adapted = _AdaptedLinear(self._model.get_submodule(site.name), site, lambda: self._batch)
+            adapted = AdaptedLinear(self._model.get_submodule(site.name), site, lambda: self._batch)
             self._model.set_submodule(site.name, adapted)
         modules = dict(self._model.named_modules())
         for norm in backbone.norms:
-            self._hook_norm(modules[norm.name], norm.name)
+            hook_norm(modules[norm.name], norm.name, lambda: self._batch)
         self._check_identity(backbone)
 
     @property
@@ -239,44 +193,110 @@ class Bank:
         """
         if len(slots) != len(pixels):
             raise ValueError(f"got {len(pixels)} images and {len(slots)} slots; pass one slot per image")
-        residents = [r for r in map(self._resident, slots) if r is not None]
-        if len(residents) < len(slots):
-            stale = sorted({slot.number for slot in slots if self._resident(slot) is None})
-            raise ValueError(f"the adapter in slot {', '.join(map(str, stale))} was evicted; put it again")
+        found = self.score_images(pixels, [ImageTasks((slot,)) for slot in slots], typicality=typicality)
+        return [image.scores[0] for image in found]
+
+    @torch.inference_mode()
+    def score_images(
+        self, pixels: Tensor, tasks: Sequence[ImageTasks], *, typicality: bool = True
+    ) -> list[ImageScores]:
+        """Run the backbone once, each image with any number of adapters.
+
+        The heads of an image share one row of the pass. Its adapters in slots share that row up to their first adapted
+        blocks (see `row_plan`); `passes` returns the work.
+
+        Args:
+            pixels: (B, 3, H, W), normalised.
+            tasks: the adapters of each image, at least one.
+            typicality: False leaves it out of the answers of slots.
+
+        Raises:
+            ValueError: the numbers of images and of their tasks differ, an image has no task, or a slot's adapter was
+                evicted.
+        """
+        if len(tasks) != len(pixels):
+            raise ValueError(f"got {len(pixels)} images and the tasks of {len(tasks)}; pass the tasks of each image")
+        if not all(image.slots or image.heads for image in tasks):
+            raise ValueError("an image has no task; leave it out")
+        residents = [[self._current(slot) for slot in image.slots] for image in tasks]
         if not residents:
             return []
-        index = torch.tensor([slot.number for slot in slots], device=self.device)
-        norms = frozenset().union(*(r.norms for r in residents))
-        kronecker_sites = frozenset().union(*(r.kronecker for r in residents))
-        rescaled = frozenset().union(*(r.rescaled for r in residents))
+        plan = self._plan_rows([[r.first_block for r in own] for own in residents], [bool(t.heads) for t in tasks])
+        own = [residents[image][i] for image, i in plan.adapters]
+        index = torch.tensor([tasks[image].slots[i].number for image, i in plan.adapters], device=self.device)
+        pooled = self._pooled(pixels, plan, own, index)
+
+        return answers(tasks, residents, plan, pooled, typicality=typicality)
+
+    def _pooled(self, pixels: Tensor, plan: RowPlan, own: Sequence[Resident], index: Tensor) -> Tensor:
+        """Return the pooled features of all rows at the end of a pass, (B, D).
+
+        Args:
+            own: adapters of the plan's rows that have one.
+            index: their slots.
+        """
+        if plan.start != [*range(len(pixels))]:
+            pixels = pixels[plan.start]
+        batch = None
+        if own:  # else all are heads on the frozen features
+            norms = frozenset().union(*(r.norms for r in own))
+            batch = Batch(
+                numbers=self._memory.gather(index, max(r.kernels for r in own), max(r.rank for r in own)),
+                kronecker=frozenset().union(*(r.kronecker for r in own)),
+                rescaled=frozenset().union(*(r.rescaled for r in own)),
+                norms={n: own for n, own in self._memory.gather_norms(index).items() if n in norms} if norms else {},
+                adapters=len(own),
+                rows=len(plan.start),
+                own=plan.own,
+                splits=plan.splits,
+            )
+        return self._features(pixels.to(device=self.device, dtype=self.dtype), batch)
+
+    def _features(self, pixels: Tensor, batch: Batch | None) -> Tensor:
         with self._forward_lock:
-            if kronecker_sites or rescaled or norms:  # else all are heads on the frozen features
-                self._batch = _Batch(
-                    numbers=self._memory.gather(
-                        index, kernels=max(r.kernels for r in residents), rank=max(r.rank for r in residents)
-                    ),
-                    kronecker=kronecker_sites,
-                    rescaled=rescaled,
-                    norms={n: own for n, own in self._memory.gather_norms(index).items() if n in norms}
-                    if norms
-                    else {},
-                )
+            self._batch = batch
             try:
-                pooled = features(self._model, pixels.to(device=self.device, dtype=self.dtype))
+                return features(self._model, pixels)
             finally:
                 self._batch = None
-        logits = [
-            torch.addmv(resident.head_bias, resident.head_weight, row)
-            for resident, row in zip(residents, pooled.unbind(), strict=True)
-        ]
-        shares = typicality_of([r.typicality for r in residents], pooled) if typicality else [None] * len(logits)
-        return [Scores(row, share) for row, share in zip(logits, shares, strict=True)]
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks before which rows can split; 0 where the backbone's rows cannot."""
+        return len(self._blocks.names)
+
+    def passes(self, first_blocks: Sequence[int], *, heads: bool = False) -> float:
+        """Return the work of one image with several adapters, in frozen passes of one image.
+
+        Args:
+            first_blocks: `first_block` of each adapter.
+            heads: whether heads on the frozen features classify the image too.
+        """
+        return self._plan_rows([first_blocks], [heads]).passes(len(self._blocks.names))
+
+    def first_block(self, adapter: Packed) -> int:
+        """Return the first block that an adapter changes, from which on it needs a row for itself.
+
+        -1: something before block 0, or the backbone's rows cannot split; then it shares nothing. The number of blocks:
+        it is only a head.
+        """
+        return self._blocks.first(adapter.kronecker, adapter.rescaled, adapter.norms)
+
+    def heads(self, adapters: Sequence[Packed]) -> Heads:
+        """Stack adapters that are only heads, for `score_images`. They need no slots.
+
+        Raises:
+            ValueError: no adapter, or one that changes the backbone's features.
+        """
+        return Heads(adapters, self.limits.backbone.width, self.device)
+
+    def _plan_rows(self, first_blocks: Sequence[Sequence[int]], heads: Sequence[bool]) -> RowPlan:
+        return plan_rows(first_blocks, heads, len(self._blocks.names))
 
     @torch.inference_mode()
     def frozen_features(self, pixels: Tensor) -> Tensor:
         """Return the frozen backbone's pooled features (B, D) of normalised pixels (B, 3, H, W)."""
-        with self._forward_lock:
-            return features(self._model, pixels.to(device=self.device, dtype=self.dtype))
+        return self._features(pixels.to(device=self.device, dtype=self.dtype), None)
 
     @torch.inference_mode()
     def warm_up(self, pixels: Tensor, kernels: int, rank: int) -> Tensor:
@@ -295,14 +315,17 @@ class Bank:
         """
         if self._generation:
             raise RuntimeError("warm_up needs an unused bank, but an adapter was put already; call it before `put`")
-        index = torch.zeros(len(pixels), dtype=torch.int64, device=self.device)
+        return self._features(
+            pixels, self._zeros(kernels, rank, plan_rows([[-1]] * len(pixels), [False] * len(pixels), 0))
+        )
+
+    def _zeros(self, kernels: int, rank: int, plan: RowPlan) -> Batch:
+        """Return a batch whose adapters are all the one of zeros in slot 0."""
+        count = len(plan.adapters)
+        index = torch.zeros(count, dtype=torch.int64, device=self.device)
         every = frozenset(site.name for site in self.limits.backbone.sites)
-        with self._forward_lock:
-            self._batch = _Batch(self._memory.gather(index, kernels, rank), every, every, norms={})
-            try:
-                return features(self._model, pixels)
-            finally:
-                self._batch = None
+        numbers = self._memory.gather(index, kernels, rank)
+        return Batch(numbers, every, every, {}, count, len(plan.start), plan.own, plan.splits)
 
     @torch.inference_mode()
     def _check_identity(self, backbone: Backbone) -> None:
@@ -313,76 +336,63 @@ class Bank:
         pixels = pixels.view(1, 3, height, width)
         zeros = self.warm_up(pixels, kernels=1, rank=2)
         frozen = features(backbone.model, pixels)
-        rounding = INT8_ROUNDING if "int8" in self.forms.chosen.values() else ROUNDING[self.dtype]
+        int8 = "int8" in self.forms.chosen.values()
+        rounding = INT8_ROUNDING if int8 else ROUNDING[self.dtype]
         near = torch.allclose(zeros, frozen, rtol=0, atol=rounding * float(frozen.abs().max()))
         if not near or not torch.equal(zeros, features(self._model, pixels)):
             raise BackboneError(
                 f"a bank cannot serve backbone {backbone.name!r}: an adapter of zeros changes its features; "
                 "use another timm model (docs/backbones.md)"
             )
+        self._blocks = self._found_blocks(pixels, zeros)
 
-    def _resident(self, slot: Slot) -> _Resident | None:
+    def _found_blocks(self, pixels: Tensor, frozen: Tensor) -> Blocks:
+        """Return the blocks before which rows can split; none if the features of split rows are other ones."""
+        info = self.limits.backbone
+        places = [*(site.name for site in info.sites), *(norm.name for norm in info.norms)]
+        blocks = find_blocks(self._model, places, pixels)
+        count = len(blocks.names)
+        modules = dict(self._model.named_modules())
+        for number, name in enumerate(blocks.names):
+            hook_block(modules[name], number, lambda: self._batch)
+        plan = plan_rows([[count // 2, count - 1, count // 2]], [True], count)
+        try:
+            split = self._features(pixels, self._zeros(1, 2, plan))
+        except Exception:  # blocks that take something other than rows of images
+            return Blocks()
+        near = split.shape == (4, frozen.shape[1]) and torch.allclose(
+            split, frozen.expand_as(split), rtol=0, atol=ROUNDING[self.dtype] * float(frozen.abs().max())
+        )
+        return blocks if near else Blocks()
+
+    def _current(self, slot: Slot) -> Resident:
+        """Return the adapter in a slot.
+
+        Raises:
+            ValueError: it was evicted.
+        """
+        found = self._resident(slot)
+        if found is None:
+            raise ValueError(f"the adapter in slot {slot.number} was evicted; put it again")
+        return found
+
+    def _resident(self, slot: Slot) -> Resident | None:
         """Return the adapter that `put` wrote for this handle, or None after its eviction."""
         found = self._residents.get(slot.number)
         return found if found is not None and found.generation == slot.generation else None
 
     @torch.inference_mode()
-    def _write(self, slot: Slot, packed: Packed) -> _Resident:
+    def _write(self, slot: Slot, packed: Packed) -> Resident:
         weight, bias = self._memory.write(slot.number, packed)
-        return _Resident(
+        return Resident(
             generation=slot.generation,
             kernels=packed.kernels,
             rank=packed.rank,
             kronecker=packed.kronecker,
             rescaled=packed.rescaled,
             norms=packed.norms,
+            first_block=self.first_block(packed),
             head_weight=weight,
             head_bias=bias,
             typicality=DeviceTypicality(packed.typicality, self.device) if packed.typicality else None,
         )
-
-    def _hook_norm(self, norm: nn.Module, name: str) -> None:
-        def tune(layer: Any, args: tuple[Tensor, ...], _y: Tensor) -> Tensor | None:
-            current = self._batch
-            if current is None or name not in current.norms:
-                return None
-            weight, bias = current.norms[name]
-            y = F.layer_norm(args[0], layer.normalized_shape, eps=layer.eps)
-            return _rescaled(y, weight, bias, in_place=True)
-
-        norm.register_forward_hook(tune)
-
-
-class _AdaptedLinear(nn.Module):
-    """A site: its frozen layer, plus KARST's part for each image of the current batch."""
-
-    def __init__(self, frozen: nn.Module, site: Site, current: Callable[[], _Batch | None]) -> None:
-        super().__init__()
-        self._forward: Callable[[Tensor], Tensor] = (
-            frozen.forward
-        )  # skips `nn.Module.__call__`: there are no hooks, and the calls are many and short
-        self._site = site
-        self._current = current
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B.., d_in) to (B.., d_out)."""
-        current, site = self._current(), self._site
-        if current is None:
-            return self._forward(x)
-        own = current.numbers[site.name]
-        rescaled = site.name in current.rescaled
-        if rescaled and site.rescale_in:
-            x = _rescaled(x, own.in_scale, own.in_shift)
-        y = self._forward(x)
-        if site.name in current.kronecker:
-            kronecker.add_(y, x, own.c, own.a, own.b, site.splits)
-        if rescaled and site.rescale_out:
-            y = _rescaled(y, own.scale, own.shift, in_place=True)
-        return y
-
-
-def _rescaled(x: Tensor, scale: Tensor, shift: Tensor, *, in_place: bool = False) -> Tensor:
-    """Return x * scale + shift with separate vectors per image: x (B.., d), scale and shift (B, 1, d)."""
-    rows = x.reshape(len(scale), -1, x.shape[-1])  # (B, T, d)
-    y: Tensor = torch.addcmul(shift, rows, scale, out=rows if in_place else None)
-    return y.view(x.shape)

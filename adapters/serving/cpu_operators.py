@@ -1,9 +1,9 @@
 """Private operators of torch for linear layers on a CPU; no other module calls one.
 
 torch.compile emits these operators, so they are fast, and no promise covers them. Each function that makes packed
-weights has a check beside it. A bank uses plain `F.linear` where a check fails: torch may move an operator, and a CPU
-may lack an instruction. Checked with the torch versions in `CHECKED`; `tests/adapters/serving/test_cpu_operators.py`
-fails when an operator moves.
+weights has a check beside it. A bank uses plain `F.linear` where a check fails: torch may move an operator or change
+its meaning, and a CPU may lack an instruction. A version of torch that is not in `CHECKED` also gets `F.linear`.
+`tests/adapters/serving/test_cpu_operators.py` fails when an operator moves.
 """
 
 from functools import cache
@@ -22,7 +22,7 @@ def version_is_checked(version: str = torch.__version__) -> bool:
 def has_onednn() -> bool:
     """Return whether torch can multiply by weights in oneDNN's blocked layout."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return _has_all(torch.ops.mkldnn, names)
 
 
 def onednn_pack(weight: Tensor) -> Tensor:
@@ -44,8 +44,13 @@ def has_int8() -> bool:
     Without VNNI, oneDNN adds pairs of products in 16 bits, which saturate.
     """
     names = ("qlinear_prepack", "qlinear_pointwise")
-    found = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.onednn, name) for name in names)
-    return found and has_vnni()
+    return _has_all(torch.ops.onednn, names) and has_vnni()
+
+
+def _has_all(namespace: object, names: tuple[str, ...]) -> bool:
+    """Return whether this torch was checked, has oneDNN, and has these operators."""
+    found = all(hasattr(namespace, name) for name in names)
+    return version_is_checked() and torch.backends.mkldnn.is_available() and found
 
 
 def has_vnni() -> bool:

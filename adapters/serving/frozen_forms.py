@@ -90,7 +90,7 @@ def forms_of(weight: Tensor, *, int8: bool) -> list[Form]:
 
 
 def unmeasured_forms(backbone: Backbone, *, int8: bool = False) -> FrozenForms:
-    """Return the last form that each kind can have: oneDNN where possible, or int8 if asked for."""
+    """Return the last form that each kind can have: oneDNN where possible, or int8 if `int8` is true."""
     return FrozenForms({kind: forms_of(layer.weight, int8=int8)[-1] for kind, layer in _layers(backbone)}, {})
 
 
@@ -136,7 +136,7 @@ def build(linear: nn.Linear, form: Form) -> nn.Module:
 
 
 def _fastest_runs(
-    modules: Mapping[Form, nn.Module], x: Tensor, budget_s: float, clock: Callable[[], float]
+    modules: dict[Form, nn.Module], x: Tensor, budget_s: float, clock: Callable[[], float]
 ) -> dict[Form, float]:
     """Return the seconds of each module's fastest run, over rounds in alternating order within the budget."""
     best = dict.fromkeys(modules, float("inf"))

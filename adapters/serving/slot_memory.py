@@ -23,6 +23,7 @@ from ..method import kronecker
 from ..method.typicality import NAMES, PREFIX, Typicality
 from ..short_repr import short_repr
 
+NOTHING = [0, 0, 0, 0]  # sizes of the parts of a row, for an adapter that is only a head
 _SCALES = ("scale", "shift", "in_scale", "in_shift")
 
 
@@ -42,7 +43,9 @@ class SiteNumbers(NamedTuple):
 class Packed:
     """An adapter in host memory, ready for a slot: its numbers in one tensor, and the sizes that a batch needs."""
 
-    flat: Tensor  # 1-D, in the backbone's dtype: C, A and B, re-scaling, norms, head; pinned if the bank is on CUDA
+    # 1-D, in the backbone's dtype: C, A and B, re-scaling, norms, head; of an adapter that is only a head, the head.
+    # Pinned if the bank is on CUDA.
+    flat: Tensor
     kernels: int  # the largest N of its layers
     rank: int  # their largest R, made even
     classes: int
@@ -52,6 +55,11 @@ class Packed:
     typicality: Typicality | None = None  # float32
 
     __repr__ = short_repr
+
+    @property
+    def is_head(self) -> bool:
+        """Whether the adapter is only a head on the frozen backbone's features."""
+        return not (self.kronecker or self.rescaled or self.norms)
 
     @property
     def size_bytes(self) -> int:
@@ -93,6 +101,9 @@ class SlotMemory:
         frozen = [t for name in self._norms for t in (modules[name].weight, modules[name].bias)]
         # The numbers of a row where an adapter has none.
         self._defaults = torch.cat([no_scales, *(numbers.cpu().float() for numbers in frozen)])
+        self._unchanged = self._defaults.to(backbone.device, backbone.dtype).split(
+            [sum(self._scale_sizes), sum(self._norm_sizes)]
+        )
 
         max_rank += max_rank % 2  # `kronecker.add_` needs an even R
         sizes = self._sizes(max_kernels, max_rank)
@@ -146,29 +157,15 @@ class SlotMemory:
         rank = max((shape[3] for shape in with_dw.values()), default=0)
         rank += rank % 2
         classes = shapes["head.bias"][0] if shapes else 0
-        sizes = [*self._sizes(kernels, rank), classes * self._width, classes]
-        index = torch.zeros(sum(sizes), dtype=torch.int64)  # index 0 is the number 0
-        c, factors, scales, norms, weight, bias = index.split(sizes)
-        scales.copy_(no_scales)
-        split = self._split(
-            c.view(kernels, sum(self._c_sizes)), factors.view(kernels, rank, sum(self._factor_sizes)), scales
-        )
-        for (site, c_out, a_out, b_out, *scale_outs), shape in zip(split, self._c_shapes, strict=True):
-            parts = layers.get(site.name, {})
-            for name, out in zip(_SCALES, scale_outs, strict=True):
-                if name in parts:
-                    out.copy_(parts[name])
-            if "karst_c" in parts:
-                n, s, rows, r = parts["karst_a"].shape
-                kronecker.double_(c_out[:n].view(n, *shape), parts["karst_c"])
-                a_out[:n, :r].unflatten(2, (s, rows)).copy_(parts["karst_a"].permute(0, 3, 1, 2))
-                b_out[:n, :r].copy_(parts["karst_b"])
-        norms.copy_(frozen_norms)
-        for name, (norm_weight, norm_bias) in self._split_norms(norms).items():
-            parts = layers.get(name, {})
-            if "norm_weight" in parts:
-                norm_weight.copy_(parts["norm_weight"])
-                norm_bias.copy_(parts["norm_bias"])
+        # A slot gets the default numbers by itself where the adapter is only a head.
+        sizes = self._sizes(kernels, rank) if layers else NOTHING
+        index = torch.zeros(sum(sizes) + classes * (self._width + 1), dtype=torch.int64)  # index 0 is the number 0
+        c, factors, scales, norms, weight, bias = index.split([*sizes, classes * self._width, classes])
+        if layers:
+            scales.copy_(no_scales)
+            norms.copy_(frozen_norms)
+            factors = factors.view(kernels, rank, sum(self._factor_sizes))
+            self._place(layers, c.view(kernels, sum(self._c_sizes)), factors, scales, norms)
         if shapes:
             weight.copy_(tensors["head.weight"].flatten())
             bias.copy_(tensors["head.bias"])
@@ -191,6 +188,27 @@ class SlotMemory:
             typicality=typicality,
         )
 
+    def _place(
+        self, layers: Mapping[str, Mapping[str, Tensor]], c: Tensor, factors: Tensor, scales: Tensor, norms: Tensor
+    ) -> None:
+        """Write the numbers of layers into the parts of a row."""
+        split = self._split(c, factors, scales)
+        for (site, c_out, a_out, b_out, *scale_outs), shape in zip(split, self._c_shapes, strict=True):
+            parts = layers.get(site.name, {})
+            for name, out in zip(_SCALES, scale_outs, strict=True):
+                if name in parts:
+                    out.copy_(parts[name])
+            if "karst_c" in parts:
+                n, s, rows, r = parts["karst_a"].shape
+                kronecker.double_(c_out[:n].view(n, *shape), parts["karst_c"])
+                a_out[:n, :r].unflatten(2, (s, rows)).copy_(parts["karst_a"].permute(0, 3, 1, 2))
+                b_out[:n, :r].copy_(parts["karst_b"])
+        for name, (norm_weight, norm_bias) in self._split_norms(norms).items():
+            parts = layers.get(name, {})
+            if "norm_weight" in parts:
+                norm_weight.copy_(parts["norm_weight"])
+                norm_bias.copy_(parts["norm_bias"])
+
     def write(self, slot: int, packed: Packed) -> tuple[Tensor, Tensor]:
         """Overwrite a whole slot, and wait until the copy is complete.
 
@@ -201,10 +219,11 @@ class SlotMemory:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):  # does nothing for None
             flat = packed.flat.to(self._device, non_blocking=True)
+            sizes = NOTHING if packed.is_head else self._sizes(packed.kernels, packed.rank)
             head = packed.classes * self._width
-            c, factors, scales, norms, weight, bias = flat.split(
-                [*self._sizes(packed.kernels, packed.rank), head, packed.classes]
-            )
+            c, factors, scales, norms, weight, bias = flat.split([*sizes, head, packed.classes])
+            if packed.is_head:
+                scales, norms = self._unchanged
             self._rows[slot].zero_()
             if packed.kernels:
                 self._c[slot, : packed.kernels].copy_(c.view(packed.kernels, -1))

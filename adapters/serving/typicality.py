@@ -15,12 +15,9 @@ class DeviceTypicality:
 
     def __init__(self, model: Typicality, device: torch.device) -> None:
         self._rows = torch.cat([model.basis, model.mean[None]]).to(device)  # (R + 1, D)
-        offsets = torch.cat([-(model.basis @ model.mean), -model.mean.square().sum()[None] / 2])
-        self._offsets = offsets.to(device)
-        precision = model.log_precision.exp()
-        self._rest = float(precision[-1])
-        # |f - m|^2 is weighted by the last precision; each direction adds its difference to it.
-        self._weights = torch.cat([precision[:-1] - precision[-1], torch.zeros(1)]).to(device)
+        self._offsets = offsets_of(model).to(device)
+        self._rest = float(model.log_precision[-1].exp())
+        self._weights = direction_weights(model).to(device)
         self._table = model.table.numpy().astype(float)
 
     def distance(self, features: Tensor, square: Tensor) -> Tensor:
@@ -33,6 +30,20 @@ class DeviceTypicality:
         log_distance, log_share = self._table
         at = math.log(max(distance, 1e-30))
         return math.exp(np.interp(at, log_distance, log_share)) if at <= log_distance[-1] else 0.0
+
+
+def offsets_of(model: Typicality) -> Tensor:
+    """Return what is added to the products of features with the basis and the mean, (R + 1,)."""
+    return torch.cat([-(model.basis @ model.mean), -model.mean.square().sum()[None] / 2])
+
+
+def direction_weights(model: Typicality) -> Tensor:
+    """Return the weight of each squared product in a distance, (R + 1,), zero for the mean.
+
+    |f - m|^2 is weighted by the last precision; each direction adds its difference to it.
+    """
+    precision = model.log_precision.exp()
+    return torch.cat([precision[:-1] - precision[-1], torch.zeros(1)])
 
 
 def typicality_of(models: Sequence[DeviceTypicality | None], pooled: Tensor) -> list[float | None]:

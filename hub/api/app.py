@@ -45,8 +45,11 @@ from ..services.datasets.removal import FileRemoval
 from ..services.datasets.review import ReviewService
 from ..services.garbage_collection import Collector, keep_bound
 from ..services.image_decoding import ImageDecoder
+from ..services.many_tasks import ManyTasksService
 from ..services.registration import RegistrationService
 from ..services.thread_pools import ThreadPools
+from ..services.trainings.answers import VersionAnswers
+from ..services.trainings.backtest import BacktestService
 from ..services.trainings.comparison import ComparisonService
 from ..services.trainings.jobs import JobSettings, TrainingJobs
 from ..services.trainings.promotion import PromotionService
@@ -86,10 +89,7 @@ class GatewayAPI(FastAPI):
         metrics: RequestMetrics | None = None,
         lifespan: Lifespan[FastAPI] | None = None,
     ) -> None:
-        """
-        Args:
-            metrics: see `create_app`.
-        """
+        """Make an application without routes; `create_app` describes the metrics."""
         super().__init__(
             title="karst-hub",
             lifespan=lifespan,
@@ -213,6 +213,7 @@ def create_app(
         reads=reads,
         usage=counter,
     )
+    many = ManyTasksService(service, cache=cache, limiter=limiter, decoder=decoder, workers=workers)
     audit = AuditLog(database)
     collector = Collector(
         registry=registry,
@@ -260,8 +261,7 @@ def create_app(
     )
     reviews = ReviewService(index, feature_service, keeper, counter, pools.fits)
     training_registry = TrainingRegistry(database, reads)
-    comparison = ComparisonService(
-        index=index,
+    answers = VersionAnswers(
         trainings=training_registry,
         tasks=registry,
         adapters=store,
@@ -272,6 +272,7 @@ def create_app(
         threads=pools.store,
         parse_threads=pools.parse,
     )
+    comparison, backtests = ComparisonService(index, answers, pools.parse), BacktestService(index, answers)
     promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
     jobs = TrainingJobs(
         trainings=training_registry,
@@ -305,7 +306,9 @@ def create_app(
         tasks=registry,
         trainings=training_registry,
         snapshots=snapshots,
+        reads=reads,
         threads=pools.store,
+        parse_threads=pools.parse,
     )
     administration = AdministrationService(
         registry=registry,
@@ -362,10 +365,10 @@ def create_app(
     checkpoint = settings.checkpoint.name if settings.checkpoint else None
     add_backbone_route(api, service, dependencies, image_size=settings.image_size, checkpoint=checkpoint)
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
-    add_classify_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
+    add_classify_routes(api, service, many, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, reviews, dependencies, max_request_bytes=max_request_bytes)
     add_training_routes(api, trainings, comparison, dependencies)
-    add_usage_routes(api, usage, dependencies)
+    add_usage_routes(api, usage, backtests, dependencies)
     add_admin_routes(api, administration, dependencies)
     add_huggingface_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)
     add_oip_routes(api, service, dependencies, limit, max_request_bytes=max_request_bytes)

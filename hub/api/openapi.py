@@ -136,16 +136,19 @@ def _make_tuples_lists(node: Any) -> None:
 
 
 def _name_json_body(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
-    """Move the schema of a JSON body to the components: generators of clients name classes by components."""
+    """Move the schemas of a JSON body to the components: generators of clients name classes by components."""
     content = operation.get("requestBody", {}).get("content", {}).get("application/json")
     if content is None:
         return
-    schema = content["schema"]
-    name = schema["title"]
-    if schemas.get(name, schema) != schema:  # the model of a reply, whose schema differs in defaults
-        name = f"{name}Request"
-    schemas[name] = schema
-    content["schema"] = {"$ref": SCHEMA.format(model=name)}
+    forms = content["schema"].get("anyOf", [content["schema"]])
+    named = []
+    for schema in forms:
+        name = schema["title"]
+        if schemas.get(name, schema) != schema:  # the model of a reply, whose schema differs in defaults
+            name = f"{name}Request"
+        schemas[name] = schema
+        named.append({"$ref": SCHEMA.format(model=name)})
+    content["schema"] = named[0] if len(named) == 1 else {"anyOf": named}
 
 
 def _complete_responses(path: str, method: str, operation: dict[str, Any]) -> None:
@@ -165,7 +168,7 @@ def _problem_statuses(path: str, method: str, operation: dict[str, Any]) -> Iter
         yield from (401, 403, 404, 429)
     if body:
         yield 408
-    if change:
+    if change or path.endswith(("/compare", "/backtest")):
         yield 409
     if body:
         yield 413

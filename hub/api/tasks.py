@@ -1,5 +1,6 @@
 """Routes of health, the backbone, tasks, versions, aliases and classification."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Response
@@ -25,10 +26,12 @@ from ..schemas import (
     SourceBody,
     TaskInfo,
     TaskList,
+    TasksBody,
     TaskSettings,
     VersionInfo,
 )
 from ..services.classification import ClassificationService
+from ..services.many_tasks import ManyTasksService
 from ..services.registration import RegistrationService
 from .base64_images import NamedImage, decode_base64
 from .bodies import FORM, JSON, RequestBody, parse_json
@@ -59,6 +62,7 @@ IMAGES_CONTENT: dict[str, Any] = {
     },
     JSON: schema_of(ImagesBody),
 }
+INPUTS_MEMBER, TASKS_MEMBER = re.compile(rb'"inputs"\s*:'), re.compile(rb'"(tasks|image)"\s*:')
 MovedAlias = Annotated[
     str | None, Query(pattern=NAME_PATTERN, description="a further alias that a new version gets, besides `latest`")
 ]
@@ -266,6 +270,7 @@ def add_task_routes(
 def add_classify_routes(
     api: FastAPI,
     service: ClassificationService,
+    many: ManyTasksService,
     dependencies: CallerDependencies,
     concurrency_limit: TenantConcurrencyLimit,
     *,
@@ -305,30 +310,42 @@ def add_classify_routes(
             response.headers["x-skipped-files"] = str(sent.skipped)
         return classified
 
+    # FastAPI would check a thousand results once more.
     @api.post(
         "/v1/classify",
-        summary="Classify images with several tasks",
-        openapi_extra=request_body({JSON: schema_of(InputsBody)}),
+        summary="Classify images with several tasks, or one image with many tasks",
+        response_model=Results,
+        openapi_extra=request_body({JSON: {"anyOf": [schema_of(InputsBody), schema_of(TasksBody)]}}),
     )
     async def classify_inputs(
         caller: TenantCaller,
         body: Body,
-        response: Response,
         top_k: TopK = 5,
         coverage: Coverage = None,
         canary: CanaryKey = None,
-    ) -> Results:
+    ) -> Response:
         async with concurrency_limit.acquire(caller.tenant):
             sent, images = await body.parse(_parse_inputs, await body.read(max_request_bytes))
             top_k = body.option("top_k", top_k, sent.top_k)
             coverage = body.option("coverage", coverage, sent.coverage)
-            results, stats = await service.classify_inputs(caller, sent.inputs, images, top_k, canary, coverage)
-        add_batch_headers(response, stats)
-        return Results(results=results)
+            if isinstance(sent, TasksBody):
+                results, stats = await many.classify(caller, sent, images[0][1], top_k, canary, coverage)
+            else:
+                found, stats = await service.classify_inputs(caller, sent.inputs, images, top_k, canary, coverage)
+                results = Results(results=found)
+        reply = json_reply(results)
+        add_batch_headers(reply, stats)
+        return reply
 
 
-def _parse_inputs(body: bytes) -> tuple[InputsBody, list[NamedImage]]:
-    """Return the body of a call for several tasks, and its decoded images."""
+def _parse_inputs(body: bytes) -> tuple[InputsBody | TasksBody, list[NamedImage]]:
+    """Return the body of a call for several tasks, and its decoded images.
+
+    The names of the members tell both forms apart; a text with such a name is no member, since no colon follows it.
+    """
+    if not INPUTS_MEMBER.search(body) and TASKS_MEMBER.search(body):
+        one = parse_json(TasksBody, body)
+        return one, decode_base64([("image", one.image)])
     sent = parse_json(InputsBody, body)
     return sent, decode_base64([(f"inputs.{i}.image", x.image) for i, x in enumerate(sent.inputs)])
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..client.client import Client
 from ..client.replies import joined
 from ..errors import HubError, InvalidImage, TooLarge
-from ..schemas import Classified
+from ..schemas import EVERY, Classified, Result, Results
 
 CALL_IMAGES = 256  # classified before the next bad images are looked for
 HIDDEN_FOLDERS = {"__MACOSX", "@eaDir"}
@@ -90,6 +90,51 @@ def run(
     return answers
 
 
+@dataclass
+class ManyAnswers:
+    """Results of many tasks for all files.
+
+    Attributes:
+        replies: file -> its reply.
+        refused: file -> reason of the hub.
+    """
+
+    replies: dict[Path, Results] = field(default_factory=dict)
+    refused: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Tasks that answered to no file, with the reason."""
+        replies = self.replies.values()
+        answered = {result.task for reply in replies for result in reply.results}
+        skipped = {one.task: one.reason for reply in replies for one in reply.skipped or ()}
+        return {task: reason for task, reason in sorted(skipped.items()) if task not in answered}
+
+
+def task_names(text: str) -> list[str] | str:
+    """Return the names of a list with commas, or `*`."""
+    return EVERY if text == EVERY else [name.strip() for name in text.split(",")]
+
+
+def run_many(
+    client: Client, tasks: list[str] | str, files: Sequence[Path], *, top_k: int, coverage: float | None
+) -> ManyAnswers:
+    """Classify files with many tasks each. Leave out those that the hub refuses as images.
+
+    Raises:
+        HubError: any error that is not about single images.
+    """
+    answers = ManyAnswers()
+    for file in files:
+        try:
+            answers.replies[file] = client.classify_tasks(file, tasks, top_k=top_k, coverage=coverage)
+        except (InvalidImage, TooLarge) as error:
+            if not any(problem.field == "image" for problem in error.errors):
+                raise
+            answers.refused[file] = "; ".join(problem.message for problem in error.errors)
+    return answers
+
+
 def _bad_images(error: HubError) -> dict[int, str]:
     """Return the reason for each image that an error names, by its index in the call."""
     named = ((re.fullmatch(r"images\.(\d+)", problem.field), problem.message) for problem in error.errors)
@@ -109,6 +154,48 @@ def rows(answers: Answers) -> Iterator[tuple[str, str, str, str, str]]:
         for prediction in predictions:
             yield str(file), prediction.label, f"{prediction.score:.3f}", typicality, labels
             typicality = labels = ""
+
+
+def many_rows(answers: ManyAnswers) -> Iterator[tuple[str, ...]]:
+    """Yield file, task, label, score, typicality and set of each label; the last two only once for each task."""
+    for file, reply in answers.replies.items():
+        for result in reply.results:
+            typicality, labels = _typicality(result), ", ".join(result.set or ())
+            for prediction in result.predictions:
+                yield str(file), result.task, prediction.label, f"{prediction.score:.3f}", typicality, labels
+                typicality = labels = ""
+
+
+def _typicality(result: Result) -> str:
+    return "" if result.typicality is None else f"{result.typicality:.3f}" + (" unknown" if result.unknown else "")
+
+
+def many_table(answers: ManyAnswers) -> Table:
+    """Return a table of tasks and labels, with typicality and label sets where the replies have them."""
+    found = list(many_rows(answers))
+    names = ("image", "task", "label", "score", "typicality", "set")
+    used = [i < 4 or any(row[i] for row in found) for i in range(len(names))]
+    shown = Table(*(name for name, use in zip(names, used, strict=True) if use))
+    for row in found:
+        shown.add_row(*(cell for cell, use in zip(row, used, strict=True) if use))
+    return shown
+
+
+def many_csv(answers: ManyAnswers) -> str:
+    """Return CSV with a header: one row per label, and one per refused file or skipped task with its reason."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image", "task", "label", "score", "typicality", "set", "error"))
+    writer.writerows((*row, "") for row in many_rows(answers))
+    writer.writerows((file, "", "", "", "", "", reason) for file, reason in answers.refused.items())
+    writer.writerows(("", task, "", "", "", "", reason) for task, reason in answers.skipped.items())
+    return text.getvalue()
+
+
+def many_dict(answers: ManyAnswers) -> dict[str, object]:
+    """Return the replies for JSON, with the names of the files."""
+    images = [{"image": str(file)} | reply.model_dump(mode="json") for file, reply in answers.replies.items()]
+    return {"images": images, "refused": [{"image": str(f), "error": text} for f, text in answers.refused.items()]}
 
 
 def table(answers: Answers) -> Table:

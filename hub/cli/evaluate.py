@@ -11,7 +11,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from adapters import Adapter, AdapterError, Backbone, BackboneError, Bank, BankLimits, DataError, KarstConfig, Problem, load_backbone
+from adapters import (
+    Adapter,
+    AdapterError,
+    Backbone,
+    BackboneError,
+    Bank,
+    BankLimits,
+    DataError,
+    KarstConfig,
+    Problem,
+    load_backbone,
+)
 from adapters.data.datasets import read_split
 from adapters.evaluation.evaluate import BATCH_SIZE, Outputs, compare_merged, evaluate, scores
 from adapters.serving.frozen_forms import can_int8, unmeasured_forms
@@ -158,8 +169,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
         result.append(Table("adapter", "same label as in float32", "top-1 in float32", "images/s in float32", box=None))
         for row in rows:
             exact = row["float32"]
-            cells = f"{exact['same_labels']:.1%}", f"{exact['top1']:.1%}", f"{exact['images_per_s']:.1f}"
-            result[-1].add_row(Path(row["adapter"]).name, *cells)
+            shown = f"{exact['same_labels']:.1%}", f"{exact['top1']:.1%}", f"{exact['images_per_s']:.1f}"
+            result[-1].add_row(Path(row["adapter"]).name, *shown)
     if len(rows) == 1:
         result.append(Table("class", "top-1", box=None))
         for label, value in rows[0]["per_class"].items():

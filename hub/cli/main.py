@@ -6,11 +6,12 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from http import HTTPStatus
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +25,9 @@ from .datasets import review as cli_review
 from .datasets import trainings as cli_trainings
 from .options import DEFAULT_URL, AdminKey, AsJson, Key, UnknownBelow, Url
 from .output import err, fail, out, settings, show, show_text, usage_error
+
+if TYPE_CHECKING:
+    from .classify import ManyAnswers
 
 logger = logging.getLogger(__name__)
 
@@ -245,10 +249,16 @@ def login_link(
 
 @app.command()
 def classify(
-    task: Annotated[str, typer.Argument(help="name of the task")],
-    images: Annotated[list[Path], typer.Argument(help="image files, and folders of them")],
+    task: Annotated[str, typer.Argument(help="name of the task; with --tasks an image too", metavar="TASK")],
     key: Key,
-    top_k: Annotated[int, typer.Option(min=1, help="number of labels per image")] = 1,
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="image files, and folders of them", show_default=False)
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="names of tasks with commas between, or * for every task of the tenant; replaces TASK"),
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="number of labels per image and task")] = 1,
     version: Annotated[str, typer.Option(help="version number or alias")] = "latest",
     coverage: Annotated[
         float | None,
@@ -258,20 +268,29 @@ def classify(
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Classify image files with a task. Images that are unlike the task's own are marked as unknown.
+    """Classify image files with a task, or with many (`classify --tasks '*' IMAGE...`).
 
-    The command classifies all files below a folder. It lists images that the hub refuses, and answers the rest; the
-    exit code is then 1.
+    Images that are unlike the task's own are marked as unknown. The command classifies all files below a folder. It
+    lists images that the hub refuses, and answers the rest; the exit code is then 1.
     """
     from . import classify as classification
 
     if as_json and as_csv:
         usage_error("--json and --csv exclude each other; omit one")
-    files = classification.find_images(images)
+    if tasks is not None and version != "latest":
+        usage_error("--tasks classifies with the version `latest` of each task; omit --version")
+    paths = [Path(task), *(images or ())] if tasks is not None else images
+    if not paths:
+        usage_error("name at least one image file, or a folder of them")
+    files = classification.find_images(paths)
     if not files:
-        fail(f"{', '.join(map(str, images))}: no files; name image files, or a folder that has some")
+        fail(f"{', '.join(map(str, paths))}: no files; name image files, or a folder that has some")
     try:
         with Client(url, key) as client:
+            if tasks is not None:
+                names = classification.task_names(tasks)
+                many = classification.run_many(client, names, files, top_k=top_k, coverage=coverage)
+                return _show_many(many, as_json=as_json, as_csv=as_csv)
             answers = classification.run(
                 client,
                 task,
@@ -289,7 +308,25 @@ def classify(
         show_text(classification.as_csv(answers))
     elif answers.reply is not None:
         out.print(classification.table(answers))
-    if answers.refused:
-        for file, reason in answers.refused.items():
-            err.print(f"error: {file}: {reason}", soft_wrap=True)
+    _exit_if_refused(answers.refused)
+
+
+def _show_many(answers: "ManyAnswers", *, as_json: bool, as_csv: bool) -> None:
+    from . import classify as classification
+
+    if as_json:
+        show(classification.many_dict(answers), True)
+    elif as_csv:
+        show_text(classification.many_csv(answers))
+    elif answers.replies:
+        out.print(classification.many_table(answers))
+    for task, reason in answers.skipped.items():
+        err.print(f"task {task} cannot answer: {reason}", soft_wrap=True)
+    _exit_if_refused(answers.refused)
+
+
+def _exit_if_refused(refused: Mapping[Path, str]) -> None:
+    for file, reason in refused.items():
+        err.print(f"error: {file}: {reason}", soft_wrap=True)
+    if refused:
         raise SystemExit(1)

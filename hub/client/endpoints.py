@@ -12,7 +12,7 @@ from typing import TypeAlias, TypeVar
 from pydantic import BaseModel
 
 from ..errors import InvalidRequest
-from ..schemas import LATEST, Classified, Registered, Results, TaskInfo, TaskList, VersionInfo
+from ..schemas import EVERY, LATEST, Classified, Registered, Results, TaskInfo, TaskList, VersionInfo
 from .image_encoding import ImageSource, ImageSources, encode, iterate_images
 from .replies import AnyPath, joined, model, nothing, to_file
 from .request_parts import JSON, canary_header, item_count, json_body, route, without_none
@@ -230,3 +230,32 @@ def classify_inputs(
             yield {"task": given[0], "image": data, "version": version}, len(data)
 
     return CallSeries(items(), call, join, item_count(inputs), progress)
+
+
+def classify_tasks(
+    image: ImageSource,
+    tasks: Sequence[str] | str = EVERY,
+    *,
+    top_k: int = 5,
+    coverage: float | None = None,
+    canary_key: str | None = None,
+) -> Call[Results]:
+    """Classify one image with many tasks in one call: with the version `latest` of each.
+
+    Args:
+        image: as in `classify`.
+        tasks: names, or `*` for every task of the key's tenant. `skipped` of the reply then names the tasks that cannot
+            answer, with the reason.
+        top_k: number of labels per task, best first.
+        coverage: such as 0.95. `set` of each result is then the smallest set of labels that covers this share.
+        canary_key: ASCII text. A canary alias maps equal keys to the same version.
+
+    Raises:
+        InvalidImage: The image is unusable.
+        InvalidRequest: A name is there twice, or the tasks are more than 1,000 or cost more than 64 forward passes.
+        NotFound: The tenant sees no task of one of the names, or it has no version.
+    """
+    params, headers = without_none(top_k=top_k, coverage=coverage), JSON | canary_header(canary_key)
+    data = base64.b64encode(encode(image, "image")).decode()
+    body = json_body({"image": data, "tasks": tasks if isinstance(tasks, str) else list(tasks)})
+    return Call("POST", "/v1/classify", model(Results), params=params, headers=headers, content=body)

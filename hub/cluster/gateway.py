@@ -19,7 +19,7 @@ from ..errors import HubError, Unavailable
 from ..observability import request_context, tracing
 from ..observability.request_log import RequestMetrics
 from ..training.job import Trainer
-from ..worker_api import Answer, Workers
+from ..worker_api import Answer, TaskAnswers, Workers
 from .gateway_metrics import GatewayMetrics
 from .ray_compat import LateIngress, ray_metrics
 from .rendezvous import RESIDENT_ONLY
@@ -45,15 +45,28 @@ class ServeWorkers:
         self._scale_to_zero = scale_to_zero
         self._limits: BankLimits | None = None
 
-    async def classify(self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float) -> list[Answer]:
+    async def classify(
+        self, tenant: str, digest: str, images: Sequence[np.ndarray], weight: float, *, idle: bool = False
+    ) -> list[Answer]:
         with tracing.worker_call_span(len(images)):
-            arguments = tenant, digest, images, weight, request_context.call_origin()
+            arguments = tenant, digest, images, weight, request_context.call_origin(), idle
             answers = await self._call(self._handle_for(digest).answer, *arguments)
             if isinstance(answers, Unavailable):  # this worker cannot load the adapter; another one may hold it
                 answers = await self._call(self._handle_for(digest + RESIDENT_ONLY).answer, *arguments)
             if isinstance(answers, HubError):
                 raise answers
             found: list[Answer] = answers
+            return found
+
+    async def classify_tasks(
+        self, tenant: str, digests: Sequence[str], image: np.ndarray, weight: float, key: str
+    ) -> TaskAnswers:
+        with tracing.worker_call_span(1):
+            arguments = tenant, list(digests), image, weight, request_context.call_origin()
+            answers = await self._call(self._handle_for(key).answer_tasks, *arguments)
+            if isinstance(answers, HubError):
+                raise answers
+            found: TaskAnswers = answers
             return found
 
     async def features(self, images: Sequence[np.ndarray]) -> list[NDArray[np.float16]]:

@@ -84,6 +84,13 @@ def note_task(task: str, version: int, digest: str) -> None:
         context.task, context.version, context.digest = task, version, digest
 
 
+def note_several_tasks() -> None:
+    """Record that the request, and this asyncio task from now on, works for more than one task."""
+    _adapter.set(AdapterContext(SEVERAL_TASKS))
+    if context := _request.get():
+        context.task, context.version, context.digest = SEVERAL_TASKS, None, ""
+
+
 def note_images(task: str, images: int) -> None:
     """Add classified images of a task."""
     if context := _request.get():

@@ -8,7 +8,8 @@ got no answer from the registry for five minutes rejects all keys, since one of 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from cachetools import LRUCache
@@ -30,6 +31,7 @@ V = TypeVar("V")
 EVENT_WAIT_MS = 500
 RETRY_INTERVAL_S = 0.25  # so that a change reaches every gateway within two seconds, a reconnection included
 MAX_TASKS, MAX_KEYS, MAX_TENANTS = 20_000, 20_000, 20_000
+MAX_TASK_NAMES = 100_000  # in the cached lists of tenants' tasks
 MAX_VERSION_BYTES = 64 * 1024**2  # of the texts of cached versions
 KEY_TRUST_S = 300.0
 
@@ -52,6 +54,7 @@ class RegistryCache:
         self._events = events
         self._clock = clock
         self._tasks: LRUCache[tuple[str, str], Task] = LRUCache(MAX_TASKS)
+        self._names: LRUCache[str, Sequence[str]] = LRUCache(MAX_TASK_NAMES, lambda names: len(names) + 1)
         self._keys: LRUCache[str, KeyRecord] = LRUCache(MAX_KEYS)
         self._tenants: LRUCache[str, TenantInfo] = LRUCache(MAX_TENANTS)
         self._versions: LRUCache[tuple[str, str, int, str], tuple[ServedVersion, int]] = LRUCache(
@@ -70,6 +73,14 @@ class RegistryCache:
             Unavailable: the task is not cached, and the registry does not answer.
         """
         return await self._read(self._tasks, (tenant, name), lambda: self._task_registry.task(tenant, name))
+
+    async def task_names(self, tenant: str) -> Sequence[str]:
+        """Return the names of a tenant's own tasks, in order.
+
+        Raises:
+            Unavailable: the list is not cached, and the registry does not answer.
+        """
+        return await self._read(self._names, tenant, lambda: self._task_registry.task_names(tenant))
 
     def cached_task(self, tenant: str, name: str) -> Task | None:
         """Return a tenant's task if it is cached."""
@@ -125,11 +136,13 @@ class RegistryCache:
         """Drop a task that was changed."""
         self._invalidations += 1
         self._tasks.pop((tenant, name), None)
+        self._names.pop(tenant, None)
 
     def invalidate_tenant(self, tenant: str) -> None:
         """Drop a tenant with its tasks and keys."""
         self._invalidations += 1
         self._tenants.pop(tenant, None)
+        self._names.pop(tenant, None)
         for task in [task for task in self._tasks if task[0] == tenant]:
             del self._tasks[task]
         for id in [id for id, record in self._keys.items() if record.tenant == tenant]:
@@ -198,10 +211,12 @@ class RegistryCache:
 
     def _store(self, cache: LRUCache[K, V], key: K, value: V, invalidations: int) -> None:
         if self._following and self._invalidations == invalidations:
-            cache[key] = value
+            with suppress(ValueError):  # a list that is larger than the whole cache
+                cache[key] = value
 
     def _clear(self) -> None:
         self._invalidations += 1
         self._tasks.clear()
+        self._names.clear()
         self._keys.clear()
         self._tenants.clear()

@@ -6,6 +6,7 @@ A version's text is its JSON, up to 512 KiB with all metrics. A list needs only 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -67,8 +68,23 @@ class VersionSummary(BaseModel):
         return cls.model_validate_json(text.partition(" ")[2])
 
 
+class AdapterKind(BaseModel):
+    """The part of an adapter's config that says whether it changes the backbone's features."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    kernels: int = 1
+    rescale: str = "channel"
+    norms: bool = False
+
+    @property
+    def is_head(self) -> bool:
+        """Whether the adapter is only a head on the frozen backbone's features; see `KarstConfig.is_head`."""
+        return self.kernels == 0 and self.rescale == "none" and not self.norms
+
+
 class ServedVersion(BaseModel):
-    """The facts about a version that a classification needs: those of `VersionInfo` without config and metrics."""
+    """The facts about a version that a classification needs: those of `VersionInfo` without metrics."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -77,8 +93,14 @@ class ServedVersion(BaseModel):
     labels: list[str]
     preprocess: dict[str, Any]
     size_bytes: int
+    config: AdapterKind = AdapterKind()
     coverage: list[tuple[float, float]] | None = None
     typicality: bool | None = None
+
+    @cached_property
+    def preprocess_key(self) -> str:
+        """A text that is equal for versions with the same preprocessing."""
+        return json.dumps(self.preprocess, sort_keys=True)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from .usage.counter import UsageCounter
 
 CHUNK_BYTES = 2 * 1024**2  # pixels in one call to a worker: Ray passes arguments by value up to 4 MiB
 
+OVERFLOW = "the adapter's numbers overflow on this image; train the adapter again and register the new file"
+
 
 class ClassificationService:
     """Classification for a caller. A task name is `task` for the caller's own, or `tenant:task` for any tenant's."""
@@ -56,7 +58,7 @@ class ClassificationService:
         self._workers = workers
         self._keeper = keeper
         self._usage = usage
-        self._images = TenantConcurrencyLimit(IMAGES_DECODED)
+        self.images = TenantConcurrencyLimit(IMAGES_DECODED)  # decoded or at workers, of all kinds of calls
         self._reads = reads
         self._limits: BankLimits | None = None
 
@@ -91,17 +93,17 @@ class ClassificationService:
             Unavailable: no worker answers, or the adapter cannot be loaded in time.
         """
         found, predicted = await self._predict(caller, name, version, images, canary, coverage, check=check)
-        return await self._answered(caller, name, found, predicted, [x for _, x in images])
+        return await self.answered(caller, name, found, predicted, [x for _, x in images])
 
     async def test(
         self, caller: Caller, name: str, version: str, images: Sequence[tuple[str, bytes | np.ndarray]]
     ) -> Predicted:
-        """Return what `predict` does, for a test of a version: no image is kept or counted.
+        """Return what `predict` does, for a test of a version: in idle turns of the workers, and not kept or counted.
 
         Raises:
             HubError: any error of `predict`.
         """
-        _, predicted = await self._predict(caller, name, version, images)
+        _, predicted = await self._predict(caller, name, version, images, idle=True)
         return predicted
 
     async def _predict(
@@ -114,9 +116,10 @@ class ClassificationService:
         coverage: float | None = None,
         *,
         check: Callable[[ServedVersion, int], None] | None = None,
+        idle: bool = False,
     ) -> tuple[Task, Predicted]:
         """Return the task, and what `predict` returns."""
-        found = await self._visible(caller, name)
+        found = await self.visible(caller, name)
         owner, _ = caller.resolve(name)
         chosen = await self._cache.version(owner, found, choose_version(found, version, canary))
         threshold = threshold_of(name, chosen, coverage)
@@ -125,15 +128,15 @@ class ClassificationService:
         request_context.note_task(name, chosen.version, chosen.digest)
         tenant, count = caller.tenant, len(images)
         sizes = await self._decoder.sizes(tenant, [x for _, x in images])
-        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self._images.acquire(tenant, sum(sizes)):
+        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self.images.acquire(tenant, sum(sizes)):
             with tracing.span("decode", images=count), request_context.timed("decode"):
                 pixels = await self._decoder.decode(
                     tenant, [(field, x, chosen.preprocess) for field, x in images], sizes
                 )
-            answers = await self._compute(tenant, name, chosen, pixels, weight)
+            answers = await self._compute(tenant, name, chosen, pixels, weight, idle=idle)
         return found, Predicted(chosen, answers, found.settings.unknown_below, threshold)
 
-    async def _answered(
+    async def answered(
         self, caller: Caller, name: str, task: Task, predicted: Predicted, images: Sequence[bytes | np.ndarray]
     ) -> Predicted:
         """Count answers that the caller is about to get, and keep the images that the task's owner wants."""
@@ -169,7 +172,7 @@ class ClassificationService:
 
         task, predicted = await self._predict(caller, name, version, images, canary, coverage, check=check)
         require_small_sets(predicted.sets or ())
-        predicted = await self._answered(caller, name, task, predicted, [x for _, x in images])
+        predicted = await self.answered(caller, name, task, predicted, [x for _, x in images])
         chosen, answers = predicted.version, predicted.answers
         body = Classified(
             task=name,
@@ -202,7 +205,7 @@ class ClassificationService:
             HubError: any error of `predict`; its field names the input.
             InvalidRequest: the reply would be too large.
         """
-        tasks = [await self._visible(caller, x.task) for x in inputs]
+        tasks = [await self.visible(caller, x.task) for x in inputs]
         chosen = [
             await self._cache.version(caller.resolve(x.task)[0], task, choose_version(task, x.version, canary))
             for task, x in zip(tasks, inputs, strict=True)
@@ -215,7 +218,7 @@ class ClassificationService:
             members[c.digest].append(i)
         tenant, count = caller.tenant, len(inputs)
         sizes = await self._decoder.sizes(tenant, [x for _, x in images])
-        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self._images.acquire(tenant, sum(sizes)):
+        async with self._limiter.images(tenant, count, sum(sizes)) as weight, self.images.acquire(tenant, sum(sizes)):
             with tracing.span("decode", images=count), request_context.timed("decode"):
                 pixels = await self._decoder.decode(
                     tenant,
@@ -234,21 +237,14 @@ class ClassificationService:
         require_small_sets(chain(*(one.sets or () for one in found)))
         results = []
         for x, task, one, (_, data) in zip(inputs, tasks, found, images, strict=True):
-            results.append(result_of(x.task, await self._answered(caller, x.task, task, one, [data]), top_k))
+            results.append(result_of(x.task, await self.answered(caller, x.task, task, one, [data]), top_k))
         return results, [answers[i].computed for i in range(len(inputs))]
 
     async def tasks(self, caller: Caller, limit: int, cursor: str, search: str) -> TaskList:
-        """Return a page of the tasks that the caller sees, as far as its key may use them; see `TaskReads.page`.
-
-        Args:
-            search: part of a task's name; '' for all tasks.
-        """
-
-        def is_listed(name: str) -> bool:
-            return search in name and caller.may_use(name)
-
+        """Return a page of the tasks that the caller may use and whose names contain `search`; see `TaskReads.page`."""
         async with self._reads.turn(caller.tenant):
-            found, next_cursor = await self._registry.page(caller.tenant, limit, cursor, is_listed)
+            page = self._registry.page(caller.tenant, limit, cursor, lambda n: search in n and caller.may_use(n))
+            found, next_cursor = await page
         return TaskList(tasks=found, next=next_cursor)
 
     async def task(self, caller: Caller, name: str, limit: int, after: int) -> str:
@@ -344,7 +340,7 @@ class ClassificationService:
         """
         await self._workers.limits()
 
-    async def _visible(self, caller: Caller, name: str) -> Task:
+    async def visible(self, caller: Caller, name: str) -> Task:
         """Return the task to classify with, from the cache if possible.
 
         Raises:
@@ -367,7 +363,7 @@ class ClassificationService:
         return (await self._cache.version(owner, task, task.current)).labels
 
     async def _described(self, caller: Caller, name: str) -> Task:
-        """Return the task to describe, always from the registry; raises what `_visible` raises."""
+        """Return the task to describe, always from the registry; raises what `visible` raises."""
         caller.require_task(name)
         owner, task = caller.resolve(name)
         if owner != caller.tenant:
@@ -379,18 +375,23 @@ class ClassificationService:
             raise task_not_found(name)
 
     async def _compute(
-        self, tenant: str, task: str, chosen: ServedVersion, pixels: Sequence[np.ndarray], weight: float
+        self,
+        tenant: str,
+        task: str,
+        chosen: ServedVersion,
+        pixels: Sequence[np.ndarray],
+        weight: float,
+        *,
+        idle: bool = False,
     ) -> list[Answer]:
         request_context.note_task(task, chosen.version, chosen.digest)
         size = max(1, CHUNK_BYTES // max(p.nbytes for p in pixels))
         chunks = [pixels[i : i + size] for i in range(0, len(pixels), size)]
         answers = await gather_or_cancel(
-            self._workers.classify(tenant, chosen.digest, chunk, weight) for chunk in chunks
+            self._workers.classify(tenant, chosen.digest, chunk, weight, idle=idle) for chunk in chunks
         )
         for answer in chain(*answers):
             if not np.isfinite(answer.probabilities).all():
-                raise InvalidAdapter(
-                    "the adapter's numbers overflow on this image; train the adapter again and register the new file"
-                )
+                raise InvalidAdapter(OVERFLOW)
         request_context.note_images(task, len(pixels))
         return [*chain(*answers)]

@@ -47,11 +47,12 @@ def threshold_of(task: str, version: ServedVersion, coverage: float | None) -> f
         raise InvalidRequest.at("coverage", message) from error
 
 
-def require_small_labels(labels: Sequence[Sequence[str]], top_k: int) -> None:
+def require_small_labels(labels: Sequence[Sequence[str]], top_k: int, unit: str = "images") -> None:
     """Refuse a call whose reply would be a large multiple of its request.
 
     Args:
         labels: of the version that classifies each image.
+        unit: what a call may have fewer of: images, or tasks.
 
     Raises:
         InvalidRequest: the reply may have more than `MAX_REPLY_BYTES`.
@@ -64,7 +65,7 @@ def require_small_labels(labels: Sequence[Sequence[str]], top_k: int) -> None:
         image_bytes = [sizes[id(names)] for names in labels]
         if sum(image_bytes) <= MAX_REPLY_BYTES:
             return
-    require_small_reply(image_bytes, "top_k", "lower top_k")
+    require_small_reply(image_bytes, "top_k", "lower top_k", unit)
 
 
 def _largest_bytes(labels: Sequence[str], top_k: int) -> int:
@@ -75,13 +76,14 @@ def _largest_bytes(labels: Sequence[str], top_k: int) -> int:
     return sum(sizes[:top_k]) + ENTRY_BYTES * top_k
 
 
-def require_small_reply(image_bytes: Sequence[int], field: str, remedy: str) -> None:
+def require_small_reply(image_bytes: Sequence[int], field: str, remedy: str, unit: str = "images") -> None:
     """Refuse a call whose reply would be a large multiple of its request.
 
     Args:
         image_bytes: bytes of the reply to each image.
         field: option that the reply's size depends on.
         remedy: the end of the message, such as "lower top_k".
+        unit: as in `require_small_labels`.
 
     Raises:
         InvalidRequest: the reply would have more than `MAX_REPLY_BYTES`.
@@ -89,13 +91,13 @@ def require_small_reply(image_bytes: Sequence[int], field: str, remedy: str) -> 
     total = sum(image_bytes)
     if len(image_bytes) > 1 and total > MAX_REPLY_BYTES:
         images = max(1, MAX_REPLY_BYTES // max(image_bytes))
-        message = f"the reply to {len(image_bytes)} images may have {total} bytes of labels and numbers"
+        message = f"the reply to {len(image_bytes)} {unit} may have {total} bytes of labels and numbers"
         raise InvalidRequest.at(
-            field, f"{message} (limit {MAX_REPLY_BYTES}); send at most {images} images in a call, or {remedy}"
+            field, f"{message} (limit {MAX_REPLY_BYTES}); send at most {images} {unit} in a call, or {remedy}"
         )
 
 
-def require_small_sets(sets: Iterable[Sequence[str]]) -> None:
+def require_small_sets(sets: Iterable[Sequence[str]], unit: str = "images") -> None:
     """Refuse label sets that would make a reply a large multiple of its request.
 
     Raises:
@@ -105,4 +107,5 @@ def require_small_sets(sets: Iterable[Sequence[str]]) -> None:
         [len("".join(labels).encode(errors="replace")) + ENTRY_BYTES * len(labels) for labels in sets],
         "coverage",
         "lower the coverage",
+        unit,
     )

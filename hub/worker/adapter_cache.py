@@ -1,9 +1,8 @@
 """Adapters of one worker: store -> host memory -> bank slot.
 
 A call takes a lease on an adapter. The adapter stays in its slot until the last lease ends. A call for a cold adapter
-waits, for a bounded time, while one load serves all calls for that adapter; other calls do not wait. A load that
-needs a slot evicts the least recently used adapter without a lease. An evicted adapter stays in host memory while
-there is room.
+waits, for a bounded time, while one load serves all its calls; other calls do not wait. A load that needs a slot evicts
+the least recently used adapter without a lease. An evicted adapter stays in host memory while there is room.
 
     ABSENT -> LOADING -> RESIDENT -> ABSENT               evicted: no leases
                  |           |
@@ -19,9 +18,9 @@ import copy
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -32,7 +31,8 @@ from adapters import Bank, Slot
 from ..admission.quotas import ADAPTER_LOADS
 from ..concurrency import TenantConcurrencyLimit
 from ..errors import HubError, Unavailable
-from .host_cache import HostCache
+from .host_cache import HostAdapter, HostCache
+from .stats import CacheCounts
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,12 @@ class Resident:
     slot: Slot
     mean: Tensor  # (3,) float32
     std: Tensor  # (3,) float32
+    first_block: int  # see `Bank.first_block`
+
+    @classmethod
+    def of(cls, host: HostAdapter, digest: str, slot: Slot) -> "Resident":
+        """Return an adapter in host memory that is now also in a slot."""
+        return cls(digest, slot, host.mean, host.std, host.first_block)
 
 
 @dataclass(eq=False)
@@ -82,17 +88,6 @@ class _Entry:
     waits_for: str = ""  # LOADING, DRAINING: for the error text of a call whose wait times out
     # Calls that wait for the next state: a resident with a lease for the call, an error, or None to look again.
     waiters: "list[asyncio.Future[Resident | None]]" = field(default_factory=list)
-
-
-@dataclass
-class CacheCounts:
-    """Events since the worker started."""
-
-    hits: int = 0
-    loads: int = 0
-    load_s: float = 0.0
-    evictions: int = 0
-    failures: int = 0
 
 
 class AdapterCache:
@@ -124,7 +119,7 @@ class AdapterCache:
         self._slots_taken = 0  # by RESIDENT and DRAINING adapters, and by loads that write one
         self._slot_queue: deque[asyncio.Future[None]] = deque()  # loads that wait for a slot
         self._pinned: frozenset[str] = frozenset()
-        self._tenant_loads = TenantConcurrencyLimit(ADAPTER_LOADS)
+        self.tenant_loads = TenantConcurrencyLimit(ADAPTER_LOADS)
         self._load_tasks: set[asyncio.Task[None]] = set()  # otherwise a running task may be garbage-collected
         self.counts = CacheCounts()
 
@@ -146,6 +141,23 @@ class AdapterCache:
         """Return the state of an adapter."""
         entry = self._entries.get(digest)
         return State.ABSENT if entry is None else entry.state
+
+    def resident(self, digest: str) -> Resident | None:
+        """Return an adapter that calls can lease without waiting."""
+        return self._residents[digest].resident if digest in self._residents else None
+
+    @contextmanager
+    def lease_resident(self, digests: Sequence[str]) -> Iterator[list[Resident] | None]:
+        """Hold several adapters in their slots; None unless all can be leased without waiting."""
+        if not all(digest in self._residents for digest in digests):
+            yield None
+            return
+        residents = [self._leased(self._residents[digest]) for digest in digests]
+        self.counts.hits += len(residents)
+        try:
+            yield residents
+        finally:
+            self.release(residents)
 
     @asynccontextmanager
     async def lease(self, digest: str, tenant: str = "") -> AsyncIterator[Resident]:
@@ -202,7 +214,7 @@ class AdapterCache:
         self._slots_taken += 1
         entry = self._entries.setdefault(digest, _Entry(digest))
         self._change(entry, State.LOADING)
-        self._change(entry, State.RESIDENT, resident=Resident(digest, slot, host.mean, host.std))
+        self._change(entry, State.RESIDENT, resident=Resident.of(host, digest, slot))
 
     async def prefetch(self, digest: str) -> None:
         """Load an adapter before its first call. A failure is left to that call."""
@@ -254,7 +266,7 @@ class AdapterCache:
                 self._bank.evict(entry.resident.slot)
                 self._slots_taken -= 1
                 self.counts.evictions += 1
-                self._host.mark_used(entry.digest)
+                self._host.cached(entry.digest)  # now the most recently used one there
                 entry.resident = None
             del self._entries[entry.digest]
             self._wake(entry, lambda: None)
@@ -324,7 +336,7 @@ class AdapterCache:
         started_s = self._clock()
         digest = entry.digest
         try:
-            async with self._tenant_loads.acquire(tenant):
+            async with self.tenant_loads.acquire(tenant):
                 host = await self._host.load(digest)
                 entry.waits_for = f"a slot (all {self._bank.slots} slots of this worker are in use)"
                 await self._take_slot()
@@ -333,7 +345,7 @@ class AdapterCache:
                 except BaseException:
                     self._slots_taken -= 1
                     raise
-            self._change(entry, State.RESIDENT, resident=Resident(digest, slot, host.mean, host.std))
+            self._change(entry, State.RESIDENT, resident=Resident.of(host, digest, slot))
             took_s = self._clock() - started_s
             self.counts.loads += 1
             self.counts.load_s += took_s

@@ -91,8 +91,8 @@ class BatchTuner:
         return None
 
     def _size(self, images: int) -> int:
-        """Return the smallest size that holds the images."""
-        return next(size for size in self.sizes if size >= images)
+        """Return the smallest size that holds the images, or the largest size."""
+        return next((size for size in self.sizes if size >= images), self.sizes[-1])
 
     def _is_due(self, alternative: Hashable, ratio: float | None) -> bool:
         """Count one pass, and return whether the alternative is explored now.

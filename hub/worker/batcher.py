@@ -33,6 +33,7 @@ class Batcher(Generic[Item, Result]):
         wait_s: float,
         tenant_limit: int,
         max_running: int = 1,
+        images_of: Callable[[Item], int] = lambda _: 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -41,16 +42,18 @@ class Batcher(Generic[Item, Result]):
             batch_size: returns the size limits of the next batch.
             wait_s: longest time that a batch waits to become as large as the last one. The first batch after an idle
                 time of `wait_s` does not wait.
-            tenant_limit: largest number of queued items of one tenant.
+            tenant_limit: largest number of queued images of one tenant.
             max_running: batches that run at once. A batch starts beside another only if it is full; until then more
                 items can join it.
+            images_of: returns as how many images an item counts, at least 1.
         """
         self._run = run
         self._batch_size = batch_size
         self._wait_s = wait_s
         self._max_running = max_running
         self._clock = clock
-        self._queue: FairQueue[_Entry[Item, Result]] = FairQueue(tenant_limit)
+        self._queue: FairQueue[_Entry[Item, Result]] = FairQueue(tenant_limit, lambda entry: images_of(entry.item))
+        self._images_of = images_of
         self._running: set[asyncio.Task[None]] = set()
         self._collecting_since_s = clock()  # first item of the next batch, or end of the last batch
         self._last_size = 1
@@ -59,7 +62,7 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def queued(self) -> int:
-        """Number of items that are in no batch yet."""
+        """Number of images that are in no batch yet."""
         return len(self._queue)
 
     @property
@@ -76,7 +79,7 @@ class Batcher(Generic[Item, Result]):
             weight: the tenant's share, relative to other tenants; more than 0.
 
         Raises:
-            LimitReached: the tenant would have more than `tenant_limit` queued items. No item is run.
+            LimitReached: the tenant would have more than `tenant_limit` queued images. No item is run.
             Exception: any error of `run` for a batch that contains one of the items.
         """
         if self._loop is None or self._loop.done():
@@ -116,7 +119,7 @@ class Batcher(Generic[Item, Result]):
                 except TimeoutError:
                     pass
             batch = self._queue.pop_batch(self._batch_size(), self._clock())
-            self._last_size = len(batch)
+            self._last_size = sum(self._images_of(entry.item) for entry in batch)
             task = asyncio.create_task(self._compute(batch))
             self._running.add(task)
             task.add_done_callback(self._end)

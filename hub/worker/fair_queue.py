@@ -1,7 +1,8 @@
 """Queue of images that gives every tenant its share of each batch: deficit round robin with saved-up turns.
 
 Deficit round robin: Shreedhar and Varghese, SIGCOMM 1995. The unit of work is one image. Tenants take turns; a turn
-is worth as many images as the tenant's weight. A tenant's own images leave in the order in which they came.
+is worth as many images as the tenant's weight. A tenant's own images leave in the order in which they came. An item
+that costs more than one image's pass counts as more images, and its tenant skips the turns that it took too many.
 
 A tenant with an empty queue saves its turns, up to `MAX_SAVED_IMAGES`. Saved turns put the tenant first, so a tenant
 that sends less than its share never waits for a turn of a tenant that sends more. A heavy tenant saves nothing.
@@ -10,7 +11,7 @@ The queue is synchronous and has no clock. Each call that depends on time takes 
 """
 
 from collections import deque
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass, field
 from math import inf
 from typing import Generic, NamedTuple, TypeVar
@@ -36,6 +37,7 @@ class _TenantQueue(Generic[Item]):
     deficit: float = 0.0  # images that the tenant may still take: of this turn, or saved up
     last_sent_s: float = 0.0
     items: deque[Item] = field(default_factory=deque)
+    images: int = 0  # as how many the items count
 
 
 class RecentImages:
@@ -67,11 +69,13 @@ class RecentImages:
 class FairQueue(Generic[Item]):
     """Queues of all tenants, and the next batch out of them."""
 
-    def __init__(self, tenant_limit: int) -> None:
+    def __init__(self, tenant_limit: int, images_of: Callable[[Item], int] = lambda _: 1) -> None:
         """
         Args:
-            tenant_limit: largest number of queued items of one tenant.
+            tenant_limit: largest number of queued images of one tenant.
+            images_of: returns as how many images an item counts, at least 1.
         """
+        self._images_of = images_of
         self._tenant_limit = tenant_limit
         self._ring: deque[str] = deque()  # tenants in the order of their turns; the same names as in `_queues`
         self._queues: dict[str, _TenantQueue[Item]] = {}
@@ -79,7 +83,7 @@ class FairQueue(Generic[Item]):
         self._length = 0
 
     def __len__(self) -> int:
-        """Return the number of queued items of all tenants."""
+        """Return the number of queued images of all tenants."""
         return self._length
 
     def push(self, tenant: str, items: Sequence[Item], weight: float, now_s: float) -> None:
@@ -89,14 +93,15 @@ class FairQueue(Generic[Item]):
             weight: the tenant's share, relative to other tenants; more than 0.
 
         Raises:
-            LimitReached: the tenant would have more than `tenant_limit` queued items. No item is queued.
+            LimitReached: the tenant would have more than `tenant_limit` queued images. No item is queued.
         """
-        self._recent.add(tenant, len(items) / weight, now_s)
+        images = sum(map(self._images_of, items))
+        self._recent.add(tenant, images / weight, now_s)
         queue = self._queues.get(tenant)
-        queued = len(queue.items) if queue else 0
-        if queued + len(items) > self._tenant_limit:
+        queued = queue.images if queue else 0
+        if queued + images > self._tenant_limit:
             raise LimitReached(
-                f"Too many images of this tenant are queued at this worker: {queued} queued, {len(items)} more, "
+                f"Too many images of this tenant are queued at this worker: {queued} queued, {images} more, "
                 f"limit {self._tenant_limit}. Retry later, or send fewer images at once."
             )
         if queue is None:
@@ -107,7 +112,8 @@ class FairQueue(Generic[Item]):
             self._ring.appendleft(tenant)
         queue.weight, queue.last_sent_s = weight, now_s
         queue.items.extend(items)
-        self._length += len(items)
+        queue.images += images
+        self._length += images
 
     def discard(self, tenant: str, items: Collection[Item]) -> None:
         """Remove those of a tenant's items that are still queued. Items are compared by their hash."""
@@ -116,22 +122,24 @@ class FairQueue(Generic[Item]):
             return
         removed = frozenset(items)
         kept = deque(item for item in queue.items if item not in removed)
-        self._length -= len(queue.items) - len(kept)
-        queue.items = kept
+        images = sum(map(self._images_of, kept))
+        self._length -= queue.images - images
+        queue.items, queue.images = kept, images
 
     def batch_limit(self, size: BatchSize, now_s: float) -> int:
-        """Return the largest number of items in the next batch, saved-up turns not counted."""
+        """Return the largest number of images in the next batch, saved-up turns not counted."""
         return self._batch_limit(size, self._recent.heavy_tenants(now_s))
 
     def pop_batch(self, size: BatchSize, now_s: float) -> list[Item]:
         """Take the next batch out of the queues; an empty list if nothing is queued.
 
-        Saved-up turns may fill a short batch up to `size.full`.
+        Saved-up turns may fill a short batch up to `size.full`. The last item may exceed the limit.
         """
         heavy = self._recent.heavy_tenants(now_s)
         limit = self._batch_limit(size, heavy)
         batch: list[Item] = []
-        while len(batch) < min(limit, self._length):
+        taken = 0  # images
+        while taken < min(limit, self._length):
             tenant = self._ring[0]
             queue = self._queues[tenant]
             if not queue.items:
@@ -140,12 +148,15 @@ class FairQueue(Generic[Item]):
             if queue.deficit < 1:
                 queue.deficit += queue.weight
             room = limit if tenant in heavy else size.full
-            while queue.items and queue.deficit >= 1 and len(batch) < room:
+            while queue.items and queue.deficit >= 1 and taken < room:
                 batch.append(queue.items.popleft())
-                queue.deficit -= 1
+                images = self._images_of(batch[-1])
+                taken += images
+                queue.images -= images
+                queue.deficit -= images
             if queue.deficit < 1 or not queue.items:
                 self._ring.rotate(-1)
-        self._length -= len(batch)
+        self._length -= taken
         return batch
 
     def _skip_turn(self, tenant: str, queue: _TenantQueue[Item], heavy: bool, now_s: float) -> None:
@@ -165,5 +176,5 @@ class FairQueue(Generic[Item]):
         """
         if not heavy:
             return size.full
-        longest = max((len(queue.items) for queue in self._queues.values()), default=0)
+        longest = max((queue.images for queue in self._queues.values()), default=0)
         return max(size.short, min(self._length - longest, size.full))

@@ -21,6 +21,7 @@ class HostAdapter:
     packed: Packed
     mean: Tensor  # (3,) float32
     std: Tensor  # (3,) float32
+    first_block: int  # see `Bank.first_block`
 
 
 class HostCache:
@@ -67,9 +68,9 @@ class HostCache:
         self._keep(digest, adapter)
         return adapter
 
-    def mark_used(self, digest: str) -> None:
-        """Make an adapter the most recently used one, if it is in host memory."""
-        self._adapters.get(digest)
+    def cached(self, digest: str) -> HostAdapter | None:
+        """Return an adapter that is in host memory, as the most recently used one."""
+        return self._adapters.get(digest)
 
     def _keep(self, digest: str, adapter: HostAdapter) -> None:
         if adapter.packed.size_bytes <= self._adapters.maxsize:  # LRUCache raises ValueError for a larger one
@@ -82,4 +83,4 @@ class HostCache:
         except AdapterError as error:
             raise invalid_adapter(error) from error
         mean, std = (torch.tensor(adapter.preprocess[name], dtype=torch.float32) for name in ("mean", "std"))
-        return HostAdapter(packed, mean, std)
+        return HostAdapter(packed, mean, std, self._bank.first_block(packed))

@@ -15,6 +15,7 @@ from ..errors import Unavailable
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 POLL_S = 0.005
+LONGEST_WAIT_S = 1.0
 
 
 class IdlePasses(Generic[Item, Result]):
@@ -27,7 +28,7 @@ class IdlePasses(Generic[Item, Result]):
         *,
         size: int,
         limit: int,
-        longest_wait_s: float,
+        longest_wait_s: float = LONGEST_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -55,7 +56,7 @@ class IdlePasses(Generic[Item, Result]):
             Exception: any error of `run` for a pass that contains one of the items.
         """
         if len(self._queue) + len(items) > self._limit:
-            raise Unavailable(f"Too many images wait for features at this worker (limit {self._limit}). Retry later.")
+            raise Unavailable(f"Too many images wait for idle turns of this worker (limit {self._limit}). Retry later.")
         loop = asyncio.get_running_loop()
         entries: list[tuple[Item, asyncio.Future[Result]]] = [(item, loop.create_future()) for item in items]
         self._queue.extend(entries)

@@ -6,16 +6,15 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from math import isnan
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from adapters import Bank, BankLimits, load_backbone
-from adapters.data.images import normalise, preprocess_of
 from adapters.serving.frozen_forms import can_int8, measure_forms
 
 from ..admin_schemas import WorkerStatus
@@ -25,18 +24,19 @@ from ..observability import log_format, request_context, tracing
 from ..observability.metrics import MetricTypes
 from ..settings import Settings
 from ..storage.store import Store
-from ..worker_api import ROUTING_DIGEST_CHARS, Answer, CallOrigin, PassStats
-from .adapter_cache import AdapterCache, Resident
+from ..worker_api import ROUTING_DIGEST_CHARS, Answer, CallOrigin, PassStats, TaskAnswers
+from .adapter_cache import AdapterCache
 from .batch_tuner import BatchTuner
 from .batcher import Batcher
 from .host_cache import HostCache
 from .idle_passes import IdlePasses
+from .many_tasks import ManyTasks
 from .metrics import WorkerMetrics
+from .passes import Item, ItemScores, Passes
 from .prewarming import Prewarming
 from .stats import WorkerStats
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 LOAD_TIMEOUT_S = 15.0  # of a call that waits for its adapter; the gateway then answers 503
 STATUS_INTERVAL_S = 2.0
@@ -44,20 +44,8 @@ PREWARMING_INTERVAL_S = 30.0
 MAX_ROUTED_DIGESTS = 1000  # resident adapters that a worker reports to the routers
 STORE_READERS = 8  # threads that read from the store
 FEATURE_IMAGES, FEATURE_IMAGES_GPU = 4, 32  # of a pass without adapters: small, since a classification may wait for it
-FEATURE_WAIT_S = 1.0  # between two such passes of a worker that is never idle
 FORM_IMAGES = 8  # of the passes for which the forms of the frozen layers are measured: a usual batch on a CPU
-TRIALS_PER_SIZE, TRIALS_TIMEOUT_S = 4, 5.0  # trial passes of a new worker
-
-
-@dataclass(frozen=True, eq=False)
-class Item:
-    """One image of a batch."""
-
-    pixels: NDArray[np.uint8]  # (3, H, W)
-    adapter: Resident
-    load_ms: float
-    queued_at_s: float  # of time.perf_counter()
-    traceparent: str  # of its call; "" if the call is not traced
+HEADS_SHARE = 4  # stacked heads may take the limit of host memory for adapters, divided by this
 
 
 class Worker:
@@ -82,13 +70,11 @@ class Worker:
         tracing.start(settings.traces_exporter, settings.otlp_protocol)
         self._started_s = time.monotonic()
         self._threads = max(1, torch.get_num_threads() // workers_per_node())
-        # One thread runs the passes, one after another, and loads the backbone. Each thread that runs torch keeps a
-        # pool of helper threads; two pools on the same cores slow each other down.
-        self._pass_thread = ThreadPoolExecutor(1, "pass")
-        self._bank = self._pass_thread.submit(self._create_bank, settings).result()
+        pass_thread = ThreadPoolExecutor(1, "pass")
+        self._bank = pass_thread.submit(self._create_bank, settings).result()
         on_gpu = self._bank.device.type == "cuda"
         self._tuner = BatchTuner(settings.batch_size, (self._threads,) if on_gpu else (1, self._threads))
-        self._pass_thread.submit(self._run_trials).result()
+        self._passes = Passes(self._bank, self._tuner, pass_thread)
         self._name = f"{os.uname().nodename}/{os.getpid()}"
         readers, writer = (
             ThreadPoolExecutor(threads, name, initializer=torch.set_num_threads, initargs=(1,))
@@ -97,22 +83,29 @@ class Worker:
         self._host = HostCache(self._bank, store, readers=readers, limit_bytes=settings.host_cache_bytes)
         self._host_limit_bytes = settings.host_cache_bytes
         self._cache = AdapterCache(self._bank, self._host, writer=writer, wait_s=LOAD_TIMEOUT_S)
-        # On a GPU one thread copies the next batch to the device while a pass computes.
-        self._copy_thread = ThreadPoolExecutor(1, "copy") if on_gpu else None
-        self._batcher: Batcher[Item, Answer] = Batcher(
+        self._many = ManyTasks(
+            self._bank,
+            self._host,
+            self._cache,
+            threads=writer,
+            heads_limit_bytes=settings.host_cache_bytes // HEADS_SHARE,
+        )
+        self._batcher: Batcher[Item, tuple[ItemScores, PassStats]] = Batcher(
             self._run_batch,
             batch_size=lambda: self._tuner.next_size,
             wait_s=settings.batch_wait_ms / 1000,
             tenant_limit=WORKER_IMAGES_QUEUED,
             max_running=2 if on_gpu else 1,
+            images_of=lambda item: item.passes,
         )
-        self._feature_passes: IdlePasses[NDArray[np.uint8], NDArray[np.float16]] = IdlePasses(
-            self._run_features,
-            lambda: self._batcher.is_idle,
-            size=FEATURE_IMAGES_GPU if on_gpu else FEATURE_IMAGES,
-            limit=WORKER_FEATURES_QUEUED,
-            longest_wait_s=FEATURE_WAIT_S,
-        )
+        passes: dict[str, Any] = {
+            "is_idle": lambda: self._batcher.is_idle,
+            "size": FEATURE_IMAGES_GPU if on_gpu else FEATURE_IMAGES,
+            "limit": WORKER_FEATURES_QUEUED,
+        }
+        self._feature_passes: IdlePasses[NDArray[np.uint8], NDArray[np.float16]]
+        self._feature_passes = IdlePasses(self._passes.features, **passes)
+        self._idle_answers: IdlePasses[Item, tuple[ItemScores, PassStats]] = IdlePasses(self._run_batch, **passes)
         self._metrics = WorkerMetrics(metric_types())
         self._stats = WorkerStats()
         self._prewarming = prewarming
@@ -143,33 +136,6 @@ class Worker:
             max_kernels=settings.max_kernels,
             forms=forms,
         )
-
-    def _run_trials(self) -> None:
-        """Measure passes with empty adapters, otherwise the first callers would wait for the tuner's trials."""
-        bank = self._bank
-        started_s = time.monotonic()
-        for size in self._tuner.sizes:
-            pixels = torch.zeros(size, *bank.input_size, device=bank.device, dtype=bank.dtype)
-            trial = partial(self._run_trial, pixels)
-            trial()  # the first pass of a size is slower
-            for _ in range(TRIALS_PER_SIZE):
-                self._run_timed(size, trial)
-            if self._tuner.is_settled() or time.monotonic() - started_s > TRIALS_TIMEOUT_S:
-                break
-        costs = {size: round(ms, 3) for size, ms in self._tuner.costs().items()}
-        logger.info("batch size %d; milliseconds per image by batch size: %s", self._tuner.best_size, costs)
-
-    def _run_trial(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self._bank.warm_up(pixels, kernels=2, rank=8).cpu()  # `cpu` waits for a GPU
-
-    def _run_timed(self, images: int, compute: Callable[[], Result]) -> Result:
-        """Run a pass, which must wait for the device, with the tuner's thread count; record its duration."""
-        threads = self._tuner.choose_threads(images)
-        torch.set_num_threads(threads)
-        started_s = time.perf_counter()
-        result = compute()
-        self._tuner.record(images, threads, (time.perf_counter() - started_s) * 1000)
-        return result
 
     def _preload(self) -> None:
         """Load the pinned and the recently used adapters, as many as there are slots."""
@@ -231,6 +197,7 @@ class Worker:
         images: Sequence[NDArray[np.uint8]],
         weight: float = 1.0,
         origin: CallOrigin = CallOrigin(),  # noqa: B008 (a tuple)
+        idle: bool = False,
     ) -> list[Answer]:
         """Return one answer for each preprocessed image, all from one adapter.
 
@@ -240,6 +207,7 @@ class Worker:
             images: uint8 arrays (3, H, W).
             weight: the tenant's share, relative to other tenants.
             origin: the request behind the call.
+            idle: compute the images while no other image waits.
 
         Raises:
             Unavailable: the store cannot return the adapter's file, or the adapter is not in a slot in time.
@@ -254,12 +222,50 @@ class Worker:
                 self._stats.record_call(tenant, origin.task, len(images))
                 queued_at_s = time.perf_counter()
                 load_ms = (queued_at_s - started_s) * 1000
-                items = [Item(pixels, adapter, load_ms, queued_at_s, origin.traceparent) for pixels in images]
-                self._images += len(images)
-                try:
-                    return await self._batcher.submit(tenant, items, weight)
-                finally:
-                    self._images -= len(images)
+                items = [
+                    Item(pixels, adapter.mean, adapter.std, (adapter,), load_ms, queued_at_s, origin.traceparent)
+                    for pixels in images
+                ]
+                # Answers in idle turns are not part of the load, which adds workers.
+                found = await (self._idle_answers.submit(items) if idle else self._submit(tenant, weight, items))
+                typicality = [float(scores.typicality[0]) for scores, _ in found]
+                return [
+                    Answer(scores.probabilities, stats, None if isnan(share) else share)
+                    for (scores, stats), share in zip(found, typicality, strict=True)
+                ]
+
+    async def answer_tasks(self, *args: Any) -> TaskAnswers | HubError:
+        """Return the result of `classify_tasks`, or its error as a value, as `answer` does."""
+        try:
+            return await self.classify_tasks(*args)
+        except HubError as error:
+            return error
+
+    async def classify_tasks(
+        self,
+        tenant: str,
+        digests: Sequence[str],
+        image: NDArray[np.uint8],
+        weight: float = 1.0,
+        origin: CallOrigin = CallOrigin(),  # noqa: B008 (a tuple)
+    ) -> TaskAnswers:
+        """Return the answers of several adapters to one image; see `Workers.classify_tasks` and `many_tasks`."""
+        self._start_background()
+        with request_context.use_origin(origin, tenant, ""):
+            self._used_digests.update(digests)
+            self._stats.record_call(tenant, origin.task, 1)
+            submit = partial(self._submit, tenant, weight)
+            return await self._many.answer(tenant, digests, image, origin.traceparent, submit)
+
+    async def _submit(
+        self, tenant: str, weight: float, items: Sequence[Item]
+    ) -> Sequence[tuple[ItemScores, PassStats]]:
+        images = sum(item.passes for item in items)
+        self._images += images
+        try:
+            return await self._batcher.submit(tenant, items, weight)
+        finally:
+            self._images -= images
 
     async def features(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float16]] | HubError:
         """Return the frozen backbone's features of images (see `Workers.features`), or the error as a value."""
@@ -311,64 +317,29 @@ class Worker:
         for digest in pinned:
             await self._cache.prefetch(digest)
 
-    async def _run_batch(self, items: list[Item]) -> list[Answer]:
+    async def _run_batch(self, items: list[Item]) -> list[tuple[ItemScores, PassStats]]:
         """Compute one forward pass."""
         started_s = time.perf_counter()
-        adapters = [item.adapter for item in items]
+        adapters = [adapter for item in items for adapter in item.adapters]
         # The pass has its own leases: a cancelled call must not free a slot that the pass reads.
         self._cache.retain(adapters)
         try:
-            scores = await self._forward(items)
+            scores = await self._passes.run(items)
         finally:
             self._cache.release(adapters)
         compute_ms = (time.perf_counter() - started_s) * 1000
-        tasks = len({adapter.digest for adapter in adapters})
+        images = sum(item.passes for item in items)
+        heads = {item.heads: len(item.heads.classes) for item in items if item.heads is not None}
+        tasks = len({adapter.digest for adapter in adapters}) + sum(heads.values())
         queue_ms = [(started_s - item.queued_at_s) * 1000 for item in items]
-        self._metrics.record_pass(len(items), tasks, max(queue_ms), compute_ms)
-        self._stats.record_pass(len(items), tasks)
+        self._metrics.record_pass(images, tasks, max(queue_ms), compute_ms)
+        self._stats.record_pass(images, tasks)
         calls = {x.traceparent: (x.load_ms, ms) for x, ms in zip(items, queue_ms, strict=True) if x.traceparent}
-        tracing.record_pass(calls, worker=self._name, images=len(items), tasks=tasks, compute_ms=compute_ms)
+        tracing.record_pass(calls, worker=self._name, images=images, tasks=tasks, compute_ms=compute_ms)
         return [
-            Answer(row, PassStats(self._name, len(items), tasks, item.load_ms, ms, compute_ms), typicality)
-            for item, (row, typicality), ms in zip(items, scores, queue_ms, strict=True)
+            (own, PassStats(self._name, images, tasks, item.load_ms, ms, compute_ms))
+            for item, own, ms in zip(items, scores, queue_ms, strict=True)
         ]
-
-    async def _run_features(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.float16]]:
-        """Compute one small pass without adapters."""
-        config = preprocess_of(self._bank.limits.backbone)
-        mean, std = (torch.tensor(config[name], device=self._bank.device) for name in ("mean", "std"))
-
-        def run() -> list[NDArray[np.float16]]:
-            pixels = torch.from_numpy(np.stack(images)).to(self._bank.device)
-            pooled = self._bank.frozen_features(normalise(pixels, mean, std))
-            return [row.numpy() for row in pooled.half().cpu()]
-
-        return await asyncio.get_running_loop().run_in_executor(self._pass_thread, run)
-
-    async def _forward(self, items: list[Item]) -> list[tuple[NDArray[np.float32], float | None]]:
-        """Return the probabilities of each image, float32 (K,), and its typicality."""
-        loop = asyncio.get_running_loop()
-        if self._copy_thread is None:
-            return await loop.run_in_executor(self._pass_thread, lambda: self._compute(items, self._gather(items)))
-        pixels = await loop.run_in_executor(self._copy_thread, self._gather, items)
-        return await loop.run_in_executor(self._pass_thread, self._compute, items, pixels)
-
-    def _gather(self, items: list[Item]) -> torch.Tensor:
-        """Return the normalised pixels (B, 3, H, W) on the device."""
-        device = self._bank.device
-        pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(device)
-        mean = torch.stack([item.adapter.mean for item in items]).to(device)
-        std = torch.stack([item.adapter.std for item in items]).to(device)
-        return normalise(pixels, mean, std)
-
-    def _compute(self, items: list[Item], pixels: torch.Tensor) -> list[tuple[NDArray[np.float32], float | None]]:
-        slots = [item.adapter.slot for item in items]
-
-        def run() -> list[tuple[NDArray[np.float32], float | None]]:
-            scores = self._bank.score(pixels, slots)
-            return [(x.logits.float().softmax(0).cpu().numpy(), x.typicality) for x in scores]
-
-        return self._run_timed(len(items), run)
 
     def _start_background(self) -> None:
         """Start the periodic tasks once. Not in `__init__`, which Serve may call outside of the event loop."""

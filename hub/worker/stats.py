@@ -1,8 +1,9 @@
-"""Rates of one worker between two status reports."""
+"""Rates of one worker between two status reports, and its counts."""
 
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..admin_schemas import TaskRate
@@ -18,6 +19,17 @@ class Rates(NamedTuple):
     images_per_pass: float
     adapters_per_pass: float
     tasks: list[TaskRate]  # the busiest tasks, the busiest first
+
+
+@dataclass
+class CacheCounts:
+    """Events of an adapter cache since the worker started."""
+
+    hits: int = 0
+    loads: int = 0
+    load_s: float = 0.0
+    evictions: int = 0
+    failures: int = 0
 
 
 class WorkerStats:

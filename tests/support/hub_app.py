@@ -18,7 +18,7 @@ from adapters import Adapter, Backbone, Bank, BankLimits, Slot
 from adapters.data.images import normalise, preprocess_of
 from hub.admin_schemas import LimitsChange
 from hub.api.app import create_app
-from hub.errors import Conflict
+from hub.errors import Conflict, InvalidAdapter
 from hub.local.bootstrap import FirstKeys, create_first_keys
 from hub.registry.audit import OPERATOR
 from hub.registry.keys import KeyRegistry
@@ -26,7 +26,7 @@ from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tenants import TenantRegistry
 from hub.settings import Settings
 from hub.storage.store import OWNER, Store
-from hub.worker_api import Answer, PassStats
+from hub.worker_api import Answer, PassStats, TaskAnswers
 from tests.support.trainers import ProcessTrainer
 
 T = TypeVar("T")
@@ -46,6 +46,9 @@ class Engine:
         self.slots: dict[str, tuple[Slot, Adapter]] = {}
         self.prefetched: list[str] = []
         self.feature_images = 0
+        self.idle_images = 0
+        self.calls: list[tuple[str, list[str]]] = []  # of `classify_tasks`: key and digests
+        self.invalid: set[str] = set()  # digests that a worker cannot load
 
     async def limits(self) -> BankLimits:
         return self._bank.limits
@@ -61,17 +64,38 @@ class Engine:
         return [row.numpy() for row in pooled.half()]
 
     async def classify(
-        self, tenant: str, digest: str, images: Sequence[NDArray[np.uint8]], weight: float
+        self, tenant: str, digest: str, images: Sequence[NDArray[np.uint8]], weight: float, *, idle: bool = False
     ) -> list[Answer]:
-        if digest not in self.slots:
-            adapter = Adapter.read(self._store.get(digest))
-            self.slots[digest] = self._bank.put(adapter), adapter
-        slot, adapter = self.slots[digest]
+        self.idle_images += idle * len(images)
+        slot, adapter = self._loaded(digest)
         mean, std = (torch.tensor(adapter.preprocess[name]) for name in ("mean", "std"))
         pixels = normalise(torch.from_numpy(np.stack(images)), mean, std)
         stats = PassStats("engine", len(images), 1, 0.0, 0.0, 0.0)
         scores = self._bank.score(pixels, [slot] * len(images))
         return [Answer(x.logits.softmax(0).numpy(), stats, x.typicality) for x in scores]
+
+    async def classify_tasks(
+        self, tenant: str, digests: Sequence[str], image: NDArray[np.uint8], weight: float, key: str
+    ) -> TaskAnswers:
+        self.calls.append((key, list(digests)))
+        found, invalid = [], {}
+        for digest in digests:
+            if digest in self.invalid:
+                invalid[digest] = InvalidAdapter("it does not fit this backbone")
+                continue
+            ((answer),) = await self.classify(tenant, digest, [image], weight)
+            typicality = float("nan") if answer.typicality is None else answer.typicality
+            found.append((digest, answer.probabilities, typicality, answer.computed))
+        return TaskAnswers.of(found, invalid)
+
+    def _loaded(self, digest: str) -> tuple[Slot, Adapter]:
+        """Return an adapter in its slot; the first one makes room for it if necessary."""
+        if digest not in self.slots:
+            if not self._bank.free:
+                self._bank.evict(self.slots.pop(next(iter(self.slots)))[0])
+            adapter = Adapter.read(self._store.get(digest))
+            self.slots[digest] = self._bank.put(adapter), adapter
+        return self.slots[digest]
 
 
 @dataclass(frozen=True)

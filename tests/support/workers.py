@@ -20,10 +20,10 @@ from .metrics import Recorder
 
 
 def make_worker(
-    redis_url: str, store: Store, home: Path, dtype: Literal["float32", "int8"] = "float32"
+    redis_url: str, store: Store, home: Path, slots: int = 2, dtype: Literal["float32", "int8"] = "float32"
 ) -> Worker:
-    """Return a worker with the demo backbone and two slots."""
-    settings = Settings(backbone="demo", slots=2, batch_wait_ms=50, home=home, dtype=dtype)
+    """Return a worker with the demo backbone."""
+    settings = Settings(backbone="demo", slots=slots, batch_wait_ms=50, home=home, dtype=dtype)
     return Worker(settings, store, Prewarming(redis_url, []), lambda: 1, Recorder().types)
 
 
@@ -53,7 +53,7 @@ def run(use: Callable[[], Awaitable[None]]) -> None:
 def fix_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the largest batch size, however fast this machine is."""
     monkeypatch.setattr(BatchTuner, "record", lambda *_: None)
-    monkeypatch.setattr("hub.worker.replica.TRIALS_PER_SIZE", 0)
+    monkeypatch.setattr("hub.worker.passes.TRIALS_PER_SIZE", 0)
 
 
 class PassGate:

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from adapters import Adapter
+from adapters import Adapter, Backbone
 from hub.cli.main import app
 from hub.client.client import Client
 from hub.errors import InvalidAdapter, InvalidImage, NotFound, TooLarge, Unauthenticated, Unavailable
 from hub.local.errors import StartError
 from hub.local.hub import local_hub
 from hub.settings import Settings
-from tests.support.models import bomb_png, png
+from tests.support.models import bomb_png, png, random_adapter
 
 from .conftest import SharedHub
 
@@ -66,6 +66,25 @@ def test_many_images_in_one_call_come_back_in_order(client: Client, adapters: li
     assert [p[0].label for p in many.predictions] == alone * 8
     inputs = [("task0", png(i)) for i in range(8)]
     assert [r.predictions[0].label for r in client.classify_inputs(inputs, top_k=1).results] == alone
+
+
+def test_one_image_with_many_tasks_answers_as_each_task_alone(
+    client: Client, adapters: list[Adapter], backbone: Backbone
+) -> None:
+    """Through Ray, with heads, adapters of every block and adapters of the last block."""
+    heads = [random_adapter(backbone, seed=i, kernels=0, rescale="none") for i in range(20)]
+    late = [random_adapter(backbone, seed=50 + i, kernels=1, rank=2, sites=("blocks.5.*",)) for i in range(3)]
+    for i, adapter in enumerate([*heads, *late, *adapters[:2]]):
+        client.register(f"many{i}", adapter.data)
+    names = [f"many{i}" for i in range(25)]
+    alone = {name: client.classify(name, png(0), top_k=2).predictions[0] for name in names}
+    for reply in (client.classify_tasks(png(0), names, top_k=2), client.classify_tasks(png(0), top_k=2)):
+        found = {result.task: result.predictions for result in reply.results}
+        for name in names:
+            assert [p.label for p in found[name]] == [p.label for p in alone[name]]
+            assert [p.score for p in found[name]] == pytest.approx([p.score for p in alone[name]], abs=1e-4)
+    for name in names:
+        client.delete_task(name)
 
 
 def test_invalid_input_over_http_is_refused_and_changes_nothing(

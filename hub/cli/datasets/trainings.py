@@ -9,8 +9,10 @@ from rich.table import Column, Table
 from ...client.client import Client
 from ...dataset_schemas import TrainingInfo
 from ...field_types import accuracy_of
+from ...usage_schemas import MAX_BACKTEST_IMAGES
 from ..options import DEFAULT_URL, AsJson, OwnerKey, Url
 from ..output import err, out, show
+from .images import DIGEST_CHARACTERS
 
 Task = Annotated[str, typer.Argument(help="name of the task")]
 Training = Annotated[str, typer.Argument(help="id, from `trainings list`")]
@@ -125,6 +127,37 @@ def compare(
     better = {"a": found.a, "b": found.b}.get(found.better or "")
     verdict = "neither is better" if better is None else f"version {better.version} is better"
     out.print(f"{verdict}, by more than one standard error; the answers differ for {found.differing} images")
+
+
+@app.command()
+def backtest(
+    task: Task,
+    key: OwnerKey,
+    b: Annotated[str, typer.Argument(help="version or alias")] = "latest",
+    a: Annotated[str | None, typer.Option(help="version or alias; by default the answers that the callers got")] = None,
+    last: Annotated[int, typer.Option(min=1, max=MAX_BACKTEST_IMAGES, help="number of kept images, the newest")] = 500,
+    url: Url = DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
+    """List the kept images that a version answers otherwise."""
+    with Client(url, key) as client:
+        found = client.backtest(task, a=a, b=b, last=last)
+    if as_json:
+        return show(found, True)
+    before = "the callers' answer" if found.a is None else f"version {found.a}"
+    if found.differ:
+        table = Table(Column("image", no_wrap=True, min_width=DIGEST_CHARACTERS), "label", before, f"version {found.b}")
+        for image in found.differ:
+            table.add_row(image.digest, image.label or "-", image.a, image.b)
+        out.print(table)
+    low, high = found.interval
+    share = f"{found.share:.1%}; 95 % interval {low:.1%} to {high:.1%}"
+    out.print(
+        f"version {found.b} answers {found.changed} of {found.images} kept images otherwise ({share})", soft_wrap=True
+    )
+    if found.labelled.images:
+        right = f"{before} is right for {found.labelled.a}, version {found.b} for {found.labelled.b}"
+        out.print(f"of {found.labelled.images} images with a label that trained neither: {right}", soft_wrap=True)
 
 
 def _state(training: TrainingInfo) -> str:

@@ -78,13 +78,17 @@ def margins_of(probabilities: Floats) -> Floats:
 def suspects_first(left_out: Floats, targets: Places) -> Places:
     """Return the places of images whose label is probably wrong, most suspicious first.
 
+    The probability of the own label decides, the score "self-confidence" of Northcutt et al. ("Confident Learning",
+    JAIR 2021). The difference to the best label would put first what the classifier is sure about: it is often sure and
+    wrong where labels are near each other, such as two counts.
+
     Args:
         left_out: probabilities (n, K) of each image from a classifier that was fitted without it.
         targets: (n,), numbers of the labels that the images have.
     """
     own = left_out[np.arange(len(targets)), targets]
     other = np.where(np.arange(left_out.shape[1]) == targets[:, None], 0, left_out).max(1, initial=0)
-    order = np.argsort(own - other, kind="stable")
+    order = np.argsort(own, kind="stable")
     return np.asarray(order[(own < other)[order] & (own < MAX_OWN)[order]], np.int64)
 
 

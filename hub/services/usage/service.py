@@ -3,18 +3,17 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from cachetools import LRUCache
 
 from ...admission.authentication import Caller
-from ...admission.quotas import REGISTRY_READS
-from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
+from ...concurrency import TenantReads, TenantThreads, run_blocking
 from ...errors import NotFound, Unavailable
 from ...registry.datasets.trainings import TrainingRegistry
-from ...registry.datasets.usage import TENTHS, UsageDay, UsageRegistry, VersionCounts
+from ...registry.datasets.usage import TENTHS, UsageDay, UsageRegistry, VersionCounts, parsed
 from ...registry.models import Task
 from ...registry.tasks import TaskRegistry
 from ...storage.store import Store
@@ -36,12 +35,16 @@ class UsageService:
         tasks: TaskRegistry,
         trainings: TrainingRegistry,
         snapshots: Store,
+        reads: TenantReads,
         threads: TenantThreads,
+        parse_threads: TenantThreads,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """
         Args:
+            reads: turns of reads of the registry.
             threads: thread pool for calls to the store.
+            parse_threads: thread pool for what reads and calls return.
             clock: seconds since 1970.
         """
         self._counter = counter
@@ -49,9 +52,10 @@ class UsageService:
         self._tasks = tasks
         self._trainings = trainings
         self._snapshots = snapshots
+        self._reads = reads
         self._threads = threads
+        self._parse_threads = parse_threads
         self._clock = clock
-        self._limit = TenantConcurrencyLimit(REGISTRY_READS)
         self._trained: LRUCache[str, dict[str, int]] = LRUCache(CACHED_SNAPSHOTS)  # by the snapshot's digest
 
     async def usage(self, caller: Caller, name: str, days: int) -> TaskUsage:
@@ -62,19 +66,16 @@ class UsageService:
             Unavailable: the registry or the store is unavailable.
         """
         task_name = caller.own_task(name)
-        async with self._limit.acquire(caller.tenant):
-            task = await self._tasks.task(caller.tenant, task_name)
-            await self._counter.write()
+        tenant = caller.tenant
+        task = await self._tasks.task(tenant, task_name)
+        await self._counter.write()
+        async with self._reads.turn(tenant):
             today = int(self._clock() // DAY_S)
             numbers = range(today - days + 1, today + 1)
-            found = await self._registry.read(caller.tenant, task_name, numbers)
-            total = merged(found.values())
-            return TaskUsage(
-                task=name,
-                days=[_of_day(number, found.get(number, UsageDay())) for number in numbers],
-                total=UsageCounts(**_counts(total)),
-                drift=await self._drift(caller.tenant, task, total),
-            )
+            texts = await self._registry.read(tenant, task_name, numbers)
+        shown, total = await run_blocking(self._parse_threads.of(tenant), _days, numbers, texts)
+        drift = await self._drift(tenant, task, total)
+        return TaskUsage(task=name, days=shown, total=UsageCounts(**_counts(total)), drift=drift)
 
     async def _drift(self, tenant: str, task: Task, total: UsageDay) -> Drift | None:
         answered = [(counts.n, int(number)) for number, counts in total.v.items() if number.isdecimal()]
@@ -99,8 +100,18 @@ class UsageService:
                 text = await run_blocking(self._threads.of(tenant), self._snapshots.get, digest)
             except Unavailable:
                 return None
-            self._trained[digest] = dict(Counter(label for _, label, _ in json.loads(text)["images"]))
+            self._trained[digest] = await run_blocking(self._parse_threads.of(tenant), _labels_of, text)
         return self._trained[digest]
+
+
+def _labels_of(snapshot: bytes) -> dict[str, int]:
+    return dict(Counter(label for _, label, _ in json.loads(snapshot)["images"]))
+
+
+def _days(numbers: Sequence[int], texts: Mapping[int, str]) -> tuple[list[UsageOfDay], UsageDay]:
+    """Return the counts of each day, and their sums."""
+    found = parsed(texts)
+    return [_of_day(number, found.get(number, UsageDay())) for number in numbers], merged(found.values())
 
 
 def merged(days: Iterable[UsageDay]) -> UsageDay:

@@ -2,15 +2,17 @@
 import { ApiError, api } from "./api.js";
 import { Button, ErrorBox, Loading, Notices } from "./components.js";
 import { html, render, useEffect, useState } from "./lib.js";
+import Hub from "./pages/hub.js";
 import { Login } from "./pages/login.js";
+import TaskPage from "./pages/task.js";
+import Tasks from "./pages/tasks.js";
+import Tenant from "./pages/tenant.js";
 import { Link, go, route } from "./router.js";
 import { connection, keys, me, signOut } from "./state.js";
 
-const PAGES = {
-  tasks: () => (route.value.parts[1] ? import("./pages/task.js") : import("./pages/tasks.js")),
-  tenant: () => import("./pages/tenant.js"),
-  hub: () => import("./pages/hub.js"),
-};
+// Imported here and not when they are first shown: a browser does not load a module again that it once failed to load,
+// and a person may open a page while the hub is away.
+const PAGES = { tasks: Tasks, tenant: Tenant, hub: Hub };
 
 /** Return what the keys of this tab may do. */
 async function rights({ tenant, admin }) {
@@ -54,8 +56,7 @@ function App() {
   else if (!me.value) body = html`<${Loading} />`;
   else {
     const name = PAGES[page] ? page : me.value.tenant ? "tasks" : "hub";
-    const sub = Boolean(route.value.parts[1]);
-    body = html`<${Lazy} key=${`${name} ${sub}`} name=${name} />`;
+    body = html`<${name === "tasks" && route.value.parts[1] ? TaskPage : PAGES[name]} />`;
   }
   return html`<a class="skip" href="#main" onClick=${(event) => (event.preventDefault(), document.getElementById("main").focus())}>To the content</a>
     <${Header} page=${page} />
@@ -77,26 +78,6 @@ function Header({ page }) {
     ${signedIn && html`<span class="who">${[me.value.tenant, me.value.admin && "admin"].filter(Boolean).join(" + ")}</span>
       <${Button} onClick=${() => (signOut(), go("/tasks"))}>Sign out<//>`}
   </header>`;
-}
-
-/** A page, whose module is loaded when it is first shown. */
-function Lazy({ name }) {
-  const [found, setFound] = useState(null);
-  useEffect(() => {
-    let here = true;
-    const load = () =>
-      PAGES[name]().then(
-        (module) => here && setFound({ Page: module.default }),
-        () => here && setFound({ error: new ApiError(0, { detail: "The hub did not send this page." }), load }),
-      );
-    load();
-    return () => {
-      here = false;
-    };
-  }, []);
-  if (!found) return html`<${Loading} />`;
-  if (found.error) return html`<${ErrorBox} error=${found.error} retry=${found.load} />`;
-  return html`<${found.Page} />`;
 }
 
 render(html`<${App} />`, document.getElementById("console"));

@@ -184,8 +184,9 @@ export function Chart({ data, series, label, time = false, height = 240 }) {
   useEffect(() => {
     let gone = false;
     let sizes;
-    import("../vendor/uplot.js").then(({ default: UPlot }) => {
-      if (gone || !box.current) return;
+    const loaded = import("../vendor/uplot.js").catch(() => ({})); // the hub is away: the page works without its chart
+    loaded.then(({ default: UPlot }) => {
+      if (gone || !UPlot || !box.current) return;
       const ink = getComputedStyle(box.current).color;
       const axis = { stroke: ink, grid: { stroke: "#8884", width: 1 }, ticks: { stroke: "#8884" } };
       const size = () => ({ width: Math.max(200, box.current.clientWidth), height });
@@ -232,9 +233,9 @@ export function Thumbnail({ task, digest, alt }) {
       );
     };
     let timer = 0;
-    const seen = new IntersectionObserver(([entry]) => {
+    const seen = new IntersectionObserver((entries) => {
       clearTimeout(timer);
-      if (entry.isIntersecting) timer = setTimeout(fetchIt, SEEN_MS);
+      if (entries.at(-1).isIntersecting) timer = setTimeout(fetchIt, SEEN_MS);
     });
     setState({});
     seen.observe(box.current);

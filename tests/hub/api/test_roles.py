@@ -37,6 +37,7 @@ ROUTES = {
     "POST /v1/tasks/{task}/feedback": "owner",
     "GET /v1/tasks/{task}/compare": "owner",
     "GET /v1/tasks/{task}/usage": "owner",
+    "GET /v1/tasks/{task}/backtest": "owner",
     "POST /v1/tasks/{task}/trainings": "owner",
     "GET /v1/tasks/{task}/trainings": "owner",
     "GET /v1/tasks/{task}/trainings/{training}": "owner",

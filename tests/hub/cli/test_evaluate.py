@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.serving.cpu_operators import has_int8
 from adapters import Adapter, load_backbone
 from adapters.evaluation.evaluate import Agreement
+from adapters.serving.cpu_operators import has_int8
 from hub.cli import evaluate as evaluating
 from hub.cli import main as cli
 from tests.support.models import png, random_adapter, with_tensors

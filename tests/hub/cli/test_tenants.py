@@ -232,6 +232,38 @@ def test_classify_shows_typicality_and_sets_where_the_adapter_has_them(
     assert "error: coverage: version 1 of task 'old' has no data for label sets" in refused.stderr
 
 
+def test_classify_answers_with_many_tasks_and_names_those_that_cannot(
+    hub: Hub, run: Run, adapters: list[Adapter], backbone: Backbone, tmp_path: Path
+) -> None:
+    files = [tmp_path / "own.png", tmp_path / "grey.png", tmp_path / "bad.png"]
+    for file, data in zip(files, (png(1), flat_png(), b"no image"), strict=True):
+        file.write_bytes(data)
+    for task, adapter in (("old", adapters[0]), ("noise", calibrated_adapter(backbone))):
+        hub.http.post(f"/v1/tasks/{task}/versions", content=adapter.data, headers=OCTETS).raise_for_status()
+    hub.http.put("/v1/tasks/empty").raise_for_status()
+    key = ("--key", hub.key)
+    assert run("classify", "--tasks", "noise", str(files[0]), *key).count("noise") == 1
+
+    done = CliRunner().invoke(app, ["classify", "--tasks", "*", str(files[0]), str(files[1]), *key])
+    assert done.exit_code == 0, done.output
+    lines = [line.split() for line in done.stdout.splitlines() if ".png" in line or "noise" in line or "old" in line]
+    assert sum("noise" in line for line in lines) == sum("old" in line for line in lines) == 2
+    assert "unknown" in done.stdout
+    assert "task empty cannot answer" in done.stderr
+
+    named = CliRunner().invoke(app, ["classify", str(files[0]), "--tasks", "noise, old", "--csv", *key])
+    assert [row["task"] for row in csv.DictReader(io.StringIO(named.stdout))] == ["noise", "old"]
+    bad = CliRunner().invoke(app, ["classify", "--tasks", "*", *map(str, files), "--json", *key])
+    assert bad.exit_code == 1
+    reply = json.loads(bad.stdout)
+    assert [len(image["results"]) for image in reply["images"]] == [2, 2]
+    assert [image["image"] for image in reply["refused"]] == [str(files[2])]
+    missing = CliRunner().invoke(app, ["classify", "--tasks", "none", str(files[0]), *key])
+    assert (missing.exit_code, "there is no task 'none'" in missing.stderr) == (1, True)
+    for wrong in (["--tasks", "*", "--version", "1", str(files[0])], ["noise"]):
+        assert CliRunner().invoke(app, ["classify", *wrong, *key]).exit_code == 2
+
+
 def test_classify_names_the_file_when_an_image_is_invalid(
     hub: Hub, run: Run, adapters: list[Adapter], tmp_path: Path
 ) -> None:

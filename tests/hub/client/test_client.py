@@ -277,6 +277,32 @@ def test_client_returns_typicality_and_sets_in_order_when_images_need_several_ca
     assert (one.set, one.typicality) == (reply.sets[1], pytest.approx(reply.typicality[1], rel=1e-3))
 
 
+def test_client_classifies_one_image_with_many_tasks(client: Any, adapters: list[Adapter], backbone: Backbone) -> None:
+    client.register("a", adapters[0].data)
+    client.register("b", calibrated_adapter(backbone).data)
+    client.create_task("empty")
+    alone = client.classify("b", png(1), top_k=2, coverage=0.9)
+    reply = client.classify_tasks(png(1), ["b", "a"], top_k=2)
+    assert [result.task for result in reply.results] == ["b", "a"]
+    assert reply.skipped is None
+    assert [p.label for p in reply.results[0].predictions] == [p.label for p in alone.predictions[0]]
+    assert reply.results[0].typicality == pytest.approx(alone.typicality[0], rel=1e-3)
+    every = client.classify_tasks(png(1))
+    assert [result.task for result in every.results] == ["a", "b"]
+    assert [skipped.task for skipped in every.skipped] == ["empty"]
+    sets = client.classify_tasks(png(1), coverage=0.9)
+    assert [(result.task, result.set) for result in sets.results] == [("b", alone.sets[0])]
+    with pytest.raises(NotFound, match="there is no task 'none'"):
+        client.classify_tasks(png(1), ["a", "none"])
+    with pytest.raises(InvalidImage) as error:
+        client.classify_tasks(b"no image", ("a",))
+    assert [problem.field for problem in error.value.errors] == ["image"]
+    with pytest.raises(InvalidRequest, match="tasks"):
+        client.classify_tasks(png(1), [])
+    with pytest.raises(InvalidRequest, match="must be a list of names of tasks, or \\*"):
+        client.classify_tasks(png(1), "a")
+
+
 def test_client_changes_the_settings_of_a_task(client: Any, adapters: list[Adapter]) -> None:
     client.register("a", adapters[0].data)
     assert client.change_settings("a", unknown_below=0.5).unknown_below == 0.5

@@ -194,3 +194,25 @@ def test_no_item_is_lost_or_doubled(steps: Sequence[tuple[str, int, float, int]]
             popped[owner].append(number)
     assert {tenant: len(numbers) for tenant, numbers in popped.items()} == pushed
     assert all(numbers == sorted(numbers) for numbers in popped.values())
+
+
+def test_an_item_counts_as_its_images_in_batches_turns_and_the_limit() -> None:
+    queue: FairQueue[tuple[str, int]] = FairQueue(10, lambda item: item[1])
+    queue.push("a", [("a", 3), ("a", 3), ("a", 1)], 1.0, 0.0)
+    queue.push("b", [("b", 1)] * 7, 1.0, 0.0)
+    assert len(queue) == 14
+    with pytest.raises(LimitReached, match="7 queued, 4 more, limit 10"):
+        queue.push("a", [("a", 4)], 1.0, 0.0)
+    taken = [item for batch in (queue.pop_batch(BatchSize(2, 2), 0.0) for _ in range(9)) for item in batch]
+    assert len(queue) == 0
+    # After each item of three images of `a`, `b` has three turns alone.
+    assert "".join(tenant for tenant, _ in taken) in ("abbbabbba", "babbbabbba", "abbbabbbab", "babbbabbab")
+
+
+def test_an_item_larger_than_the_batch_runs_alone() -> None:
+    queue: FairQueue[int] = FairQueue(10, lambda images: images)
+    queue.push("a", [4, 2], 1.0, 0.0)
+    assert [queue.pop_batch(BatchSize(1, 1), 0.0) for _ in range(3)] == [[4], [2], []]
+    queue.push("a", [4, 2], 1.0, 0.0)
+    queue.discard("a", [4])
+    assert len(queue) == 2

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from adapters import Adapter, Backbone
-from adapters.serving.cpu_operators import has_int8
 from adapters.backbone import features
 from adapters.data.images import decode_image, eval_transform, normalise
+from adapters.serving.cpu_operators import has_int8
 from hub.errors import HubError, Unavailable
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.status import StatusBoard
@@ -77,6 +77,20 @@ def test_features_are_those_of_the_frozen_backbone_beside_any_adapter(
         for rows in (before, after):
             assert {row.dtype for row in rows} == {np.dtype(np.float16)}
             np.testing.assert_allclose(np.stack(rows), expected.numpy(), rtol=2e-3, atol=2e-3)
+
+    run(use)
+
+
+def test_answers_in_idle_turns_are_those_of_other_calls(worker: Worker, adapters: list[Adapter]) -> None:
+    async def use() -> None:
+        digest, pixels = adapters[0].digest, images(6)
+        usual = await worker.classify("t", digest, pixels)
+        idle, beside = await asyncio.gather(
+            worker.classify("t", digest, pixels, idle=True), worker.classify("t", adapters[1].digest, images(6, 1))
+        )
+        for one, other in zip(usual, idle, strict=True):
+            np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
+        assert len(beside) == 6
 
     run(use)
 
@@ -249,7 +263,7 @@ def test_a_worker_logs_and_reports_the_form_of_each_kind_of_frozen_layer(
     empty_redis: str, tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture, dtype: Literal["float32", "int8"]
 ) -> None:
     with caplog.at_level("INFO", "hub.worker.replica"):
-        worker = make_worker(empty_redis, store, tmp_path, dtype)
+        worker = make_worker(empty_redis, store, tmp_path, dtype=dtype)
     lines = worker.status().frozen_layers
     assert {line.split()[0] for line in lines} == {"qkv", "proj", "fc1", "fc2"}
     for line in lines:

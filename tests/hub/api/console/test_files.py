@@ -3,16 +3,20 @@
 import gzip
 import json
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin
 
 import pytest
 
 import hub as package
 from tests.support.hub_app import Hub
 
-WEB = Path(package.__file__).parent / "web"
+ROOT = Path(package.__file__).parents[1]
+WEB = ROOT / "hub" / "web"
 FILES = sorted(path for path in WEB.rglob("*") if path.is_file())
 NAMESPACES = ("http://www.w3.org/2000/svg", "http://www.w3.org/1998/Math/MathML")
 MAX_BYTES = 200_000  # of all files as browsers get them, compressed
@@ -96,6 +100,16 @@ def test_vendored_packages_have_version_and_licence() -> None:
     assert all(entry["licence"] in ("MIT", "Apache-2.0") and entry["version"] for entry in listed.values())
 
 
-def test_page_works_below_a_path(hub: Hub) -> None:
-    first = named_files(hub)[0].removeprefix("/")
-    assert urljoin("https://example.org/hub/", first) == f"https://example.org/hub/{first}"
+@pytest.mark.slow  # it builds a wheel
+def test_wheel_has_every_file(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("hub", "adapters"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(command, check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("hub/web/")}
+    assert packed == {f"hub/web/{path.relative_to(WEB).as_posix()}" for path in FILES}

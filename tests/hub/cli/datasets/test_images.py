@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from hub.cli.main import app
 from hub.cli.output import out
 from tests.support.hub_app import Hub
-from tests.support.models import coloured_noise, png
+from tests.support.models import coloured_noise, png, wait_until
 
 Run = Callable[..., Result]
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
@@ -127,6 +127,19 @@ def test_an_image_of_the_review_queue_gets_its_true_label(
     assert f"{digest[:12]}: green" in run("review", "confirm", "colours", digest, "green").stdout
     assert read(run("review", "list", "colours", "--json"))["images"] == []
     assert read(run("review", "list", "colours", "--errors", "--json"))["kind"] == "errors"
+
+
+def test_a_backtest_lists_kept_images_with_both_answers(run: Run, hub: Hub, tmp_path: Path) -> None:
+    folder = coloured_noise(tmp_path / "colours", COLOURS, count=6, seed=0)
+    run("images", "add", "colours", folder)
+    run("trainings", "start", "colours")
+    assert run("trainings", "backtest", "colours").exit_code == 1  # no image is kept
+    hub.http.put("/v1/tasks/colours", json={"keep": {"images": "all"}})
+    hub.http.post("/v1/tasks/colours/classify", content=png(1), headers={"content-type": "image/png"})
+    wait_until(lambda: run("trainings", "backtest", "colours").exit_code == 0)
+    shown = run("trainings", "backtest", "colours").stdout
+    assert "version 1 answers 0 of 1 kept images otherwise (0.0%; 95 % interval 0.0% to" in shown
+    assert read(run("trainings", "backtest", "colours", "latest", "--a", "1", "--last", "5", "--json"))["a"] == 1
 
 
 def test_usage_of_a_task_shows_its_answers_by_day_and_whether_images_drift(run: Run, hub: Hub, tmp_path: Path) -> None:

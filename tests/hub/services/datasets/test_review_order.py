@@ -52,3 +52,8 @@ def test_uncertain_images_come_from_different_clusters() -> None:
 def test_a_changed_label_is_the_first_suspect_and_a_right_one_is_none() -> None:
     left_out = np.array([[0.9, 0.1], [0.8, 0.2], [0.05, 0.95], [0.4, 0.6]], np.float32)
     assert list(suspects_first(left_out, np.array([0, 1, 0, 0]))) == [2, 1, 3]
+
+
+def test_a_label_of_lower_probability_is_more_suspicious_than_one_with_a_larger_difference() -> None:
+    left_out = np.array([[0.1, 0.9, 0.0], [0.05, 0.5, 0.45]], np.float32)
+    assert list(suspects_first(left_out, np.array([0, 0]))) == [1, 0]

@@ -14,7 +14,7 @@ from hub.admission.quotas import USAGE_BYTES, USAGE_LABELS, USAGE_QUEUED, USAGE_
 from hub.errors import Unavailable
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.audit import OPERATOR
-from hub.registry.datasets.usage import OTHER, RETENTION_DAYS, DayName, UsageDay, UsageRegistry, VersionCounts
+from hub.registry.datasets.usage import OTHER, RETENTION_DAYS, DayName, UsageDay, UsageRegistry, VersionCounts, parsed
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
@@ -73,7 +73,7 @@ def test_a_gateways_counts_reach_redis_once_though_a_reply_is_lost(empty_redis: 
             await registry.add("gateway", 1, {name: counted(2, 3)})
         await registry.add("other", 1, {name: counted(1)})
         await registry.add("gateway", 2, {name: UsageDay(k=1, c=2, r=3)})
-        found = (await registry.read("acme", "t", [today()]))[today()]
+        found = parsed(await registry.read("acme", "t", [today()]))[today()]
         assert (found.v["1"].n, found.k, found.c, found.r) == (7, 1, 2, 3)
         assert found.v["1"].l == {f"{0:0200d}": 4, f"{1:0200d}": 3}
 
@@ -93,7 +93,7 @@ def test_labels_and_versions_beyond_their_limits_are_counted_as_others(empty_red
         for version in range(2, USAGE_VERSIONS + 5):
             counter.answered("acme", "t", predicted(["a"], [0], version))
         await counter.write()
-        found = (await registry.read("acme", "t", [today()]))[today()]
+        found = parsed(await registry.read("acme", "t", [today()]))[today()]
         counts = found.v["1"]
         assert (counts.n, len(counts.l)) == (4 * USAGE_LABELS, USAGE_LABELS + 1)
         assert counts.l[OTHER] == 2 * USAGE_LABELS
@@ -193,7 +193,7 @@ def test_counts_wait_while_redis_is_away_and_are_bounded_by_tenant(tmp_path: Pat
                 except Unavailable:
                     await asyncio.sleep(0.05)
             await counter.write()
-            found = (await registry.read("acme", "t", [today()]))[today()]
+            found = parsed(await registry.read("acme", "t", [today()]))[today()]
         await connection.close()
         return found
 

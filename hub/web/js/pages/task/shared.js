@@ -2,10 +2,13 @@
 import { api } from "../../api.js";
 import { Button, Dialog, Field, Thumbnail } from "../../components.js";
 import { html, useCallback, useEffect, useRef, useState } from "../../lib.js";
-import { notify } from "../../state.js";
+import { me, notify } from "../../state.js";
 
 /** Return the path of a task's route, each part encoded. */
 export const at = (task, ...parts) => ["/v1/tasks", ...[task, ...parts].map(encodeURIComponent)].join("/");
+
+/** Return whether this person may change a task: an owner of its tenant. */
+export const owns = (task) => me.value?.role === "owner" && !task.includes(":");
 
 /** Load a value for a component, and again when `deps` change: {value, error, reload}. */
 export function useLoaded(load, deps) {

@@ -111,8 +111,8 @@ function Running({ task, training, onEnd }) {
   const curve = points.current;
   return html`<div class="card">
     <h2>Training (${now.recipe})</h2>
-    <p role="status">
-      ${progress.stage}${progress.steps ? `, ${count(progress.step)} of ${count(progress.steps)}` : ""}
+    <p>
+      <span role="status">${progress.stage}</span>${progress.steps ? `, ${count(progress.step)} of ${count(progress.steps)}` : ""}
       ${typeof left === "number" ? `; about ${left < 90 ? `${Math.round(left)} seconds` : `${Math.round(left / 60)} minutes`} left` : ""}
       ${typeof progress.accuracy === "number" ? `; accuracy so far ${percent(progress.accuracy)}` : ""}
     </p>

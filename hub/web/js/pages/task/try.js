@@ -2,7 +2,7 @@
 import { api } from "../../api.js";
 import { Button, Camera, DropZone, Empty, Field, Meter, percent } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
-import { LabelChoice, at, attempt, references } from "./shared.js";
+import { LabelChoice, at, attempt, owns, references } from "./shared.js";
 
 const SHOWN = 12; // pictures at once
 const COVERAGE = 0.9;
@@ -33,7 +33,7 @@ export default function Try({ task, detail }) {
   useEffect(() => () => held.current.forEach(({ url }) => URL.revokeObjectURL(url)), []);
   if (!detail.versions.length) {
     return html`<${Empty} title="No version yet">
-      <p>The task answers as soon as it has a version. <a href=${`#/tasks/${task}/images`}>Add images</a>, then <a href=${`#/tasks/${task}/train`}>train</a>.</p>
+      <p>The task answers as soon as it has a version.${owns(task) && html` <a href=${`#/tasks/${task}/images`}>Add images</a>, then <a href=${`#/tasks/${task}/train`}>train</a>.`}</p>
     <//>`;
   }
   const add = (files) => {
@@ -65,7 +65,7 @@ export default function Try({ task, detail }) {
           <div class="sides">
             ${chosen.map((version, i) => html`<${Answer} key=${`${i}${version}`} task=${task} file=${file} version=${version} detail=${detail} />`)}
           </div>
-          <${Teach} task=${task} file=${file} labels=${detail.labels} />
+          ${owns(task) && html`<${Teach} task=${task} file=${file} labels=${detail.labels} />`}
         </article>`,
       )}
     </div>

@@ -2,7 +2,7 @@
 import { api } from "../../api.js";
 import { Chart, CopyBox, Table, count, percent } from "../../components.js";
 import { html } from "../../lib.js";
-import { at, useLoaded } from "./shared.js";
+import { at, owns, useLoaded } from "./shared.js";
 
 const DAYS = 30;
 
@@ -30,10 +30,10 @@ export default function Use({ task, detail }) {
   const url = hubUrl();
   return html`<section aria-label="Use">
     <h2>Call this task</h2>
-    ${!detail.versions.length && html`<p>The task answers as soon as it has a version: <a href=${`#/tasks/${task}/train`}>train</a>.</p>`}
-    <p>Programs need a key that may only classify: <a href="#/tenant">make one</a>.</p>
+    ${!detail.versions.length && html`<p>The task answers as soon as it has a version.</p>`}
+    <p>Programs need a key that may only classify${owns(task) ? html`: <a href="#/tenant">make one</a>` : ""}.</p>
     ${[["curl", curl], ["Python", python], ["JavaScript", script]].map(([name, text]) => html`<h3>${name}</h3><${CopyBox} label=${name} text=${text(url, task)} />`)}
-    <${Usage} task=${task} />
+    ${owns(task) && html`<${Usage} task=${task} />`}
   </section>`;
 }
 
@@ -48,16 +48,10 @@ function Usage({ task }) {
   const time = days.map(({ day }) => Date.parse(day) / 1000);
   return html`<h2>Use of the last ${DAYS} days</h2>
     <p>
-      ${count(total.images)} images${typeof total.unknown === "number" ? `, ${percent(total.unknown / total.images)} unknown` : ""}${typeof total.typicality === "number" ? `, mean typicality ${total.typicality.toFixed(2)}` : ""}${typeof total.corrections === "number" ? `, ${count(total.corrections)} corrected` : ""}.
+      ${count(total.images)} images${typeof total.unknown === "number" ? `, ${percent(total.unknown / total.images)} unknown` : ""}${typeof total.typicality === "number" ? `, mean typicality ${total.typicality.toFixed(2)}` : ""}${total.confirmed + total.corrections > 0 ? `, ${count(total.corrections)} of ${count(total.confirmed + total.corrections)} reviewed answers corrected` : ""}.
     </p>
-    <${Drift} drift=${drift} />
+    ${drift && html`<p class=${drift.verdict === "drift" ? "warning" : ""}><strong>Drift:</strong> ${drift.text}</p>`}
     <${Chart} label="Images a day" time data=${[time, days.map(({ images }) => images), ...shown.map((label) => days.map(({ by_label }) => by_label?.[label] ?? 0))]} series=${["day", "all", ...shown]} />
     <${Table} label="Answers by label" head=${["label", "images", "share"]} rows=${labels.slice(0, 100).map(([label, n]) => [label, count(n), percent(n / total.images)])} />
     <${Table} label="Images by version" head=${["version", "images"]} rows=${Object.entries(total.by_version ?? {}).map(([version, n]) => [version, count(n)])} />`;
-}
-
-function Drift({ drift }) {
-  if (!drift) return null;
-  const figures = Object.entries(drift).filter(([, value]) => ["number", "string", "boolean"].includes(typeof value));
-  return html`<p class=${drift.drifts ? "warning" : ""}><strong>Drift:</strong> ${figures.map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join("; ")}</p>`;
 }

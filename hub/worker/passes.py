@@ -1,0 +1,154 @@
+"""Forward passes of one worker: the thread that computes them, and the way of images to it and of answers back."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adapters import Bank, Heads, ImageTasks
+from adapters.data.images import normalise, preprocess_of
+
+from .adapter_cache import Resident
+from .batch_tuner import BatchTuner
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+TRIALS_PER_SIZE, TRIALS_TIMEOUT_S = 4, 5.0  # trial passes of a new worker
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One image of a batch, with all adapters that classify it.
+
+    Attributes:
+        passes: as how many images it counts: its work in frozen passes of one image, rounded up.
+    """
+
+    pixels: NDArray[np.uint8]  # (3, H, W)
+    mean: torch.Tensor  # (3,) float32, of its normalisation
+    std: torch.Tensor
+    adapters: Sequence[Resident]
+    load_ms: float
+    queued_at_s: float  # of time.perf_counter()
+    traceparent: str  # of its call; "" if the call is not traced
+    heads: Heads | None = None
+    passes: int = 1
+
+    @property
+    def tasks(self) -> int:
+        """Number of adapters."""
+        return len(self.adapters) + (len(self.heads.classes) if self.heads is not None else 0)
+
+
+class ItemScores(NamedTuple):
+    """Answers to an item: of its adapters in slots, then of its heads.
+
+    Attributes:
+        probabilities: float32, those of one adapter behind those of another.
+        sizes: number of labels of each adapter.
+        typicality: in [0, 1]; NaN for an adapter without typicality.
+    """
+
+    probabilities: NDArray[np.float32]
+    sizes: list[int]
+    typicality: NDArray[np.float64]
+
+
+class Passes:
+    """The forward passes of a bank. One thread computes them, one after another."""
+
+    def __init__(self, bank: Bank, tuner: BatchTuner, thread: ThreadPoolExecutor) -> None:
+        """Measure passes with empty adapters, otherwise the first callers would wait for the tuner's trials.
+
+        Args:
+            thread: one thread, which has loaded the backbone. Each thread that runs torch keeps a pool of helper
+                threads; two pools on the same cores slow each other down.
+        """
+        self._bank = bank
+        self._tuner = tuner
+        self._thread = thread
+        # On a GPU one thread copies the next batch to the device while a pass computes.
+        self._copy_thread = ThreadPoolExecutor(1, "copy") if bank.device.type == "cuda" else None
+        thread.submit(self._run_trials).result()
+
+    async def run(self, items: Sequence[Item]) -> list[ItemScores]:
+        """Return the answers to each item of one pass."""
+        loop = asyncio.get_running_loop()
+        if self._copy_thread is None:
+            return await loop.run_in_executor(self._thread, lambda: self._compute(items, self._gather(items)))
+        pixels = await loop.run_in_executor(self._copy_thread, self._gather, items)
+        return await loop.run_in_executor(self._thread, self._compute, items, pixels)
+
+    async def features(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float16]]:
+        """Return the frozen features (D,) of images in a small pass without adapters."""
+        config = preprocess_of(self._bank.limits.backbone)
+        mean, std = (torch.tensor(config[name], device=self._bank.device) for name in ("mean", "std"))
+
+        def run() -> list[NDArray[np.float16]]:
+            pixels = torch.from_numpy(np.stack(images)).to(self._bank.device)
+            pooled = self._bank.frozen_features(normalise(pixels, mean, std))
+            return [row.numpy() for row in pooled.half().cpu()]
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+
+    def _gather(self, items: Sequence[Item]) -> torch.Tensor:
+        """Return the normalised pixels (B, 3, H, W) on the device."""
+        device = self._bank.device
+        pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(device)
+        mean = torch.stack([item.mean for item in items]).to(device)
+        std = torch.stack([item.std for item in items]).to(device)
+        return normalise(pixels, mean, std)
+
+    def _compute(self, items: Sequence[Item], pixels: torch.Tensor) -> list[ItemScores]:
+        tasks = [ImageTasks([adapter.slot for adapter in item.adapters], item.heads) for item in items]
+
+        def run() -> list[ItemScores]:
+            found = []
+            for item, (scores, heads) in zip(items, self._bank.score_images(pixels, tasks), strict=True):
+                parts = [x.logits.float().softmax(0).cpu().numpy() for x in scores]
+                typicality = [np.nan if x.typicality is None else x.typicality for x in scores]
+                sizes = [len(part) for part in parts]
+                if heads is not None and item.heads is not None:
+                    parts.append(item.heads.probabilities(heads.logits))
+                    typicality += heads.typicality.tolist()
+                    sizes += item.heads.classes
+                probabilities = parts[0] if len(parts) == 1 else np.concatenate(parts)
+                found.append(ItemScores(probabilities, sizes, np.array(typicality, float)))
+            return found
+
+        return self._run_timed(sum(item.passes for item in items), run)
+
+    def _run_timed(self, images: int, compute: Callable[[], Result]) -> Result:
+        """Run a pass, which must wait for the device, with the tuner's thread count; record its duration."""
+        threads = self._tuner.choose_threads(images)
+        torch.set_num_threads(threads)
+        started_s = time.perf_counter()
+        result = compute()
+        self._tuner.record(images, threads, (time.perf_counter() - started_s) * 1000)
+        return result
+
+    def _run_trials(self) -> None:
+        bank = self._bank
+        started_s = time.monotonic()
+        for size in self._tuner.sizes:
+            pixels = torch.zeros(size, *bank.input_size, device=bank.device, dtype=bank.dtype)
+            trial = partial(self._run_trial, pixels)
+            trial()  # the first pass of a size is slower
+            for _ in range(TRIALS_PER_SIZE):
+                self._run_timed(size, trial)
+            if self._tuner.is_settled() or time.monotonic() - started_s > TRIALS_TIMEOUT_S:
+                break
+        costs = {size: round(ms, 3) for size, ms in self._tuner.costs().items()}
+        logger.info("batch size %d; milliseconds per image by batch size: %s", self._tuner.best_size, costs)
+
+    def _run_trial(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._bank.warm_up(pixels, kernels=2, rank=8).cpu()  # `cpu` waits for a GPU
