@@ -7,6 +7,7 @@ every weight.
 import copy
 import hashlib
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,17 @@ def features(model: Any, pixels: Tensor) -> Tensor:
     return pooled
 
 
+def watch(model: Any, pixels: Tensor, hooks: Iterable[tuple[nn.Module, Callable[[nn.Module, Any], None]]]) -> None:
+    """Run a forward pass over normalised pixels (B, 3, H, W), and call each hook before its module runs."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    try:
+        with torch.inference_mode():
+            features(model, pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def fingerprint(model: nn.Module) -> str:
     """Return the SHA-256 (hex) over the sorted names, dtypes, shapes and bytes of a model's weights."""
     digest = hashlib.sha256()
@@ -280,13 +292,7 @@ def _probe(name: str, model: Any, sites: tuple[Site, ...], input_size: tuple[int
 def _inputs(model: Any, watched: list[nn.Module], pixels: Tensor) -> dict[nn.Module, list[Tensor]]:
     """Return the inputs of each watched module, one per call, in a forward pass over pixels (B, 3, H, W)."""
     given: dict[nn.Module, list[Tensor]] = {module: [] for module in watched}
-    hooks = [module.register_forward_pre_hook(lambda m, args: given[m].append(args[0])) for module in watched]
-    try:
-        with torch.inference_mode():
-            features(model, pixels)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watch(model, pixels, [(module, lambda m, args: given[m].append(args[0])) for module in watched])
     return given
 
 

@@ -104,6 +104,11 @@ class HubError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.detail, self.errors, self.retry_after_s)
 
+    @property
+    def reason(self) -> str:
+        """The first field's message, for a text that names the field itself; without fields the detail."""
+        return self.errors[0].message if self.errors else self.detail
+
     def problem(self) -> dict[str, Any]:
         """Return the members of an `application/problem+json` body (RFC 9457, section 3.1)."""
         body: dict[str, Any] = {

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..backbone import features
+from ..backbone import watch
 
 _BLOCK = re.compile(r"((layers|stages)\.\d+\.)?blocks\.\d+")
 
@@ -50,12 +49,7 @@ def find_blocks(model: Any, layers: Iterable[str], pixels: Tensor) -> Blocks:
         of.setdefault(name, len(started) - 1)
 
     names = [name for name in modules if _BLOCK.fullmatch(name)]
-    hooks = [modules[name].register_forward_pre_hook(partial(start, name)) for name in names]
-    hooks += [modules[name].register_forward_pre_hook(partial(run, name)) for name in layers]
-    try:
-        with torch.inference_mode():
-            features(model, pixels)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = [(modules[name], partial(start, name)) for name in names]
+    hooks += [(modules[name], partial(run, name)) for name in layers]
+    watch(model, pixels, hooks)
     return Blocks(tuple(started), of) if len(set(started)) == len(started) else Blocks()

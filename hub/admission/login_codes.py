@@ -37,10 +37,9 @@ class LoginCodes:
         Raises:
             NotFound: the tenant does not exist.
         """
-        if tenant:
-            await self._tenants.get(tenant)
+        created = (await self._tenants.get(tenant)).created if tenant else ""
         code = secrets.token_urlsafe(32)
-        grant = json.dumps({"tenant": tenant, "admin": admin})
+        grant = json.dumps({"tenant": tenant, "created": created, "admin": admin})
         await self._connection.execute(self._connection.redis.set(_name(code), grant, ex=60 * CODE_MINUTES))
         return code
 
@@ -53,13 +52,15 @@ class LoginCodes:
             LimitReached: the tenant has the maximum number of keys.
         """
         grant = as_optional_text(await self._connection.execute(self._connection.redis.getdel(_name(code))))
+        message = "This login link was used or has expired. `karst-hub login-link` prints a new one."
         if grant is None:
-            message = "This login link was used or has expired. `karst-hub login-link` prints a new one."
             raise Unauthenticated(message)
         given = json.loads(grant)
         expires = datetime.now(UTC) + timedelta(hours=KEY_HOURS)
         tenant, key, admin_key = given["tenant"] or None, None, None
         if tenant is not None:
+            if (await self._tenants.get(tenant)).created != given["created"]:  # made again by another owner
+                raise Unauthenticated(message)
             key = (await self._keys.create(OPERATOR, tenant, OWNER, KEY_NAME, expires)).key
         if given["admin"]:
             admin_key = (await self._keys.create(OPERATOR, "", ADMIN, KEY_NAME, expires)).key

@@ -50,5 +50,7 @@ USAGE_VERSIONS = 16  # versions in the usage of a task's day; further versions s
 USAGE_TASK_BYTES = 4 * 1024**2  # bytes of a task's usage in the registry; its oldest days are removed
 USAGE_BYTES = 64 * 1024**2  # bytes of the usage of all tasks in the registry; oldest days of the next task are removed
 USAGE_QUEUED = 10_000  # counts per gateway that wait to be written; further labels are `other`, further tasks are lost
+LARGE_REPLIES = 8  # files, lists of images and of trainings that one gateway sends; further requests wait
+LARGE_REPLIES_QUEUED = 504  # queued requests of this kind per gateway; further ones get 429
 REGISTRY_READS = 2  # running reads of tasks with their versions per gateway; further reads wait
 REGISTRY_BYTES = 128 * 1024**2  # bytes of tasks and metadata of versions in the registry; further ones get 429

@@ -40,6 +40,7 @@ After = Annotated[str, Query(pattern=CURSOR_PATTERN, description="`next` of the 
 TenantsCursor = Annotated[str | None, Query(pattern=NAME_PATTERN, description="`next` of the previous page")]
 KeysCursor = Annotated[str | None, Query(pattern=KEY_ID_PATTERN, description="`next` of the previous page")]
 Count = Annotated[int, Query(ge=1, le=1000)]
+Datasets = Annotated[bool, Query(description="false: without the images of the tenant's datasets")]
 
 
 def add_admin_routes(api: FastAPI, administration: AdministrationService, dependencies: CallerDependencies) -> None:
@@ -113,8 +114,8 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
         response_class=StreamingResponse,
         responses={200: {"content": {TAR: {"schema": BINARY}}}},
     )
-    async def export_tenant(_caller: Manager, tenant: TenantName) -> StreamingResponse:
-        export = await administration.export(tenant)
+    async def export_tenant(_caller: Manager, tenant: TenantName, datasets: Datasets = True) -> StreamingResponse:
+        export = await administration.export(tenant, datasets=datasets)
         headers = {
             "content-disposition": f'attachment; filename="{tenant}.tar"',
             "content-length": str(export.size_bytes),
@@ -122,8 +123,8 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
         return StreamingResponse(export.chunks, media_type=TAR, headers=headers)
 
     @api.post("/v1/tenants/{tenant}/import", status_code=201, openapi_extra=request_body({TAR: BINARY, OCTETS: BINARY}))
-    async def import_tenant(caller: Admin, tenant: TenantName, body: Body) -> TaskList:
-        return await administration.restore(caller, tenant, body.stream())
+    async def import_tenant(caller: Admin, tenant: TenantName, body: Body, datasets: Datasets = True) -> TaskList:
+        return await administration.restore(caller, tenant, body.stream(), datasets=datasets)
 
     @api.get("/v1/admin/keys")
     async def list_admin_keys(_caller: Admin, limit: Limit = MAX_PAGE, cursor: KeysCursor = None) -> KeyList:

@@ -27,6 +27,7 @@ from ..registry.cache import RegistryCache
 from ..registry.datasets.files import DatasetFiles
 from ..registry.datasets.index import DatasetIndex
 from ..registry.datasets.kept import KeptImages
+from ..registry.datasets.staging import StagedDatasets
 from ..registry.datasets.trainings import TrainingRegistry
 from ..registry.datasets.usage import UsageRegistry
 from ..registry.events import EventLog
@@ -37,6 +38,7 @@ from ..registry.status import StatusBoard
 from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..services.administration import AdministrationService
+from ..services.archives.dataset_archive import DatasetArchive
 from ..services.classification import ClassificationService
 from ..services.datasets.features import FeatureService
 from ..services.datasets.images import DatasetService
@@ -182,7 +184,7 @@ def create_app(
     images, snapshots, reports = [
         Store(str(settings.store_url), kind, settings.min_free_disk) for kind in (IMAGES, SNAPSHOTS, REPORTS)
     ]
-    features = FeatureStore(str(settings.store_url))
+    usage_registry, features = UsageRegistry(database), FeatureStore(str(settings.store_url))
     removal = FileRemoval(
         files=dataset_files,
         kept=kept,
@@ -193,7 +195,6 @@ def create_app(
         features=features,
         pool=pools.store.of(""),
     )
-    usage_registry = UsageRegistry(database)
     counter = UsageCounter(usage_registry, count_lost=metrics.record_lost_usage if metrics is not None else None)
     keeper = Keeper(
         kept=kept,
@@ -320,6 +321,15 @@ def create_app(
         cache=cache,
         store=store,
         registration=changes,
+        datasets=DatasetArchive(
+            index,
+            StagedDatasets(database),
+            images,
+            feature_service,
+            decoder,
+            pools.store,
+            settings.max_image_bytes,
+        ),
         threads=pools.store,
         max_adapter_bytes=settings.max_adapter_bytes,
         min_free_bytes=settings.min_free_disk,

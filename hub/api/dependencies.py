@@ -1,7 +1,7 @@
 """Parts that routes share: the caller and the body as FastAPI dependencies, parameters, and headers of replies."""
 
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from typing import Annotated
 
@@ -10,9 +10,11 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from ..admission.authentication import Authenticator, Caller
-from ..concurrency import TenantThreads
+from ..admission.quotas import LARGE_REPLIES, LARGE_REPLIES_QUEUED
+from ..concurrency import TenantConcurrencyLimit, TenantThreads
 from ..errors import FieldProblem, InvalidRequest
 from ..field_types import NAME_PATTERN, TASK_PATTERN
 from ..observability import request_context
@@ -37,6 +39,7 @@ Coverage = Annotated[
     Query(gt=0, lt=1, description="adds to each image the smallest set of labels that covers this share of images"),
 ]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="entries of a page; a page may have fewer")]
+PIECE_BYTES = 256 * 1024  # of a large reply
 CANARY_HEADER = "x-canary-key"
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 OPTION_HEADERS = (CANARY_HEADER, JSON_LENGTH_HEADER)  # refused on routes that do not have them
@@ -50,6 +53,9 @@ CanaryKey = Annotated[
 ]
 
 
+Recheck = Callable[[], Awaitable[None]]  # raises `Unauthenticated` if the caller's key was revoked or has expired
+
+
 class CallerDependencies:
     """FastAPI dependencies that authenticate the caller, check its role, or give its body."""
 
@@ -58,6 +64,7 @@ class CallerDependencies:
         Args:
             threads: parse large bodies, in turns by tenant.
         """
+        replies = TenantConcurrencyLimit(LARGE_REPLIES, LARGE_REPLIES + LARGE_REPLIES_QUEUED)
 
         async def any_caller(request: Request, _bearer: Annotated[object, Security(BEARER)]) -> Caller:
             authorization, origin = request.headers.get("authorization"), request.headers.get("origin")
@@ -86,14 +93,39 @@ class CallerDependencies:
             recheck = partial(authenticator.recheck, request.headers["authorization"])
             return RequestBody(request, recheck, threads.of(caller.tenant))
 
+        async def recheck(request: Request) -> Recheck:
+            return partial(authenticator.recheck, request.headers["authorization"])
+
+        async def large_reply(caller: Annotated[Caller, Depends(any_caller)]) -> AsyncIterator[None]:
+            async with replies.acquire(caller.tenant):
+                yield  # until the client has read the reply, a `LargeReply`
+
         self.any_caller, self.tenant_caller, self.owner, self.admin = any_caller, tenant_caller, owner, admin
-        self.body = body
+        self.body, self.recheck, self.large_reply = body, recheck, large_reply
+
+
+class LargeReply(Response):
+    """A reply that is sent in pieces, each when the client has read most of those before.
+
+    Otherwise the server would take the whole reply at once, and the dependency `large_reply` would end while the reply
+    is in memory for as long as the client does not read it.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the reply."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        body = memoryview(self.body)
+        for start in range(0, len(body), PIECE_BYTES):
+            await send(
+                {"type": "http.response.body", "body": bytes(body[start : start + PIECE_BYTES]), "more_body": True}
+            )
+        await send({"type": "http.response.body", "body": b""})
 
 
 def json_reply(content: BaseModel | str, status: int = 200) -> Response:
     """Return a reply whose content is complete. FastAPI would check each entry of a long list once more."""
     text = content if isinstance(content, str) else content.model_dump_json()
-    return Response(text, status, media_type=JSON)
+    return LargeReply(text, status, media_type=JSON)
 
 
 def client_address(request: Request) -> str:

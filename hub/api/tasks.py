@@ -40,6 +40,7 @@ from .dependencies import (
     CallerDependencies,
     CanaryKey,
     Coverage,
+    LargeReply,
     Limit,
     QueryVersion,
     TaskName,
@@ -230,6 +231,7 @@ def add_task_routes(
     @api.get(
         "/v1/tasks/{task}/versions/{version}/file",
         response_class=Response,
+        dependencies=[Depends(dependencies.large_reply)],
         responses={200: {"content": {OCTETS: {"schema": BINARY}}}},
     )
     async def download_version(
@@ -238,7 +240,7 @@ def add_task_routes(
         number, digest, data = await changes.file(caller, task, version, canary)
         name = f"{task.rpartition(':')[2]}-{number}.safetensors"
         headers = {"content-disposition": f'attachment; filename="{name}"', "etag": f'"{digest}"'}
-        return Response(data, media_type=OCTETS, headers=headers)
+        return LargeReply(data, media_type=OCTETS, headers=headers)
 
     @api.delete("/v1/tasks/{task}/versions/{version}", status_code=204)
     async def delete_version(caller: Owner, task: TaskName, version: VersionNumber) -> None:

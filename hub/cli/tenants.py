@@ -23,6 +23,9 @@ StoredBytes = Annotated[int | None, typer.Option(help="bytes of the adapter file
 Images = Annotated[int | None, typer.Option(help="images in the datasets of all tasks")]
 ImageBytes = Annotated[int | None, typer.Option(help="bytes of the images in the datasets")]
 Weight = Annotated[float | None, typer.Option(help="share of a busy worker relative to other tenants")]
+WithoutDatasets = Annotated[
+    bool, typer.Option("--without-datasets", help="leave out the images of the tenant's datasets")
+]
 ID_LENGTH = 16  # characters of a key's id
 ACTION_LENGTH = len("version.register")  # the longest action
 
@@ -231,11 +234,12 @@ def export(
     tenant: Tenant,
     file: Annotated[Path, typer.Argument(help="tar file to write")],
     key: TenantKey,
+    without_datasets: WithoutDatasets = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Write the tasks, versions, aliases and adapter files of a tenant to a tar file, without keys."""
+    """Write the tasks, versions, aliases, adapter files and datasets of a tenant to a tar file, without keys."""
     with Client(url, key) as client:
-        client.export_tenant(tenant, file)
+        client.export_tenant(tenant, file, datasets=not without_datasets)
     out.print(f"{file}: {file.stat().st_size} bytes")
 
 
@@ -244,11 +248,12 @@ def import_(
     tenant: Tenant,
     file: Annotated[Path, typer.Argument(help="tar file to read")],
     key: AdminKey,
+    without_datasets: WithoutDatasets = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Create all tasks of an exported tenant in a tenant of this hub, or none of them."""
     with Client(url, key) as client:
-        imported = client.import_tenant(tenant, file)
+        imported = client.import_tenant(tenant, file, datasets=not without_datasets)
     out.print(f"{tenant}: {len(imported.tasks)} {'task' if len(imported.tasks) == 1 else 'tasks'}")
 
 

@@ -107,12 +107,15 @@ def revoke_key(tenant: str, id: str) -> Call[None]:
     return Call("DELETE", route("tenants", tenant, "keys", id), nothing)
 
 
-def export_tenant(tenant: str, to: AnyPath) -> Call[Path]:
+def export_tenant(tenant: str, to: AnyPath, *, datasets: bool = True) -> Call[Path]:
     """Export a tenant with its adapter files to the tar file `to`, which appears only when complete.
 
     Needs an owner key of the tenant or an admin key.
+
+    Args:
+        datasets: whether to export the images of its datasets too.
     """
-    return to_file(route("tenants", tenant, "export"), to)
+    return to_file(route("tenants", tenant, "export"), to, _datasets(datasets))
 
 
 # The hub (needs an admin key)
@@ -166,10 +169,14 @@ def revoke_admin_key(id: str) -> Call[None]:
     return Call("DELETE", route("admin", "keys", id), nothing)
 
 
-def import_tenant(tenant: str, file: AnyPath) -> Call[TaskList]:
-    """Create all tasks of a tar file from `export_tenant` in an existing tenant, or none. Needs an admin key."""
-    path = route("tenants", tenant, "import")
-    return Call("POST", path, model(TaskList), headers=TAR, upload=Path(file), idempotent=False)
+def import_tenant(tenant: str, file: AnyPath, *, datasets: bool = True) -> Call[TaskList]:
+    """Create all tasks of a tar file from `export_tenant` in an existing tenant, or none. Needs an admin key.
+
+    Args:
+        datasets: whether to import the images of its datasets too.
+    """
+    path, params = route("tenants", tenant, "import"), _datasets(datasets)
+    return Call("POST", path, model(TaskList), params=params, headers=TAR, upload=Path(file), idempotent=False)
 
 
 def ready() -> Call[Health]:
@@ -200,3 +207,8 @@ def gc(older_than_s: int = 3600) -> Call[Collected]:
 
 def _create(path: str, body: Mapping[str, Any], reply: type[Model]) -> Call[Model]:
     return Call("POST", path, model(reply), headers=JSON, content=json_body(body), idempotent=False)
+
+
+def _datasets(carried: bool) -> dict[str, str]:
+    """Return the parameters of an export or import. The default has none: an older hub refuses unknown parameters."""
+    return {} if carried else {"datasets": "false"}

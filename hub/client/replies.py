@@ -1,7 +1,7 @@
 """Parsers of replies, and the reply that joins several replies of one kind."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -13,6 +13,7 @@ from .transport import Call
 
 Model = TypeVar("Model", bound=BaseModel)
 AnyPath: TypeAlias = str | os.PathLike[str]
+NO_PARAMS: Mapping[str, str] = {}
 PER_IMAGE = ("predictions", "typicality", "unknown", "sets", "image")  # lists of `Classified` with one entry per image
 
 
@@ -32,6 +33,6 @@ def joined(parts: Sequence[Classified]) -> Classified:
     return parts[0].model_copy(update=update)
 
 
-def to_file(path: str, to: AnyPath) -> Call[Path]:
+def to_file(path: str, to: AnyPath, params: Mapping[str, str] = NO_PARAMS) -> Call[Path]:
     """Return a call that downloads a file, which appears only when complete."""
-    return Call("GET", path, lambda _content: Path(to), download=Path(to))
+    return Call("GET", path, lambda _content: Path(to), params=params, download=Path(to))

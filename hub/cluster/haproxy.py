@@ -22,6 +22,7 @@ from typing import TypeVar
 T = TypeVar("T")
 HEAD_TIMEOUT_S = 10
 HEALTH_PATH = "/-/healthz"  # Ray's page of a node's health
+REPLY_BUFFER_BYTES = 256 * 1024  # of a reply, in the kernel, on each side of HAProxy
 CHECK_TIMEOUT_S = 10
 
 
@@ -100,10 +101,17 @@ def _sections(config: str) -> list[list[str]]:
     return sections if sections[0] else sections[1:]
 
 
-def _connection_limit(maxconn_line: str, frontend: Frontend) -> list[str]:
-    """Return a limit of connections that is not above Ray's and fits the limit of open files."""
+def _connection_limits(maxconn_line: str, frontend: Frontend) -> list[str]:
+    """Return a limit of connections that is not above Ray's and fits the limit of open files, and their buffers.
+
+    Without a limit the kernel takes tens of megabytes of a reply that the client does not read, for each connection.
+    """
     (ray,) = maxconn_line.split()[1:]
-    return [f"    maxconn {min(int(ray), frontend.max_connections)}"]
+    return [
+        f"    maxconn {min(int(ray), frontend.max_connections)}",
+        f"    tune.rcvbuf.server {REPLY_BUFFER_BYTES}",
+        f"    tune.sndbuf.client {REPLY_BUFFER_BYTES}",
+    ]
 
 
 def _check_timeout(_line: str, _frontend: Frontend) -> list[str]:
@@ -183,7 +191,7 @@ RULES = (
         "HAProxy does not start if the limit of open files is below what its limit of connections needs.",
         "global",
         "maxconn ",
-        _connection_limit,
+        _connection_limits,
     ),
     Rule(
         "After a spliced body HAProxy 2.8 does not notice that a client disconnects: its workers would compute on. "

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 from ..admission.login_codes import LoginCodes
@@ -92,8 +91,8 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
         keys = asyncio.run(_with_database(redis_url, lambda db: create_first_keys(TenantRegistry(db), KeyRegistry(db))))
         link = None
         if keys.owner is not None:
-            grant = partial(LoginCodes.create, tenant=DEFAULT_TENANT, admin=True)
-            code = asyncio.run(_with_database(redis_url, lambda db: grant(LoginCodes(db))))
+            made = _with_database(redis_url, lambda db: LoginCodes(db).create(DEFAULT_TENANT, admin=True))
+            code = asyncio.run(made)
             link = login_link(url_of(settings), code)
         yield LocalHub(url_of(settings), keys, link)
 

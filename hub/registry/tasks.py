@@ -14,6 +14,7 @@ from ..admission.quotas import DELETED_FILES, REGISTRY_BYTES, SHARED_WITH_ONE, S
 from ..errors import Conflict, HubError, InvalidRequest
 from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
 from .audit import Actor
+from .datasets.entries import StagedDataset
 from .models import DEFAULT_SETTINGS, NOT_SHARED, Task, WholeTask, setting_texts, task_fields, task_not_found
 from .redis.connection import as_optional_text, as_texts, is_cancelled, tenant_key
 from .redis.scripts import TASKS, ChangeReply
@@ -35,6 +36,7 @@ from .versions import (
 MAX_ALIAS_HISTORY = 20  # former targets kept per alias
 LAYOUT, SUMMARIES_LAYOUT = "karst:layout", "2"
 UPGRADE_INTERVAL_S = 10.0  # between two attempts
+NO_DATASETS: Mapping[str, StagedDataset] = {}
 CLAIM_S = 60  # how long a garbage collection claims a file that it removes
 
 
@@ -294,8 +296,13 @@ class TaskRegistry(TaskReads):
                 "Move the alias to another version first, or delete the task."
             )
 
-    async def restore(self, by: Actor, tenant: str, tasks: Sequence[WholeTask]) -> None:
+    async def restore(
+        self, by: Actor, tenant: str, tasks: Sequence[WholeTask], datasets: Mapping[str, StagedDataset] = NO_DATASETS
+    ) -> None:
         """Create tasks from a dump, all of them or none. The versions are written first, in short steps.
+
+        Args:
+            datasets: staged datasets by the name of their task, which get visible in the same step.
 
         Raises:
             NotFound: the tenant does not exist.
@@ -317,6 +324,8 @@ class TaskRegistry(TaskReads):
                     "sharing": task.sharing.model_dump_json(),
                 }
             )
+            if task.name in datasets:
+                body[-1]["dataset"] = {"staged": datasets[task.name].name, "images": datasets[task.name].images}
             registry_bytes += sum(len(name) + len(text) for name, text in fields.items())
             for number, version in task.versions.items():
                 text = version_body(version)

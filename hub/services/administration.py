@@ -13,9 +13,10 @@ from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..schemas import TaskList
 from ..storage.store import Store
+from .archives.dataset_archive import DatasetArchive
+from .archives.tenant_archive import Export, export_tenant, import_tenant
 from .garbage_collection import Collector
 from .registration import RegistrationService
-from .tenant_archive import Export, export_tenant, import_tenant
 
 
 class AdministrationService:
@@ -33,6 +34,7 @@ class AdministrationService:
         cache: RegistryCache,
         store: Store,
         registration: RegistrationService,
+        datasets: DatasetArchive,
         threads: TenantThreads,
         max_adapter_bytes: int,
         min_free_bytes: int,
@@ -52,6 +54,7 @@ class AdministrationService:
         self._cache = cache
         self._store = store
         self._registration = registration
+        self._datasets = datasets
         self._threads = threads
         self._max_adapter_bytes = max_adapter_bytes
         self._min_free_bytes = min_free_bytes
@@ -99,18 +102,19 @@ class AdministrationService:
             await self.tenants.get(tenant)
         return await self._audit.read(tenant, after, count, admins=admins)
 
-    async def export(self, tenant: str) -> Export:
-        """Return a tenant as a tar stream.
+    async def export(self, tenant: str, *, datasets: bool = True) -> Export:
+        """Return a tenant as a tar stream, with or without the images of its datasets.
 
         Raises:
             NotFound: no such tenant.
             Unavailable: the store lacks a file.
         """
         info = await self.tenants.get(tenant)
-        return await export_tenant(self._registry, self._store, self._threads.of(tenant), info)
+        archive = self._datasets if datasets else None
+        return await export_tenant(self._registry, self._store, self._threads.of(tenant), info, archive)
 
-    async def restore(self, by: Actor, tenant: str, tar: AsyncIterable[bytes]) -> TaskList:
-        """Create the tasks of an exported tenant, all or none.
+    async def restore(self, by: Actor, tenant: str, tar: AsyncIterable[bytes], *, datasets: bool = True) -> TaskList:
+        """Create the tasks of an exported tenant, all or none, with or without their datasets.
 
         Raises:
             NotFound: no such tenant.
@@ -127,6 +131,7 @@ class AdministrationService:
             tar,
             self._max_adapter_bytes,
             self._min_free_bytes,
+            self._datasets if datasets else None,
         )
         self._cache.invalidate_tenant(tenant)
         return TaskList(tasks=[task.summary() for task in tasks])

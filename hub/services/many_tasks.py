@@ -155,7 +155,7 @@ class ManyTasksService:
             except (NotFound, InvalidRequest) as error:
                 if skipped is None:
                     raise
-                skipped[name] = _reason(error)
+                skipped[name] = error.reason
         if not chosen:
             raise _none_can_answer(skipped or {})
         return chosen
@@ -228,7 +228,3 @@ def _none_can_answer(skipped: Mapping[str, str]) -> HubError:
         return NotFound.at("tasks", "this key has no task; register an adapter file")
     name, reason = next(iter(skipped.items()))
     return InvalidRequest.at("tasks", f"none of the {len(skipped)} tasks can answer; {name!r}: {reason}")
-
-
-def _reason(error: HubError) -> str:
-    return error.errors[0].message if error.errors else error.detail

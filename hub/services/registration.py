@@ -22,9 +22,9 @@ from ..storage.remote_sources import RemoteSources
 from ..storage.store import Store
 from ..worker_api import invalid_adapter
 from .adapter_texts import check_texts
+from .archives.tenant_archive import version_fields
 from .classification import ClassificationService
 from .garbage_collection import Collector
-from .tenant_archive import version_fields
 
 RESERVE_S = 300  # from the check of the quota to the new version; more than the store takes for a file
 REFUSAL_DELAY_S = 1.0

@@ -116,6 +116,11 @@ class Store:
         except Exception as error:  # each file system has its own exception types
             raise unavailable(error, f"write file {digest}") from error
 
+    def put_missing(self, digest: str, data: bytes) -> None:
+        """Store a file again if it was removed since `put`. For a file that is in use by now, so no removal begins."""
+        if self.find(digest) is None:
+            self.put(digest, data)
+
     def require_space(self, size_bytes: int) -> None:
         """Check that the disk of a local store has room for a file.
 

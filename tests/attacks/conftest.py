@@ -37,12 +37,14 @@ class AttackedHub:
 
     Attributes:
         most_slower: largest ratio of 95th percentiles that the best of several comparisons may have.
+        has_haproxy: whether HAProxy is the front proxy.
     """
 
     front: Front
     admin_key: str
     home: Path
     most_slower: float
+    has_haproxy: bool
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def client(self, key: str) -> Client:
@@ -82,7 +84,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
     served = serve(home, port, **settings)
     assert served.admin_key is not None
     front = Front(f"https://{HOST}:{port}", cert) if tls else Front(served.url)
-    yield AttackedHub(front, served.admin_key, home, most_slower)
+    yield AttackedHub(front, served.admin_key, home, most_slower, settings.get("HUB_HAPROXY") != "false")
     served.stop()
 
 

@@ -11,7 +11,7 @@ from tests.support.zips import zip_of
 
 from .conftest import AttackedHub, Victim
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 IMAGES = 4000
 ATTEMPTS = 3
 DATASET = "/v1/tasks/flowers"

@@ -141,7 +141,7 @@ def test_owner_makes_copies_and_revokes_a_key_by_clicks(console: Console) -> Non
     page.get_by_role("button", name="Revoke camera 3").wait_for(state="detached")
 
 
-@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+@pytest.mark.parametrize("size", [DESK, pytest.param(PHONE, marks=pytest.mark.long)], ids=["desk", "phone"])
 def test_every_page_has_no_serious_accessibility_finding_and_fits_its_screen(
     console: Console, size: tuple[int, int]
 ) -> None:
@@ -166,6 +166,7 @@ def test_every_page_has_no_serious_accessibility_finding_and_fits_its_screen(
     assert found == []
 
 
+@pytest.mark.long
 def test_list_of_many_tasks_is_searched_and_paged_on_the_server(console: Console) -> None:
     key = own_tenant(console, "many")
     with Client(console.url, console.admin_key) as admin:
@@ -186,6 +187,7 @@ def test_list_of_many_tasks_is_searched_and_paged_on_the_server(console: Console
     assert sum("/v1/tasks?" in url for url in asked) < 20
 
 
+@pytest.mark.long
 def test_open_page_says_that_the_hub_went_away_and_works_when_it_is_back(
     tmp_path: Path, browser: Any, request: pytest.FixtureRequest
 ) -> None:

@@ -19,7 +19,7 @@ from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import Sharing, VersionInfo
-from hub.services.tenant_archive import export_tenant, import_tenant, version_fields
+from hub.services.archives.tenant_archive import export_tenant, import_tenant, version_fields
 from hub.storage.store import Store
 from hub.worker_api import invalid_adapter
 

@@ -79,20 +79,15 @@ def add_console(api: FastAPI, codes: LoginCodes) -> None:
 def console() -> Console:
     """Return the console of this installation."""
     contents = dict(sorted(_contents(files("hub") / "web")))
+    demo = files("adapters.demo")
+    contents |= {f"demo/{name}": (demo / name).read_bytes() for name in DEMO_FILES}
     whole = hashlib.sha256()
     for path, data in contents.items():
         whole.update(f"{path}\0{len(data)}\0".encode() + data)
     digest = whole.hexdigest()[:DIGEST_CHARS]
     page = contents.pop("index.html").replace(b"{digest}", digest.encode())
     served = {path: _file(path, data) for path, data in contents.items() if path.rpartition(".")[2] in MEDIA_TYPES}
-    for adapter in demo_adapters():
-        served[f"demo/{adapter.name}"] = _file(adapter.name, adapter.read_bytes())
     return Console(digest, _file("index.html", page), served)
-
-
-def demo_adapters() -> list[Traversable]:
-    """Return the files of the demo's tasks, which the console offers for an empty hub with the demo backbone."""
-    return [entry for entry in files("adapters.demo").iterdir() if entry.name in DEMO_FILES]
 
 
 def _contents(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, bytes]]:

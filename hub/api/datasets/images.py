@@ -34,7 +34,7 @@ from ...services.datasets.images import DatasetService, SentImage
 from ...services.datasets.review import ReviewService
 from ..base64_images import refuse_base64
 from ..bodies import FORM, JSON, RequestBody, is_apple_double
-from ..dependencies import CallerDependencies, TaskName, json_reply
+from ..dependencies import CallerDependencies, LargeReply, TaskName, json_reply
 from ..openapi import BINARY, OCTETS, request_body, schema_of
 from ..problems import POSITION_PATTERN, invalid_fields
 
@@ -83,9 +83,13 @@ def add_dataset_routes(
     """Add the routes of datasets. All of them need an owner's key."""
     Owner = Annotated[Caller, Depends(dependencies.owner)]
     Body = Annotated[RequestBody, Depends(dependencies.body)]
+    large = [Depends(dependencies.large_reply)]
 
     @api.get(
-        "/v1/tasks/{task}/dataset", summary="Count the images of a task by label and use", response_model=DatasetInfo
+        "/v1/tasks/{task}/dataset",
+        summary="Count the images of a task by label and use",
+        response_model=DatasetInfo,
+        dependencies=large,
     )
     async def get_dataset(caller: Owner, task: TaskName) -> Response:
         return json_reply(await service.describe(caller, task))
@@ -119,7 +123,12 @@ def add_dataset_routes(
                 images = [SentImage(name, data, label, split)]
             return await service.add(caller, task, images)
 
-    @api.get("/v1/tasks/{task}/images", summary="List images of a dataset, newest first", response_model=ImagePage)
+    @api.get(
+        "/v1/tasks/{task}/images",
+        summary="List images of a dataset, newest first",
+        response_model=ImagePage,
+        dependencies=large,
+    )
     async def list_images(
         caller: Owner,
         task: TaskName,
@@ -140,12 +149,13 @@ def add_dataset_routes(
         "/v1/tasks/{task}/images/{digest}",
         summary="Get an image's file",
         response_class=Response,
+        dependencies=large,
         responses={200: {"content": {OCTETS: {"schema": BINARY}}}},
     )
     async def get_image(caller: Owner, task: TaskName, digest: Digest) -> Response:
         # Never as an image type: a browser would show the file of one tenant's upload under the hub's own origin.
         headers = CACHED | {"content-disposition": f'attachment; filename="{digest}"'}
-        return Response(await service.file(caller, task, digest), media_type=OCTETS, headers=headers)
+        return LargeReply(await service.file(caller, task, digest), media_type=OCTETS, headers=headers)
 
     @api.get(
         "/v1/tasks/{task}/images/{digest}/thumbnail",

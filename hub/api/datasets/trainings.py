@@ -11,7 +11,7 @@ from ...dataset_schemas import Comparison, TrainingInfo, TrainingList, TrainingR
 from ...services.trainings.comparison import ComparisonService
 from ...services.trainings.service import TrainingService
 from ..bodies import JSON, RequestBody
-from ..dependencies import CallerDependencies, QueryVersion, TaskName, json_reply
+from ..dependencies import CallerDependencies, LargeReply, QueryVersion, Recheck, TaskName, json_reply
 from ..openapi import request_body, schema_of
 from ..problems import KEY_ID_PATTERN
 
@@ -28,6 +28,7 @@ def add_training_routes(
     """Add the routes of trainings and of comparisons of versions. All of them need an owner's key."""
     Owner = Annotated[Caller, Depends(dependencies.owner)]
     Body = Annotated[RequestBody, Depends(dependencies.body)]
+    large = [Depends(dependencies.large_reply)]
 
     async def followed(caller: Owner, task: TaskName, training: TrainingId) -> AsyncIterator[TrainingInfo]:
         """Hold one of the tenant's streams until the reply ends. Its errors come before the reply begins."""
@@ -46,7 +47,10 @@ def add_training_routes(
         return training
 
     @api.get(
-        "/v1/tasks/{task}/trainings", summary="List the trainings of a task, newest first", response_model=TrainingList
+        "/v1/tasks/{task}/trainings",
+        summary="List the trainings of a task, newest first",
+        response_model=TrainingList,
+        dependencies=large,
     )
     async def list_trainings(caller: Owner, task: TaskName) -> Response:
         return json_reply(await service.list(caller, task))
@@ -65,30 +69,36 @@ def add_training_routes(
         response_class=EventSourceResponse,
     )
     async def follow_training(
-        caller: Owner, task: TaskName, training: TrainingId, _found: Annotated[TrainingInfo, Depends(followed)]
+        caller: Owner,
+        task: TaskName,
+        training: TrainingId,
+        check: Annotated[Recheck, Depends(dependencies.recheck)],
+        _found: Annotated[TrainingInfo, Depends(followed)],
     ) -> AsyncIterator[TrainingInfo]:
-        async for state in service.follow(caller, task, training):
+        async for state in service.follow(caller, task, training, check):
             yield state
 
     @api.get(
         "/v1/tasks/{task}/trainings/{training}/report/{file}",
         summary="Get a file of a training's report",
         response_class=Response,
+        dependencies=large,
         responses={200: {"content": {name: {} for name in MEDIA_TYPES.values()}}},
     )
     async def get_report(caller: Owner, task: TaskName, training: TrainingId, file: ReportFile) -> Response:
         data = await service.report(caller, task, training, file)
         media_type = MEDIA_TYPES[file.rpartition(".")[2]]
-        return Response(data, media_type=media_type, headers={"content-security-policy": REPORT_POLICY})
+        return LargeReply(data, media_type=media_type, headers={"content-security-policy": REPORT_POLICY})
 
     @api.get(
         "/v1/tasks/{task}/trainings/{training}/snapshot",
         summary="Get the list of images that a training used",
         response_class=Response,
+        dependencies=large,
         responses={200: {"content": {JSON: {"schema": {"type": "object"}}}}},
     )
     async def get_snapshot(caller: Owner, task: TaskName, training: TrainingId) -> Response:
-        return Response(await service.snapshot(caller, task, training), media_type=JSON)
+        return LargeReply(await service.snapshot(caller, task, training), media_type=JSON)
 
     @api.get("/v1/tasks/{task}/compare", summary="Compare two versions on the same test images of the task's dataset")
     async def compare_versions(

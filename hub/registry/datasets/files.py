@@ -10,6 +10,7 @@ Keys:
     image-gc:{digest}  string  token of the gateway that removes the file
     dropped            set     names of the hashes with the images of deleted datasets
     dropped-number     string  number of the last one
+    staged-datasets    zset    `tenant:name` of a dataset of an unfinished import -> time of its last change, in seconds
 """
 
 import secrets

@@ -32,7 +32,7 @@ from ..models import task_not_found
 from ..redis.connection import READ_TIMEOUT_S, RegistryConnection, as_hash, as_optional_text, tenant_key
 from ..redis.scripts import DATASETS, ChangeReply
 from ..tenants import tenant_not_found
-from .entries import AddStatus, DatasetContent, ListedImage, NewImage, use_of
+from .entries import AddStatus, DatasetContent, ListedImage, NewImage, StoredRecord, use_of
 
 T = TypeVar("T")
 PART_FIELDS = 500  # of a hash that is read whole, in one read
@@ -244,7 +244,12 @@ class DatasetIndex:
         return LabelCount(label=label, train=train, test=test)
 
     async def all(self, tenant: str, task: str) -> list[ListedImage]:
-        """Return every image, in no order. An image that is changed meanwhile is listed as before or as after it.
+        """Return every image, in no order. An image that is changed meanwhile is listed as before or as after it."""
+        found = await self.records(tenant, task)
+        return [ListedImage(digest, each["name"], label, each["s"], each["u"]) for digest, each, label in found]
+
+    async def records(self, tenant: str, task: str) -> list[StoredRecord]:
+        """Return every image as it is stored, in no order; none for a task that does not exist.
 
         The images come in parts, each in the tenant's turn, so a large dataset delays no call of other tenants.
         """
@@ -255,7 +260,7 @@ class DatasetIndex:
             id = record["l"][0] if record["l"] else ""  # Lua writes an empty list as {}
             while id in merged:
                 id = merged[id]
-            found.append(ListedImage(digest, record["name"], labels.get(id), record["s"], record["u"]))
+            found.append(StoredRecord(digest, record, labels.get(id)))
         return found
 
     async def _hash(self, tenant: str, task: str, name: str, parse: Callable[[str], T]) -> dict[str, T]:

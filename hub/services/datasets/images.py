@@ -45,12 +45,11 @@ from ...storage.store import Store
 from ..image_decoding import ImageDecoder
 from ..spool import spooled
 from .features import PATIENCE_S, FeatureService
-from .removal import FileRemoval
+from .removal import REMOVING_ATTEMPTS, REMOVING_PAUSE_S, FileRemoval
 from .upload_report import UploadReport
 from .zip_folders import ZipFolders
 
 STEP_IMAGES = 32  # of a zip, added in one atomic step
-REMOVING_PAUSE_S, REMOVING_ATTEMPTS = 0.3, 10  # while the store removes an old copy of a file
 MAX_WAITS = 120  # for the tenant's rate of images, in one upload of a zip
 MAX_ZIP_BYTES = 4 * 1024**3
 
@@ -241,7 +240,7 @@ class DatasetService:
                 try:
                     data, problem = zipped.read(entry), ""
                 except InvalidImage as error:
-                    data, problem = b"", error.errors[0].message
+                    data, problem = b"", error.reason
                 yield SentImage(entry.name, data, label or entry.label, split or entry.split, problem)
 
         return images(), len(entries)
@@ -274,7 +273,7 @@ class DatasetService:
         images, pixels = [], {}
         for image, result in zip(usable, decoded, strict=True):
             if isinstance(result, InvalidImage | TooLarge):
-                report.refuse(image.name, result.errors[0].message if result.errors else result.detail)
+                report.refuse(image.name, result.reason)
             elif isinstance(result, BaseException):
                 raise result
             else:
@@ -341,6 +340,13 @@ class DatasetService:
                     added.append(new.digest)
                 elif status.error:
                     unlisted.append(StoredName("", new.digest))
+            # Another dataset may have given up the same file between the first write and the listing.
+            listed = set(added)
+            await gather_or_cancel(
+                run_blocking(self._threads.of(caller.tenant), self._images.put_missing, new.digest, data)
+                for new, data in left
+                if new.digest in listed
+            )
             await self._removal.remove(unlisted)  # otherwise refused images would fill the store
             left = waiting
             if not left:

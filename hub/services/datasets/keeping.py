@@ -193,6 +193,12 @@ class Keeper:
             for queued, status in zip(step, statuses, strict=True)
             if status not in ("added", "there", "removing")
         ]
+        # Another dataset may have given up the same file between the first write and the listing.
+        await gather_or_cancel(
+            run_blocking(pool, self._images.put_missing, queued.image.digest, queued.data)
+            for queued, status in zip(step, statuses, strict=True)
+            if status == "added"
+        )
         await self._removal.remove(unlisted)  # otherwise refused images would fill the store
         return statuses
 

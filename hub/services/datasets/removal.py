@@ -23,6 +23,7 @@ INTERVAL_S = 5.0
 EXPIRY_S = 600.0  # between two removals of kept images whose time is over
 DRAINED_IMAGES = 200  # of a deleted dataset, in one step of the registry
 FILES_PER_LISTING = 1000
+REMOVING_PAUSE_S, REMOVING_ATTEMPTS = 0.3, 10  # of a new file, while the store removes an old copy of it
 
 
 class FileRemoval:

@@ -6,7 +6,7 @@ import io
 import secrets
 import time
 import zipfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 
@@ -14,7 +14,7 @@ from ...admission.authentication import Caller
 from ...admission.quotas import TRAINING_STREAMS, TRAININGS, TRAININGS_QUEUED
 from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ...dataset_schemas import ENDED, TrainingInfo, TrainingList, TrainingRequest, TrainingState
-from ...errors import HubError, InvalidRequest, NotFound
+from ...errors import HubError, InvalidRequest, NotFound, Unauthenticated
 from ...registry.datasets.entries import ListedImage
 from ...registry.datasets.index import DatasetIndex
 from ...registry.datasets.trainings import Author, Job, Training, TrainingRegistry
@@ -151,13 +151,20 @@ class TrainingService:
         """
         return self._streams.acquire(caller.tenant)
 
-    async def follow(self, caller: Caller, name: str, id: str) -> AsyncIterator[TrainingInfo]:
-        """Yield a training now, and after each change until it has ended or is deleted."""
+    async def follow(
+        self, caller: Caller, name: str, id: str, check: Callable[[], Awaitable[None]]
+    ) -> AsyncIterator[TrainingInfo]:
+        """Yield a training now, and after each change until it has ended or is deleted, or the caller's key ends.
+
+        Args:
+            check: raises `Unauthenticated` if the caller's key was revoked or has expired.
+        """
         last = None
         while last is None or last.state not in ENDED:
             try:
+                await check()
                 training = await self.get(caller, name, id)
-            except NotFound:
+            except (NotFound, Unauthenticated):
                 return
             if training != last:
                 yield training

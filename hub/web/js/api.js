@@ -4,6 +4,7 @@ import { connection, keys, me, notify, signOut } from "./state.js";
 const BASE = new URL(".", document.baseURI); // with the path of a proxy, if the hub is below one
 const ADMIN = /^\/v1\/(status|gc|audit|admin\/|tenants$|tenants\/[^/]+\/import)/;
 const POLL_MS = 1000;
+const DOWNLOAD_MS = 60_000; // until a saved file's memory is freed
 
 /** A problem (RFC 9457) that the hub answered, or a hub that did not answer (status 0). */
 export class ApiError extends Error {
@@ -132,6 +133,13 @@ async function blobUrl(path, { params, signal } = {}) {
   return URL.createObjectURL(await (await call("GET", path, { params, signal })).blob());
 }
 
+/** Save a file that needs a key under this name. */
+async function download(path, name) {
+  const url = await blobUrl(path);
+  Object.assign(document.createElement("a"), { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), DOWNLOAD_MS);
+}
+
 /** Call `onEvent` with each server-sent event's JSON; return at the end of the stream. */
 async function events(path, onEvent, signal) {
   const reply = await call("GET", path, { signal });
@@ -163,6 +171,7 @@ export const api = {
   logIn: async (code) => (await call("POST", "/v1/login", { headers: { authorization: `Bearer ${code}` } })).json(),
   upload,
   blobUrl,
+  download,
   release: (url) => URL.revokeObjectURL(url),
   events,
 };

@@ -87,7 +87,7 @@ export function Button({ onClick, kind = "", label, disabled = false, submit = f
 
 /** A control with its label; the child is one input, select or textarea. */
 export function Field({ label, hint, children }) {
-  return html`<label class="field"><span>${label}</span>${children}${hint && html`<small>${hint}</small>`}</label>`;
+  return html`<div class="field"><label><span>${label}</span>${children}</label>${hint && html`<small>${hint}</small>`}</div>`;
 }
 
 /** A modal dialog; Escape closes it, and the focus returns to where it was. */
@@ -97,6 +97,7 @@ export function Dialog({ title, onClose, children }) {
   useLayoutEffect(() => {
     const before = document.activeElement;
     box.current.showModal();
+    box.current.querySelector("input, select, textarea")?.focus(); // otherwise a key would press the button that closes
     return () => before?.focus?.();
   }, []);
   const outside = (event) => event.target === box.current && onClose();

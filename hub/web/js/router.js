@@ -25,6 +25,12 @@ export function go(path) {
   location.hash = path;
 }
 
+/** Show a page in place of this one: the address that is left is not in the browser's history. */
+export function replace(path) {
+  history.replaceState(null, "", `#${path}`);
+  route.value = current();
+}
+
 /** A link within the console; `to` is a path such as "/tasks". */
 export function Link({ to, children, ...rest }) {
   return html`<a href=${`#${to}`} ...${rest}>${children}</a>`;

@@ -221,6 +221,23 @@ def test_twenty_jobs_of_four_tenants_all_end_and_tenants_take_turns(hub: Hub, tm
     assert all(len(set(group)) >= 3 for group in last), starts
 
 
+def test_a_stream_of_progress_ends_when_its_key_is_revoked(colours: Hub, url: str) -> None:
+    path = start(colours, budget_s=600)
+    made = colours.http.post(
+        "/v1/tenants/default/keys", json={"name": "guest", "role": "owner"}, headers=colours.admin
+    ).json()
+    header = {"authorization": f"Bearer {made['key']}"}
+    with httpx.Client(base_url=url, headers=header, timeout=30) as http, http.stream("GET", f"{path}/events") as reply:
+        lines = reply.iter_lines()
+        assert next(lines).startswith(("event: ", "data: ", "id: ", ":"))
+        assert colours.http.delete(f"/v1/tenants/default/keys/{made['id']}", headers=colours.admin).status_code == 204
+        for _ in lines:  # without the check it would go on for the ten minutes of the job
+            pass
+    assert state(colours, path)["state"] in ("queued", "running")
+    colours.http.delete(path)
+
+
+@pytest.mark.slow
 def test_streams_of_progress_beyond_the_quota_are_refused_until_one_ends(colours: Hub, url: str) -> None:
     path = start(colours, budget_s=600)
     with (

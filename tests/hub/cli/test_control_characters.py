@@ -17,7 +17,7 @@ from hub.registry.keys import KeyRegistry
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.schemas import VersionInfo
-from hub.services.tenant_archive import version_fields
+from hub.services.archives.tenant_archive import version_fields
 from tests.support.hub_app import OCTETS, Hub, in_registry
 from tests.support.models import png
 

@@ -49,6 +49,15 @@ def test_get_returns_the_bytes_of_put(store: Store) -> None:
     assert store.get(DIGEST) == DATA
 
 
+def test_put_missing_writes_a_file_that_was_removed_and_no_other(store: Store) -> None:
+    store.put(DIGEST, DATA)
+    store.put_missing(DIGEST, b"not these bytes")
+    assert store.get(DIGEST) == DATA
+    store.delete(DIGEST)
+    store.put_missing(DIGEST, DATA)
+    assert store.get(DIGEST) == DATA
+
+
 def test_files_are_listed_with_size_and_time_until_deleted(store: Store) -> None:
     assert list(store.files()) == []
     began = datetime.now(UTC) - timedelta(seconds=1)

@@ -7,6 +7,9 @@ local JOBS, LEASES, TURNS = 'karst:training-jobs', 'karst:training-leases', 'kar
 local MADE = 'karst:training-versions' -- job -> version that it has registered
 local TURN_S = 86400 -- for so long the registry remembers whose turn was last
 
+local STAGED = 'karst:staged-datasets' -- `tenant:name` -> seconds since 1970 of the last change
+local STAGED_S = 3600 -- then the gateway of the import has stopped
+
 local function job_name(tenant, task, id)
   return tenant .. ':' .. task .. ':' .. id
 end
@@ -84,4 +87,41 @@ local function drop_dataset(tenant, task)
     redis.call('UNLINK', dataset_key(tenant, task, name))
   end
   redis.call('SREM', 'karst:kept', tenant .. ':' .. task)
+end
+
+-- Remove a staged dataset (`tenant:name`), unless it was adopted or removed.
+local function drop_staged(name)
+  if redis.call('ZREM', STAGED, name) == 1 then drop_dataset(string.match(name, '^([^:]*):(.*)$')) end
+end
+
+-- Remove all staged datasets of a tenant.
+local function drop_all_staged(tenant)
+  for _, name in ipairs(redis.call('ZRANGE', STAGED, 0, -1)) do
+    if string.match(name, '^[^:]*') == tenant then drop_staged(name) end
+  end
+end
+
+-- Return whether a staged dataset has all its images. It has lost them if the tenant was deleted meanwhile.
+local function is_staged(tenant, name, images)
+  if not redis.call('ZSCORE', STAGED, tenant .. ':' .. name) then return false end
+  return tonumber(redis.call('HGET', dataset_key(tenant, name, 'info'), 'images') or 0) == images
+end
+
+-- Make a staged dataset the dataset of a task that is created in the same step.
+local function adopt_dataset(tenant, staged, task)
+  local names = {'images', 'info', 'names', 'folds', 'fold-of', 'merged', 'kept'}
+  local labels = redis.call('HKEYS', dataset_key(tenant, staged, 'labels'))
+  names[#names + 1], labels[#labels + 1] = 'labels', ''
+  for _, used in ipairs({'*', 'train', 'test'}) do
+    names[#names + 1] = 'at:' .. used
+    for _, label in ipairs(labels) do names[#names + 1] = 'at:' .. used .. '=' .. label end
+  end
+  for _, name in ipairs(names) do
+    local from = dataset_key(tenant, staged, name)
+    if redis.call('EXISTS', from) == 1 then redis.call('RENAME', from, dataset_key(tenant, task, name)) end
+  end
+  if redis.call('EXISTS', dataset_key(tenant, task, 'kept')) == 1 then
+    redis.call('SADD', 'karst:kept', tenant .. ':' .. task)
+  end
+  redis.call('ZREM', STAGED, tenant .. ':' .. staged)
 end

@@ -41,7 +41,7 @@ local function update_indexes(args, command, digest, record)
   end
   if command == 'ZADD' and record.k and #record.l == 0 then
     redis.call('ZADD', key(args, 'kept'), string.format('%.0f', record.k), digest)
-    redis.call('SADD', 'karst:kept', args.tenant .. ':' .. args.task)
+    if not args.staged then redis.call('SADD', 'karst:kept', args.tenant .. ':' .. args.task) end
   elseif record.k then
     redis.call('ZREM', key(args, 'kept'), digest)
   end
@@ -186,12 +186,12 @@ local function add(args, image)
   if split == '' then split = 'auto' end
   record = {
     n = redis.call('HINCRBY', key(args, 'info'), 'last', 1), l = ids or {}, s = split, u = image.used,
-    size = image.size, name = image.name, at = now_ms(), k = image.kept, p = image.answer,
+    size = image.size, name = image.name, at = image.at or now_ms(), k = image.kept, p = image.answer,
   }
   write_record(args, image.digest, record)
   count_in_dataset(args, 1, image.size)
   if redis.call('HINCRBY', 'karst:images', image.digest, 1) == 1 then
-    redis.call('ZADD', 'karst:pending', math.floor(record.at / 1000) + args.patience_s, image.digest)
+    redis.call('ZADD', 'karst:pending', math.floor(now_s()) + args.patience_s, image.digest)
   end
   return {status = 'added', similar = similar}
 end

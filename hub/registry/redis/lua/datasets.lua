@@ -23,6 +23,23 @@ function datasets.add(args)
   return {outcome = 'done', created = changed, text = cjson.encode(statuses)}
 end
 
+-- images (as in `add`, also with at, kept and answer), max_labels, limits, patience_s, staged (true). Add images to a staged
+-- dataset: one of an import whose task does not exist yet. Its name in `task` is no valid name of a task.
+function datasets.stage(args)
+  if is_revoked(args.entry) then return REVOKED end
+  if redis.call('HEXISTS', 'karst:tenants', args.tenant) == 0 then return {outcome = 'no_tenant'} end
+  redis.call('ZADD', STAGED, math.floor(now_s()), args.tenant .. ':' .. args.task)
+  local statuses = {}
+  for i, image in ipairs(args.images) do statuses[i] = add(args, image) end
+  return {outcome = 'done', text = cjson.encode(statuses)}
+end
+
+-- Remove a staged dataset, unless its task exists by now.
+function datasets.drop_staged(args)
+  drop_staged(args.tenant .. ':' .. args.task)
+  return DONE
+end
+
 -- images, size: of the images that a request is about to add. Change nothing.
 function datasets.check_room(args)
   local refusal = find_refusal(args)
@@ -182,6 +199,9 @@ end
 -- count. Take images of deleted datasets off the list of files in use. Return those that no dataset holds any more, and
 -- whether more are left.
 function datasets.drain(args)
+  for _, name in ipairs(redis.call('ZRANGEBYSCORE', STAGED, '-inf', math.floor(now_s()) - STAGED_S)) do
+    drop_staged(name)
+  end
   local dropped = redis.call('SRANDMEMBER', 'karst:dropped')
   if not dropped then return {outcome = 'done', created = false} end
   local fields, orphans = redis.call('HSCAN', dropped, 0, 'COUNT', args.count)[2], {}

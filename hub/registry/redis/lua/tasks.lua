@@ -277,7 +277,8 @@ function tasks.stage(args)
 end
 
 -- tasks: a list of {name, last_number, staged (name of a hash with the versions' texts), fields (the other fields of the
--- task's hash), versions ({digest, size_bytes}...), sharing (JSON text)}; registry_bytes (of all), max_registry_bytes.
+-- task's hash), versions ({digest, size_bytes}...), sharing (JSON text), dataset ({staged, images}, if it has one)};
+-- registry_bytes (of all), max_registry_bytes.
 -- Restore all of them or none, without names in `sharing` that no tenant of this hub has.
 function tasks.restore(args)
   local refused = refusal_of(args)
@@ -308,6 +309,8 @@ function tasks.restore(args)
   if refusal then return refusal end
   for _, task in ipairs(args.tasks) do
     if #task.versions > 0 and redis.call('EXISTS', task.staged) == 0 then return {outcome = 'unstaged'} end
+    local dataset = task.dataset
+    if dataset and not is_staged(args.tenant, dataset.staged, dataset.images) then return {outcome = 'unstaged'} end
   end
   local numbers_key = tenant_key(args.tenant, 'numbers')
   for _, task in ipairs(args.tasks) do
@@ -322,6 +325,7 @@ function tasks.restore(args)
     redis.call('HSET', key, 'share', sharing)
     count_registry_bytes(args.tenant, key)
     update_shared_lists(true, args.tenant, task.name, sharing)
+    if task.dataset then adopt_dataset(args.tenant, task.dataset.staged, task.name) end
     redis.call('SADD', tasks_key, task.name)
     local last_number = math.max(task.last_number,
       tonumber(redis.call('HGET', numbers_key, task.name) or redis.call('GET', tenant_key(args.tenant, 'floor')) or 0))

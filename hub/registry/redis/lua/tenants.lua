@@ -70,6 +70,7 @@ function tenants.delete(args)
   if refused then return refused end
   if redis.call('HDEL', 'karst:tenants', args.tenant) == 0 then return ABSENT end
   for _, task in ipairs(redis.call('SMEMBERS', tenant_key(args.tenant, 'tasks'))) do drop_task(args.tenant, task) end
+  drop_all_staged(args.tenant)
   end_all_sharing(args.tenant)
   for _, id in ipairs(redis.call('SMEMBERS', tenant_key(args.tenant, 'keys'))) do
     redis.call('HDEL', 'karst:keys', id)

@@ -1,9 +1,10 @@
 /** The hub, for its admin: workers, busy tasks and tenants, live; tenants and admin keys. */
 import { api } from "../api.js";
+import { useLoaded } from "../calls.js";
 import { Button, Chart, Dialog, ErrorBox, Field, Loading, Page, Table, ago, count, percent } from "../components.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
 import { connection } from "../state.js";
-import { Audit, Keys, useApi } from "./tenant.js";
+import { Audit, Keys } from "./tenant.js";
 
 const PERIOD_MS = 2000;
 const KEPT = 150; // points of the chart: five minutes
@@ -83,7 +84,7 @@ function Status({ status, points }) {
 }
 
 function Tenants() {
-  const list = useApi("/v1/tenants", { limit: 100 });
+  const list = useLoaded(() => api.get("/v1/tenants", { limit: 100 }), []);
   const [making, setMaking] = useState(false);
   const [open, setOpen] = useState(null);
   return html`<section aria-label="Tenants">
@@ -124,7 +125,7 @@ function NewTenant({ onClose, onMade }) {
   };
   return html`<${Dialog} title="New tenant" onClose=${onClose}>
     <form onSubmit=${(event) => (event.preventDefault(), make())}>
-      <${Field} label="Name" hint="Small letters, digits, - and _"><input required maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" value=${name} onInput=${(e) => setName(e.target.value)} /><//>
+      <${Field} label="Name" hint="Small letters, digits, - and _"><input required title="Small letters, digits, - and _" maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" value=${name} onInput=${(e) => setName(e.target.value)} /><//>
       ${error && html`<${ErrorBox} error=${error} />`}
       <${Button} kind="primary" submit>Make the tenant<//>
     </form>

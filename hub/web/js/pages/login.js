@@ -1,8 +1,8 @@
 /** The page of a person without a key, or with a login link. */
-import { api } from "../api.js";
+import { address, api } from "../api.js";
 import { Button, ErrorBox, Field, Loading } from "../components.js";
 import { html, useEffect, useState } from "../lib.js";
-import { go } from "../router.js";
+import { replace } from "../router.js";
 import { signIn } from "../state.js";
 
 export function Login({ code }) {
@@ -11,14 +11,10 @@ export function Login({ code }) {
   const [waiting, setWaiting] = useState(Boolean(code));
   useEffect(() => {
     if (!code) return;
-    history.replaceState(null, "", "#/tasks"); // the code does not stay in the address or the history
+    replace("/tasks"); // the code does not stay in the address or the history
     exchange(code)
       .catch(setError)
-      .finally(() => {
-        setWaiting(false);
-        go("/tasks");
-        dispatchEvent(new HashChangeEvent("hashchange"));
-      });
+      .finally(() => setWaiting(false));
   }, [code]);
 
   const submit = async () => {
@@ -51,7 +47,7 @@ async function exchange(code) {
 
 /** Return whether a key is a tenant's or an admin's. */
 async function kindOf(key) {
-  const reply = await fetch(new URL("v1/usage", new URL(".", document.baseURI)), { headers: { authorization: `Bearer ${key}` } });
+  const reply = await fetch(address("/v1/usage"), { headers: { authorization: `Bearer ${key}` } });
   if (reply.ok) return "tenant";
   if (reply.status === 403) return "admin";
   const problem = await reply.json().catch(() => ({}));

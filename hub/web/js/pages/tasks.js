@@ -2,7 +2,7 @@
 import { address, api } from "../api.js";
 import { Button, Dialog, Empty, ErrorBox, Field, Loading, Page, Sparkline, Table, ago, count, percent } from "../components.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
-import { Link, go, route } from "../router.js";
+import { Link, go, replace, route } from "../router.js";
 import { me, notify } from "../state.js";
 
 const PAGE = 25;
@@ -31,7 +31,7 @@ export default function Tasks() {
   useEffect(() => {
     load();
   }, [search]);
-  const find = (text) => history.replaceState(null, "", `#/tasks${text ? `?${new URLSearchParams({ search: text })}` : ""}`) || dispatchEvent(new HashChangeEvent("hashchange"));
+  const find = (text) => replace(`/tasks${text ? `?${new URLSearchParams({ search: text })}` : ""}`);
   const choose = (by) => setSort((before) => ({ by, down: before.by === by && !before.down }));
   const shown = sort.by === null ? state.tasks : [...state.tasks].sort((a, b) => {
     const [x, y] = [SORTS[sort.by](a), SORTS[sort.by](b)];
@@ -109,7 +109,7 @@ function NewTask({ onClose }) {
   };
   return html`<${Dialog} title="New task" onClose=${onClose}>
     <form onSubmit=${(event) => (event.preventDefault(), make())}>
-      <${Field} label="Name" hint="Small letters, digits, - and _, for example: flowers"><input value=${name} required maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" onInput=${(e) => setName(e.target.value)} /><//>
+      <${Field} label="Name" hint="Small letters, digits, - and _, for example: flowers"><input value=${name} required title="Small letters, digits, - and _, for example: my-flowers" maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" onInput=${(e) => setName(e.target.value)} /><//>
       <${Field} label="Labels, one a line" hint="You can leave this empty: labels also come from folders, and from what you type later."><textarea rows="4" value=${labels} onInput=${(e) => setLabels(e.target.value)}></textarea><//>
       ${error && html`<${ErrorBox} error=${error} />`}
       <${Button} kind="primary" submit>Make the task<//>

@@ -1,7 +1,8 @@
 /** The tenant: keys, limits and use, sharing, changes, export. */
 import { api } from "../api.js";
+import { attempt, useLoaded } from "../calls.js";
 import { Button, Confirm, CopyBox, Dialog, ErrorBox, Field, Loading, Meter, Page, Table, ago, count } from "../components.js";
-import { html, useEffect, useState } from "../lib.js";
+import { html, useState } from "../lib.js";
 import { Link } from "../router.js";
 import { me, notify } from "../state.js";
 
@@ -15,22 +16,6 @@ const USED = {
 };
 const RATES = { requests_per_second: "requests a second", images_per_second: "images a second", versions: "versions of a task" };
 
-/** Load a value of the API: {value, error, reload}. */
-export function useApi(path, params) {
-  const [state, setState] = useState({});
-  const reload = async () => {
-    try {
-      setState({ value: await api.get(path, params) });
-    } catch (error) {
-      setState((before) => ({ ...before, error }));
-    }
-  };
-  useEffect(() => {
-    reload();
-  }, [path]);
-  return { ...state, reload };
-}
-
 export default function Tenant() {
   const { tenant } = me.value;
   const base = `/v1/tenants/${tenant}`;
@@ -41,32 +26,17 @@ export default function Tenant() {
     <${Audit} path=${`${base}/audit`} />
     <h2>Export</h2>
     <p>One tar file with all tasks, versions, images and settings. Keys are not in it.</p>
-    <${Button} onClick=${() => download(`${base}/export`, `${tenant}.tar`)}>Download the export<//>
+    <${Button} onClick=${() => attempt(() => api.download(`${base}/export`, `${tenant}.tar`))}>Download the export<//>
   <//>`;
 }
 
-async function download(path, name) {
-  try {
-    const url = await api.blobUrl(path);
-    Object.assign(document.createElement("a"), { href: url, download: name }).click();
-    setTimeout(() => api.release(url), 60_000);
-  } catch (error) {
-    notify(error.message, "error");
-  }
-}
-
 export function Keys({ path, roles = ["caller", "owner"], title = "Keys" }) {
-  const keys = useApi(path);
+  const keys = useLoaded(() => api.get(path), [path]);
   const [making, setMaking] = useState(false);
   const [gone, setGone] = useState(null);
   const [made, setMade] = useState(null);
   const revoke = async () => {
-    try {
-      await api.delete(`${path}/${encodeURIComponent(gone.id)}`);
-      notify(`The key ${gone.name} is revoked.`);
-    } catch (error) {
-      notify(error.message, "error");
-    }
+    await attempt(() => api.delete(`${path}/${encodeURIComponent(gone.id)}`), `The key ${gone.name} is revoked.`);
     setGone(null);
     await keys.reload();
   };
@@ -135,7 +105,7 @@ function NewKey({ path, roles, onClose, onMade }) {
 }
 
 function Limits({ path }) {
-  const usage = useApi(path);
+  const usage = useLoaded(() => api.get(path), [path]);
   if (usage.error) return html`<${ErrorBox} error=${usage.error} retry=${usage.reload} />`;
   if (!usage.value) return html`<${Loading} />`;
   const { limits, used, counted } = usage.value;

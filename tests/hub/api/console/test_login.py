@@ -1,6 +1,7 @@
 """Login links: a code gives keys once."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -66,6 +67,15 @@ def test_registry_has_no_code_and_an_unused_one_expires(hub: Hub) -> None:
         assert 0 < redis.ttl(name) <= 3600
 
 
+def test_code_of_a_tenant_that_was_deleted_and_made_again_is_refused(hub: Hub) -> None:
+    hub.http.post("/v1/tenants", json={"tenant": "again"}, headers=hub.admin)
+    code = code_of(hub, "again")
+    hub.http.delete("/v1/tenants/again", headers=hub.admin)
+    time.sleep(1.1)  # the time of a tenant's creation has seconds
+    hub.http.post("/v1/tenants", json={"tenant": "again"}, headers=hub.admin)
+    assert log_in(hub, code).status_code == 401
+
+
 def test_code_of_an_absent_tenant_is_refused_at_once(hub: Hub) -> None:
-    with pytest.raises(NotFound, match="nobody"):
-        code_of(hub, "nobody")
+    with pytest.raises(NotFound, match="absent"):
+        code_of(hub, "absent")

@@ -1,10 +1,11 @@
 /** Tab "Images": add pictures, see them, give them labels. */
 import { api } from "../../api.js";
+import { attempt, useLoaded } from "../../calls.js";
 import { Button, Camera, Confirm, Dialog, DropZone, Empty, ErrorBox, Field, Loading, count } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
 import { Grid } from "./grid.js";
-import { ImageDialog, LabelChoice, at, attempt, useKeys, useLoaded } from "./shared.js";
+import { ImageDialog, LabelChoice, at, useKeys } from "./shared.js";
 import { useUpload } from "./uploads.js";
 
 const PAGE = 500;

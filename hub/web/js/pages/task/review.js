@@ -1,9 +1,10 @@
 /** Tab "Review": one image at a time; one key confirms or corrects. */
 import { api } from "../../api.js";
+import { attempt, useLoaded } from "../../calls.js";
 import { Button, Empty, ErrorBox, Field, Loading, count, percent } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
-import { FullImage, LabelChoice, at, attempt, useKeys, useLoaded } from "./shared.js";
+import { FullImage, LabelChoice, at, useKeys } from "./shared.js";
 
 const QUEUE = 20; // images of a call; the hub orders the rest anew with the labels of these
 

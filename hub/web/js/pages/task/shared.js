@@ -1,7 +1,8 @@
 /** Parts that several tabs of a task share. */
 import { api } from "../../api.js";
+import { attempt } from "../../calls.js";
 import { Button, Dialog, Field, Thumbnail } from "../../components.js";
-import { html, useCallback, useEffect, useRef, useState } from "../../lib.js";
+import { html, useEffect, useRef, useState } from "../../lib.js";
 import { me, notify } from "../../state.js";
 
 /** Return the path of a task's route, each part encoded. */
@@ -9,39 +10,6 @@ export const at = (task, ...parts) => ["/v1/tasks", ...[task, ...parts].map(enco
 
 /** Return whether this person may change a task: an owner of its tenant. */
 export const owns = (task) => me.value?.role === "owner" && !task.includes(":");
-
-/** Load a value for a component, and again when `deps` change: {value, error, reload}. */
-export function useLoaded(load, deps) {
-  const [state, set] = useState({});
-  const turn = useRef(0);
-  const reload = useCallback(async () => {
-    const mine = ++turn.current; // a later call makes earlier replies void
-    try {
-      const value = await load();
-      if (mine === turn.current) set({ value });
-    } catch (error) {
-      if (mine === turn.current) set((before) => ({ value: before.value, error }));
-    }
-  }, deps);
-  useEffect(() => {
-    set({});
-    reload();
-    return () => void turn.current++;
-  }, [reload]);
-  return { ...state, reload };
-}
-
-/** Run an action. Show its error to the person; return whether it succeeded. */
-export async function attempt(action, success) {
-  try {
-    await action();
-    if (success) notify(success, "ok");
-    return true;
-  } catch (error) {
-    if (error.name !== "AbortError") notify(error.detail || error.message, "error");
-    return false;
-  }
-}
 
 /** Call `onKey` for each key outside of text fields, dialogs and controls that use the key themselves. */
 export function useKeys(onKey) {

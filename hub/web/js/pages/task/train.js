@@ -1,9 +1,10 @@
 /** Tab "Train": one button, the live curve, and what the result means. */
 import { api } from "../../api.js";
+import { attempt, useLoaded } from "../../calls.js";
 import { Button, Chart, Empty, ErrorBox, Field, Loading, Meter, Table, ago, count, percent } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
-import { ImageStrip, accuracyOf, at, attempt, useLoaded, versionOf } from "./shared.js";
+import { ImageStrip, accuracyOf, at, versionOf } from "./shared.js";
 
 const ENDED = ["done", "failed", "cancelled"];
 const CELLS = 20; // labels of a confusion matrix; with more, only its largest confusions are listed
@@ -156,7 +157,7 @@ function Result({ task, detail, training, reload }) {
       ${advice && html`<p><strong>Advice:</strong> ${advice}</p>`}
       ${training.warnings.map((text) => html`<p class="warning">${text}</p>`)}
       ${training.promotion && html`<p>${training.promotion.promoted ? "It became" : "It did not become"} stable: ${training.promotion.reason}.</p>`}
-      ${training.version && html`<p><a class="button" href=${`#/tasks/${task}/try`}>Try it</a></p>`}
+      ${training.version && html`<p><a class="button primary" href=${`#/tasks/${task}/try`}>Try it</a></p>`}
       ${version && html`<${Promote} task=${task} detail=${detail} version=${training.version} labels=${labels} reload=${reload} />`}
     </div>
     ${figures.classes && html`<${Classes} classes=${figures.classes} labels=${labels} />`}
@@ -198,7 +199,7 @@ function Classes({ classes, labels }) {
   return html`<h2>Labels</h2>
     <${Table}
       label="Figures of each label"
-      head=${["label", "images", "found (recall)", "right if named (precision)"]}
+      head=${["label", "training images", "found (recall)", "right if named (precision)"]}
       rows=${labels.filter((label) => classes[label]).map((label) => {
         const { images, recall, precision } = classes[label];
         return [label, count(images), percent(recall), precision === null ? "never named" : percent(precision)];

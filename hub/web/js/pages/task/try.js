@@ -1,8 +1,9 @@
 /** Tab "Try": a picture in, an answer out, from one version or from two side by side. */
 import { api } from "../../api.js";
+import { attempt } from "../../calls.js";
 import { Button, Camera, DropZone, Empty, Field, Meter, percent } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
-import { LabelChoice, at, attempt, owns, references } from "./shared.js";
+import { LabelChoice, at, owns, references } from "./shared.js";
 
 const SHOWN = 12; // pictures at once
 const COVERAGE = 0.9;

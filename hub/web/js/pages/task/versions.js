@@ -1,10 +1,9 @@
 /** Tab "Versions": what was trained, what is live, and the way back. */
 import { api } from "../../api.js";
+import { attempt } from "../../calls.js";
 import { Button, Confirm, Empty, Field, Table, ago, count, percent } from "../../components.js";
 import { html, useState } from "../../lib.js";
-import { accuracyOf, at, attempt, targets } from "./shared.js";
-
-const saved = (url, name) => Object.assign(document.createElement("a"), { href: url, download: name }).click();
+import { accuracyOf, at, targets } from "./shared.js";
 
 export default function Versions({ task, detail, reload }) {
   const [gone, setGone] = useState(null); // the version or alias that the person wants to delete
@@ -13,11 +12,7 @@ export default function Versions({ task, detail, reload }) {
   }
   const change = (action, text) => attempt(async () => (await action(), await reload()), text);
   const download = (version) =>
-    attempt(async () => {
-      const url = await api.blobUrl(at(task, "versions", version, "file"));
-      saved(url, `${task.split(":").at(-1)}-${version}.safetensors`);
-      setTimeout(() => api.release(url), 60_000);
-    });
+    attempt(() => api.download(at(task, "versions", version, "file"), `${task.split(":").at(-1)}-${version}.safetensors`));
   const pointing = (version) => Object.keys(detail.aliases).filter((alias) => version in detail.aliases[alias]);
   const versions = [...detail.versions].sort((a, b) => b.version - a.version);
   return html`<section aria-label="Versions">

@@ -15,7 +15,7 @@ from hub.errors import Conflict, InvalidAdapter, InvalidRequest, LimitReached, T
 from hub.registry.audit import OPERATOR
 from hub.registry.tasks import TaskRegistry
 from hub.schemas import Sharing, TaskSettings
-from hub.services.tenant_archive import export_tenant
+from hub.services.archives.tenant_archive import export_tenant
 from tests.support.hub_app import OCTETS, running
 from tests.support.models import calibrated_adapter, png, with_metadata
 from tests.support.tenant_archives import Case, Run, members, runner, written
@@ -160,7 +160,7 @@ def test_import_is_refused_when_it_exceeds_a_limit(case: Run, limit: dict[str, i
 
 def test_import_is_refused_while_it_arrives_when_it_is_too_large(case: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(case: Case) -> None:
-        monkeypatch.setattr("hub.services.tenant_archive.max_archive_bytes", lambda _limits: 100_000)
+        monkeypatch.setattr("hub.services.archives.tenant_archive.max_archive_bytes", lambda _limits: 100_000)
         sent = 0
 
         async def endless() -> AsyncIterator[bytes]:

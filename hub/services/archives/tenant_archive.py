@@ -1,14 +1,14 @@
 """Export and import of a whole tenant as one file: an uncompressed tar, format `karst-tenant/1`.
 
 `tenant.json` comes first: every task with its versions, aliases, their history, sharing, last version number and the
-settings that were set. Then comes each adapter file once, as `files/<digest>.safetensors`. The tar has no keys, no
-counts and no audit.
+settings that were set. Then comes each adapter file once, as `files/<digest>.safetensors`, and then the datasets
+(`dataset_archive`). The tar has no keys, no counts and no audit.
 """
 
 import hashlib
 import json
-import tarfile
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from typing import IO, Annotated, Any, Literal
@@ -18,27 +18,34 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from adapters import Adapter
 from adapters.method.typicality import Typicality
 
-from ..admin_schemas import TenantInfo, TenantLimits
-from ..concurrency import Pool, run_blocking
-from ..errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
-from ..field_types import Name, VersionNumber, Weight
-from ..registry.audit import Actor
-from ..registry.models import DEFAULT_SETTINGS, WholeTask
-from ..registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
-from ..registry.versions import StoredVersion, StoredVersions
-from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
-from ..storage.store import FILE, Store
-from .spool import spooled
+from ...admin_schemas import TenantInfo, TenantLimits
+from ...concurrency import Pool, run_blocking
+from ...errors import InvalidAdapter, TooLarge, Unavailable
+from ...field_types import Name, VersionNumber, Weight
+from ...registry.audit import Actor
+from ...registry.models import DEFAULT_SETTINGS, WholeTask
+from ...registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
+from ...registry.versions import StoredVersion, StoredVersions
+from ...schemas import LATEST, Sharing, TaskSettings, VersionInfo
+from ...storage.store import FILE, Store
+from ..spool import spooled
+from . import tar
+from .dataset_archive import (
+    MAX_MEMBER_BYTES,
+    DatasetArchive,
+    DatasetMembers,
+    ExportedDatasets,
+    max_dataset_bytes,
+)
+from .tar import Member, invalid
 
 FORMAT = "karst-tenant/1"
 MANIFEST = "tenant.json"
 FOLDER = "files/"
-BLOCK_BYTES = tarfile.BLOCKSIZE
-END = bytes(2 * BLOCK_BYTES)
 CHUNK_BYTES = 1024**2
 MAX_MANIFEST_BYTES = 128 * 1024**2
 MAX_FILES = 200_000
-MAX_PADDING_BYTES = 64 * 1024  # some tools add zeros after the end
+NO_DATASETS = ExportedDatasets({}, {}, {})
 
 Targets = Annotated[dict[VersionNumber, Weight], Field(min_length=1)]
 Check = Callable[[bytes], Awaitable[Adapter]]
@@ -46,6 +53,12 @@ Check = Callable[[bytes], Awaitable[Adapter]]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _DatasetEntry(_Strict):
+    """The dataset of a task in `tenant.json`."""
+
+    images: Annotated[int, Field(ge=1)]
 
 
 class _TaskEntry(_Strict):
@@ -58,6 +71,7 @@ class _TaskEntry(_Strict):
     history: dict[Name, Annotated[list[Targets], Field(max_length=MAX_ALIAS_HISTORY)]]
     sharing: Sharing
     settings: TaskSettings = DEFAULT_SETTINGS
+    dataset: _DatasetEntry | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "_TaskEntry":
@@ -104,14 +118,18 @@ class Export:
     chunks: AsyncIterator[bytes]
 
 
-async def export_tenant(registry: TaskRegistry, store: Store, pool: Pool, info: TenantInfo) -> Export:
+async def export_tenant(
+    registry: TaskRegistry, store: Store, pool: Pool, info: TenantInfo, archive: DatasetArchive | None = None
+) -> Export:
     """Return a tenant as a tar stream, without its keys. Equal tenants give equal bytes.
 
-    The export looks up every file before the first byte. If it cannot read one later, `chunks` raises the error. Send
-    `size_bytes` as `content-length`: then the client notices, and the tar has no end, so no hub imports it.
+    The export looks up every adapter file before the first byte. If it cannot read one or an image later, `chunks`
+    raises the error. Send `size_bytes` as `content-length`: then the client notices, and the tar has no end, so no hub
+    imports it.
 
     Args:
         pool: thread pool for calls to the store; None for the event loop's default pool.
+        archive: of the hub's datasets; None: the export has none.
 
     Raises:
         Unavailable: the registry or the store is unavailable, or the store lacks a file.
@@ -123,13 +141,16 @@ async def export_tenant(registry: TaskRegistry, store: Store, pool: Pool, info: 
         file = await run_blocking(pool, store.find, digest)
         if file is None or file.size_bytes != size_bytes:
             raise Unavailable(f"The adapter store has no intact file {digest}. Register the adapter again.")
-    manifest = await run_blocking(pool, _manifest, info, tasks)
+    datasets = NO_DATASETS if archive is None else await archive.dump(info.tenant, [task.name for task in tasks])
+    manifest = await run_blocking(pool, _manifest, info, tasks, datasets)
     if len(manifest) > MAX_MANIFEST_BYTES or len(sizes) > MAX_FILES:
         limits = f"{MAX_FILES} files and {MAX_MANIFEST_BYTES} bytes of {MANIFEST}"
         raise TooLarge(f"The export exceeds the limits of {limits}. Delete versions.")
-    lengths = [len(manifest), *sizes.values()]
-    size_bytes = sum(BLOCK_BYTES + length + len(_padding(length)) for length in lengths) + len(END)
-    return Export(size_bytes, _tar(store, pool, manifest, sorted(sizes)))
+    lengths = [len(manifest), *sizes.values(), *map(len, datasets.lists.values()), *datasets.sizes.values()]
+    return Export(
+        sum(map(tar.member_bytes, lengths)) + len(tar.END),
+        _tar(store, pool, info.tenant, manifest, sorted(sizes), archive, datasets),
+    )
 
 
 async def import_tenant(
@@ -142,8 +163,9 @@ async def import_tenant(
     chunks: AsyncIterable[bytes],
     max_adapter_bytes: int,
     min_free_bytes: int = 0,
+    archive: DatasetArchive | None = None,
 ) -> list[WholeTask]:
-    """Create the tasks of an export, all or none, in one atomic step at the end. Return them.
+    """Create the tasks of an export with their datasets, all or none, in one atomic step at the end. Return them.
 
     Args:
         pool: thread pool for calls to the store and for files; None for the event loop's default pool.
@@ -152,28 +174,34 @@ async def import_tenant(
         chunks: the tar.
         max_adapter_bytes: size limit of one adapter file.
         min_free_bytes: bytes that stay free on the disk of temporary files.
+        archive: of the hub's datasets; None: the import leaves out the datasets of the export.
 
     Raises:
         InvalidRequest, InvalidAdapter: the tar is not an export, or a file does not fit this hub.
         TooLarge: the tar has more bytes than the tenant may store.
         Conflict: some of the tasks exist already.
-        LimitReached: the tenant's limit of tasks, of versions per task or of stored bytes.
+        LimitReached: the tenant's limit of tasks, of versions per task, of stored bytes, of images or of their bytes.
         InsufficientStorage: the disk of the store or of temporary files is nearly full.
         Unavailable: the registry, the store or the disk for temporary files is unavailable.
     """
     max_bytes = max_archive_bytes(info.limits)
     too_large = f"the tar has more than {max_bytes} bytes, the tenant's limit for an import"
     async with spooled(pool, chunks, max_bytes=max_bytes, too_large=too_large, min_free_bytes=min_free_bytes) as file:
-        members = await run_blocking(pool, _index, file, max_adapter_bytes)
+        members, images = await run_blocking(pool, _index, file, max_adapter_bytes, info.limits.images)
         tasks = await run_blocking(pool, _read_manifest, file, members)
+        if archive is not None:
+            counts = {task.name: task.dataset.images for task in tasks if task.dataset is not None}
+            await run_blocking(pool, archive.check_lists, file, images, counts)
         fields_by_digest = {}
         for digest in members:
             data = await run_blocking(pool, _read_file, file, members, digest)
             fields_by_digest[digest] = await _checked(check, digest, data)
         restored = [_restored(task, fields_by_digest) for task in tasks]
-        for digest in members:
-            await run_blocking(pool, _put, store, file, members, digest)
-        await registry.restore(by, info.tenant, restored)
+        async with AsyncExitStack() as held:
+            staged = await held.enter_async_context(archive.staged(by, info, file, images)) if archive else {}
+            for digest in members:
+                await run_blocking(pool, _put, store, file, members, digest)
+            await registry.restore(by, info.tenant, restored, staged)
         # From now on garbage collection keeps these files. One that ran before may have removed some.
         for digest in members:
             if await run_blocking(pool, store.find, digest) is None:
@@ -183,7 +211,8 @@ async def import_tenant(
 
 def max_archive_bytes(limits: TenantLimits) -> int:
     """Return the size limit of a tar that a tenant with these limits can import."""
-    return limits.stored_bytes + MAX_MANIFEST_BYTES + MAX_FILES * 2 * BLOCK_BYTES
+    adapters = limits.stored_bytes + MAX_MANIFEST_BYTES + MAX_FILES * 2 * tar.BLOCK_BYTES
+    return adapters + max_dataset_bytes(limits)
 
 
 def version_fields(adapter: Adapter) -> dict[str, Any]:
@@ -202,22 +231,27 @@ def version_fields(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _manifest(info: TenantInfo, tasks: Sequence[WholeTask]) -> bytes:
+def _manifest(info: TenantInfo, tasks: Sequence[WholeTask], datasets: ExportedDatasets) -> bytes:
     limits = info.limits.model_dump(mode="json")
+    entries = [_task_entry(task, datasets.images.get(task.name, 0)) for task in tasks]
     head = json.dumps({"format": FORMAT, "tenant": info.tenant, "limits": limits}, ensure_ascii=False)
-    return f'{head[:-1]}, "tasks": [{", ".join(map(_task_entry, tasks))}]}}'.encode()
+    return f'{head[:-1]}, "tasks": [{", ".join(entries)}]}}'.encode()
 
 
-def _task_entry(task: WholeTask) -> str:
-    """Return a task's JSON. The versions' texts are not parsed: they may have 100 MB, and all tenants would wait."""
+def _task_entry(task: WholeTask, images: int) -> str:
+    """Return the JSON of a task with this number of images.
+
+    The versions' texts are not parsed: they may have 100 MB, and all tenants would wait.
+    """
     versions = ", ".join(stored.json for stored in _stored(task))
     body = {
         "aliases": task.aliases,
         "history": task.history,
         "sharing": task.sharing.model_dump(mode="json"),
     }
-    # Only if a setting was set: a hub without settings refuses the member.
+    # Only if a setting was set, or there is a dataset: a hub without settings or datasets refuses the members.
     body |= {"settings": task.settings.given()} if task.settings.given() else {}
+    body |= {"dataset": {"images": images}} if images else {}
     name, last_number = json.dumps(task.name), max([task.last_number, *task.versions])
     rest = json.dumps(body, ensure_ascii=False)[1:]
     return f'{{"name": {name}, "last_number": {last_number}, "versions": [{versions}], {rest}'
@@ -228,107 +262,97 @@ def _stored(task: WholeTask) -> Sequence[StoredVersion]:
     return task.versions.stored() if isinstance(task.versions, StoredVersions) else []
 
 
-async def _tar(store: Store, pool: Pool, manifest: bytes, digests: Sequence[str]) -> AsyncIterator[bytes]:
-    yield _header(MANIFEST, len(manifest)) + manifest + _padding(len(manifest))
+async def _tar(
+    store: Store,
+    pool: Pool,
+    tenant: str,
+    manifest: bytes,
+    digests: Sequence[str],
+    archive: DatasetArchive | None,
+    datasets: ExportedDatasets,
+) -> AsyncIterator[bytes]:
+    for chunk in _member(MANIFEST, manifest):
+        yield chunk
     for digest in digests:
-        data = await run_blocking(pool, store.get, digest)
-        yield _header(f"{FOLDER}{digest}.safetensors", len(data))
-        for at in range(0, len(data), CHUNK_BYTES):
-            yield data[at : at + CHUNK_BYTES]
-        yield _padding(len(data))
-    yield END
+        for chunk in _member(f"{FOLDER}{digest}.safetensors", await run_blocking(pool, store.get, digest)):
+            yield chunk
+    for task, listed in sorted(datasets.lists.items()):
+        for chunk in _member(f"datasets/{task}.jsonl", listed):
+            yield chunk
+    if archive is not None:
+        for digest in sorted(datasets.sizes):
+            for chunk in _member(f"images/{digest}", await archive.read(tenant, digest)):
+                yield chunk
+    yield tar.END
 
 
-def _header(name: str, size_bytes: int) -> bytes:
-    member = tarfile.TarInfo(name)
-    member.size = size_bytes
-    return member.tobuf(tarfile.USTAR_FORMAT)
+def _member(name: str, data: bytes) -> Iterator[bytes]:
+    yield tar.header(name, len(data))
+    for at in range(0, len(data), CHUNK_BYTES):
+        yield data[at : at + CHUNK_BYTES]
+    yield tar.padding(len(data))
 
 
-def _padding(size_bytes: int) -> bytes:
-    return bytes(-size_bytes % BLOCK_BYTES)
-
-
-@dataclass(frozen=True)
-class _Member:
-    """Position of a member's content in the tar."""
-
-    offset: int
-    size_bytes: int
-
-
-def _index(file: IO[bytes], max_adapter_bytes: int) -> dict[str, _Member]:
-    """Return the members by digest; the manifest is first, under `MANIFEST`.
-
-    The index parses headers with `TarInfo.frombuf`, not with `TarFile`: that class also follows extensions (long names,
-    sparse files, links), which an export never has and a hostile file may have.
+def _index(file: IO[bytes], max_adapter_bytes: int, max_images: int) -> tuple[dict[str, Member], DatasetMembers]:
+    """Return the members: manifest and adapter files by digest, the manifest first, under `MANIFEST`; and datasets.
 
     Raises:
         InvalidRequest: not exactly the members of an export, each complete and only once.
     """
-    end = file.seek(0, 2)
-    members: dict[str, _Member] = {}
-    offset = 0
-    while True:
-        file.seek(offset)
-        header = file.read(BLOCK_BYTES)
-        if header == bytes(BLOCK_BYTES):
-            break
-        try:
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-        except (tarfile.HeaderError, ValueError) as error:
-            raise _invalid(f"not a tar, or the tar is truncated or damaged at byte {offset}") from error
-        match = FILE.fullmatch(member.name.removeprefix(FOLDER)) if member.name.startswith(FOLDER) else None
-        digest = match[1] if match else member.name
-        if (digest != MANIFEST and match is None) or member.type != tarfile.REGTYPE:
-            raise _invalid(f"the member at byte {offset} is neither {MANIFEST} nor {FOLDER}<digest>.safetensors")
-        if digest in members or len(members) > MAX_FILES or (digest == MANIFEST) != (not members):
-            raise _invalid(f"{member.name} is a duplicate, {MANIFEST} is not first, or over {MAX_FILES} files")
-        max_bytes = MAX_MANIFEST_BYTES if digest == MANIFEST else max_adapter_bytes
-        if not 0 <= member.size <= max_bytes:
-            raise _invalid(f"{member.name} has {member.size} bytes; the limit is {max_bytes}")
-        members[digest] = _Member(offset + BLOCK_BYTES, member.size)
-        offset += BLOCK_BYTES + member.size + len(_padding(member.size))
-    end_blocks = file.read(MAX_PADDING_BYTES)
-    max_end = offset + BLOCK_BYTES + MAX_PADDING_BYTES
-    if not members or len(end_blocks) < BLOCK_BYTES or any(end_blocks) or end > max_end:
-        raise _invalid("the tar has no valid end: two blocks of zeros")
-    return members
+    members: dict[str, Member] = {}
+    datasets = DatasetMembers({}, {})
+    for member in tar.members(file):
+        if member.is_file and datasets.take(member):
+            max_bytes = MAX_MEMBER_BYTES
+            if not members:
+                raise invalid(f"{MANIFEST} is not first")
+            if len(datasets.images) > max_images:
+                raise invalid(f"the tar has more than {max_images} images, the tenant's limit; export without datasets")
+        else:
+            match = FILE.fullmatch(member.name.removeprefix(FOLDER)) if member.name.startswith(FOLDER) else None
+            digest = match[1] if match else member.name
+            if (digest != MANIFEST and match is None) or not member.is_file:
+                raise invalid(
+                    f"the member at byte {member.at} is neither {MANIFEST}, {FOLDER}<digest>.safetensors, "
+                    "datasets/<task>.jsonl nor images/<digest>"
+                )
+            if digest in members or len(members) > MAX_FILES or (digest == MANIFEST) != (not members):
+                raise invalid(f"{member.name} is a duplicate, {MANIFEST} is not first, or over {MAX_FILES} files")
+            members[digest] = member
+            max_bytes = MAX_MANIFEST_BYTES if digest == MANIFEST else max_adapter_bytes
+        if not 0 <= member.size_bytes <= max_bytes:
+            raise invalid(f"{member.name} has {member.size_bytes} bytes; the limit is {max_bytes}")
+    return members, datasets
 
 
-def _read_manifest(file: IO[bytes], members: dict[str, _Member]) -> list[_TaskEntry]:
+def _read_manifest(file: IO[bytes], members: dict[str, Member]) -> list[_TaskEntry]:
     """Return the tasks and remove the manifest from `members`, so that only adapter files remain.
 
     Raises:
         InvalidRequest: the manifest is invalid, or it names other files than the tar has.
     """
     try:
-        tenant = _Manifest.model_validate_json(_read(file, members.pop(MANIFEST)))
+        tenant = _Manifest.model_validate_json(tar.read(file, members.pop(MANIFEST)))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise _invalid(f"{MANIFEST}: {where or 'the document'}: {first['msg']}") from error
+        raise invalid(f"{MANIFEST}: {where or 'the document'}: {first['msg']}") from error
     named = {v.digest for task in tenant.tasks for v in task.versions}
     if named != members.keys():
         digest = min(named ^ members.keys())
-        raise _invalid(f"file {digest!r} is only in {MANIFEST} or only in {FOLDER}")
+        raise invalid(f"file {digest!r} is only in {MANIFEST} or only in {FOLDER}")
     return tenant.tasks
 
 
-def _read(file: IO[bytes], member: _Member) -> bytes:
-    file.seek(member.offset)
-    return file.read(member.size_bytes)
-
-
-def _read_file(file: IO[bytes], members: Mapping[str, _Member], digest: str) -> bytes:
-    data = _read(file, members[digest])
+def _read_file(file: IO[bytes], members: Mapping[str, Member], digest: str) -> bytes:
+    data = tar.read(file, members[digest])
     if hashlib.sha256(data).hexdigest() != digest:
-        raise _invalid(f"file {digest} is damaged: its sha256 differs")
+        raise invalid(f"file {digest} is damaged: its sha256 differs")
     return data
 
 
-def _put(store: Store, file: IO[bytes], members: Mapping[str, _Member], digest: str) -> None:
-    store.put(digest, _read(file, members[digest]))
+def _put(store: Store, file: IO[bytes], members: Mapping[str, Member], digest: str) -> None:
+    store.put(digest, tar.read(file, members[digest]))
 
 
 async def _checked(check: Check, digest: str, data: bytes) -> dict[str, Any]:
@@ -349,7 +373,7 @@ def _restored(task: _TaskEntry, fields_by_digest: Mapping[str, dict[str, Any]]) 
         kept = VersionInfo(version=stated.version, registered=stated.registered, **fields_by_digest[stated.digest])
         known, claimed = json.loads(kept.model_dump_json()), json.loads(stated.model_dump_json())
         if known | claimed != known:  # an older hub's manifest has no coverage and no typicality
-            raise _invalid(f"{MANIFEST}: version {stated.version} of task {task.name!r} contradicts its file")
+            raise invalid(f"{MANIFEST}: version {stated.version} of task {task.name!r} contradicts its file")
         versions[stated.version] = kept
     return WholeTask(
         task.name,
@@ -361,7 +385,3 @@ def _restored(task: _TaskEntry, fields_by_digest: Mapping[str, dict[str, Any]]) 
         history=task.history,
         last_number=task.last_number,
     )
-
-
-def _invalid(message: str) -> InvalidRequest:
-    return InvalidRequest.at("body", message)
