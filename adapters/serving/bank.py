@@ -336,10 +336,7 @@ class Bank:
         pixels = pixels.view(1, 3, height, width)
         zeros = self.warm_up(pixels, kernels=1, rank=2)
         frozen = features(backbone.model, pixels)
-        int8 = "int8" in self.forms.chosen.values()
-        rounding = INT8_ROUNDING if int8 else ROUNDING[self.dtype]
-        near = torch.allclose(zeros, frozen, rtol=0, atol=rounding * float(frozen.abs().max()))
-        if not near or not torch.equal(zeros, features(self._model, pixels)):
+        if not self._near(zeros, frozen) or not torch.equal(zeros, features(self._model, pixels)):
             raise BackboneError(
                 f"a bank cannot serve backbone {backbone.name!r}: an adapter of zeros changes its features; "
                 "use another timm model (docs/backbones.md)"
@@ -360,10 +357,13 @@ class Bank:
             split = self._features(pixels, self._zeros(1, 2, plan))
         except Exception:  # blocks that take something other than rows of images
             return Blocks()
-        near = split.shape == (4, frozen.shape[1]) and torch.allclose(
-            split, frozen.expand_as(split), rtol=0, atol=ROUNDING[self.dtype] * float(frozen.abs().max())
-        )
+        near = split.shape == (4, frozen.shape[1]) and self._near(split, frozen.expand_as(split))
         return blocks if near else Blocks()
+
+    def _near(self, features: Tensor, frozen: Tensor) -> bool:
+        """Return whether features equal the frozen backbone's, except for the rounding of the layers' forms."""
+        share = INT8_ROUNDING if "int8" in self.forms.chosen.values() else ROUNDING[self.dtype]
+        return torch.allclose(features, frozen, rtol=0, atol=share * float(frozen.abs().max()))
 
     def _current(self, slot: Slot) -> Resident:
         """Return the adapter in a slot.

@@ -166,7 +166,9 @@ def tables(report: dict[str, Any]) -> list[Table]:
             changed = str(row["merged"]["label_changes"])
             result[-1].add_row(Path(row["adapter"]).name, f"{row['merged']['largest_difference']:.1e}", changed)
     if "float32" in rows[0]:
-        result.append(Table("adapter", "same label as in float32", "top-1 in float32", "images/s in float32", box=None))
+        result.append(
+            Table("adapter", "same label", "top-1", "images/s", box=None, title="beside float32", title_justify="left")
+        )
         for row in rows:
             exact = row["float32"]
             shown = f"{exact['same_labels']:.1%}", f"{exact['top1']:.1%}", f"{exact['images_per_s']:.1f}"

@@ -163,7 +163,8 @@ def test_evaluate_compares_int8_with_float32(call: Call, root: Path) -> None:
     assert 0 < row["float32"]["largest_difference"] < 0.1 * row["merged"]["largest_logit"]
     code, text, _ = call(root / "one.safetensors", "--data", root / "all", "--dtype", "int8")
     assert code == 0
-    assert "same label as in float32" in text
+    assert "beside float32" in text
+    assert f"{row['float32']['same_labels']:.1%}" in text
 
 
 def test_evaluate_refuses_an_unknown_dtype(call: Call, root: Path) -> None:
