@@ -88,7 +88,7 @@ class TrainingArchive:
         for task, numbers in versions.items():
             made: dict[int, Training] = {}
             for training in reversed(await self._trainings.all(tenant, task)):  # oldest first
-                if training.state == "done" and training.version in numbers:
+                if training.state == "done" and training.version is not None and training.version in numbers:
                     made[training.version] = training
             lines = []
             for training in made.values():

@@ -114,7 +114,7 @@ class ReviewService:
         task = caller.own_task(name)
         async with self._limit.acquire(caller.tenant):
             images = await self._index.newest(caller.tenant, task, limit=COMPARED)
-            rows = await self._features.of(caller.tenant, [image.digest for image in images])
+            rows = await self._features.stored(caller.tenant, [image.digest for image in images], settled=True)
             images = [image for image in images if image.digest in rows]
             groups = await run_blocking(self._fits.of(caller.tenant), _near_duplicates, images, rows)
         end = start + count
@@ -224,7 +224,7 @@ def _near_duplicates(images: Sequence[DatasetImage], rows: Mapping[str, NDArray[
     found = []
     for first in np.flatnonzero(np.bincount(groups) > 1):
         places = np.flatnonzero(groups == first)
-        members = [images[place] for place in places]
+        members = [images[int(place)] for place in places]
         found.append(
             NearDuplicates(
                 size=len(members),

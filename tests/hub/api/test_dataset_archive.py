@@ -11,10 +11,11 @@ import pytest
 import redis
 from starlette.testclient import TestClient
 
-from hub.registry.audit import OPERATOR
+from hub.registry.audit import OPERATOR, Actor
 from hub.registry.datasets.entries import ArchivedImage
 from hub.registry.datasets.files import DatasetFiles
 from hub.registry.datasets.staging import StagedDatasets
+from hub.registry.datasets.trainings import Training
 from hub.registry.redis.connection import RegistryConnection
 from tests.support.hub_app import OCTETS, Hub, make_api
 from tests.support.models import png, wait_until
@@ -361,7 +362,7 @@ def test_datasets_of_an_import_that_stopped_are_removed(tenant: Hub) -> None:
 
 
 def test_an_import_has_its_files_even_if_another_dataset_gives_them_up_meanwhile(
-    tenant: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tenant: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The owner deletes task and images between the import's write of the files and its listing of them."""
     tenant.http.post(TRAININGS)
@@ -369,24 +370,28 @@ def test_an_import_has_its_files_even_if_another_dataset_gives_them_up_meanwhile
     add, add_training = StagedDatasets.add, StagedDatasets.add_training
     gone: list[str] = []
 
-    async def remove(kind: str) -> None:
-        for path in tenant.store_folder.rglob(kind):
-            path.unlink()
-            gone.append(path.name)
+    def remove(digest: str) -> None:
+        for path in tenant.store_folder.rglob(f"{digest}.*"):
+            if path.suffix != ".f16":
+                path.unlink()
+                gone.append(path.name)
 
-    async def late_add(self: StagedDatasets, *args: Any) -> list[str]:
-        await remove("*.image")
-        return await add(self, *args)
+    async def late_add(
+        self: StagedDatasets, by: Actor, owner: str, name: str, images: list[ArchivedImage]
+    ) -> list[str]:
+        for image in images:
+            remove(image.digest)
+        return await add(self, by, owner, name, images)
 
-    async def late_training(self: StagedDatasets, *args: Any) -> bool:
-        await remove("snapshots/**/*.json")
-        return await add_training(self, *args)
+    async def late_training(self: StagedDatasets, by: Actor, owner: str, name: str, training: Training) -> bool:
+        remove(training.snapshot.digest)
+        return await add_training(self, by, owner, name, training)
 
     monkeypatch.setattr(StagedDatasets, "add", late_add)
     monkeypatch.setattr(StagedDatasets, "add_training", late_training)
     reply = tenant.http.post(IMPORT, content=tar, headers=tenant.admin)
     assert reply.status_code == 201, reply.text
-    assert len(gone) > 13
+    assert len(gone) == 15  # 13 images and the snapshot of `flowers`, one image of `leaves`
     key = tenant.key_of("copy")
     for image in listed(tenant.http, "flowers", key):
         assert tenant.http.get(f"{IMAGES}/{image['digest']}", headers=key).status_code == 200
