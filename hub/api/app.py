@@ -170,7 +170,8 @@ def create_app(
     limiter = RateLimiter(database, cache, keys)
     decoder = ImageDecoder(
         pools.decoders,
-        pools.large_decoders,
+        pools.slow_decoders,
+        pools.parse,
         active,
         threads=pools.threads,
         cores=pools.cores,

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from adapters.data.images import decode_image
-from hub.concurrency import LOW_PRIORITY, ActiveTenants, lower_priority
+from hub.concurrency import LOW_PRIORITY, ActiveTenants, TenantThreads, lower_priority
 from hub.errors import InvalidImage, TooLarge
 from hub.services.image_decoding import MAX_JPEG_SCANS, ImageDecoder
 from tests.support.models import PREPROCESS, bomb_png, encoded, png
@@ -56,9 +56,8 @@ def decoder(threads: int = 2, spare_threads: int = 0, **options: Any) -> Iterato
     count = threads + spare_threads
     with ThreadPoolExecutor(count) as executor, ThreadPoolExecutor(count, initializer=lower_priority) as large:
         limits = {"max_bytes": 100_000, "max_pixels": 1_000_000, "timeout_s": 0.2} | options
-        yield ImageDecoder(
-            executor, large, ActiveTenants(), threads=threads, cores=threads, spare_threads=spare_threads, **limits
-        )
+        counts = {"threads": threads, "cores": threads, "spare_threads": spare_threads}
+        yield ImageDecoder(executor, large, TenantThreads(executor, 1, 1), ActiveTenants(), **counts, **limits)
 
 
 async def one(images: ImageDecoder, tenant: str, data: bytes | np.ndarray, field: str = "body") -> np.ndarray:
@@ -323,9 +322,8 @@ def test_tenant_decodes_large_images_on_its_share_of_the_cores_when_others_are_a
         active = ActiveTenants()
         active.note("b")
         with ThreadPoolExecutor(4) as executor:
-            images = ImageDecoder(
-                executor, executor, active, threads=4, cores=4, max_bytes=100_000, max_pixels=1_000_000, decode=slow
-            )
+            limits = {"threads": 4, "cores": 4, "max_bytes": 100_000, "max_pixels": 1_000_000}
+            images = ImageDecoder(executor, executor, TenantThreads(executor, 1, 1), active, decode=slow, **limits)
             both = large("a", 4)
             await until(lambda: slow.running == 2)
             await asyncio.sleep(0.05)
@@ -337,7 +335,7 @@ def test_tenant_decodes_large_images_on_its_share_of_the_cores_when_others_are_a
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
-def test_threads_of_low_priority_decode_large_images_only() -> None:
+def test_threads_of_low_priority_decode_large_images_and_those_of_datasets() -> None:
     priorities = []
 
     def decode(data: bytes, **options: Any) -> Any:
@@ -346,12 +344,13 @@ def test_threads_of_low_priority_decode_large_images_only() -> None:
 
     async def use() -> None:
         with decoder(max_pixels=50_000_000, timeout_s=5, decode=decode) as images:
-            for size in (1, 2, 1):
-                await images.decode("a", [("body", png(), PREPROCESS)], [size])
+            for size, of_dataset in ((1, False), (2, False), (1, False), (1, True)):
+                await images.decode("a", [("body", png(), PREPROCESS)], [size], of_dataset=of_dataset)
 
     own = os.getpriority(os.PRIO_PROCESS, 0)
     run(use)
-    assert priorities == [own, max(own, LOW_PRIORITY), own]
+    low = max(own, LOW_PRIORITY)
+    assert priorities == [own, low, own, low]
 
 
 def test_images_behind_a_wrong_one_are_not_decoded() -> None:
