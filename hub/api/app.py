@@ -176,6 +176,7 @@ def create_app(
         threads=pools.threads,
         cores=pools.cores,
         spare_threads=pools.spare_decoders,
+        processes=pools.processes,
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from adapters import ImageError, ImageTooLargeError
 from adapters.data.formats.sizes import header_pixels
-from adapters.data.images import WHITE, background_of, decode_image, eval_transform, needed_px, pixels_of
+from adapters.data.images import WHITE, background_of, decode_image, eval_transform, needed_px, pixels_of, resize_of
 
 from ..admission.quotas import PIXELS_PER_IMAGE
 from ..concurrency import (
@@ -27,6 +27,7 @@ from ..concurrency import (
     run_blocking,
 )
 from ..errors import InvalidImage, TooLarge
+from .decoding.processes import DecodeProcesses
 
 DECODE_TIMEOUT_S = 10.0
 SLOW_S = 0.25  # photos of cameras take less
@@ -65,6 +66,7 @@ class ImageDecoder:
         spare_threads: int = 0,
         timeout_s: float = DECODE_TIMEOUT_S,
         decode: Decode = decode_image,
+        processes: DecodeProcesses | None = None,
     ) -> None:
         """
         Args:
@@ -80,6 +82,7 @@ class ImageDecoder:
                 keeps its thread and its tenant's share until it ends, and a spare thread replaces it for others.
             timeout_s: time limit of one decode.
             decode: function that decodes, with the arguments of `adapters.data.images.decode_image`.
+            processes: decode large images while a thread of low priority waits; None: the thread decodes.
         """
         self._executor = executor
         self._slow_executor = slow_executor
@@ -97,6 +100,7 @@ class ImageDecoder:
         self._spare_threads = spare_threads
         self._timeout_s = timeout_s
         self._decode_image = decode
+        self._processes = processes
         self._decodes: set[asyncio.Task[None]] = set()
 
     @property
@@ -253,23 +257,31 @@ class ImageDecoder:
 
     def _decode(self, field: str, data: bytes, counted_pixels: int, preprocess: Preprocess) -> np.ndarray:
         options = {"needed_px": needed_px(preprocess), "background": background_of(preprocess)}
-        image = self._opened(field, data, counted_pixels, **options)
+        image = self._opened(field, data, counted_pixels, resize_of(preprocess), **options)
         pixels: np.ndarray = _transform(json.dumps(preprocess, sort_keys=True))(image).numpy()
         return pixels
 
     def _thumbnail(self, field: str, data: bytes, counted_pixels: int) -> bytes:
-        image = self._opened(field, data, counted_pixels, needed_px=THUMBNAIL_PX, background=WHITE)
+        resize = (THUMBNAIL_PX, "bicubic")
+        image = self._opened(field, data, counted_pixels, resize, needed_px=THUMBNAIL_PX, background=WHITE)
         image.info.clear()  # otherwise the file would have the colour profile of the image
         image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=80)
         return buffer.getvalue()
 
-    def _opened(self, field: str, data: bytes, counted_pixels: int, **options: Any) -> Any:
+    def _opened(
+        self, field: str, data: bytes, counted_pixels: int, resize: tuple[int, str] | None, **options: Any
+    ) -> Any:
+        """Return a decoded image. A large one comes already resized, if the resize is one that a process can do."""
+        options["max_pixels"] = min(self._max_pixels, counted_pixels)
         try:
             if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
                 raise ImageError(f"the JPEG has more than {MAX_JPEG_SCANS} scans; save it in a simpler form")
-            return self._decode_image(data, max_pixels=min(self._max_pixels, counted_pixels), **options)
+            if self._processes is None or resize is None or counted_pixels <= PIXELS_PER_IMAGE:
+                return self._decode_image(data, **options)
+            options |= dict(zip(("shorter_px", "interpolation"), resize, strict=True))
+            return self._processes.decode(data, timeout_s=self._timeout_s, **options)
         except ImageTooLargeError as error:
             if counted_pixels < self._max_pixels:  # otherwise an image could cost more than the tenant was charged
                 raise InvalidImage.at(field, "the image is larger than its header claims; save it again") from error

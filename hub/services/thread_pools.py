@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..admission.quotas import FITS, PARSED_AT_ONCE, SOURCE_DOWNLOADS, STORE_CALLS
 from ..concurrency import ActiveTenants, TenantThreads, lower_priority
+from .decoding.processes import DecodeProcesses
 from .trainings.instant import start_fit_thread
 
 PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster
@@ -24,6 +25,7 @@ class ThreadPools:
         threads: images decoded, and calls to the store, at the same time.
         spare_decoders: further threads of each of the pools that decode.
         decoders, slow_decoders: decode images; `ImageDecoder` has the turns. The second has a low priority.
+        processes: decode large images for the second of these.
         store: calls to the store and to files.
         parse: parses large bodies, and other work that holds Python's interpreter lock.
         sources: downloads of adapter files by reference.
@@ -41,6 +43,7 @@ class ThreadPools:
         decoders = self.threads + self.spare_decoders
         self.decoders = ThreadPoolExecutor(decoders, "decode")
         self.slow_decoders = ThreadPoolExecutor(decoders, "decode-slow", initializer=lower_priority)
+        self.processes = DecodeProcesses()
         store = ThreadPoolExecutor(self.threads, "store")
         parse = ThreadPoolExecutor(PARSE_THREADS, "parse")
         sources = ThreadPoolExecutor(SOURCE_THREADS, "source")
@@ -55,3 +58,4 @@ class ThreadPools:
         """Let idle threads end. A running call keeps its thread until it returns."""
         for executor in self._executors:
             executor.shutdown(wait=False)
+        self.processes.close()

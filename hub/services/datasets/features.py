@@ -184,7 +184,8 @@ class FeatureService:
         self, tenant: str, spec: FeatureSpec, pixels: Mapping[str, NDArray[np.uint8]]
     ) -> dict[str, NDArray[np.float16]]:
         """Compute and store features, a few images per call to a worker."""
-        digests, found = list(pixels), {}
+        digests = list(pixels)
+        found: dict[str, NDArray[np.float16]] = {}
         size = max(1, CALL_BYTES // max((image.nbytes for image in pixels.values()), default=1))
         for start in range(0, len(digests), size):
             part = digests[start : start + size]
