@@ -1,14 +1,15 @@
 """Processes that decode large images for a gateway."""
 
 import threading
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from adapters import ImageError
 from adapters.data.decode_process import DecodeProcess
 
 from ...errors import Unavailable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class DecodeProcesses:
@@ -22,7 +23,7 @@ class DecodeProcesses:
         self._closed = False
         self._lock = threading.Lock()
 
-    def decode(self, data: bytes, **options: Any) -> Image.Image:
+    def decode(self, data: bytes, **options: Any) -> "Image":
         """Return a decoded and resized image, in the calling thread; see `DecodeProcess.decode`.
 
         Raises:
