@@ -135,9 +135,9 @@ def test_status_route_counts_the_errors_of_the_last_hour_by_kind(hub: Hub) -> No
 
 def test_screen_shows_trainings_that_run_or_wait_and_errors() -> None:
     def training(**changes: Any) -> HubTraining:
-        fields = {"tenant": "acme", "task": "cracks", "id": "0", "recipe": "karst", "state": "queued", "created": ""}
+        fields: dict[str, Any] = {"tenant": "acme", "task": "cracks", "id": "0", "recipe": "karst", "state": "queued"}
         fields |= dict.fromkeys(["started", "ended", "progress", "version", "error"])
-        return HubTraining(**fields | {"seconds": 0.0, "images": 9} | changes)  # type: ignore[arg-type]
+        return HubTraining(**fields | {"created": "", "seconds": 0.0, "images": 9} | changes)
 
     progress = TrainingProgress(stage="KARST, step", seconds_left=61.4)
     listed = [training(state="running", progress=progress), training(), training(state="done", task="finished")]
