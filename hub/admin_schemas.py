@@ -238,6 +238,8 @@ class WorkerStatus(_Body):
     load_s: float
     evictions: int
     failures: int
+    # The form of each kind of frozen layer, and the milliseconds that each form took at start.
+    frozen_layers: list[str] = Field(default_factory=list)
 
 
 class TenantStatus(_Body):

@@ -136,7 +136,10 @@ def screen(now: TimedStatus, before: TimedStatus | None, *, narrow: bool = False
     head = [Text(headline(status), style="bold")]
     if status.changes_refused is not None:
         head.append(Text(f"changes are refused: {status.changes_refused}", style="bold red"))
-    return Group(*head, *tables)
+    frozen = [
+        Text(f"frozen layers of {w.worker}: {'; '.join(w.frozen_layers)}") for w in status.workers if w.frozen_layers
+    ]
+    return Group(*head, *tables, *frozen)
 
 
 def headline(status: HubStatus) -> str:

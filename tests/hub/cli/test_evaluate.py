@@ -10,6 +10,7 @@ import torch
 
 from adapters import Adapter, load_backbone
 from adapters.evaluation.evaluate import Agreement
+from adapters.serving.cpu_operators import has_int8
 from hub.cli import evaluate as evaluating
 from hub.cli import main as cli
 from tests.support.models import png, random_adapter, with_tensors
@@ -148,3 +149,25 @@ def test_evaluate_names_the_fault_when_its_input_is_invalid(
     assert exit_code == code
     assert message in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI")
+def test_evaluate_compares_int8_with_float32(call: Call, root: Path) -> None:
+    code, text, _ = call(root / "one.safetensors", "--data", root / "all", "--dtype", "int8", "--merged", "--json")
+    assert code == 0
+    report = json.loads(text)
+    assert report["dtype"] == "int8"
+    (row,) = report["rows"]
+    assert row["merged"]["agrees"]  # merged and float32
+    assert 0 <= row["float32"]["same_labels"] <= 1
+    assert 0 < row["float32"]["largest_difference"] < 0.1 * row["merged"]["largest_logit"]
+    code, text, _ = call(root / "one.safetensors", "--data", root / "all", "--dtype", "int8")
+    assert code == 0
+    assert "beside float32" in text
+    assert f"{row['float32']['same_labels']:.1%}" in text
+
+
+def test_evaluate_refuses_an_unknown_dtype(call: Call, root: Path) -> None:
+    code, _, error = call(root / "one.safetensors", "--data", root / "all", "--dtype", "int3")
+    assert code == 2
+    assert "HUB_DTYPE" in error

@@ -264,3 +264,9 @@ def test_top_says_in_a_line_of_its_own_that_changes_are_refused() -> None:
     assert f"changes are refused: {reason}" in shown(TimedStatus(status, 0.0))
     healthy = HubStatus(workers=[worker()], tasks=[], tenants=[])
     assert "refused:" not in shown(TimedStatus(healthy, 0.0))
+
+
+def test_the_view_shows_the_forms_of_the_frozen_layers() -> None:
+    lines = ["qkv 192x576: onednn (linear 0.20 ms, onednn 0.10 ms)"]
+    status = HubStatus(workers=[worker(frozen_layers=lines)], tasks=[], tenants=[])
+    assert f"frozen layers of node/1: {lines[0]}" in shown(TimedStatus(status, 1.0))
