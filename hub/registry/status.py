@@ -18,7 +18,7 @@ MAX_TASKS = 20  # in the hub's list of the busiest tasks
 MAX_TENANTS = 100  # in the hub's list of active tenants, the latest first
 ACTIVE_S = 60  # a tenant is active for so long after a request
 MAX_RECENT_DIGESTS = 10_000
-ERROR_MINUTES = 60  # errors of so many minutes are counted, this minute included
+ERROR_MINUTES = 60  # minutes whose errors count, this minute included
 
 
 class StatusBoard:
