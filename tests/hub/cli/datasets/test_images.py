@@ -90,9 +90,9 @@ def test_near_duplicates_are_listed_with_what_to_do(run: Run, tmp_path: Path) ->
     folder = coloured_noise(tmp_path / "colours", COLOURS, count=6, seed=0)
     run("images", "add", "colours", folder)
     assert "groups of near-duplicates among 12 images: 0" in run("images", "duplicates", "colours").stdout
-    for split in ("train", "test"):
-        copy = tmp_path / f"{split}.bmp"
-        Image.open(folder / "red" / "0.png").resize((33 if split == "test" else 32, 32)).save(copy)
+    for split, suffix in (("train", "bmp"), ("test", "tiff")):
+        copy = tmp_path / f"{split}.{suffix}"
+        Image.open(folder / "red" / "0.png").save(copy)
         assert run("images", "add", "colours", copy, "--label", "red", "--split", split).exit_code == 0
     done = run("images", "duplicates", "colours")
     assert "groups of near-duplicates among 14 images: 1" in done.stdout
