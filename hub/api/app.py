@@ -173,11 +173,13 @@ def create_app(
     limiter = RateLimiter(database, cache, keys)
     decoder = ImageDecoder(
         pools.decoders,
-        pools.large_decoders,
+        pools.slow_decoders,
+        pools.parse,
         active,
         threads=pools.threads,
         cores=pools.cores,
         spare_threads=pools.spare_decoders,
+        processes=pools.processes,
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
     )
