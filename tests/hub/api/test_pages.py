@@ -132,3 +132,14 @@ def test_a_limit_or_a_cursor_is_refused_when_no_page_can_have_it(hub: Hub, path:
     assert reply.json()["errors"][0]["field"] == next(iter(params))
     if "cursor" in params:
         assert "the value `next` of the previous page" in reply.json()["detail"]
+
+
+def test_tasks_are_listed_in_the_order_that_the_client_names(hub: Hub, adapters: list[Adapter]) -> None:
+    for name in ("b", "a"):
+        hub.http.put(f"/v1/tasks/{name}", json={})
+    hub.http.post("/v1/tasks/c/versions", content=adapters[0].data)
+    for query, names in (("", "abc"), ("sort=name&order=desc", "cba"), ("sort=labels&order=desc", "cba")):
+        assert [task["task"] for task in hub.http.get(f"/v1/tasks?{query}").json()["tasks"]] == list(names)
+        assert [task["task"] for page in pages(hub, f"/v1/tasks?{query}", "tasks", 1) for task in page] == list(names)
+    refused = hub.http.get("/v1/tasks?sort=colour")
+    assert (refused.status_code, "registered" in refused.json()["detail"]) == (422, True)
