@@ -220,7 +220,7 @@ def test_training_job_shows_its_progress_and_is_cancelled(
     page.get_by_role("status").get_by_text("KARST,").wait_for(timeout=240_000)
     curve = page.get_by_role("img", name="Loss and accuracy while training").locator("polyline").first
     curve.wait_for(timeout=120_000)
-    assert len((curve.get_attribute("points") or "").split()) >= 3
+    assert len((curve.get_attribute("points") or "").split()) >= 2
     page.get_by_role("button", name="Cancel").click()
     page.get_by_text("The training was cancelled").wait_for()
 
@@ -234,7 +234,7 @@ def test_camera_s_pictures_join_the_images_and_get_an_answer(
     page.get_by_role("button", name="Take pictures").click()
     dialog = page.get_by_role("dialog", name="Camera")
     for taken in (1, 2):
-        page.wait_for_function("document.querySelector('video').videoWidth > 0")
+        page.wait_for_function("() => document.querySelector('video').videoWidth > 0")
         dialog.get_by_role("button", name="Take the picture").click()
         page.get_by_text(f"{36 + taken} images, 3 labels.").wait_for()
     dialog.get_by_role("button", name="Close").last.click()
@@ -243,7 +243,7 @@ def test_camera_s_pictures_join_the_images_and_get_an_answer(
     page.get_by_role("button", name="Train now").click()
     page.get_by_role("link", name="Try it").click()
     page.get_by_role("button", name="Use the camera").click()
-    page.wait_for_function("document.querySelector('video').videoWidth > 0")
+    page.wait_for_function("() => document.querySelector('video').videoWidth > 0")
     dialog.get_by_role("button", name="Take the picture").click()
     page.locator(".tried").get_by_role("heading", name="0 version 1").wait_for()
 
