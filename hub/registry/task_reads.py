@@ -188,7 +188,7 @@ class TaskReads:
     ) -> tuple[str, list[list[str]]]:
         arguments: dict[str, Any] = {"tenant": tenant, "part": part, "after": after}
         if order != BY_NAME:
-            arguments["order"] = order._asdict()
+            arguments["order"] = {"by": order.by, "descending": order.descending}
         reply = await self._read("list", **arguments, count=count, max_bytes=max_bytes)
         if not isinstance(reply, list):
             raise TypeError(f"Redis returned {type(reply).__name__}, not a list")
