@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all faults soak fuzz serve lint bench clean
+.PHONY: demo test test-all faults soak fuzz serve lint bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/karst-hub demo
@@ -45,6 +45,10 @@ lint: $(INSTALLED)
 # make bench PART=over_http runs one part; it first prints how long it takes.
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks $(PART)
+
+# Ten minutes on one H100 or H200. Without a GPU: .venv/bin/python -m benchmarks.gpu --device cpu
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
