@@ -27,7 +27,9 @@ ROUNDS = 5  # in which every form of a kind runs once
 BUDGET_S = 1.5  # of all measurements; a kind gets its share
 MIN_GAIN = 1.02  # a form replaces `linear` only if it is this many times as fast: the rest is noise
 INT8_MAX = 127
-CHUNK_NUMBERS = 96 * 1024  # activations that are quantised at once; they fit a core's second-level cache
+CHUNK_NUMBERS = (
+    256 * 1024
+)  # activations that are quantised at once: their temporary tensors fit a core's second-level cache
 
 
 class Kind(NamedTuple):

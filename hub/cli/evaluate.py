@@ -24,8 +24,8 @@ from adapters import (
     load_backbone,
 )
 from adapters.data.datasets import read_split
-from adapters.evaluation.evaluate import BATCH_SIZE, Outputs, compare_merged, evaluate, scores
-from adapters.serving.frozen_forms import can_int8, unmeasured_forms
+from adapters.evaluation.evaluate import BATCH_SIZE, Outputs, bank_for, compare_merged, evaluate, scores
+from adapters.serving.frozen_forms import can_int8
 
 Pair = tuple[Path, Path]  # an adapter file and its images
 
@@ -204,15 +204,7 @@ def _agreement(int8: Outputs, exact: Outputs) -> dict[str, float]:
 
 def _banks(backbone: Backbone, configs: Sequence[KarstConfig], *, int8: bool = False) -> dict[int, Bank]:
     """Return one bank with one slot per factor, since all adapters of a bank share one factor."""
-    banks = {}
-    for factor in {config.factor for config in configs}:
-        same = [config for config in configs if config.factor == factor]
-        banks[factor] = Bank(
-            backbone,
-            slots=1,
-            max_rank=max(config.rank for config in same),
-            max_kernels=max(config.kernels for config in same),
-            factor=factor,
-            forms=unmeasured_forms(backbone, int8=int8),
-        )
-    return banks
+    return {
+        factor: bank_for(backbone, [config for config in configs if config.factor == factor], int8=int8)
+        for factor in {config.factor for config in configs}
+    }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters import Adapter, load_backbone
+from adapters import Adapter, KarstConfig, load_backbone
 from adapters.evaluation.evaluate import Agreement
 from adapters.serving.cpu_operators import has_int8
 from hub.cli import evaluate as evaluating
@@ -73,6 +73,24 @@ def test_evaluate_reports_one_row_per_adapter(call: Call, root: Path) -> None:
         assert row["merged"]["agrees"]
         assert row["images_per_s"] > 0
     assert report["rows"][0]["nll"] != report["rows"][1]["nll"]
+
+
+def test_evaluate_takes_an_adapter_that_is_a_head_alone(call: Call, root: Path, tmp_path: Path) -> None:
+    adapter = Adapter.read(root / "one.safetensors")
+    head = {name: tensor for name, tensor in adapter.tensors.items() if name.startswith("head.")}
+    config = KarstConfig(kernels=0, rescale="none")
+    alone = Adapter.create(
+        head,
+        config=config,
+        backbone=adapter.backbone,
+        fingerprint=adapter.fingerprint,
+        labels=adapter.labels,
+        preprocess=adapter.preprocess,
+    )
+    alone.write(tmp_path / "head.safetensors")
+    code, text, _ = call(tmp_path / "head.safetensors", "--data", root / "all", "--json")
+    assert code == 0
+    assert json.loads(text)["rows"][0]["images"] == 12
 
 
 def test_evaluate_uses_the_images_of_each_row_when_it_reads_a_table(call: Call, root: Path) -> None:
