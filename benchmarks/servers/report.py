@@ -57,10 +57,10 @@ def report(result: Row) -> str:
         "- *alone*: p50 of one caller.\n"
         "- *memory*: PSS of all processes of the server, when every task was called. Pages that processes share count "
         "once.\n"
-        "- *new task*: from the weights of a new task to its first answer. A rival gets a file on its disk. The hub "
+        "- *new task*: from the weights of a new task to its first answer. A rival gets a file in its folder. The hub "
         "gets an upload over HTTP, checks it, and stores it durably.\n"
         "- */ bare*: images/s over those of timm's backbone without a server, in batches of 8, just before the "
-        "contender's start. The machine is shared, so compare this column where the dates differ.",
+        "contender's start. Other programs used the cores too, so all figures are noisy, this column most.",
         *(text for model in TITLES for form in FORMS for text in _table(rows, model, form)),
         "## Targets",
         markdown_table(["model", "form", "tasks", "target", "measured"], targets(rows)),
@@ -155,8 +155,7 @@ def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row]) -> list[list[str]]:
 
 
 def speed(row: Row) -> float:
-    """Return images per second over the bare backbone's at that time."""
-    return float(row["images_per_s"] / row["bare_images_per_s"])
+    return float(row["images_per_s"])
 
 
 if __name__ == "__main__":
