@@ -15,7 +15,9 @@ done
 # The stub of Triton's Python backend has the core of a Python 3.11 before 3.11.5, and fails with a newer standard library.
 for python in ${PYTHON_TRITON:-} /usr/bin/python3.11; do
     if "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 11, 5))' 2>/dev/null; then
-        ln -sf "$python" "$VENV/bin/python-triton"
+        "$python" -m venv --without-pip "$VENV/triton"
+        "$VENV/bin/python" -c 'import site; print(site.getsitepackages()[0])' \
+            > "$VENV/triton/lib/python3.11/site-packages/rivals.pth"
         break
     fi
 done

@@ -134,20 +134,18 @@ class BentoMl(Rival):
 class PyTriton(Rival):
     """The stub of Triton's Python backend (nvidia-pytriton 0.7.0) has the core of an older Python 3.11.
 
-    It fails with the standard library of 3.11.7, so the server runs with `python-triton`, an older 3.11 (install.sh).
+    It fails with the standard library of 3.11.7, so an older 3.11 runs this server (install.sh).
     """
 
     script = "pytriton_app.py"
 
     def command(self) -> tuple[list[str], dict[str, str]]:
         command, environment = super().command()
-        older = self.rivals / "bin" / "python-triton"
+        older = self.rivals / "triton" / "bin" / "python"
         if not older.exists():
             return command, environment
         packages = next((self.rivals / "lib").glob("python*/site-packages"))
-        libraries = packages / "nvidia_pytriton.libs"
-        environment |= {"PYTHONPATH": str(packages), "LD_LIBRARY_PATH": str(libraries)}
-        return [str(older.resolve()), self.script], environment
+        return [str(older), self.script], environment | {"LD_LIBRARY_PATH": str(packages / "nvidia_pytriton.libs")}
 
     def message(self, task: int, image: bytes) -> bytes:
         parts = {
