@@ -24,8 +24,9 @@ def lead(servers: Row, gpu: Row | None) -> list[str]:
         for tasks in sorted({row["tasks"] for row in here}):
             lines += _lines(title, tasks, [row for row in here if row["tasks"] == tasks])
     machine = servers["machine"]
+    bare = sorted(row["bare_images_per_s"] for row in rows if "bare_images_per_s" in row)
     return [
-        "## How fast, how much memory, beside whom",
+        "## Speed and memory, beside other servers",
         f"Images per second, latency and memory over HTTP, on {machine['cores']} cores of {machine['cpu']} "
         f"({machine['date'][:10]}), with 16 callers and one image a call. Every task has an adapter of its own; other "
         "servers hold a merged model per task. The second server of each row is the fastest other one. "
@@ -46,6 +47,9 @@ def lead(servers: Row, gpu: Row | None) -> list[str]:
             ],
             lines,
         ),
+        f"Other programs used the cores meanwhile: the bare backbone alone reached {bare[0]:.0f} to {bare[-1]:.0f} "
+        "images per second just before these runs. Compare memory and orders of magnitude, not single figures. Where the "
+        "cores were not the same for two servers, [servers.md](servers.md) calls a target undecided.",
         *_gpu(gpu),
     ]
 

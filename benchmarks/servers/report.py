@@ -29,6 +29,7 @@ FILES = {
 }
 HUB = "karst-hub"
 MANY, BEST_AT_ONE = 8, 0.9
+DRIFT = 1.25  # of the bare backbone's speed between two contenders, from which on their ratio says nothing
 Row = Mapping[str, Any]
 
 
@@ -55,7 +56,8 @@ def report(result: Row) -> str:
         "compares answers with those of merged models before it measures.",
         "- *images/s*, *p50*, *p99*: 16 callers in a closed loop, one image a call, tasks in a random order.\n"
         "- *alone*: p50 of one caller.\n"
-        "- *memory*: PSS of all processes of the server, when every task was called. Pages that processes share count "
+        "- *memory*: PSS of all processes of the server, after a warm-up that calls each task once, "
+        "ten seconds at most. Pages that processes share count "
         "once.\n"
         "- *new task*: from the weights of a new task to its first answer. A rival gets a file in its folder. The hub "
         "gets an upload over HTTP, checks it, and stores it durably.\n"
@@ -73,6 +75,9 @@ def report(result: Row) -> str:
         "The model, the same for all rivals (`models.py`):",
         _code("models.py"),
         *(text for name, file in FILES.items() for text in (f"### {name}", _code(file))),
+        "nvidia-pytriton 0.7.0 fails on Python 3.11.7: `'_thread.RLock' object has no attribute "
+        "'_recursion_count'`. The stub of its Python backend has the core of an older 3.11. `install.sh` therefore "
+        "takes 3.11.4 or older for it, where there is one.",
         "BentoML starts with `bentoml serve bentoml_app:Classifier`, the others with `python FILE`.",
         "### karst-hub",
         "```sh\nexport HUB_BACKBONE=vit_small_patch14_dinov2.lvd142m HUB_CHECKPOINT=backbone.safetensors\n"
@@ -122,6 +127,12 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if "reason" in row
     )
+    without = [name for name in SIDES if not any(row["contender"] == name for row in rows)]
+    lines |= {f"- {name}: no result yet.": None for name in without}
+    heads = [form for form in FORMS if not any(row["form"] == form for row in rows)]
+    lines |= {f"- {FORMS[form]}: no result yet.": None for form in heads}
+    models = [model for model in TITLES if not any(row["model"] == model for row in rows)]
+    lines |= {f"- {TITLES[model]}: no result yet.": None for model in models}
     return ["## Not run", "\n".join(lines)] if lines else []
 
 
@@ -150,6 +161,11 @@ def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row]) -> list[list[str]]:
         ratio, bar = speed(own) / speed(best), 1.0 if tasks >= MANY else BEST_AT_ONE
         target = "ahead of every rival" if tasks >= MANY else f">= {bar:g} of the best rival"
         verdict = "holds" if ratio >= bar else "**does not hold**"
+        bare = sorted(row["bare_images_per_s"] for row in (own, best))
+        if bare[1] > DRIFT * bare[0]:
+            verdict = (
+                f"**undecided**, the bare backbone's own speed differed by {bare[1] / bare[0]:.1f} between the two"
+            )
         out.append([str(tasks), target, f"{ratio:.2f} of {best['contender']}: {verdict}"])
     return out
 

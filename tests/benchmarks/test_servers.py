@@ -59,6 +59,13 @@ def test_page_shows_the_code_of_each_rival_and_says_which_target_does_not_hold()
     assert "class Classifier(ls.LitAPI)" in page
 
 
+def test_page_decides_nothing_when_the_machine_was_slower_for_one_contender() -> None:
+    rows = [row("karst-hub", 8, **MEASURED), row("FastAPI", 8, **MEASURED | {"bare_images_per_s": 400.0})]
+    page = report.report({"machine": MACHINE, "rows": rows})
+    assert "**undecided**" in page
+    assert "holds" not in page
+
+
 @pytest.mark.parametrize("name", [name for name in SIDES if name != "karst-hub"])
 def test_call_of_each_rival_has_the_bytes_of_task_and_image(name: str, tmp_path: Path) -> None:
     side: Side = SIDES[name](Inputs(MODELS["tiny"], "heads", tmp_path), tmp_path, tmp_path, 1)
