@@ -9,8 +9,8 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/karst-hub demo
 
-# Three processes: one starts with all tests that share whole hubs, and mostly waits; see tests/conftest.py.
-PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# Four processes: three start with tests that mostly wait, for whole hubs, a browser or Prometheus; see tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow and not long"
