@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import isnan
@@ -18,12 +18,13 @@ from adapters import Bank, BankLimits, load_backbone
 
 from ..admin_schemas import WorkerStatus
 from ..admission.quotas import WORKER_FEATURES_QUEUED, WORKER_IMAGES_QUEUED
+from ..concurrency import Together
 from ..errors import HubError
 from ..observability import log_format, request_context, tracing
 from ..observability.metrics import MetricTypes
 from ..settings import Settings
 from ..storage.store import Store
-from ..worker_api import ROUTING_DIGEST_CHARS, Answer, CallOrigin, PassStats, TaskAnswers
+from ..worker_api import ROUTING_DIGEST_CHARS, Answer, CallFailed, CallOrigin, PassStats, TaskAnswers
 from .adapter_cache import AdapterCache
 from .batch_tuner import BatchTuner
 from .batcher import Batcher
@@ -109,6 +110,7 @@ class Worker:
         self._prewarming = prewarming
         self._used_digests: set[str] = set()  # since the last report to the registry
         self._images = 0  # queued and computed here
+        self._together: Together[list[Answer] | HubError] = Together()
         self._background: list[asyncio.Task[None]] = []
         writer.submit(self._preload).result()
 
@@ -175,6 +177,27 @@ class Worker:
             return await self.classify(*args)
         except HubError as error:
             return error
+
+    async def answer_together(
+        self, calls: Mapping[str, Sequence[Any]]
+    ) -> AsyncGenerator[tuple[int, dict[str, list[Answer] | Exception]], None]:
+        """Yield the results of `answer` for calls that were sent together, each as soon as it is there.
+
+        An error of this worker's code belongs to its own call. The calls end with the send.
+
+        Args:
+            calls: id -> arguments of `answer`.
+
+        Yields:
+            The number of calls at this worker, and some of the results by id. A call that was dropped has none.
+        """
+        run = {id: self.answer(*arguments) for id, arguments in calls.items()}
+        async for ended in self._together.results(run):
+            yield len(self._together), {id: _result(task) for id, task in ended.items()}
+
+    async def forget(self, ids: Sequence[str]) -> None:
+        """Drop calls of `answer_together` whose clients disconnected."""
+        self._together.drop(ids)
 
     async def classify(
         self,
@@ -345,6 +368,15 @@ class Worker:
                 await board.report(status)
 
             await _repeat(report, STATUS_INTERVAL_S, "status report", logging.DEBUG)
+
+
+def _result(task: "asyncio.Task[list[Answer] | HubError]") -> list[Answer] | Exception:
+    """Return what a call returned, or its error in a form that every process can read."""
+    error = task.exception()
+    if error is None:
+        return task.result()
+    logger.error("a call failed", exc_info=error)
+    return CallFailed(f"{type(error).__name__}: {error}")
 
 
 async def _repeat(step: Callable[[], Awaitable[None]], interval_s: float, name: str, level: int) -> None:
