@@ -1,6 +1,7 @@
 """Image decoding and preprocessing, shared by training and serving so that both see identical pixels.
 
-Images travel as uint8 tensors. Normalisation runs on the model's device.
+Images travel as uint8 tensors. Normalisation runs on the model's device. The module loads torch and timm only for the
+transform: a process that only decodes starts ten times faster without them.
 """
 
 import importlib
@@ -8,15 +9,11 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from PIL import AvifImagePlugin, Image, UnidentifiedImageError
-from timm.data.transforms_factory import create_transform
-from torch import Tensor
 
-from ..backbone import Backbone, BackboneInfo
 from ..format.metadata import PREPROCESS
 from .errors import ImageError, ImageTooLargeError
 from .formats.avif import av1_sizes
@@ -24,6 +21,11 @@ from .formats.metadata import Metadata, split_metadata
 from .formats.refusals import brands_of, name_of
 from .formats.sizes import header_pixels
 from .formats.tiff import is_tiff, parse_tiff
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..backbone import Backbone, BackboneInfo
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MAX_IMAGE_PIXELS = 50_000_000
@@ -167,7 +169,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def preprocess_of(backbone: BackboneInfo, background: Sequence[int] | None = WHITE) -> dict[str, Any]:
+def preprocess_of(backbone: "BackboneInfo", background: Sequence[int] | None = WHITE) -> dict[str, Any]:
     """Return the backbone's preprocessing in the form of an adapter's metadata (timm's data config, JSON types).
 
     Args:
@@ -184,9 +186,9 @@ def background_of(preprocess: Mapping[str, Any]) -> Sequence[int] | None:
     return found
 
 
-def eval_transform(preprocess: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
+def eval_transform(preprocess: Mapping[str, Any]) -> "Callable[[Image.Image], Tensor]":
     """Return timm's evaluation transform without normalisation: RGB image -> (3, H, W) uint8."""
-    transform = create_transform(
+    transform = importlib.import_module("timm.data.transforms_factory").create_transform(
         input_size=tuple(preprocess["input_size"]),
         interpolation=preprocess["interpolation"],
         crop_pct=preprocess["crop_pct"],
@@ -195,7 +197,27 @@ def eval_transform(preprocess: Mapping[str, Any]) -> Callable[[Image.Image], Ten
         is_training=False,
         normalize=False,
     )
-    return cast(Callable[[Image.Image], Tensor], transform)
+    return cast("Callable[[Image.Image], Tensor]", transform)
+
+
+def resize_of(preprocess: Mapping[str, Any]) -> tuple[int, str] | None:
+    """Return the shorter side, in pixels, and the interpolation of the resize with which `eval_transform` begins.
+
+    After `resized` with these, `eval_transform` gives the same pixels as without. None for a transform that resizes
+    otherwise.
+    """
+    _, height, width = preprocess["input_size"]
+    if preprocess["crop_mode"] != "center" or height != width:
+        return None
+    return math.floor(int(height) / float(preprocess["crop_pct"])), str(preprocess["interpolation"])
+
+
+def resized(image: Image.Image, shorter_px: int, interpolation: str) -> Image.Image:
+    """Resize an image to this shorter side, as torchvision does."""
+    shorter, longer = sorted(image.size)
+    longer_px = int(shorter_px * longer / shorter)
+    size = (shorter_px, longer_px) if image.width <= image.height else (longer_px, shorter_px)
+    return image if image.size == size else image.resize(size, Image.Resampling[interpolation.upper()])
 
 
 def needed_px(preprocess: Mapping[str, Any]) -> int | None:
@@ -209,7 +231,7 @@ def needed_px(preprocess: Mapping[str, Any]) -> int | None:
     return math.ceil(max(int(height), int(width)) / float(preprocess["crop_pct"]))
 
 
-def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalise(pixels: "Tensor", mean: "Tensor", std: "Tensor") -> "Tensor":
     """Scale and normalise pixels: (B, 3, H, W) uint8 -> float32, bit-equal to torchvision's ToTensor and Normalize.
 
     Args:
@@ -219,11 +241,11 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return pixels.float().div_(255).sub_(mean).div_(std)
 
 
-def normalise_for(backbone: Backbone, pixels: Tensor) -> Tensor:
+def normalise_for(backbone: "Backbone", pixels: "Tensor") -> "Tensor":
     """Normalise pixels with the backbone's mean and std, on its device: (B, 3, H, W) uint8 -> float32."""
     config = backbone.data_config
-    mean, std = (torch.tensor(config[name], device=backbone.device) for name in ("mean", "std"))
-    return normalise(pixels.to(backbone.device), mean, std)
+    samples = pixels.to(backbone.device).float()
+    return normalise(samples, *(samples.new_tensor(config[name]) for name in ("mean", "std")))
 
 
 def _with_alpha(image: Image.Image, bits: int) -> Image.Image:

@@ -79,7 +79,7 @@ class RendezvousRouter(PendingRequestIndex, RequestRouter):
         if key.startswith(PINNED):
             pinned = replicas.pop(key.removeprefix(PINNED), None)
             return [group for group in ([pinned] if pinned else [], list(replicas.values())) if group]
-        groups = self._workers.table.route(key, replicas, lambda name: queue_length(self, replicas[name].replica_id))
+        groups = self._workers.table.route(key, replicas, lambda name: queue_length(self, replicas[name]))
         return [[replicas[name] for name in group] for group in groups]
 
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import isnan
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from adapters import Bank, BankLimits, load_backbone
+from adapters.serving.frozen_forms import can_int8, measure_forms
 
 from ..admin_schemas import WorkerStatus
 from ..admission.quotas import WORKER_FEATURES_QUEUED, WORKER_IMAGES_QUEUED
@@ -33,7 +34,7 @@ from .idle_passes import IdlePasses
 from .many_tasks import ManyTasks
 from .metrics import WorkerMetrics
 from .passes import Item, ItemScores, Passes
-from .prewarming import Prewarming
+from .prewarming import Prewarming, repeat
 from .stats import WorkerStats
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ PREWARMING_INTERVAL_S = 30.0
 MAX_ROUTED_DIGESTS = 1000  # resident adapters that a worker reports to the routers
 STORE_READERS = 8  # threads that read from the store
 FEATURE_IMAGES, FEATURE_IMAGES_GPU = 4, 32  # of a pass without adapters: small, since a classification may wait for it
+FORM_IMAGES = 8  # of the passes for which the forms of the frozen layers are measured: a usual batch on a CPU
 HEADS_SHARE = 4  # stacked heads may take the limit of host memory for adapters, divided by this
 
 
@@ -120,10 +122,22 @@ class Worker:
             settings.backbone,
             settings.checkpoint,
             device=settings.torch_device,
-            dtype=getattr(torch, settings.dtype),
+            dtype=getattr(torch, settings.weights_dtype),
             image_size=settings.image_size,
         )
-        return Bank(backbone, slots=settings.slots, max_rank=settings.max_rank, max_kernels=settings.max_kernels)
+        int8 = settings.dtype == "int8"
+        if int8 and not can_int8(backbone):
+            logger.warning("HUB_DTYPE=int8 needs a CPU with VNNI; this worker computes in float32")
+        forms = measure_forms(backbone, min(settings.batch_size, FORM_IMAGES), int8=int8)
+        for line in forms.describe():
+            logger.info("frozen layers %s", line)
+        return Bank(
+            backbone,
+            slots=settings.slots,
+            max_rank=settings.max_rank,
+            max_kernels=settings.max_kernels,
+            forms=forms,
+        )
 
     def _preload(self) -> None:
         """Load the pinned and the recently used adapters, as many as there are slots."""
@@ -306,6 +320,7 @@ class Worker:
             load_s=counts.load_s,
             evictions=counts.evictions,
             failures=counts.failures,
+            frozen_layers=self._bank.forms.describe(),
         )
 
     async def refresh_prewarming(self) -> None:
@@ -355,7 +370,7 @@ class Worker:
             self._background = [
                 asyncio.create_task(self._report_status()),
                 asyncio.create_task(
-                    _repeat(self.refresh_prewarming, PREWARMING_INTERVAL_S, "prewarming", logging.WARNING)
+                    repeat(self.refresh_prewarming, PREWARMING_INTERVAL_S, "prewarming", logging.WARNING)
                 ),
             ]
 
@@ -367,7 +382,7 @@ class Worker:
                 self._metrics.record_status(status, self._host.store_reads)
                 await board.report(status)
 
-            await _repeat(report, STATUS_INTERVAL_S, "status report", logging.DEBUG)
+            await repeat(report, STATUS_INTERVAL_S, "status report", logging.DEBUG)
 
 
 def _result(task: "asyncio.Task[list[Answer] | HubError]") -> list[Answer] | Exception:
@@ -377,22 +392,3 @@ def _result(task: "asyncio.Task[list[Answer] | HubError]") -> list[Answer] | Exc
         return task.result()
     logger.error("a call failed", exc_info=error)
     return CallFailed(f"{type(error).__name__}: {error}")
-
-
-async def _repeat(step: Callable[[], Awaitable[None]], interval_s: float, name: str, level: int) -> None:
-    """Run a step until the task is cancelled. A failed step is logged and does not end the repetition.
-
-    Args:
-        level: of the log line for an error of the hub, such as an unavailable registry.
-    """
-    task = asyncio.current_task()
-    # redis-py 8.1.0 on Python 3.11 drops about one in sixteen cancellations at random moments (measured: 2,219 of
-    # 36,382). Without this check the task would then never end.
-    while task is None or not task.cancelling():
-        try:
-            await step()
-        except HubError as error:
-            logger.log(level, "%s failed, next try in %g s: %s", name, interval_s, error)
-        except Exception:
-            logger.exception("%s failed, next try in %g s", name, interval_s)
-        await asyncio.sleep(interval_s)

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from adapters import Adapter
+from adapters import Adapter, Backbone
 from tests.support.asgi import listening
 from tests.support.hub_app import OCTETS, Hub
+from tests.support.models import calibrated_adapter
 
 
 @pytest.fixture
@@ -15,6 +16,20 @@ def flowers(hub: Hub, adapters: list[Adapter]) -> Hub:
     for adapter, params in ((adapters[0], {"alias": "stable"}), (adapters[1], {})):
         reply = hub.http.post("/v1/tasks/flowers/versions", content=adapter.data, params=params, headers=OCTETS)
         assert reply.status_code == 201, reply.text
+    return hub
+
+
+@pytest.fixture(scope="module")
+def adapter(backbone: Backbone) -> Adapter:
+    """A head for images of noise."""
+    return calibrated_adapter(backbone)
+
+
+@pytest.fixture
+def served(hub: Hub, adapter: Adapter) -> Hub:
+    """A hub with a task `flowers` of one version, whose images are noise, and which keeps no images."""
+    reply = hub.http.post("/v1/tasks/flowers/versions", content=adapter.data, headers=OCTETS)
+    assert reply.status_code == 201, reply.text
     return hub
 
 

@@ -9,28 +9,16 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
-from adapters import Adapter, Backbone
+from adapters import Adapter
 from adapters.evaluation.calibration import coverage_threshold
 from tests.support.asgi import listening
 from tests.support.hub_app import OCTETS, Hub, bearer
-from tests.support.models import calibrated_adapter, flat_png, png, wait_until, with_metadata
+from tests.support.models import flat_png, png, wait_until, with_metadata
 from tests.support.protocols import INFER, Reply, assert_problem, image_tensor
 
 URL = "/v1/tasks/flowers"
 CLASSIFY = f"{URL}/classify"
 FOREIGN = flat_png()
-
-
-@pytest.fixture(scope="module")
-def adapter(backbone: Backbone) -> Adapter:
-    return calibrated_adapter(backbone)
-
-
-@pytest.fixture
-def served(hub: Hub, adapter: Adapter) -> Hub:
-    """A hub with a task `flowers`, whose images are noise."""
-    assert register(hub, adapter.data).status_code == 201
-    return hub
 
 
 def register(hub: Hub, data: bytes, **params: float | str) -> Reply:

@@ -91,10 +91,7 @@ def run(use: Callable[[Deployment, ServeWorkers], Awaitable[None]]) -> None:
         async with asyncio.timeout(20):
             await use(deployment, ServeWorkers(deployment))
 
-    try:
-        asyncio.run(limited())
-    finally:
-        KNOWN_WORKERS.update([])
+    asyncio.run(limited())
 
 
 def start(workers: ServeWorkers, name: str, tenant: str = "t", images: int = 1, side: int = 1) -> "asyncio.Task[Any]":
