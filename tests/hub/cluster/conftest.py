@@ -18,6 +18,6 @@ assert ray.serve
 
 @pytest.fixture(autouse=True)
 def no_known_workers() -> Iterator[None]:
-    """Forget the workers that routers of a test have told this process."""
+    """Forget the workers that routers of a test have found."""
     yield
     KNOWN_WORKERS.update([])
