@@ -13,7 +13,7 @@ from tests.support.hub_process import command, descendants
 from tests.support.models import coloured_noise, wait_until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
-COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
 TENANTS = 20
 GREEDY_JOBS = 5  # of the first tenant; two of them run before the others are queued
 PATIENCE_S = 2400
@@ -24,7 +24,7 @@ def training_processes(node: Node) -> list[int]:
 
 
 def test_trainings_of_20_tenants_end_in_a_fair_order_when_a_node_is_killed(tmp_path: Path) -> None:
-    folder = coloured_noise(tmp_path / "colours", COLOURS, count=6, seed=0)
+    folder = coloured_noise(tmp_path / "colours", COLOURS, count=12, seed=0)
     images = {label: sorted((folder / label).iterdir()) for label in COLOURS}
     home = tmp_path / "hub"
     home.mkdir()
@@ -46,7 +46,7 @@ def test_trainings_of_20_tenants_end_in_a_fair_order_when_a_node_is_killed(tmp_p
             return [owner.training("colours", id) for owner, id in queued]
 
         started_s = time.monotonic()
-        wait_until(lambda: sum(t.state == "done" for t in states()) >= 3, PATIENCE_S, "three trainings")
+        wait_until(lambda: sum(t.state in ENDED for t in states()) >= 3, PATIENCE_S, "three trainings")
         wait_until(lambda: any(map(training_processes, cluster.nodes)), 120, "a training that runs")
         victim = next(node for node in cluster.nodes if training_processes(node))
         victim.kill()
@@ -62,7 +62,7 @@ def test_trainings_of_20_tenants_end_in_a_fair_order_when_a_node_is_killed(tmp_p
         last = max(str(t.started) for t in others if t.attempt == 1)
         assert all(str(t.started) > last for t in greedy[2:]), [(t.started, t.attempt) for t in ended]
         for owner in owners:
-            assert owner.images.info("colours").images == 12
+            assert owner.images.info("colours").images == 36
             answer = owner.classify("colours", images["red"][0])
             assert answer.predictions[0][0].label == "red"
             owner.close()
