@@ -7,9 +7,6 @@ from collections.abc import Collection, Mapping, Set
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import numpy as np
-from torch import Tensor, nn
-
 MAX_CHARACTERS = 60  # of one value
 MAX_ITEMS = 4  # of a list, a set or a mapping
 
@@ -21,11 +18,11 @@ def short_repr(self: Any) -> str:
 
 
 def _short(value: object) -> str:
-    if isinstance(value, Tensor | np.ndarray):
+    if hasattr(value, "dtype") and hasattr(value, "shape"):  # an array or a tensor
         return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
     if isinstance(value, bytes):
         return f"<{len(value):,} bytes>"
-    if isinstance(value, nn.Module) or is_dataclass(value):
+    if hasattr(value, "named_parameters") or is_dataclass(value):
         return f"<{type(value).__name__}>"
     if isinstance(value, Mapping | Set | tuple | list) and not _fits(value):
         return f"<{len(value):,} items>"

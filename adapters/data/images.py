@@ -1,6 +1,6 @@
 """Image decoding and preprocessing, shared by training and serving so that both see identical pixels.
 
-Images travel as uint8 tensors. Normalisation runs on the model's device.
+Images travel as uint8. Normalisation runs on the model's device. No torch at import: gateways decode without it.
 """
 
 import importlib
@@ -8,15 +8,12 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from PIL import AvifImagePlugin, Image, UnidentifiedImageError
-from timm.data.transforms_factory import create_transform
-from torch import Tensor
 
-from ..backbone import Backbone, BackboneInfo
+from ..backbone_info import BackboneInfo
 from ..format.metadata import PREPROCESS
 from .errors import ImageError, ImageTooLargeError
 from .formats.avif import av1_sizes
@@ -24,6 +21,12 @@ from .formats.metadata import Metadata, split_metadata
 from .formats.refusals import brands_of, name_of
 from .formats.sizes import header_pixels
 from .formats.tiff import is_tiff, parse_tiff
+from .transform import pixel_transform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..backbone import Backbone
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MAX_IMAGE_PIXELS = 50_000_000
@@ -184,18 +187,15 @@ def background_of(preprocess: Mapping[str, Any]) -> Sequence[int] | None:
     return found
 
 
-def eval_transform(preprocess: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """Return timm's evaluation transform without normalisation: RGB image -> (3, H, W) uint8."""
-    transform = create_transform(
-        input_size=tuple(preprocess["input_size"]),
-        interpolation=preprocess["interpolation"],
-        crop_pct=preprocess["crop_pct"],
-        crop_mode=preprocess["crop_mode"],
-        mean=tuple(preprocess["mean"]),  # fill colour of crop_mode "border"
-        is_training=False,
-        normalize=False,
-    )
-    return cast(Callable[[Image.Image], Tensor], transform)
+def eval_transform(preprocess: Mapping[str, Any]) -> "Callable[[Image.Image], Tensor]":
+    """Return timm's evaluation transform without normalisation: RGB image -> (3, H, W) uint8.
+
+    `transform.pixel_transform` returns the same pixels as an array.
+    """
+    import torch
+
+    transform = pixel_transform(preprocess)
+    return lambda image: torch.from_numpy(transform(image))
 
 
 def needed_px(preprocess: Mapping[str, Any]) -> int | None:
@@ -209,7 +209,7 @@ def needed_px(preprocess: Mapping[str, Any]) -> int | None:
     return math.ceil(max(int(height), int(width)) / float(preprocess["crop_pct"]))
 
 
-def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalise(pixels: "Tensor", mean: "Tensor", std: "Tensor") -> "Tensor":
     """Scale and normalise pixels: (B, 3, H, W) uint8 -> float32, bit-equal to torchvision's ToTensor and Normalize.
 
     Args:
@@ -219,8 +219,10 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return pixels.float().div_(255).sub_(mean).div_(std)
 
 
-def normalise_for(backbone: Backbone, pixels: Tensor) -> Tensor:
+def normalise_for(backbone: "Backbone", pixels: "Tensor") -> "Tensor":
     """Normalise pixels with the backbone's mean and std, on its device: (B, 3, H, W) uint8 -> float32."""
+    import torch
+
     config = backbone.data_config
     mean, std = (torch.tensor(config[name], device=backbone.device) for name in ("mean", "std"))
     return normalise(pixels.to(backbone.device), mean, std)

@@ -15,15 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..format.names import TYPICALITY as NAMES
+from ..format.names import TYPICALITY_PREFIX as PREFIX
 from ..short_repr import short_repr
 
-PREFIX = "typicality."
-NAMES = ("mean", "basis", "log_precision", "table")
 RANK = 32  # directions that are kept; 64 refuse half a percent more foreign images, for twice the size
 SHRINKAGE = 0.1  # added to every variance, in units of their mean
 TAIL = tuple(10.0**-exponent for exponent in range(2, 9))  # probabilities beyond the held-out images
 QUANTILES = 33
-MAX_RANK, MAX_TABLE = 256, 256  # that a file may have
 FOLDS, MANY_FOLDS, FEW_IMAGES = 10, 20, 500  # more folds where each training part would miss much
 
 
