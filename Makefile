@@ -42,9 +42,9 @@ lint: $(INSTALLED)
 	$(BIN)/python .ci/words.py
 	$(BIN)/python .ci/audit.py
 
+# make bench PART=over_http runs one part; it first prints how long it takes.
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.mixed_batch
-	$(BIN)/python -m benchmarks.over_http
+	$(BIN)/python -m benchmarks $(PART)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -3,6 +3,7 @@
 The generated `__repr__` prints all of them: hundreds of kilobytes at the end of a notebook's cell.
 """
 
+import sys
 from collections.abc import Collection, Mapping, Set
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -18,11 +19,11 @@ def short_repr(self: Any) -> str:
 
 
 def _short(value: object) -> str:
-    if hasattr(value, "dtype") and hasattr(value, "shape"):  # an array or a tensor
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
     if isinstance(value, bytes):
         return f"<{len(value):,} bytes>"
-    if hasattr(value, "named_parameters") or is_dataclass(value):
+    if _is_model(value) or is_dataclass(value):
         return f"<{type(value).__name__}>"
     if isinstance(value, Mapping | Set | tuple | list) and not _fits(value):
         return f"<{len(value):,} items>"
@@ -30,6 +31,11 @@ def _short(value: object) -> str:
     if len(text) <= MAX_CHARACTERS:
         return text
     return f"{text[:MAX_CHARACTERS]}...'" if isinstance(value, str) else f"<{type(value).__name__}>"
+
+
+def _is_model(value: object) -> bool:
+    torch = sys.modules.get("torch")  # not imported here: a process that only decodes images starts faster without it
+    return torch is not None and isinstance(value, torch.nn.Module)
 
 
 def _fits(values: Collection[Any]) -> bool:

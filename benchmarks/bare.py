@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 from adapters import Adapter, Backbone, Bank, KarstConfig, Slot, load_backbone
 from adapters.backbone import DEMO_NAME, create_model, features
 from adapters.data.images import normalise_for, preprocess_of
-from hub.concurrency import ActiveTenants
+from hub.concurrency import ActiveTenants, TenantThreads
 from hub.services.image_decoding import ImageDecoder
 from hub.settings import Settings
 
@@ -201,6 +201,7 @@ def _decoder(threads: int) -> tuple[asyncio.AbstractEventLoop, ImageDecoder]:
     decoder = ImageDecoder(
         executor,
         executor,
+        TenantThreads(executor, threads, threads),
         ActiveTenants(),
         threads=threads + 1,
         cores=os.cpu_count() or 1,

@@ -5,7 +5,8 @@
 `Bank.forward` takes a batch of 8 images for 8 adapters. The benchmark compares it with these contenders:
 - the frozen backbone alone on the same batch, without adapters
 - eight merged models that take one image each, one after another: serving without a bank
-- `quick`: the frozen backbone as a bank runs it (`adapters.serving.prepack`), without adapters
+- `quick`: the frozen backbone as a bank runs it (`adapters.serving.prepack`), without adapters: a batch of heads
+- `int8`: `Bank.forward` with all frozen layers in int8, where the CPU has VNNI
 - `products`: each product that KARST adds, as one plain product of all rows, as if the images had one adapter
 
 Quick plus products is the limit on this machine for code that does not merge.
@@ -34,12 +35,13 @@ from torch import Tensor, nn
 from adapters import Backbone, Bank, KarstConfig, load_backbone
 from adapters.backbone import Site, features
 from adapters.method import kronecker
+from adapters.serving.frozen_forms import can_int8, measure_forms, unmeasured_forms
 from adapters.serving.prepack import prepack_layers
 
 from .common import machine, random_adapter, spread
 
 BATCH = 8
-MODELS = ("demo", "vit_tiny_patch16_224", "vit_base_patch16_224")
+MODELS = ("demo", "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
 KERNELS = (2, 8)
 TOLERANCE = 1e-4
 WARM_UP_ROUNDS = 2
@@ -79,11 +81,12 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
     """
     adapters = [random_adapter(backbone, config, seed=seed) for seed in range(BATCH)]
     merged = [adapter.merge(backbone) for adapter in adapters]
-    bank = Bank(backbone, slots=BATCH)
+    forms = measure_forms(backbone, BATCH)
+    bank = Bank(backbone, slots=BATCH, forms=forms)
     slots = [bank.put(adapter) for adapter in adapters]
     pixels = torch.randn(BATCH, *backbone.input_size, generator=torch.Generator().manual_seed(0))
     quick = backbone.clone()
-    prepack_layers(quick, backbone.sites)
+    prepack_layers(quick, backbone.sites, forms)
 
     def run_merged() -> list[Tensor]:
         return [model(image)[0] for model, image in zip(merged, pixels.split(1), strict=True)]
@@ -95,6 +98,10 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
         "products": products(backbone, config, pixels),
         "merged": run_merged,
     }
+    if can_int8(backbone):
+        small = Bank(backbone, slots=BATCH, forms=unmeasured_forms(backbone, int8=True))
+        small_slots = [small.put(adapter) for adapter in adapters]
+        contenders["int8"] = lambda: small.forward(pixels, small_slots)
     pairs = zip(bank.forward(pixels, slots), run_merged(), strict=True)
     error = max((mixed - alone).abs().max().item() for mixed, alone in pairs)
     if error > TOLERANCE:
@@ -111,6 +118,11 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
         "rounds": rounds,
         "largest_difference": error,
         "ms": {name: spread([1e3 * taken[name] for taken in times]) for name in contenders},
+        "frozen_layers": forms.describe(),
+        "quick_to_frozen": spread([taken["quick"] / taken["frozen"] for taken in times]),
+        "int8_to_frozen": spread([taken["int8"] / taken["frozen"] for taken in times])
+        if "int8" in contenders
+        else None,
         "mixed_to_frozen": spread([taken["mixed"] / taken["frozen"] for taken in times]),
         "mixed_to_quick": spread([taken["mixed"] / taken["quick"] for taken in times]),
         "limit_to_frozen": spread([(taken["quick"] + taken["products"]) / taken["frozen"] for taken in times]),

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, ConfigDict, Field, model_validator
 
 from .control_characters import PLAIN
+from .dataset_schemas import TrainingProgress, TrainingState
 from .field_types import NUMBER, ORIGIN_PATTERN, Name, TaskName
 from .field_types import Body as _Body
 
@@ -237,6 +238,8 @@ class WorkerStatus(_Body):
     load_s: float
     evictions: int
     failures: int
+    # The form of each kind of frozen layer, and the milliseconds that each form took at start.
+    frozen_layers: list[str] = Field(default_factory=list)
 
 
 class TenantStatus(_Body):
@@ -247,14 +250,57 @@ class TenantStatus(_Body):
     counted: Counted
 
 
+class ErrorCount(_Body):
+    """Refused and failed requests of one kind in the last hour, with the minute of the last one.
+
+    `kind` is the code of the problem's type, or `http-<status>` for a reply without one. `http-499`: the client
+    disconnected.
+    """
+
+    kind: str
+    status: int
+    count: int
+    last: str
+
+
 class HubStatus(_Body):
     """Current state of the hub."""
 
     workers: list[WorkerStatus]
     tasks: list[TaskRate]  # the busiest over all workers
     tenants: list[TenantStatus]
+    errors: list[ErrorCount] = Field(default=[])  # of the last hour, the most frequent kind first
     # Why changes are refused now, with the remedy: Redis may evict keys. The state of the gateway that answers.
     changes_refused: str | None = None
+
+
+class HubTraining(_Body):
+    """A training of any tenant. `images` are those of its snapshot, `ended` is the time of its end."""
+
+    tenant: str
+    task: str
+    id: str
+    recipe: str
+    state: TrainingState
+    created: str
+    started: str | None
+    ended: str | None
+    seconds: float
+    images: int
+    progress: TrainingProgress | None
+    version: int | None
+    error: str | None
+
+
+class HubTrainingList(_Body):
+    """Trainings of all tenants: running ones, queued ones in the order in which they start, then the last ended ones.
+
+    Each part has at most 100 trainings. `running` and `queued` count all.
+    """
+
+    trainings: list[HubTraining]
+    running: int
+    queued: int
 
 
 class GcRequest(_Body):

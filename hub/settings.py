@@ -33,7 +33,9 @@ class Settings(BaseSettings):
     checkpoint: Path | None = Field(None, description="local weights: .safetensors, .pth or Google .npz")
     image_size: int | None = Field(None, ge=1, description="side of the backbone's images in pixels; unset: its own")
     device: str = Field("auto", description="torch device of a worker; `auto`: cuda if available, otherwise cpu")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of weights and activations")
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
+        "float32", description="dtype of weights and activations; `int8`: frozen layers in int8, all else float32"
+    )
     slots: int = Field(64, ge=1, description="adapters in a worker's device memory")
     max_rank: int = Field(16, ge=1, description="largest rank of an adapter")
     max_kernels: int = Field(8, ge=1, description="largest number of kernels of an adapter")
@@ -140,6 +142,15 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_int8(self) -> Self:
+        if self.dtype == "int8" and self.device not in ("auto", "cpu"):
+            raise ValueError(
+                f"HUB_DTYPE=int8 runs on CPUs only, but HUB_DEVICE={self.device}. "
+                "Set HUB_DEVICE=cpu, or HUB_DTYPE=bfloat16"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_bounds(self) -> Self:
         for kind in ("workers", "gateways"):
             minimum, maximum = getattr(self, f"min_{kind}"), getattr(self, f"max_{kind}")
@@ -156,12 +167,19 @@ class Settings(BaseSettings):
 
     @property
     def torch_device(self) -> str:
-        """`device`, with `auto` resolved on this machine."""
+        """`device`, with `auto` resolved on this machine; a CPU for int8."""
         if self.device != "auto":
             return self.device
+        if self.dtype == "int8":
+            return "cpu"
         import torch  # the command line starts faster without torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def weights_dtype(self) -> str:
+        """torch's name of the dtype that the backbone is loaded in; int8 layers are made from float32."""
+        return "float32" if self.dtype == "int8" else self.dtype
 
 
 def load_settings(**fixed: Any) -> Settings:

@@ -221,11 +221,9 @@ def normalise(pixels: "Tensor", mean: "Tensor", std: "Tensor") -> "Tensor":
 
 def normalise_for(backbone: "Backbone", pixels: "Tensor") -> "Tensor":
     """Normalise pixels with the backbone's mean and std, on its device: (B, 3, H, W) uint8 -> float32."""
-    import torch
-
     config = backbone.data_config
-    mean, std = (torch.tensor(config[name], device=backbone.device) for name in ("mean", "std"))
-    return normalise(pixels.to(backbone.device), mean, std)
+    samples = pixels.to(backbone.device).float()
+    return normalise(samples, *(samples.new_tensor(config[name]) for name in ("mean", "std")))
 
 
 def _with_alpha(image: Image.Image, bits: int) -> Image.Image:

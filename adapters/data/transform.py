@@ -13,14 +13,6 @@ from PIL import Image, ImageOps
 
 Pixels: TypeAlias = NDArray[np.uint8]
 
-_RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-}
 _BLACK = (0, 0, 0)
 
 
@@ -33,31 +25,46 @@ def pixel_transform(preprocess: Mapping[str, Any]) -> Callable[[Image.Image], Pi
     """
     crop = int(preprocess["input_size"][1]), int(preprocess["input_size"][2])  # height, width
     height, width = (math.floor(side / preprocess["crop_pct"]) for side in crop)
-    mode = preprocess["crop_mode"]
-    resampling = _RESAMPLING[preprocess["interpolation"]]
+    mode, interpolation = preprocess["crop_mode"], preprocess["interpolation"]
+    by_shorter_side = resize_of(preprocess)
     fill = tuple(round(255 * value) for value in preprocess["mean"]) if mode == "border" else _BLACK
 
     def transform(image: Image.Image) -> Pixels:
-        size = _resized(image.size, (width, height), mode)
-        if size != image.size:
-            image = image.resize(size, resampling)
+        if by_shorter_side is not None:
+            image = resized(image, *by_shorter_side)
+        elif mode == "squash":
+            image = _resize(image, (width, height), interpolation)
+        else:
+            ratios = image.height / height, image.width / width
+            ratio = max(ratios) if mode == "border" else min(ratios)
+            image = _resize(image, (round(image.width / ratio), round(image.height / ratio)), interpolation)
         return np.array(_centre_crop(image, crop, fill)).transpose(2, 0, 1)
 
     return transform
 
 
-def _resized(size: tuple[int, int], target: tuple[int, int], mode: str) -> tuple[int, int]:
-    """Return the width and height after the resize."""
-    (width, height), (to_width, to_height) = size, target
-    if mode == "squash":
-        return target
-    if mode != "border" and to_width == to_height:  # the shorter side becomes the target, the longer one is cut off
-        if width <= height:
-            return to_width, int(to_width * height / width)
-        return int(to_width * width / height), to_width
-    ratios = height / to_height, width / to_width
-    ratio = max(ratios) if mode == "border" else min(ratios)
-    return round(width / ratio), round(height / ratio)
+def resize_of(preprocess: Mapping[str, Any]) -> tuple[int, str] | None:
+    """Return the shorter side, in pixels, and the interpolation of the resize with which `pixel_transform` begins.
+
+    After `resized` with these, `pixel_transform` gives the same pixels as without. None for a transform that resizes
+    otherwise.
+    """
+    _, height, width = preprocess["input_size"]
+    if preprocess["crop_mode"] != "center" or height != width:
+        return None
+    return math.floor(int(height) / float(preprocess["crop_pct"])), str(preprocess["interpolation"])
+
+
+def resized(image: Image.Image, shorter_px: int, interpolation: str) -> Image.Image:
+    """Resize an image to this shorter side, as torchvision does."""
+    shorter, longer = sorted(image.size)
+    longer_px = int(shorter_px * longer / shorter)
+    size = (shorter_px, longer_px) if image.width <= image.height else (longer_px, shorter_px)
+    return _resize(image, size, interpolation)
+
+
+def _resize(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling[interpolation.upper()])
 
 
 def _centre_crop(image: Image.Image, crop: tuple[int, int], fill: Sequence[int]) -> Image.Image:

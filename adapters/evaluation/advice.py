@@ -52,5 +52,5 @@ def advise(classifier: "Classifier") -> tuple[str, ...]:
     if classifier.refined is None and held_out.accuracy < HIGH_ACCURACY:
         lines.append("Train KARST, too: `--recipe auto` keeps it only if it is better.")
     if not lines:
-        lines.append("Nothing to advise: nearly every left-out image is right.")
+        lines.append("No change is needed, since nearly every left-out image is right.")
     return tuple(lines)

@@ -7,7 +7,7 @@ Axes: n images, K classes.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,9 @@ from ..data.errors import DataError
 from ..data.image_set import ImageSet, ImageTensors
 from ..data.images import MAX_IMAGE_PIXELS, normalise
 from ..format.file import Adapter
+from ..method.config import KarstConfig
 from ..serving.bank import Bank
+from ..serving.frozen_forms import unmeasured_forms
 from ..short_repr import short_repr
 
 BATCH_SIZE = 64
@@ -91,6 +93,22 @@ class Agreement:
     def agrees(self) -> bool:
         """Whether the largest difference is within the tolerance. False if a logit is NaN."""
         return self.largest_difference <= self.tolerance * self.largest_logit
+
+
+def bank_for(backbone: Backbone, configs: Sequence[KarstConfig], *, int8: bool = False) -> Bank:
+    """Return a bank with one slot, which takes adapters with these settings; their factors are equal.
+
+    Args:
+        int8: compute all frozen layers in int8, where the machine can (`can_int8`).
+    """
+    return Bank(
+        backbone,
+        slots=1,
+        max_rank=max(config.rank for config in configs),
+        max_kernels=max(1, *(config.kernels for config in configs)),  # an adapter may be a head alone
+        factor=configs[0].factor,
+        forms=unmeasured_forms(backbone, int8=int8),
+    )
 
 
 def evaluate(bank: Bank, adapter: Adapter, images: ImageSet, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Outputs:

@@ -20,6 +20,7 @@ from ..format.layouts import LayoutCache
 from .adapted_layers import AdaptedLinear, Batch, hook_block, hook_norm
 from .answers import ImageScores, ImageTasks, Resident, Scores, Slot, answers
 from .blocks import Blocks, find_blocks
+from .frozen_forms import FrozenForms, unmeasured_forms
 from .heads import Heads
 from .limits import BankLimits
 from .prepack import prepack_layers
@@ -27,7 +28,9 @@ from .row_plan import RowPlan, plan_rows
 from .slot_memory import Packed, PackingPlan, SlotMemory
 from .typicality import DeviceTypicality
 
-ROUNDING = 1e-4  # of the largest feature, between two float32 implementations of the same model
+# Of the largest feature, between two implementations of the same model.
+ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+INT8_ROUNDING = 0.5  # a model that a bank cannot serve differs by more than its largest feature
 
 
 class BankFullError(RuntimeError):
@@ -46,6 +49,7 @@ class Bank:
         dtype: of the backbone and of all slots.
         limits: sizes that the bank accepts.
         layouts: pass it to `Adapter.read`, so that files with a known layout load and pack faster.
+        forms: how each kind of frozen layer is computed.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Bank:
         factor: int = 8,
         *,
         layouts: LayoutCache | None = None,
+        forms: FrozenForms | None = None,
     ) -> None:
         """Allocate all slots, and check that an adapter of zeros leaves the backbone's features bit-identical.
 
@@ -67,6 +72,7 @@ class Bank:
             max_kernels: the largest N of an adapter; smaller ones are padded with zeros.
             factor: p = q of all adapters, where it divides the layer's sides.
             layouts: cache of layouts that other code shares; None makes a new one.
+            forms: how the frozen layers are computed (`measure_forms`); None takes oneDNN's layout where possible.
 
         Raises:
             ValueError: a size is below 1.
@@ -87,7 +93,8 @@ class Bank:
         self._forward_lock = threading.Lock()
         self._batch: Batch | None = None
         self._model = backbone.clone()
-        prepack_layers(self._model, backbone.sites)
+        self.forms = unmeasured_forms(backbone) if forms is None else forms
+        prepack_layers(self._model, backbone.sites, self.forms)
         self._memory = SlotMemory(backbone, slots, max_rank=max_rank, max_kernels=max_kernels, factor=factor)
         for site in backbone.sites:
             adapted = AdaptedLinear(self._model.get_submodule(site.name), site, lambda: self._batch)
@@ -329,8 +336,7 @@ class Bank:
         pixels = pixels.view(1, 3, height, width)
         zeros = self.warm_up(pixels, kernels=1, rank=2)
         frozen = features(backbone.model, pixels)
-        near = torch.allclose(zeros, frozen, rtol=0, atol=ROUNDING * float(frozen.abs().max()))
-        if not near or not torch.equal(zeros, features(self._model, pixels)):
+        if not self._near(zeros, frozen) or not torch.equal(zeros, features(self._model, pixels)):
             raise BackboneError(
                 f"a bank cannot serve backbone {backbone.name!r}: an adapter of zeros changes its features; "
                 "use another timm model (docs/backbones.md)"
@@ -351,10 +357,13 @@ class Bank:
             split = self._features(pixels, self._zeros(1, 2, plan))
         except Exception:  # blocks that take something other than rows of images
             return Blocks()
-        near = split.shape == (4, frozen.shape[1]) and torch.allclose(
-            split, frozen.expand_as(split), rtol=0, atol=ROUNDING * float(frozen.abs().max())
-        )
+        near = split.shape == (4, frozen.shape[1]) and self._near(split, frozen.expand_as(split))
         return blocks if near else Blocks()
+
+    def _near(self, features: Tensor, frozen: Tensor) -> bool:
+        """Return whether features equal the frozen backbone's, except for the rounding of the layers' forms."""
+        share = INT8_ROUNDING if "int8" in self.forms.chosen.values() else ROUNDING[self.dtype]
+        return torch.allclose(features, frozen, rtol=0, atol=share * float(frozen.abs().max()))
 
     def _current(self, slot: Slot) -> Resident:
         """Return the adapter in a slot.

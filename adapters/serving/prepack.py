@@ -1,7 +1,7 @@
 """Frozen layers in the memory format that a CPU computes fastest.
 
-On a CPU in float32, oneDNN multiplies faster when the weights lie in its own blocked format. Frozen weights are
-converted once. The hidden activation of an MLP is computed in place. Both change only rounding.
+Frozen weights are converted once, each kind of layer into its own form (`frozen_forms`). The hidden activation of an
+MLP is computed in place. In float32 both change only rounding.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Site
+from .frozen_forms import FrozenForms, build, kind_of
 
 _MLP = ["fc1", "act", "drop1", "norm", "fc2", "drop2"]  # timm's Mlp, where only `act` reads the output of `fc1`
 
 
-def prepack_layers(model: nn.Module, sites: Sequence[Site]) -> None:
+def prepack_layers(model: nn.Module, sites: Sequence[Site], forms: FrozenForms) -> None:
     """Replace the sites of a model, and the activations between them, by faster ones that share no weight.
 
     The weights are then in memory once, as soon as the caller drops the original model. The result has no autograd
@@ -23,31 +24,18 @@ def prepack_layers(model: nn.Module, sites: Sequence[Site]) -> None:
     Args:
         model: its modules are replaced, its weights are not changed.
         sites: layers that the forward pass calls, instead of only reading their weight.
+        forms: of each kind of site.
     """
     for site in sites:
         parent_name, _, name = site.name.rpartition(".")
         parent = model.get_submodule(parent_name)
         linear = parent.get_submodule(name)
-        if type(linear) is nn.Linear and _can_prepack(linear.weight):
-            setattr(parent, name, _PrepackedLinear(linear))
-        in_mlp = name == "fc1" and [child for child, _ in parent.named_children()] == _MLP
+        if type(linear) is nn.Linear:
+            setattr(parent, name, build(linear, forms.chosen[kind_of(site)]))
+        on_cpu = linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32
+        in_mlp = on_cpu and name == "fc1" and [child for child, _ in parent.named_children()] == _MLP
         if in_mlp and type(parent.act) is nn.GELU:
             parent.act = _InPlaceGELU(parent.act.approximate)
-
-
-class _PrepackedLinear(nn.Module):
-    """A frozen linear layer on oneDNN's inner product, with the operator that torch.compile emits."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        # Plain attributes: the packed weight is opaque, so it can be neither a parameter nor a buffer.
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self._bias = None if linear.bias is None else linear.bias.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., d_in) to (..., d_out)."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, "none", [], "")
-        return y
 
 
 class _InPlaceGELU(nn.Module):
@@ -60,8 +48,3 @@ class _InPlaceGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.aten.gelu_.default(x, approximate=self._approximate)
         return y
-
-
-def _can_prepack(weight: Tensor) -> bool:
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

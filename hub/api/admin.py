@@ -14,6 +14,7 @@ from ..admin_schemas import (
     Collected,
     GcRequest,
     HubStatus,
+    HubTrainingList,
     KeyList,
     KeyRequest,
     NewKey,
@@ -138,6 +139,10 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
     @api.delete("/v1/admin/keys/{id}", status_code=204)
     async def revoke_admin_key(caller: Admin, id: KeyId) -> None:
         await administration.revoke(caller, "", id)
+
+    @api.get("/v1/admin/trainings")
+    async def list_all_trainings(_caller: Admin) -> HubTrainingList:
+        return await administration.trainings()
 
     @api.get("/v1/audit")
     async def get_whole_audit(

@@ -57,6 +57,7 @@ from ..services.trainings.jobs import JobSettings, TrainingJobs
 from ..services.trainings.promotion import PromotionService
 from ..services.trainings.service import TrainingService
 from ..services.usage.counter import UsageCounter
+from ..services.usage.errors import ErrorCounter
 from ..services.usage.service import UsageService
 from ..settings import Settings
 from ..storage.accounts import FileRegistry
@@ -90,6 +91,7 @@ class GatewayAPI(FastAPI):
         active: ActiveTenants,
         metrics: RequestMetrics | None = None,
         lifespan: Lifespan[FastAPI] | None = None,
+        errors: ErrorCounter | None = None,
     ) -> None:
         """Make an application without routes; `create_app` describes the metrics."""
         super().__init__(
@@ -105,6 +107,7 @@ class GatewayAPI(FastAPI):
         self._settings = settings
         self._active = active
         self._metrics = metrics
+        self._count = errors.count if errors is not None else None
         add_exception_handlers(self)
 
     def build_middleware_stack(self) -> ASGIApp:
@@ -112,7 +115,7 @@ class GatewayAPI(FastAPI):
         settings = self._settings
         stack = [  # outermost first
             Middleware(UnreadBodyMiddleware, behind_haproxy=settings.haproxy),
-            Middleware(RequestLogMiddleware, self._metrics, server_returns_id=self._metrics is not None),
+            Middleware(RequestLogMiddleware, self._metrics, self._count, server_returns_id=self._metrics is not None),
             Middleware(SecurityHeadersMiddleware, tls=settings.tls_cert is not None),
             Middleware(HeaderLimitsMiddleware),
             *cors(settings.cors_origins),
@@ -170,11 +173,13 @@ def create_app(
     limiter = RateLimiter(database, cache, keys)
     decoder = ImageDecoder(
         pools.decoders,
-        pools.large_decoders,
+        pools.slow_decoders,
+        pools.parse,
         active,
         threads=pools.threads,
         cores=pools.cores,
         spare_threads=pools.spare_decoders,
+        processes=pools.processes,
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
     )
@@ -311,12 +316,15 @@ def create_app(
         threads=pools.store,
         parse_threads=pools.parse,
     )
+    board = StatusBoard(database)
+    errors = ErrorCounter(board)
     administration = AdministrationService(
         registry=registry,
         tenants=tenants,
         keys=keys,
         audit=audit,
-        status=StatusBoard(database),
+        status=board,
+        trainings=training_registry,
         collector=collector,
         cache=cache,
         store=store,
@@ -348,6 +356,7 @@ def create_app(
             removal.run(),
             keeper.run(),
             counter.run(),
+            errors.run(),
             jobs.run(),
         )
         background = {asyncio.create_task(step) for step in steps}
@@ -358,7 +367,7 @@ def create_app(
             _, background = await asyncio.wait(background, timeout=1)
         await jobs.close()
         await feature_service.close()
-        for last in (counter.write(), limiter.settle()):
+        for last in (counter.write(), errors.write(), limiter.settle()):
             with suppress(Unavailable):
                 await last
         await database.close()
@@ -366,7 +375,7 @@ def create_app(
         if metrics is not None:
             tracing.stop()
 
-    api = GatewayAPI(settings, active, metrics, lifespan)
+    api = GatewayAPI(settings, active, metrics, lifespan, errors)
     authenticator = Authenticator(cache, limiter)
     dependencies = CallerDependencies(authenticator, pools.parse)
     limit = TenantConcurrencyLimit(active.limit(tenant_calls, GATEWAY_CALLS_BESIDE), tenant_calls + tenant_waiting)

@@ -243,6 +243,9 @@ def evaluate(
     ] = False,
     backbone: Annotated[str | None, typer.Option(help="timm model name or `demo`; default: HUB_BACKBONE")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="file with local weights; default: HUB_CHECKPOINT")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="as HUB_DTYPE, its default; `int8` also compares with float32")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="seed of the bootstrap interval")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -257,7 +260,7 @@ def evaluate(
         if not adapters or data is None:
             usage_error("no images to evaluate; give adapter files and --data, or --table")
         pairs = [(adapter, data) for adapter in adapters]
-    chosen = settings()
+    chosen = settings() if dtype is None else settings(dtype=dtype)
     report = evaluating.run(
         err,
         pairs,

@@ -11,9 +11,21 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from adapters import Adapter, AdapterError, Backbone, Bank, BankLimits, DataError, KarstConfig, Problem, load_backbone
+from adapters import (
+    Adapter,
+    AdapterError,
+    Backbone,
+    BackboneError,
+    Bank,
+    BankLimits,
+    DataError,
+    KarstConfig,
+    Problem,
+    load_backbone,
+)
 from adapters.data.datasets import read_split
-from adapters.evaluation.evaluate import BATCH_SIZE, compare_merged, evaluate, scores
+from adapters.evaluation.evaluate import BATCH_SIZE, Outputs, bank_for, compare_merged, evaluate, scores
+from adapters.serving.frozen_forms import can_int8
 
 Pair = tuple[Path, Path]  # an adapter file and its images
 
@@ -62,7 +74,8 @@ def run(
 ) -> dict[str, Any]:
     """Evaluate every pair over one backbone.
 
-    All adapters and image lists are checked before the first image is classified.
+    All adapters and image lists are checked before the first image is classified. With dtype `int8` all frozen layers
+    are int8, and each row also has `float32`: the agreement with the same adapter over float32.
 
     Returns:
         The values shared by all rows (`backbone`, `fingerprint`, `device`, `dtype`, `batch_size`, `seed`), and `rows`
@@ -70,10 +83,14 @@ def run(
 
     Raises:
         DataError: See `adapters.data.datasets.read_split`.
-        BackboneError: See `load_backbone`.
+        BackboneError: See `load_backbone`; or `dtype` is `int8` and this machine cannot run it.
         AdapterError: See `BankLimits.check`. The message names the adapter file.
     """
-    frozen = load_backbone(backbone, checkpoint, device=device, dtype=getattr(torch, dtype), image_size=image_size)
+    int8 = dtype == "int8"
+    loaded = torch.float32 if int8 else getattr(torch, dtype)
+    frozen = load_backbone(backbone, checkpoint, device=device, dtype=loaded, image_size=image_size)
+    if int8 and not can_int8(frozen):
+        raise BackboneError("int8 needs a CPU with VNNI, and this one has none; use float32 or bfloat16")
     configs, sets = [], []
     for path, data in pairs:  # otherwise an invalid file would end the run after hours
         adapter = _read_adapter(path, frozen)
@@ -81,7 +98,8 @@ def run(
         sets.append(read_split(data, "test", adapter.labels))
         for files in sets[-1].left_out:
             console.print(f"{'warning: ' if files.matters else ''}left out: {files}", soft_wrap=True)
-    banks = _banks(frozen, configs)
+    exact_banks = _banks(frozen, configs)
+    banks = _banks(frozen, configs, int8=True) if int8 else exact_banks
     rows = []
     with Progress(console=console, transient=True) as progress:
         for (path, data), images in progress.track(list(zip(pairs, sets, strict=True)), description="evaluating"):
@@ -92,8 +110,12 @@ def run(
             row: dict[str, Any] = {"adapter": str(path), "digest": adapter.digest, "data": str(data)}
             row |= asdict(scores(outputs.logits, outputs.targets, adapter.labels, seed=seed))
             row["images_per_s"] = round(outputs.images_per_s, 1)
+            exact = outputs
+            if int8:
+                exact = evaluate(exact_banks[adapter.config.factor], adapter, images, max_pixels=max_pixels)
+                row["float32"] = _agreement(outputs, exact)
             if merged:
-                agreement = compare_merged(frozen, adapter, images, outputs, max_pixels=max_pixels)
+                agreement = compare_merged(frozen, adapter, images, exact, max_pixels=max_pixels)
                 row["merged"] = asdict(agreement) | {"agrees": agreement.agrees}
             rows.append(row)
     return {
@@ -143,6 +165,14 @@ def tables(report: dict[str, Any]) -> list[Table]:
         for row in rows:
             changed = str(row["merged"]["label_changes"])
             result[-1].add_row(Path(row["adapter"]).name, f"{row['merged']['largest_difference']:.1e}", changed)
+    if "float32" in rows[0]:
+        result.append(
+            Table("adapter", "same label", "top-1", "images/s", box=None, title="beside float32", title_justify="left")
+        )
+        for row in rows:
+            exact = row["float32"]
+            shown = f"{exact['same_labels']:.1%}", f"{exact['top1']:.1%}", f"{exact['images_per_s']:.1f}"
+            result[-1].add_row(Path(row["adapter"]).name, *shown)
     if len(rows) == 1:
         result.append(Table("class", "top-1", box=None))
         for label, value in rows[0]["per_class"].items():
@@ -161,16 +191,20 @@ def _read_adapter(path: Path, backbone: Backbone) -> Adapter:
     return adapter
 
 
-def _banks(backbone: Backbone, configs: Sequence[KarstConfig]) -> dict[int, Bank]:
+def _agreement(int8: Outputs, exact: Outputs) -> dict[str, float]:
+    """Return the share of images with the same label in int8 as in float32, and float32's accuracy and speed."""
+    labels = exact.logits.argmax(1)
+    return {
+        "same_labels": float((int8.logits.argmax(1) == labels).double().mean()),
+        "top1": float((labels == exact.targets).double().mean()),
+        "largest_difference": float((int8.logits - exact.logits).abs().max()),
+        "images_per_s": round(exact.images_per_s, 1),
+    }
+
+
+def _banks(backbone: Backbone, configs: Sequence[KarstConfig], *, int8: bool = False) -> dict[int, Bank]:
     """Return one bank with one slot per factor, since all adapters of a bank share one factor."""
-    banks = {}
-    for factor in {config.factor for config in configs}:
-        same = [config for config in configs if config.factor == factor]
-        banks[factor] = Bank(
-            backbone,
-            slots=1,
-            max_rank=max(config.rank for config in same),
-            max_kernels=max(config.kernels for config in same),
-            factor=factor,
-        )
-    return banks
+    return {
+        factor: bank_for(backbone, [config for config in configs if config.factor == factor], int8=int8)
+        for factor in {config.factor for config in configs}
+    }

@@ -173,13 +173,13 @@ def top(
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Show live workers, tasks and tenants until `q` or Ctrl-C. `--json` prints one status."""
+    """Show live workers, tasks, tenants, trainings and errors until `q` or Ctrl-C. `--json` prints one status."""
     from . import top as screen
 
     with Client(url, key) as client:
         if as_json:
             return show(client.status(), True)
-        screen.run(client.status, out, interval_s=interval_s, once=once)
+        screen.run(client.status, out, interval_s=interval_s, once=once, trainings=client.all_trainings)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`karst-hub top`: a live view of workers, tasks and tenants in a terminal, from `GET /v1/status`."""
+"""`karst-hub top`: a live view of the hub in a terminal, from `GET /v1/status` and `GET /v1/admin/trainings`."""
 
 import os
 import select
@@ -15,22 +15,26 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..admin_schemas import Counted, HubStatus, WorkerStatus
+from ..admin_schemas import Counted, HubStatus, HubTrainingList, WorkerStatus
+from ..dataset_schemas import ENDED
 from ..errors import Unavailable
 
 MIB = 1024**2
 WIDE_COLUMNS = 160  # the table of workers needs this width
 WORKER_COLUMNS = ("device", "up", "images/s", "images/pass", "tasks/pass", "waiting")
 ADAPTER_COLUMNS = ("slots", "host MiB", "hits", "loads", "ms/load", "evicted", "failed")
+MAX_TRAININGS = 20  # of those that run or wait
+NO_TRAININGS = HubTrainingList(trainings=[], running=0, queued=0)
 TENANT_COLUMNS = ("requests/s", "images/s", "refused/s", "in flight")
 
 
 @dataclass(frozen=True)
 class TimedStatus:
-    """A status and the time of its arrival, in seconds of a monotonic clock."""
+    """A status with the hub's trainings, and the time of its arrival, in seconds of a monotonic clock."""
 
     status: HubStatus
     at_s: float
+    trainings: HubTrainingList = NO_TRAININGS
 
 
 def run(
@@ -39,6 +43,7 @@ def run(
     *,
     interval_s: float,
     once: bool,
+    trainings: Callable[[], HubTrainingList] = lambda: NO_TRAININGS,
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], bool] | None = None,
 ) -> None:
@@ -50,13 +55,18 @@ def run(
         status: fetches a status.
         interval_s: seconds between two updates.
         once: print one status and return.
+        trainings: fetches the trainings of all tenants.
         clock: monotonic clock in seconds.
         wait: waits for a number of seconds, and returns whether the user has ended the view; None: for `q`.
 
     Raises:
         HubError: The first request fails, or the hub refuses the key.
     """
-    before = TimedStatus(status(), clock())
+
+    def fetch() -> TimedStatus:
+        return TimedStatus(status(), clock(), trainings())
+
+    before = fetch()
 
     def draw(now: TimedStatus, before: TimedStatus | None) -> RenderableType:
         return screen(now, before, narrow=console.width < WIDE_COLUMNS)  # a user may resize the window at any time
@@ -71,7 +81,7 @@ def run(
     ):
         while not (wait or pressed)(interval_s):
             try:
-                now = TimedStatus(status(), clock())
+                now = fetch()
             except Unavailable as error:
                 warning = Text(f"the hub does not reply: {error}", style="bold red")
                 live.update(Group(warning, draw(before, None)), refresh=True)
@@ -116,11 +126,20 @@ def screen(now: TimedStatus, before: TimedStatus | None, *, narrow: bool = False
         narrow: fit into 80 columns: workers and tenants take two tables each.
     """
     status = now.status
-    tables = [*_workers(status, narrow), _tasks(status), *_tenants(now, before, narrow)]
+    tables = [
+        *_workers(status, narrow),
+        _tasks(status),
+        *_tenants(now, before, narrow),
+        *_trainings(now),
+        *_errors(status),
+    ]
     head = [Text(headline(status), style="bold")]
     if status.changes_refused is not None:
         head.append(Text(f"changes are refused: {status.changes_refused}", style="bold red"))
-    return Group(*head, *tables)
+    frozen = [
+        Text(f"frozen layers of {w.worker}: {'; '.join(w.frozen_layers)}") for w in status.workers if w.frozen_layers
+    ]
+    return Group(*head, *tables, *frozen)
 
 
 def headline(status: HubStatus) -> str:
@@ -178,6 +197,35 @@ def _tenants(now: TimedStatus, before: TimedStatus | None, narrow: bool) -> list
         rows.append([tenant.tenant, *shown, str(tenant.images_in_flight), *counts])
     parts = {"tenants active in the last minute": TENANT_COLUMNS, "counts of the tenants": tuple(Counted.model_fields)}
     return _tables("tenant", parts, rows, narrow)
+
+
+def _trainings(now: TimedStatus) -> Iterator[Table]:
+    """Yield a table of the trainings that run or wait, if there are any."""
+    active = [training for training in now.trainings.trainings if training.state not in ENDED]
+    if not active:
+        return
+    title = f"trainings: {now.trainings.running} running, {now.trainings.queued} queued"
+    table = Table("tenant", "task", "recipe", "state", title=title, title_justify="left")
+    table.add_column("left", justify="right")
+    for training in active[:MAX_TRAININGS]:
+        progress = training.progress
+        left = "-" if progress is None or progress.seconds_left is None else f"{progress.seconds_left:.0f} s"
+        stage = progress.stage if progress is not None else training.state
+        table.add_row(training.tenant, training.task, training.recipe, stage, left)
+    yield table
+
+
+def _errors(status: HubStatus) -> Iterator[Table]:
+    """Yield a table of the errors of the last hour, if there are any."""
+    if not status.errors:
+        return
+    table = Table("error", title="errors of the last hour", title_justify="left")
+    for column in ("status", "requests"):
+        table.add_column(column, justify="right")
+    table.add_column("last")
+    for error in status.errors:
+        table.add_row(error.kind, str(error.status), str(error.count), error.last[11:16] + " UTC")
+    yield table
 
 
 def _tables(

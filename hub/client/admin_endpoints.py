@@ -11,6 +11,7 @@ from ..admin_schemas import (
     AuditPage,
     Collected,
     HubStatus,
+    HubTrainingList,
     KeyList,
     LimitsChange,
     NewKey,
@@ -189,8 +190,16 @@ def ready() -> Call[Health]:
 
 
 def status() -> Call[HubStatus]:
-    """Return the current state of workers, busy tasks and active tenants. Needs an admin key."""
+    """Return the current state of workers, busy tasks and active tenants, and the errors of the last hour.
+
+    Needs an admin key.
+    """
     return Call("GET", "/v1/status", model(HubStatus))
+
+
+def all_trainings() -> Call[HubTrainingList]:
+    """List the running, queued and last ended trainings of all tenants. Needs an admin key."""
+    return Call("GET", "/v1/admin/trainings", model(HubTrainingList))
 
 
 def gc(older_than_s: int = 3600) -> Call[Collected]:

@@ -179,6 +179,7 @@ class Client(BaseClient):
     import_tenant = _single(admin_endpoints.import_tenant)
     ready = _single(admin_endpoints.ready)
     status = _single(admin_endpoints.status)
+    all_trainings = _single(admin_endpoints.all_trainings)
     gc = _single(admin_endpoints.gc)
 
     @property

@@ -4,6 +4,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -40,14 +41,23 @@ class RequestLogMiddleware:
     The line has level warning for a status of 500 or above, and level debug otherwise.
     """
 
-    def __init__(self, app: ASGIApp, metrics: RequestMetrics | None = None, *, server_returns_id: bool = False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: RequestMetrics | None = None,
+        count: Callable[[RequestContext, int], None] | None = None,
+        *,
+        server_returns_id: bool = False,
+    ) -> None:
         """
         Args:
+            count: gets the context and the status of each request that has ended.
             server_returns_id: the server adds `x-request-id` to each reply, as Ray Serve does. Otherwise the
                 middleware adds it.
         """
         self._app = app
         self._metrics = metrics
+        self._count = count
         self._server_returns_id = server_returns_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,6 +97,8 @@ class RequestLogMiddleware:
     def _report(self, scope: Scope, context: RequestContext, status: int, seconds: float) -> None:
         if self._metrics is not None:
             self._metrics.record(context, status, seconds)
+        if self._count is not None:
+            self._count(context, status)
         level = logging.WARNING if status >= 500 else logging.DEBUG
         if logger.isEnabledFor(level):
             fields = {"status": status, "ms": round(seconds * 1000, 1), "error_type": context.error}

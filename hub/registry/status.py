@@ -4,11 +4,12 @@ A report expires after ten seconds. So the state covers any number of nodes and 
 Prometheus metrics are the place for history.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 
-from ..admin_schemas import HubStatus, TaskRate, TenantStatus, WorkerStatus
-from .redis.connection import RegistryConnection, as_optional_texts, as_texts
+from ..admin_schemas import ErrorCount, HubStatus, TaskRate, TenantStatus, WorkerStatus
+from .redis.connection import RegistryConnection, as_hash, as_optional_texts, as_texts
 from .redis.scripts import STATUS
 from .tenants import TenantRegistry
 
@@ -17,10 +18,11 @@ MAX_TASKS = 20  # in the hub's list of the busiest tasks
 MAX_TENANTS = 100  # in the hub's list of active tenants, the latest first
 ACTIVE_S = 60  # a tenant is active for so long after a request
 MAX_RECENT_DIGESTS = 10_000
+ERROR_MINUTES = 60  # minutes whose errors count, this minute included
 
 
 class StatusBoard:
-    """Status reports of workers in Redis. Every method raises `Unavailable` if Redis does not answer."""
+    """Reports of workers, and errors of gateways. Every method raises `Unavailable` if Redis does not answer."""
 
     def __init__(self, connection: RegistryConnection) -> None:
         self._connection = connection
@@ -55,7 +57,44 @@ class StatusBoard:
             if counted is not None
         ]
         refusal = self._connection.refusal
-        return HubStatus(workers=workers, tasks=busiest_tasks(workers), tenants=active, changes_refused=refusal)
+        return HubStatus(
+            workers=workers,
+            tasks=busiest_tasks(workers),
+            tenants=active,
+            errors=await self.errors(),
+            changes_refused=refusal,
+        )
+
+    async def count_errors(self, errors: Mapping[tuple[int, str], int]) -> None:
+        """Add errors of this minute.
+
+        Args:
+            errors: (HTTP status, kind) -> number; kinds come from the hub, never from clients.
+        """
+        named = {f"{status} {kind}": number for (status, kind), number in errors.items()}
+        await self._connection.call(STATUS, "count_errors", errors=named, expiry_s=60 * (ERROR_MINUTES + 1))
+
+    async def errors(self) -> list[ErrorCount]:
+        """Return the errors of the last hour, the most frequent kind first."""
+        now = await self._now_s() // 60
+        minutes = range(now - ERROR_MINUTES + 1, now + 1)
+        pipeline = self._redis.pipeline(transaction=False)
+        for minute in minutes:
+            pipeline.hgetall(f"karst:errors:{minute}")
+        counts, last = Counter[str](), dict[str, int]()
+        for minute, found in zip(minutes, await self._connection.execute(pipeline.execute()), strict=True):
+            for name, number in as_hash(found).items():
+                counts[name] += int(number)
+                last[name] = minute
+        return [
+            ErrorCount(
+                status=int(name.partition(" ")[0]),
+                kind=name.partition(" ")[2],
+                count=number,
+                last=datetime.fromtimestamp(60 * last[name], UTC).isoformat(),
+            )
+            for name, number in counts.most_common()
+        ]
 
     async def recent_digests(self, limit: int) -> list[str]:
         """Return the digests of adapters that workers used, the latest first."""

@@ -3,10 +3,11 @@
 from collections.abc import AsyncIterable
 from functools import partial
 
-from ..admin_schemas import AuditPage, Collected, HubStatus, LimitsChange, TenantInfo
+from ..admin_schemas import AuditPage, Collected, HubStatus, HubTrainingList, LimitsChange, TenantInfo
 from ..concurrency import TenantThreads
 from ..registry.audit import Actor, AuditLog
 from ..registry.cache import RegistryCache
+from ..registry.datasets.trainings import TrainingRegistry
 from ..registry.keys import KeyRegistry
 from ..registry.status import StatusBoard
 from ..registry.tasks import TaskRegistry
@@ -30,6 +31,7 @@ class AdministrationService:
         keys: KeyRegistry,
         audit: AuditLog,
         status: StatusBoard,
+        trainings: TrainingRegistry,
         collector: Collector,
         cache: RegistryCache,
         store: Store,
@@ -49,6 +51,7 @@ class AdministrationService:
         self.keys = keys
         self._audit = audit
         self._status = status
+        self._trainings = trainings
         self._collector = collector
         self._registry = registry
         self._cache = cache
@@ -89,8 +92,12 @@ class AdministrationService:
         self._cache.invalidate_key(id)
 
     async def status(self) -> HubStatus:
-        """Return the current load of workers and tenants."""
+        """Return the current load of workers and tenants, and the errors of the last hour."""
         return await self._status.read(self.tenants)
+
+    async def trainings(self) -> HubTrainingList:
+        """Return the trainings of all tenants: running, queued, and the last ended ones."""
+        return await self._trainings.of_hub()
 
     async def audit(self, tenant: str | None, after: str, count: int, *, admins: bool = False) -> AuditPage:
         """Return changes in a tenant, or in the whole hub (None): all changes, or only those of admins.

@@ -9,26 +9,35 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
 from adapters import ImageError, ImageTooLargeError
 from adapters.data.formats.sizes import header_pixels
 from adapters.data.images import WHITE, background_of, decode_image, needed_px, pixels_of
-from adapters.data.transform import pixel_transform
+from adapters.data.transform import pixel_transform, resize_of
 
 from ..admission.quotas import PIXELS_PER_IMAGE
-from ..concurrency import REST_RATIO, ActiveTenants, TenantConcurrencyLimit, TenantTurns
+from ..concurrency import (
+    REST_RATIO,
+    ActiveTenants,
+    TenantConcurrencyLimit,
+    TenantThreads,
+    TenantTurns,
+    run_blocking,
+)
 from ..errors import InvalidImage, TooLarge
+from .decoding.processes import DecodeProcesses
 
 DECODE_TIMEOUT_S = 10.0
 SLOW_S = 0.25  # photos of cameras take less
 # A JPEG scan costs the sender a few bytes and the decoder a pass over the whole image: 10 MB of scans would take hours.
 # Cameras and libraries write about ten.
 MAX_JPEG_SCANS = 100
-# Starts of files whose size needs more than a look at their first bytes: TIFF, GIF, JPEG, PNG, WebP, BMP, AVIF, HEIC.
-PARSED_FORMATS = (b"II", b"MM", b"GIF8", b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"\0\0\0")
+# Starts of files whose size may need more than a look at their first bytes: TIFF, GIF, JPEG, PNG, WebP, BMP.
+PARSED_FORMATS = (b"II", b"MM", b"GIF8", b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM")
+BOX = b"ftyp"  # at byte 4 of an AVIF or a HEIC
 THUMBNAIL_PX = 192
 
 Preprocess = Mapping[str, Any]
@@ -40,14 +49,15 @@ class ImageDecoder:
     """Decoder of images in a thread pool, within a hub's size limits, in turns that are fair by megapixels.
 
     An image counts as one for each `PIXELS_PER_IMAGE` begun. An image that counts as more than one is large. Threads
-    of low priority decode it, on the tenant's share of the cores beside other active tenants: otherwise large images
-    would slow the decodes of others, the event loop and the workers.
+    of low priority decode large images and those of datasets, on the tenant's share of the cores beside other active
+    tenants: otherwise they would slow the decodes of others, the event loop and the workers.
     """
 
     def __init__(
         self,
         executor: Executor,
-        large_executor: Executor,
+        slow_executor: Executor,
+        parse: TenantThreads,
         active: ActiveTenants,
         *,
         threads: int,
@@ -57,11 +67,13 @@ class ImageDecoder:
         spare_threads: int = 0,
         timeout_s: float = DECODE_TIMEOUT_S,
         decode: Decode = decode_image,
+        processes: DecodeProcesses | None = None,
     ) -> None:
         """
         Args:
             executor: thread pool with `threads + spare_threads` threads.
-            large_executor: as many threads of low priority, for large images.
+            slow_executor: as many threads of low priority, for large images and those of datasets.
+            parse: thread pool that reads the sizes of images.
             active: active tenants of the gateway.
             cores: of the machine; a tenant's share is of these.
             threads: images decoded at the same time. One tenant gets one thread fewer, so no tenant uses all of them.
@@ -71,14 +83,17 @@ class ImageDecoder:
                 keeps its thread and its tenant's share until it ends, and a spare thread replaces it for others.
             timeout_s: time limit of one decode.
             decode: function that decodes, with the arguments of `adapters.data.images.decode_image`.
+            processes: decode large images while a thread of low priority waits; None: the thread decodes.
         """
         self._executor = executor
-        self._large_executor = large_executor
+        self._slow_executor = slow_executor
+        self._parse = parse
         self._active = active
         self._cores = cores
         tenant_threads = max(1, threads - 1)
         self._tenant_limit = TenantConcurrencyLimit(tenant_threads)
-        self._large_limit = TenantConcurrencyLimit(self._large_share)
+        self._large_limit = TenantConcurrencyLimit(partial(self._share, alone=cores - 1))  # another's first call
+        self._dataset_limit = TenantConcurrencyLimit(partial(self._share, alone=tenant_threads))
         self._tenant_threads = tenant_threads
         self._turns = TenantTurns(threads, threads)
         self._max_bytes = max_bytes
@@ -86,6 +101,7 @@ class ImageDecoder:
         self._spare_threads = spare_threads
         self._timeout_s = timeout_s
         self._decode_image = decode
+        self._processes = processes
         self._decodes: set[asyncio.Task[None]] = set()
 
     @property
@@ -95,10 +111,27 @@ class ImageDecoder:
 
     async def sizes(self, tenant: str, images: Sequence[bytes | np.ndarray]) -> list[int]:
         """Return as how many images each image counts: one for each `PIXELS_PER_IMAGE` begun, by the file's header."""
-        return [await self._size(tenant, image) for image in images]
+        pixels = [None if isinstance(image, np.ndarray) else header_pixels(image) for image in images]
+        parsed = {i: x for i, x in enumerate(images) if pixels[i] is None and self._is_parsed(x)}
+        if parsed:  # in one call: each of many would wait for Python's interpreter lock
+            found = await run_blocking(self._parse.of(tenant), lambda: [pixels_of(image) for image in parsed.values()])
+            for i, count in zip(parsed, found, strict=True):
+                pixels[i] = count
+        return [max(1, math.ceil(min(count or 0, self._max_pixels) / PIXELS_PER_IMAGE)) for count in pixels]
+
+    def _is_parsed(self, image: bytes | np.ndarray) -> TypeGuard[bytes]:
+        """Return whether the size of an image needs its whole file."""
+        if isinstance(image, np.ndarray) or len(image) > self._max_bytes:
+            return False
+        return image.startswith(PARSED_FORMATS) or image[4:8] == BOX
 
     async def decode(
-        self, tenant: str, images: Sequence[tuple[str, bytes | np.ndarray, Preprocess]], sizes: Sequence[int]
+        self,
+        tenant: str,
+        images: Sequence[tuple[str, bytes | np.ndarray, Preprocess]],
+        sizes: Sequence[int],
+        *,
+        of_dataset: bool = False,
     ) -> list[np.ndarray]:
         """Decode and preprocess encoded images; check pixels that the client has preprocessed.
 
@@ -107,6 +140,7 @@ class ImageDecoder:
             images: for each image its field name (for errors), its bytes or its pixels (3, H, W), uint8 or float32 in
                 0..255, and its adapter's `preprocess`.
             sizes: result of `sizes` for these images.
+            of_dataset: decode at low priority, since no client waits for an answer to these images.
 
         Returns:
             Arrays (3, H, W) in the order of `images`: uint8, or float32 for pixels that came as float32.
@@ -116,7 +150,7 @@ class ImageDecoder:
             InvalidImage: an image cannot be decoded or takes too long, or pixels do not fit the adapter.
         """
         self._active.note(tenant)
-        calls = (self._one(tenant, *image, size) for image, size in zip(images, sizes, strict=True))
+        calls = (self._one(tenant, *image, size, of_dataset) for image, size in zip(images, sizes, strict=True))
         decodes = [asyncio.create_task(call) for call in calls]
         try:
             return [await decode for decode in decodes]
@@ -125,23 +159,14 @@ class ImageDecoder:
                 decode.cancel()
             await asyncio.gather(*decodes, return_exceptions=True)
 
-    async def _size(self, tenant: str, image: bytes | np.ndarray) -> int:
-        if isinstance(image, np.ndarray) or len(image) > self._max_bytes:
-            return 1
-        pixels = header_pixels(image)
-        if pixels is None and image.startswith(PARSED_FORMATS):
-            async with self._tenant_limit.acquire(tenant):
-                await self._turns.acquire(tenant)
-                call = asyncio.get_running_loop().run_in_executor(self._executor, pixels_of, image)
-                call.add_done_callback(lambda _: self._turns.release(tenant))
-                await asyncio.wait((call,))
-                pixels = call.result()
-        return max(1, math.ceil(min(pixels or 0, self._max_pixels) / PIXELS_PER_IMAGE))
+    def _share(self, tenant: str, *, alone: int) -> int:
+        """Return how many images of low priority a tenant decodes at the same time.
 
-    def _large_share(self, tenant: str) -> int:
-        """Return how many large images of a tenant are decoded at the same time."""
+        Args:
+            alone: the number while no other tenant is active.
+        """
         others = self._active.others(tenant)
-        share = self._cores // (1 + others) if others else self._cores - 1  # the first call of another finds a core
+        share = self._cores // (1 + others) if others else alone
         return max(1, min(share, self._tenant_threads))
 
     async def thumbnail(self, tenant: str, field: str, image: bytes) -> bytes:
@@ -151,16 +176,33 @@ class ImageDecoder:
             TooLarge, InvalidImage: as in `decode`.
         """
         self._active.note(tenant)
-        return await self._run(tenant, field, image, await self._size(tenant, image), self._thumbnail)
+        (size,) = await self.sizes(tenant, [image])
+        return await self._run(tenant, field, image, size, self._thumbnail, of_dataset=True)
 
     async def _one(
-        self, tenant: str, field: str, image: bytes | np.ndarray, preprocess: Preprocess, size: int
+        self,
+        tenant: str,
+        field: str,
+        image: bytes | np.ndarray,
+        preprocess: Preprocess,
+        size: int,
+        of_dataset: bool,
     ) -> np.ndarray:
         if isinstance(image, np.ndarray):
             return checked_pixels(field, image, preprocess)
-        return await self._run(tenant, field, image, size, partial(self._decode, preprocess=preprocess))
+        work = partial(self._decode, preprocess=preprocess)
+        return await self._run(tenant, field, image, size, work, of_dataset=of_dataset)
 
-    async def _run(self, tenant: str, field: str, image: bytes, size: int, work: Callable[[str, bytes, int], T]) -> T:
+    async def _run(
+        self,
+        tenant: str,
+        field: str,
+        image: bytes,
+        size: int,
+        work: Callable[[str, bytes, int], T],
+        *,
+        of_dataset: bool,
+    ) -> T:
         """Run work on an encoded image in a thread, within the limits of size, time and the tenant's share.
 
         Args:
@@ -170,13 +212,14 @@ class ImageDecoder:
         if len(image) > self._max_bytes:
             raise TooLarge.at(field, f"the image has {len(image)} bytes; the limit is {self._max_bytes}")
         async with AsyncExitStack() as held:
+            if of_dataset:
+                await held.enter_async_context(self._dataset_limit.acquire(tenant))
             if size > 1:
                 await held.enter_async_context(self._large_limit.acquire(tenant))
             await held.enter_async_context(self._tenant_limit.acquire(tenant))
             await self._turns.acquire(tenant, size)
-            decode = asyncio.get_running_loop().run_in_executor(
-                self._large_executor if size > 1 else self._executor, work, field, image, size * PIXELS_PER_IMAGE
-            )
+            executor = self._slow_executor if of_dataset or size > 1 else self._executor
+            decode = asyncio.get_running_loop().run_in_executor(executor, work, field, image, size * PIXELS_PER_IMAGE)
             task = asyncio.create_task(self._hold(held.pop_all(), tenant, decode, rests=size > 1))
             self._decodes.add(task)  # otherwise the task could be garbage-collected: the loop holds weak references
             task.add_done_callback(self._decodes.discard)
@@ -215,23 +258,31 @@ class ImageDecoder:
 
     def _decode(self, field: str, data: bytes, counted_pixels: int, preprocess: Preprocess) -> np.ndarray:
         options = {"needed_px": needed_px(preprocess), "background": background_of(preprocess)}
-        image = self._opened(field, data, counted_pixels, **options)
+        image = self._opened(field, data, counted_pixels, resize_of(preprocess), **options)
         pixels: np.ndarray = _transform(json.dumps(preprocess, sort_keys=True))(image)
         return pixels
 
     def _thumbnail(self, field: str, data: bytes, counted_pixels: int) -> bytes:
-        image = self._opened(field, data, counted_pixels, needed_px=THUMBNAIL_PX, background=WHITE)
+        resize = (THUMBNAIL_PX, "bicubic")
+        image = self._opened(field, data, counted_pixels, resize, needed_px=THUMBNAIL_PX, background=WHITE)
         image.info.clear()  # otherwise the file would have the colour profile of the image
         image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=80)
         return buffer.getvalue()
 
-    def _opened(self, field: str, data: bytes, counted_pixels: int, **options: Any) -> Any:
+    def _opened(
+        self, field: str, data: bytes, counted_pixels: int, resize: tuple[int, str] | None, **options: Any
+    ) -> Any:
+        """Return a decoded image. A large one comes already resized, if the resize is one that a process can do."""
+        options["max_pixels"] = min(self._max_pixels, counted_pixels)
         try:
             if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
                 raise ImageError(f"the JPEG has more than {MAX_JPEG_SCANS} scans; save it in a simpler form")
-            return self._decode_image(data, max_pixels=min(self._max_pixels, counted_pixels), **options)
+            if self._processes is None or resize is None or counted_pixels <= PIXELS_PER_IMAGE:
+                return self._decode_image(data, **options)
+            options |= dict(zip(("shorter_px", "interpolation"), resize, strict=True))
+            return self._processes.decode(data, timeout_s=self._timeout_s, **options)
         except ImageTooLargeError as error:
             if counted_pixels < self._max_pixels:  # otherwise an image could cost more than the tenant was charged
                 raise InvalidImage.at(field, "the image is larger than its header claims; save it again") from error

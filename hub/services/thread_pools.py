@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..admission.quotas import FITS, PARSED_AT_ONCE, SOURCE_DOWNLOADS, STORE_CALLS
 from ..concurrency import ActiveTenants, TenantThreads, lower_priority
+from .decoding.processes import DecodeProcesses
 from .trainings.instant import start_fit_thread
 
 PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster
@@ -23,7 +24,8 @@ class ThreadPools:
         cores: of the machine.
         threads: images decoded, and calls to the store, at the same time.
         spare_decoders: further threads of each of the pools that decode.
-        decoders, large_decoders: decode images; `ImageDecoder` has the turns. The second has a low priority.
+        decoders, slow_decoders: decode images; `ImageDecoder` has the turns. The second has a low priority.
+        processes: decode large images for the second of these.
         store: calls to the store and to files.
         parse: parses large bodies, and other work that holds Python's interpreter lock.
         sources: downloads of adapter files by reference.
@@ -40,7 +42,8 @@ class ThreadPools:
         self.spare_decoders = self.threads * SPARE_DECODERS
         decoders = self.threads + self.spare_decoders
         self.decoders = ThreadPoolExecutor(decoders, "decode")
-        self.large_decoders = ThreadPoolExecutor(decoders, "decode-large", initializer=lower_priority)
+        self.slow_decoders = ThreadPoolExecutor(decoders, "decode-slow", initializer=lower_priority)
+        self.processes = DecodeProcesses()
         store = ThreadPoolExecutor(self.threads, "store")
         parse = ThreadPoolExecutor(PARSE_THREADS, "parse")
         sources = ThreadPoolExecutor(SOURCE_THREADS, "source")
@@ -49,9 +52,10 @@ class ThreadPools:
         self.parse = TenantThreads(parse, PARSE_THREADS, PARSED_AT_ONCE, active)
         self.sources = TenantThreads(sources, SOURCE_THREADS, SOURCE_DOWNLOADS)
         self.fits = TenantThreads(fits, FIT_THREADS, FITS)
-        self._executors = (self.decoders, self.large_decoders, store, parse, sources, fits)
+        self._executors = (self.decoders, self.slow_decoders, store, parse, sources, fits)
 
     def close(self) -> None:
         """Let idle threads end. A running call keeps its thread until it returns."""
         for executor in self._executors:
             executor.shutdown(wait=False)
+        self.processes.close()

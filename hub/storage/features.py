@@ -35,18 +35,19 @@ class FeatureStore:
         self._root = f"{root.rstrip('/')}/features"
         self._local = isinstance(self._fs, LocalFileSystem)
 
-    def put(self, key: str, digest: str, features: NDArray[np.float16]) -> None:
-        """Store the features (D,) of an image.
+    def put(self, key: str, features: Mapping[str, NDArray[np.float16]]) -> None:
+        """Store the features (D,) of images, by digest.
 
         Raises:
             Unavailable: the store cannot be written.
         """
-        path, data = self._path(key, digest), features.astype("<f2").tobytes()
+        files = {self._path(key, digest): row.astype("<f2").tobytes() for digest, row in features.items()}
         try:
             if self._local:
-                write_file(self._top, Path(path), data)
+                for path, data in files.items():
+                    write_file(self._top, Path(path), data)
             else:
-                self._fs.pipe_file(path, data)
+                self._fs.pipe(files)
         except Exception as error:  # each file system has its own exception types
             raise unavailable(error, "write features", "image") from error
 

@@ -34,6 +34,7 @@ class TrainingJob:
         max_pixels: limit on an image's width times height.
         max_kernels, max_rank: largest adapter that the workers take.
         threads: of torch.
+        int8: whether the workers compute frozen layers in int8; the training then reports the agreement with float32.
     """
 
     id: str
@@ -49,6 +50,7 @@ class TrainingJob:
     max_rank: int
     max_pixels: int = DEFAULT_MAX_PIXELS
     threads: int = 1
+    int8: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from adapters.training.progress import Watch
 from ..dataset_schemas import TrainingProgress
 from ..errors import Unavailable
 from ..storage.store import IMAGES, Store
+from .int8_agreement import with_int8_agreement
 from .job import TrainingJob, TrainingResult
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,9 @@ def _fit(job: TrainingJob, output: Path, watch: "_Progress") -> bytes:
     config = default.model_copy(
         update={"kernels": min(default.kernels, job.max_kernels), "rank": min(default.rank, job.max_rank)}
     )
+    splits = _splits(job)
     trained = fit(
-        _splits(job),
+        splits,
         output,
         backbone=backbone,
         recipe="karst" if job.recipe == "karst" else "auto",
@@ -102,7 +104,14 @@ def _fit(job: TrainingJob, output: Path, watch: "_Progress") -> bytes:
         metrics={"snapshot": job.snapshot_digest, "training": job.id},
         watch=watch,
     )
-    return trained.adapter.data
+    adapter = trained.adapter
+    if job.int8:
+        watch.enter("comparing int8 with float32")
+        try:
+            adapter = with_int8_agreement(adapter, backbone, splits, job.max_pixels)
+        except (BackboneError, DataError) as error:  # the adapter is whole without it
+            watch.warnings += (f"the agreement of int8 with float32 was not measured: {error}",)
+    return adapter.data
 
 
 def _splits(job: TrainingJob) -> DatasetSplits:

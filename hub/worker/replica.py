@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from adapters import Bank, BankLimits, load_backbone
+from adapters.serving.frozen_forms import can_int8, measure_forms
 
 from ..admin_schemas import WorkerStatus
 from ..admission.quotas import WORKER_FEATURES_QUEUED, WORKER_IMAGES_QUEUED
@@ -43,6 +44,7 @@ PREWARMING_INTERVAL_S = 30.0
 MAX_ROUTED_DIGESTS = 1000  # resident adapters that a worker reports to the routers
 STORE_READERS = 8  # threads that read from the store
 FEATURE_IMAGES, FEATURE_IMAGES_GPU = 4, 32  # of a pass without adapters: small, since a classification may wait for it
+FORM_IMAGES = 8  # of the passes for which the forms of the frozen layers are measured: a usual batch on a CPU
 HEADS_SHARE = 4  # stacked heads may take the limit of host memory for adapters, divided by this
 
 
@@ -118,10 +120,22 @@ class Worker:
             settings.backbone,
             settings.checkpoint,
             device=settings.torch_device,
-            dtype=getattr(torch, settings.dtype),
+            dtype=getattr(torch, settings.weights_dtype),
             image_size=settings.image_size,
         )
-        return Bank(backbone, slots=settings.slots, max_rank=settings.max_rank, max_kernels=settings.max_kernels)
+        int8 = settings.dtype == "int8"
+        if int8 and not can_int8(backbone):
+            logger.warning("HUB_DTYPE=int8 needs a CPU with VNNI; this worker computes in float32")
+        forms = measure_forms(backbone, min(settings.batch_size, FORM_IMAGES), int8=int8)
+        for line in forms.describe():
+            logger.info("frozen layers %s", line)
+        return Bank(
+            backbone,
+            slots=settings.slots,
+            max_rank=settings.max_rank,
+            max_kernels=settings.max_kernels,
+            forms=forms,
+        )
 
     def _preload(self) -> None:
         """Load the pinned and the recently used adapters, as many as there are slots."""
@@ -283,6 +297,7 @@ class Worker:
             load_s=counts.load_s,
             evictions=counts.evictions,
             failures=counts.failures,
+            frozen_layers=self._bank.forms.describe(),
         )
 
     async def refresh_prewarming(self) -> None:

@@ -53,6 +53,7 @@ def add_labelled(page: Page, label: str, paths: list[str]) -> None:
     page.get_by_role("button", name="Add", exact=True).click()
     choose(page, paths)
     page.get_by_text(f"Done: {len(paths)} added.").wait_for()
+    assert not page.get_by_text("No images yet").count()
     page.locator(".card").get_by_role("button", name="Close").click()
 
 
@@ -71,7 +72,7 @@ def test_own_task_answers_when_a_person_clicks_from_sign_in_to_an_answer(
     for label in LABELS:
         add_labelled(page, label, files(digits / label))
     page.get_by_text("36 images, 3 labels.").wait_for()
-    open_tab(page, "Train")
+    page.get_by_role("link", name="Next: train").click()
     page.get_by_role("button", name="Train now").click()
     page.get_by_text("Version 1 is ready").wait_for()
     page.get_by_role("link", name="Try it").click()
@@ -81,6 +82,23 @@ def test_own_task_answers_when_a_person_clicks_from_sign_in_to_an_answer(
     assert page.locator(".tried").count() == 3
     wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wide == 0  # nothing is cut off beside the screen
+
+
+def test_label_without_a_test_image_is_named_before_and_after_the_training(
+    console: Console, digits: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("untested")
+    with console.client() as client:
+        client.images.add(task, files(digits / "0"), label="0", split="train")
+        client.images.add(task, files(digits / "1")[:8], label="1", split="train")
+        client.images.add(task, files(digits / "1")[8:], label="1", split="test")
+    page = console.page(f"/tasks/{task}/images")
+    page.get_by_text("No test image of 0: the accuracy will say nothing").wait_for()
+    page.get_by_role("link", name="Next: train").click()
+    page.get_by_text("No test image of 0: the accuracy will say nothing").wait_for()
+    page.get_by_role("button", name="Train now").click()
+    page.get_by_text("no test image of '0'; the accuracy on test images omits them").wait_for()
+    page.get_by_text("answered with the most frequent label, it would be right for").wait_for()
 
 
 def test_images_are_labelled_by_key_by_dragging_and_in_bulk_and_undone(

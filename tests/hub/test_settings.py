@@ -98,3 +98,10 @@ def test_a_user_without_a_home_folder_must_set_hub_home(monkeypatch: pytest.Monk
         load_settings()
     monkeypatch.setenv("HUB_HOME", "/srv/hub")
     assert load_settings().home == Path("/srv/hub")
+
+
+def test_int8_takes_the_cpu_and_refuses_a_gpu() -> None:
+    settings = load_settings(dtype="int8")
+    assert (settings.torch_device, settings.weights_dtype) == ("cpu", "float32")
+    with pytest.raises(InvalidSettings, match="HUB_DTYPE=int8 runs on CPUs only, but HUB_DEVICE=cuda"):
+        load_settings(dtype="int8", device="cuda")

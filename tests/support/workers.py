@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -18,9 +19,11 @@ from hub.worker.replica import Worker
 from .metrics import Recorder
 
 
-def make_worker(redis_url: str, store: Store, home: Path, slots: int = 2) -> Worker:
+def make_worker(
+    redis_url: str, store: Store, home: Path, slots: int = 2, dtype: Literal["float32", "int8"] = "float32"
+) -> Worker:
     """Return a worker with the demo backbone."""
-    settings = Settings(backbone="demo", slots=slots, batch_wait_ms=50, home=home)
+    settings = Settings(backbone="demo", slots=slots, batch_wait_ms=50, home=home, dtype=dtype)
     return Worker(settings, store, Prewarming(redis_url, []), lambda: 1, Recorder().types)
 
 

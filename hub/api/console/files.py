@@ -58,6 +58,7 @@ def add_console(api: FastAPI, codes: LoginCodes) -> None:
     The page names its files relatively, and their addresses have the digest of all files. The console therefore works
     below any path of a proxy, browsers keep the files for a year, and a new version of the hub has new addresses.
     """
+    console()  # before the first request, which would otherwise compress all files on the event loop
 
     @api.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page(request: Request) -> Response:
@@ -78,8 +79,17 @@ def add_console(api: FastAPI, codes: LoginCodes) -> None:
 @cache
 def console() -> Console:
     """Return the console of this installation."""
-    contents = dict(sorted(_contents(files("hub") / "web")))
-    demo = files("adapters.demo")
+    return read_console(files("hub") / "web", files("adapters.demo"))
+
+
+def read_console(web: Traversable, demo: Traversable) -> Console:
+    """Read and compress all files.
+
+    Args:
+        web: the folder of the page.
+        demo: the folder of the demo's adapters.
+    """
+    contents = dict(sorted(_contents(web)))
     contents |= {f"demo/{name}": (demo / name).read_bytes() for name in DEMO_FILES}
     whole = hashlib.sha256()
     for path, data in contents.items():

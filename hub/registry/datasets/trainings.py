@@ -6,16 +6,20 @@ Keys, besides those in `index` and `files`:
     training-leases            zset    running job -> end of its gateway's lease, in seconds since 1970 by Redis' clock
     training-turns             zset    tenant with queued jobs -> turn in which its last job started
     training-versions          hash    running job -> version that it has registered
+    training-ended             zset    the hub's last ended trainings -> time of their end
     training-number            string  last place in a queue, and last turn
     t:{tenant}:training-queue  zset    queued job -> place; 0 for a job that was interrupted
     t:{tenant}:training-jobs   set     queued and running jobs
     t:{tenant}:training-turn   string  turn in which the tenant's last job started; expires after a day
 """
 
+import itertools
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
+from ...admin_schemas import HubTraining, HubTrainingList
 from ...admission.quotas import TRAINING_JOBS
 from ...concurrency import TenantReads
 from ...dataset_schemas import TrainingInfo
@@ -35,6 +39,9 @@ from ..redis.scripts import TRAININGS, ChangeReply
 from .files import StoredName
 
 MAX_TRAININGS = 100  # newest ones kept per task; older ones stay while they are jobs, or while their version exists
+
+
+MAX_LISTED = 100  # in each part of the hub's list
 
 
 class Author(BaseModel):
@@ -61,6 +68,16 @@ class Training(TrainingInfo):
     def public(self) -> TrainingInfo:
         """Return what clients see."""
         return TrainingInfo(**self.model_dump(include=set(TrainingInfo.model_fields)))
+
+    def of_tenant(self, tenant: str, ended_s: float | None) -> HubTraining:
+        """Return what admins see.
+
+        Args:
+            ended_s: time of its end in seconds since 1970; None: it has not ended.
+        """
+        ended = None if ended_s is None else datetime.fromtimestamp(ended_s, UTC).isoformat(timespec="milliseconds")
+        named = self.model_dump(include=set(HubTraining.model_fields))
+        return HubTraining(**named, tenant=tenant, images=self.snapshot.images, ended=ended)
 
 
 class Job(NamedTuple):
@@ -136,6 +153,7 @@ class TrainingRegistry:
             audited=audited,
             queued=queued,
             max_jobs=TRAINING_JOBS,
+            max_ended=MAX_LISTED,
         )
         _check_removing(reply)
         if reply.outcome == "limit" and reply.limit == "training_jobs":
@@ -219,9 +237,41 @@ class TrainingRegistry:
             raise NotFound.at("training", f"task {task!r} has no training {id!r}")
         return Training.model_validate_json(text)
 
+    async def of_hub(self) -> HubTrainingList:
+        """Return the running trainings of all tenants, the next ones, and the last ones."""
+        pipeline = self._redis.pipeline(transaction=True)
+        pipeline.zcard("karst:training-leases")
+        pipeline.hlen("karst:training-jobs")
+        pipeline.zrange("karst:training-leases", 0, MAX_LISTED - 1)
+        pipeline.zrange("karst:training-turns", 0, MAX_LISTED - 1)
+        pipeline.zrange("karst:training-ended", 0, MAX_LISTED - 1, desc=True, withscores=True)
+        running, jobs, leased, tenants, ended = await self._connection.execute(pipeline.execute())
+        pipeline = self._redis.pipeline(transaction=False)
+        for tenant in as_texts(tenants):
+            pipeline.zrange(tenant_key(tenant, "training-queue"), 0, MAX_LISTED - 1)
+        queues = [as_texts(queue) for queue in await self._connection.execute(pipeline.execute())]
+        rounds = itertools.zip_longest(*queues)  # tenants take turns
+        queued = [name for one_round in rounds for name in one_round if name is not None][:MAX_LISTED]
+        times = dict.fromkeys([*as_texts(leased), *queued]) | dict(ended)
+        pipeline = self._redis.pipeline(transaction=False)
+        for name in times:
+            tenant, task, id = name.split(":")
+            pipeline.hget(tenant_key(tenant, f"data:{task}:trainings"), id)
+        texts = as_optional_texts(await self._connection.execute(pipeline.execute())) if times else []
+        found = [
+            Training.model_validate_json(text).of_tenant(name.split(":")[0], ended_s)
+            for (name, ended_s), text in zip(times.items(), texts, strict=True)
+            if text is not None  # its task was deleted in the meantime
+        ]
+        return HubTrainingList(
+            trainings=found, running=as_integer(running), queued=as_integer(jobs) - as_integer(running)
+        )
+
     async def _change(self, function: str, job: Job, token: str, training: Training, **argument: Any) -> bool:
         body = training.model_dump_json()
-        reply = await self._connection.change(TRAININGS, function, **job._asdict(), token=token, body=body, **argument)
+        reply = await self._connection.change(
+            TRAININGS, function, **job._asdict(), token=token, body=body, max_ended=MAX_LISTED, **argument
+        )
         _check_removing(reply)
         if reply.outcome == "limit":
             raise LimitReached.at(reply.limit, f"too many changes (limit {reply.maximum}); try again in a second")

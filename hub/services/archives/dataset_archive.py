@@ -194,7 +194,7 @@ class DatasetArchive:
             raise invalid(f"image {digest} is damaged: its sha256 differs")
         sizes = await self._decoder.sizes(tenant, [data])
         try:
-            await self._decoder.decode(tenant, [(f"image {digest}", data, preprocess)], sizes)
+            await self._decoder.decode(tenant, [(f"image {digest}", data, preprocess)], sizes, of_dataset=True)
         except (InvalidImage, TooLarge) as error:
             raise invalid(f"image {digest} does not fit this hub: {error.reason}") from error
 

@@ -33,6 +33,7 @@ PATIENCE_S = 120  # after an upload, before another gateway computes its feature
 LEASED_IMAGES, LEASE_S = 16, 120
 INTERVAL_S = 2.0
 READ_IMAGES = 256  # features read from the store at once
+STORED_IMAGES = 16  # features written to the store at once
 COMPUTED_IMAGES = 32  # images read, decoded and computed at once for a training
 
 
@@ -171,7 +172,8 @@ class FeatureService:
             try:
                 data = await run_blocking(self._threads.of(tenant), self._images.get, digest)
                 sizes = await self._decoder.sizes(tenant, [data])
-                (pixels[digest],) = await self._decoder.decode(tenant, [(digest, data, spec.preprocess)], sizes)
+                named = [(digest, data, spec.preprocess)]
+                (pixels[digest],) = await self._decoder.decode(tenant, named, sizes, of_dataset=True)
             except (InvalidImage, TooLarge, Unavailable) as error:
                 logger.warning("image %s has no features: %s", digest, error.detail)
 
@@ -182,12 +184,15 @@ class FeatureService:
         self, tenant: str, spec: FeatureSpec, pixels: Mapping[str, NDArray[np.uint8]]
     ) -> dict[str, NDArray[np.float16]]:
         """Compute and store features, a few images per call to a worker."""
-        digests, found = list(pixels), {}
+        digests = list(pixels)
+        found: dict[str, NDArray[np.float16]] = {}
         size = max(1, CALL_BYTES // max((image.nbytes for image in pixels.values()), default=1))
         for start in range(0, len(digests), size):
             part = digests[start : start + size]
             rows = await self._workers.features([pixels[digest] for digest in part])
-            for digest, row in zip(part, rows, strict=True):
-                await run_blocking(self._threads.of(tenant), self._features.put, spec.key, digest, row)
-                found[digest] = row
+            computed = list(zip(part, rows, strict=True))
+            for at in range(0, len(computed), STORED_IMAGES):
+                some = dict(computed[at : at + STORED_IMAGES])
+                await run_blocking(self._threads.of(tenant), self._features.put, spec.key, some)
+                found |= some
         return found

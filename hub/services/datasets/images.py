@@ -248,7 +248,7 @@ class DatasetService:
     async def _add(
         self, caller: Caller, task: str, sent: Sequence[SentImage], report: UploadReport, *, files: int, waits: bool
     ) -> None:
-        """Check, store and list some images of a request.
+        """Check, store and list some images of a request. Refused ones count against the tenant's rate of images too.
 
         Args:
             files: images of the whole request, for the audit.
@@ -258,11 +258,10 @@ class DatasetService:
             if image.problem:
                 report.refuse(image.name, image.problem)
         usable = [image for image in sent if not image.problem]
-        if not usable:
-            return
         spec = await self._features.spec()
         sizes = await self._decoder.sizes(caller.tenant, [image.data for image in usable])
-        async with self._turn(caller.tenant, len(usable), sum(sizes), waits=waits):
+        counted = sum(sizes) + len(sent) - len(usable)
+        async with self._turn(caller.tenant, len(sent), counted, waits=waits):
             decoded = await asyncio.gather(
                 *(
                     self._decoded(caller.tenant, image, spec.preprocess, size)
@@ -270,17 +269,22 @@ class DatasetService:
                 ),
                 return_exceptions=True,
             )
-        images, pixels = [], {}
+        read, arrays = [], []
         for image, result in zip(usable, decoded, strict=True):
             if isinstance(result, InvalidImage | TooLarge):
                 report.refuse(image.name, result.reason)
             elif isinstance(result, BaseException):
                 raise result
             else:
-                digest, pixels_of_image = result
-                pixels[digest] = pixels_of_image
-                new = NewImage(digest, image.name[-MAX_NAME_CHARACTERS:], len(image.data), image.label, image.split)
-                images.append((new, image.data))
+                read.append(image)
+                arrays.append(result)
+        # In one call: each of many would wait for Python's interpreter lock.
+        digests = await run_blocking(self._threads.of(caller.tenant), _digests, read) if read else []
+        pixels = dict(zip(digests, arrays, strict=True))
+        images = [
+            (NewImage(digest, x.name[-MAX_NAME_CHARACTERS:], len(x.data), x.label, x.split), x.data)
+            for digest, x in zip(digests, read, strict=True)
+        ]
         if images:
             added = await self._store(caller, task, images, report, files)
             self._features.compute_later(caller.tenant, spec, {digest: pixels[digest] for digest in added})
@@ -301,10 +305,9 @@ class DatasetService:
 
     async def _decoded(
         self, tenant: str, image: SentImage, preprocess: Mapping[str, Any], size: int
-    ) -> tuple[str, NDArray[np.uint8]]:
-        (pixels,) = await self._decoder.decode(tenant, [(image.name, image.data, preprocess)], [size])
-        digest = await run_blocking(self._threads.of(tenant), lambda: hashlib.sha256(image.data).hexdigest())
-        return digest, pixels
+    ) -> NDArray[np.uint8]:
+        (pixels,) = await self._decoder.decode(tenant, [(image.name, image.data, preprocess)], [size], of_dataset=True)
+        return pixels
 
     async def _store(
         self,
@@ -353,3 +356,7 @@ class DatasetService:
                 return added
             await asyncio.sleep(REMOVING_PAUSE_S)
         raise Unavailable("The store is removing an old copy of an image. Send the images again.", retry_after_s=2)
+
+
+def _digests(images: Sequence[SentImage]) -> list[str]:
+    return [hashlib.sha256(image.data).hexdigest() for image in images]

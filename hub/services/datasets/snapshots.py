@@ -74,6 +74,9 @@ class Snapshot:
             warnings.append(f"too few images of {_listed(rescued)} to test on; all of them train")
         if single := [label for label in labels if counts[label] == 1]:
             warnings.append(f"one image only of {_listed(single)}; add more, ten or more are better")
+        tested = {image.label for image in images if image.use == "test"}
+        if tested and (untested := [label for label in labels if label not in tested and label not in rescued]):
+            warnings.append(f"no test image of {_listed(untested)}; the accuracy on test images omits them")
         return cls(images, labels, tuple(warnings))
 
     def text(self, task: str) -> bytes:

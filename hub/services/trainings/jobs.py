@@ -55,6 +55,7 @@ class JobSettings:
         max_running: jobs that the whole hub runs at once.
         max_pixels: limit on an image's width times height.
         threads: of torch, per job.
+        int8: whether the workers compute frozen layers in int8.
     """
 
     store_url: str
@@ -62,6 +63,7 @@ class JobSettings:
     max_running: int
     max_pixels: int
     threads: int
+    int8: bool = False
 
     @classmethod
     def of(cls, settings: Settings) -> "JobSettings":
@@ -73,6 +75,7 @@ class JobSettings:
             max_running=settings.max_trainings,
             max_pixels=settings.max_image_pixels,
             threads=settings.training_cpus,
+            int8=settings.dtype == "int8",
         )
 
 
@@ -241,6 +244,7 @@ class TrainingJobs:
             max_rank=limits.max_rank,
             max_pixels=shared.max_pixels,
             threads=shared.threads,
+            int8=shared.int8,
         )
 
     async def _end(self, held: _Held, result: TrainingResult) -> None:

@@ -24,6 +24,10 @@ export function ago(time) {
   return RELATIVE.format(Math.round(seconds / size), unit);
 }
 
+/** Return seconds as text; "" for none. */
+export const duration = (seconds) =>
+  typeof seconds !== "number" ? "" : seconds < 90 ? `${Math.round(seconds)} seconds` : `${Math.round(seconds / 60)} minutes`;
+
 // Page and state ----------------------------------------------------------------------------------------------------
 
 export function Page({ title, actions, children }) {

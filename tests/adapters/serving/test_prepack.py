@@ -11,6 +11,7 @@ from torch import nn
 
 from adapters import Backbone, Bank, load_backbone
 from adapters.backbone import features
+from adapters.serving.frozen_forms import unmeasured_forms
 from adapters.serving.prepack import prepack_layers
 from tests.support.models import random_pixels, small_swin
 
@@ -18,7 +19,7 @@ from tests.support.models import random_pixels, small_swin
 @pytest.fixture
 def prepacked(backbone: Backbone) -> nn.Module:
     model: nn.Module = backbone.clone()
-    prepack_layers(model, backbone.sites)
+    prepack_layers(model, backbone.sites, unmeasured_forms(backbone))
     return model
 
 
@@ -35,7 +36,7 @@ def test_the_original_model_is_not_changed(backbone: Backbone) -> None:
     pixels = random_pixels(backbone, 2)
     before = features(backbone.model, pixels)
     model = backbone.clone()
-    prepack_layers(model, backbone.sites)
+    prepack_layers(model, backbone.sites, unmeasured_forms(backbone))
     features(model, pixels)
     assert torch.equal(features(backbone.model, pixels), before)
     assert {type(backbone.model.get_submodule(site.name)) for site in backbone.sites} == {nn.Linear}
@@ -55,16 +56,6 @@ def test_a_prepacked_layer_accepts_any_leading_axes_and_strides(backbone: Backbo
     torch.testing.assert_close(packed(rows), linear(rows), atol=1e-5, rtol=0)
     torch.testing.assert_close(packed(rows[0, 0]), linear(rows[0, 0]), atol=1e-5, rtol=0)
     assert packed(rows[:0]).shape == (0, 3, site.d_out)
-
-
-@torch.inference_mode()
-def test_layers_are_not_replaced_when_the_dtype_is_bfloat16() -> None:
-    backbone = load_backbone("demo", dtype=torch.bfloat16)
-    model = backbone.clone()
-    prepack_layers(model, backbone.sites)
-    assert {type(model.get_submodule(site.name)) for site in backbone.sites} == {nn.Linear}
-    pixels = random_pixels(backbone, 2).bfloat16()
-    assert torch.equal(features(model, pixels), features(backbone.model, pixels))
 
 
 @pytest.mark.parametrize("make", [lambda _: load_backbone("demo"), small_swin], ids=["demo", "swin"])

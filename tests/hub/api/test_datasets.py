@@ -284,3 +284,12 @@ def test_a_full_tenant_is_refused_and_leaves_no_file(dataset: Hub) -> None:
     assert (full.status_code, full.json()["errors"][0]["field"]) == (429, "images")
     usage = dataset.http.get("/v1/usage").json()
     assert (usage["used"]["images"], usage["limits"]["images"]) == (2, 2)
+
+
+def test_refused_entries_of_a_zip_count_against_the_rate_of_images(dataset: Hub) -> None:
+    limits = {"limits": {"images_per_second": 0.01}}
+    dataset.http.patch("/v1/tenants/default", json=limits, headers=dataset.admin)
+    archive = add(dataset, zip_of({"rose/inner.zip": b"x"}), headers=ZIP)
+    assert "an archive inside the zip" in archive.json()["refused"][0]["reason"]
+    next_one = add(dataset, png(1))
+    assert (next_one.status_code, next_one.json()["errors"][0]["field"]) == (429, "images_per_second")

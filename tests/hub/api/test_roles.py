@@ -72,6 +72,7 @@ ROUTES = {
     "GET /v1/admin/keys": "admin",
     "POST /v1/admin/keys": "admin",
     "DELETE /v1/admin/keys/{id}": "admin",
+    "GET /v1/admin/trainings": "admin",
     "GET /v1/audit": "admin",
     "GET /v1/status": "admin",
     "POST /v1/gc": "admin",

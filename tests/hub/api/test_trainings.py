@@ -57,6 +57,15 @@ def test_a_training_is_listed_with_its_snapshot(colours: Hub) -> None:
     assert [entry["action"] for entry in entries].count("training.run") == 1
 
 
+def test_an_admin_sees_the_trainings_of_all_tenants(colours: Hub) -> None:
+    made = colours.http.post(TRAININGS).json()
+    listed = colours.http.get("/v1/admin/trainings", headers=colours.admin).json()
+    assert (listed["running"], listed["queued"]) == (0, 0)
+    [training] = listed["trainings"]
+    assert (training["tenant"], training["task"], training["id"]) == ("default", "colours", made["id"])
+    assert (training["state"], training["images"], training["version"]) == ("done", 36, 1)
+
+
 def test_an_instant_training_has_a_report_that_goes_with_its_task(colours: Hub) -> None:
     red = colours.http.get(f"{IMAGES}?label=red&split=train").json()["images"]
     colours.http.patch(f"{IMAGES}/{red[0]['digest']}", json={"label": "blue"})
@@ -117,6 +126,7 @@ def test_a_dataset_that_cannot_train_is_refused_with_the_reason(hub: Hub, tmp_pa
     made = hub.http.post(TRAININGS)
     assert made.status_code == 200, made.text
     assert "one image only of 'blue'" in made.json()["warnings"][0]
+    assert "no test image of 'red'" in made.json()["warnings"][1]
     assert hub.http.get("/v1/tasks/colours").json()["versions"][0]["version"] == 1
 
 

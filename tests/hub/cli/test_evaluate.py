@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters import Adapter, load_backbone
+from adapters import Adapter, KarstConfig, load_backbone
 from adapters.evaluation.evaluate import Agreement
+from adapters.serving.cpu_operators import has_int8
 from hub.cli import evaluate as evaluating
 from hub.cli import main as cli
 from tests.support.models import png, random_adapter, with_tensors
@@ -72,6 +73,24 @@ def test_evaluate_reports_one_row_per_adapter(call: Call, root: Path) -> None:
         assert row["merged"]["agrees"]
         assert row["images_per_s"] > 0
     assert report["rows"][0]["nll"] != report["rows"][1]["nll"]
+
+
+def test_evaluate_takes_an_adapter_that_is_a_head_alone(call: Call, root: Path, tmp_path: Path) -> None:
+    adapter = Adapter.read(root / "one.safetensors")
+    head = {name: tensor for name, tensor in adapter.tensors.items() if name.startswith("head.")}
+    config = KarstConfig(kernels=0, rescale="none")
+    alone = Adapter.create(
+        head,
+        config=config,
+        backbone=adapter.backbone,
+        fingerprint=adapter.fingerprint,
+        labels=adapter.labels,
+        preprocess=adapter.preprocess,
+    )
+    alone.write(tmp_path / "head.safetensors")
+    code, text, _ = call(tmp_path / "head.safetensors", "--data", root / "all", "--json")
+    assert code == 0
+    assert json.loads(text)["rows"][0]["images"] == 12
 
 
 def test_evaluate_uses_the_images_of_each_row_when_it_reads_a_table(call: Call, root: Path) -> None:
@@ -148,3 +167,25 @@ def test_evaluate_names_the_fault_when_its_input_is_invalid(
     assert exit_code == code
     assert message in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI")
+def test_evaluate_compares_int8_with_float32(call: Call, root: Path) -> None:
+    code, text, _ = call(root / "one.safetensors", "--data", root / "all", "--dtype", "int8", "--merged", "--json")
+    assert code == 0
+    report = json.loads(text)
+    assert report["dtype"] == "int8"
+    (row,) = report["rows"]
+    assert row["merged"]["agrees"]  # merged and float32
+    assert 0 <= row["float32"]["same_labels"] <= 1
+    assert 0 < row["float32"]["largest_difference"] < 0.1 * row["merged"]["largest_logit"]
+    code, text, _ = call(root / "one.safetensors", "--data", root / "all", "--dtype", "int8")
+    assert code == 0
+    assert "beside float32" in text
+    assert f"{row['float32']['same_labels']:.1%}" in text
+
+
+def test_evaluate_refuses_an_unknown_dtype(call: Call, root: Path) -> None:
+    code, _, error = call(root / "one.safetensors", "--data", root / "all", "--dtype", "int3")
+    assert code == 2
+    assert "HUB_DTYPE" in error

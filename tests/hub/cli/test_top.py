@@ -14,9 +14,19 @@ import pytest
 from rich.console import Console
 
 from adapters import Adapter
-from hub.admin_schemas import Counted, HubStatus, TaskRate, TenantStatus, WorkerStatus
+from hub.admin_schemas import (
+    Counted,
+    ErrorCount,
+    HubStatus,
+    HubTraining,
+    HubTrainingList,
+    TaskRate,
+    TenantStatus,
+    WorkerStatus,
+)
 from hub.cli import top
 from hub.cli.top import TimedStatus, headline, key_presses, rates_of, screen
+from hub.dataset_schemas import TrainingProgress
 from hub.errors import Forbidden, Unavailable
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.status import StatusBoard, busiest_tasks
@@ -100,6 +110,43 @@ def test_status_route_omits_a_tenant_when_it_is_deleted(hub: Hub) -> None:
 
     in_registry(hub.redis_url, use)
     assert "gone" not in [t["tenant"] for t in hub.http.get("/v1/status", headers=hub.admin).json()["tenants"]]
+
+
+def test_status_route_counts_the_errors_of_the_last_hour_by_kind(hub: Hub) -> None:
+    async def use(database: RegistryConnection) -> None:
+        minute = (await database.redis.time())[0] // 60
+        await database.redis.hset(f"karst:errors:{minute - 59}", "429 limit-reached", 5)
+        await database.redis.hset(f"karst:errors:{minute - 61}", "429 limit-reached", 1000)
+
+    in_registry(hub.redis_url, use)
+    for _ in range(2):
+        assert hub.http.get("/v1/tasks/none").status_code == 404
+    assert hub.http.delete("/v1/status").status_code == 405
+    assert hub.http.get("/v1/tasks").status_code == 200
+    for _ in range(100):  # counts are written every two seconds
+        errors = HubStatus.model_validate(hub.http.get("/v1/status", headers=hub.admin).json()).errors
+        if len(errors) == 3:
+            break
+        asyncio.run(asyncio.sleep(0.1))
+    counted = [(error.status, error.kind, error.count) for error in errors]
+    assert counted == [(429, "limit-reached", 5), (404, "not-found", 2), (405, "http-405", 1)]
+    assert errors[0].last < errors[1].last
+
+
+def test_screen_shows_trainings_that_run_or_wait_and_errors() -> None:
+    def training(**changes: Any) -> HubTraining:
+        fields: dict[str, Any] = {"tenant": "acme", "task": "cracks", "id": "0", "recipe": "karst", "state": "queued"}
+        fields |= dict.fromkeys(["started", "ended", "progress", "version", "error"])
+        return HubTraining(**fields | {"created": "", "seconds": 0.0, "images": 9} | changes)
+
+    progress = TrainingProgress(stage="KARST, step", seconds_left=61.4)
+    listed = [training(state="running", progress=progress), training(), training(state="done", task="finished")]
+    error = ErrorCount(kind="limit-reached", status=429, count=77, last="2026-11-29T09:41:00+00:00")
+    status = HubStatus(workers=[], tasks=[], tenants=[], errors=[error])
+    text = shown(TimedStatus(status, 0.0, HubTrainingList(trainings=listed, running=1, queued=12)))
+    for part in ("1 running, 12 queued", "KARST, step", "61 s", "cracks", "limit-reached", "429", "77", "09:41 UTC"):
+        assert part in text
+    assert "finished" not in text
 
 
 def test_screen_shows_workers_tasks_tenants_and_rates() -> None:
@@ -217,3 +264,9 @@ def test_top_says_in_a_line_of_its_own_that_changes_are_refused() -> None:
     assert f"changes are refused: {reason}" in shown(TimedStatus(status, 0.0))
     healthy = HubStatus(workers=[worker()], tasks=[], tenants=[])
     assert "refused:" not in shown(TimedStatus(healthy, 0.0))
+
+
+def test_the_view_shows_the_forms_of_the_frozen_layers() -> None:
+    lines = ["qkv 192x576: onednn (linear 0.20 ms, onednn 0.10 ms)"]
+    status = HubStatus(workers=[worker(frozen_layers=lines)], tasks=[], tenants=[])
+    assert f"frozen layers of node/1: {lines[0]}" in shown(TimedStatus(status, 1.0))

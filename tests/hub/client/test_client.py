@@ -399,6 +399,7 @@ def test_client_reads_every_page_of_a_list(
         (admin_endpoints.create_admin_key("n"), "POST /v1/admin/keys", {"name": "n"}),
         (admin_endpoints.revoke_admin_key("i"), "DELETE /v1/admin/keys/i", None),
         (admin_endpoints.status(), "GET /v1/status", None),
+        (admin_endpoints.all_trainings(), "GET /v1/admin/trainings", None),
         (admin_endpoints.gc(5), "POST /v1/gc", {"older_than_s": 5}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -8,6 +8,7 @@ import signal
 import tempfile
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,11 +16,14 @@ import pytest
 import ray
 
 from adapters import Adapter, Backbone
+from adapters.serving import cpu_operators
+from adapters.serving.cpu_operators import has_int8
 from hub.cluster.ray_compat import local_cluster_options
 from hub.cluster.trainings import RayTrainer
 from hub.dataset_schemas import TrainingProgress
 from hub.storage.store import IMAGES, Store
 from hub.training.job import BackboneSource, TrainingInterrupted, TrainingJob, TrainingResult
+from hub.training.run import train
 from tests.support.models import coloured_noise, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray leaves sockets and files open
@@ -95,6 +99,31 @@ def test_a_job_yields_progress_and_then_an_adapter_with_its_report(trainer: RayT
     stages = {item.stage for item in progress if isinstance(item, TrainingProgress)}
     assert {"loading the backbone", "reading images", "computing features"} <= stages
     wait_until(lambda: processes() == [], 30)  # a process with the lowest priority serves nothing else
+
+
+@pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI")
+def test_a_job_of_an_int8_hub_reports_the_agreement_with_float32(job: TrainingJob) -> None:
+    *_, result = train(replace(job, int8=True, recipe="karst", budget_s=1))
+    assert isinstance(result, TrainingResult)
+    assert result.warnings == ()
+    assert result.adapter is not None
+    metrics = Adapter.read(result.adapter).metrics or {}
+    assert metrics["int8_images"] == metrics["test_images"] == 3
+    assert metrics["int8_same_labels"] in (0.0, 0.3333, 0.6667, 1.0)
+    assert (metrics["training"], metrics["snapshot"]) == (job.id, job.snapshot_digest)
+
+
+def test_a_job_of_an_int8_hub_warns_when_its_machine_cannot_compute_in_int8(
+    job: TrainingJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_operators, "has_int8", lambda: False)
+    *_, result = train(replace(job, int8=True, recipe="instant"))
+    assert isinstance(result, TrainingResult)
+    assert result.adapter is not None
+    assert "int8_same_labels" not in (Adapter.read(result.adapter).metrics or {})
+    assert [text for text in result.warnings if "VNNI" in text] == [
+        "the agreement of int8 with float32 was not measured: the training does not run on a CPU with VNNI"
+    ]
 
 
 def test_a_job_whose_process_is_killed_is_interrupted(trainer: RayTrainer, job: TrainingJob) -> None:

@@ -1,6 +1,7 @@
 """Image decoding in a thread pool: a slow decode is refused, keeps its tenant's share, and delays no other tenant."""
 
 import asyncio
+import io
 import os
 import struct
 import sys
@@ -15,8 +16,9 @@ import pytest
 from PIL import Image
 
 from adapters.data.images import decode_image
-from hub.concurrency import LOW_PRIORITY, ActiveTenants, lower_priority
+from hub.concurrency import LOW_PRIORITY, ActiveTenants, TenantThreads, lower_priority
 from hub.errors import InvalidImage, TooLarge
+from hub.services.decoding.processes import DecodeProcesses
 from hub.services.image_decoding import MAX_JPEG_SCANS, ImageDecoder
 from tests.support.models import PREPROCESS, bomb_png, encoded, png
 
@@ -55,10 +57,9 @@ def slow() -> Iterator[SlowDecode]:
 def decoder(threads: int = 2, spare_threads: int = 0, **options: Any) -> Iterator[ImageDecoder]:
     count = threads + spare_threads
     with ThreadPoolExecutor(count) as executor, ThreadPoolExecutor(count, initializer=lower_priority) as large:
-        limits = {"max_bytes": 100_000, "max_pixels": 1_000_000, "timeout_s": 0.2} | options
-        yield ImageDecoder(
-            executor, large, ActiveTenants(), threads=threads, cores=threads, spare_threads=spare_threads, **limits
-        )
+        limits: dict[str, Any] = {"max_bytes": 100_000, "max_pixels": 1_000_000, "timeout_s": 0.2} | options
+        counts: dict[str, Any] = {"threads": threads, "cores": threads, "spare_threads": spare_threads}
+        yield ImageDecoder(executor, large, TenantThreads(executor, 1, 1), ActiveTenants(), **counts, **limits)
 
 
 async def one(images: ImageDecoder, tenant: str, data: bytes | np.ndarray, field: str = "body") -> np.ndarray:
@@ -323,9 +324,8 @@ def test_tenant_decodes_large_images_on_its_share_of_the_cores_when_others_are_a
         active = ActiveTenants()
         active.note("b")
         with ThreadPoolExecutor(4) as executor:
-            images = ImageDecoder(
-                executor, executor, active, threads=4, cores=4, max_bytes=100_000, max_pixels=1_000_000, decode=slow
-            )
+            limits: dict[str, Any] = {"threads": 4, "cores": 4, "max_bytes": 100_000, "max_pixels": 1_000_000}
+            images = ImageDecoder(executor, executor, TenantThreads(executor, 1, 1), active, decode=slow, **limits)
             both = large("a", 4)
             await until(lambda: slow.running == 2)
             await asyncio.sleep(0.05)
@@ -337,7 +337,7 @@ def test_tenant_decodes_large_images_on_its_share_of_the_cores_when_others_are_a
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
-def test_threads_of_low_priority_decode_large_images_only() -> None:
+def test_threads_of_low_priority_decode_large_images_and_those_of_datasets() -> None:
     priorities = []
 
     def decode(data: bytes, **options: Any) -> Any:
@@ -346,12 +346,13 @@ def test_threads_of_low_priority_decode_large_images_only() -> None:
 
     async def use() -> None:
         with decoder(max_pixels=50_000_000, timeout_s=5, decode=decode) as images:
-            for size in (1, 2, 1):
-                await images.decode("a", [("body", png(), PREPROCESS)], [size])
+            for size, of_dataset in ((1, False), (2, False), (1, False), (1, True)):
+                await images.decode("a", [("body", png(), PREPROCESS)], [size], of_dataset=of_dataset)
 
     own = os.getpriority(os.PRIO_PROCESS, 0)
     run(use)
-    assert priorities == [own, max(own, LOW_PRIORITY), own]
+    low = max(own, LOW_PRIORITY)
+    assert priorities == [own, low, own, low]
 
 
 def test_images_behind_a_wrong_one_are_not_decoded() -> None:
@@ -370,3 +371,33 @@ def test_images_behind_a_wrong_one_are_not_decoded() -> None:
         assert len(decoded) < 10
 
     run(use)
+
+
+def test_process_decodes_an_image_when_it_is_large() -> None:
+    image = encoded(Image.effect_mandelbrot((2000, 1100), (-2, -1, 1, 1), 20).convert("RGB"), "PNG")
+    decoded = []
+
+    def decode(data: bytes, **options: Any) -> Any:
+        decoded.append(len(data))
+        return decode_image(data, **options)
+
+    async def use() -> None:
+        limits: dict[str, Any] = {"max_pixels": 50_000_000, "max_bytes": 10_000_000, "timeout_s": 60.0}
+        processes = DecodeProcesses()
+        with (
+            decoder(decode=decode, **limits) as threads,
+            decoder(decode=decode, processes=processes, **limits) as images,
+        ):
+            wanted = await one(threads, "a", image)
+            assert (await one(images, "a", image) == wanted).all()
+            assert len(decoded) == 1
+            squashed = PREPROCESS | {"crop_mode": "squash"}  # no resize that a process can do
+            await several(images, "a", [("body", image, squashed), ("body", png(), PREPROCESS)])
+            assert len(decoded) == 3
+            small = Image.open(io.BytesIO(await images.thumbnail("a", "body", image)))
+            assert (small.size, len(decoded)) == ((192, 106), 3)
+            with pytest.raises(InvalidImage, match=r"^body: the image cannot be decoded"):
+                await one(images, "a", image[:9000])
+        processes.close()
+
+    asyncio.run(use())

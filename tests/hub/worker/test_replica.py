@@ -4,6 +4,7 @@ import asyncio
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from adapters import Adapter, Backbone
 from adapters.backbone import features
 from adapters.data.images import decode_image, eval_transform, normalise
+from adapters.serving.cpu_operators import has_int8
 from hub.errors import HubError, Unavailable
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.status import StatusBoard
@@ -254,3 +256,17 @@ def test_an_unavailable_adapter_fails_only_its_own_callers(worker: Worker, adapt
         assert (type(answer), answer.problem()) == (Unavailable, bad.problem())
 
     run(use)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_worker_logs_and_reports_the_form_of_each_kind_of_frozen_layer(
+    empty_redis: str, tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture, dtype: Literal["float32", "int8"]
+) -> None:
+    with caplog.at_level("INFO", "hub.worker.replica"):
+        worker = make_worker(empty_redis, store, tmp_path, dtype=dtype)
+    lines = worker.status().frozen_layers
+    assert {line.split()[0] for line in lines} == {"qkv", "proj", "fc1", "fc2"}
+    for line in lines:
+        assert f"frozen layers {line}" in caplog.text
+        assert ("int8" in line) == (dtype == "int8" and has_int8())
+    assert ("needs a CPU with VNNI" in caplog.text) == (dtype == "int8" and not has_int8())

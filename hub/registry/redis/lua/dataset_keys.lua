@@ -5,6 +5,7 @@
 
 local JOBS, LEASES, TURNS = 'karst:training-jobs', 'karst:training-leases', 'karst:training-turns'
 local MADE = 'karst:training-versions' -- job -> version that it has registered
+local ENDED = 'karst:training-ended' -- the last ended trainings of the hub, by the time of their end
 local TURN_S = 86400 -- for so long the registry remembers whose turn was last
 
 local STAGED = 'karst:staged-datasets' -- `tenant:name` -> seconds since 1970 of the last change
@@ -71,6 +72,7 @@ local function drop_dataset(tenant, task)
   for _, text in ipairs(redis.call('HVALS', dataset_key(tenant, task, 'trainings'))) do
     local training = cjson.decode(text)
     drop_job(tenant, task, training.id)
+    redis.call('ZREM', ENDED, job_name(tenant, task, training.id))
     redis.call('HINCRBY', images, 's:' .. training.snapshot.digest, 1)
     if training.report_digest and training.report_digest ~= cjson.null then
       redis.call('HINCRBY', images, 'r:' .. training.report_digest, 1)

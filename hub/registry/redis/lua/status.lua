@@ -1,4 +1,4 @@
--- Status reports of workers.
+-- Status reports of workers, and errors of gateways.
 
 local status = {}
 
@@ -11,6 +11,14 @@ function status.report(args)
   end
   redis.call('HSET', 'karst:workers', args.worker, args.report)
   redis.call('ZADD', 'karst:workers:at', now, args.worker)
+  return {outcome = 'done'}
+end
+
+-- errors (kind -> number), expiry_s. Add errors to those of this minute by Redis' clock.
+function status.count_errors(args)
+  local key = 'karst:errors:' .. string.format('%.0f', math.floor(tonumber(redis.call('TIME')[1]) / 60))
+  for kind, number in pairs(args.errors) do redis.call('HINCRBY', key, kind, string.format('%.0f', number)) end
+  redis.call('EXPIRE', key, args.expiry_s)
   return {outcome = 'done'}
 end
 

@@ -58,6 +58,12 @@ local function enqueue(args, place)
   redis.call('ZADD', TURNS, redis.call('GET', tenant_key(args.tenant, 'training-turn')) or 0, args.tenant)
 end
 
+-- Add a training to the last ended ones of the hub; the oldest beyond max_ended leave.
+local function note_end(args)
+  redis.call('ZADD', ENDED, string.format('%.3f', now_s()), job_name(args.tenant, args.task, args.id))
+  redis.call('ZREMRANGEBYRANK', ENDED, 0, -args.max_ended - 1)
+end
+
 -- Count a training as a user of its report. Return a refusal if the file is being removed.
 local function hold_report(report)
   if report == cjson.null then return nil end
@@ -66,8 +72,8 @@ local function hold_report(report)
 end
 
 -- body, snapshot and report (digests; report null: none), max_trainings, entry, audited (whether to write the entry),
--- queued (whether to add a job), max_jobs (queued or running ones of the tenant). Add a training, or replace its body.
--- Return the files of the oldest trainings that were dropped and that no other training uses.
+-- queued (whether to add a job), max_jobs (queued or running ones of the tenant), max_ended. Add a training, or replace
+-- its body. Return the files of the oldest trainings that were dropped and that no other training uses.
 function trainings.put(args)
   if is_revoked(args.entry) then return REVOKED end
   local refusal = (args.queued or not args.audited) and take_change(args)
@@ -90,6 +96,7 @@ function trainings.put(args)
     orphans = trim(args)
   end
   if args.audited then record_change(args, 'dataset', args.task) end
+  if args.audited and not args.queued then note_end(args) end
   local names = nil
   if #orphans > 0 then names = orphans end
   return {outcome = 'done', names = names}
@@ -144,7 +151,7 @@ function trainings.requeue(args)
   return DONE
 end
 
--- token ('': its lease has expired), body, report (digest, null: none), entry. End a running job.
+-- token ('': its lease has expired), body, report (digest, null: none), entry, max_ended. End a running job.
 function trainings.finish(args)
   if not held(args) then return ABSENT end
   local removing = hold_report(args.report)
@@ -152,16 +159,18 @@ function trainings.finish(args)
   redis.call('HSET', key(args, 'trainings'), args.id, args.body)
   drop_job(args.tenant, args.task, args.id)
   record_change(args, 'dataset', args.task)
+  note_end(args)
   return DONE
 end
 
--- body, entry. End a job that is queued or runs. The gateway that runs it kills its process.
+-- body, entry, max_ended. End a job that is queued or runs. The gateway that runs it kills its process.
 function trainings.cancel(args)
   local refused = refusal_of(args)
   if refused then return refused end
   if not drop_job(args.tenant, args.task, args.id) then return ABSENT end
   redis.call('HSET', key(args, 'trainings'), args.id, args.body)
   record_change(args, 'dataset', args.task)
+  note_end(args)
   return DONE
 end
 

@@ -1,16 +1,18 @@
-/** The hub, for its admin: workers, busy tasks and tenants, live; tenants and admin keys. */
+/** The hub, for its admin: workers, busy tasks and tenants, trainings and errors, live; tenants and admin keys. */
 import { api } from "../api.js";
 import { useLoaded } from "../calls.js";
-import { Button, Chart, Dialog, ErrorBox, Field, Loading, Page, Table, ago, count, percent } from "../components.js";
+import { Button, Chart, Dialog, ErrorBox, Field, Loading, Page, Table, ago, count, duration, percent } from "../components.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
 import { connection } from "../state.js";
 import { Audit, Keys } from "./tenant.js";
 
 const PERIOD_MS = 2000;
 const KEPT = 150; // points of the chart: five minutes
+const SHOWN = 50; // trainings
 
 export default function Hub() {
   const [status, setStatus] = useState(null);
+  const [trainings, setTrainings] = useState(null);
   const [error, setError] = useState(null);
   const points = useRef([[], [], []]);
   useEffect(() => {
@@ -19,12 +21,13 @@ export default function Hub() {
     const look = async () => {
       if (connection.value === "ok" && !document.hidden) {
         try {
-          const found = await api.get("/v1/status");
+          const [found, jobs] = await Promise.all([api.get("/v1/status"), api.get("/v1/admin/trainings")]);
           const sum = (name) => found.workers.reduce((total, worker) => total + worker[name], 0);
           const now = [Date.now() / 1000, sum("images_per_second"), sum("waiting")];
           points.current = points.current.map((values, i) => [...values, now[i]].slice(-KEPT));
           if (!here) return;
           setStatus(found);
+          setTrainings(jobs);
           setError(null);
         } catch (problem) {
           if (here) setError(problem);
@@ -40,7 +43,9 @@ export default function Hub() {
   }, []);
   return html`<${Page} title="Hub">
     ${error && html`<${ErrorBox} error=${error} />`}
-    ${status ? html`<${Status} status=${status} points=${points.current} />` : !error && html`<${Loading} />`}
+    ${status ? html`<${Status} status=${status} points=${points.current} />
+          <${Trainings} list=${trainings} />
+          <${Errors} errors=${status.errors} />` : !error && html`<${Loading} />`}
     <${Tenants} />
     <${Keys} path="/v1/admin/keys" roles=${[]} title="Admin keys" />
     <${Audit} path="/v1/audit" params=${{ of: "admins" }} />
@@ -79,6 +84,43 @@ function Status({ status, points }) {
       empty="No tenant called in the last minute."
       head=${["tenant", "unfinished images", "requests", "images", "refused"]}
       rows=${tenants.map(({ tenant, images_in_flight: now, counted }) => [tenant, count(now), count(counted.requests), count(counted.images), count(counted.refused)])}
+    />
+  </section>`;
+}
+
+/** Trainings of all tenants: running, queued, and the last ended ones. */
+function Trainings({ list: { trainings, running, queued } }) {
+  return html`<section aria-label="Trainings">
+    <h2>Trainings</h2>
+    <p>${count(running)} running, ${count(queued)} queued.</p>
+    <${Table}
+      label="Trainings"
+      empty="No training runs, waits, or ended lately."
+      head=${["tenant", "task", "recipe", "state", "time left", "images", "version", "started", "ended"]}
+      rows=${trainings.slice(0, SHOWN).map((t) => [
+        t.tenant,
+        t.task,
+        t.recipe,
+        t.error ?? (t.progress ? `${t.progress.stage}${t.progress.steps ? `, ${count(t.progress.step)} of ${count(t.progress.steps)}` : ""}` : t.state),
+        duration(t.progress?.seconds_left),
+        count(t.images),
+        t.version ?? "",
+        ago(t.started ?? t.created),
+        ago(t.ended),
+      ])}
+    />
+    ${trainings.length > SHOWN && html`<p class="soft">The first ${SHOWN} of ${count(trainings.length)}.</p>`}
+  </section>`;
+}
+
+function Errors({ errors }) {
+  return html`<section aria-label="Errors">
+    <h2>Errors of the last hour</h2>
+    <${Table}
+      label="Errors of the last hour"
+      empty="No request was refused or failed in the last hour."
+      head=${["kind", "status", "requests", "last"]}
+      rows=${errors.map(({ kind, status, count: number, last }) => [kind, status, count(number), ago(last)])}
     />
   </section>`;
 }

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 import hub as package
+from hub.api.console import files
+from hub.api.console.files import console
 from tests.support.hub_app import Hub
 
 ROOT = Path(package.__file__).parents[1]
@@ -39,6 +41,24 @@ def test_page_and_its_files_need_no_key(hub: Hub) -> None:
         reply = get(hub, path)
         assert reply.status_code == 200
         assert reply.content == (WEB / path.split("/", 3)[3]).read_bytes()
+
+
+def test_files_are_read_and_compressed_before_the_first_request(hub: Hub) -> None:
+    console.cache_clear()
+    hub.another_gateway()
+    assert console.cache_info().currsize == 1
+
+
+def test_digest_of_the_addresses_changes_when_an_adapter_of_the_demo_changes(tmp_path: Path) -> None:
+    before = console()
+    for name in files.DEMO_FILES:
+        shutil.copy(ROOT / "adapters" / "demo" / name, tmp_path)
+    assert files.read_console(WEB, tmp_path) == before
+    (tmp_path / "digits.safetensors").write_bytes(b"another adapter")
+    after = files.read_console(WEB, tmp_path)
+    assert after.digest != before.digest
+    assert after.files["demo/digits.safetensors"].etag != before.files["demo/digits.safetensors"].etag
+    assert after.files["js/app.js"] == before.files["js/app.js"]
 
 
 def test_page_has_a_strict_policy_and_no_inline_code(hub: Hub) -> None:

@@ -200,3 +200,33 @@ def test_a_training_stays_while_the_task_has_its_version(empty_redis: str) -> No
         assert set(dropped) == {StoredName("s:", digest_of(s)) for s in ("of version", "s0")}
 
     with_datasets(empty_redis, use)
+
+
+def test_list_of_the_hub_has_running_next_and_last_trainings_of_all_tenants(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings = TrainingRegistry(registry.connection, unpaced_reads())
+        for tenant in ("a", "b"):
+            await registry.tenants.create(OPERATOR, tenant, LimitsChange())
+            await registry.tasks.put(OPERATOR, tenant, "flowers", TaskSettings())
+        await queue(trainings, "a0", "a1", "a2", tenant="a")
+        await queue(trainings, "b0", "b1", tenant="b")
+        assert await take(trainings) == "a a0"
+        assert await take(trainings) == "b b0"
+        done = training("b0", state="done", version=4)
+        await trainings.finish(Job("b", "flowers", "b0"), "me", done)
+        await trainings.put(OPERATOR, "a", "flowers", training("i", recipe="instant", state="failed", error="few"))
+        await trainings.put(OPERATOR, "a", "flowers", training("i", recipe="instant", state="done"), audited=True)
+        found = await trainings.of_hub()
+        assert [(t.tenant, t.id) for t in found.trainings] == [
+            ("a", "a0"), ("a", "a1"), ("b", "b1"), ("a", "a2"), ("a", "i"), ("b", "b0")
+        ]  # fmt: skip
+        assert (found.running, found.queued) == (1, 3)
+        assert [t.ended is None for t in found.trainings] == [True] * 4 + [False] * 2
+        assert found.trainings[5].version == 4
+        await registry.tenants.delete(OPERATOR, "a")
+        assert [(t.tenant, t.id) for t in (await trainings.of_hub()).trainings] == [("b", "b1"), ("b", "b0")]
+        await registry.tasks.delete_task(OPERATOR, "b", "flowers")
+        assert (await trainings.of_hub()).trainings == []
+        assert await registry.connection.redis.zcard("karst:training-ended") == 0
+
+    with_datasets(empty_redis, use)

@@ -5,12 +5,13 @@ import { Button, Camera, Confirm, Dialog, DropZone, Empty, ErrorBox, Field, Load
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
 import { Grid } from "./grid.js";
-import { ImageDialog, LabelChoice, at, useKeys } from "./shared.js";
+import { ImageDialog, LabelChoice, Untested, at, useKeys } from "./shared.js";
 import { useUpload } from "./uploads.js";
 
 const PAGE = 500;
 const BULK = 200; // images of one change
 const FOLDERS = "folder";
+const REFRESH_MS = 500; // between two readings of the list during an upload
 
 const sum = ({ train, test }) => train + test;
 
@@ -80,14 +81,14 @@ function totalOf(info, { label, unlabelled, use }) {
   return part(info.unlabelled) + info.labels.reduce((total, row) => total + part(row), 0);
 }
 
-export default function Images({ task }) {
+export default function Images({ task, detail }) {
   const info = useLoaded(() => api.get(at(task, "dataset")), [task]);
   if (info.error && !info.value) return html`<${ErrorBox} error=${info.error} retry=${info.reload} />`;
   if (!info.value) return html`<${Loading} />`;
-  return html`<${Dataset} key=${task} task=${task} info=${info.value} reload=${info.reload} />`;
+  return html`<${Dataset} key=${task} task=${task} detail=${detail} info=${info.value} reload=${info.reload} />`;
 }
 
-function Dataset({ task, info, reload }) {
+function Dataset({ task, detail, info, reload }) {
   const { label, unlabelled, use, show } = route.value.query;
   const filter = { label, unlabelled, use, show };
   const images = useImages(task, filter);
@@ -96,7 +97,8 @@ function Dataset({ task, info, reload }) {
   const [dialog, setDialog] = useState(null); // "delete", "label", "camera"
   const [choice, setChoice] = useState(FOLDERS); // label of new images
   const undo = useRef([]);
-  const refresh = useRef(0);
+  const counting = useRef(0);
+  const refreshing = useRef(0);
   const labels = info.labels.map((row) => row.label);
   const total = show ? images.items.length : images.complete ? images.items.length : totalOf(info, filter);
 
@@ -106,13 +108,17 @@ function Dataset({ task, info, reload }) {
     go(`/tasks/${task}/images${query.length ? `?${new URLSearchParams(query)}` : ""}`);
   };
   const recount = () => {
-    clearTimeout(refresh.current);
-    refresh.current = setTimeout(reload, 300);
+    clearTimeout(counting.current);
+    counting.current = setTimeout(reload, 300);
   };
-  const upload = useUpload(task, () => {
+  const refresh = () => {
+    clearTimeout(refreshing.current);
+    refreshing.current = 0;
     images.restart();
-    recount();
-  });
+    return reload();
+  };
+  // Parts of an upload may end faster than the list is read. The last one waits for the list.
+  const upload = useUpload(task, (last) => (last ? refresh() : void (refreshing.current ||= setTimeout(refresh, REFRESH_MS))));
   const add = (files) => upload.start(files, choice === FOLDERS ? null : choice);
 
   const belongs = (image) => {
@@ -198,7 +204,6 @@ function Dataset({ task, info, reload }) {
     </button>
   </li>`;
 
-  const few = info.labels.filter((row) => row.train + row.test > 0).length;
   return html`<section aria-label="Images">
     <${DropZone} onFiles=${add} accept="image/*,.zip" folders>
       <p><strong>Drop images, folders or a zip here</strong>, paste them, or choose them.</p>
@@ -216,18 +221,12 @@ function Dataset({ task, info, reload }) {
     </div>
     <${Progress} upload=${upload} />
     ${info.images === 0
-      ? html`<${Empty} title="No images yet">
+      ? !(upload.state && !upload.state.done) &&
+        html`<${Empty} title="No images yet">
           <p>Add about ten pictures of each thing that the task should tell apart. Two labels are the minimum.</p>
           <p>Pictures in folders, such as <code>rose/1.jpg</code>, get the name of their folder as the label.</p>
         <//>`
-      : html`<p role="status">
-            ${count(info.images)} images, ${few} labels.
-            ${few < 2
-              ? " Next: give images at least two labels. Select images, then press a number, drag them to a label, or choose one below."
-              : sum(info.unlabelled)
-                ? html` ${count(sum(info.unlabelled))} have no label: <a href=${`#/tasks/${task}/review`}>review them one by one</a>.`
-                : html` Next: <a href=${`#/tasks/${task}/train`}>train</a>.`}
-          </p>
+      : html`<${NextStep} task=${task} info=${info} trained=${detail.versions.length > 0} />
           <ul class="chips" aria-label="Labels: filter, or drop images on one">
             ${chip("all", "", label === undefined && !unlabelled, info.images, undefined)}
             ${chip("no label", "0", !!unlabelled, sum(info.unlabelled), null)}
@@ -299,6 +298,27 @@ function Dataset({ task, info, reload }) {
       onClose=${() => setDialog(null)}
     />`}
   </section>`;
+}
+
+/** What the dataset has, and what to do next. */
+function NextStep({ task, info, trained }) {
+  const used = info.labels.filter((row) => sum(row) > 0).length;
+  const unlabelled = sum(info.unlabelled);
+  const found = `${count(info.images)} ${info.images === 1 ? "image" : "images"}, ${used} ${used === 1 ? "label" : "labels"}.`;
+  if (used < 2) {
+    return html`<p role="status">
+      ${found} <strong>Next:</strong>${unlabelled
+        ? " give the images at least two labels. Select some below, then choose a label, press its number, or drag them to it."
+        : " add images of a second label."}
+    </p>`;
+  }
+  return html`<div class="row">
+      <p role="status">
+        ${found}${unlabelled > 0 && html` ${count(unlabelled)} have no label: <a href=${`#/tasks/${task}/review`}>review them one by one</a>.`}
+      </p>
+      <a class=${trained ? "button" : "button primary"} href=${`#/tasks/${task}/train`}>Next: train</a>
+    </div>
+    <${Untested} info=${info} />`;
 }
 
 /** Map.groupBy for browsers before 2024. */

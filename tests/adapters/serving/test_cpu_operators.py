@@ -1,0 +1,47 @@
+"""torch's private operators still have the signatures and results that `cpu_operators` was checked with."""
+
+import pytest
+import torch
+
+from adapters.serving import cpu_operators
+
+
+@pytest.fixture
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_this_version_of_torch_was_checked() -> None:
+    """Run the tests of this folder with the new version, then add it to `CHECKED`."""
+    assert cpu_operators.version_is_checked()
+    assert not cpu_operators.version_is_checked("1.0.0")
+
+
+def test_the_operators_are_where_they_were() -> None:
+    """Otherwise the layers would silently stay slow."""
+    assert cpu_operators.has_onednn()
+    assert cpu_operators.has_int8() == cpu_operators.has_vnni()
+
+
+def test_torch_still_tells_the_instructions_of_the_cpu() -> None:
+    assert hasattr(torch.cpu, "_is_vnni_supported")
+    assert hasattr(torch.cpu, "_is_avx512_bf16_supported")
+
+
+@torch.inference_mode()
+def test_onednn_computes_the_plain_product(seeded: torch.Generator) -> None:
+    x, weight, bias = (torch.randn(shape, generator=seeded) for shape in ((3, 5, 40), (96, 40), (96,)))
+    found = cpu_operators.onednn_linear(x, cpu_operators.onednn_pack(weight), bias)
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not cpu_operators.has_int8(), reason="this CPU has no VNNI")
+@torch.inference_mode()
+def test_int8_computes_the_exact_integer_product_also_with_the_largest_numbers(seeded: torch.Generator) -> None:
+    x = torch.randint(-127, 128, (7, 40), dtype=torch.int8, generator=seeded)
+    weight = torch.randint(-127, 128, (96, 40), dtype=torch.int8, generator=seeded)
+    x[0], weight[0] = 127, 127  # pairs of products above 16 bits
+    scales = torch.rand(96, generator=seeded) + 0.1
+    found = cpu_operators.int8_linear(x, cpu_operators.int8_pack(weight), scales, torch.zeros(96, dtype=torch.int64))
+    expected = (x.double() @ weight.double().T) * scales.double()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
