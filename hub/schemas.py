@@ -145,6 +145,9 @@ class SourceBody(_Body):
     digest: Annotated[str, Field(pattern=DIGEST_PATTERN)] | None = None
 
 
+TaskSort = Literal["name", "labels", "images", "accuracy", "version", "registered"]
+
+
 class TaskSummary(_Body):
     """One task of a list. `classes` and the fields after `aliases` describe the version of the alias `latest`."""
 

@@ -10,6 +10,7 @@ from ..admission.authentication import Authenticator, Caller
 from ..concurrency import TenantConcurrencyLimit
 from ..errors import InvalidRequest
 from ..field_types import NAME_PATTERN
+from ..registry.task_reads import TaskOrder
 from ..schemas import (
     LATEST,
     MAX_PAGE,
@@ -28,6 +29,7 @@ from ..schemas import (
     TaskList,
     TasksBody,
     TaskSettings,
+    TaskSort,
     VersionInfo,
 )
 from ..services.classification import ClassificationService
@@ -142,9 +144,15 @@ def add_task_routes(
 
     @api.get("/v1/tasks", response_model=TaskList)
     async def list_tasks(
-        caller: TenantCaller, limit: Limit = MAX_PAGE, cursor: TasksCursor = None, search: Search = ""
+        caller: TenantCaller,
+        limit: Limit = MAX_PAGE,
+        cursor: TasksCursor = None,
+        search: Search = "",
+        sort: Annotated[TaskSort, Query(description="value of the tenant's own tasks")] = "name",
+        order: Annotated[Literal["asc", "desc"], Query()] = "asc",
     ) -> Response:
-        return json_reply(await service.tasks(caller, limit, cursor or "", search))
+        chosen = TaskOrder(sort, order == "desc")
+        return json_reply(await service.tasks(caller, limit, cursor or "", search, chosen))
 
     @api.get("/v1/tasks/{task}", response_model=TaskInfo)
     async def get_task(

@@ -5,15 +5,16 @@ A list or a description is read in pages of a bounded size, so Redis and the gat
 
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import NotFound, Unavailable
-from ..schemas import LATEST, TaskSummary
+from ..schemas import LATEST, TaskSort, TaskSummary
 from .models import NO_VERSION, Task, WholeTask, parse_targets, parse_task, task_not_found, task_summary, whole_task
 from .redis.connection import (
     READ_TIMEOUT_S,
     RegistryConnection,
     as_hash,
+    as_integer,
     as_optional_text,
     as_texts,
     as_texts_of,
@@ -24,10 +25,21 @@ from .versions import NOTHING_LIVE, Live, StoredVersion, VersionSummary
 
 PAGE_BYTES = 512 * 1024  # of stored text in one page; a page has at least one entry
 TASKS_PER_READ = 50
+TASKS_PER_SORT = 250  # in one step of a few milliseconds
 FIELDS = ("a", "d", "n", "s", "share")  # of a task's hash, without versions, their summaries and former targets
 DUMP_ATTEMPTS = 3
 # Parts of a tenant's list in their order: its own tasks, those shared with it by name, and other public tasks.
 PARTS = ("own", "named", "public")
+
+
+class TaskOrder(NamedTuple):
+    """The order of the tenant's own tasks in a list."""
+
+    by: TaskSort = "name"
+    descending: bool = False
+
+
+BY_NAME = TaskOrder()
 
 
 class TaskReads:
@@ -93,27 +105,34 @@ class TaskReads:
         return score is not None or any(members)
 
     async def page(
-        self, tenant: str, limit: int, cursor: str, is_listed: Callable[[str], bool]
+        self, tenant: str, limit: int, cursor: str, is_listed: Callable[[str], bool], order: TaskOrder = BY_NAME
     ) -> tuple[list[TaskSummary], str | None]:
         """Return a page of the tasks that a tenant sees, and the cursor of the next one; None on the last page.
 
         The tenant's own tasks come first, then the tasks of others that are shared with it by name, then public ones;
         so no number of public tasks hides one that is shared by name.
 
+        In another order than by name, a change between two pages may move a task from one page to the other. Redis
+        sorts the tasks that changed since the last such list: all tasks for the first one, in short steps.
+
         Args:
             limit: number of tasks. A page may have fewer, since its size is bounded too.
             cursor: `''` for the first page.
             is_listed: whether to list a task of this name.
+            order: of the own tasks; the others are in the order of their names.
         """
         part, _, after = cursor.partition(":") if cursor else (PARTS[0], "", "")
+        if order != BY_NAME and part == PARTS[0]:
+            while as_integer(await self._read("sort", tenant=tenant, count=TASKS_PER_SORT)):
+                pass
         found: list[TaskSummary] = []
         size_bytes = 0
         for current in PARTS[PARTS.index(part) :]:
             while True:
                 if len(found) == limit or size_bytes > PAGE_BYTES:
-                    return found, await self._next_cursor(tenant, current, after)
+                    return found, await self._next_cursor(tenant, current, after, order)
                 count = min(limit - len(found), TASKS_PER_READ)
-                after, entries = await self._list(tenant, current, after, count, PAGE_BYTES - size_bytes)
+                after, entries = await self._list(tenant, current, after, count, PAGE_BYTES - size_bytes, order)
                 size_bytes += sum(len(text) for entry in entries for text in entry)
                 found += [summary for entry in entries if is_listed((summary := _summary(entry)).task)]
                 if after == "":
@@ -165,17 +184,20 @@ class TaskReads:
         return [dict(zip(reply[::2], reply[1::2], strict=True)) for reply in replies]
 
     async def _list(
-        self, tenant: str, part: str, after: str, count: int, max_bytes: int
+        self, tenant: str, part: str, after: str, count: int, max_bytes: int, order: TaskOrder
     ) -> tuple[str, list[list[str]]]:
-        reply = await self._read("list", tenant=tenant, part=part, after=after, count=count, max_bytes=max_bytes)
+        arguments: dict[str, Any] = {"tenant": tenant, "part": part, "after": after}
+        if order != BY_NAME:
+            arguments["order"] = {"by": order.by, "descending": order.descending}
+        reply = await self._read("list", **arguments, count=count, max_bytes=max_bytes)
         if not isinstance(reply, list):
             raise TypeError(f"Redis returned {type(reply).__name__}, not a list")
         return reply[0], as_texts_of(reply[1:])
 
-    async def _next_cursor(self, tenant: str, part: str, after: str) -> str | None:
+    async def _next_cursor(self, tenant: str, part: str, after: str, order: TaskOrder) -> str | None:
         """Return the cursor of the page after this name of this part; None if the list has no further task."""
         for following in PARTS[PARTS.index(part) :]:
-            position, entries = await self._list(tenant, following, after, 1, 0)
+            position, entries = await self._list(tenant, following, after, 1, 0, order)
             if entries or position:
                 return f"{following}:{after}"
             after = ""

@@ -17,6 +17,7 @@ from ..errors import InvalidAdapter
 from ..observability import request_context, tracing
 from ..registry.cache import RegistryCache
 from ..registry.models import Task, choose_version, task_not_found
+from ..registry.task_reads import TaskOrder
 from ..registry.tasks import TaskRegistry
 from ..registry.versions import ServedVersion, StoredVersion
 from ..schemas import Classified, Input, Result, TaskInfo, TaskList
@@ -240,10 +241,10 @@ class ClassificationService:
             results.append(result_of(x.task, await self.answered(caller, x.task, task, one, [data]), top_k))
         return results, [answers[i].computed for i in range(len(inputs))]
 
-    async def tasks(self, caller: Caller, limit: int, cursor: str, search: str) -> TaskList:
+    async def tasks(self, caller: Caller, limit: int, cursor: str, search: str, order: TaskOrder) -> TaskList:
         """Return a page of the tasks that the caller may use and whose names contain `search`; see `TaskReads.page`."""
         async with self._reads.turn(caller.tenant):
-            page = self._registry.page(caller.tenant, limit, cursor, lambda n: search in n and caller.may_use(n))
+            page = self._registry.page(caller.tenant, limit, cursor, lambda n: search in n and caller.may_use(n), order)
             found, next_cursor = await page
         return TaskList(tasks=found, next=next_cursor)
 

@@ -15,6 +15,7 @@ from tests.support.hub_process import serve
 
 CHROMIUM = shutil.which("chromium")
 DESK, PHONE = (1280, 900), (360, 740)
+FAKE_CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 WAIT_MS = 30_000  # for one step of a page, on a busy machine
 
 
@@ -73,7 +74,7 @@ def whole_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, s
 def browser() -> Iterator[Browser]:
     """Start a browser. It ends with the module: its event loop would disturb tests that run one of their own."""
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *FAKE_CAMERA])
         yield browser
         browser.close()
 

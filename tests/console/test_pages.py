@@ -5,6 +5,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from hub.admin_schemas import LimitsChange
 from hub.client.client import Client
+from hub.errors import NotFound
 from hub.local.embedded_redis import url_of_running
 from hub.local.ports import free_port
 from hub.registry.audit import OPERATOR
@@ -73,6 +75,14 @@ def test_new_tenant_gets_the_demo_s_tasks_with_one_click(console: Console) -> No
     page.get_by_role("button", name="Add the demo's three tasks").click()
     for task in ("count", "digits", "shapes"):
         page.get_by_role("link", name=task, exact=True).wait_for()
+    for header in ("labels", "labels", "name"):  # numbers begin with the largest, and names with A
+        page.get_by_role("button", name=header, exact=True).click()
+    page.get_by_role("columnheader", name="name").and_(page.locator("[aria-sort=ascending]")).wait_for()
+    assert page.locator("tbody td:first-child").all_inner_texts() == ["count", "digits", "shapes"]
+    page.get_by_role("button", name="labels", exact=True).click()
+    page.locator("tbody tr:first-child", has_text="digits").wait_for()
+    labels = page.locator("tbody td:nth-child(2)").all_inner_texts()
+    assert labels == sorted(labels, key=int, reverse=True)
     page.get_by_role("link", name="digits", exact=True).click()
     page.get_by_role("link", name="Try", exact=True).click()
     with page.expect_file_chooser() as chooser:
@@ -141,6 +151,23 @@ def test_owner_makes_copies_and_revokes_a_key_by_clicks(console: Console) -> Non
     page.get_by_role("button", name="Revoke camera 3").wait_for(state="detached")
 
 
+def test_admin_sees_trainings_of_tenants_and_errors_by_kind(console: Console, tmp_path: Path) -> None:
+    key = own_tenant(console, "trainer")
+    folder = write_digits(tmp_path / "digits", 0, 4)
+    with Client(console.url, key) as client:
+        client.create_task("watched")
+        for label in sorted(folder.iterdir()):
+            client.images.add("watched", sorted(label.iterdir()), label=label.name)
+        client.train("watched")
+        with suppress(NotFound):
+            client.task("none")
+    page = console.page("/hub", admin=True)
+    row = page.get_by_role("region", name="Trainings").get_by_role("row").filter(has_text="watched")
+    row.filter(has_text="trainer").filter(has_text="instant").filter(has_text="done").first.wait_for()
+    errors = page.get_by_role("region", name="Errors of the last hour").get_by_role("row")
+    errors.filter(has_text="not-found").filter(has_text="404").wait_for()
+
+
 @pytest.mark.parametrize("size", [DESK, pytest.param(PHONE, marks=pytest.mark.long)], ids=["desk", "phone"])
 def test_every_page_has_no_serious_accessibility_finding_and_fits_its_screen(
     console: Console, size: tuple[int, int]
@@ -153,7 +180,7 @@ def test_every_page_has_no_serious_accessibility_finding_and_fits_its_screen(
         for path, ready in {
             "/tasks": "main table, main .empty",
             "/tenant": "main .meter",
-            "/hub": "main .u-legend",
+            "/hub": "main .legend",
         }.items():
             page.goto(f"{console.url}/#{path}")
             page.locator(ready).first.wait_for()
@@ -181,6 +208,9 @@ def test_list_of_many_tasks_is_searched_and_paged_on_the_server(console: Console
     assert page.locator("tbody tr").count() == 25
     page.get_by_role("button", name="More tasks").click()
     page.get_by_role("link", name="task-00049", exact=True).wait_for()
+    page.get_by_role("button", name="name", exact=True).click()
+    page.get_by_role("link", name="task-09999", exact=True).wait_for()
+    assert page.locator("tbody tr").count() == 25
     page.get_by_label("Search by name").fill("09999")
     page.get_by_role("link", name="task-09999", exact=True).wait_for()
     assert page.locator("tbody tr").count() == 1

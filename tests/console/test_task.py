@@ -1,7 +1,9 @@
 """The tabs of a task, as a person uses them: in a browser, by clicks and keys, at a whole hub."""
 
+import asyncio
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +13,12 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Locator, Page
 
+from hub.local.embedded_redis import url_of_running
+from hub.registry.audit import OPERATOR
+from hub.registry.datasets.index import DatasetIndex
+from hub.registry.redis.connection import RegistryConnection
 from tests.console.conftest import DESK, PHONE, Console
+from tests.support.datasets import new_image, unpaced_reads
 from tests.support.image_sets import write_digits
 from tests.support.zips import zip_of
 
@@ -211,8 +218,34 @@ def test_training_job_shows_its_progress_and_is_cancelled(
     page.get_by_role("combobox", name="for at most").select_option("3600")
     page.get_by_role("button", name="Improve").click()
     page.get_by_role("status").get_by_text("KARST,").wait_for(timeout=240_000)
+    curve = page.get_by_role("img", name="Loss and accuracy while training").locator("polyline").first
+    curve.wait_for(timeout=120_000)
+    assert len((curve.get_attribute("points") or "").split()) >= 2
     page.get_by_role("button", name="Cancel").click()
     page.get_by_text("The training was cancelled").wait_for()
+
+
+def test_camera_s_pictures_join_the_images_and_get_an_answer(
+    console: Console, digits: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("camera", digits)
+    page = console.page(f"/tasks/{task}/images")
+    page.get_by_role("combobox", name="Label of new images").select_option("=0")
+    page.get_by_role("button", name="Take pictures").click()
+    dialog = page.get_by_role("dialog", name="Camera")
+    for taken in (1, 2):
+        page.wait_for_function("() => document.querySelector('video').videoWidth > 0")
+        dialog.get_by_role("button", name="Take the picture").click()
+        page.get_by_text(f"{36 + taken} images, 3 labels.").wait_for()
+    dialog.get_by_role("button", name="Close").last.click()
+    assert counts(console, task)["0"] == 14
+    page.get_by_role("link", name="Next: train").click()
+    page.get_by_role("button", name="Train now").click()
+    page.get_by_role("link", name="Try it").click()
+    page.get_by_role("button", name="Use the camera").click()
+    page.wait_for_function("() => document.querySelector('video').videoWidth > 0")
+    dialog.get_by_role("button", name="Take the picture").click()
+    page.locator(".tried").get_by_role("heading", name="0 version 1").wait_for()
 
 
 def test_two_versions_answer_side_by_side_and_the_picture_joins_the_images(
@@ -292,6 +325,37 @@ def test_list_of_10_000_images_needs_few_requests_when_a_person_scrolls_to_its_e
     assert sum("count=" in url for url in asked) <= 20
     assert sum(url.endswith("/thumbnail") for url in asked) < 500
     assert page.locator(".cell").count() < 200
+
+
+@pytest.mark.long
+def test_list_of_100_000_images_stays_light_when_a_person_scrolls_to_its_end(
+    console: Console, new_task: Callable[..., str]
+) -> None:
+    task = new_task("hundred-thousand")
+    with ThreadPoolExecutor(1) as thread:  # playwright's event loop runs in this one
+        thread.submit(asyncio.run, fill_index(console.home, task, 100_000)).result()
+    page = console.page(f"/tasks/{task}/images")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.get_by_text("100,000 images, 5 labels.").wait_for()
+    box = page.get_by_role("listbox")
+    for part in range(1, 201):
+        box.evaluate(f"box => {{ box.scrollTop = box.scrollHeight * {part} / 200 }}")
+    page.locator(".cell[aria-label^='0.png, ']").wait_for(timeout=300_000)  # the oldest
+    assert sum("count=" in url for url in asked) <= 210
+    assert page.locator(".cell").count() < 200
+    assert sum(url.endswith("/thumbnail") for url in asked) < 2000
+    console.forgive("status of 404", "status of 503")  # the images have no files
+
+
+async def fill_index(home: Path, task: str, count: int) -> None:
+    """Add made-up images without files to a dataset, directly in the registry."""
+    database = RegistryConnection(url_of_running(home))
+    index = DatasetIndex(database, unpaced_reads())
+    for start in range(0, count, 500):
+        images = [new_image(i, f"l{i % 5}") for i in range(start, start + 500)]
+        await index.add(OPERATOR, "default", task, images, {}, patience_s=86_400)
+    await database.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])

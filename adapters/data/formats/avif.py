@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from ..errors import ImageError
 
 _MAX_OBUS = 1000  # of an item; encoders write about three
+_MAX_BOXES = 10_000  # of a list; grids of phones have hundreds
+_MAX_PARTS = 10_000  # of all items
 _SEQUENCE_HEADER = 1
 _HEADER_BYTES = 64  # of a sequence header that are read; its sizes are in the first 30
 
@@ -30,8 +32,14 @@ def av1_sizes(data: bytes) -> list[tuple[int, int]]:
 
 
 def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield type, start of the body, and end of each box."""
-    while at + 8 <= end:
+    """Yield type, start of the body, and end of each box.
+
+    Raises:
+        ImageError: too many boxes.
+    """
+    for _ in range(_MAX_BOXES):
+        if at + 8 > end:
+            return
         size, body = int.from_bytes(data[at : at + 4], "big"), at + 8
         if size == 1:
             size, body = int.from_bytes(data[at + 8 : at + 16], "big"), at + 16
@@ -41,6 +49,7 @@ def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
             return  # truncated; the decoder refuses the file, or ignores the rest
         yield data[at + 4 : at + 8], body, at + size
         at += size
+    raise ImageError(f"an AVIF with more than {_MAX_BOXES} boxes; save it in a simpler form")
 
 
 def _av1_items(data: bytes, start: int, end: int) -> Iterator[bytes]:
@@ -58,6 +67,9 @@ def _av1_items(data: bytes, start: int, end: int) -> Iterator[bytes]:
     for body, box_end in locations:
         for number, parts in _locations(data[body:box_end], inside):
             if number in items:
+                # Otherwise thousands of parts, each of the whole file, would need more memory than the machine has.
+                if sum(size or len(data) for _, size in parts) > 2 * len(data):
+                    raise ImageError("an AVIF whose items share bytes; save it in a simpler form")
                 yield b"".join(data[at : at + size if size else None] for at, size in parts)
 
 
@@ -86,6 +98,7 @@ def _locations(box: bytes, inside: int) -> Iterator[tuple[int, list[tuple[int, i
             raise ImageError("an AVIF whose list of items is damaged; save it again")
         return int.from_bytes(box[at - width : at], "big")
 
+    left = _MAX_PARTS
     for _ in range(number(4 if version == 2 else 2)):
         item = number(4 if version == 2 else 2)
         method = number(2) & 15 if version else 0
@@ -95,6 +108,9 @@ def _locations(box: bytes, inside: int) -> Iterator[tuple[int, list[tuple[int, i
             raise ImageError("an AVIF whose items are made of other items; save it as PNG or JPEG")
         parts = []
         for _ in range(number(2)):
+            left -= 1
+            if not left:
+                raise ImageError(f"an AVIF with more than {_MAX_PARTS} parts of items; save it in a simpler form")
             number(index_size)
             offset = number(offset_size)
             parts.append((base + offset, number(length_size)))

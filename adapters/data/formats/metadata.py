@@ -10,12 +10,22 @@ import zlib
 from dataclasses import dataclass
 
 from ...short_repr import short_repr
+from ..errors import ImageError
 
+# Of a JPEG before its pixels, or of an AVIF. Photos have at most 300: a large ICC profile has a part for each 64 KiB.
+_MAX_PARTS = 1000
+_MAX_PNG_CHUNKS = 20_000  # encoders write pixels in chunks of 8 KiB and more
+_PNG_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type ")
+_MAX_PNG_TEXTS = 8  # chunks with these names that are read; each may inflate to `MAX_METADATA_BYTES`
+_MAX_GIF_BLOCKS = 50_000  # before the first image; XMP in a GIF has one for each hundred bytes or so
+_NO_FILL_BYTE = re.compile(rb"[^\xff]")
 MAX_METADATA_BYTES = 1024**2  # of EXIF or XMP that is searched for the orientation; longer metadata are cut
 _ORIENTATION = 274
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_JPEG_WITHOUT_BODY = {0x01, *range(0xD0, 0xD9)}
+_JPEG_WITHOUT_BODY = {0x00, 0x01, *range(0xD0, 0xD9)}  # 0: an escaped byte of pixels, which has no meaning here
+# Comments, application segments, and reserved ones: Pillow would search the bodies of the last byte by byte.
+_JPEG_CUT = {0xFE, *range(0xE0, 0xF0), 0xC8, *range(0xF0, 0xFE)}
 _SOS, _EOI = 0xDA, 0xD9
 _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # TIFF types of one integer
 
@@ -37,12 +47,17 @@ class Metadata:
 def split_metadata(data: bytes) -> tuple[bytes, Metadata]:
     """Return an image file without its metadata, and the metadata. Pixels and transparency stay unchanged.
 
-    Other formats than JPEG, PNG, AVIF and HEIF are returned unchanged: Pillow does not parse their metadata.
+    Other formats than JPEG, PNG, GIF, AVIF and HEIF are returned unchanged: Pillow does not parse their metadata.
+
+    Raises:
+        ImageError: the file has far more parts than encoders write. Each would hold Python's interpreter lock.
     """
     if data.startswith(b"\xff\xd8\xff"):
         return _split_jpeg(data)
     if data.startswith(_PNG_SIGNATURE):
         return _split_png(data)
+    if data.startswith(b"GIF8"):
+        return _split_gif(data), Metadata()
     if data[4:8] == b"ftyp":
         return _without_exif_item(data), Metadata()
     return data, Metadata()
@@ -77,22 +92,32 @@ def _xmp_orientation(xmp: bytes) -> int | None:
 
 
 def _split_jpeg(data: bytes) -> tuple[bytes, Metadata]:
-    """Cut application segments and comments, except the two that say how colours are stored (JFIF and Adobe)."""
+    """Cut application segments and comments, except the two that say how colours are stored (JFIF and Adobe).
+
+    Bytes between segments go too: Pillow would skip them one by one.
+    """
     metadata = Metadata()
     kept = [data[:2]]
     at = start = 2  # data[start:at] is kept and not yet in the list
-    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+    for _ in range(_MAX_PARTS):
+        found = data.find(b"\xff", at)
+        following = None if found < 0 else _NO_FILL_BYTE.search(data, found)
+        if following is None or following.start() + 3 > len(data):
+            break
+        if following.start() - 1 > at:
+            kept.append(data[start:at])
+            start = at = following.start() - 1
         marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
         if marker in _JPEG_WITHOUT_BODY:
-            at += 2
+            kept.append(data[start:at])
+            start = at = at + 2
             continue
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker in (_SOS, _EOI) or end > len(data):
+        if marker == _EOI:  # Pillow would read on
+            return b"".join([*kept, data[start : at + 2]]), metadata
+        if marker == _SOS or end > len(data):
             break
-        if 0xE0 <= marker <= 0xEF or marker == 0xFE:
+        if marker in _JPEG_CUT:
             body = data[at + 4 : end]
             if marker == 0xE1 and body.startswith(b"Exif\0\0"):
                 metadata.exif = (metadata.exif + body[6:])[:MAX_METADATA_BYTES]
@@ -103,6 +128,8 @@ def _split_jpeg(data: bytes) -> tuple[bytes, Metadata]:
                 kept.append(data[start:at])
                 start = end
         at = end
+    else:
+        raise _too_many_parts("JPEG", "segments", _MAX_PARTS)
     return (data if start == 2 else b"".join([*kept, data[start:]])), metadata
 
 
@@ -110,8 +137,10 @@ def _split_png(data: bytes) -> tuple[bytes, Metadata]:
     """Cut every ancillary chunk except transparency. An animation becomes its default image."""
     metadata = Metadata()
     kept = [data[:8]]
-    at = 8
-    while at + 12 <= len(data):
+    at, texts = 8, 0
+    for _ in range(_MAX_PNG_CHUNKS):
+        if at + 12 > len(data):
+            break
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         kind = data[at + 4 : at + 8]
         if end > len(data):
@@ -120,12 +149,35 @@ def _split_png(data: bytes) -> tuple[bytes, Metadata]:
             kept.append(data[at:end])
         elif kind == b"eXIf":
             metadata.exif = metadata.exif or data[at + 8 : min(end - 4, at + 8 + MAX_METADATA_BYTES)]
-        elif kind in (b"tEXt", b"zTXt", b"iTXt"):
+        elif kind in (b"tEXt", b"zTXt", b"iTXt") and texts < _MAX_PNG_TEXTS:
+            texts += data.startswith(_PNG_TEXTS, at + 8, end - 4)
             _read_png_text(kind, data[at + 8 : end - 4], metadata)
         at = end
         if kind == b"IEND":
             return b"".join(kept), metadata
+    else:
+        raise _too_many_parts("PNG", "chunks", _MAX_PNG_CHUNKS)
     return b"".join([*kept, data[at:]]), metadata
+
+
+def _split_gif(data: bytes) -> bytes:
+    """Cut the extensions before the first image, except its control extension. Pillow would join their blocks."""
+    at = 13 + (3 << (data[10] & 7) + 1 if data[10:11] >= b"\x80" else 0)
+    kept, left = [data[:at]], _MAX_GIF_BLOCKS
+    while data[at : at + 1] == b"!":
+        start, at = at, at + 2
+        while (size := data[at : at + 1]) not in (b"", b"\0"):
+            at, left = at + 1 + size[0], left - 1
+            if not left:
+                raise _too_many_parts("GIF", "blocks", _MAX_GIF_BLOCKS)
+        at += 1
+        if data[start + 1 : start + 2] == b"\xf9":
+            kept.append(data[start:at])
+    return b"".join([*kept, data[at:]])
+
+
+def _too_many_parts(name: str, parts: str, limit: int) -> ImageError:
+    return ImageError(f"a {name} with more than {limit} {parts}; save it in a simpler form")
 
 
 def _read_png_text(kind: bytes, body: bytes, metadata: Metadata) -> None:
@@ -155,7 +207,9 @@ def _without_exif_item(data: bytes) -> bytes:
     (ISO/IEC 23008-12, annex A.2.1).
     """
     at = 0
-    while at + 8 <= len(data):
+    for _ in range(_MAX_PARTS):
+        if at + 8 > len(data):
+            break
         size = int.from_bytes(data[at : at + 4], "big")
         end = len(data) if size == 0 else at + size
         if data[at + 4 : at + 8] == b"meta" and 8 <= size <= len(data) - at:
@@ -165,4 +219,6 @@ def _without_exif_item(data: bytes) -> bytes:
         if end <= at:
             break
         at = end
+    else:
+        raise _too_many_parts("HEIC or AVIF", "boxes", _MAX_PARTS)
     return data

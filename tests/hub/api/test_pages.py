@@ -15,10 +15,12 @@ from tests.support.models import with_metadata
 from tests.support.registry import version
 
 
-def pages(hub: Hub, path: str, member: str, limit: int, headers: dict[str, str] | None = None) -> list[list[Any]]:
+def pages(
+    hub: Hub, path: str, member: str, limit: int, headers: dict[str, str] | None = None, **asked: str
+) -> list[list[Any]]:
     """Return the entries of each page of a list."""
     found: list[list[Any]] = []
-    params: dict[str, Any] = {"limit": limit}
+    params: dict[str, Any] = {"limit": limit} | asked
     while True:
         reply = hub.http.get(path, params=params, headers=headers)
         assert reply.status_code == 200, reply.text
@@ -132,3 +134,15 @@ def test_a_limit_or_a_cursor_is_refused_when_no_page_can_have_it(hub: Hub, path:
     assert reply.json()["errors"][0]["field"] == next(iter(params))
     if "cursor" in params:
         assert "the value `next` of the previous page" in reply.json()["detail"]
+
+
+def test_tasks_are_listed_in_the_order_that_the_client_names(hub: Hub, adapters: list[Adapter]) -> None:
+    for name in ("b", "a"):
+        hub.http.put(f"/v1/tasks/{name}", json={})
+    hub.http.post("/v1/tasks/c/versions", content=adapters[0].data)
+    for sort, order, names in (("name", "asc", "abc"), ("name", "desc", "cba"), ("labels", "desc", "cba")):
+        for limit in (1, 10):
+            found = pages(hub, "/v1/tasks", "tasks", limit, sort=sort, order=order)
+            assert [task["task"] for page in found for task in page] == list(names)
+    refused = hub.http.get("/v1/tasks?sort=colour")
+    assert (refused.status_code, "registered" in refused.json()["detail"]) == (422, True)

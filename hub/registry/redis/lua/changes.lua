@@ -53,11 +53,19 @@ local function refusal_of(args)
   return take_change(args)
 end
 
+-- Mark a task of a tenant that sorts its tasks: the next sorted list sorts it again.
+local function mark_unsorted(tenant, task)
+  if redis.call('EXISTS', tenant_key(tenant, 'by:name')) == 1 then
+    redis.call('SADD', tenant_key(tenant, 'unsorted'), task)
+  end
+end
+
 -- Keys and tenants have a stream of their own as well: a gateway that is slow loses no revocation beside many changes of
 -- tasks. An older hub reads the common stream only.
 local function publish(tenant, kind, name)
   local streams = {'karst:events'}
   if kind ~= 'task' and kind ~= 'dataset' then streams[2] = 'karst:events:access' end
+  if kind == 'task' then mark_unsorted(tenant, name) end
   for _, stream in ipairs(streams) do
     redis.call('XADD', stream, 'MAXLEN', '~', MAX_EVENTS, '*', 'tenant', tenant, 'kind', kind, 'name', name)
   end

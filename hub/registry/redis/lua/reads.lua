@@ -2,6 +2,7 @@
 -- a number of bytes, or after MAX_SCANNED names of fields. The reply is a list of texts, not JSON.
 
 local MAX_SCANNED = 3000
+local ORDERS = {'name', 'labels', 'images', 'accuracy', 'version', 'registered'} -- of a tenant's own tasks
 
 local reads = {}
 
@@ -77,6 +78,52 @@ local function sorted_after(set, after)
   return found
 end
 
+-- Return the values by which a task is sorted. A task without a value comes before all others.
+local function values_of(key)
+  local number = current_number(key)
+  local values = {name = 0, labels = 0, images = -1, accuracy = -1, version = tonumber(number), registered = 0}
+  local summary = redis.call('HGET', key, 'i:' .. number)
+  if not summary then return values end
+  local body = cjson.decode(string.match(summary, '^%d+ (.*)$'))
+  values.labels = body.classes
+  if body.train_images and body.train_images ~= cjson.null then values.images = body.train_images end
+  if body.accuracy and body.accuracy ~= cjson.null then values.accuracy = body.accuracy.accuracy end
+  if body.registered and body.registered ~= cjson.null then
+    -- Its digits from the year's last two to milliseconds: a double holds 15 of them exactly.
+    local digits = string.gsub(string.sub(body.registered, 3, 23), '%D', '')
+    values.registered = tonumber(string.sub(digits .. '00000000', 1, 15))
+  end
+  return values
+end
+
+-- tenant, count. Sort marked tasks again, at most `count`; all tasks where the sorted sets do not have them. Return the
+-- number of tasks that are still marked.
+function reads.sort(args)
+  local function by(name) return tenant_key(args.tenant, 'by:' .. name) end
+  local marked, all = tenant_key(args.tenant, 'unsorted'), tenant_key(args.tenant, 'tasks')
+  if redis.call('EXISTS', marked) == 0 and redis.call('ZCARD', by('name')) ~= redis.call('SCARD', all) then
+    for _, name in ipairs(ORDERS) do redis.call('UNLINK', by(name)) end
+    redis.call('SUNIONSTORE', marked, all)
+  end
+  for _, task in ipairs(redis.call('SPOP', marked, args.count)) do
+    local key = tenant_key(args.tenant, 'task:' .. task)
+    local exists = redis.call('EXISTS', key) == 1
+    for name, value in pairs(values_of(key)) do
+      if exists then redis.call('ZADD', by(name), string.format('%.17g', value), task)
+      else redis.call('ZREM', by(name), task) end
+    end
+  end
+  return redis.call('SCARD', marked)
+end
+
+-- Return up to `count` names of the tenant's own tasks from a position of an order {by, descending}, whether further ones
+-- exist, and the position of the first.
+local function names_in_order(tenant, order, after, count)
+  local first, command = tonumber(after) or 0, order.descending and 'ZREVRANGE' or 'ZRANGE'
+  local names = redis.call(command, tenant_key(tenant, 'by:' .. order.by), first, first + count)
+  return names, table.remove(names, count + 1) ~= nil, first
+end
+
 -- Return up to `count` names of a part of the tenant's list that come after a name, and whether further ones exist.
 -- The parts are its own tasks (`own`), tasks shared with it by name (`named`), and other public tasks (`public`).
 local function names_after(tenant, part, after, count)
@@ -93,11 +140,17 @@ local function names_after(tenant, part, after, count)
   return names, #found > count
 end
 
--- tenant, part, after (a name; '' for the first), count, max_bytes.
+-- tenant, part, after (a name; '' for the first), count, max_bytes, order (absent: by name). Positions of the own tasks in
+-- an order are numbers in place of names.
 -- Return {position, entry, ...}: position is the last name of this page, or '' at the end of the part. An entry is
 -- {name, number of the current version, its summary or '', its text or '' where it has a summary, alias, targets, ...}.
 function reads.list(args)
-  local names, has_more = names_after(args.tenant, args.part, args.after, args.count)
+  local names, has_more, first
+  if args.order and args.part == 'own' then
+    names, has_more, first = names_in_order(args.tenant, args.order, args.after, args.count)
+  else
+    names, has_more = names_after(args.tenant, args.part, args.after, args.count)
+  end
   local reply, bytes, scanned = {''}, 0, 0
   for i, name in ipairs(names) do
     local owner, task = args.tenant, name
@@ -116,10 +169,11 @@ function reads.list(args)
       reply[#reply + 1] = entry
     end
     scanned = scanned + count + 1
+    local position = first and string.format('%.0f', first + i) or name
     if i == #names then
-      if has_more then reply[1] = name end
+      if has_more then reply[1] = position end
     elseif bytes > args.max_bytes or scanned > MAX_SCANNED then
-      reply[1] = name
+      reply[1] = position
       break
     end
   end

@@ -265,6 +265,7 @@ function tasks.add_summaries(args)
     if redis.call('HEXISTS', key, 'v:' .. number) == 1 then redis.call('HSETNX', key, 'i:' .. number, summary) end
   end
   if redis.call('EXISTS', key) == 1 then count_registry_bytes(args.tenant, key) end
+  mark_unsorted(args.tenant, args.task)
   return DONE
 end
 

@@ -78,7 +78,8 @@ function tenants.delete(args)
   end
   local names = {
     'tasks', 'numbers', 'floor', 'changes', 'shares', 'bytes', 'registry', 'images', 'image_bytes', 'keys', 'shared',
-    'audit', 'rate', 'flight', 'settled', 'counts', 'usage_bytes',
+    'audit', 'rate', 'flight', 'settled', 'counts', 'usage_bytes', 'unsorted', 'by:name', 'by:labels', 'by:images',
+    'by:accuracy', 'by:version', 'by:registered',
   }
   for _, name in ipairs(names) do redis.call('UNLINK', tenant_key(args.tenant, name)) end
   drop_orphans(args.tenant)

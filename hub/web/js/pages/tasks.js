@@ -8,12 +8,11 @@ import { me, notify } from "../state.js";
 const PAGE = 25;
 const DAYS = 14;
 const DEMO = ["digits", "shapes", "count"];
-const SORTS = { 0: (a) => a.task, 1: (a) => a.classes, 2: (a) => a.train_images ?? -1, 3: (a) => a.accuracy?.accuracy ?? -1, 4: (a) => a.latest ?? 0, 5: (a) => a.registered ?? "" };
+const SORTS = ["name", "labels", "images", "accuracy", "version", "registered"]; // by column
 
 export default function Tasks() {
-  const { search = "" } = route.value.query;
+  const { search = "", sort = SORTS[0], order = "asc" } = route.value.query;
   const [state, setState] = useState({ tasks: [], next: null, ready: false });
-  const [sort, setSort] = useState({ by: null, down: false });
   const [making, setMaking] = useState(false);
   const turn = useRef(0);
   const owner = me.value?.role === "owner";
@@ -21,7 +20,7 @@ export default function Tasks() {
   const load = async (cursor) => {
     const mine = ++turn.current;
     try {
-      const page = await api.get("/v1/tasks", { limit: PAGE, cursor, search });
+      const page = await api.get("/v1/tasks", { limit: PAGE, cursor, search, sort, order });
       if (mine !== turn.current) return;
       setState((before) => ({ tasks: cursor ? [...before.tasks, ...page.tasks] : page.tasks, next: page.next ?? null, ready: true }));
     } catch (error) {
@@ -30,27 +29,27 @@ export default function Tasks() {
   };
   useEffect(() => {
     load();
-  }, [search]);
-  const find = (text) => replace(`/tasks${text ? `?${new URLSearchParams({ search: text })}` : ""}`);
-  const choose = (by) => setSort((before) => ({ by, down: before.by === by && !before.down }));
-  const shown = sort.by === null ? state.tasks : [...state.tasks].sort((a, b) => {
-    const [x, y] = [SORTS[sort.by](a), SORTS[sort.by](b)];
-    return (x < y ? -1 : x > y ? 1 : 0) * (sort.down ? -1 : 1);
-  });
+  }, [search, sort, order]);
+  const show = (change) => {
+    const query = Object.entries({ search, sort, order, ...change }).filter(([name, value]) => value && value !== { sort: SORTS[0], order: "asc" }[name]);
+    replace(`/tasks${query.length ? `?${new URLSearchParams(query)}` : ""}`);
+  };
+  // Names from A, numbers from the largest; once more turns the order.
+  const choose = (i) => show({ sort: SORTS[i], order: SORTS[i] === sort ? (order === "asc" ? "desc" : "asc") : i ? "desc" : "asc" });
   const empty = state.ready && !state.error && !state.tasks.length && !state.next;
   return html`<${Page} title="Tasks" actions=${owner && html`<${Button} kind="primary" onClick=${() => setMaking(true)}>New task<//>`}>
     ${state.error && html`<${ErrorBox} error=${state.error} retry=${() => load()} />`}
     ${empty && !search
       ? html`<${FirstSteps} owner=${owner} onNew=${() => setMaking(true)} onDone=${() => load()} />`
-      : html`<${Field} label="Search by name"><input type="search" value=${search} maxlength="127" onInput=${(e) => find(e.target.value)} /><//>
+      : html`<${Field} label="Search by name"><input type="search" value=${search} maxlength="127" onInput=${(e) => show({ search: e.target.value })} /><//>
           ${!state.ready && html`<${Loading} />`}
           ${empty && html`<p>No task has <q>${search}</q> in its name.</p>`}
-          ${shown.length > 0 &&
+          ${state.tasks.length > 0 &&
           html`<${Table}
             label="Tasks"
             head=${["name", "labels", "training images", "accuracy", "version", "registered", `images a day, ${DAYS} days`]}
-            sort=${{ ...sort, can: [0, 1, 2, 3, 4, 5], choose }}
-            rows=${shown.map((task) => [
+            sort=${{ by: SORTS.indexOf(sort), down: order === "desc", can: [0, 1, 2, 3, 4, 5], choose }}
+            rows=${state.tasks.map((task) => [
               html`<${Link} to=${`/tasks/${encodeURIComponent(task.task)}`}>${task.task}<//>`,
               count(task.classes),
               count(task.train_images),
@@ -60,7 +59,7 @@ export default function Tasks() {
               html`<${Calls} key=${task.task} task=${task.task} />`,
             ])}
           />`}
-          ${state.next && html`<div class="actions"><${Button} onClick=${() => load(state.next)}>More tasks<//><span class="soft">Sorting orders the tasks that are shown.</span></div>`}`}
+          ${state.next && html`<div class="actions"><${Button} onClick=${() => load(state.next)}>More tasks<//></div>`}`}
     ${making && html`<${NewTask} onClose=${() => setMaking(false)} />`}
   <//>`;
 }
