@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all faults soak fuzz serve lint bench clean
+.PHONY: demo test test-all faults soak fuzz serve lint bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/karst-hub demo
 
-# Three processes: one starts with all tests that share whole hubs, and mostly waits; see tests/conftest.py.
-PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# Four processes: three start with tests that mostly wait, for whole hubs, a browser or Prometheus; see tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow and not long"
@@ -45,6 +45,10 @@ lint: $(INSTALLED)
 # make bench PART=over_http runs one part; it first prints how long it takes.
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks $(PART)
+
+# Ten minutes on one H100 or H200. Without a GPU: .venv/bin/python -m benchmarks.gpu --device cpu
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -28,6 +28,7 @@ class Package(NamedTuple):
 
     version: str
     files: dict[str, str]  # name here -> path in the archive
+    appended: str = ""
 
 
 PACKAGES = {
@@ -35,6 +36,10 @@ PACKAGES = {
     "htm": Package("3.1.1", {"htm.js": "dist/htm.mjs"}),
     "@preact/signals-core": Package("1.14.5", {"signals-core.js": "dist/signals-core.mjs"}),
     "@preact/signals": Package("2.11.4", {"signals.js": "dist/signals.mjs"}),
+    # The module of this package is not minified; the minified script declares a global name.
+    "uplot": Package(
+        "1.6.32", {"uplot.js": "dist/uPlot.iife.min.js", "uplot.css": "dist/uPlot.min.css"}, "export default uPlot;\n"
+    ),
 }
 
 
@@ -53,7 +58,7 @@ def main() -> None:
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             for here, path in package.files.items():
                 text = _member(files, f"package/{path}")
-                (FOLDER / here).write_text(_adapted(text))
+                (FOLDER / here).write_text(_adapted(here, text, package.appended))
             licence = next(n for n in files.getnames() if re.fullmatch(r"package/licen[cs]e(\.\w+)?", n, re.IGNORECASE))
             terms = _member(files, licence).splitlines()
         copyright_line = next((line.strip() for line in terms if line.strip().startswith("Copyright")), "")
@@ -81,12 +86,14 @@ def _member(archive: tarfile.TarFile, path: str) -> str:
     return file.read().decode()
 
 
-def _adapted(text: str) -> str:
+def _adapted(name: str, text: str, appended: str) -> str:
     """Return a file's text with relative imports and without the name of its source map."""
     text = re.sub(r"\n?//# sourceMappingURL=\S+", "", text).rstrip() + "\n"
+    if not name.endswith(".js"):
+        return text
     for bare, relative in MODULES.items():
         text = re.sub(rf"""(from\s*|import\s*)(["']){re.escape(bare)}\2""", rf"\g<1>\g<2>{relative}\g<2>", text)
-    return text
+    return text + appended
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ PARTS = {
     "over_http": Part(26, "the hub over HTTP beside an empty application"),
     "many_tasks": Part(3, "one image for many tasks"),
     "engine": Part(15, "a worker's engine: many adapters, cold adapters, greedy tenants"),
+    "servers": Part(25, "other model servers over HTTP (first run `benchmarks/servers/install.sh`)"),
     "peers": Part(12, "libraries and processes that hold many adapters"),
     "rate_limits": Part(2, "the wait for a tenant's limits"),
     "train_step": Part(11, "a step of training beside other methods"),

@@ -10,12 +10,12 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from .errors import LimitReached
 
@@ -317,6 +317,44 @@ def lower_priority() -> None:
         thread = threading.get_native_id()
         # Never a higher priority than that of the process, which only root may set.
         os.setpriority(os.PRIO_PROCESS, thread, max(LOW_PRIORITY, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+class Together(Generic[T]):
+    """Coroutines in groups. Each group yields its results as they come; single coroutines can be dropped by id."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, asyncio.Task[T]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of running coroutines of all groups."""
+        return len(self._tasks)
+
+    async def results(
+        self, group: Mapping[str, Coroutine[Any, Any, T]]
+    ) -> "AsyncGenerator[dict[str, asyncio.Task[T]]]":
+        """Run a group, and yield its tasks by id when they have ended, all that have ended since at once.
+
+        A dropped task is left out. The end of this generator cancels the others.
+        """
+        running = {id: asyncio.create_task(coroutine) for id, coroutine in group.items()}
+        self._tasks |= running
+        try:
+            while running:
+                await asyncio.wait(running.values(), return_when=asyncio.FIRST_COMPLETED)
+                ended = {id: task for id, task in running.items() if task.done()}
+                for id in ended:
+                    del running[id], self._tasks[id]
+                yield {id: task for id, task in ended.items() if not task.cancelled()}
+        finally:
+            for id, task in running.items():
+                del self._tasks[id]
+                task.cancel()
+
+    def drop(self, ids: Iterable[str]) -> None:
+        """Cancel coroutines. Those that have ended are ignored."""
+        for id in ids:
+            if id in self._tasks:
+                self._tasks[id].cancel()
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

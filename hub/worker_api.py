@@ -15,7 +15,12 @@ from .errors import FieldProblem, InvalidAdapter
 if TYPE_CHECKING:
     from adapters import BankLimits  # at run time it would import torch, which the command line does not need
 
+MAX_SEND_BYTES = 2 * 1024**2  # pixels that leave together to a worker: Ray passes arguments by value up to 4 MiB
 ROUTING_DIGEST_CHARS = 16  # of a digest that workers report to routers: enough to tell adapters apart
+
+
+class CallFailed(RuntimeError):
+    """Error of the worker's code during one of several calls that were sent together; the worker logged it."""
 
 
 class CallOrigin(NamedTuple):

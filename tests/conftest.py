@@ -1,7 +1,6 @@
 """Fixtures of all tests, and the order in which tests run in one process or in several."""
 
 import os
-from pathlib import Path
 
 import pytest
 from xdist.remote import Producer
@@ -11,18 +10,20 @@ from xdist.scheduler import LoadScopeScheduling
 # tiny tensors take 10 to 50 times longer beside another busy process: each operation waits for both threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-HERE = Path(__file__).parent
-HUBS = ("tests/system/", "tests/console/", "tests/attacks/test_neighbours")  # tests that share whole hubs
+CONSOLE = "tests/console/"  # these share a hub and wait for a browser
+HUBS = ("tests/system/", "tests/attacks/test_neighbours", CONSOLE)  # tests that share whole hubs
 
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types
-    """Order of pytest-xdist: one process runs all tests that share whole hubs, another starts with the rest.
+    """Order of pytest-xdist: one process runs the tests of whole hubs, one those of the console, one starts the rest.
 
     A module's tests stay in one process, so that its fixtures are made once. pytest-xdist 3.8's own `loadgroup` finds
     no groups with pytest 9.2.
     """
 
     def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith(CONSOLE):
+            return CONSOLE
         return "hubs" if nodeid.startswith(HUBS) else nodeid.partition("::")[0]
 
 
@@ -37,13 +38,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _place(item: pytest.Item) -> int:
-    """Return the rank of a test: hubs, the test that stops the shared hub, Prometheus, trainings, all others."""
-    folder = item.path.relative_to(HERE).parts[0]
-    if item.nodeid.startswith(HUBS):
-        return 1 if "restarted" in getattr(item, "fixturenames", ()) else 0
-    if folder == "alerts":  # waits for ten minutes, so the second process must start with it
-        return 1
-    return 2 if folder == "adapters" else 3
+    """Return the rank of a test: hubs, the test that stops the shared hub, console, Prometheus, trainings, the others.
+
+    Hubs, console and Prometheus start at once, in a process each. Those of Prometheus wait for ten minutes.
+    """
+    restarted = "restarted" in getattr(item, "fixturenames", ())
+    first = (CONSOLE, "tests/alerts/", "tests/adapters/", "tests/")
+    if item.nodeid.startswith(HUBS) and not item.nodeid.startswith(CONSOLE):
+        return 1 if restarted else 0
+    return 2 + next(rank for rank, folder in enumerate(first) if item.nodeid.startswith(folder))
 
 
 @pytest.fixture

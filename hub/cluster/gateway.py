@@ -2,15 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
-import ray
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from ray import serve
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from adapters import BankLimits
@@ -23,8 +21,11 @@ from ..worker_api import Answer, TaskAnswers, Workers
 from .gateway_metrics import GatewayMetrics
 from .ray_compat import LateIngress, ray_metrics
 from .rendezvous import RESIDENT_ONLY
+from .request_router import KNOWN_WORKERS
 from .trainings import RayTrainer
+from .worker_links import WorkerDied, WorkerLinks, hub_errors
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 2.0
@@ -42,6 +43,7 @@ class ServeWorkers:
             scale_to_zero: the hub may have no worker. A call then waits until one has started.
         """
         self._handle = handle
+        self._links = WorkerLinks(handle, KNOWN_WORKERS)
         self._scale_to_zero = scale_to_zero
         self._limits: BankLimits | None = None
 
@@ -50,13 +52,26 @@ class ServeWorkers:
     ) -> list[Answer]:
         with tracing.worker_call_span(len(images)):
             arguments = tenant, digest, images, weight, request_context.call_origin(), idle
-            answers = await self._call(self._handle_for(digest).answer, *arguments)
+            answers = await self._answer(digest, arguments)
             if isinstance(answers, Unavailable):  # this worker cannot load the adapter; another one may hold it
-                answers = await self._call(self._handle_for(digest + RESIDENT_ONLY).answer, *arguments)
+                answers = await self._answer(digest + RESIDENT_ONLY, arguments)
             if isinstance(answers, HubError):
                 raise answers
-            found: list[Answer] = answers
-            return found
+            return answers
+
+    async def _answer(self, key: str, arguments: tuple[Any, ...]) -> list[Answer] | HubError:
+        """Return the answers of the best worker for a call, or its error as a value."""
+        tenant, _, images, _, _, idle = arguments
+
+        async def attempt() -> list[Answer] | HubError:
+            # A call in idle turns may wait long; it leaves alone, and with Serve's own routing.
+            link = None if idle else self._links.choose(key)
+            if link is not None:
+                return await link.call(tenant, arguments, sum(x.nbytes for x in images))
+            answers: list[Answer] | HubError = await _call_once(self._handle_for(key).answer, arguments, None)
+            return answers
+
+        return await _repeated(attempt)
 
     async def classify_tasks(
         self, tenant: str, digests: Sequence[str], image: np.ndarray, weight: float, key: str
@@ -100,37 +115,27 @@ class ServeWorkers:
         return self._handle.options(session_id=key)
 
     async def _call(self, method: DeploymentHandle[Any], *args: object, timeout_s: float | None = None) -> Any:
-        for _ in range(MAX_ATTEMPTS - 1):
-            try:
-                return await self._call_once(method, args, timeout_s)
-            except _WorkerDied:  # calls change nothing, so another worker may repeat one
-                await asyncio.sleep(RETRY_PAUSE_S)
-        return await self._call_once(method, args, timeout_s)
+        return await _repeated(lambda: _call_once(method, args, timeout_s))
 
-    async def _call_once(self, method: DeploymentHandle[Any], args: tuple[object, ...], timeout_s: float | None) -> Any:
-        response = method.remote(*args)
+
+async def _repeated(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Return the result of a call; repeat it when its worker dies, since calls change nothing."""
+    for _ in range(MAX_ATTEMPTS - 1):
+        try:
+            return await attempt()
+        except WorkerDied:
+            await asyncio.sleep(RETRY_PAUSE_S)
+    return await attempt()
+
+
+async def _call_once(method: DeploymentHandle[Any], args: tuple[object, ...], timeout_s: float | None) -> Any:
+    response = method.remote(*args)
+    with hub_errors():
         try:
             return await (asyncio.wait_for(response, timeout_s) if timeout_s else response)
         except asyncio.CancelledError:  # the client disconnected: the worker drops images that still wait
             response.cancel()  # type: ignore[no-untyped-call]  # Ray has no types here
             raise
-        except HubError:
-            raise
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, HubError):
-                raise error.cause from error
-            raise
-        except BackPressureError as error:
-            raise Unavailable("The request queues of the workers are full. Try again later.") from error
-        except (ReplicaUnavailableError, ray.exceptions.RayActorError) as error:
-            raise _WorkerDied("The workers that had the request died. Try again.", retry_after_s=5) from error
-        except (TimeoutError, DeploymentUnavailableError) as error:
-            detail = "No worker answers; one may still be loading its backbone. Try again later."
-            raise Unavailable(detail, retry_after_s=5) from error
-
-
-class _WorkerDied(Unavailable):
-    """The worker died during the call."""
 
 
 @serve.ingress()

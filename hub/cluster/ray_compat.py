@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingConfig
-    from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
+    from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
     from starlette.types import ASGIApp
 
     from ..observability.metrics import MetricTypes
@@ -264,9 +264,9 @@ def pause_between_rounds(pending: "PendingRequest") -> None:
     pending.routing_context.should_backoff = True
 
 
-def queue_length(router: "RequestRouter", replica: "ReplicaID") -> int:
+def queue_length(router: "RequestRouter", replica: "RunningReplica") -> int:
     """Return the number of calls at a replica as this router last heard it.
 
     0 if the router sent the replica nothing for ten seconds: Serve then asks the replica itself before it sends.
     """
-    return router.replica_queue_len_cache.get(replica) or 0
+    return router.replica_queue_len_cache.get(replica.replica_id) or 0

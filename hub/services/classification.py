@@ -21,14 +21,12 @@ from ..registry.task_reads import TaskOrder
 from ..registry.tasks import TaskRegistry
 from ..registry.versions import ServedVersion, StoredVersion
 from ..schemas import Classified, Input, Result, TaskInfo, TaskList
-from ..worker_api import Answer, PassStats, Workers
+from ..worker_api import MAX_SEND_BYTES, Answer, PassStats, Workers
 from .datasets.keeping import Keeper
 from .image_decoding import ImageDecoder
 from .label_sets import best, require_small_labels, require_small_sets, threshold_of
 from .predictions import Predicted, result_of
 from .usage.counter import UsageCounter
-
-CHUNK_BYTES = 2 * 1024**2  # pixels in one call to a worker: Ray passes arguments by value up to 4 MiB
 
 OVERFLOW = "the adapter's numbers overflow on this image; train the adapter again and register the new file"
 
@@ -386,7 +384,7 @@ class ClassificationService:
         idle: bool = False,
     ) -> list[Answer]:
         request_context.note_task(task, chosen.version, chosen.digest)
-        size = max(1, CHUNK_BYTES // max(p.nbytes for p in pixels))
+        size = max(1, MAX_SEND_BYTES // max(p.nbytes for p in pixels))
         chunks = [pixels[i : i + size] for i in range(0, len(pixels), size)]
         answers = await gather_or_cancel(
             self._workers.classify(tenant, chosen.digest, chunk, weight, idle=idle) for chunk in chunks

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import isnan
@@ -19,12 +19,13 @@ from adapters.serving.frozen_forms import can_int8, measure_forms
 
 from ..admin_schemas import WorkerStatus
 from ..admission.quotas import WORKER_FEATURES_QUEUED, WORKER_IMAGES_QUEUED
+from ..concurrency import Together
 from ..errors import HubError
 from ..observability import log_format, request_context, tracing
 from ..observability.metrics import MetricTypes
 from ..settings import Settings
 from ..storage.store import Store
-from ..worker_api import ROUTING_DIGEST_CHARS, Answer, CallOrigin, PassStats, TaskAnswers
+from ..worker_api import ROUTING_DIGEST_CHARS, Answer, CallFailed, CallOrigin, PassStats, TaskAnswers
 from .adapter_cache import AdapterCache
 from .batch_tuner import BatchTuner
 from .batcher import Batcher
@@ -33,7 +34,7 @@ from .idle_passes import IdlePasses
 from .many_tasks import ManyTasks
 from .metrics import WorkerMetrics
 from .passes import Item, ItemScores, Passes
-from .prewarming import Prewarming
+from .prewarming import Prewarming, repeat
 from .stats import WorkerStats
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class Worker:
         self._prewarming = prewarming
         self._used_digests: set[str] = set()  # since the last report to the registry
         self._images = 0  # queued and computed here
+        self._together: Together[list[Answer] | HubError] = Together()
         self._background: list[asyncio.Task[None]] = []
         writer.submit(self._preload).result()
 
@@ -189,6 +191,27 @@ class Worker:
             return await self.classify(*args)
         except HubError as error:
             return error
+
+    async def answer_together(
+        self, calls: Mapping[str, Sequence[Any]]
+    ) -> AsyncGenerator[tuple[int, dict[str, list[Answer] | Exception]], None]:
+        """Yield the results of `answer` for calls that were sent together, each as soon as it is there.
+
+        An error of this worker's code belongs to its own call. The calls end with the send.
+
+        Args:
+            calls: id -> arguments of `answer`.
+
+        Yields:
+            The number of calls at this worker, and some of the results by id. A call that was dropped has none.
+        """
+        run = {id: self.answer(*arguments) for id, arguments in calls.items()}
+        async for ended in self._together.results(run):
+            yield len(self._together), {id: _result(task) for id, task in ended.items()}
+
+    async def forget(self, ids: Sequence[str]) -> None:
+        """Drop calls of `answer_together` whose clients disconnected."""
+        self._together.drop(ids)
 
     async def classify(
         self,
@@ -347,7 +370,7 @@ class Worker:
             self._background = [
                 asyncio.create_task(self._report_status()),
                 asyncio.create_task(
-                    _repeat(self.refresh_prewarming, PREWARMING_INTERVAL_S, "prewarming", logging.WARNING)
+                    repeat(self.refresh_prewarming, PREWARMING_INTERVAL_S, "prewarming", logging.WARNING)
                 ),
             ]
 
@@ -359,23 +382,13 @@ class Worker:
                 self._metrics.record_status(status, self._host.store_reads)
                 await board.report(status)
 
-            await _repeat(report, STATUS_INTERVAL_S, "status report", logging.DEBUG)
+            await repeat(report, STATUS_INTERVAL_S, "status report", logging.DEBUG)
 
 
-async def _repeat(step: Callable[[], Awaitable[None]], interval_s: float, name: str, level: int) -> None:
-    """Run a step until the task is cancelled. A failed step is logged and does not end the repetition.
-
-    Args:
-        level: of the log line for an error of the hub, such as an unavailable registry.
-    """
-    task = asyncio.current_task()
-    # redis-py 8.1.0 on Python 3.11 drops about one in sixteen cancellations at random moments (measured: 2,219 of
-    # 36,382). Without this check the task would then never end.
-    while task is None or not task.cancelling():
-        try:
-            await step()
-        except HubError as error:
-            logger.log(level, "%s failed, next try in %g s: %s", name, interval_s, error)
-        except Exception:
-            logger.exception("%s failed, next try in %g s", name, interval_s)
-        await asyncio.sleep(interval_s)
+def _result(task: "asyncio.Task[list[Answer] | HubError]") -> list[Answer] | Exception:
+    """Return what a call returned, or its error in a form that every process can read."""
+    error = task.exception()
+    if error is None:
+        return task.result()
+    logger.error("a call failed", exc_info=error)
+    return CallFailed(f"{type(error).__name__}: {error}")

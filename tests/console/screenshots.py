@@ -27,9 +27,9 @@ PAGES = {
     "train": ("/tasks/digits/train", ".confusion"),
     "review": ("/tasks/digits/review", ".review img"),
     "versions": ("/tasks/digits/versions", ".alias"),
-    "use": ("/tasks/digits/use", ".legend"),
+    "use": ("/tasks/digits/use", ".u-legend"),
     "tenant": ("/tenant", "main .meter"),
-    "hub": ("/hub", ".legend"),
+    "hub": ("/hub", ".u-legend"),
 }
 
 

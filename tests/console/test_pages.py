@@ -180,7 +180,7 @@ def test_every_page_has_no_serious_accessibility_finding_and_fits_its_screen(
         for path, ready in {
             "/tasks": "main table, main .empty",
             "/tenant": "main .meter",
-            "/hub": "main .legend",
+            "/hub": "main .u-legend",
         }.items():
             page.goto(f"{console.url}/#{path}")
             page.locator(ready).first.wait_for()

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 from threading import Barrier
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -57,6 +59,33 @@ def test_fifty_requests_at_once_over_three_tasks_share_batches(
             break
     assert len(tasks_in_batch) % 50 == 0
     assert max(tasks_in_batch) > 1
+
+
+def test_calls_are_answered_when_calls_that_left_with_them_fail_or_lose_their_clients(
+    hub: SharedHub, client: Client, adapters: list[Adapter]
+) -> None:
+    digest = client.register("together", adapters[0].data).digest
+    head = {"authorization": f"Bearer {hub.key}", "content-type": "application/octet-stream"}
+
+    def one(i: int) -> int | str:
+        connection = HTTPConnection(urlsplit(hub.url).netloc, timeout=60)
+        task, body = ("together", png(i)) if i % 4 else ("missing", png(i))
+        start.wait()
+        connection.request("POST", f"/v1/tasks/{task}/classify", body, head)
+        if i % 4 == 1:
+            connection.close()
+            return "gone"
+        reply = connection.getresponse()
+        found = json.loads(reply.read())
+        connection.close()
+        assert reply.status == (200 if i % 4 else 404)
+        return str(found.get("digest", "missing"))
+
+    start = Barrier(32)
+    for _ in range(3):
+        with ThreadPoolExecutor(32) as pool:
+            found = list(pool.map(one, range(32)))
+        assert found == ["missing", "gone", digest, digest] * 8
 
 
 def test_many_images_in_one_call_come_back_in_order(client: Client, adapters: list[Adapter]) -> None:

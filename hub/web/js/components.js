@@ -180,6 +180,45 @@ export function Sparkline({ values, label }) {
   return html`<svg class="sparkline" viewBox="0 0 100 24" preserveAspectRatio="none" role="img" aria-label=${label}><polyline points=${points} /></svg>`;
 }
 
+const COLOURS = ["#2f7fd1", "#c2571a", "#2e8b57", "#9457b8", "#b8860b", "#c2405f", "#4a7a8c", "#7a7a2e"];
+
+/** A chart of uPlot: `data` is [x, y1, y2 ...], `series` the names of all. uPlot is loaded when the first chart is shown. */
+export function Chart({ data, series, label, time = false, height = 240 }) {
+  const box = useRef(null);
+  const plot = useRef(null);
+  useEffect(() => {
+    let gone = false;
+    let sizes;
+    const loaded = import("../vendor/uplot.js").catch(() => ({})); // the hub is away: the page works without its chart
+    loaded.then(({ default: UPlot }) => {
+      if (gone || !UPlot || !box.current) return;
+      const ink = getComputedStyle(box.current).color;
+      const axis = { stroke: ink, grid: { stroke: "#8884", width: 1 }, ticks: { stroke: "#8884" } };
+      const size = () => ({ width: Math.max(200, box.current.clientWidth), height });
+      plot.current = new UPlot(
+        {
+          ...size(),
+          scales: { x: { time } },
+          axes: [axis, axis],
+          series: series.map((name, i) => (i ? { label: name, stroke: COLOURS[(i - 1) % COLOURS.length], width: 2, spanGaps: true, points: { show: data[0].length < 40 } } : { label: name })),
+        },
+        data,
+        box.current,
+      );
+      sizes = new ResizeObserver(() => box.current && plot.current?.setSize(size()));
+      sizes.observe(box.current);
+    });
+    return () => {
+      gone = true;
+      sizes?.disconnect();
+      plot.current?.destroy();
+      plot.current = null;
+    };
+  }, [series.join("\n"), time, height]);
+  useEffect(() => plot.current?.setData(data), [data]);
+  return html`<figure class="chart"><div ref=${box} role="img" aria-label=${label}></div><figcaption>${label}</figcaption></figure>`;
+}
+
 // Pictures ----------------------------------------------------------------------------------------------------------
 
 const SEEN_MS = 100; // in view before a thumbnail is fetched: a fast scroll fetches none on its way

@@ -1,6 +1,9 @@
 """Imports Ray Serve once and ignores the warnings of that import. Pytest would turn them into errors of collection."""
 
 import warnings
+from collections.abc import Iterator
+
+import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -8,4 +11,13 @@ with warnings.catch_warnings():
     import ray.serve._private.haproxy
     import ray.serve.request_router
 
+from hub.cluster.request_router import KNOWN_WORKERS
+
 assert ray.serve
+
+
+@pytest.fixture(autouse=True)
+def no_known_workers() -> Iterator[None]:
+    """Forget the workers that routers of a test have found."""
+    yield
+    KNOWN_WORKERS.update([])

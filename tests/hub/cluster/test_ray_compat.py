@@ -26,7 +26,7 @@ from hub.cluster.autoscaling import workers_for_load
 from hub.local.ports import free_port
 from hub.local.ray_environment import STOCK_PROXY_MIDDLEWARE
 from hub.worker.replica import Worker
-from tests.support.serve import Replica, assigned, pending_call, running_router
+from tests.support.serve import Replica, assigned, pending_call, running, running_router
 
 SERVE_YAML = Path(__file__).parents[3] / "deploy" / "serve.yaml"
 DIGESTS = [f"{i:064x}" for i in range(40)]
@@ -256,8 +256,7 @@ class TestRouter:
         async def route() -> None:
             busy, unknown = Replica("busy", queued=7), Replica("unknown")
             router = await running_router(busy)
-            assert ray_compat.queue_length(router, busy.replica_id) == 7
-            assert ray_compat.queue_length(router, unknown.replica_id) == 0
+            assert [ray_compat.queue_length(router, replica) for replica in running(busy, unknown)] == [7, 0]
 
         asyncio.run(route())
 

@@ -3,6 +3,7 @@
 import asyncio
 
 from hub.cluster.rendezvous import RESIDENT_ONLY, RendezvousHash
+from hub.cluster.request_router import KNOWN_WORKERS, PINNED
 from tests.support.serve import Replica, assigned, pending_call, running, running_router, update
 
 DIGEST = f"{7:064x}"
@@ -47,5 +48,30 @@ def test_a_call_without_an_adapter_is_offered_to_all_workers() -> None:
         assert await router.choose_replicas(replicas, pending_call()) == [replicas]
         assert await router.choose_replicas(replicas, None) == [replicas]
         assert await router.choose_replicas([], pending_call(DIGEST)) == [[]]
+
+    asyncio.run(route())
+
+
+def test_a_pinned_call_goes_to_its_worker_and_to_others_only_when_that_one_is_gone() -> None:
+    async def route() -> None:
+        replicas = running(Replica("w0"), Replica("w1"), Replica("w2"))
+        router = await running_router()
+        groups = await router.choose_replicas(replicas, pending_call(PINNED + "w1"))
+        assert groups == [[replicas[1]], [replicas[0], replicas[2]]]
+        groups = await router.choose_replicas([replicas[0], replicas[2]], pending_call(PINNED + "w1"))
+        assert groups == [[replicas[0], replicas[2]]]
+        assert await router.choose_replicas([replicas[1]], pending_call(PINNED + "w1")) == [[replicas[1]]]
+
+    asyncio.run(route())
+
+
+def test_a_gateway_knows_the_workers_that_its_router_knows() -> None:
+    async def route() -> None:
+        router = await running_router(Replica("w0"), Replica("w1", DIGEST[:16]))
+        assert KNOWN_WORKERS.choose(DIGEST + RESIDENT_ONLY, lambda _: 0) == "w1"
+        assert KNOWN_WORKERS.choose(DIGEST, lambda _: 0, ["w1"]) == "w0"
+        assert KNOWN_WORKERS.choose(DIGEST, lambda _: 0, ["w0", "w1"]) is None
+        await update(router, Replica("w2"))
+        assert KNOWN_WORKERS.choose(DIGEST, lambda _: 0) == "w2"
 
     asyncio.run(route())

@@ -21,7 +21,7 @@ from hub.registry.status import StatusBoard
 from hub.storage.store import Store
 from hub.worker.prewarming import Prewarming
 from hub.worker.replica import Worker
-from hub.worker_api import CallOrigin
+from hub.worker_api import CallFailed, CallOrigin
 from tests.support.models import calibrated_adapter, flat_png, png
 from tests.support.workers import PassGate, fix_batch_size, make_worker, run
 
@@ -254,6 +254,78 @@ def test_an_unavailable_adapter_fails_only_its_own_callers(worker: Worker, adapt
         answer = pickle.loads(pickle.dumps(await worker.answer("t", "0" * 64, images(1))))  # as Serve sends it
         assert isinstance(answer, HubError)
         assert (type(answer), answer.problem()) == (Unavailable, bad.problem())
+
+    run(use)
+
+
+def test_each_call_has_its_own_answer_or_error_when_calls_come_together(
+    worker: Worker, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use() -> None:
+        good, bad = adapters[0].digest, "0" * 64
+        calls = {"good": ("t", good, images(2)), "bad": ("u", bad, images(1)), "fault": ("v", good, None)}
+        found: dict[str, object] = {}
+        async for running, results in worker.answer_together(calls):
+            found |= pickle.loads(pickle.dumps(results))  # as Serve sends them
+            assert running == 3 - len(found)
+        assert isinstance(found["bad"], Unavailable)
+        assert isinstance(found["fault"], CallFailed)
+        answers = found["good"]
+        assert isinstance(answers, list)
+        expected = await worker.classify("t", good, images(2))
+        for one, other in zip(answers, expected, strict=True):
+            np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
+
+    run(use)
+
+
+def test_images_of_a_dropped_call_are_not_computed_and_its_neighbours_are(
+    worker: Worker, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use() -> None:
+        digest = adapters[0].digest
+        gate = PassGate(monkeypatch)
+        running = asyncio.create_task(worker.classify("t", digest, images(1)))
+        await until(gate.started.is_set)
+
+        async def together() -> dict[str, object]:
+            found: dict[str, object] = {}
+            async for _, results in worker.answer_together({x: (x, digest, images(3)) for x in ("gone", "stays")}):
+                found |= results
+            return found
+
+        calls = asyncio.create_task(together())
+        await until(lambda: worker.status().waiting == 6)
+        await worker.forget(["gone", "unknown"])
+        gate.open.set()
+        await running
+        found = await calls
+        assert list(found) == ["stays"]
+        assert isinstance(found["stays"], list)
+        assert {answer.computed.images for answer in found["stays"]} == {3}
+
+    run(use)
+
+
+def test_calls_end_when_the_gateway_that_sent_them_together_is_gone(
+    worker: Worker, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use() -> None:
+        digest = adapters[0].digest
+        gate = PassGate(monkeypatch)
+        running = asyncio.create_task(worker.classify("t", digest, images(1)))
+        await until(gate.started.is_set)
+
+        async def together() -> None:
+            async for _ in worker.answer_together({str(i): ("t", digest, images(3)) for i in range(2)}):
+                pass
+
+        calls = asyncio.create_task(together())
+        await until(lambda: worker.status().waiting == 6)
+        calls.cancel()
+        await until(lambda: worker.status().waiting == 0)
+        gate.open.set()
+        await running
 
     run(use)
 

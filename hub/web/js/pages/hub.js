@@ -1,8 +1,7 @@
 /** The hub, for its admin: workers, busy tasks and tenants, trainings and errors, live; tenants and admin keys. */
 import { api } from "../api.js";
 import { useLoaded } from "../calls.js";
-import { Chart } from "../chart.js";
-import { Button, Dialog, ErrorBox, Field, Loading, Page, Table, ago, count, duration, percent } from "../components.js";
+import { Button, Chart, Dialog, ErrorBox, Field, Loading, Page, Table, ago, count, duration, percent } from "../components.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
 import { connection } from "../state.js";
 import { Audit, Keys } from "./tenant.js";

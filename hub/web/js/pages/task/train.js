@@ -1,8 +1,7 @@
 /** Tab "Train": one button, the live curve, and what the result means. */
 import { api } from "../../api.js";
 import { attempt, useLoaded } from "../../calls.js";
-import { Chart } from "../../chart.js";
-import { Button, Empty, ErrorBox, Field, Loading, Meter, Table, ago, count, duration, percent } from "../../components.js";
+import { Button, Chart, Empty, ErrorBox, Field, Loading, Meter, Table, ago, count, duration, percent } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
 import { ImageStrip, Untested, accuracyOf, at, versionOf } from "./shared.js";

@@ -1,8 +1,7 @@
 /** Tab "Use": how a program calls this task, and how it is used. */
 import { api } from "../../api.js";
 import { useLoaded } from "../../calls.js";
-import { Chart } from "../../chart.js";
-import { CopyBox, Table, count, percent } from "../../components.js";
+import { Chart, CopyBox, Table, count, percent } from "../../components.js";
 import { html } from "../../lib.js";
 import { at, owns } from "./shared.js";
 

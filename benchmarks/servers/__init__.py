@@ -1,0 +1,1 @@
+"""The hub beside other model servers, over HTTP: `python -m benchmarks.servers`."""
