@@ -50,7 +50,7 @@ def frozen_layers(mixed: dict[str, Any], agreement: dict[str, Any]) -> list[str]
         f"float32, on {agreement['backbone']['name']} at {agreement['backbone']['side_px']} pixels, on images that no "
         "training saw.",
         markdown_table(["task", "adapter", "images", "float32", "int8", "same label"], accuracies),
-        f"Means over these {len(accuracies) // 2} tasks; the others of the accuracy benchmark were not measured:\n\n"
+        f"Means over these {len(accuracies) // 2} of the accuracy benchmark's six tasks:\n\n"
         + "\n".join(f"- {text}" for text in means),
     ]
 
