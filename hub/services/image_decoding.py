@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -14,6 +15,7 @@ from typing import Any, TypeGuard, TypeVar
 import numpy as np
 
 from adapters import ImageError, ImageTooLargeError
+from adapters.data.decode_process import DecodeProcess
 from adapters.data.formats.sizes import header_pixels
 from adapters.data.images import WHITE, background_of, decode_image, eval_transform, needed_px, pixels_of, resize_of
 
@@ -26,8 +28,7 @@ from ..concurrency import (
     TenantTurns,
     run_blocking,
 )
-from ..errors import InvalidImage, TooLarge
-from .decoding.processes import DecodeProcesses
+from ..errors import InvalidImage, TooLarge, Unavailable
 
 DECODE_TIMEOUT_S = 10.0
 SLOW_S = 0.25  # photos of cameras take less
@@ -42,6 +43,60 @@ THUMBNAIL_PX = 192
 Preprocess = Mapping[str, Any]
 Decode = Callable[..., Any]
 T = TypeVar("T")
+
+
+class DecodeProcesses:
+    """Decoder of large images: as many processes as images at the same time. Threads may share it.
+
+    A process starts with the first image that finds none idle, and stays.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[DecodeProcess] = []
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def decode(self, data: bytes, **options: Any) -> Any:
+        """Return a decoded and resized Pillow image, in the calling thread; see `DecodeProcess.decode`.
+
+        Raises:
+            ImageTooLargeError, ImageError: the image cannot be decoded in time.
+            Unavailable: the system starts no further process.
+        """
+        process = self._take()
+        try:
+            image = process.decode(data, **options)
+        except ImageError:
+            self._give_back(process)
+            raise
+        except BaseException:
+            process.close()
+            raise
+        self._give_back(process)
+        return image
+
+    def close(self) -> None:
+        """End the idle processes now, and busy ones after their image."""
+        with self._lock:
+            self._closed, idle, self._idle = True, self._idle, []
+        for process in idle:
+            process.close()
+
+    def _take(self) -> DecodeProcess:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        try:
+            return DecodeProcess()
+        except OSError as error:
+            raise Unavailable(f"The gateway cannot start a decoder: {error.strerror}. Retry later.") from error
+
+    def _give_back(self, process: DecodeProcess) -> None:
+        with self._lock:
+            if not process.ended and not self._closed:
+                self._idle.append(process)
+                return
+        process.close()
 
 
 class ImageDecoder:

@@ -18,8 +18,7 @@ from PIL import Image
 from adapters.data.images import decode_image
 from hub.concurrency import LOW_PRIORITY, ActiveTenants, TenantThreads, lower_priority
 from hub.errors import InvalidImage, TooLarge
-from hub.services.decoding.processes import DecodeProcesses
-from hub.services.image_decoding import MAX_JPEG_SCANS, ImageDecoder
+from hub.services.image_decoding import MAX_JPEG_SCANS, DecodeProcesses, ImageDecoder
 from tests.support.models import PREPROCESS, bomb_png, encoded, png
 
 SLOW = b"slow"
