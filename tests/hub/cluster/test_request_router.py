@@ -2,8 +2,8 @@
 
 import asyncio
 
-from hub.cluster.rendezvous import RESIDENT_ONLY, RendezvousHash
-from hub.cluster.request_router import KNOWN_WORKERS, PINNED
+from hub.cluster.rendezvous import RESIDENT_ONLY, RendezvousHash, known_workers
+from hub.cluster.request_router import PINNED
 from tests.support.serve import Replica, assigned, pending_call, running, running_router, update
 
 DIGEST = f"{7:064x}"
@@ -68,10 +68,10 @@ def test_a_pinned_call_goes_to_its_worker_and_to_others_only_when_that_one_is_go
 def test_a_gateway_knows_the_workers_that_its_router_knows() -> None:
     async def route() -> None:
         router = await running_router(Replica("w0"), Replica("w1", DIGEST[:16]))
-        assert KNOWN_WORKERS.choose(DIGEST + RESIDENT_ONLY, lambda _: 0) == "w1"
-        assert KNOWN_WORKERS.choose(DIGEST, lambda _: 0, ["w1"]) == "w0"
-        assert KNOWN_WORKERS.choose(DIGEST, lambda _: 0, ["w0", "w1"]) is None
+        assert known_workers().choose(DIGEST + RESIDENT_ONLY, lambda _: 0) == "w1"
+        assert known_workers().choose(DIGEST, lambda _: 0, ["w1"]) == "w0"
+        assert known_workers().choose(DIGEST, lambda _: 0, ["w0", "w1"]) is None
         await update(router, Replica("w2"))
-        assert KNOWN_WORKERS.choose(DIGEST, lambda _: 0) == "w2"
+        assert known_workers().choose(DIGEST, lambda _: 0) == "w2"
 
     asyncio.run(route())
