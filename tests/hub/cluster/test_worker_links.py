@@ -181,6 +181,12 @@ def test_neighbours_are_answered_when_a_call_is_cancelled() -> None:
         await asyncio.wait(calls)
         assert (calls[0].result(), calls[1].cancelled(), calls[2].result()) == (["a"], True, ["c"])
         assert not response.cancelled
+        await asyncio.sleep(0)
+        again = start(workers, "same")
+        ((_, _, session_id, response),) = await deployment.next()
+        assert session_id.startswith(PINNED)  # the worker counts as alive
+        response.items.put_nowait(["again"])
+        assert await again == ["again"]
 
     run(use)
 
