@@ -13,6 +13,8 @@ Use = Literal["train", "test"]
 ReviewKind = Literal["unlabelled", "errors"]
 PAGE_IMAGES, MAX_PAGE_IMAGES = 100, 1000
 REVIEW_IMAGES, MAX_REVIEW_IMAGES = 20, 100
+PAGE_GROUPS, MAX_PAGE_GROUPS = 20, 100  # of near-duplicates
+GROUP_IMAGES = 20  # images that a reply lists of one group of near-duplicates
 MAX_CHANGED = 200  # images of one change: one atomic step of some milliseconds
 MAX_NAMED = 1000  # images that a reply names in each of its lists
 MAX_NAME_CHARACTERS = 200  # of a file
@@ -128,6 +130,34 @@ class ReviewQueue(_Body):
     kind: ReviewKind
     images: list[ReviewImage]
     considered: int
+
+
+class NearDuplicates(_Body):
+    """A group of images that are near-duplicates, directly or through others. `images` has at most 20 of `size`.
+
+    `similarity` is the cosine of the two most similar images' features, without the mean of all images.
+    `across_splits`: labelled images of the group train, and others test.
+    """
+
+    size: int
+    similarity: float
+    across_splits: bool
+    images: list[DatasetImage]
+
+
+class NearDuplicatePage(_Body):
+    """Groups of near-duplicates: those across splits first, then the most similar.
+
+    `considered` is the number of images that the hub compared, the newest ones. `total` counts all groups,
+    `total_across_splits` those across splits. `next` is the parameter `cursor` of the next page.
+    """
+
+    task: str
+    considered: int
+    total: int
+    total_across_splits: int
+    groups: list[NearDuplicates]
+    next: str | None
 
 
 class LabelRename(_Body):

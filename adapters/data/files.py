@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .formats.refusals import brands_of
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # named in messages
 # Formats that phones and tools write. A reader takes them too: the decoder reads each one, or names it in its refusal.
 _OTHER_SUFFIXES = (".jpe", ".jfif", ".apng", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl")
@@ -12,7 +14,6 @@ _RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf",
 _SYSTEM_FILES = {".ds_store", "thumbs.db", "desktop.ini", "ehthumbs.db"}
 _SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information"}
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # sizes, in bytes
-_FTYP_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 _EXAMPLES = 5
 
 SYSTEM = "files that macOS, Windows or a NAS added"
@@ -143,7 +144,12 @@ def has_images(folder: Path) -> bool:
 
 def is_system(path: Path) -> bool:
     """Return whether an operating system or a NAS added the file or folder, such as `._0.jpg` and `__MACOSX`."""
-    name = path.name.casefold()
+    return is_system_name(path.name)
+
+
+def is_system_name(name: str) -> bool:
+    """Return whether operating systems give this name to a file or folder that they add."""
+    name = name.casefold()
     return name in _SYSTEM_FILES or name in _SYSTEM_FOLDERS or name.startswith("._")
 
 
@@ -177,6 +183,6 @@ def _starts_like_an_image(path: Path) -> bool:
         start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"))
         or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
         or (start[:2] == b"BM" and len(start) == 18 and start[14] in _BMP_HEADERS and not any(start[15:18]))
-        or (start[4:8] == b"ftyp" and start[8:12] in _FTYP_BRANDS)
+        or not brands_of(start).isdisjoint({"AVIF", "HEIC"})
         or start.startswith(b"\0\0\0\x0cjP  \r\n\x87\n")
     )

@@ -39,6 +39,7 @@ from ..registry.tasks import TaskRegistry
 from ..registry.tenants import TenantRegistry
 from ..services.administration import AdministrationService
 from ..services.archives.dataset_archive import DatasetArchive
+from ..services.archives.training_archive import TrainingArchive
 from ..services.classification import ClassificationService
 from ..services.datasets.features import FeatureService
 from ..services.datasets.images import DatasetService
@@ -316,6 +317,7 @@ def create_app(
         threads=pools.store,
         parse_threads=pools.parse,
     )
+    staging = StagedDatasets(database)
     board = StatusBoard(database)
     errors = ErrorCounter(board)
     administration = AdministrationService(
@@ -331,7 +333,8 @@ def create_app(
         registration=changes,
         datasets=DatasetArchive(
             index,
-            StagedDatasets(database),
+            staging,
+            TrainingArchive(training_registry, staging, snapshots, pools.store),
             images,
             feature_service,
             decoder,

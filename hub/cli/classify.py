@@ -11,14 +11,14 @@ from pathlib import Path
 
 from rich.table import Table
 
+from adapters.data.files import is_system_name
+
 from ..client.client import Client
 from ..client.replies import joined
 from ..errors import HubError, InvalidImage, TooLarge
 from ..schemas import EVERY, Classified, Result, Results
 
 CALL_IMAGES = 256  # classified before the next bad images are looked for
-HIDDEN_FOLDERS = {"__MACOSX", "@eaDir"}
-NO_IMAGES = {"Thumbs.db", "desktop.ini"}
 
 
 @dataclass
@@ -42,11 +42,10 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 def _below(folder: Path) -> Iterator[Path]:
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith(".") or entry.name in NO_IMAGES:
+        if entry.name.startswith(".") or is_system_name(entry.name):
             continue
         if entry.is_dir():
-            if entry.name not in HIDDEN_FOLDERS:
-                yield from _below(Path(entry.path))
+            yield from _below(Path(entry.path))
         else:
             yield Path(entry.path)
 

@@ -117,6 +117,7 @@ class AsyncImages(_Group):
     download = _grouped(dataset_endpoints.download_image)
     info = _grouped(dataset_endpoints.info)
     rename_label = _grouped(dataset_endpoints.rename_label)
+    duplicates = _grouped(dataset_endpoints.duplicates)
 
 
 class AsyncClient(BaseClient):

@@ -119,6 +119,7 @@ class Images(_Group):
     download = _grouped(dataset_endpoints.download_image)
     info = _grouped(dataset_endpoints.info)
     rename_label = _grouped(dataset_endpoints.rename_label)
+    duplicates = _grouped(dataset_endpoints.duplicates)
 
 
 class Client(BaseClient):

@@ -12,6 +12,7 @@ from ..dataset_schemas import (
     ImagePage,
     ImagesAdded,
     LabelRenamed,
+    NearDuplicatePage,
     ReviewKind,
     ReviewQueue,
     Split,
@@ -124,6 +125,17 @@ def rename_label(task: str, label: str, to: str) -> Call[LabelRenamed]:
     path = route("tasks", task, "dataset", "rename-label")
     body = json_body({"label": label, "to": to})
     return Call("POST", path, model(LabelRenamed), headers=JSON, content=body, idempotent=False)
+
+
+def duplicates(task: str, *, cursor: str | None = None, count: int = 20) -> Call[NearDuplicatePage]:
+    """Return groups of near-duplicates in a dataset: those across splits first, then the most similar.
+
+    Args:
+        cursor: `next` of the previous page.
+        count: groups of a page, at most 100.
+    """
+    params = without_none(cursor=cursor, count=count)
+    return Call("GET", route("tasks", task, "near-duplicates"), model(NearDuplicatePage), params=params)
 
 
 def feedback(task: str, image: str, label: str) -> Call[FeedbackGiven]:

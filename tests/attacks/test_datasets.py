@@ -23,7 +23,7 @@ from hub.registry.audit import OPERATOR
 from hub.registry.datasets.entries import ListedImage
 from hub.registry.datasets.index import DatasetIndex
 from hub.registry.redis.connection import RegistryConnection
-from hub.services.datasets.snapshots import Snapshot
+from hub.services.datasets.snapshots import MAX_SCORES, Snapshot
 from tests.support.asgi import listening
 from tests.support.datasets import new_image, unpaced_reads
 from tests.support.hub_app import OCTETS, Hub, bearer, in_registry, make_api, running
@@ -340,9 +340,12 @@ def test_a_dataset_of_10_000_labels_is_listed_and_the_next_label_is_refused(app:
     one_more = app.http.post(f"{IMAGES}?label=one-more", content=png(1), headers=OCTETS)
     assert "too many labels in this dataset (limit 10000)" in refusals(one_more)["body"]
     assert image_files(app) == []
-    refused = app.http.post(f"{TASK}/trainings", json={"recipe": "auto"})
-    assert refused.status_code == 409
-    assert len(refused.content) < MAX_PROBLEM_BYTES
+    for recipe in ("instant", "auto"):
+        refused = app.http.post(f"{TASK}/trainings", json={"recipe": recipe})
+        assert refused.status_code == 409
+        assert "10000 labelled images of 10000 labels are too many for one training" in refused.json()["detail"]
+        assert f"limit {MAX_SCORES}" in refused.json()["detail"]
+        assert len(refused.content) < MAX_PROBLEM_BYTES
 
 
 def test_an_upload_that_ends_midway_adds_nothing_and_frees_its_place(app: Hub) -> None:

@@ -7,8 +7,10 @@ from starlette.datastructures import FormData
 
 from ...admission.authentication import Caller
 from ...dataset_schemas import (
+    MAX_PAGE_GROUPS,
     MAX_PAGE_IMAGES,
     MAX_REVIEW_IMAGES,
+    PAGE_GROUPS,
     PAGE_IMAGES,
     REVIEW_IMAGES,
     DatasetImage,
@@ -22,6 +24,7 @@ from ...dataset_schemas import (
     ImagesChanged,
     LabelRename,
     LabelRenamed,
+    NearDuplicatePage,
     ReviewKind,
     ReviewQueue,
     Split,
@@ -69,6 +72,7 @@ Kind = Annotated[
     ReviewKind, Query(description="`unlabelled`: images without a label; `errors`: labels that are probably wrong")
 ]
 ReviewCount = Annotated[int, Query(ge=1, le=MAX_REVIEW_IMAGES, description="images of the reply")]
+GroupCount = Annotated[int, Query(ge=1, le=MAX_PAGE_GROUPS, description="groups of a page")]
 CACHED = {"cache-control": "private, max-age=86400, immutable"}  # a digest always names the same bytes
 
 
@@ -191,6 +195,17 @@ def add_dataset_routes(
         caller: Owner, task: TaskName, kind: Kind = "unlabelled", count: ReviewCount = REVIEW_IMAGES
     ) -> ReviewQueue:
         return await reviews.review(caller, task, kind, count)
+
+    @api.get(
+        "/v1/tasks/{task}/near-duplicates",
+        summary="List groups of near-duplicates, those across splits first",
+        response_model=NearDuplicatePage,
+        dependencies=large,
+    )
+    async def get_near_duplicates(
+        caller: Owner, task: TaskName, cursor: Cursor = "0", count: GroupCount = PAGE_GROUPS
+    ) -> Response:
+        return json_reply(await reviews.near_duplicates(caller, task, int(cursor), count))
 
     @api.post(
         "/v1/tasks/{task}/feedback",

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from ...client.client import Client
-from ...dataset_schemas import MAX_PAGE_IMAGES, ImagesAdded, Split, Use
+from ...dataset_schemas import MAX_PAGE_GROUPS, MAX_PAGE_IMAGES, PAGE_GROUPS, ImagesAdded, Split, Use
 from ...errors import NotFound
 from ..classify import find_images
 from ..options import DEFAULT_URL, AsJson, OwnerKey, Url, Yes
@@ -112,6 +112,41 @@ def show_info(task: Task, key: OwnerKey, url: Url = DEFAULT_URL, as_json: AsJson
     for group in found.similar_labels:
         message = f"labels that differ only in case, spaces or Unicode form: {', '.join(group)}"
         err.print(f"warning: {message}; merge them if they are one", soft_wrap=True)
+
+
+@app.command()
+def duplicates(
+    task: Task,
+    key: OwnerKey,
+    cursor: Annotated[str | None, typer.Option(help="`next` of the previous page")] = None,
+    count: Annotated[int, typer.Option(min=1, max=MAX_PAGE_GROUPS, help="groups of a page")] = PAGE_GROUPS,
+    url: Url = DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
+    """List groups of near-duplicates: those across splits first, then the most similar."""
+    with Client(url, key) as client:
+        page = client.images.duplicates(task, cursor=cursor, count=count)
+    if as_json:
+        return show(page, True)
+    table = Table("similarity", Column("digest", no_wrap=True, min_width=DIGEST_CHARACTERS), "label", "use", "name")
+    for group in page.groups:
+        similarity = f"{group.similarity:.4f}"
+        for image in group.images:
+            table.add_row(similarity, image.digest, image.label or "-", image.use, image.name)
+            similarity = ""
+        if group.size > len(group.images):
+            table.add_row("", f"and {group.size - len(group.images)} more", "", "", "")
+        table.add_section()
+    out.print(table, width=max(out.width, LIST_WIDTH), crop=False)
+    out.print(f"groups of near-duplicates among {page.considered} images: {page.total}")
+    if page.total_across_splits:
+        err.print(
+            f"warning: groups that both train and test: {page.total_across_splits}; delete the copies, or give each "
+            "group one split with `images label --split`",
+            soft_wrap=True,
+        )
+    if page.next is not None:
+        out.print(f"more: --cursor {page.next}")
 
 
 @app.command("label")

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from ...admin_schemas import TenantLimits
 from ...admission.quotas import DATASET_LABELS
 from ...concurrency import TenantReads
-from ...dataset_schemas import DatasetImage, ImagePage, KeptAnswer, LabelCount, Split, Use
+from ...dataset_schemas import MAX_PAGE_IMAGES, DatasetImage, ImagePage, KeptAnswer, LabelCount, Split, Use
 from ...errors import HubError, LimitReached, NotFound
 from ...field_types import folded_label
 from ..audit import Actor
@@ -201,6 +201,23 @@ class DatasetIndex:
             rows = json.loads(found.text) or []
             images = [_image(row["digest"], row["labels"], row["record"]) for row in rows]
         return ImagePage(images=images, next=str(rows[-1]["record"]["n"]) if len(rows) == count else None)
+
+    async def newest(
+        self, tenant: str, task: str, *, label: str | None = None, unlabelled: bool = False, limit: int
+    ) -> list[DatasetImage]:
+        """Return the newest images, `limit` at most, read in pages; see `page`."""
+        images: list[DatasetImage] = []
+        before = 0
+        while len(images) < limit:
+            count = min(MAX_PAGE_IMAGES, limit - len(images))
+            page = await self.page(
+                tenant, task, label=label, unlabelled=unlabelled, use=None, before=before, count=count
+            )
+            images += page.images
+            if page.next is None:
+                break
+            before = int(page.next)
+        return images
 
     async def find(self, tenant: str, task: str, digest: str) -> DatasetImage:
         """Return one image.

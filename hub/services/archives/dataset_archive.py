@@ -9,16 +9,18 @@ import hashlib
 import re
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, model_validator
 
 from ...admin_schemas import TenantInfo, TenantLimits
 from ...concurrency import TenantThreads, gather_or_cancel, run_blocking
 from ...errors import InvalidImage, TooLarge, Unavailable
+from ...field_types import Body
 from ...registry.audit import Actor
 from ...registry.datasets.entries import ArchivedImage, StagedDataset, StoredRecord
 from ...registry.datasets.index import DatasetIndex
@@ -27,8 +29,9 @@ from ...storage.store import Store
 from ..datasets.features import FeatureService
 from ..datasets.removal import REMOVING_ATTEMPTS, REMOVING_PAUSE_S
 from ..image_decoding import ImageDecoder
-from . import tar
+from . import tar, training_archive
 from .tar import Member, invalid
+from .training_archive import ExportedTrainings, TrainingArchive, TrainingMembers, check_lists
 
 LIST = re.compile(r"datasets/([a-z0-9][a-z0-9_-]{0,62})\.jsonl")
 IMAGE = re.compile(r"images/([0-9a-f]{64})")
@@ -38,21 +41,43 @@ STEP_IMAGES = 32  # listed in one step
 READ_AT_ONCE = 4  # images in memory
 
 
+class DatasetSize(Body):
+    """The dataset of a task in `tenant.json`."""
+
+    images: Annotated[int, Field(ge=0)]
+    trainings: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "DatasetSize":
+        if not self.images and not self.trainings:
+            raise ValueError("the dataset has neither images nor trainings")
+        return self
+
+
 @dataclass(frozen=True)
 class ExportedDatasets:
     """The lists of an export by task, the number of images of each, and the sizes of all images by digest."""
 
-    lists: Mapping[str, bytes]
-    images: Mapping[str, int]
-    sizes: Mapping[str, int]
+    lists: Mapping[str, bytes] = field(default_factory=dict)
+    images: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    trainings: ExportedTrainings = field(default_factory=ExportedTrainings)
+
+    def lengths(self) -> Iterator[int]:
+        """Yield the size of each member of the tar, in bytes."""
+        yield from map(len, self.lists.values())
+        yield from map(len, self.trainings.lists.values())
+        yield from self.trainings.sizes.values()
+        yield from self.sizes.values()
 
 
 @dataclass(frozen=True)
 class DatasetMembers:
-    """The members of an archive that belong to datasets: lists by task, images by digest."""
+    """The members of an archive that belong to datasets: lists by task, images by digest, trainings."""
 
-    lists: dict[str, Member]
-    images: dict[str, Member]
+    lists: dict[str, Member] = field(default_factory=dict)
+    images: dict[str, Member] = field(default_factory=dict)
+    trainings: TrainingMembers = field(default_factory=TrainingMembers)
 
     def take(self, member: Member) -> bool:
         """Note a member of the archive. Return whether it belongs to datasets.
@@ -60,7 +85,11 @@ class DatasetMembers:
         Raises:
             InvalidRequest: there is one of the same name.
         """
-        for pattern, found in ((LIST, self.lists), (IMAGE, self.images)):
+        trainings = (
+            (training_archive.LIST, self.trainings.lists),
+            (training_archive.SNAPSHOT, self.trainings.snapshots),
+        )
+        for pattern, found in ((LIST, self.lists), (IMAGE, self.images), *trainings):
             if match := pattern.fullmatch(member.name):
                 if match[1] in found:
                     raise invalid(f"{member.name} is a duplicate")
@@ -71,7 +100,8 @@ class DatasetMembers:
 
 def max_dataset_bytes(limits: TenantLimits) -> int:
     """Return how many bytes the datasets of a tenant with these limits may take in an archive."""
-    return limits.image_bytes + limits.images * (2 * tar.BLOCK_BYTES + MAX_LINE_BYTES)
+    images = limits.image_bytes + limits.images * (2 * tar.BLOCK_BYTES + MAX_LINE_BYTES)
+    return images + 2 * training_archive.MAX_BYTES  # small snapshots have headers that are larger than they are
 
 
 class DatasetArchive:
@@ -81,6 +111,7 @@ class DatasetArchive:
         self,
         index: DatasetIndex,
         staging: StagedDatasets,
+        trainings: TrainingArchive,
         images: Store,
         features: FeatureService,
         decoder: ImageDecoder,
@@ -93,34 +124,50 @@ class DatasetArchive:
         """
         self._index = index
         self._staging = staging
+        self._trainings = trainings
         self._images = images
         self._features = features
         self._decoder = decoder
         self._threads = threads
         self._max_image_bytes = max_image_bytes
 
-    async def dump(self, tenant: str, tasks: Sequence[str]) -> ExportedDatasets:
-        """Return the lists of these tasks' datasets. A task without an image has none.
+    async def dump(self, tenant: str, versions: Mapping[str, AbstractSet[int]]) -> ExportedDatasets:
+        """Return the lists of tasks' images and trainings. A task without any has none.
+
+        Args:
+            versions: numbers by task.
 
         Raises:
-            Unavailable: the registry is unavailable.
+            TooLarge: the trainings have more bytes than an import accepts.
+            Unavailable: the registry or the store is unavailable.
         """
         lists: dict[str, bytes] = {}
         images: dict[str, int] = {}
         sizes: dict[str, int] = {}
-        for task in tasks:
+        for task in versions:
             if records := await self._index.records(tenant, task):
                 lists[task] = await run_blocking(self._threads.of(tenant), _list, records)
                 images[task] = len(records)
                 sizes |= {stored.digest: int(stored.record["size"]) for stored in records}
-        return ExportedDatasets(lists, images, sizes)
+        return ExportedDatasets(lists, images, sizes, await self._trainings.dump(tenant, versions))
 
-    async def read(self, tenant: str, digest: str) -> bytes:
-        """Return an image's bytes.
+    async def members(self, tenant: str, datasets: ExportedDatasets) -> AsyncIterator[tuple[str, bytes]]:
+        """Yield the members of the tar with their names: lists, snapshots, images.
 
         Raises:
-            Unavailable: the store lacks the file, or is unavailable.
+            Unavailable: the store lacks a file, or is unavailable.
         """
+        trainings = datasets.trainings
+        for task, listed in sorted(datasets.lists.items()):
+            yield f"datasets/{task}.jsonl", listed
+        for task, listed in sorted(trainings.lists.items()):
+            yield f"trainings/{task}.jsonl", listed
+        for digest in sorted(trainings.sizes):
+            yield f"snapshots/{digest}.json", await self._trainings.read(tenant, digest)
+        for digest in sorted(datasets.sizes):
+            yield f"images/{digest}", await self._read(tenant, digest)
+
+    async def _read(self, tenant: str, digest: str) -> bytes:
         return await run_blocking(self._threads.of(tenant), self._images.get, digest)
 
     @asynccontextmanager
@@ -130,7 +177,7 @@ class DatasetArchive:
         """Check and store the images of an archive, and stage its datasets. Drop those that no task has at the end.
 
         Args:
-            members: as `check_lists` accepts them.
+            members: as `check` accepts them.
 
         Yields:
             The staged datasets by task.
@@ -145,9 +192,12 @@ class DatasetArchive:
         import_id, checked = secrets.token_hex(8), set[str]()
         staged: dict[str, StagedDataset] = {}
         try:
-            for i, (task, member) in enumerate(members.lists.items()):
-                entries, images = _entries(file, task, member), 0
+            for i, task in enumerate(sorted(members.lists.keys() | members.trainings.lists.keys())):
                 staged[task] = StagedDataset(f"~{import_id}-{i}", 0)
+                if task in members.trainings.lists:
+                    await self._trainings.stage(by, info.tenant, task, staged[task].name, file, members.trainings)
+                entries = _entries(file, task, members.lists[task]) if task in members.lists else iter(())
+                images = 0
                 while part := await run_blocking(self._threads.of(info.tenant), _next, entries):
                     await self._stage(by, info.tenant, staged[task].name, file, members, part, checked)
                     images += len(part)
@@ -179,10 +229,18 @@ class DatasetArchive:
                     checked.add(digest)
                 await run_blocking(pool, self._images.put, digest, data)
 
+        async def restore(digest: str) -> None:
+            async with slots:
+                data = await run_blocking(pool, tar.read, file, members.images[digest])
+                await run_blocking(pool, self._images.put_missing, digest, data)
+
         left = {image.digest for image in images}
         for _ in range(REMOVING_ATTEMPTS):
             await gather_or_cancel(store(digest) for digest in left)
-            left = set(await self._staging.add(by, tenant, name, [image for image in images if image.digest in left]))
+            part = [image for image in images if image.digest in left]
+            left = set(await self._staging.add(by, tenant, name, part))
+            # Another dataset may have given up the same file between the write and the listing.
+            await gather_or_cancel(restore(image.digest) for image in part if image.digest not in left)
             if not left:
                 return
             await asyncio.sleep(REMOVING_PAUSE_S)
@@ -198,15 +256,27 @@ class DatasetArchive:
         except (InvalidImage, TooLarge) as error:
             raise invalid(f"image {digest} does not fit this hub: {error.reason}") from error
 
-    def check_lists(self, file: IO[bytes], members: DatasetMembers, images: Mapping[str, int]) -> None:
-        """Check that lists and images of an archive agree, before anything is stored. Runs in a thread.
+    def check(
+        self,
+        file: IO[bytes],
+        members: DatasetMembers,
+        sizes: Mapping[str, DatasetSize],
+        versions: Mapping[str, AbstractSet[int]],
+    ) -> None:
+        """Check that the lists and files of an archive agree, before anything is stored. Runs in a thread.
 
         Args:
-            images: number of images of each task that has a dataset, by the manifest.
+            sizes: of each task that has a dataset, by the manifest.
+            versions: numbers of the versions of each task, by the manifest.
 
         Raises:
             InvalidRequest: they do not agree with each other or with the manifest, or an image is too large.
         """
+        self._check_images(file, members, {task: size.images for task, size in sizes.items() if size.images})
+        counts = {task: size.trainings for task, size in sizes.items() if size.trainings}
+        check_lists(file, members.trainings, counts, versions)
+
+    def _check_images(self, file: IO[bytes], members: DatasetMembers, images: Mapping[str, int]) -> None:
         if images.keys() != members.lists.keys():
             task = min(images.keys() ^ members.lists.keys())
             raise invalid(f"the dataset of task {task!r} is only in the manifest or only in the tar")
@@ -242,22 +312,4 @@ def _next(entries: Iterator[ArchivedImage]) -> list[ArchivedImage]:
 
 
 def _entries(file: IO[bytes], task: str, member: Member) -> Iterator[ArchivedImage]:
-    """Yield the images of a list. Other reads of the file may come between two images.
-
-    Raises:
-        InvalidRequest: a line is no image.
-    """
-    at, end, number = member.offset, member.offset + member.size_bytes, 0
-    while at < end:
-        file.seek(at)
-        line = file.readline(min(MAX_LINE_BYTES, end - at))
-        at, number = at + len(line), number + 1
-        where = f"datasets/{task}.jsonl: line {number}"
-        if not line.endswith(b"\n"):
-            raise invalid(f"{where} has no end, or more than {MAX_LINE_BYTES} bytes")
-        try:
-            yield ArchivedImage.model_validate_json(line)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "the line"
-            raise invalid(f"{where}: {field}: {first['msg']}") from error
+    yield from tar.json_lines(file, f"datasets/{task}.jsonl", member, ArchivedImage, MAX_LINE_BYTES)

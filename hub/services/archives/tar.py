@@ -4,9 +4,13 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from ...errors import InvalidRequest
+
+M = TypeVar("M", bound=BaseModel)
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK_BYTES)
@@ -81,6 +85,31 @@ def members(file: IO[bytes]) -> Iterator[Member]:
 def read(file: IO[bytes], member: Member) -> bytes:
     """Return the content of a member. Several threads may read one file at once."""
     return os.pread(file.fileno(), member.size_bytes, member.offset)
+
+
+def json_lines(file: IO[bytes], name: str, member: Member, model: type[M], max_line_bytes: int) -> Iterator[M]:
+    """Yield the lines of a member as models. Other reads of the file may come between two lines.
+
+    Args:
+        name: of the member, for errors.
+
+    Raises:
+        InvalidRequest: a line is no such JSON text, or has too many bytes.
+    """
+    at, end, number = member.offset, member.offset + member.size_bytes, 0
+    while at < end:
+        file.seek(at)
+        line = file.readline(min(max_line_bytes, end - at))
+        at, number = at + len(line), number + 1
+        where = f"{name}: line {number}"
+        if not line.endswith(b"\n"):
+            raise invalid(f"{where} has no end, or more than {max_line_bytes} bytes")
+        try:
+            yield model.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "the line"
+            raise invalid(f"{where}: {field}: {first['msg']}") from error
 
 
 def invalid(message: str) -> InvalidRequest:

@@ -16,7 +16,6 @@ from typing import IO, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from adapters import Adapter
-from adapters.method.typicality import Typicality
 
 from ...admin_schemas import TenantInfo, TenantLimits
 from ...concurrency import Pool, run_blocking
@@ -34,6 +33,7 @@ from .dataset_archive import (
     MAX_MEMBER_BYTES,
     DatasetArchive,
     DatasetMembers,
+    DatasetSize,
     ExportedDatasets,
     max_dataset_bytes,
 )
@@ -45,7 +45,7 @@ FOLDER = "files/"
 CHUNK_BYTES = 1024**2
 MAX_MANIFEST_BYTES = 128 * 1024**2
 MAX_FILES = 200_000
-NO_DATASETS = ExportedDatasets({}, {}, {})
+NO_DATASETS = ExportedDatasets()
 
 Targets = Annotated[dict[VersionNumber, Weight], Field(min_length=1)]
 Check = Callable[[bytes], Awaitable[Adapter]]
@@ -53,12 +53,6 @@ Check = Callable[[bytes], Awaitable[Adapter]]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _DatasetEntry(_Strict):
-    """The dataset of a task in `tenant.json`."""
-
-    images: Annotated[int, Field(ge=1)]
 
 
 class _TaskEntry(_Strict):
@@ -71,7 +65,7 @@ class _TaskEntry(_Strict):
     history: dict[Name, Annotated[list[Targets], Field(max_length=MAX_ALIAS_HISTORY)]]
     sharing: Sharing
     settings: TaskSettings = DEFAULT_SETTINGS
-    dataset: _DatasetEntry | None = None
+    dataset: DatasetSize | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "_TaskEntry":
@@ -141,12 +135,16 @@ async def export_tenant(
         file = await run_blocking(pool, store.find, digest)
         if file is None or file.size_bytes != size_bytes:
             raise Unavailable(f"The adapter store has no intact file {digest}. Register the adapter again.")
-    datasets = NO_DATASETS if archive is None else await archive.dump(info.tenant, [task.name for task in tasks])
+    datasets = (
+        NO_DATASETS
+        if archive is None
+        else await archive.dump(info.tenant, {task.name: task.versions.keys() for task in tasks})
+    )
     manifest = await run_blocking(pool, _manifest, info, tasks, datasets)
     if len(manifest) > MAX_MANIFEST_BYTES or len(sizes) > MAX_FILES:
         limits = f"{MAX_FILES} files and {MAX_MANIFEST_BYTES} bytes of {MANIFEST}"
         raise TooLarge(f"The export exceeds the limits of {limits}. Delete versions.")
-    lengths = [len(manifest), *sizes.values(), *map(len, datasets.lists.values()), *datasets.sizes.values()]
+    lengths = [len(manifest), *sizes.values(), *datasets.lengths()]
     return Export(
         sum(map(tar.member_bytes, lengths)) + len(tar.END),
         _tar(store, pool, info.tenant, manifest, sorted(sizes), archive, datasets),
@@ -190,8 +188,9 @@ async def import_tenant(
         members, images = await run_blocking(pool, _index, file, max_adapter_bytes, info.limits.images)
         tasks = await run_blocking(pool, _read_manifest, file, members)
         if archive is not None:
-            counts = {task.name: task.dataset.images for task in tasks if task.dataset is not None}
-            await run_blocking(pool, archive.check_lists, file, images, counts)
+            sizes = {task.name: task.dataset for task in tasks if task.dataset is not None}
+            versions = {task.name: {version.version for version in task.versions} for task in tasks}
+            await run_blocking(pool, archive.check, file, images, sizes, versions)
         fields_by_digest = {}
         for digest in members:
             data = await run_blocking(pool, _read_file, file, members, digest)
@@ -227,19 +226,22 @@ def version_fields(adapter: Adapter) -> dict[str, Any]:
         "metrics": adapter.metrics,
         "size_bytes": len(adapter.data),
         "coverage": adapter.coverage,
-        "typicality": True if Typicality.of(adapter.tensors) else None,
+        "typicality": True if adapter.has_typicality else None,
     }
 
 
 def _manifest(info: TenantInfo, tasks: Sequence[WholeTask], datasets: ExportedDatasets) -> bytes:
     limits = info.limits.model_dump(mode="json")
-    entries = [_task_entry(task, datasets.images.get(task.name, 0)) for task in tasks]
+    entries = [
+        _task_entry(task, datasets.images.get(task.name, 0), datasets.trainings.counts.get(task.name, 0))
+        for task in tasks
+    ]
     head = json.dumps({"format": FORMAT, "tenant": info.tenant, "limits": limits}, ensure_ascii=False)
     return f'{head[:-1]}, "tasks": [{", ".join(entries)}]}}'.encode()
 
 
-def _task_entry(task: WholeTask, images: int) -> str:
-    """Return the JSON of a task with this number of images.
+def _task_entry(task: WholeTask, images: int, trainings: int) -> str:
+    """Return the JSON of a task with these numbers of images and trainings.
 
     The versions' texts are not parsed: they may have 100 MB, and all tenants would wait.
     """
@@ -249,9 +251,10 @@ def _task_entry(task: WholeTask, images: int) -> str:
         "history": task.history,
         "sharing": task.sharing.model_dump(mode="json"),
     }
-    # Only if a setting was set, or there is a dataset: a hub without settings or datasets refuses the members.
+    # Only if there is something: a hub without settings, datasets or archived trainings refuses the members.
     body |= {"settings": task.settings.given()} if task.settings.given() else {}
-    body |= {"dataset": {"images": images}} if images else {}
+    dataset = {"images": images} | ({"trainings": trainings} if trainings else {})
+    body |= {"dataset": dataset} if images or trainings else {}
     name, last_number = json.dumps(task.name), max([task.last_number, *task.versions])
     rest = json.dumps(body, ensure_ascii=False)[1:]
     return f'{{"name": {name}, "last_number": {last_number}, "versions": [{versions}], {rest}'
@@ -276,12 +279,9 @@ async def _tar(
     for digest in digests:
         for chunk in _member(f"{FOLDER}{digest}.safetensors", await run_blocking(pool, store.get, digest)):
             yield chunk
-    for task, listed in sorted(datasets.lists.items()):
-        for chunk in _member(f"datasets/{task}.jsonl", listed):
-            yield chunk
     if archive is not None:
-        for digest in sorted(datasets.sizes):
-            for chunk in _member(f"images/{digest}", await archive.read(tenant, digest)):
+        async for name, data in archive.members(tenant, datasets):
+            for chunk in _member(name, data):
                 yield chunk
     yield tar.END
 
@@ -300,7 +300,7 @@ def _index(file: IO[bytes], max_adapter_bytes: int, max_images: int) -> tuple[di
         InvalidRequest: not exactly the members of an export, each complete and only once.
     """
     members: dict[str, Member] = {}
-    datasets = DatasetMembers({}, {})
+    datasets = DatasetMembers()
     for member in tar.members(file):
         if member.is_file and datasets.take(member):
             max_bytes = MAX_MEMBER_BYTES
@@ -308,13 +308,15 @@ def _index(file: IO[bytes], max_adapter_bytes: int, max_images: int) -> tuple[di
                 raise invalid(f"{MANIFEST} is not first")
             if len(datasets.images) > max_images:
                 raise invalid(f"the tar has more than {max_images} images, the tenant's limit; export without datasets")
+            if len(datasets.trainings.snapshots) > MAX_FILES:
+                raise invalid(f"the tar has more than {MAX_FILES} snapshots; export without datasets")
         else:
             match = FILE.fullmatch(member.name.removeprefix(FOLDER)) if member.name.startswith(FOLDER) else None
             digest = match[1] if match else member.name
             if (digest != MANIFEST and match is None) or not member.is_file:
                 raise invalid(
                     f"the member at byte {member.at} is neither {MANIFEST}, {FOLDER}<digest>.safetensors, "
-                    "datasets/<task>.jsonl nor images/<digest>"
+                    "datasets/<task>.jsonl, trainings/<task>.jsonl, snapshots/<digest>.json nor images/<digest>"
                 )
             if digest in members or len(members) > MAX_FILES or (digest == MANIFEST) != (not members):
                 raise invalid(f"{member.name} is a duplicate, {MANIFEST} is not first, or over {MAX_FILES} files")

@@ -111,16 +111,31 @@ class FeatureService:
             Unavailable: the store, the registry or the workers are unavailable.
         """
         spec = await self.spec()
+        found = await self.stored(tenant, digests, settled=True)
+        missing = [digest for digest in digests if digest not in found]
+        for start in range(0, len(missing), COMPUTED_IMAGES):
+            found |= await self._computed(tenant, spec, missing[start : start + COMPUTED_IMAGES])
+        return found
+
+    async def stored(
+        self, tenant: str, digests: Sequence[str], *, settled: bool = False
+    ) -> dict[str, NDArray[np.float16]]:
+        """Return the features of those images for which the store has them.
+
+        Args:
+            settled: wait for the features that this gateway computes at the moment.
+
+        Raises:
+            Unavailable: the store is unavailable, or no worker has loaded its backbone yet.
+        """
+        spec = await self.spec()
         running = {self._running[digest] for digest in digests if digest in self._running}
-        if running:
+        if settled and running:
             await asyncio.wait(running)
         found: dict[str, NDArray[np.float16]] = {}
         for start in range(0, len(digests), READ_IMAGES):
             part = list(digests[start : start + READ_IMAGES])
             found |= await run_blocking(self._threads.of(tenant), self._features.get, spec.key, part, spec.width)
-        missing = [digest for digest in digests if digest not in found]
-        for start in range(0, len(missing), COMPUTED_IMAGES):
-            found |= await self._computed(tenant, spec, missing[start : start + COMPUTED_IMAGES])
         return found
 
     async def run(self) -> None:

@@ -1,4 +1,4 @@
-"""The review queue of a dataset: images without a label, labels that are probably wrong, feedback. No HTTP, no Ray.
+"""The review queue of a dataset: images without a label, labels that are probably wrong, near-duplicates, feedback.
 
 A call looks at a bounded number of images, so a dataset of 100,000 takes no longer than one of 10,000. Features come
 from the store; the arithmetic runs in the thread of fits, never on the event loop.
@@ -7,29 +7,41 @@ from the store; the arithmetic runs in the thread of fits, never on the event lo
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-
-from adapters.training.instant import InstantHead, fit_head
 
 from ...admission.authentication import Caller
 from ...admission.quotas import REVIEWS, REVIEWS_QUEUED
 from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
-from ...dataset_schemas import DatasetImage, Feedback, FeedbackGiven, ReviewImage, ReviewKind, ReviewQueue
+from ...dataset_schemas import (
+    GROUP_IMAGES,
+    DatasetImage,
+    Feedback,
+    FeedbackGiven,
+    NearDuplicatePage,
+    NearDuplicates,
+    ReviewImage,
+    ReviewKind,
+    ReviewQueue,
+)
 from ...registry.datasets.index import DatasetIndex
 from ...schemas import Prediction
 from ..label_sets import best
 from ..usage.counter import UsageCounter
 from .features import FeatureService
 from .keeping import Keeper
+from .near_duplicates import groups_of, relative_rows
 from .review_order import FEW, margins_of, suspects_first, typical_first, uncertain_first, unit_rows
+
+if TYPE_CHECKING:
+    from adapters.training.instant import InstantHead
 
 UNLABELLED = 4000  # newest images without a label that one call looks at
 LABELLED = 4000  # images with a label, the newest of each
 LABELS = 400
-PAGE = 1000
+COMPARED = 10_000  # newest images that one call compares for near-duplicates
 SUGGESTIONS = 3  # labels of an image
 
 
@@ -38,9 +50,11 @@ class _Head:
     """A classifier of the labels that the dataset has."""
 
     labels: list[str]
-    fitted: InstantHead
+    fitted: "InstantHead"
 
     def probabilities(self, features: NDArray[np.float16]) -> NDArray[np.float32]:
+        import torch
+
         rows = torch.from_numpy(features.astype(np.float32))
         found: NDArray[np.float32] = (rows @ self.fitted.weight.T + self.fitted.bias).softmax(1).numpy()
         return found
@@ -76,7 +90,9 @@ class ReviewService:
         task = caller.own_task(name)
         async with self._limit.acquire(caller.tenant):
             labelled = await self._labelled(caller.tenant, task)
-            free = await self._pages(caller.tenant, task, None, UNLABELLED) if kind == "unlabelled" else []
+            free: list[DatasetImage] = []
+            if kind == "unlabelled":
+                free = await self._index.newest(caller.tenant, task, unlabelled=True, limit=UNLABELLED)
             digests = [image.digest for image in (*labelled, *free)]
             rows = await self._features.of(caller.tenant, digests)
             labelled = [image for image in labelled if image.digest in rows]
@@ -87,6 +103,32 @@ class ReviewService:
             else:
                 images = await run_blocking(fits, _useful, labelled, free, rows, count)
         return ReviewQueue(task=name, kind=kind, images=images, considered=len(labelled if kind == "errors" else free))
+
+    async def near_duplicates(self, caller: Caller, name: str, start: int, count: int) -> NearDuplicatePage:
+        """Return groups of near-duplicates, those across splits first, then the most similar.
+
+        Args:
+            start: number of groups on earlier pages.
+
+        Raises:
+            LimitReached: too many calls of the tenant.
+            Unavailable: the registry, the store or the workers are unavailable.
+        """
+        task = caller.own_task(name)
+        async with self._limit.acquire(caller.tenant):
+            images = await self._index.newest(caller.tenant, task, limit=COMPARED)
+            rows = await self._features.stored(caller.tenant, [image.digest for image in images], settled=True)
+            images = [image for image in images if image.digest in rows]
+            groups = await run_blocking(self._fits.of(caller.tenant), _near_duplicates, images, rows)
+        end = start + count
+        return NearDuplicatePage(
+            task=name,
+            considered=len(images),
+            total=len(groups),
+            total_across_splits=sum(group.across_splits for group in groups),
+            groups=groups[start:end],
+            next=str(end) if end < len(groups) else None,
+        )
 
     async def feedback(self, caller: Caller, name: str, feedback: Feedback) -> FeedbackGiven:
         """Give an image of the dataset its true label."""
@@ -110,34 +152,22 @@ class ReviewService:
         labels = [str(count.label) for count in found.labels if count.train + count.test][:LABELS]
         images: list[DatasetImage] = []
         for label in labels:
-            images += await self._pages(tenant, task, label, max(2, LABELLED // len(labels)))
-        return images
-
-    async def _pages(self, tenant: str, task: str, label: str | None, limit: int) -> list[DatasetImage]:
-        images: list[DatasetImage] = []
-        before = 0
-        while len(images) < limit:
-            page = await self._index.page(
-                tenant,
-                task,
-                label=label,
-                unlabelled=label is None,
-                use=None,
-                before=before,
-                count=min(PAGE, limit - len(images)),
-            )
-            images += page.images
-            if page.next is None:
-                break
-            before = int(page.next)
+            images += await self._index.newest(tenant, task, label=label, limit=max(2, LABELLED // len(labels)))
         return images
 
 
 def _fit(images: Sequence[DatasetImage], rows: Mapping[str, NDArray[np.float16]]) -> _Head | None:
-    """Return a classifier; None if there are too few labels."""
+    """Return a classifier; None if there are too few labels.
+
+    Runs in the thread of fits, whose first call imports torch.
+    """
     counts = Counter(str(image.label) for image in images)
     if len(counts) < 2 or max(counts.values()) < 2:
         return None
+    import torch
+
+    from adapters.training.instant import fit_head
+
     labels = sorted(counts)
     numbers = {label: i for i, label in enumerate(labels)}
     features = torch.from_numpy(np.stack([rows[image.digest] for image in images]).astype(np.float32))
@@ -194,3 +224,23 @@ def _suspects(
         )
         for place in suspects_first(left_out, targets)[:count]
     ]
+
+
+def _near_duplicates(images: Sequence[DatasetImage], rows: Mapping[str, NDArray[np.float16]]) -> list[NearDuplicates]:
+    """Return all groups in the order of their pages."""
+    if not images:
+        return []
+    groups, nearest = groups_of(relative_rows(np.stack([rows[image.digest] for image in images])))
+    found = []
+    for first in np.flatnonzero(np.bincount(groups) > 1):
+        places = np.flatnonzero(groups == first)
+        members = [images[int(place)] for place in places]
+        found.append(
+            NearDuplicates(
+                size=len(members),
+                similarity=round(float(nearest[places].max()), 4),
+                across_splits=len({image.use for image in members if image.label is not None}) > 1,
+                images=members[:GROUP_IMAGES],
+            )
+        )
+    return sorted(found, key=lambda group: (not group.across_splits, -group.similarity, group.images[0].digest))

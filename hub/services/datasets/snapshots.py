@@ -14,6 +14,7 @@ from ...registry.datasets.entries import ListedImage
 
 FORMAT = "karst-snapshot/1"
 MAX_LISTED = 10  # labels in one warning
+TESTED_IMAGES = 5  # training images of a label, of which one tests: about the share of the split `auto`
 # Images times labels of one training. The head has a score of 8 bytes for each image and label, several times at once.
 MAX_SCORES = 20_000_000
 
@@ -37,7 +38,11 @@ class Snapshot:
 
     @classmethod
     def of(cls, dataset: Sequence[ListedImage]) -> "Snapshot":
-        """Return the labelled images. A label without a training image trains on its images with the split `auto`.
+        """Return the labelled images. The split `auto` depends on the label where the digest alone would not do.
+
+        A label without a training image trains on its images with the split `auto`. A label with at least
+        `TESTED_IMAGES` training images and no test image tests with one of those with the split `auto`: the one whose
+        digest is the lowest.
 
         Raises:
             Conflict: the images cannot train a classifier.
@@ -53,16 +58,20 @@ class Snapshot:
                 f"{len(labelled)} labelled images of {len(labels)} labels are too many for one training (images times "
                 f"labels: limit {MAX_SCORES}). Merge labels, or train a task for each part of them."
             )
-        trained = {image.label for image in labelled if image.use == "train"}
-        rescued = [label for label in labels if label not in trained]
-        images = tuple(
-            SnapshotImage(
-                image.digest,
-                str(image.label),
-                "train" if image.label in rescued and image.split == "auto" else image.use,
-            )
-            for image in labelled
-        )
+        trained = Counter(image.label for image in labelled if image.use == "train")
+        rescued = [label for label in labels if not trained[label]]
+        tested = {image.label for image in labelled if image.use == "test"}
+        chosen: dict[str | None, str] = {}  # label without a test image -> the image that becomes one
+        for image in labelled:  # in order of the digests
+            if image.label not in tested and image.split == "auto" and trained[image.label] >= TESTED_IMAGES:
+                chosen.setdefault(image.label, image.digest)
+
+        def use(image: ListedImage) -> Use:
+            if image.label in rescued and image.split == "auto":
+                return "train"
+            return "test" if chosen.get(image.label) == image.digest else image.use
+
+        images = tuple(SnapshotImage(image.digest, str(image.label), use(image)) for image in labelled)
         untrained = set(labels) - {image.label for image in images if image.use == "train"}
         if untrained:
             raise Conflict(f"All images of {_listed(sorted(untrained))} have the split test. Add some to train on.")
@@ -74,9 +83,12 @@ class Snapshot:
             warnings.append(f"too few images of {_listed(rescued)} to test on; all of them train")
         if single := [label for label in labels if counts[label] == 1]:
             warnings.append(f"one image only of {_listed(single)}; add more, ten or more are better")
-        tested = {image.label for image in images if image.use == "test"}
-        if tested and (untested := [label for label in labels if label not in tested and label not in rescued]):
-            warnings.append(f"no test image of {_listed(untested)}; the accuracy on test images omits them")
+        untested = [label for label in labels if label not in {*tested, *chosen, *rescued}]
+        if untested and any(image.use == "test" for image in images):
+            warnings.append(
+                f"no test image of {_listed(untested)}; the accuracy on test images omits them. A label with the split "
+                f"auto gets one once it has {TESTED_IMAGES} images; or set an image's split to test"
+            )
         return cls(images, labels, tuple(warnings))
 
     def text(self, task: str) -> bytes:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
+from adapters.data.files import is_system_name
+
 from ...dataset_schemas import Split
 from ...errors import InvalidImage, InvalidRequest, TooLarge
 from ...field_types import clean_label
@@ -26,8 +28,6 @@ END, END_64, LOCATOR, ENTRY, LOCAL = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 ENCRYPTED, UTF_8 = 1, 1 << 11  # flags
 STORED, DEFLATED = 0, 8  # methods
 FULL_32, FULL_16 = 0xFFFFFFFF, 0xFFFF
-IGNORED_FOLDERS = {"__MACOSX", "@eaDir"}
-IGNORED_FILES = {"Thumbs.db", "desktop.ini"}
 SPLIT_FOLDERS: dict[str, Split] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 
 
@@ -199,9 +199,7 @@ def _entry(name: str, flags: int, mode: int, method: int, crc: int, packed: int,
 
 def _is_ignored(entry: ZipEntry) -> bool:
     """Return whether an operating system has added the file."""
-    *folders, file = entry.name.split("/")
-    hidden = any(part.startswith(".") and part != ".." for part in (*folders, file))
-    return hidden or file in IGNORED_FILES or not IGNORED_FOLDERS.isdisjoint(folders)
+    return any((part.startswith(".") and part != "..") or is_system_name(part) for part in entry.name.split("/"))
 
 
 def _name(raw: bytes, flags: int) -> str:

@@ -256,8 +256,15 @@ class TrainingJobs:
         """
         held.update(progress=TrainingProgress(stage="registering"))
         held.update(warnings=[*held.training.warnings, *result.warnings])
-        if result.report is not None:
-            await self._keep_report(held, result.report)
+        report = result.report
+        if report is not None:
+            await self._keep_report(held, report)
+        await self._conclude(held, result)
+        if report is not None:  # the last other training with the same report may have gone before this one had it
+            pool, digest = self._threads.of(held.job.tenant), str(held.training.report_digest)
+            await _insist(lambda: run_blocking(pool, self._reports.put_missing, digest, report))
+
+    async def _conclude(self, held: _Held, result: TrainingResult) -> None:
         if result.adapter is None:
             await self._fail(held, result.error)
             return

@@ -6,9 +6,12 @@ import io
 import secrets
 import time
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...admission.authentication import Caller
 from ...admission.quotas import TRAINING_STREAMS, TRAININGS, TRAININGS_QUEUED
@@ -22,6 +25,7 @@ from ...registry.tasks import TaskRegistry
 from ...storage.store import Store
 from ..classification import ClassificationService
 from ..datasets.features import FeatureService
+from ..datasets.near_duplicates import split_warnings
 from ..datasets.removal import FileRemoval
 from ..datasets.snapshots import Snapshot
 from .instant import REPORT, fit_instant
@@ -32,6 +36,7 @@ INSTANT = "instant"
 JOB_RECIPES = ("karst", "auto")
 INTERRUPTED = "The gateway stopped before the training ended. Train again."
 FOLLOW_INTERVAL_S = 1.0
+COMPARED = 10_000  # images of a queued training whose stored features are compared; digests are in no order of content
 
 
 class TrainingService:
@@ -100,7 +105,9 @@ class TrainingService:
             await self._tasks.task(caller.tenant, task)
             await self._trainings.check_room(caller.tenant)
             snapshot = await self._snapshot(caller.tenant, await self._index.all(caller.tenant, task))
-            training = await self._started(caller, task, request, snapshot, "queued")
+            compared = [image.digest for image in snapshot.images[:COMPARED]]
+            rows = await self._features.stored(caller.tenant, compared)
+            training = await self._started(caller, task, request, snapshot, rows, "queued")
         self._jobs.wake()
         return training.public()
 
@@ -182,7 +189,7 @@ class TrainingService:
         rows = await self._features.of(caller.tenant, labelled)
         snapshot = await self._snapshot(caller.tenant, [image for image in dataset if image.digest in rows])
         left_out = len(labelled) - len(rows)
-        training = await self._started(caller, task, TrainingRequest(), snapshot, "failed", left_out)
+        training = await self._started(caller, task, TrainingRequest(), snapshot, rows, "failed", left_out)
         try:
             backbone = (await self._classification.limits()).backbone
             extra = {"snapshot": training.snapshot.digest, "training": training.id}
@@ -208,6 +215,7 @@ class TrainingService:
         }
         training = training.model_copy(update=done)
         await self._trainings.put(caller, caller.tenant, task, training, audited=True)
+        await run_blocking(self._threads.of(caller.tenant), self._reports.put_missing, digest, report)
         return training.public()
 
     async def _snapshot(self, tenant: str, dataset: Sequence[ListedImage]) -> Snapshot:
@@ -219,13 +227,19 @@ class TrainingService:
         task: str,
         request: TrainingRequest,
         snapshot: Snapshot,
+        rows: Mapping[str, NDArray[np.float16]],
         state: TrainingState,
         left_out: int = 0,
     ) -> Training:
-        """Store a new training with its snapshot, and return it."""
+        """Store a new training with its snapshot, and return it.
+
+        Args:
+            rows: features by digest, in which near-duplicates are looked for.
+        """
         text = await run_blocking(self._parse_threads.of(caller.tenant), snapshot.text, task)
         info = await run_blocking(self._parse_threads.of(caller.tenant), snapshot.info, text)
-        warnings = list(snapshot.warnings)
+        similar = await run_blocking(self._fits.of(caller.tenant), split_warnings, snapshot, rows)
+        warnings = [*snapshot.warnings, *similar]
         if left_out:
             warnings.append(f"{left_out} images cannot be read and were left out")
         queued = state == "queued"
@@ -246,6 +260,8 @@ class TrainingService:
         )
         await run_blocking(self._threads.of(caller.tenant), self._snapshots.put, info.digest, text)
         dropped = await self._trainings.put(caller, caller.tenant, task, training, audited=queued, queued=queued)
+        # The last other training with this snapshot may have gone between the write and the listing.
+        await run_blocking(self._threads.of(caller.tenant), self._snapshots.put_missing, info.digest, text)
         await self._removal.remove(dropped)
         return training
 

@@ -11,10 +11,11 @@ import pytest
 import redis
 from starlette.testclient import TestClient
 
-from hub.registry.audit import OPERATOR
+from hub.registry.audit import OPERATOR, Actor
 from hub.registry.datasets.entries import ArchivedImage
 from hub.registry.datasets.files import DatasetFiles
 from hub.registry.datasets.staging import StagedDatasets
+from hub.registry.datasets.trainings import Training
 from hub.registry.redis.connection import RegistryConnection
 from tests.support.hub_app import OCTETS, Hub, make_api
 from tests.support.models import png, wait_until
@@ -125,6 +126,45 @@ def test_kept_answers_and_expiry_survive_a_move(tenant: Hub, other: TestClient) 
         assert client.smembers("karst:kept") == {"default:flowers", "copy:flowers"}
 
 
+TRAININGS = "/v1/tasks/flowers/trainings"
+
+
+def test_a_version_says_on_the_new_hub_what_it_was_trained_on(tenant: Hub, other: TestClient) -> None:
+    made = [tenant.http.post(TRAININGS).json() for _ in range(3)]
+    tenant.http.delete("/v1/tasks/flowers/versions/2")
+    assert other.post(IMPORT, content=exported(tenant)).status_code == 201
+    key = tenant.key_of("copy")
+    assert other.get(TRAININGS, headers=key).json()["trainings"] == [
+        training | {"report_files": []} for training in (made[2], made[0])
+    ]
+    for training in (made[2], made[0]):
+        path = f"{TRAININGS}/{training['id']}/snapshot"
+        assert other.get(path, headers=key).content == tenant.http.get(path).content
+        metrics = other.get(f"/v1/tasks/flowers/versions/{training['version']}", headers=key).json()["metrics"]
+        assert (metrics["training"], metrics["snapshot"]) == (training["id"], training["snapshot"]["digest"])
+    assert other.get(f"{TRAININGS}/{made[0]['id']}/report/report.json", headers=key).status_code == 404
+    # The copy goes on like the original: a new training is the newest, comparisons leave out what trained, and
+    # a deleted task takes its snapshots.
+    assert other.post(TRAININGS, headers=key).json()["version"] == 4
+    assert [found["version"] for found in other.get(TRAININGS, headers=key).json()["trainings"]] == [4, 3, 1]
+    for image in listed(other, "flowers", key):
+        other.patch(f"{IMAGES}/{image['digest']}", json={"split": "test"}, headers=key)
+    compared = other.get("/v1/tasks/flowers/compare?a=1&b=3", headers=key).json()
+    assert (compared["images"], compared["left_out"]) == (made[0]["snapshot"]["test"], made[0]["snapshot"]["train"])
+    other.delete("/v1/tasks/flowers", headers=key)
+    with redis.Redis.from_url(tenant.redis_url) as client:
+        wait_until(lambda: client.hlen("karst:snapshots") == 1)  # the original's
+
+
+def test_a_training_survives_a_dataset_without_images(tenant: Hub, other: TestClient) -> None:
+    made = tenant.http.post(TRAININGS).json()
+    for image in listed(tenant.http, "flowers", {}):
+        assert tenant.http.delete(f"{IMAGES}/{image['digest']}").status_code == 204
+    assert other.post(IMPORT, content=exported(tenant)).status_code == 201
+    (found,) = other.get(TRAININGS, headers=tenant.key_of("copy")).json()["trainings"]
+    assert found["snapshot"] == made["snapshot"]
+
+
 def test_an_export_without_datasets_is_that_of_an_older_hub(tenant: Hub, other: TestClient) -> None:
     tar = exported(tenant, "?datasets=false")
     (entry,) = members(tar)
@@ -206,6 +246,67 @@ HOSTILE: dict[str, tuple[Callable[[Members], Members], str]] = {
 }
 
 
+def changed_training(change: Callable[[dict[str, Any]], object]) -> Callable[[Members], Members]:
+    """Return a maker of members with a changed training of the task `flowers`."""
+
+    def make(entries: Members) -> Members:
+        name = "trainings/flowers.jsonl"
+        line = json.loads(dict(entries)[name])
+        change(line)
+        return [(n, json.dumps(line).encode() + b"\n" if n == name else d) for n, d in entries]
+
+    return make
+
+
+def other_snapshot(text: bytes) -> Callable[[Members], Members]:
+    """Return a maker of members with another snapshot under its right digest."""
+
+    def make(entries: Members) -> Members:
+        (old,) = (name[10:-5] for name, _ in entries if name.startswith("snapshots/"))
+        new = hashlib.sha256(text).hexdigest()
+        kept = [(n, d.replace(old.encode(), new.encode())) for n, d in entries if n == "trainings/flowers.jsonl"]
+        rest = [entry for entry in entries if not entry[0].startswith(("snapshots/", "trainings/"))]
+        return [*rest, *kept, (f"snapshots/{new}.json", text)]
+
+    return make
+
+
+def without(*starts: str) -> Callable[[Members], Members]:
+    return lambda entries: [entry for entry in entries if not entry[0].startswith(starts)]
+
+
+HOSTILE_TRAININGS: dict[str, tuple[Callable[[Members], Members], str]] = {
+    "no list": (without("trainings/", "snapshots/"), "trainings of task 'flowers' are only in the manifest"),
+    "no snapshot": (without("snapshots/"), "of task 'flowers' is missing"),
+    "snapshot of no training": (lambda e: [*e, (f"snapshots/{'0' * 64}.json", b"{}")], "is of no training"),
+    "snapshot twice": (lambda e: [*e, next(m for m in e if m[0].startswith("snapshots/"))], "is a duplicate"),
+    "damaged snapshot": (
+        lambda e: [(n, d[:-1] + b" " if n.startswith("snapshots/") else d) for n, d in e],
+        "is damaged: its sha256 differs",
+    ),
+    "no snapshot's text": (other_snapshot(b'{"images": 3}'), "is no karst-snapshot/1"),
+    "missing version": (changed_training(lambda line: line.update(version=9)), "made no version"),
+    "other task": (changed_training(lambda line: line.update(task="leaves")), "made no version"),
+    "running": (changed_training(lambda line: line.update(state="running")), "made no version"),
+    "id that is none": (changed_training(lambda line: line.update(id="x:y")), "made no version"),
+    "report": (changed_training(lambda line: line.update(report_files=["report.json"])), "has a report"),
+    "unknown member": (changed_training(lambda line: line.update(author={})), "line 1: author"),
+    "twice": (lambda e: [(n, d * 2 if n.startswith("trainings/") else d) for n, d in e], "or is listed twice"),
+    "more than stated": (lambda e: [(n, d.replace(b'"trainings": 1', b'"trainings": 2')) for n, d in e], "says 2"),
+}
+
+
+def test_hostile_trainings_are_refused_and_leave_nothing(tenant: Hub, other: TestClient) -> None:
+    tenant.http.post(TRAININGS)
+    entries = members(exported(tenant))
+    for name, (make, message) in HOSTILE_TRAININGS.items():
+        status, text = refused(tenant, other, written(make(entries)))
+        assert (status, message in text) == (422, True), (name, text)
+    with redis.Redis.from_url(tenant.redis_url) as client:
+        assert client.hvals("karst:snapshots") == [b"1"]
+    assert other.post(IMPORT, content=written(entries)).status_code == 201
+
+
 def refused(tenant: Hub, http: TestClient, tar: bytes) -> tuple[int, str]:
     """Return status and text of a refused import, of which nothing may remain."""
     reply = http.post(IMPORT, content=tar)
@@ -258,3 +359,41 @@ def test_datasets_of_an_import_that_stopped_are_removed(tenant: Hub) -> None:
 
     asyncio.run(main())
     assert (staged(tenant), used(tenant)) == ([], (0, 0))
+
+
+def test_an_import_has_its_files_even_if_another_dataset_gives_them_up_meanwhile(
+    tenant: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner deletes task and images between the import's write of the files and its listing of them."""
+    tenant.http.post(TRAININGS)
+    tar = exported(tenant)
+    add, add_training = StagedDatasets.add, StagedDatasets.add_training
+    gone: list[str] = []
+
+    def remove(digest: str) -> None:
+        for path in tenant.store_folder.rglob(f"{digest}.*"):
+            if path.suffix != ".f16":
+                path.unlink()
+                gone.append(path.name)
+
+    async def late_add(
+        self: StagedDatasets, by: Actor, owner: str, name: str, images: list[ArchivedImage]
+    ) -> list[str]:
+        for image in images:
+            remove(image.digest)
+        return await add(self, by, owner, name, images)
+
+    async def late_training(self: StagedDatasets, by: Actor, owner: str, name: str, training: Training) -> bool:
+        remove(training.snapshot.digest)
+        return await add_training(self, by, owner, name, training)
+
+    monkeypatch.setattr(StagedDatasets, "add", late_add)
+    monkeypatch.setattr(StagedDatasets, "add_training", late_training)
+    reply = tenant.http.post(IMPORT, content=tar, headers=tenant.admin)
+    assert reply.status_code == 201, reply.text
+    assert len(gone) == 15  # 13 images and the snapshot of `flowers`, one image of `leaves`
+    key = tenant.key_of("copy")
+    for image in listed(tenant.http, "flowers", key):
+        assert tenant.http.get(f"{IMAGES}/{image['digest']}", headers=key).status_code == 200
+    (training,) = tenant.http.get(TRAININGS, headers=key).json()["trainings"]
+    assert tenant.http.get(f"{TRAININGS}/{training['id']}/snapshot", headers=key).status_code == 200

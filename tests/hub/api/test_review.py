@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import coloured_noise
@@ -83,3 +84,33 @@ def test_a_dataset_of_one_label_has_no_suspects(colours: Hub, folder: Path) -> N
     data = (folder / "red" / "0.png").read_bytes()
     colours.http.post(f"{URL}/images?label=red", content=data, headers=OCTETS)
     assert colours.http.get(f"{URL}/review?kind=errors").json()["images"] == []
+
+
+def test_near_duplicates_are_listed_in_pages_and_trainings_warn_of_them(colours: Hub, folder: Path) -> None:
+    add(colours, folder, range(6), label=True)
+    assert colours.http.get(f"{URL}/near-duplicates").json()["groups"] == []
+    assert not any("near-duplicate" in text for text in colours.http.post(f"{URL}/trainings").json()["warnings"])
+    for number, (label, splits) in enumerate({"red": ("train", "test"), "blue": ("train", "train")}.items()):
+        path = folder / label / "13.png"
+        again = path.with_suffix(".bmp")  # the same pixels in another file
+        Image.open(path).save(again)
+        for file, split in zip((path, again), splits, strict=True):
+            reply = colours.http.post(
+                f"{URL}/images", params={"label": label, "split": split}, content=file.read_bytes(), headers=OCTETS
+            )
+            assert reply.json()["counts"]["added"] == 1, (number, reply.text)
+    first = colours.http.get(f"{URL}/near-duplicates", params={"count": 1}).json()
+    assert (first["considered"], first["total"], first["total_across_splits"]) == (22, 2, 1)
+    (group,) = first["groups"]
+    assert (group["size"], group["across_splits"], {image["label"] for image in group["images"]}) == (2, True, {"red"})
+    assert group["similarity"] > 0.99
+    second = colours.http.get(f"{URL}/near-duplicates", params={"count": 1, "cursor": first["next"]}).json()
+    assert (second["next"], second["groups"][0]["across_splits"]) == (None, False)
+    for recipe in ("instant", "auto"):
+        warnings = colours.http.post(f"{URL}/trainings", json={"recipe": recipe}).json()["warnings"]
+        (warning,) = [text for text in warnings if "near-duplicate" in text]
+        assert warning.startswith("1 of ")
+        assert "GET .../near-duplicates" in warning
+    foreign = colours.key_of("foreign")
+    assert colours.http.get("/v1/tasks/default:colours/near-duplicates", headers=foreign).status_code == 404
+    assert colours.http.get(f"{URL}/near-duplicates?count=101").status_code == 422

@@ -34,6 +34,7 @@ ROUTES = {
     "PATCH /v1/tasks/{task}/images/{digest}": "owner",
     "DELETE /v1/tasks/{task}/images/{digest}": "owner",
     "GET /v1/tasks/{task}/review": "owner",
+    "GET /v1/tasks/{task}/near-duplicates": "owner",
     "POST /v1/tasks/{task}/feedback": "owner",
     "GET /v1/tasks/{task}/compare": "owner",
     "GET /v1/tasks/{task}/usage": "owner",

@@ -110,6 +110,7 @@ def test_both_clients_review_images_and_confirm_them(hub: Hub, url: str, tmp_pat
         client.create_task("colours")
         client.images.add("colours", folder / "red" / "0.png", label="red")
         client.images.add("colours", sorted((folder / "blue").iterdir()))
+        assert client.images.duplicates("colours", count=5).considered == 7
         queue = client.review("colours", count=3)
         assert (queue.kind, queue.considered, len(queue.images)) == ("unlabelled", 6, 3)
         given = client.feedback("colours", queue.images[0].image.digest, "blue")
@@ -119,6 +120,7 @@ def test_both_clients_review_images_and_confirm_them(hub: Hub, url: str, tmp_pat
 
     async def use() -> None:
         async with AsyncClient(url, hub.key) as client:
+            assert (await client.images.duplicates("colours")).groups == []
             queue = await client.review("colours")
             assert queue.considered == 5
             for row in queue.images:

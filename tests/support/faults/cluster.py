@@ -72,6 +72,7 @@ class Cluster:
     run_folder: Path
     tasks: Tasks
     key: str
+    admin_key: str
     port: int
     head: Node | None = None
     nodes: list[Node] = field(default_factory=list)
@@ -104,6 +105,13 @@ class Cluster:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=150)
         assert done.returncode == 0, done.stderr[-3000:]
 
+    def head_url(self) -> str:
+        """Return the URL of the head's HAProxy, which stays while nodes come and go."""
+        assert self.head is not None
+        host = self.head.host
+        wait_until(lambda: listens(self.settings.port, host), 60, "the head's HAProxy")
+        return f"http://{host}:{self.settings.port}"
+
     def workers(self) -> list[int]:
         return [pid for node in self.nodes for pid in node.replicas("worker")]
 
@@ -130,8 +138,12 @@ class Cluster:
 
 
 @contextmanager
-def hub_on_a_cluster(folder: Path, backbone: Backbone, gateways: int = 2) -> Iterator[Cluster]:
-    """A head and two nodes, two workers, its tasks registered and warm; kills all of it at the end."""
+def hub_on_a_cluster(folder: Path, backbone: Backbone, gateways: int = 2, **changes: object) -> Iterator[Cluster]:
+    """A head and two nodes, two workers, its tasks registered and warm; kills all of it at the end.
+
+    Args:
+        changes: further settings.
+    """
     run_folder = Path(tempfile.mkdtemp(prefix="karst-hub-"))  # short, as paths of sockets have to be
     (folder / "gcs").mkdir()
     gcs_port = free_port()
@@ -140,11 +152,11 @@ def hub_on_a_cluster(folder: Path, backbone: Backbone, gateways: int = 2) -> Ite
         settings = Settings(
             backbone="demo", home=folder, redis_url=redis_url, store_url=str(folder / "store"), port=free_port(),
             min_workers=2, max_workers=2, min_gateways=gateways, max_gateways=gateways,
-        )  # fmt: skip
+        ).model_copy(update=changes)  # fmt: skip
         environment = os.environ | ray_environment(settings, run_folder)
         environment |= {"RAY_REDIS_ADDRESS": f"{LOOPBACK}:{gcs_port}", "RAY_external_storage_namespace": "karst"}
         keys = asyncio.run(_first_keys(redis_url))
-        cluster = Cluster(settings, environment, folder, run_folder, Tasks(backbone, TASKS), keys[0], free_port())
+        cluster = Cluster(settings, environment, folder, run_folder, Tasks(backbone, TASKS), *keys, free_port())
         try:
             gcs.start()
             wait_until(lambda: listens(gcs_port), 30, "Ray's Redis")
@@ -247,11 +259,8 @@ def upgrade_often(cluster: Cluster, times: int) -> Report:
 
     The callers use the head's HAProxy. The head keeps it throughout, while a node without replicas stops its own.
     """
-    assert cluster.head is not None
-    host = cluster.head.host
-    wait_until(lambda: listens(cluster.settings.port, host), 60, "the head's HAProxy")
     replaced = []
-    with cluster.load([f"http://{host}:{cluster.settings.port}"], callers=6) as load:
+    with cluster.load([cluster.head_url()], callers=6) as load:
         load.wait_for(60)
         at = time.monotonic()
         for i in range(times):

@@ -111,7 +111,7 @@ end
 
 -- Make a staged dataset the dataset of a task that is created in the same step.
 local function adopt_dataset(tenant, staged, task)
-  local names = {'images', 'info', 'names', 'folds', 'fold-of', 'merged', 'kept'}
+  local names = {'images', 'info', 'names', 'folds', 'fold-of', 'merged', 'kept', 'trainings', 'training-order'}
   local labels = redis.call('HKEYS', dataset_key(tenant, staged, 'labels'))
   names[#names + 1], labels[#labels + 1] = 'labels', ''
   for _, used in ipairs({'*', 'train', 'test'}) do

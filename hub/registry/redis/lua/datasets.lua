@@ -23,14 +23,23 @@ function datasets.add(args)
   return {outcome = 'done', created = changed, text = cjson.encode(statuses)}
 end
 
--- images (as in `add`, also with at, kept and answer), max_labels, limits, patience_s, staged (true). Add images to a staged
--- dataset: one of an import whose task does not exist yet. Its name in `task` is no valid name of a task.
+-- images (as in `add`, also with at, kept and answer), training (null, or {id, snapshot, body}: one that has ended), max_labels,
+-- limits, patience_s, staged (true). Add to a staged dataset: one of an import whose task does not exist yet. Its name in
+-- `task` is no valid name of a task.
 function datasets.stage(args)
   if is_revoked(args.entry) then return REVOKED end
   if redis.call('HEXISTS', 'karst:tenants', args.tenant) == 0 then return {outcome = 'no_tenant'} end
+  local training = args.training
+  if training ~= cjson.null and redis.call('EXISTS', 'karst:image-gc:' .. training.snapshot) == 1 then
+    return {outcome = 'removing'}
+  end
   redis.call('ZADD', STAGED, math.floor(now_s()), args.tenant .. ':' .. args.task)
   local statuses = {}
   for i, image in ipairs(args.images) do statuses[i] = add(args, image) end
+  if training ~= cjson.null and redis.call('HSET', key(args, 'trainings'), training.id, training.body) == 1 then
+    redis.call('HINCRBY', 'karst:snapshots', training.snapshot, 1)
+    redis.call('ZADD', key(args, 'training-order'), redis.call('HINCRBY', key(args, 'info'), 'last', 1), training.id)
+  end
   return {outcome = 'done', text = cjson.encode(statuses)}
 end
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from hub.cli.main import app
@@ -83,6 +84,21 @@ def test_images_are_listed_labelled_renamed_and_deleted(run: Run, tmp_path: Path
     assert run("images", "delete", "colours", digest).exit_code == 2
     assert "deleted" in run("images", "delete", "colours", digest, "--yes").stdout
     assert run("images", "label", "colours", digest, "x").exit_code == 1
+
+
+def test_near_duplicates_are_listed_with_what_to_do(run: Run, tmp_path: Path) -> None:
+    folder = coloured_noise(tmp_path / "colours", COLOURS, count=6, seed=0)
+    run("images", "add", "colours", folder)
+    assert "groups of near-duplicates among 12 images: 0" in run("images", "duplicates", "colours").stdout
+    for split, suffix in (("train", "bmp"), ("test", "tiff")):
+        copy = tmp_path / f"{split}.{suffix}"
+        Image.open(folder / "red" / "0.png").save(copy)
+        assert run("images", "add", "colours", copy, "--label", "red", "--split", split).exit_code == 0
+    done = run("images", "duplicates", "colours")
+    assert "groups of near-duplicates among 14 images: 1" in done.stdout
+    assert "train.bmp" in done.stdout
+    assert "groups that both train and test: 1" in done.stderr
+    assert read(run("images", "duplicates", "colours", "--json"))["groups"][0]["size"] == 3
 
 
 def test_a_job_is_queued_shown_and_cancelled_and_versions_are_compared(run: Run, hub: Hub, tmp_path: Path) -> None:
