@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backbone import Backbone, BackboneError, BackboneInfo, Site, load_backbone
+    from .backbone import Backbone, BackboneError, load_backbone
+    from .backbone_info import BackboneInfo, Site
     from .data.errors import DataError, ImageError, ImageTooLargeError
     from .format.errors import AdapterError, Problem
     from .format.file import Adapter
@@ -61,7 +62,8 @@ __all__ = [
 
 
 _MODULES = {
-    ".backbone": ("Backbone", "BackboneError", "BackboneInfo", "Site", "load_backbone"),
+    ".backbone": ("Backbone", "BackboneError", "load_backbone"),
+    ".backbone_info": ("BackboneInfo", "Site"),
     ".data.errors": ("DataError", "ImageError", "ImageTooLargeError"),
     ".format.errors": ("AdapterError", "Problem"),
     ".format.file": ("Adapter",),
@@ -84,7 +86,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 def __getattr__(name: str) -> Any:
     """Import a public name on its first use.
 
-    torch and timm take seconds and hundreds of megabytes, and a process that only catches `AdapterError` needs neither.
+    torch and timm take seconds and hundreds of megabytes, and a process that only checks adapters needs neither.
     A process that only serves lacks the packages of training.
     """
     if name not in _MODULE_OF:

@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapters import Backbone
 from adapters.data.images import normalise_for
-from adapters.evaluation.calibration import paired_gain
+from adapters.evaluation.intervals import paired_gain
 from adapters.format.atomic_write import write_atomically
 from adapters.training.instant import InstantHead, fit_head
 from adapters.training.steps import KarstRecipe
@@ -284,7 +284,7 @@ def execute(cell: Cell) -> dict[str, Any]:
         figures = {"parameters": trainable(model), "loss": loss if math.isfinite(loss) else None}
     right, own = predicted == task.targets[held], before == task.targets[held]
     parts = len(draw.validation)
-    gain, error = paired_gain(own[:parts], right[:parts])
+    gain, error = paired_gain(own[:parts].numpy(), right[:parts].numpy())
     return asdict(cell) | {
         "accuracy": round(balanced_accuracy(right[parts:], task.targets[task.test]), 4),
         "validation": round(balanced_accuracy(right[:parts], task.targets[draw.validation]), 4),

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from adapters import Backbone, Bank, fit
 from adapters.data.images import preprocess_of
-from adapters.evaluation.calibration import coverage_table, coverage_threshold, fit_temperature
+from adapters.evaluation.calibration import coverage_table, fit_temperature
 from adapters.evaluation.evaluate import ECE_BINS
+from adapters.evaluation.intervals import coverage_threshold
 from adapters.format.atomic_write import write_atomically
 from adapters.format.file import Adapter
 from adapters.method.typicality import fit_typicality

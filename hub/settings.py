@@ -85,7 +85,7 @@ class Settings(BaseSettings):
         "info", description="least severe level that is logged; `debug` adds a line per request"
     )
     metrics_port: int | None = Field(
-        None, ge=1, le=65535, description="port of this machine's metrics; unset: any free port"
+        None, ge=1, le=65535, description="port of this machine's metrics; unset: no metrics"
     )
     # OpenTelemetry's own variables; its library reads the others.
     traces_exporter: str = Field(

@@ -24,7 +24,7 @@ from ..format.atomic_write import write_atomically
 from ..format.errors import AdapterError, Problem, file_error
 from ..format.file import Adapter
 from ..format.metadata import FORMAT
-from ..method import typicality
+from ..format.names import TYPICALITY_PREFIX
 from ..serving.limits import BankLimits
 from .export import to_onnx, to_timm
 from .importing import ImportedTensors, build_adapter, read_head, read_labels, read_preprocess
@@ -218,7 +218,7 @@ def _read(
 
 def _left_out(adapter: Adapter, to: str) -> list[str]:
     """Return the names of the adapter's parts that a target other than `karst` cannot hold."""
-    names = [name for name in sorted(adapter.tensors) if name.startswith(typicality.PREFIX)]
+    names = [name for name in sorted(adapter.tensors) if name.startswith(TYPICALITY_PREFIX)]
     if adapter.coverage is not None and to in ("lokr", "lora"):
         names.append("coverage")
     return names

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..backbone import Backbone, create_model, features, first_line
 from ..format.errors import file_error
 from ..format.file import Adapter
-from ..format.validate import KRONECKER
+from ..format.names import KRONECKER
 from ..method import kronecker
 
 # Largest allowed difference between two float32 implementations, relative to the largest logit.

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backbone import Backbone
 from ..format.errors import AdapterError, Problem, file_error
 from ..format.file import Adapter
-from ..format.validate import KRONECKER, NORM
+from ..format.names import KRONECKER, NORM
 from ..method import kronecker
 from .importing import classifier_name
 from .peft import PREFIX

@@ -23,7 +23,8 @@ from typing import IO, Any, cast
 from PIL import Image
 
 from .errors import ImageError, ImageTooLargeError
-from .images import decode_image, resized
+from .images import decode_image
+from .transform import resized
 
 NICE = 10  # priority of the process: a tenth of a core beside a thread of normal priority
 

@@ -1,7 +1,6 @@
 """Image decoding and preprocessing, shared by training and serving so that both see identical pixels.
 
-Images travel as uint8 tensors. Normalisation runs on the model's device. The module loads torch and timm only for the
-transform: a process that only decodes starts ten times faster without them.
+Images travel as uint8. Normalisation runs on the model's device. No torch at import: gateways decode without it.
 """
 
 import importlib
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
+from ..backbone_info import BackboneInfo
 from ..format.metadata import PREPROCESS
 from .errors import ImageError, ImageTooLargeError
 from .formats.avif import av1_sizes
@@ -21,11 +21,12 @@ from .formats.metadata import Metadata, split_metadata
 from .formats.refusals import brands_of, name_of
 from .formats.sizes import header_pixels
 from .formats.tiff import is_tiff, parse_tiff
+from .transform import pixel_transform
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..backbone import Backbone, BackboneInfo
+    from ..backbone import Backbone
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MAX_IMAGE_PIXELS = 50_000_000
@@ -169,7 +170,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def preprocess_of(backbone: "BackboneInfo", background: Sequence[int] | None = WHITE) -> dict[str, Any]:
+def preprocess_of(backbone: BackboneInfo, background: Sequence[int] | None = WHITE) -> dict[str, Any]:
     """Return the backbone's preprocessing in the form of an adapter's metadata (timm's data config, JSON types).
 
     Args:
@@ -187,37 +188,14 @@ def background_of(preprocess: Mapping[str, Any]) -> Sequence[int] | None:
 
 
 def eval_transform(preprocess: Mapping[str, Any]) -> "Callable[[Image.Image], Tensor]":
-    """Return timm's evaluation transform without normalisation: RGB image -> (3, H, W) uint8."""
-    transform = importlib.import_module("timm.data.transforms_factory").create_transform(
-        input_size=tuple(preprocess["input_size"]),
-        interpolation=preprocess["interpolation"],
-        crop_pct=preprocess["crop_pct"],
-        crop_mode=preprocess["crop_mode"],
-        mean=tuple(preprocess["mean"]),  # fill colour of crop_mode "border"
-        is_training=False,
-        normalize=False,
-    )
-    return cast("Callable[[Image.Image], Tensor]", transform)
+    """Return timm's evaluation transform without normalisation: RGB image -> (3, H, W) uint8.
 
-
-def resize_of(preprocess: Mapping[str, Any]) -> tuple[int, str] | None:
-    """Return the shorter side, in pixels, and the interpolation of the resize with which `eval_transform` begins.
-
-    After `resized` with these, `eval_transform` gives the same pixels as without. None for a transform that resizes
-    otherwise.
+    `transform.pixel_transform` returns the same pixels as an array.
     """
-    _, height, width = preprocess["input_size"]
-    if preprocess["crop_mode"] != "center" or height != width:
-        return None
-    return math.floor(int(height) / float(preprocess["crop_pct"])), str(preprocess["interpolation"])
+    import torch
 
-
-def resized(image: Image.Image, shorter_px: int, interpolation: str) -> Image.Image:
-    """Resize an image to this shorter side, as torchvision does."""
-    shorter, longer = sorted(image.size)
-    longer_px = int(shorter_px * longer / shorter)
-    size = (shorter_px, longer_px) if image.width <= image.height else (longer_px, shorter_px)
-    return image if image.size == size else image.resize(size, Image.Resampling[interpolation.upper()])
+    transform = pixel_transform(preprocess)
+    return lambda image: torch.from_numpy(transform(image))
 
 
 def needed_px(preprocess: Mapping[str, Any]) -> int | None:

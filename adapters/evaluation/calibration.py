@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch import Tensor
 NEWTON_STEPS = 30
 TOLERANCE = 1e-6
 MAX_RATIO = 4.0  # of the two inverse temperatures that `fit_confidence` takes the middle of
-Z_95 = 1.959964  # of a two-sided 95 % interval
 COVERAGES = tuple(percent / 100 for percent in (*range(50, 100), 99.5))
 
 
@@ -100,22 +99,6 @@ def _usable(scores: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Te
     return finite - finite.amax(1, keepdim=True), targets, weights
 
 
-def accuracy_interval(right: int, images: int) -> tuple[float, float]:
-    """Return the 95 % interval of an accuracy (Wilson, JASA 1927); it stays within [0, 1] and holds for few images."""
-    if images == 0:
-        return 0.0, 1.0
-    share, z2 = right / images, Z_95**2
-    centre = (share + z2 / (2 * images)) / (1 + z2 / images)
-    half = Z_95 / (1 + z2 / images) * math.sqrt(share * (1 - share) / images + z2 / (4 * images**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def paired_gain(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """Return the mean gain in accuracy over the same images, bool (m,) each, and its standard error."""
-    gained = after.double() - before.double()
-    return float(gained.mean()), float(gained.std()) / math.sqrt(len(gained)) if len(gained) > 1 else 1.0
-
-
 def coverage_table(probabilities: Tensor, targets: Tensor) -> list[tuple[float, float]]:
     """Return pairs (coverage, threshold): labels at or above the threshold cover that share of images.
 
@@ -134,21 +117,3 @@ def coverage_table(probabilities: Tensor, targets: Tensor) -> list[tuple[float, 
         rank = math.ceil((n + 1) * coverage)
         table.append((coverage, own[rank - 1] if rank <= n else 0.0))
     return table
-
-
-def coverage_threshold(table: Sequence[Sequence[float]], coverage: float) -> float:
-    """Return the probability at or above which labels belong to the set of this coverage.
-
-    Args:
-        table: from `coverage_table`.
-        coverage: in [0.5, 0.995]; between two entries the larger one holds.
-
-    Raises:
-        ValueError: a coverage outside of the table.
-    """
-    for known, threshold in table:
-        if known >= coverage - 1e-9:
-            if coverage < table[0][0] - 1e-9:
-                break
-            return threshold
-    raise ValueError(f"coverage {coverage} is not between {table[0][0]} and {table[-1][0]}")

@@ -1,10 +1,9 @@
 """One adapter in one safetensors file of format `karst/1`: read, validate, write, merge into a backbone.
 
 Validation has two steps: `Adapter.read` checks the file alone, `Adapter.check` checks it against a backbone. Both
-collect all problems before they raise.
+collect all problems before they raise, and neither imports torch: a gateway without it checks adapters.
 """
 
-import copy
 import hashlib
 import json
 import struct
@@ -14,15 +13,13 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
 
-from ..backbone import Backbone, BackboneInfo
-from ..method import kronecker
+from ..backbone_info import BackboneInfo
 from ..method.config import KarstConfig
 from ..short_repr import short_repr
 from .atomic_write import write_atomically
@@ -30,7 +27,16 @@ from .errors import AdapterError, Problem, enough, file_error
 from .header import MAX_TENSORS, parse_header, read_header
 from .layouts import Layout, LayoutCache
 from .metadata import FORMAT, OPTIONAL_CONFIG, parse_metadata
-from .validate import KRONECKER, all_finite, check_layer_fits, check_norm_fits, check_tensors
+from .names import TYPICALITY, TYPICALITY_PREFIX
+from .raw_tensors import are_finite, bits_of, read_raw
+from .validate import check_layer_fits, check_norm_fits, check_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..backbone import Backbone
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,12 +108,12 @@ class Adapter:
             fields, problems = parse_metadata(raw.metadata)
             if not problems and _valid_with(fields) == known.valid_with:
                 adapter = cls(data=data, digest=digest, layout=known, **fields)
-                if all_finite(adapter.numbers):
+                if adapter._is_finite():
                     return adapter
         # Unknown layout or invalid file: check every tensor, and collect all problems.
         header = parse_header(raw, len(data), max_tensors)
         try:
-            tensors = dict(sorted(safetensors.torch.load(data).items()))
+            tensors = read_raw(data)
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
             raise file_error(f"not a valid safetensors file: {error}") from error
         fields, problems = parse_metadata(header.metadata)
@@ -116,21 +122,19 @@ class Adapter:
             raise AdapterError(problems)
         dtypes = {tensor.dtype for tensor in tensors.values()}
         layout = Layout(
-            tensors={name: tuple(tensors[name].shape) for name in header.names},
+            tensors={name: tensors[name].shape for name in header.names},
             dtype=dtypes.pop() if len(dtypes) == 1 else None,
             data_bytes=len(data) - raw.data_start,
             valid_with=_valid_with(fields),
         )
         if layouts is not None and raw.tensors_text is not None:
             layouts.add(raw.tensors_text, layout)
-        adapter = cls(data=data, digest=digest, layout=layout, **fields)
-        vars(adapter)["tensors"] = tensors  # fills the cached property: otherwise `tensors` would parse them again
-        return adapter
+        return cls(data=data, digest=digest, layout=layout, **fields)
 
     @classmethod
     def create(
         cls,
-        tensors: Mapping[str, Tensor],
+        tensors: "Mapping[str, Tensor]",
         *,
         config: KarstConfig,
         backbone: str,
@@ -183,22 +187,42 @@ class Adapter:
         write_atomically(Path(path), self.data)
 
     @cached_property
-    def tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> "Mapping[str, Tensor]":
         """Tensors by their name in the file, sorted; float32, float16 or bfloat16, on the CPU."""
+        import safetensors.torch
+
         return dict(sorted(safetensors.torch.load(self.data).items()))
 
     @property
-    def numbers(self) -> Tensor:
+    def numbers(self) -> "Tensor":
         """All numbers in the order of their bytes: 1-D, float32."""
+        import torch
+
         if self.layout.dtype is None:
             return torch.cat([self.tensors[name].flatten().float() for name in self.layout.tensors])
         raw = bytearray(memoryview(self.data)[-self.layout.data_bytes :])  # torch warns about read-only buffers
-        return torch.frombuffer(raw, dtype=self.layout.dtype).float()
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[self.layout.dtype]
+        return torch.frombuffer(raw, dtype=dtype).float()
 
     @cached_property
-    def layers(self) -> Mapping[str, Mapping[str, Tensor]]:
+    def layers(self) -> "Mapping[str, Mapping[str, Tensor]]":
         """Tensors of the layers by module path, then by last name (`karst_c`, ...)."""
         return by_layer(self.tensors)
+
+    @property
+    def layer_shapes(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """Shapes of the tensors of the layers by module path, then by last name (`karst_c`, ...)."""
+        return by_layer(dict(sorted(self.layout.tensors.items())))
+
+    @property
+    def has_typicality(self) -> bool:
+        """Whether answers have a typicality."""
+        return TYPICALITY_PREFIX + TYPICALITY[0] in self.layout.tensors
+
+    def head(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the classifier: weight (K, D) and bias (K,)."""
+        tensors = read_raw(self.data)
+        return tensors["head.weight"].floats(), tensors["head.bias"].floats()
 
     def check(self, backbone: BackboneInfo) -> None:
         """Check that the adapter was trained on this backbone and that every tensor fits it.
@@ -220,7 +244,7 @@ class Adapter:
         sites = {site.name: site for site in backbone.sites}
         norms = {norm.name: norm for norm in backbone.norms}
         problems: list[Problem] = []
-        for layer, parts in self.layers.items():
+        for layer, parts in self.layer_shapes.items():
             if enough(problems):
                 break
             if layer in sites:
@@ -231,7 +255,7 @@ class Adapter:
                 problems.append(
                     Problem(layer, f"backbone {backbone.name!r} has no such adaptable layer; remove its tensors")
                 )
-        width = self.tensors["head.weight"].shape[1]
+        width = self.layout.tensors["head.weight"][1]
         if width != backbone.width:
             problems.append(
                 Problem(
@@ -250,7 +274,7 @@ class Adapter:
         if problems:
             raise AdapterError(problems)
 
-    def merge(self, backbone: Backbone) -> nn.Module:
+    def merge(self, backbone: "Backbone") -> "nn.Module":
         """Return a new timm module with this adapter and its head merged in: pixels (B, 3, H, W) -> logits (B, K).
 
         W = diag(1 + s1) (W0 + dW) diag(1 + s1_in), b = (1 + s1) (b0 + (W0 + dW) s2_in) + s2; see docs/method.md.
@@ -258,31 +282,23 @@ class Adapter:
         Raises:
             AdapterError: as `check`.
         """
-        self.check(backbone)
-        model: Any = copy.deepcopy(backbone.model)
-        modules = dict(model.named_modules())
-        with torch.no_grad():
-            for layer, parts in self.layers.items():
-                parts = {name: t.to(backbone.device).double() for name, t in parts.items()}
-                if "norm_weight" in parts:
-                    modules[layer].weight.copy_(parts["norm_weight"])
-                    modules[layer].bias.copy_(parts["norm_bias"])
-                else:
-                    _merge_layer(modules[layer], parts, self.config)
-            model.reset_classifier(self.num_classes)
-            heads = model.get_classifier()
-            # A distilled DeiT averages the logits of two heads, so both get the adapter's head.
-            for head in heads if isinstance(heads, tuple) else (heads,):
-                head.to(device=backbone.device, dtype=backbone.dtype)
-                head.weight.copy_(self.tensors["head.weight"])
-                head.bias.copy_(self.tensors["head.bias"])
-        merged: nn.Module = model.eval().requires_grad_(False)
-        return merged
+        from .merge import merge
+
+        return merge(self, backbone)
+
+    def _is_finite(self) -> bool:
+        """Return whether no number is NaN or infinite."""
+        if self.layout.dtype is None:
+            return all(tensor.is_finite for tensor in read_raw(self.data).values())
+        return are_finite(bits_of(self.data, self.layout.data_bytes, self.layout.dtype), self.layout.dtype)
 
 
-def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return tensors by the module path of their layer, then by their last name; without head and typicality."""
-    out: dict[str, dict[str, Tensor]] = {}
+def by_layer(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Return tensors, or their shapes, by the module path of their layer, then by their last name.
+
+    Without head and typicality.
+    """
+    out: dict[str, dict[str, T]] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if layer not in ("head", "typicality"):
@@ -296,24 +312,6 @@ def _valid_with(fields: Mapping[str, Any]) -> Hashable:
     return config.kernels, config.rank, config.rescale, config.norms, len(fields["labels"])
 
 
-def _merge_layer(linear: nn.Linear, parts: dict[str, Tensor], config: KarstConfig) -> None:
-    """Merge in float64 and cast once at the end: faster implementations are tested against this one."""
-    weight = linear.weight.double()
-    bias = linear.bias.double() if linear.bias is not None else weight.new_zeros(weight.shape[0])
-    if "karst_c" in parts:
-        c, a, b = (parts[name] for name in KRONECKER)
-        weight = weight + kronecker.delta(c, a, b, config.effective_gain)
-    if "in_scale" in parts:
-        bias = bias + weight @ parts["in_shift"].expand(weight.shape[1])
-        weight = weight * parts["in_scale"]
-    if "scale" in parts:
-        weight = parts["scale"].expand(weight.shape[0])[:, None] * weight
-        bias = parts["scale"] * bias + parts["shift"]
-    linear.weight = nn.Parameter(weight.to(linear.weight.dtype))
-    if linear.bias is not None or bias.any():
-        linear.bias = nn.Parameter(bias.to(linear.weight.dtype))
-
-
 def _read_bytes(path: Path, max_bytes: int | None) -> bytes:
     try:
         size = path.stat().st_size
@@ -324,8 +322,10 @@ def _read_bytes(path: Path, max_bytes: int | None) -> bytes:
         raise file_error(f"{path}: {error.strerror or error}") from error
 
 
-def _serialise(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+def _serialise(tensors: "Mapping[str, Tensor]", metadata: dict[str, str]) -> bytes:
     """Return safetensors bytes with sorted metadata: the library's own order changes from run to run."""
+    import safetensors.torch
+
     raw = safetensors.torch.save(dict(tensors), metadata=metadata)
     length = struct.unpack("<Q", raw[:8])[0]
     header = json.loads(raw[8 : 8 + length])

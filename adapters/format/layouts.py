@@ -9,7 +9,6 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from cachetools import LRUCache
 
 from ..short_repr import short_repr
@@ -25,13 +24,13 @@ class Layout:
 
     Attributes:
         tensors: name -> shape, in the order of the tensors' bytes.
-        dtype: of all tensors; None where they differ.
+        dtype: of all tensors, `F32`, `F16` or `BF16`; None where they differ.
         data_bytes: length of the tensors' bytes.
         valid_with: the metadata values that the tensors were validated against.
     """
 
     tensors: Mapping[str, tuple[int, ...]]
-    dtype: torch.dtype | None
+    dtype: str | None
     data_bytes: int
     valid_with: Hashable
 

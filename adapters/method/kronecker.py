@@ -6,37 +6,16 @@ Axes: N kernels, S splits of the output (3 for a fused qkv, else 1), R rank, p x
 a = d_out / (S p), b = d_in / q, T rows. Shapes: C (N, p, q), A (N, S, a, R), B (N, R, b).
 """
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .sizes import factorise as factorise
+from .sizes import shapes as shapes
+
 _CACHED = 2**20  # numbers; a layer output up to this size stays in the processor's cache
-
-
-def factorise(dim: int, factor: int) -> tuple[int, int]:
-    """Split a dimension into (factor, dim / factor), smaller first; where factor does not divide it, into the
-    divisor pair closest to it.
-
-    >>> factorise(768, 8), factorise(768, 96), factorise(20, 8)
-    ((8, 96), (8, 96), (4, 5))
-    """
-    if dim % factor:
-        divisors = [d for d in range(1, math.isqrt(dim) + 1) if dim % d == 0]
-        factor = min(divisors, key=lambda d: (abs(d - factor), -d))
-    small, large = sorted((factor, dim // factor))
-    return small, large
-
-
-def shapes(
-    d_in: int, d_out: int, splits: int, *, kernels: int, rank: int, factor: int
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of C, A and B for one layer."""
-    p, a = factorise(d_out // splits, factor)
-    q, b = factorise(d_in, factor)
-    return (kernels, p, q), (kernels, splits, a, rank), (kernels, rank, b)
 
 
 def delta(c: Tensor, a: Tensor, b: Tensor, gain: float = 1.0) -> Tensor:

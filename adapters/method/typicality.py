@@ -15,15 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..format.names import TYPICALITY, TYPICALITY_PREFIX
 from ..short_repr import short_repr
 
-PREFIX = "typicality."
-NAMES = ("mean", "basis", "log_precision", "table")
 RANK = 32  # directions that are kept; 64 refuse half a percent more foreign images, for twice the size
 SHRINKAGE = 0.1  # added to every variance, in units of their mean
 TAIL = tuple(10.0**-exponent for exponent in range(2, 9))  # probabilities beyond the held-out images
 QUANTILES = 33
-MAX_RANK, MAX_TABLE = 256, 256  # that a file may have
 FOLDS, MANY_FOLDS, FEW_IMAGES = 10, 20, 500  # more folds where each training part would miss much
 
 
@@ -48,14 +46,14 @@ class Typicality:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors under their names in a `karst/1` file."""
-        return {PREFIX + name: getattr(self, name) for name in NAMES}
+        return {TYPICALITY_PREFIX + name: getattr(self, name) for name in TYPICALITY}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Typicality | None":
         """Return the model in an adapter's tensors, or None if the file has none."""
-        if f"{PREFIX}mean" not in tensors:
+        if f"{TYPICALITY_PREFIX}mean" not in tensors:
             return None
-        return cls(*(tensors[PREFIX + name].float() for name in NAMES))
+        return cls(*(tensors[TYPICALITY_PREFIX + name].float() for name in TYPICALITY))
 
     def distances(self, features: Tensor) -> Tensor:
         """Return squared Mahalanobis distances (B,) of features (B, D)."""

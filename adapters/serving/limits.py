@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from ..backbone import BackboneInfo, Site
+from ..backbone_info import BackboneInfo, Site
 from ..format.errors import AdapterError, Problem, enough
 from ..format.file import Adapter
-from ..format.validate import KRONECKER, NORM
-from ..method import kronecker, typicality
+from ..format.names import KRONECKER, NORM, TYPICALITY
+from ..method import sizes
 
 HEAD_TENSORS = 2  # weight and bias
 
@@ -24,7 +24,7 @@ class BankLimits:
     def max_tensors(self) -> int:
         """Largest number of tensors of a file that fits: all tensors of every site and norm layer, head, typicality."""
         sites = sum(len(KRONECKER) + 2 * (site.rescale_out + site.rescale_in) for site in self.backbone.sites)
-        return sites + len(NORM) * len(self.backbone.norms) + HEAD_TENSORS + len(typicality.NAMES)
+        return sites + len(NORM) * len(self.backbone.norms) + HEAD_TENSORS + len(TYPICALITY)
 
     def check(self, adapter: Adapter) -> None:
         """Check that an adapter fits the bank.
@@ -35,13 +35,13 @@ class BankLimits:
         adapter.check(self.backbone)
         sites = {site.name: site for site in self.backbone.sites}
         problems: list[Problem] = []
-        for name, parts in adapter.layers.items():
+        for name, parts in adapter.layer_shapes.items():
             if "karst_c" not in parts:
                 continue
             if enough(problems):
                 break
-            kernels, *sides = parts["karst_c"].shape
-            rank = parts["karst_a"].shape[3]
+            kernels, *sides = parts["karst_c"]
+            rank = parts["karst_a"][3]
             _, *wanted = self.shapes(sites[name])[0]
             if kernels > self.max_kernels:
                 problems.append(
@@ -70,6 +70,6 @@ class BankLimits:
 
     def shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of the largest C, A and B that fit a site."""
-        return kronecker.shapes(
+        return sizes.shapes(
             site.d_in, site.d_out, site.splits, kernels=self.max_kernels, rank=self.max_rank, factor=self.factor
         )

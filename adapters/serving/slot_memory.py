@@ -19,8 +19,9 @@ from torch import Tensor
 from ..backbone import Backbone
 from ..format.file import Adapter, by_layer
 from ..format.layouts import Layout
+from ..format.names import TYPICALITY, TYPICALITY_PREFIX
 from ..method import kronecker
-from ..method.typicality import NAMES, PREFIX, Typicality
+from ..method.typicality import Typicality
 from ..short_repr import short_repr
 
 NOTHING = [0, 0, 0, 0]  # sizes of the parts of a row, for an adapter that is only a head
@@ -170,8 +171,8 @@ class SlotMemory:
             weight.copy_(tensors["head.weight"].flatten())
             bias.copy_(tensors["head.bias"])
         typicality: tuple[tuple[slice, tuple[int, ...]], ...] = ()
-        if f"{PREFIX}mean" in tensors:
-            own = [tensors[PREFIX + name] for name in NAMES]
+        if f"{TYPICALITY_PREFIX}mean" in tensors:
+            own = [tensors[TYPICALITY_PREFIX + name] for name in TYPICALITY]
             starts = [int(t.flatten()[0]) - 1 for t in own]
             typicality = tuple((slice(i, i + t.numel()), tuple(t.shape)) for i, t in zip(starts, own, strict=True))
         return PackingPlan(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..evaluation.calibration import paired_gain
+from ..evaluation.intervals import paired_gain
 
 MAX_SHIFT = 1 / 12  # of the side
 MAX_ZOOM = 0.15
@@ -71,5 +71,5 @@ def keeps_labels(right: Tensor, right_augmented: Tensor) -> bool:
         right: bool (n,), whether each original is recognised.
         right_augmented: bool (n,), the same of the augmented images.
     """
-    gain, error = paired_gain(right, right_augmented)
+    gain, error = paired_gain(right.cpu().numpy(), right_augmented.cpu().numpy())
     return -gain <= error

@@ -18,7 +18,7 @@ from ..backbone import Backbone, features
 from ..data.image_set import ImageTensors
 from ..data.images import normalise_for
 from ..data.layouts import Split
-from ..evaluation.calibration import accuracy_interval
+from ..evaluation.intervals import accuracy_interval
 from ..method.karst import KarstModel
 from ..short_repr import short_repr
 

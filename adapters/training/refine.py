@@ -23,7 +23,7 @@ from torch import Tensor
 from ..backbone import Backbone
 from ..data.image_set import ImageTensors
 from ..data.splitting import Fold, stratified_folds
-from ..evaluation.calibration import accuracy_interval, paired_gain
+from ..evaluation.intervals import accuracy_interval, paired_gain
 from ..method.config import KarstConfig
 from ..method.karst import KarstModel
 from ..short_repr import short_repr
@@ -198,7 +198,7 @@ def _compare(
         Point(runs[0].points[i].step, sum(run.points[i].loss for run in runs) / len(runs), scores[i].accuracy)
         for i in range(CHECKPOINTS)
     )
-    gain, error = paired_gain(instant.right, karst.right)
+    gain, error = paired_gain(instant.right.cpu().numpy(), karst.right.cpu().numpy())
     compared = Refined(
         None,
         "",

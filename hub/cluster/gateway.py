@@ -20,8 +20,7 @@ from ..training.job import Trainer
 from ..worker_api import Answer, TaskAnswers, Workers
 from .gateway_metrics import GatewayMetrics
 from .ray_compat import LateIngress, ray_metrics
-from .rendezvous import RESIDENT_ONLY
-from .request_router import KNOWN_WORKERS
+from .rendezvous import RESIDENT_ONLY, known_workers
 from .trainings import RayTrainer
 from .worker_links import WorkerDied, WorkerLinks, hub_errors
 
@@ -43,7 +42,7 @@ class ServeWorkers:
             scale_to_zero: the hub may have no worker. A call then waits until one has started.
         """
         self._handle = handle
-        self._links = WorkerLinks(handle, KNOWN_WORKERS)
+        self._links = WorkerLinks(handle, known_workers())
         self._scale_to_zero = scale_to_zero
         self._limits: BankLimits | None = None
 

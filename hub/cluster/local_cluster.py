@@ -9,7 +9,7 @@ from pathlib import Path
 import ray
 
 from ..settings import Settings
-from .ray_compat import local_cluster_options, without_monitors
+from .ray_compat import local_cluster_options, small_head
 
 OBJECT_STORE_BYTES = 256 * 1024**2  # images are passed by value; Ray's object store is hardly used
 
@@ -22,7 +22,7 @@ def start(settings: Settings, folder: Path) -> str:
     Args:
         folder: the hub's private folder, for Ray's sockets and logs.
     """
-    with without_monitors():
+    with small_head(metrics=settings.metrics_port is not None):
         ray.init(
             address="local",
             num_cpus=settings.max_workers + 1 + settings.max_trainings * settings.training_cpus,

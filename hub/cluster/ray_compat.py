@@ -8,11 +8,12 @@ first.
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
@@ -39,14 +40,16 @@ RUN_FOLDER_BYTES = 38
 LOOPBACK_SWITCHES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
-def ray_switches(token_file: Path) -> dict[str, str]:
+def ray_switches(token_file: Path, *, metrics: bool) -> dict[str, str]:
     """Return the variables of every hub: no usage statistics, an authentication token, and normal priority.
 
     Args:
         token_file: file with the token. Ray's own ports are open on all interfaces; a process that may connect to
             them can run any code.
+        metrics: whether the node has a page of metrics. Otherwise Ray's processes collect none.
     """
     return {
+        "RAY_enable_metrics_collection": "1" if metrics else "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
@@ -109,7 +112,7 @@ def local_cluster_options(metrics_port: int | None, folder: Path) -> dict[str, A
     """Return the undocumented arguments of `ray.init` for a cluster on this machine alone.
 
     Args:
-        metrics_port: port of the node's metrics; None: any free port.
+        metrics_port: port of the node's metrics; None: see `small_head`.
         folder: the hub's private folder, for Ray's sockets and logs.
     """
     options = {"_node_ip_address": LOOPBACK, "_metrics_export_port": metrics_port}
@@ -117,13 +120,18 @@ def local_cluster_options(metrics_port: int | None, folder: Path) -> dict[str, A
 
 
 @contextmanager
-def without_monitors() -> Iterator[None]:
-    """Let `ray.init` start a head without the autoscaler's monitor and the log monitor while the context lasts.
+def small_head(*, metrics: bool) -> Iterator[None]:
+    """Let `ray.init` start a head without the processes that a cluster on one machine does not need.
 
-    Both take 100 MB in all. A cluster on one machine adds no nodes, and `hub.local` reads the actors' logs itself.
-    `ray start` has hidden options for both; `ray.init` has none.
+    These are the autoscaler's monitor, the log monitor and the dashboard's server, 175 MB in all: such a cluster adds
+    no nodes, and `hub.local` reads the actors' logs itself. `ray start` has hidden options for the monitors; `ray.init`
+    has none. The dashboard's agent is the page of metrics; without them it starts as in an installation of Ray that
+    lacks the agent's packages, and does nothing.
+
+    Args:
+        metrics: whether the node has a page of metrics.
     """
-    from ray._private import parameter
+    from ray._private import node, parameter, utils
 
     ours = parameter.RayParams
 
@@ -132,11 +140,13 @@ def without_monitors() -> Iterator[None]:
             super().__init__(*args, **options)
             self.update(no_monitor=True, include_log_monitor=False)
 
-    parameter.RayParams = Params  # type: ignore[misc]
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(parameter, "RayParams", Params))
+        stack.enter_context(patch.object(node.Node, "start_api_server", lambda *_args, **_options: None))
+        if not metrics:
+            lacks = ModuleNotFoundError("no page of metrics")
+            stack.enter_context(patch.object(utils, "get_dashboard_dependency_error", lambda: lacks))
         yield
-    finally:
-        parameter.RayParams = ours  # type: ignore[misc]
 
 
 def haproxy_logs(folder: Path) -> list[Path]:

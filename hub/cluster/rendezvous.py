@@ -23,6 +23,8 @@ import numpy as np
 from cachetools import LRUCache
 from numpy.typing import NDArray
 
+from ..worker_api import ROUTING_DIGEST_CHARS
+
 Worker = TypeVar("Worker", bound=Hashable)
 
 OWNERS_PER_ADAPTER = 2
@@ -118,6 +120,44 @@ class RoutingTable(Generic[Worker]):
     def _holds(self, worker: Worker, digest: str) -> bool:
         report = self._reports.get(worker)
         return report is not None and digest[: self._digest_chars] in report.digests
+
+
+class KnownWorkers:
+    """Running workers of the deployment that a process calls, as its router last heard of them."""
+
+    def __init__(self) -> None:
+        self.names: Collection[str] = ()
+        self.table: RoutingTable[str] = RoutingTable(ROUTING_DIGEST_CHARS)
+
+    def update(self, reports: Collection[WorkerReport]) -> None:
+        """Replace the workers and their reports."""
+        found = {report.name: report for report in reports}
+        self.table.update(found)
+        self.names = found.keys()
+
+    def choose(self, key: str, load: Callable[[str], int], without: Collection[str] = ()) -> str | None:
+        """Return the best worker for a call; None if there is none.
+
+        Args:
+            key, load: as in `RoutingTable.route`.
+            without: workers that get no calls.
+        """
+        candidates = [name for name in self.names if name not in without] if without else self.names
+        if not candidates:
+            return None
+        best = self.table.route(key, candidates, load)[0]
+        return best[0] if len(best) == 1 else min(best, key=load)
+
+
+_KNOWN_WORKERS = KnownWorkers()
+
+
+def known_workers() -> KnownWorkers:
+    """Return the workers that this process knows.
+
+    Serve creates the router of a process itself, from a copy of the router's module, so the router can only call this.
+    """
+    return _KNOWN_WORKERS
 
 
 def load_bound(total: int, workers: int, batch: int = 1) -> int:

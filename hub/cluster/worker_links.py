@@ -23,7 +23,8 @@ from ray.serve.handle import DeploymentHandle
 
 from ..errors import HubError, Unavailable
 from ..worker_api import MAX_SEND_BYTES, Answer
-from .request_router import PINNED, KnownWorkers
+from .rendezvous import KnownWorkers
+from .request_router import PINNED
 
 PAUSE_S = 0.01  # between two sends to a worker that has not answered: a tenth of a core of each at most
 REPORT_S = 10.0  # a worker's own count of calls is used for this long
@@ -243,7 +244,7 @@ class WorkerLink:
             own = sum(len(one.calls) for one in self._sends)
             self._report = _Report(max(0, calls_here - own))
             self._plan(answered=True)
-        if send.calls:
+        if not send.is_over:
             raise WorkerDied("The worker stopped before it had answered. Try again.", retry_after_s=5)
 
     def _fail(self, send: _Send, error: Exception) -> None:

@@ -30,7 +30,7 @@ def ray_environment(settings: Settings, run_folder: Path) -> dict[str, str]:
     token_file = run_folder / "ray-token"
     token_file.touch(0o600)
     token_file.write_text(secrets.token_hex(32))
-    environment = ray_switches(token_file) | {
+    environment = ray_switches(token_file, metrics=settings.metrics_port is not None) | {
         # Ray sets one thread per actor where this is not set; the workers divide the cores themselves.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
         # Threads that wait for each other spin briefly, so that gateway and proxy get their cores.

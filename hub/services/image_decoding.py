@@ -17,7 +17,8 @@ import numpy as np
 from adapters import ImageError, ImageTooLargeError
 from adapters.data.decode_process import DecodeProcess
 from adapters.data.formats.sizes import header_pixels
-from adapters.data.images import WHITE, background_of, decode_image, eval_transform, needed_px, pixels_of, resize_of
+from adapters.data.images import WHITE, background_of, decode_image, needed_px, pixels_of
+from adapters.data.transform import pixel_transform, resize_of
 
 from ..admission.quotas import PIXELS_PER_IMAGE
 from ..concurrency import (
@@ -313,7 +314,7 @@ class ImageDecoder:
     def _decode(self, field: str, data: bytes, counted_pixels: int, preprocess: Preprocess) -> np.ndarray:
         options = {"needed_px": needed_px(preprocess), "background": background_of(preprocess)}
         image = self._opened(field, data, counted_pixels, resize_of(preprocess), **options)
-        pixels: np.ndarray = _transform(json.dumps(preprocess, sort_keys=True))(image).numpy()
+        pixels: np.ndarray = _transform(json.dumps(preprocess, sort_keys=True))(image)
         return pixels
 
     def _thumbnail(self, field: str, data: bytes, counted_pixels: int) -> bytes:
@@ -371,4 +372,4 @@ def checked_pixels(field: str, pixels: np.ndarray, preprocess: Preprocess) -> np
 
 @lru_cache(maxsize=64)
 def _transform(preprocess: str) -> Callable[..., Any]:
-    return eval_transform(json.loads(preprocess))
+    return pixel_transform(json.loads(preprocess))

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from adapters.evaluation.calibration import coverage_threshold
+from adapters.evaluation.intervals import coverage_threshold
 
 from ..errors import InvalidRequest
 from ..registry.versions import ServedVersion

@@ -290,6 +290,23 @@ def test_labels_that_may_be_wrong_are_listed_and_leave_the_list_when_corrected(
     assert counts(console, task)["0"] == 12
 
 
+def test_near_duplicates_are_listed_in_groups(
+    console: Console, digits: Path, tmp_path: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("duplicates", digits)
+    original = files(digits / "0")[0]
+    Image.open(original).convert("RGB").save(tmp_path / "again.jpg", quality=98)
+    with console.client() as client:
+        client.images.add(task, [tmp_path / "again.jpg"], label="0")
+    page = console.page(f"/tasks/{task}/images")
+    page.get_by_role("combobox", name="Show").select_option("duplicates")
+    page.get_by_text("Groups of images that are nearly equal").wait_for()
+    again = page.locator(".cell[aria-label^='again.jpg, ']")
+    again.wait_for()
+    group = again.inner_text().split(":")[0]
+    assert page.locator(".cell", has_text=f"{group}: 0").count() >= 2
+
+
 def test_canary_takes_a_share_and_rolls_back(console: Console, digits: Path, new_task: Callable[..., str]) -> None:
     task = new_task("canary", digits)
     with console.client() as client:

@@ -16,7 +16,6 @@ from typing import IO, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from adapters import Adapter
-from adapters.method.typicality import Typicality
 
 from ...admin_schemas import TenantInfo, TenantLimits
 from ...concurrency import Pool, run_blocking
@@ -227,7 +226,7 @@ def version_fields(adapter: Adapter) -> dict[str, Any]:
         "metrics": adapter.metrics,
         "size_bytes": len(adapter.data),
         "coverage": adapter.coverage,
-        "typicality": True if Typicality.of(adapter.tensors) else None,
+        "typicality": True if adapter.has_typicality else None,
     }
 
 

@@ -15,7 +15,7 @@ from random import random
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.evaluation.calibration import coverage_threshold
+from adapters.evaluation.intervals import coverage_threshold
 
 from ...admission.quotas import KEPT_QUEUED
 from ...concurrency import TenantThreads, gather_or_cancel, run_blocking

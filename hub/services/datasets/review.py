@@ -7,12 +7,10 @@ from the store; the arithmetic runs in the thread of fits, never on the event lo
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-
-from adapters.training.instant import InstantHead, fit_head
 
 from ...admission.authentication import Caller
 from ...admission.quotas import REVIEWS, REVIEWS_QUEUED
@@ -37,6 +35,9 @@ from .keeping import Keeper
 from .near_duplicates import groups_of, relative_rows
 from .review_order import FEW, margins_of, suspects_first, typical_first, uncertain_first, unit_rows
 
+if TYPE_CHECKING:
+    from adapters.training.instant import InstantHead
+
 UNLABELLED = 4000  # newest images without a label that one call looks at
 LABELLED = 4000  # images with a label, the newest of each
 LABELS = 400
@@ -49,9 +50,11 @@ class _Head:
     """A classifier of the labels that the dataset has."""
 
     labels: list[str]
-    fitted: InstantHead
+    fitted: "InstantHead"
 
     def probabilities(self, features: NDArray[np.float16]) -> NDArray[np.float32]:
+        import torch
+
         rows = torch.from_numpy(features.astype(np.float32))
         found: NDArray[np.float32] = (rows @ self.fitted.weight.T + self.fitted.bias).softmax(1).numpy()
         return found
@@ -154,10 +157,17 @@ class ReviewService:
 
 
 def _fit(images: Sequence[DatasetImage], rows: Mapping[str, NDArray[np.float16]]) -> _Head | None:
-    """Return a classifier; None if there are too few labels."""
+    """Return a classifier; None if there are too few labels.
+
+    Runs in the thread of fits, whose first call imports torch.
+    """
     counts = Counter(str(image.label) for image in images)
     if len(counts) < 2 or max(counts.values()) < 2:
         return None
+    import torch
+
+    from adapters.training.instant import fit_head
+
     labels = sorted(counts)
     numbers = {label: i for i, label in enumerate(labels)}
     features = torch.from_numpy(np.stack([rows[image.digest] for image in images]).astype(np.float32))

@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from typing import TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from adapters import Adapter
@@ -76,7 +75,7 @@ class VersionAnswers:
             adapters = [await self._adapter(caller.tenant, task.digests[number]) for number in numbers]
             spec = await self._features.spec()
             # Stored features are those that a head expects only with the same preprocessing.
-            heads = all(not x.layers and x.preprocess == dict(spec.preprocess) for x in adapters)
+            heads = all(not x.layer_shapes and x.preprocess == dict(spec.preprocess) for x in adapters)
             yield ChosenVersions(self, caller, task_name, numbers, adapters, heads=heads)
 
     async def trained(self, tenant: str, task: str, adapters: Sequence[Adapter]) -> set[str]:
@@ -173,8 +172,7 @@ def _trained_images(snapshot: bytes) -> set[str]:
 def _labels_of_head(adapter: Adapter, rows: Mapping[str, NDArray[np.float16]]) -> dict[str, str]:
     if not rows:
         return {}
-    features = torch.from_numpy(np.stack([*rows.values()]).astype(np.float32))  # (n, D)
-    tensors = adapter.tensors
-    logits = features @ tensors["head.weight"].float().T + tensors["head.bias"].float()  # (n, K)
-    chosen = logits.argmax(1).tolist()
+    features = np.stack([*rows.values()]).astype(np.float32)  # (n, D)
+    weight, bias = adapter.head()
+    chosen = (features @ weight.T + bias).argmax(1).tolist()
     return {digest: adapter.labels[k] for digest, k in zip(rows, chosen, strict=True)}

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from adapters.evaluation.calibration import accuracy_interval
+from adapters.evaluation.intervals import accuracy_interval
 
 from ...admission.authentication import Caller
 from ...dataset_schemas import DatasetImage

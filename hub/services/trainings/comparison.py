@@ -3,9 +3,9 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-import torch
+import numpy as np
 
-from adapters.evaluation.calibration import accuracy_interval, paired_gain
+from adapters.evaluation.intervals import accuracy_interval, paired_gain
 
 from ...admission.authentication import Caller
 from ...concurrency import TenantThreads, run_blocking
@@ -87,7 +87,7 @@ def _comparison(
             "The dataset has no test image to compare on that neither version was trained on. Add labelled images "
             "with the split test."
         )
-    right = [torch.tensor([answer[image.digest] == image.label for image in images]) for answer in answers]
+    right = [np.array([answer[image.digest] == image.label for image in images]) for answer in answers]
     versions = []
     for number, hits in zip(numbers, right, strict=True):
         count = int(hits.sum())
@@ -104,8 +104,8 @@ def _comparison(
         ComparedClass(
             label=label,
             images=len(at),
-            a=round(float(right[0][at].double().mean()), 4),
-            b=round(float(right[1][at].double().mean()), 4),
+            a=round(float(right[0][at].mean()), 4),
+            b=round(float(right[1][at].mean()), 4),
         )
         for label, at in sorted(members.items())
     ]

@@ -11,7 +11,8 @@ from PIL import Image
 
 from adapters import ImageError, ImageTooLargeError
 from adapters.data.decode_process import DecodeProcess
-from adapters.data.images import WHITE, decode_image, eval_transform, needed_px, resize_of
+from adapters.data.images import WHITE, decode_image, eval_transform, needed_px
+from adapters.data.transform import resize_of
 from tests.support.models import PREPROCESS, encoded
 
 OPTIONS: dict[str, Any] = {"max_pixels": 10**6, "needed_px": 40, "background": WHITE}

@@ -17,6 +17,7 @@ from timm.data.transforms_factory import create_transform
 
 from adapters import Backbone, ImageError, ImageTooLargeError
 from adapters.data.images import decode_image, eval_transform, needed_px, normalise, preprocess_of
+from adapters.data.transform import pixel_transform
 from tests.support.models import PREPROCESS
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -329,8 +330,10 @@ def test_transform_and_normalise_equal_timm_when_options_vary(
     }
     reference = create_transform(**shape, mean=mean, std=std, is_training=False)
     transform = eval_transform(shape | {"input_size": list(input_size), "mean": list(mean), "std": list(std)})
-    for image in (noise(51, 37), noise(20, 90), noise(*input_size[:0:-1])):
+    arrays = pixel_transform(shape | {"mean": mean})
+    for image in (noise(51, 37), noise(20, 90), noise(7, 300), noise(33, 33), noise(*input_size[:0:-1])):
         pixels = transform(image)
+        assert torch.equal(torch.from_numpy(arrays(image)), pixels)
         assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, input_size)
         assert torch.equal(normalise(pixels[None], torch.tensor(mean), torch.tensor(std))[0], reference(image))
 

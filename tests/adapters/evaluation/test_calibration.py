@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters.evaluation.calibration import (
-    accuracy_interval,
-    coverage_table,
-    coverage_threshold,
-    fit_confidence,
-    fit_temperature,
-)
+from adapters.evaluation.calibration import coverage_table, fit_confidence, fit_temperature
+from adapters.evaluation.intervals import accuracy_interval, coverage_threshold
 
 
 def honest(n: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:

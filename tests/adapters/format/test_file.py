@@ -19,7 +19,7 @@ import torch
 from adapters import Adapter, AdapterError, Backbone, BankLimits, KarstConfig
 from adapters.data.images import preprocess_of
 from adapters.format.errors import MAX_PROBLEMS
-from adapters.method import typicality
+from adapters.format.names import TYPICALITY
 from tests.support.adapter_files import pack
 from tests.support.models import random_adapter, with_metadata
 
@@ -348,7 +348,7 @@ def test_bank_s_limit_is_that_of_a_file_with_all_tensors_of_every_layer(backbone
     limits = BankLimits(backbone.info(), max_rank=8, max_kernels=4, factor=4)
     largest = random_adapter(backbone, norms=True)
     parts = [len(parts) for parts in largest.layers.values()]
-    assert sum(parts) + 2 <= limits.max_tensors <= sum(parts) + 2 + len(typicality.NAMES)
+    assert sum(parts) + 2 <= limits.max_tensors <= sum(parts) + 2 + len(TYPICALITY)
 
 
 def test_error_has_the_first_fifty_problems_when_a_file_has_more() -> None:

@@ -10,7 +10,7 @@ import pytest
 import tritonclient.http as triton
 
 from adapters import Adapter
-from adapters.evaluation.calibration import coverage_threshold
+from adapters.evaluation.intervals import coverage_threshold
 from tests.support.asgi import listening
 from tests.support.hub_app import OCTETS, Hub, bearer
 from tests.support.models import flat_png, png, wait_until, with_metadata

@@ -11,7 +11,7 @@ with warnings.catch_warnings():
     import ray.serve._private.haproxy
     import ray.serve.request_router
 
-from hub.cluster.request_router import KNOWN_WORKERS
+from hub.cluster.rendezvous import known_workers
 
 assert ray.serve
 
@@ -20,4 +20,4 @@ assert ray.serve
 def no_known_workers() -> Iterator[None]:
     """Forget the workers that routers of a test have found."""
     yield
-    KNOWN_WORKERS.update([])
+    known_workers().update([])

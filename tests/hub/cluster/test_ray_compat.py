@@ -85,7 +85,7 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 given = [validate_request_token("Bearer " + token) for token in ("a-secret-of-this-test", "another-secret")]
 print(json.dumps([is_token_auth_enabled(), *given]))
 """
-    assert in_new_process(code, ray_compat.ray_switches(tmp_path / "token")) == [True, True, False]
+    assert in_new_process(code, ray_compat.ray_switches(tmp_path / "token", metrics=False)) == [True, True, False]
 
 
 def test_ray_reads_the_other_switches_of_every_hub(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ from ray._common.usage import usage_lib
 from ray._private import ray_constants
 print(json.dumps([usage_lib.usage_stats_enabled(), ray_constants.RAY_DEDUP_LOGS_SKIP_REGEX]))
 """
-    switches = ray_compat.ray_switches(tmp_path / "token") | {"RAY_AUTH_MODE": "disabled"}
+    switches = ray_compat.ray_switches(tmp_path / "token", metrics=False) | {"RAY_AUTH_MODE": "disabled"}
     assert in_new_process(code, switches) == [False, switches["RAY_DEDUP_LOGS_SKIP_REGEX"]]
 
 
@@ -103,21 +103,30 @@ def test_serve_reads_the_intervals_of_every_hub(tmp_path: Path) -> None:
 from ray.serve._private import constants
 print(json.dumps([constants.CONTROL_LOOP_INTERVAL_S, constants.RAY_SERVE_METRICS_EXPORT_INTERVAL_MS]))
 """
-    assert in_new_process(code, ray_compat.ray_switches(tmp_path / "token")) == [0.25, 1000]
+    assert in_new_process(code, ray_compat.ray_switches(tmp_path / "token", metrics=False)) == [0.25, 1000]
 
 
-@pytest.mark.parametrize("without", [True, False])
-def test_head_has_no_monitors_when_it_starts_without_them(without: bool) -> None:
+@pytest.mark.parametrize(
+    ("context", "expected"),
+    [
+        ("contextlib.nullcontext()", [True, True, True, False]),
+        ("small_head(metrics=True)", [False, False, False, False]),
+        ("small_head(metrics=False)", [False, False, False, True]),
+    ],
+)
+def test_head_has_only_the_processes_of_a_hub_when_it_is_small(context: str, expected: list[bool]) -> None:
+    """Without metrics the dashboard's agent, whose command is an argument of the raylet, is minimal."""
     code = f"""
 import contextlib, psutil, ray
-from hub.cluster.ray_compat import without_monitors
-with without_monitors() if {without} else contextlib.nullcontext():
+from hub.cluster.ray_compat import small_head
+with {context}:
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
 ray.shutdown()
-print(json.dumps([any(name in command for command in commands) for name in ("log_monitor.py", "/monitor.py")]))
+names = "log_monitor.py", "/monitor.py", "/dashboard.py", "--minimal"
+print(json.dumps([any(name in command for command in commands) for name in names]))
 """
-    assert in_new_process(code, ray_compat.LOOPBACK_SWITCHES) == [not without] * 2
+    assert in_new_process(code, ray_compat.LOOPBACK_SWITCHES) == expected
 
 
 def test_a_local_cluster_has_the_private_arguments_the_keys_of_its_node_and_its_files() -> None:

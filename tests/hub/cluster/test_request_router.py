@@ -1,12 +1,33 @@
 """The request router of the workers in Serve's own classes; `test_rendezvous.py` tests its decisions."""
 
 import asyncio
+import subprocess
+import sys
 
-from hub.cluster.rendezvous import RESIDENT_ONLY, RendezvousHash
-from hub.cluster.request_router import KNOWN_WORKERS, PINNED
+from ray.serve.config import RequestRouterConfig
+
+from hub.cluster.rendezvous import RESIDENT_ONLY, RendezvousHash, known_workers
+from hub.cluster.request_router import PINNED, RendezvousRouter
 from tests.support.serve import Replica, assigned, pending_call, running, running_router, update
 
 DIGEST = f"{7:064x}"
+GATEWAY = """
+import asyncio, sys
+from ray import cloudpickle
+from ray.serve._private.common import DeploymentHandleSource
+from tests.support.serve import WORKER, Replica, update
+from hub.cluster.rendezvous import known_workers
+
+async def route():
+    router = cloudpickle.loads(sys.stdin.buffer.read())(
+        WORKER, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True
+    )
+    router.initialize_state()
+    await update(router, Replica("w7"))
+
+asyncio.run(route())
+print(*known_workers().names)
+"""
 
 
 def test_serve_assigns_a_call_to_an_owner_of_its_adapter() -> None:
@@ -68,10 +89,18 @@ def test_a_pinned_call_goes_to_its_worker_and_to_others_only_when_that_one_is_go
 def test_a_gateway_knows_the_workers_that_its_router_knows() -> None:
     async def route() -> None:
         router = await running_router(Replica("w0"), Replica("w1", DIGEST[:16]))
-        assert KNOWN_WORKERS.choose(DIGEST + RESIDENT_ONLY, lambda _: 0) == "w1"
-        assert KNOWN_WORKERS.choose(DIGEST, lambda _: 0, ["w1"]) == "w0"
-        assert KNOWN_WORKERS.choose(DIGEST, lambda _: 0, ["w0", "w1"]) is None
+        assert known_workers().choose(DIGEST + RESIDENT_ONLY, lambda _: 0) == "w1"
+        assert known_workers().choose(DIGEST, lambda _: 0, ["w1"]) == "w0"
+        assert known_workers().choose(DIGEST, lambda _: 0, ["w0", "w1"]) is None
         await update(router, Replica("w2"))
-        assert KNOWN_WORKERS.choose(DIGEST, lambda _: 0) == "w2"
+        assert known_workers().choose(DIGEST, lambda _: 0) == "w2"
 
     asyncio.run(route())
+
+
+def test_a_gateway_knows_the_workers_when_serve_copies_the_router_into_its_process() -> None:
+    config = RequestRouterConfig(request_router_class=RendezvousRouter)  # type: ignore[arg-type]
+    copy = config.get_serialized_request_router_cls()
+    assert copy is not None
+    found = subprocess.run([sys.executable, "-c", GATEWAY], input=copy, capture_output=True, check=True, timeout=120)
+    assert found.stdout.decode().split() == ["w7"]

@@ -10,8 +10,8 @@ import ray.exceptions
 
 from hub.cluster import gateway, worker_links
 from hub.cluster.gateway import ServeWorkers
-from hub.cluster.rendezvous import WorkerReport
-from hub.cluster.request_router import KNOWN_WORKERS, PINNED
+from hub.cluster.rendezvous import WorkerReport, known_workers
+from hub.cluster.request_router import PINNED
 from hub.cluster.worker_links import WorkerLinks
 from hub.errors import InvalidAdapter, Unavailable
 from hub.worker_api import MAX_SEND_BYTES, CallFailed
@@ -82,7 +82,7 @@ class _Method:
 def two_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "RETRY_PAUSE_S", 0.0)
     monkeypatch.setattr(worker_links, "PAUSE_S", 60.0)  # no test waits for it
-    KNOWN_WORKERS.update([WorkerReport("w0", batch=64), WorkerReport("w1", batch=64)])
+    known_workers().update([WorkerReport("w0", batch=64), WorkerReport("w1", batch=64)])
 
 
 def run(use: Callable[[Deployment, ServeWorkers], Awaitable[None]]) -> None:
@@ -181,6 +181,12 @@ def test_neighbours_are_answered_when_a_call_is_cancelled() -> None:
         await asyncio.wait(calls)
         assert (calls[0].result(), calls[1].cancelled(), calls[2].result()) == (["a"], True, ["c"])
         assert not response.cancelled
+        await asyncio.sleep(0)
+        again = start(workers, "same")
+        ((_, _, session_id, response),) = await deployment.next()
+        assert session_id.startswith(PINNED)  # the worker counts as alive
+        response.items.put_nowait(["again"])
+        assert await again == ["again"]
 
     run(use)
 
@@ -298,7 +304,7 @@ def test_a_modest_tenant_is_in_the_next_send_when_a_greedy_one_fills_several() -
 
 def test_adapters_of_different_workers_do_not_wait_for_each_other() -> None:
     async def use(deployment: Deployment, workers: ServeWorkers) -> None:
-        links = WorkerLinks(workers=KNOWN_WORKERS, handle=deployment)  # type: ignore[arg-type]
+        links = WorkerLinks(workers=known_workers(), handle=deployment)  # type: ignore[arg-type]
         owned: dict[int, str] = {}
         for i in range(64):
             link = links.choose(f"{i:064x}")
@@ -314,7 +320,7 @@ def test_adapters_of_different_workers_do_not_wait_for_each_other() -> None:
 
 
 def test_an_owner_with_many_calls_is_full_though_they_left_together() -> None:
-    KNOWN_WORKERS.update([WorkerReport(f"w{i}", batch=1) for i in range(2)])
+    known_workers().update([WorkerReport(f"w{i}", batch=1) for i in range(2)])
 
     async def use(deployment: Deployment, workers: ServeWorkers) -> None:
         calls = []

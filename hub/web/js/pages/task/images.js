@@ -10,6 +10,7 @@ import { useUpload } from "./uploads.js";
 
 const PAGE = 500;
 const BULK = 200; // images of one change
+const GROUPS = 100; // of near-duplicates in one page
 const FOLDERS = "folder";
 const REFRESH_MS = 500; // between two readings of the list during an upload
 
@@ -28,6 +29,15 @@ function useImages(task, filter) {
       const { images } = await api.get(at(task, "review"), { kind: "errors", count: 100 });
       mine.items = images.map(({ image, suggestions: [suggested] }) => ({ ...image, suggested }));
       mine.next = null;
+      return;
+    }
+    if (filter.show === "duplicates") {
+      const page = await api.get(at(task, "near-duplicates"), { count: GROUPS, cursor: mine.next === "0" ? null : mine.next });
+      for (const { images } of page.groups) {
+        mine.groups = (mine.groups ?? 0) + 1;
+        mine.items = [...mine.items, ...images.map((image) => ({ ...image, group: mine.groups }))];
+      }
+      mine.next = page.next;
       return;
     }
     const params = { count: PAGE, cursor: mine.next };
@@ -100,7 +110,7 @@ function Dataset({ task, detail, info, reload }) {
   const counting = useRef(0);
   const refreshing = useRef(0);
   const labels = info.labels.map((row) => row.label);
-  const total = show ? images.items.length : images.complete ? images.items.length : totalOf(info, filter);
+  const total = show ? images.items.length + (images.complete || !images.items.length ? 0 : 1) /* asks for the next page */ : images.complete ? images.items.length : totalOf(info, filter);
 
   const filterBy = (change) => {
     select(new Set());
@@ -189,6 +199,7 @@ function Dataset({ task, detail, info, reload }) {
     relabel(JSON.parse(text), to);
   };
   const describe = (image) =>
+    (image.group ? `${image.group}: ` : "") +
     (image.suggested ? `${image.label}; or ${image.suggested.label}?` : (image.label ?? "no label")) +
     (image.use === "test" ? " · test" : "");
 
@@ -247,9 +258,11 @@ function Dataset({ task, detail, info, reload }) {
               <select value=${show ?? ""} onChange=${(e) => filterBy({ show: e.target.value })}>
                 <option value="">newest first</option>
                 <option value="errors">labels that may be wrong</option>
+                <option value="duplicates">near-duplicates</option>
               </select>
             <//>
           </div>
+          ${show === "duplicates" && html`<p>Groups of images that are nearly equal, each with its number; groups that both train and test come first. Delete all but one of a group, or give them the same use.</p>`}
           ${images.error && html`<${ErrorBox} error=${images.error} retry=${images.restart} />`}
           <div class="bulk row" role="toolbar" aria-label="Selected images">
             <span aria-live="polite">${count(selected.size)} selected</span>
