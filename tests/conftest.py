@@ -11,7 +11,8 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ["OMP_NUM_THREADS"] = "1"
 
 CONSOLE = "tests/console/"  # these share a hub and wait for a browser
-HUBS = ("tests/system/", "tests/attacks/test_neighbours", CONSOLE)  # tests that share whole hubs
+# Tests that share whole hubs.
+HUBS = ("tests/system/", "tests/attacks/test_neighbours", "tests/attacks/test_smuggling", CONSOLE)
 
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types

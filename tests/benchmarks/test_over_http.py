@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 SMALL = "--parts idle throughput first-answer tenants --calls 3 --rounds 1 --seconds 1.5 --callers 2 --greedy-open 50"
 
 
+@pytest.mark.long
 def test_every_part_over_http(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     command = [sys.executable, "-m", "benchmarks.over_http", *SMALL.split(), "--output", str(output)]

@@ -40,6 +40,7 @@ def check(result: dict[str, Any], sizes: list[int], names: list[str]) -> None:
             assert set(entry["memory_mb"]) == {"private", "resident"}
 
 
+@pytest.mark.long
 def test_every_contender_but_serve_answers_as_merged_models(tmp_path: Path) -> None:
     names = ["ours", "LoRA", "LoKr", "processes"]
     result = run(tmp_path / "peers.json", "--sizes", "1", "2", "--contenders", *names)

@@ -215,6 +215,7 @@ def test_wrong_labels_are_found_in_the_confusion_matrix_and_corrected(
         assert wrong.digest in {image.digest for image in client.images.list(task, label="0").images}
 
 
+@pytest.mark.long
 def test_training_job_shows_its_progress_and_is_cancelled(
     console: Console, digits: Path, new_task: Callable[..., str]
 ) -> None:

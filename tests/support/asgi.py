@@ -10,13 +10,17 @@ from typing import Literal
 import uvicorn
 from starlette.types import ASGIApp
 
+STOP_S = 30  # a request that still waits then is cancelled
+
 
 @contextmanager
 def listening(app: ASGIApp, *, has_lifespan: bool = True) -> Iterator[str]:
     """Serve an application on a free port of loopback; yield its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         lifespan: Literal["on", "off"] = "on" if has_lifespan else "off"
-        config = uvicorn.Config(app, lifespan=lifespan, ws="none", log_level="warning", access_log=False)
+        config = uvicorn.Config(
+            app, lifespan=lifespan, ws="none", log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_S
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

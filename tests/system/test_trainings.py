@@ -69,6 +69,7 @@ def test_a_job_is_followed_through_haproxy_and_starts_again_when_its_process_is_
         wait_until(lambda: not training_processes(hub.served), 30)
 
 
+@pytest.mark.long
 def test_a_job_of_a_hub_that_is_killed_runs_again_after_the_restart(tmp_path: Path) -> None:
     home = tmp_path / "home"
     first = serve(home, free_port())

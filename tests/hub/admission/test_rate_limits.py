@@ -311,8 +311,8 @@ def test_gateway_admits_a_full_bucket_and_refuses_more_when_redis_is_away(tmp_pa
         await TenantRegistry(database).create(OPERATOR, "t", LimitsChange(requests_per_second=20))
         gateway = Gateway(database)
         assert await gateway.spend()
-        stop_redis()
         began = time.monotonic()
+        stop_redis()
         admitted = 0
         while await gateway.spend():
             admitted += 1

@@ -116,7 +116,7 @@ def test_usage_and_status(run: Run, hub: Hub, url: str, task: list[Adapter], mon
     assert ok(run("status")) == f"{url}: ready\n"
     monkeypatch.setenv("HUB_ADMIN_KEY", hub.admin_key)
     assert "images/s" in ok(run("status"))
-    assert set(read(run("status", "--json"))) == {"workers", "tasks", "tenants", "changes_refused"}
+    assert set(read(run("status", "--json"))) == {"workers", "tasks", "tenants", "errors", "changes_refused"}
 
 
 def test_token_works_in_place_of_the_key(run: Run, hub: Hub, task: list[Adapter]) -> None:
