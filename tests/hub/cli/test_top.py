@@ -31,7 +31,7 @@ from hub.errors import Forbidden, Unavailable
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.status import StatusBoard, busiest_tasks
 from tests.support.hub_app import Hub, bearer, in_registry
-from tests.support.models import png
+from tests.support.models import png, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, at import
 
@@ -118,16 +118,16 @@ def test_status_route_counts_the_errors_of_the_last_hour_by_kind(hub: Hub) -> No
         await database.redis.hset(f"karst:errors:{minute - 59}", "429 limit-reached", 5)
         await database.redis.hset(f"karst:errors:{minute - 61}", "429 limit-reached", 1000)
 
-    in_registry(hub.redis_url, use)
+    def read() -> list[ErrorCount]:
+        return HubStatus.model_validate(hub.http.get("/v1/status", headers=hub.admin).json()).errors
+
     for _ in range(2):
         assert hub.http.get("/v1/tasks/none").status_code == 404
     assert hub.http.delete("/v1/status").status_code == 405
     assert hub.http.get("/v1/tasks").status_code == 200
-    for _ in range(100):  # counts are written every two seconds
-        errors = HubStatus.model_validate(hub.http.get("/v1/status", headers=hub.admin).json()).errors
-        if len(errors) == 3:
-            break
-        asyncio.run(asyncio.sleep(0.1))
+    wait_until(lambda: len(read()) == 2)  # counts are written every two seconds
+    in_registry(hub.redis_url, use)  # just before the reply: a minute later the first of these would be too old
+    errors = read()
     counted = [(error.status, error.kind, error.count) for error in errors]
     assert counted == [(429, "limit-reached", 5), (404, "not-found", 2), (405, "http-405", 1)]
     assert errors[0].last < errors[1].last
