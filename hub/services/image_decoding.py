@@ -336,8 +336,10 @@ class ImageDecoder:
                 raise ImageError(f"the JPEG has more than {MAX_JPEG_SCANS} scans; save it in a simpler form")
             if self._processes is None or resize is None or counted_pixels <= PIXELS_PER_IMAGE:
                 return self._decode_image(data, **options)
-            options |= dict(zip(("shorter_px", "interpolation"), resize, strict=True))
-            return self._processes.decode(data, timeout_s=self._timeout_s, **options)
+            shorter_px, interpolation = resize
+            return self._processes.decode(
+                data, timeout_s=self._timeout_s, shorter_px=shorter_px, interpolation=interpolation, **options
+            )
         except ImageTooLargeError as error:
             if counted_pixels < self._max_pixels:  # otherwise an image could cost more than the tenant was charged
                 raise InvalidImage.at(field, "the image is larger than its header claims; save it again") from error

@@ -1,18 +1,14 @@
 """Adapters that a worker loads before their first call: pinned tasks, and adapters that any worker used recently."""
 
-import asyncio
-import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
-from ..errors import HubError, NotFound
-from ..registry.redis.connection import RegistryConnection, is_cancelled
+from ..errors import NotFound
+from ..registry.redis.connection import RegistryConnection
 from ..registry.status import StatusBoard
 from ..registry.tasks import TaskRegistry
 from ..schemas import LATEST
-
-logger = logging.getLogger(__name__)
 
 
 class Prewarming:
@@ -79,19 +75,3 @@ class Prewarming:
             yield connection
         finally:
             await connection.close()
-
-
-async def repeat(step: Callable[[], Awaitable[None]], interval_s: float, name: str, level: int) -> None:
-    """Run a step around the registry until the task is cancelled. A failed step is logged, and the next one follows.
-
-    Args:
-        level: of the log line for an error of the hub, such as an unavailable registry.
-    """
-    while not is_cancelled():
-        try:
-            await step()
-        except HubError as error:
-            logger.log(level, "%s failed, next try in %g s: %s", name, interval_s, error)
-        except Exception:
-            logger.exception("%s failed, next try in %g s", name, interval_s)
-        await asyncio.sleep(interval_s)

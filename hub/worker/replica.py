@@ -23,6 +23,7 @@ from ..concurrency import Together
 from ..errors import HubError
 from ..observability import log_format, request_context, tracing
 from ..observability.metrics import MetricTypes
+from ..registry.redis.repetition import repeat
 from ..settings import Settings
 from ..storage.store import Store
 from ..worker_api import ROUTING_DIGEST_CHARS, Answer, CallFailed, CallOrigin, PassStats, TaskAnswers
@@ -34,7 +35,7 @@ from .idle_passes import IdlePasses
 from .many_tasks import ManyTasks
 from .metrics import WorkerMetrics
 from .passes import Item, ItemScores, Passes
-from .prewarming import Prewarming, repeat
+from .prewarming import Prewarming
 from .stats import WorkerStats
 
 logger = logging.getLogger(__name__)

@@ -12,12 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from uuid import uuid4
 
 from ...admission.quotas import USAGE_LABELS, USAGE_QUEUED
-from ...errors import Unavailable
 from ...registry.datasets.usage import OTHER, TENTHS, DayName, UsageDay, UsageRegistry, VersionCounts
-from ...registry.redis.connection import is_cancelled
+from ...registry.redis.repetition import repeat
 from ..predictions import Predicted
-
-logger = logging.getLogger(__name__)
 
 WRITE_S = 5.0
 QUEUED = 10 * USAGE_QUEUED  # counts of all tenants that wait in a gateway
@@ -89,14 +86,8 @@ class UsageCounter:
 
     async def run(self) -> None:
         """Write the counts every `WRITE_S` until cancelled."""
-        while not is_cancelled():
-            await asyncio.sleep(WRITE_S)
-            try:
-                await self.write()
-            except Unavailable:
-                pass  # the connection logs the reason; the counts wait
-            except Exception:
-                logger.exception("counts of answers are not written")
+        # The connection logs why Redis does not answer; the counts wait.
+        await repeat(self.write, WRITE_S, "writing counts of answers", logging.DEBUG)
 
     async def write(self) -> None:
         """Write all counts.

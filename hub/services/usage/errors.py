@@ -1,15 +1,11 @@
 """Errors of one gateway's replies by kind, added to the hub's counts every few seconds."""
 
-import asyncio
 import logging
 from collections import Counter
 
-from ...errors import HubError
 from ...observability.request_context import RequestContext
-from ...registry.redis.connection import is_cancelled
+from ...registry.redis.repetition import repeat
 from ...registry.status import StatusBoard
-
-logger = logging.getLogger(__name__)
 
 WRITE_S = 2.0
 
@@ -32,14 +28,8 @@ class ErrorCounter:
 
     async def run(self) -> None:
         """Write the counts every `WRITE_S` until cancelled."""
-        while not is_cancelled():
-            await asyncio.sleep(WRITE_S)
-            try:
-                await self.write()
-            except HubError:
-                pass  # the connection logs the reason; the counts wait
-            except Exception:
-                logger.exception("counts of errors are not written")
+        # The connection logs why Redis does not answer; the counts wait.
+        await repeat(self.write, WRITE_S, "writing counts of errors", logging.DEBUG)
 
     async def write(self) -> None:
         """Write all counts.

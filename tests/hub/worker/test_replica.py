@@ -21,7 +21,7 @@ from hub.registry.status import StatusBoard
 from hub.storage.store import Store
 from hub.worker.prewarming import Prewarming
 from hub.worker.replica import Worker
-from hub.worker_api import CallFailed, CallOrigin
+from hub.worker_api import Answer, CallFailed, CallOrigin
 from tests.support.models import calibrated_adapter, flat_png, png
 from tests.support.workers import PassGate, fix_batch_size, make_worker, run
 
@@ -47,6 +47,16 @@ def images(count: int, seed: int = 0) -> list[NDArray[np.uint8]]:
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         await asyncio.sleep(0)
+
+
+async def held_call(
+    worker: Worker, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[PassGate, "asyncio.Task[list[Answer]]"]:
+    """Return a gate, and a call of one image whose pass waits for it."""
+    gate = PassGate(monkeypatch)
+    running = asyncio.create_task(worker.classify("t", digest, images(1)))
+    await until(gate.started.is_set)
+    return gate, running
 
 
 def test_adapters_share_a_pass_and_each_call_gets_its_own_answers(worker: Worker, adapters: list[Adapter]) -> None:
@@ -164,9 +174,7 @@ def test_queued_images_are_not_computed_when_their_call_is_cancelled(
 ) -> None:
     async def use() -> None:
         digest = adapters[0].digest
-        gate = PassGate(monkeypatch)
-        running = asyncio.create_task(worker.classify("t", digest, images(1)))
-        await until(gate.started.is_set)
+        gate, running = await held_call(worker, digest, monkeypatch)
         gone, stays = (asyncio.create_task(worker.classify("t", digest, images(3))) for _ in range(2))
         await until(lambda: worker.status().waiting == 6)
         gone.cancel()
@@ -284,9 +292,7 @@ def test_images_of_a_dropped_call_are_not_computed_and_its_neighbours_are(
 ) -> None:
     async def use() -> None:
         digest = adapters[0].digest
-        gate = PassGate(monkeypatch)
-        running = asyncio.create_task(worker.classify("t", digest, images(1)))
-        await until(gate.started.is_set)
+        gate, running = await held_call(worker, digest, monkeypatch)
 
         async def together() -> dict[str, object]:
             found: dict[str, object] = {}
@@ -312,9 +318,7 @@ def test_calls_end_when_the_gateway_that_sent_them_together_is_gone(
 ) -> None:
     async def use() -> None:
         digest = adapters[0].digest
-        gate = PassGate(monkeypatch)
-        running = asyncio.create_task(worker.classify("t", digest, images(1)))
-        await until(gate.started.is_set)
+        gate, running = await held_call(worker, digest, monkeypatch)
 
         async def together() -> None:
             async for _ in worker.answer_together({str(i): ("t", digest, images(3)) for i in range(2)}):

@@ -110,7 +110,8 @@ function Dataset({ task, detail, info, reload }) {
   const counting = useRef(0);
   const refreshing = useRef(0);
   const labels = info.labels.map((row) => row.label);
-  const total = show ? images.items.length + (images.complete || !images.items.length ? 0 : 1) /* asks for the next page */ : images.complete ? images.items.length : totalOf(info, filter);
+  const more = show && images.items.length && !images.complete ? 1 : 0; // a place that asks for the next page
+  const total = show || images.complete ? images.items.length + more : totalOf(info, filter);
 
   const filterBy = (change) => {
     select(new Set());
