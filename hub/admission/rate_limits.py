@@ -141,9 +141,7 @@ class RateLimiter:
 
     async def run(self) -> None:
         """Write counts and key uses to Redis and renew permits, twice a second, until cancelled."""
-        task = asyncio.current_task()
-        # redis-py 8.1.0 on Python 3.11 drops some cancellations. Without this check the task would then never end.
-        while task is None or not task.cancelling():
+        while True:
             await asyncio.sleep(SETTLE_INTERVAL_S)
             try:
                 await self.settle()
