@@ -203,11 +203,11 @@ def first_keys_of(redis_url: str) -> FirstKeys:
     return in_registry(redis_url, lambda db: create_first_keys(TenantRegistry(db), KeyRegistry(db)))
 
 
-def in_registry(redis_url: str, use: Callable[[RegistryConnection], Awaitable[T]]) -> T:
-    """Run `use(database)` on its own event loop."""
+def in_registry(redis_url: str, use: Callable[[RegistryConnection], Awaitable[T]], *, patience: float = 10) -> T:
+    """Run `use(database)` on its own event loop. See `RegistryConnection` for `patience`."""
 
     async def run() -> T:
-        database = RegistryConnection(redis_url, patience=10)
+        database = RegistryConnection(redis_url, patience=patience)
         try:
             return await use(database)
         finally:
