@@ -150,6 +150,7 @@ def create_app(
     *,
     tenant_calls: int = GATEWAY_CALLS,
     tenant_waiting: int = GATEWAY_CALLS_QUEUED,
+    redis_patience: float = 1,
 ) -> GatewayAPI:
     """Return one gateway's HTTP application with all its collaborators. `state.cache` is its registry cache.
 
@@ -160,6 +161,7 @@ def create_app(
             and traces, and leaves the reply's `x-request-id` to Serve. None outside of Ray Serve.
         tenant_calls: classifications of one tenant that run at once.
         tenant_waiting: classifications of one tenant that are queued; further ones are refused.
+        redis_patience: see `RegistryConnection`.
     """
     if metrics is not None:
         log_format.start(settings.log_format, settings.log_level)
@@ -167,7 +169,7 @@ def create_app(
     active = ActiveTenants()
     pools, reads = ThreadPools(active), TenantReads(REGISTRY_READS, active)
 
-    database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
+    database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days, patience=redis_patience)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
     store = Store(str(settings.store_url), min_free_bytes=settings.min_free_disk)
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))

@@ -130,11 +130,12 @@ async def _repeated(attempt: Callable[[], Awaitable[T]]) -> T:
 async def _call_once(method: DeploymentHandle[Any], args: tuple[object, ...], timeout_s: float | None) -> Any:
     response = method.remote(*args)
     with hub_errors():
-        try:
-            return await (asyncio.wait_for(response, timeout_s) if timeout_s else response)
-        except asyncio.CancelledError:  # the client disconnected: the worker drops images that still wait
-            response.cancel()  # type: ignore[no-untyped-call]  # Ray has no types here
-            raise
+        async with asyncio.timeout(timeout_s):  # `wait_for` of Python 3.11 drops some cancellations
+            try:
+                return await response
+            except asyncio.CancelledError:  # the client disconnected: the worker drops images that still wait
+                response.cancel()  # type: ignore[no-untyped-call]  # Ray has no types here
+                raise
 
 
 @serve.ingress()
