@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from adapters import BankLimits
 
+from ..api.stock_proxy import end_pipelined_requests
 from ..errors import HubError, Unavailable
 from ..observability import request_context, tracing
 from ..observability.request_log import RequestMetrics
@@ -155,4 +156,5 @@ class Gateway(LateIngress):
         self._workers = ServeWorkers(worker, scale_to_zero)
 
     def build_asgi_app(self) -> FastAPI:
+        end_pipelined_requests()  # Ray starts uvicorn after this
         return self._make_app(self._workers, self._trainer, GatewayMetrics(ray_metrics()))
