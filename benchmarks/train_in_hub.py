@@ -341,7 +341,7 @@ def neighbour(stage: Stage) -> dict[str, Any]:
     while sending.is_alive():
         beside += replies(1.0)
     sending.join()
-    upload_s = time.perf_counter() - began
+    upload_s, beside_upload = time.perf_counter() - began, p95(beside)
     if sending.exitcode != 0:
         raise SystemExit("the upload failed")
     stage.wait_for_features(data)
@@ -362,7 +362,7 @@ def neighbour(stage: Stage) -> dict[str, Any]:
         reached = stage_of()
         beside_karst = p95(replies(BESIDE_S))
         httpx.delete(path, headers=owner).raise_for_status()
-    base, beside_upload = median(alone), p95(beside)
+    base = median(alone)
     return {
         "alone_ms": round(base, 1),
         "uploaded_per_s": round(len(data) / upload_s, 1),

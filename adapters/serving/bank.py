@@ -9,10 +9,10 @@ they change (`row_plan`).
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backbone import Backbone, BackboneError, features
 from ..format.file import Adapter
@@ -92,6 +92,7 @@ class Bank:
         self._slots_lock = threading.Lock()
         self._forward_lock = threading.Lock()
         self._batch: Batch | None = None
+        self._give_way: Callable[[], None] | None = None  # between the blocks of the current pass
         self._model = backbone.clone()
         self.forms = unmeasured_forms(backbone) if forms is None else forms
         prepack_layers(self._model, backbone.sites, self.forms)
@@ -252,13 +253,24 @@ class Bank:
             )
         return self._features(pixels.to(device=self.device, dtype=self.dtype), batch)
 
-    def _features(self, pixels: Tensor, batch: Batch | None) -> Tensor:
+    def _features(self, pixels: Tensor, batch: Batch | None, give_way: Callable[[], None] | None = None) -> Tensor:
         with self._forward_lock:
-            self._batch = batch
+            self._batch, self._give_way = batch, give_way
             try:
                 return features(self._model, pixels)
             finally:
-                self._batch = None
+                self._batch = self._give_way = None
+
+    def _between_blocks(self, _block: nn.Module, _args: object) -> None:
+        if (give_way := self._give_way) is None:
+            return
+        batch, self._batch, self._give_way = self._batch, None, None
+        self._forward_lock.release()
+        try:
+            give_way()
+        finally:
+            self._forward_lock.acquire()
+            self._batch, self._give_way = batch, give_way
 
     @property
     def blocks(self) -> int:
@@ -294,9 +306,14 @@ class Bank:
         return plan_rows(first_blocks, heads, len(self._blocks.names))
 
     @torch.inference_mode()
-    def frozen_features(self, pixels: Tensor) -> Tensor:
-        """Return the frozen backbone's pooled features (B, D) of normalised pixels (B, 3, H, W)."""
-        return self._features(pixels.to(device=self.device, dtype=self.dtype), None)
+    def frozen_features(self, pixels: Tensor, give_way: Callable[[], None] | None = None) -> Tensor:
+        """Return the frozen backbone's pooled features (B, D) of normalised pixels (B, 3, H, W).
+
+        Args:
+            give_way: called before each block of the backbone. Meanwhile other threads can use the bank, so a call that
+                waits lets their passes go first.
+        """
+        return self._features(pixels.to(device=self.device, dtype=self.dtype), None, give_way)
 
     @torch.inference_mode()
     def warm_up(self, pixels: Tensor, kernels: int, rank: int) -> Tensor:
@@ -351,6 +368,7 @@ class Bank:
         count = len(blocks.names)
         modules = dict(self._model.named_modules())
         for number, name in enumerate(blocks.names):
+            modules[name].register_forward_pre_hook(self._between_blocks)
             hook_block(modules[name], number, lambda: self._batch)
         plan = plan_rows([[count // 2, count - 1, count // 2]], [True], count)
         try:
