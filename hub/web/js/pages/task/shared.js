@@ -63,15 +63,15 @@ export function accuracyOf(metrics) {
   return null;
 }
 
-/** A warning of labels without a test image, where others have some: the accuracy says nothing about them. */
+/** A warning of labels without a test image, where others have some. A training gives one to those with enough images. */
 export function Untested({ info }) {
   const tested = info.labels.some(({ test }) => test > 0);
   const missing = tested ? info.labels.filter(({ train, test }) => train > 0 && !test).map(({ label }) => label) : [];
   if (!missing.length) return null;
   const named = missing.slice(0, 10).join(", ") + (missing.length > 10 ? ` and ${missing.length - 10} more` : "");
   return html`<p class="warning">
-    No test image of ${named}: the accuracy will say nothing about ${missing.length === 1 ? "this label" : "these labels"}. Add images, or open
-    one and set its use to test.
+    No test image of ${named} yet. A training tests with one image of a label that has five or more, if the image's use is automatic.
+    The accuracy leaves out the others: add images, or open one and set its use to test.
   </p>`;
 }
 
