@@ -281,7 +281,8 @@ class TrainingJobs:
         pool = self._threads.of(held.job.tenant)
         await _insist(lambda: run_blocking(pool, self._reports.put, digest, report))
         with zipfile.ZipFile(io.BytesIO(report)) as archive:
-            held.update(report_digest=digest, report_files=archive.namelist())
+            size = held.training.file_bytes + len(report)
+            held.update(report_digest=digest, report_files=archive.namelist(), file_bytes=size)
 
     async def _give_up(self, held: _Held, reason: str) -> None:
         """Return an interrupted job to the queue; after the last attempt it has failed.
