@@ -12,12 +12,12 @@ import threading
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbone import Backbone, BackboneError, features
 from ..format.file import Adapter
 from ..format.layouts import LayoutCache
-from .adapted_layers import AdaptedLinear, Batch, hook_block, hook_norm
+from .adapted_layers import AdaptedLinear, Batch, CurrentPass, hook_block, hook_norm
 from .answers import ImageScores, ImageTasks, Resident, Scores, Slot, answers
 from .blocks import Blocks, find_blocks
 from .frozen_forms import FrozenForms, unmeasured_forms
@@ -90,19 +90,17 @@ class Bank:
         self._generation = 0
         self._free = list(range(slots - 1, -1, -1))
         self._slots_lock = threading.Lock()
-        self._forward_lock = threading.Lock()
-        self._batch: Batch | None = None
-        self._give_way: Callable[[], None] | None = None  # between the blocks of the current pass
+        self._pass = CurrentPass()
         self._model = backbone.clone()
         self.forms = unmeasured_forms(backbone) if forms is None else forms
         prepack_layers(self._model, backbone.sites, self.forms)
         self._memory = SlotMemory(backbone, slots, max_rank=max_rank, max_kernels=max_kernels, factor=factor)
         for site in backbone.sites:
-            adapted = AdaptedLinear(self._model.get_submodule(site.name), site, lambda: self._batch)
+            adapted = AdaptedLinear(self._model.get_submodule(site.name), site, self._pass)
             self._model.set_submodule(site.name, adapted)
         modules = dict(self._model.named_modules())
         for norm in backbone.norms:
-            hook_norm(modules[norm.name], norm.name, lambda: self._batch)
+            hook_norm(modules[norm.name], norm.name, self._pass)
         self._check_identity(backbone)
 
     @property
@@ -254,23 +252,8 @@ class Bank:
         return self._features(pixels.to(device=self.device, dtype=self.dtype), batch)
 
     def _features(self, pixels: Tensor, batch: Batch | None, give_way: Callable[[], None] | None = None) -> Tensor:
-        with self._forward_lock:
-            self._batch, self._give_way = batch, give_way
-            try:
-                return features(self._model, pixels)
-            finally:
-                self._batch = self._give_way = None
-
-    def _between_blocks(self, _block: nn.Module, _args: object) -> None:
-        if (give_way := self._give_way) is None:
-            return
-        batch, self._batch, self._give_way = self._batch, None, None
-        self._forward_lock.release()
-        try:
-            give_way()
-        finally:
-            self._forward_lock.acquire()
-            self._batch, self._give_way = batch, give_way
+        with self._pass.of(batch, give_way):
+            return features(self._model, pixels)
 
     @property
     def blocks(self) -> int:
@@ -368,8 +351,7 @@ class Bank:
         count = len(blocks.names)
         modules = dict(self._model.named_modules())
         for number, name in enumerate(blocks.names):
-            modules[name].register_forward_pre_hook(self._between_blocks)
-            hook_block(modules[name], number, lambda: self._batch)
+            hook_block(modules[name], number, self._pass)
         plan = plan_rows([[count // 2, count - 1, count // 2]], [True], count)
         try:
             split = self._features(pixels, self._zeros(1, 2, plan))

@@ -47,29 +47,23 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
-from redis.asyncio.connection import (
-    AbstractConnection,
-    Connection,
-    SSLConnection,
-    UnixDomainSocketConnection,
-    parse_url,
-)
+from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.commands.core import AsyncScript
-from redis.exceptions import BusyLoadingError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ...admission.quotas import AUDIT_ENTRIES, CHANGES_PER_MINUTE
 from ...errors import LimitReached, Unauthenticated, Unavailable
 from ...urls import check_redis_url
-from .errors import NOT_PRIMARY, NotPrimary, error_code, explain
+from .errors import NotPrimary, explain
+from .primary import CONNECTIONS, Failovers
 from .scripts import ChangeReply, LuaScript
 
 logger = logging.getLogger(__name__)
@@ -88,64 +82,6 @@ CHANGES_RETRY_S = 2  # the time of twenty changes
 LOG_INTERVAL_S = 30.0  # between two log lines with the same reason
 # Errors of a command whose connection may be sound: no reply in time, or no free connection in time.
 SLOW = (TimeoutError, RedisTimeoutError)
-
-
-@dataclass
-class Failovers:
-    """Number of failovers that a pool has seen. Connections of an earlier number may lead to a former primary."""
-
-    count: int = 0
-
-
-class _PrimaryConnection(AbstractConnection):
-    """A connection that is dropped when the server answers that it is not the primary.
-
-    After a failover the old connections may stay open to a server that refuses every change. A new connection looks the
-    address up again, so it reaches the new primary.
-    """
-
-    def __init__(self, *, failovers: Failovers, **options: Any) -> None:
-        super().__init__(**options)
-        self._failovers = failovers
-        self._seen = failovers.count
-
-    async def connect(self) -> None:
-        """Connect, unless a connection exists since the last failover. The pool calls this before each use."""
-        if self._seen != self._failovers.count:
-            await self.disconnect(nowait=True)
-            self._seen = self._failovers.count
-        await super().connect()  # type: ignore[no-untyped-call]  # redis-py has no type here
-
-    async def read_response(self, *args: Any, **options: Any) -> Any:
-        """Read a reply. `NotPrimary` makes the Redis client connect and send the command once more."""
-        try:
-            return await super().read_response(*args, **options)
-        except (ResponseError, BusyLoadingError) as error:
-            code = error_code(error)
-            if code not in NOT_PRIMARY:
-                raise
-            await self.disconnect(nowait=True)
-            self._failovers.count += 1
-            raise NotPrimary(code, str(error)) from error
-
-
-class _TCPConnection(_PrimaryConnection, Connection):
-    pass
-
-
-class _TLSConnection(_PrimaryConnection, SSLConnection):
-    pass
-
-
-class _SocketConnection(_PrimaryConnection, UnixDomainSocketConnection):
-    pass
-
-
-CONNECTIONS: Mapping[type[AbstractConnection], type[_PrimaryConnection]] = {
-    Connection: _TCPConnection,
-    SSLConnection: _TLSConnection,
-    UnixDomainSocketConnection: _SocketConnection,
-}
 
 
 class RegistryConnection:
