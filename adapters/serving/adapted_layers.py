@@ -1,6 +1,8 @@
 """The layers of a bank's model: frozen ones, plus the parts of the adapters in the current forward pass."""
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +67,49 @@ class Batch:
         return x if self.own == self.rows else x[: len(x) * self.own // self.rows]
 
 
-Current = Callable[[], Batch | None]
+class CurrentPass:
+    """The forward pass that uses a bank's model at this moment. Other passes wait, or run between its blocks.
+
+    Attributes:
+        batch: adapters of the pass; None for the frozen backbone alone.
+    """
+
+    def __init__(self) -> None:
+        self.batch: Batch | None = None
+        self._give_way: Callable[[], None] | None = None
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def of(self, batch: Batch | None, give_way: Callable[[], None] | None) -> Iterator[None]:
+        """Start a pass when the model is free.
+
+        Args:
+            give_way: called before each block; other passes can run until it returns.
+        """
+        with self._lock:
+            self.batch, self._give_way = batch, give_way
+            try:
+                yield
+            finally:
+                self.batch = self._give_way = None
+
+    def pause(self) -> None:
+        """Give way to other passes. The hook of each block calls this."""
+        if (give_way := self._give_way) is None:
+            return
+        batch, self.batch, self._give_way = self.batch, None, None
+        self._lock.release()
+        try:
+            give_way()
+        finally:
+            self._lock.acquire()
+            self.batch, self._give_way = batch, give_way
 
 
 class AdaptedLinear(nn.Module):
     """A site: its frozen layer, plus KARST's part for each row of the current batch that has an adapter."""
 
-    def __init__(self, frozen: nn.Module, site: Site, current: Current) -> None:
+    def __init__(self, frozen: nn.Module, site: Site, current: CurrentPass) -> None:
         super().__init__()
         self._forward: Callable[[Tensor], Tensor] = (
             frozen.forward
@@ -81,7 +119,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B.., d_in) to (B.., d_out)."""
-        current, site = self._current(), self._site
+        current, site = self._current.batch, self._site
         if current is None or not current.own:
             return self._forward(x)
         own = current.of(site.name)
@@ -100,11 +138,11 @@ class AdaptedLinear(nn.Module):
         return y
 
 
-def hook_norm(norm: nn.Module, name: str, current: Current) -> None:
+def hook_norm(norm: nn.Module, name: str, current: CurrentPass) -> None:
     """Make a norm layer use each row's own weight and bias, where its adapter tunes the layer."""
 
     def tune(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-        batch = current()
+        batch = current.batch
         if batch is None or not batch.own or name not in batch.norms:
             return None
         weight, bias = (part[: batch.own] for part in batch.norms[name])
@@ -118,11 +156,12 @@ def hook_norm(norm: nn.Module, name: str, current: Current) -> None:
     norm.register_forward_hook(tune)
 
 
-def hook_block(block: nn.Module, number: int, current: Current) -> None:
-    """Make a block start with the rows that the current batch has from this block on."""
+def hook_block(block: nn.Module, number: int, current: CurrentPass) -> None:
+    """Make a block give way to other passes, and start with the rows that the current batch has from this block on."""
 
     def split(_block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        batch = current()
+        current.pause()
+        batch = current.batch
         if batch is None or number not in batch.splits:
             return None
         return batch.split(args[0], number), *args[1:]

@@ -9,7 +9,7 @@ they change (`row_plan`).
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backbone import Backbone, BackboneError, features
 from ..format.file import Adapter
 from ..format.layouts import LayoutCache
-from .adapted_layers import AdaptedLinear, Batch, hook_block, hook_norm
+from .adapted_layers import AdaptedLinear, Batch, CurrentPass, hook_block, hook_norm
 from .answers import ImageScores, ImageTasks, Resident, Scores, Slot, answers
 from .blocks import Blocks, find_blocks
 from .frozen_forms import FrozenForms, unmeasured_forms
@@ -90,18 +90,17 @@ class Bank:
         self._generation = 0
         self._free = list(range(slots - 1, -1, -1))
         self._slots_lock = threading.Lock()
-        self._forward_lock = threading.Lock()
-        self._batch: Batch | None = None
+        self._pass = CurrentPass()
         self._model = backbone.clone()
         self.forms = unmeasured_forms(backbone) if forms is None else forms
         prepack_layers(self._model, backbone.sites, self.forms)
         self._memory = SlotMemory(backbone, slots, max_rank=max_rank, max_kernels=max_kernels, factor=factor)
         for site in backbone.sites:
-            adapted = AdaptedLinear(self._model.get_submodule(site.name), site, lambda: self._batch)
+            adapted = AdaptedLinear(self._model.get_submodule(site.name), site, self._pass)
             self._model.set_submodule(site.name, adapted)
         modules = dict(self._model.named_modules())
         for norm in backbone.norms:
-            hook_norm(modules[norm.name], norm.name, lambda: self._batch)
+            hook_norm(modules[norm.name], norm.name, self._pass)
         self._check_identity(backbone)
 
     @property
@@ -252,13 +251,9 @@ class Bank:
             )
         return self._features(pixels.to(device=self.device, dtype=self.dtype), batch)
 
-    def _features(self, pixels: Tensor, batch: Batch | None) -> Tensor:
-        with self._forward_lock:
-            self._batch = batch
-            try:
-                return features(self._model, pixels)
-            finally:
-                self._batch = None
+    def _features(self, pixels: Tensor, batch: Batch | None, give_way: Callable[[], None] | None = None) -> Tensor:
+        with self._pass.of(batch, give_way):
+            return features(self._model, pixels)
 
     @property
     def blocks(self) -> int:
@@ -294,9 +289,14 @@ class Bank:
         return plan_rows(first_blocks, heads, len(self._blocks.names))
 
     @torch.inference_mode()
-    def frozen_features(self, pixels: Tensor) -> Tensor:
-        """Return the frozen backbone's pooled features (B, D) of normalised pixels (B, 3, H, W)."""
-        return self._features(pixels.to(device=self.device, dtype=self.dtype), None)
+    def frozen_features(self, pixels: Tensor, give_way: Callable[[], None] | None = None) -> Tensor:
+        """Return the frozen backbone's pooled features (B, D) of normalised pixels (B, 3, H, W).
+
+        Args:
+            give_way: called before each block of the backbone. Meanwhile other threads can use the bank, so a call that
+                waits lets their passes go first.
+        """
+        return self._features(pixels.to(device=self.device, dtype=self.dtype), None, give_way)
 
     @torch.inference_mode()
     def warm_up(self, pixels: Tensor, kernels: int, rank: int) -> Tensor:
@@ -351,7 +351,7 @@ class Bank:
         count = len(blocks.names)
         modules = dict(self._model.named_modules())
         for number, name in enumerate(blocks.names):
-            hook_block(modules[name], number, lambda: self._batch)
+            hook_block(modules[name], number, self._pass)
         plan = plan_rows([[count // 2, count - 1, count // 2]], [True], count)
         try:
             split = self._features(pixels, self._zeros(1, 2, plan))

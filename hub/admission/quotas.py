@@ -42,6 +42,7 @@ TRAININGS = 1  # running trainings with recipe `instant` per gateway; further tr
 TRAININGS_QUEUED = 8  # queued trainings per gateway; further trainings get 429
 FITS = 1  # classifiers of datasets that one gateway fits; further ones wait for the tenant's turn
 TRAINING_JOBS = 20  # queued and running jobs of recipes `karst` and `auto`; further ones get 429
+TRAINING_BYTES = 4 * 1024**3  # bytes of snapshots and reports; oldest ones make room, then further trainings get 429
 TRAINING_STREAMS = 16  # open streams of progress per gateway; further ones get 429
 COMPARISONS = 1  # running comparisons of versions per gateway; further ones wait in the tenant's queue
 COMPARISONS_QUEUED = 4  # queued comparisons per gateway; further ones get 429

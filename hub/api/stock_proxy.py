@@ -1,18 +1,19 @@
-"""Ray's stock proxy, which is uvicorn: middleware in front of Serve, and a time limit of slow heads.
+"""uvicorn, as gateways and as Ray's stock proxy: the end of its requests; the proxy's middleware and limits.
 
-The subclass of uvicorn's protocol was checked on uvicorn 0.54. `tests/hub/api/test_stock_proxy.py` fails when the name
-of a method changes.
+The subclasses of uvicorn's protocol were checked on uvicorn 0.54. `tests/hub/api/test_stock_proxy.py` fails when the
+name of a method changes.
 """
 
 import asyncio
 import re
 from http import HTTPStatus
+from typing import Any
 from urllib.parse import unquote
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from .problems import status_response
 from .request_heads import HeaderLimitsMiddleware, UnreadBodyMiddleware
@@ -35,7 +36,7 @@ def stock_proxy_middleware() -> list[Middleware]:
 
     Ray calls this function in the proxy's process, before it starts uvicorn. Its path is in Ray's environment.
     """
-    HTTP_PROTOCOLS["auto"] = f"{__name__}:{TimedProtocol.__name__}"
+    _use(TimedProtocol)
     return [
         Middleware(RayHeadersFilter),
         Middleware(RayPagesFilter),
@@ -43,6 +44,15 @@ def stock_proxy_middleware() -> list[Middleware]:
         Middleware(SecurityHeadersMiddleware),
         Middleware(UnreadBodyMiddleware, linger_s=0),  # uvicorn reads on by itself, and Ray takes all that it reads
     ]
+
+
+def end_pipelined_requests() -> None:
+    """Make uvicorn in this process end the running request when a client with several requests disconnects."""
+    _use(PipeliningProtocol)
+
+
+def _use(protocol: type[HttpToolsProtocol]) -> None:
+    HTTP_PROTOCOLS["auto"] = f"{__name__}:{protocol.__name__}"
 
 
 class RayPagesFilter:
@@ -80,7 +90,29 @@ class RayHeadersFilter:
         return name not in self._removed
 
 
-class TimedProtocol(HttpToolsProtocol):
+class PipeliningProtocol(HttpToolsProtocol):
+    """uvicorn's protocol that ends the running request of a closed connection.
+
+    A client may send further requests before the first reply. uvicorn then tells only the last one that the client has
+    disconnected: the running one computed on, and its reply to the closed connection was an error with a traceback in
+    the log.
+    """
+
+    _running: RequestResponseCycle | None = None
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the running request, and then the last one as uvicorn does."""
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+
+class TimedProtocol(PipeliningProtocol):
     """uvicorn's protocol with a time limit of a request's head, and problems in place of uvicorn's own texts.
 
     uvicorn has no such limit: a client that sends a byte now and then would keep its connection for ever.

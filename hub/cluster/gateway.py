@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from adapters import BankLimits
 
+from ..api.stock_proxy import end_pipelined_requests
 from ..errors import HubError, Unavailable
 from ..observability import request_context, tracing
 from ..observability.request_log import RequestMetrics
@@ -130,11 +131,12 @@ async def _repeated(attempt: Callable[[], Awaitable[T]]) -> T:
 async def _call_once(method: DeploymentHandle[Any], args: tuple[object, ...], timeout_s: float | None) -> Any:
     response = method.remote(*args)
     with hub_errors():
-        try:
-            return await (asyncio.wait_for(response, timeout_s) if timeout_s else response)
-        except asyncio.CancelledError:  # the client disconnected: the worker drops images that still wait
-            response.cancel()  # type: ignore[no-untyped-call]  # Ray has no types here
-            raise
+        async with asyncio.timeout(timeout_s):  # `wait_for` of Python 3.11 drops some cancellations
+            try:
+                return await response
+            except asyncio.CancelledError:  # the client disconnected: the worker drops images that still wait
+                response.cancel()  # type: ignore[no-untyped-call]  # Ray has no types here
+                raise
 
 
 @serve.ingress()
@@ -154,4 +156,5 @@ class Gateway(LateIngress):
         self._workers = ServeWorkers(worker, scale_to_zero)
 
     def build_asgi_app(self) -> FastAPI:
+        end_pipelined_requests()  # Ray starts uvicorn after this
         return self._make_app(self._workers, self._trainer, GatewayMetrics(ray_metrics()))

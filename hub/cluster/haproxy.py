@@ -137,7 +137,8 @@ def _frontend_lines(bind_line: str, frontend: Frontend) -> list[str]:
     host, _, port = _only(bind_line.split()[1:], f"words after 'bind' in {bind_line.strip()!r}").rpartition(":")
     if frontend.host is not None:
         host = f"[{frontend.host}]" if ":" in frontend.host else frontend.host
-    tls = f" ssl crt {_quoted(frontend.certificate)} ssl-min-ver TLSv1.2" if frontend.certificate else ""
+    certificate = _quoted(frontend.certificate) if frontend.certificate else ""
+    tls = f" ssl crt {certificate} ssl-min-ver TLSv1.2 alpn http/1.1" if certificate else ""
     if tls and frontend.client_ca:
         tls += f" ca-file {_quoted(frontend.client_ca)} verify required"
     trusted = " ".join(frontend.trusted_proxies)

@@ -13,7 +13,6 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
@@ -141,12 +140,23 @@ def small_head(*, metrics: bool) -> Iterator[None]:
             self.update(no_monitor=True, include_log_monitor=False)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(parameter, "RayParams", Params))
-        stack.enter_context(patch.object(node.Node, "start_api_server", lambda *_args, **_options: None))
+        stack.enter_context(_replaced(parameter, "RayParams", Params))
+        stack.enter_context(_replaced(node.Node, "start_api_server", lambda *_args, **_options: None))
         if not metrics:
             lacks = ModuleNotFoundError("no page of metrics")
-            stack.enter_context(patch.object(utils, "get_dashboard_dependency_error", lambda: lacks))
+            stack.enter_context(_replaced(utils, "get_dashboard_dependency_error", lambda: lacks))
         yield
+
+
+@contextmanager
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Replace an attribute of a module or class while the context lasts."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def haproxy_logs(folder: Path) -> list[Path]:

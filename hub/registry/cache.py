@@ -19,7 +19,6 @@ from ..errors import Unavailable
 from .events import Event, EventLog, is_full
 from .keys import KeyRecord, KeyRegistry
 from .models import Task
-from .redis.connection import is_cancelled
 from .tasks import TaskRegistry
 from .tenants import TenantRegistry
 from .versions import ServedVersion
@@ -161,11 +160,11 @@ class RegistryCache:
     async def follow(self) -> None:
         """Read change events until cancelled. Nothing is cached before the first contact with the registry."""
         last: dict[str, str] = {}
-        while not is_cancelled():
+        while True:
             try:
                 await self._catch_up(last)
                 self._following = True
-                while not (self._resynchronising or is_cancelled()):
+                while not self._resynchronising:
                     self._last_contact_s = self._clock()
                     events = await self._events.read(last, EVENT_WAIT_MS)
                     for event in events:

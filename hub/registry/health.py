@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import Conflict, Unavailable
-from .redis.connection import RegistryConnection, as_optional_text, as_text, as_texts, is_cancelled, tenant_key
+from .redis.connection import RegistryConnection, as_optional_text, as_text, as_texts, tenant_key
 from .redis.scans import scan_hash
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class RegistryWatch:
 
     async def run(self) -> None:
         """Check every five seconds until cancelled."""
-        while not is_cancelled():
+        while True:
             try:
                 await self.check()
             except Unavailable:

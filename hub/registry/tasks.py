@@ -16,7 +16,7 @@ from ..schemas import LATEST, Sharing, TaskSettings, VersionInfo
 from .audit import Actor
 from .datasets.entries import StagedDataset
 from .models import DEFAULT_SETTINGS, NOT_SHARED, Task, WholeTask, setting_texts, task_fields, task_not_found
-from .redis.connection import as_optional_text, as_texts, is_cancelled, tenant_key
+from .redis.connection import as_optional_text, as_texts, tenant_key
 from .redis.scripts import TASKS, ChangeReply
 from .task_reads import TaskReads, task_key
 from .tenants import tenant_not_found
@@ -358,7 +358,7 @@ class TaskRegistry(TaskReads):
 
         Lists and deletions also work before; they then read each of these versions whole.
         """
-        while not is_cancelled():
+        while True:
             try:
                 if await self._connection.execute(self._redis.get(LAYOUT)) != SUMMARIES_LAYOUT:
                     for tenant in as_texts(await self._connection.execute(self._redis.hkeys("karst:tenants"))):

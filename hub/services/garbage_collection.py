@@ -21,7 +21,6 @@ from ..admin_schemas import Collected
 from ..concurrency import Pool, run_blocking
 from ..errors import Conflict, HubError
 from ..registry.audit import Actor, AuditLog
-from ..registry.redis.connection import is_cancelled
 from ..storage.accounts import FileRegistry
 from ..storage.store import OWNER, Store
 
@@ -107,7 +106,7 @@ async def bind_store(integrity: Integrity, store: Store, pool: Pool) -> None:
 
 async def keep_bound(integrity: Integrity, store: Store, pool: Pool) -> None:
     """Bind the store at the start of a gateway. Repeat until registry and store answer; log a conflict."""
-    while not is_cancelled():
+    while True:
         try:
             await bind_store(integrity, store, pool)
             return
@@ -255,7 +254,7 @@ class Collector:
 
     async def run(self) -> None:
         """Collect at each interval until cancelled, in one gateway of the cluster at a time."""
-        while self._interval_s and not is_cancelled():
+        while self._interval_s:
             # At random, so that gateways of one age do not all ask at once.
             await asyncio.sleep(min(LONGEST_WAIT_S, self._interval_s) * random.uniform(0.5, 1))  # noqa: S311
             try:
@@ -281,7 +280,7 @@ class Collector:
             await self._audit.append(HUB.entry("", "store.collect", removed=done.removed, bytes=done.bytes))
 
     async def _renew(self) -> None:
-        while not is_cancelled():
+        while True:
             await asyncio.sleep(TURN_S / 3)
             with suppress(HubError):  # two collections at once remove nothing that one would not
                 await self._files.extend(self._gateway, TURN_S)

@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 class DecodeProcesses:
-    """Decoder of large images: as many processes as images at the same time. Threads may share it.
+    """Decoder of images: as many processes as images at the same time. Threads may share it.
 
     A process starts with the first image that finds none idle, and stays.
     """
@@ -103,7 +103,7 @@ class DecodeProcesses:
 class ImageDecoder:
     """Decoder of images in a thread pool, within a hub's size limits, in turns that are fair by megapixels.
 
-    An image counts as one for each `PIXELS_PER_IMAGE` begun. An image that counts as more than one is large. Threads
+    An image counts as one for each `PIXELS_PER_IMAGE` begun. An image that counts as more than one is large. Processes
     of low priority decode large images and those of datasets, on the tenant's share of the cores beside other active
     tenants: otherwise they would slow the decodes of others, the event loop and the workers.
     """
@@ -138,7 +138,8 @@ class ImageDecoder:
                 keeps its thread and its tenant's share until it ends, and a spare thread replaces it for others.
             timeout_s: time limit of one decode.
             decode: function that decodes, with the arguments of `adapters.data.images.decode_image`.
-            processes: decode large images while a thread of low priority waits; None: the thread decodes.
+            processes: decode large images and those of datasets while a thread of low priority waits; None: the thread
+                decodes.
         """
         self._executor = executor
         self._slow_executor = slow_executor
@@ -245,7 +246,7 @@ class ImageDecoder:
     ) -> np.ndarray:
         if isinstance(image, np.ndarray):
             return checked_pixels(field, image, preprocess)
-        work = partial(self._decode, preprocess=preprocess)
+        work = partial(self._decode, preprocess=preprocess, of_dataset=of_dataset)
         return await self._run(tenant, field, image, size, work, of_dataset=of_dataset)
 
     async def _run(
@@ -275,7 +276,8 @@ class ImageDecoder:
             await self._turns.acquire(tenant, size)
             executor = self._slow_executor if of_dataset or size > 1 else self._executor
             decode = asyncio.get_running_loop().run_in_executor(executor, work, field, image, size * PIXELS_PER_IMAGE)
-            task = asyncio.create_task(self._hold(held.pop_all(), tenant, decode, rests=size > 1))
+            rests_from_s = 0.0 if of_dataset else SLOW_S if size > 1 else math.inf
+            task = asyncio.create_task(self._hold(held.pop_all(), tenant, decode, rests_from_s))
             self._decodes.add(task)  # otherwise the task could be garbage-collected: the loop holds weak references
             task.add_done_callback(self._decodes.discard)
         await asyncio.wait((decode,), timeout=self._timeout_s)
@@ -284,15 +286,17 @@ class ImageDecoder:
             raise InvalidImage.at(field, message)
         return decode.result()
 
-    async def _hold(self, held: AsyncExitStack, tenant: str, decode: "asyncio.Future[Any]", *, rests: bool) -> None:
+    async def _hold(
+        self, held: AsyncExitStack, tenant: str, decode: "asyncio.Future[Any]", rests_from_s: float
+    ) -> None:
         """Hold the tenant's share and the thread until the decode ends, even if the request ends earlier.
 
         Otherwise a client that disconnects could start any number of decodes. After the timeout a spare thread replaces
         the decode's thread.
 
         Args:
-            rests: whether the tenant's share rests after a slow decode, beside other active tenants. Otherwise slow
-                decodes one after another would take a whole core from the event loop and the workers.
+            rests_from_s: after a longer decode the tenant's share rests, beside other active tenants. Otherwise decodes
+                one after another would take a whole core from the event loop and the workers.
         """
         began_s = time.monotonic()
         async with held:
@@ -307,19 +311,23 @@ class ImageDecoder:
             else:
                 self._turns.release(tenant)
             taken_s = time.monotonic() - began_s
-            if rests and taken_s > SLOW_S and self._active.others(tenant):
+            if taken_s > rests_from_s and self._active.others(tenant):
                 await asyncio.sleep(REST_RATIO * taken_s)
         decode.exception()  # otherwise asyncio logs an error that no request retrieved
 
-    def _decode(self, field: str, data: bytes, counted_pixels: int, preprocess: Preprocess) -> np.ndarray:
+    def _decode(
+        self, field: str, data: bytes, counted_pixels: int, preprocess: Preprocess, of_dataset: bool
+    ) -> np.ndarray:
         options = {"needed_px": needed_px(preprocess), "background": background_of(preprocess)}
-        image = self._opened(field, data, counted_pixels, resize_of(preprocess), **options)
+        apart = of_dataset or counted_pixels > PIXELS_PER_IMAGE
+        image = self._opened(field, data, counted_pixels, resize_of(preprocess), apart=apart, **options)
         pixels: np.ndarray = _transform(json.dumps(preprocess, sort_keys=True))(image)
         return pixels
 
     def _thumbnail(self, field: str, data: bytes, counted_pixels: int) -> bytes:
         resize = (THUMBNAIL_PX, "bicubic")
-        image = self._opened(field, data, counted_pixels, resize, needed_px=THUMBNAIL_PX, background=WHITE)
+        options = {"needed_px": THUMBNAIL_PX, "background": WHITE}
+        image = self._opened(field, data, counted_pixels, resize, apart=True, **options)
         image.info.clear()  # otherwise the file would have the colour profile of the image
         image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
         buffer = io.BytesIO()
@@ -327,14 +335,25 @@ class ImageDecoder:
         return buffer.getvalue()
 
     def _opened(
-        self, field: str, data: bytes, counted_pixels: int, resize: tuple[int, str] | None, **options: Any
+        self,
+        field: str,
+        data: bytes,
+        counted_pixels: int,
+        resize: tuple[int, str] | None,
+        *,
+        apart: bool,
+        **options: Any,
     ) -> Any:
-        """Return a decoded image. A large one comes already resized, if the resize is one that a process can do."""
+        """Return a decoded image.
+
+        Args:
+            apart: decode in a process, if the resize is one that a process can do; the image is then already resized.
+        """
         options["max_pixels"] = min(self._max_pixels, counted_pixels)
         try:
             if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
                 raise ImageError(f"the JPEG has more than {MAX_JPEG_SCANS} scans; save it in a simpler form")
-            if self._processes is None or resize is None or counted_pixels <= PIXELS_PER_IMAGE:
+            if self._processes is None or resize is None or not apart:
                 return self._decode_image(data, **options)
             shorter_px, interpolation = resize
             return self._processes.decode(

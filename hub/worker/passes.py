@@ -22,6 +22,7 @@ from .batch_tuner import BatchTuner
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
+PAUSE_S, LONGEST_PAUSE_S = 0.001, 1.0  # of a pass that gives way to classification
 TRIALS_PER_SIZE, TRIALS_TIMEOUT_S = 4, 5.0  # trial passes of a new worker
 
 
@@ -64,7 +65,10 @@ class ItemScores(NamedTuple):
 
 
 class Passes:
-    """The forward passes of a bank. One thread computes them, one after another."""
+    """The forward passes of a bank. One thread computes those of classification, one after another.
+
+    Another thread computes features. It lets classification go first before each block of the backbone.
+    """
 
     def __init__(self, bank: Bank, tuner: BatchTuner, thread: ThreadPoolExecutor) -> None:
         """Measure passes with empty adapters, otherwise the first callers would wait for the tuner's trials.
@@ -76,6 +80,7 @@ class Passes:
         self._bank = bank
         self._tuner = tuner
         self._thread = thread
+        self._features_thread = ThreadPoolExecutor(1, "features", initializer=torch.set_num_threads, initargs=(1,))
         # On a GPU one thread copies the next batch to the device while a pass computes.
         self._copy_thread = ThreadPoolExecutor(1, "copy") if bank.device.type == "cuda" else None
         thread.submit(self._run_trials).result()
@@ -88,17 +93,32 @@ class Passes:
         pixels = await loop.run_in_executor(self._copy_thread, self._gather, items)
         return await loop.run_in_executor(self._thread, self._compute, items, pixels)
 
-    async def features(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float16]]:
-        """Return the frozen features (D,) of images in a small pass without adapters."""
+    async def features(
+        self, images: Sequence[NDArray[np.uint8]], is_idle: Callable[[], bool]
+    ) -> list[NDArray[np.float16]]:
+        """Return the frozen features (D,) of images in a small pass without adapters.
+
+        Args:
+            is_idle: returns whether no image waits for classification; called in another thread. Otherwise the pass
+                waits before its next block, for `LONGEST_PAUSE_S` at most.
+        """
         config = preprocess_of(self._bank.limits.backbone)
         mean, std = (torch.tensor(config[name], device=self._bank.device) for name in ("mean", "std"))
 
         def run() -> list[NDArray[np.float16]]:
             pixels = torch.from_numpy(np.stack(images)).to(self._bank.device)
-            pooled = self._bank.frozen_features(normalise(pixels, mean, std))
+            pooled = self._bank.frozen_features(normalise(pixels, mean, std), give_way)
             return [row.numpy() for row in pooled.half().cpu()]
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        paused_s = 0.0
+
+        def give_way() -> None:
+            nonlocal paused_s
+            while not is_idle() and paused_s < LONGEST_PAUSE_S:
+                time.sleep(PAUSE_S)
+                paused_s += PAUSE_S
+
+        return await asyncio.get_running_loop().run_in_executor(self._features_thread, run)
 
     def _gather(self, items: Sequence[Item]) -> torch.Tensor:
         """Return the normalised pixels (B, 3, H, W) on the device."""

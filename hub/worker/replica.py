@@ -100,13 +100,17 @@ class Worker:
             max_running=2 if on_gpu else 1,
             images_of=lambda item: item.passes,
         )
+
+        def is_idle() -> bool:
+            return self._batcher.is_idle
+
         passes: dict[str, Any] = {
-            "is_idle": lambda: self._batcher.is_idle,
+            "is_idle": is_idle,
             "size": FEATURE_IMAGES_GPU if on_gpu else FEATURE_IMAGES,
             "limit": WORKER_FEATURES_QUEUED,
         }
         self._feature_passes: IdlePasses[NDArray[np.uint8], NDArray[np.float16]]
-        self._feature_passes = IdlePasses(self._passes.features, **passes)
+        self._feature_passes = IdlePasses(partial(self._passes.features, is_idle=is_idle), **passes)
         self._idle_answers: IdlePasses[Item, tuple[ItemScores, PassStats]] = IdlePasses(self._run_batch, **passes)
         self._metrics = WorkerMetrics(metric_types())
         self._stats = WorkerStats()

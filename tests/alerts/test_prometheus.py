@@ -77,9 +77,17 @@ def prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
     command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
+            wait_until(lambda: answers(f"http://127.0.0.1:{port}/-/ready"), 60, lambda: process.poll())
             yield Prometheus(f"http://127.0.0.1:{port}", process, rules)
         finally:
             process.terminate()
+
+
+def answers(url: str) -> bool:
+    """Return whether this page answers with success. Prometheus takes calls, and refuses them, before it is ready."""
+    with suppress(httpx.TransportError):
+        return httpx.get(url, timeout=30).is_success
+    return False
 
 
 @contextmanager
@@ -139,12 +147,7 @@ def check_health(server: Prometheus) -> None:
         series = server.query("query", query='count by (__name__) ({__name__=~"ray_karst_.*"})')
         return used - {found["metric"]["__name__"] for found in series}
 
-    def complete() -> bool:
-        with suppress(httpx.TransportError):  # Prometheus still starts
-            return not present()
-        return False
-
-    wait_until(complete, FIRST_REPORTS_S, lambda: present())
+    wait_until(lambda: not present(), FIRST_REPORTS_S, present)
     start = time.time()
     while time.time() < start + HEALTHY_S:
         assert server.process.poll() is None, server.process.stdout

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -15,6 +16,7 @@ from tests.support.hub_process import serve
 
 CHROMIUM = shutil.which("chromium")
 DESK, PHONE = (1280, 900), (360, 740)
+SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 FAKE_CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 WAIT_MS = 30_000  # for one step of a page, on a busy machine
 
@@ -57,6 +59,29 @@ class Console:
 
     def client(self) -> Client:
         return Client(self.url, self.key)
+
+
+def accessibility_findings(page: Page, *names: str) -> list[str]:
+    """Return what axe finds serious in a page as it is: light and dark, on a desk's and on a phone's screen.
+
+    A page that is wider than its screen is a finding, too. `names` say in the findings which page it is.
+    """
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    found = []
+    for size in (DESK, PHONE):
+        page.set_viewport_size({"width": size[0], "height": size[1]})
+        wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        if wide > 0:
+            found.append(f"{names} {size}: {wide} pixels wider than the screen")
+        for scheme in SCHEMES:
+            page.emulate_media(color_scheme=scheme)
+            found += [
+                f"{names} {size} {scheme}: {violation['id']} in {violation['nodes'][0]['html']}"
+                for violation in axe.run(page).response["violations"]
+                if violation["impact"] in ("serious", "critical")
+            ]
+    page.set_viewport_size({"width": DESK[0], "height": DESK[1]})
+    return found
 
 
 @pytest.fixture(scope="package")

@@ -31,4 +31,6 @@ def listening(app: ASGIApp, *, has_lifespan: bool = True) -> Iterator[str]:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
+            stopped_s = time.monotonic()
             thread.join()
+            assert time.monotonic() - stopped_s < STOP_S, "a request never ended"

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import redis
@@ -110,7 +110,7 @@ class Hub:
     store_folder: Path
     redis_url: str
     api: FastAPI
-    settings: Mapping[str, object]
+    settings: Mapping[str, Any]
 
     def another_gateway(self, trainer: ProcessTrainer | None = None) -> TestClient:
         """Return a second gateway with the same settings over the same registry, store and engine.
@@ -155,8 +155,8 @@ class Hub:
 
 
 @contextmanager
-def running(redis_url: str, backbone: Backbone, store_folder: Path, **settings: object) -> Iterator[Hub]:
-    """Run a `Hub` over this empty Redis and folder, with new keys."""
+def running(redis_url: str, backbone: Backbone, store_folder: Path, **settings: Any) -> Iterator[Hub]:
+    """Run a `Hub` over this empty Redis and folder, with new keys. See `make_api` for the settings."""
     engine = Engine(Bank(backbone, slots=8, max_rank=8, max_kernels=4), Store(str(store_folder)))
     keys = first_keys_of(redis_url)
     assert keys.owner is not None
@@ -168,10 +168,20 @@ def running(redis_url: str, backbone: Backbone, store_folder: Path, **settings: 
 
 
 def make_api(
-    redis_url: str, store_folder: Path, engine: Engine, trainer: ProcessTrainer | None = None, **settings: object
+    redis_url: str,
+    store_folder: Path,
+    engine: Engine,
+    trainer: ProcessTrainer | None = None,
+    *,
+    redis_patience: float = 10,
+    **settings: Any,
 ) -> FastAPI:
-    """Return one gateway's application over the given engine. Without a trainer it runs no jobs."""
-    settings = {
+    """Return one gateway's application over the given engine. Without a trainer it runs no jobs.
+
+    Args:
+        redis_patience: see `RegistryConnection`; on a busy machine this process may stand still for a second.
+    """
+    given: dict[str, Any] = {
         "backbone": "demo",
         "redis_url": redis_url,
         "store_url": str(store_folder),
@@ -179,7 +189,8 @@ def make_api(
         "max_image_pixels": MAX_IMAGE_PIXELS,
         "max_adapter_bytes": MAX_ADAPTER_BYTES,
     } | settings
-    return create_app(Settings(**settings), engine, trainer, tenant_calls=4, tenant_waiting=4)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"tenant_calls": 4, "tenant_waiting": 4, "redis_patience": redis_patience}
+    return create_app(Settings(**given), engine, trainer, **options)
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -192,11 +203,11 @@ def first_keys_of(redis_url: str) -> FirstKeys:
     return in_registry(redis_url, lambda db: create_first_keys(TenantRegistry(db), KeyRegistry(db)))
 
 
-def in_registry(redis_url: str, use: Callable[[RegistryConnection], Awaitable[T]]) -> T:
-    """Run `use(database)` on its own event loop."""
+def in_registry(redis_url: str, use: Callable[[RegistryConnection], Awaitable[T]], *, patience: float = 10) -> T:
+    """Run `use(database)` on its own event loop. See `RegistryConnection` for `patience`."""
 
     async def run() -> T:
-        database = RegistryConnection(redis_url)
+        database = RegistryConnection(redis_url, patience=patience)
         try:
             return await use(database)
         finally:

@@ -10,6 +10,7 @@ Keys, besides those in `index` and `files`:
     training-number            string  last place in a queue, and last turn
     t:{tenant}:training-queue  zset    queued job -> place; 0 for a job that was interrupted
     t:{tenant}:training-jobs   set     queued and running jobs
+    t:{tenant}:training_bytes  string  bytes of the snapshots and reports of the tenant's trainings
     t:{tenant}:training-turn   string  turn in which the tenant's last job started; expires after a day
 """
 
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field
 
 from ...admin_schemas import HubTraining, HubTrainingList
-from ...admission.quotas import TRAINING_JOBS
+from ...admission.quotas import TRAINING_BYTES, TRAINING_JOBS
 from ...concurrency import TenantReads
 from ...dataset_schemas import TrainingInfo
 from ...errors import LimitReached, NotFound, Unavailable
@@ -58,12 +59,14 @@ class Training(TrainingInfo):
 
     Attributes:
         interruptions: reasons why attempts ended without a result.
+        file_bytes: of its snapshot and its report, which count against the tenant; 0 in older registries.
     """
 
     author: Author = Author()
     budget_s: int = 0
     interruptions: list[str] = Field(default=[])
     report_digest: str | None = None
+    file_bytes: int = 0
 
     def public(self) -> TrainingInfo:
         """Return what clients see."""
@@ -136,7 +139,7 @@ class TrainingRegistry:
 
         Raises:
             NotFound: the task does not exist.
-            LimitReached: the tenant's limit of queued and running jobs.
+            LimitReached: the tenant's limit of queued and running jobs, or of bytes of trainings.
         """
         action = "training.queue" if queued else "training.run"
         reply = await self._connection.change(
@@ -153,11 +156,14 @@ class TrainingRegistry:
             audited=audited,
             queued=queued,
             max_jobs=TRAINING_JOBS,
+            max_bytes=TRAINING_BYTES,
             max_ended=MAX_LISTED,
         )
         _check_removing(reply)
         if reply.outcome == "limit" and reply.limit == "training_jobs":
             raise _too_many_jobs()
+        if reply.outcome == "limit" and reply.limit == "training_bytes":
+            raise _too_many_bytes()
         if reply.outcome != "done":
             raise task_not_found(task)
         return [StoredName.parse(name) for name in reply.names]
@@ -281,6 +287,12 @@ class TrainingRegistry:
 def _too_many_jobs() -> LimitReached:
     message = f"too many queued and running trainings (limit {TRAINING_JOBS}); wait, or cancel some"
     return LimitReached.at("training_jobs", message, retry_after_s=60)
+
+
+def _too_many_bytes() -> LimitReached:
+    remedy = "delete old versions that trainings made, or tasks"
+    message = f"the snapshots and reports of trainings would exceed {TRAINING_BYTES} bytes; {remedy}"
+    return LimitReached.at("training_bytes", message)
 
 
 def _actor(training: Training) -> Actor:

@@ -47,28 +47,23 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
-from redis.asyncio.connection import (
-    AbstractConnection,
-    Connection,
-    SSLConnection,
-    UnixDomainSocketConnection,
-    parse_url,
-)
+from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.commands.core import AsyncScript
-from redis.exceptions import BusyLoadingError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ...admission.quotas import AUDIT_ENTRIES, CHANGES_PER_MINUTE
 from ...errors import LimitReached, Unauthenticated, Unavailable
 from ...urls import check_redis_url
-from .errors import NOT_PRIMARY, NotPrimary, error_code, explain
+from .errors import NotPrimary, explain
+from .primary import CONNECTIONS, Failovers
 from .scripts import ChangeReply, LuaScript
 
 logger = logging.getLogger(__name__)
@@ -89,64 +84,6 @@ LOG_INTERVAL_S = 30.0  # between two log lines with the same reason
 SLOW = (TimeoutError, RedisTimeoutError)
 
 
-@dataclass
-class Failovers:
-    """Number of failovers that a pool has seen. Connections of an earlier number may lead to a former primary."""
-
-    count: int = 0
-
-
-class _PrimaryConnection(AbstractConnection):
-    """A connection that is dropped when the server answers that it is not the primary.
-
-    After a failover the old connections may stay open to a server that refuses every change. A new connection looks the
-    address up again, so it reaches the new primary.
-    """
-
-    def __init__(self, *, failovers: Failovers, **options: Any) -> None:
-        super().__init__(**options)
-        self._failovers = failovers
-        self._seen = failovers.count
-
-    async def connect(self) -> None:
-        """Connect, unless a connection exists since the last failover. The pool calls this before each use."""
-        if self._seen != self._failovers.count:
-            await self.disconnect(nowait=True)
-            self._seen = self._failovers.count
-        await super().connect()  # type: ignore[no-untyped-call]  # redis-py has no type here
-
-    async def read_response(self, *args: Any, **options: Any) -> Any:
-        """Read a reply. `NotPrimary` makes the Redis client connect and send the command once more."""
-        try:
-            return await super().read_response(*args, **options)
-        except (ResponseError, BusyLoadingError) as error:
-            code = error_code(error)
-            if code not in NOT_PRIMARY:
-                raise
-            await self.disconnect(nowait=True)
-            self._failovers.count += 1
-            raise NotPrimary(code, str(error)) from error
-
-
-class _TCPConnection(_PrimaryConnection, Connection):
-    pass
-
-
-class _TLSConnection(_PrimaryConnection, SSLConnection):
-    pass
-
-
-class _SocketConnection(_PrimaryConnection, UnixDomainSocketConnection):
-    pass
-
-
-CONNECTIONS: Mapping[type[AbstractConnection], type[_PrimaryConnection]] = {
-    Connection: _TCPConnection,
-    SSLConnection: _TLSConnection,
-    UnixDomainSocketConnection: _SocketConnection,
-}
-
-
 class RegistryConnection:
     """A connection pool to the registry's Redis. Every method raises `Unavailable` if Redis does not answer.
 
@@ -156,12 +93,13 @@ class RegistryConnection:
     sees neither.
     """
 
-    def __init__(self, url: str, *, quiet: bool = False, audit_days: int | None = None) -> None:
+    def __init__(self, url: str, *, quiet: bool = False, audit_days: int | None = None, patience: float = 1) -> None:
         """Prepare the pool. The first command connects.
 
         Args:
             quiet: log nothing, because the caller shows every error itself.
             audit_days: changes remove older audit entries; None: they remove none for their age.
+            patience: factor of every time limit, for machines whose processes stand still for seconds.
 
         Raises:
             ValueError: the URL cannot name a Redis server; the message has no password.
@@ -169,11 +107,12 @@ class RegistryConnection:
         check_redis_url(url)
         self._url = url
         self._audit_s = None if audit_days is None else audit_days * 86_400
+        self._patience = patience
         self._failovers = Failovers()
         options: dict[str, Any] = {
             "decode_responses": True,
-            "socket_timeout": SOCKET_TIMEOUT_S,
-            "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "socket_timeout": SOCKET_TIMEOUT_S * patience,
+            "socket_connect_timeout": CONNECT_TIMEOUT_S * patience,
             "failovers": self._failovers,
             **parse_url(url),
         }
@@ -181,7 +120,9 @@ class RegistryConnection:
         pause = ExponentialBackoff(cap=LONGEST_PAUSE_S, base=FIRST_PAUSE_S / 2)
         retry = Retry(pause, RETRIES, (NotPrimary,))
         self.redis = Redis.from_pool(
-            BlockingConnectionPool(max_connections=MAX_CONNECTIONS, timeout=POOL_TIMEOUT_S, retry=retry, **options)
+            BlockingConnectionPool(
+                max_connections=MAX_CONNECTIONS, timeout=POOL_TIMEOUT_S * patience, retry=retry, **options
+            )
         )
         # For change events and probes; otherwise many requests could take all connections from them. It does not retry:
         # the reader of change events must know that it lost its server.
@@ -214,7 +155,7 @@ class RegistryConnection:
         """Await a command of `redis` or `dedicated`, or a pipeline's `execute`, and return its reply.
 
         Args:
-            timeout_s: shorter than the socket timeout.
+            timeout_s: shorter than the socket timeout; times `patience`.
             dedicated: the command belongs to `dedicated`; it runs even while a probe waits for Redis.
         """
         if self._probe is not None and not dedicated:
@@ -222,8 +163,9 @@ class RegistryConnection:
                 command.close()  # otherwise Python warns that it was never awaited
             raise Unavailable("The registry (Redis) does not answer. Retry later.")
         try:
-            async with asyncio.timeout(timeout_s):
-                return await command
+            with cancellations_kept():
+                async with asyncio.timeout(None if timeout_s is None else timeout_s * self._patience):
+                    return await command
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
             self._log(explain(error, self._url))
             if isinstance(error, ResponseError) or (isinstance(error, NotPrimary) and error.allows_reads):
@@ -293,14 +235,14 @@ class RegistryConnection:
         try:
             # Twice: the first ping may come late because this process was busy.
             answers = await self._answers() or await self._answers()
-            if not answers and self._probe is None and not is_cancelled():
+            if not answers and self._probe is None:
                 self._probe = asyncio.create_task(self._probe_until_available())
         finally:
             self._ping = None
 
     async def _probe_until_available(self) -> None:
         try:
-            while not is_cancelled() and not await self._answers():
+            while not await self._answers():
                 await asyncio.sleep(PROBE_INTERVAL_S)
         finally:
             self._probe = None
@@ -308,9 +250,10 @@ class RegistryConnection:
     async def _answers(self) -> bool:
         """Return whether Redis answers within the time limit of a ping, on a connection that no request uses."""
         try:
-            async with asyncio.timeout(PING_TIMEOUT_S):
-                # A read: Redis answers others, such as PING, also while it loads its data.
-                await self.dedicated.exists("karst:tenants")
+            with cancellations_kept():
+                async with asyncio.timeout(PING_TIMEOUT_S * self._patience):
+                    # A read: Redis answers others, such as PING, also while it loads its data.
+                    await self.dedicated.exists("karst:tenants")
             return True
         except ResponseError:  # it answers, and the next command shows its refusal
             return True
@@ -331,14 +274,20 @@ def reason_of(error: Unavailable, url: str) -> str:
     return error.detail if error.__cause__ is None else explain(error.__cause__, url)
 
 
-def is_cancelled() -> bool:
-    """Return whether the current task was cancelled. Every endless loop around Redis commands must check this.
+@contextmanager
+def cancellations_kept() -> Iterator[None]:
+    """Raise `CancelledError` at the end if the current task was cancelled meanwhile and the exception got lost.
 
-    redis-py 8.1.0 on Python 3.11 drops about one in sixteen cancellations at random moments. Without the check the loop
-    would then never end.
+    redis-py 8.1.0 on Python 3.11 drops about one in sixteen cancellations at random moments. Without this, a request
+    whose client has gone, or an endless loop, would then run on for ever.
     """
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    before = 0 if task is None else task.cancelling()
+    try:
+        yield
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def tenant_key(tenant: str, name: str) -> str:

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from ...errors import HubError
-from .connection import is_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +15,7 @@ async def repeat(step: Callable[[], Awaitable[None]], interval_s: float, name: s
     Args:
         level: of the log line for an error of the hub, such as an unavailable registry.
     """
-    while not is_cancelled():
+    while True:
         try:
             await step()
         except HubError as error:

@@ -134,7 +134,7 @@ class TrainingArchive:
         while (info := await run_blocking(pool, next, lines, None)) is not None:
             digest = info.snapshot.digest
             data = await run_blocking(pool, tar.read, file, members.snapshots[digest])
-            training = Training(**info.model_dump())
+            training = Training(**info.model_dump(), file_bytes=len(data))
             for _ in range(REMOVING_ATTEMPTS):
                 await run_blocking(pool, self._snapshots.put, digest, data)
                 if await self._staging.add_training(by, tenant, name, training):

@@ -19,7 +19,6 @@ from adapters.data.images import preprocess_of
 from ...concurrency import TenantThreads, gather_or_cancel, run_blocking
 from ...errors import HubError, InvalidImage, TooLarge, Unavailable
 from ...registry.datasets.files import DatasetFiles
-from ...registry.redis.connection import is_cancelled
 from ...storage.features import FeatureStore, feature_key
 from ...storage.store import Store
 from ...worker_api import Workers
@@ -141,7 +140,7 @@ class FeatureService:
     async def run(self) -> None:
         """Compute features that no gateway has computed, until cancelled."""
         known = ""
-        while not is_cancelled():
+        while True:
             try:
                 if not await self._files.any_images():  # the next line would start a worker of a hub without any
                     await asyncio.sleep(INTERVAL_S)

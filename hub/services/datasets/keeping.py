@@ -23,7 +23,6 @@ from ...dataset_schemas import KeptAnswer
 from ...errors import HubError
 from ...registry.datasets.files import StoredName
 from ...registry.datasets.kept import KeptImage, KeptImages
-from ...registry.redis.connection import is_cancelled
 from ...schemas import Keep
 from ...storage.store import Store
 from ..predictions import Predicted
@@ -118,7 +117,7 @@ class Keeper:
 
     async def run(self) -> None:
         """Store queued images until cancelled, one step of each tenant in turn."""
-        while not is_cancelled():
+        while True:
             await self._work.wait()
             while self._queues:
                 tenant, queue = next(iter(self._queues.items()))

@@ -13,7 +13,6 @@ from ...errors import HubError
 from ...registry.datasets.files import DatasetFiles, StoredName
 from ...registry.datasets.kept import KeptImages
 from ...registry.health import RegistryIntegrity
-from ...registry.redis.connection import is_cancelled
 from ...storage.features import FeatureStore
 from ...storage.store import Store, StoredFile
 
@@ -63,7 +62,7 @@ class FileRemoval:
     async def run(self) -> None:
         """Remove the files of deleted tasks and tenants and expired images, until cancelled."""
         expired_s = -EXPIRY_S
-        while not is_cancelled():
+        while True:
             try:
                 more = True
                 while more:

@@ -23,7 +23,6 @@ from ...concurrency import TenantThreads, run_blocking
 from ...dataset_schemas import TrainingProgress, TrainingState
 from ...errors import HubError, NotFound, Unavailable
 from ...registry.datasets.trainings import Job, Training, TrainingRegistry
-from ...registry.redis.connection import is_cancelled
 from ...registry.tasks import TaskRegistry
 from ...registry.versions import TrainingEndedError
 from ...settings import Settings
@@ -130,7 +129,7 @@ class TrainingJobs:
 
     async def run(self) -> None:
         """Take jobs and run them, until cancelled."""
-        while self._trainer is not None and not is_cancelled():
+        while self._trainer is not None:
             self._woken.clear()
             try:
                 while await self._take():
@@ -140,7 +139,8 @@ class TrainingJobs:
             except Exception:
                 logger.exception("the queue of trainings cannot be read")
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), POLL_S)
+                async with asyncio.timeout(POLL_S):  # `wait_for` of Python 3.11 drops some cancellations
+                    await self._woken.wait()
 
     async def close(self) -> None:
         """Kill the jobs of this gateway and return them to the queue, for other gateways."""
@@ -281,7 +281,8 @@ class TrainingJobs:
         pool = self._threads.of(held.job.tenant)
         await _insist(lambda: run_blocking(pool, self._reports.put, digest, report))
         with zipfile.ZipFile(io.BytesIO(report)) as archive:
-            held.update(report_digest=digest, report_files=archive.namelist())
+            size = held.training.file_bytes + len(report)
+            held.update(report_digest=digest, report_files=archive.namelist(), file_bytes=size)
 
     async def _give_up(self, held: _Held, reason: str) -> None:
         """Return an interrupted job to the queue; after the last attempt it has failed.

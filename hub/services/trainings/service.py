@@ -19,6 +19,7 @@ from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ...dataset_schemas import ENDED, TrainingInfo, TrainingList, TrainingRequest, TrainingState
 from ...errors import HubError, InvalidRequest, NotFound, Unauthenticated
 from ...registry.datasets.entries import ListedImage
+from ...registry.datasets.files import StoredName
 from ...registry.datasets.index import DatasetIndex
 from ...registry.datasets.trainings import Author, Job, Training, TrainingRegistry
 from ...registry.tasks import TaskRegistry
@@ -208,6 +209,7 @@ class TrainingService:
             "version": registered.version,
             "report": registered.metrics,
             "report_digest": digest,
+            "file_bytes": training.file_bytes + len(report),
             "report_files": [REPORT],
             "promotion": promotion,
             "seconds": _since(started_s),
@@ -254,12 +256,17 @@ class TrainingService:
             version=None,
             report=None,
             warnings=warnings,
+            file_bytes=len(text),
             error=None if queued else INTERRUPTED,  # until the training ends: no training seems to run for ever
             author=Author(key=caller.key, name=caller.name, role=caller.role, address=caller.address),
             budget_s=request.budget_s if queued else 0,
         )
         await run_blocking(self._threads.of(caller.tenant), self._snapshots.put, info.digest, text)
-        dropped = await self._trainings.put(caller, caller.tenant, task, training, audited=queued, queued=queued)
+        try:
+            dropped = await self._trainings.put(caller, caller.tenant, task, training, audited=queued, queued=queued)
+        except HubError:  # otherwise refused trainings would fill the disk until the next collection
+            await self._removal.remove([StoredName("s:", info.digest)])
+            raise
         # The last other training with this snapshot may have gone between the write and the listing.
         await run_blocking(self._threads.of(caller.tenant), self._snapshots.put_missing, info.digest, text)
         await self._removal.remove(dropped)

@@ -1,5 +1,6 @@
 """A mixed batch gives each image the logits of its merged model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,23 @@ def test_a_bank_gives_the_frozen_features_when_the_adapter_is_untrained(backbone
         expected = [torch.addmv(fresh.head.bias, fresh.head.weight, row) for row in pooled]
     for row, image in zip(bank.forward(pixels, [slot, slot]), expected, strict=True):
         torch.testing.assert_close(row, image, atol=1e-5, rtol=0)
+
+
+def test_passes_of_other_threads_run_between_the_blocks_of_frozen_features(backbone: Backbone) -> None:
+    bank = Bank(backbone, slots=1, max_rank=8, max_kernels=4)
+    slot = bank.put(random_adapter(backbone))
+    one, other = random_pixels(backbone, 2, seed=1), random_pixels(backbone, 3, seed=2)
+    features_alone, logits_alone = bank.frozen_features(one), bank.forward(other, [slot] * 3)
+    found: list[list[torch.Tensor]] = []
+    with ThreadPoolExecutor(1) as thread:
+
+        def give_way() -> None:
+            found.append(thread.submit(bank.forward, other, [slot] * 3).result(60))
+
+        torch.testing.assert_close(bank.frozen_features(one, give_way), features_alone, atol=0, rtol=0)
+    assert len(found) == bank.blocks > 1
+    for logits in found:
+        torch.testing.assert_close(logits, logits_alone, atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Ray's stock proxy: uvicorn with the hub's middleware and its time limit of heads, on real sockets."""
 
 import asyncio
+import threading
 import time
 
 import httpx
@@ -14,7 +15,7 @@ from hub.api import stock_proxy
 from hub.api.security_headers import DATA_POLICY, RAY_HEADERS
 from hub.api.stock_proxy import RayHeadersFilter, stock_proxy_middleware
 from tests.support.asgi import listening
-from tests.support.connections import drip_all, raw_reply
+from tests.support.connections import connect, drip_all, raw_reply
 
 GET = b"GET %s HTTP/1.1\r\nhost: hub\r\n\r\n"
 
@@ -79,6 +80,31 @@ def test_a_connection_stays_open_for_further_requests_when_bodies_are_complete()
             time.sleep(pause_s)
             reply = http.post("/", content=b"abc")
             assert (reply.text, reply.headers.get("connection")) == ("3", None)
+
+
+def test_the_running_request_ends_when_a_client_with_two_requests_disconnects() -> None:
+    """Otherwise its reply to the closed connection is an error with a traceback in the log."""
+    started, ended, failed = threading.Event(), threading.Event(), []
+
+    async def wait(scope: Scope, receive: Receive, send: Send) -> None:
+        started.set()
+        try:
+            await receive()  # the request, whose body is empty
+            await receive()  # the disconnection
+            await Response("ok")(scope, receive, send)
+        except BaseException as error:
+            failed.append(error)
+            raise
+        finally:
+            ended.set()
+
+    stock_proxy.end_pipelined_requests()
+    with listening(wait, has_lifespan=False) as url:
+        with connect(url) as connection:
+            connection.sendall(GET % b"/" * 2)
+            assert started.wait(10)
+        assert ended.wait(10)
+    assert failed == []
 
 
 @pytest.mark.parametrize("path", [b"/-/routes", b"/%2d/routes", b"/-%2Froutes", b"http://hub/-/routes", b"/-/x"])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import redis
 
+from hub.registry.datasets import trainings
 from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import coloured_noise, wait_until
 from tests.support.zips import zip_of
@@ -153,6 +154,17 @@ def test_a_training_of_another_tenants_task_or_without_a_task_is_not_found(colou
     assert colours.http.post("/v1/tasks/default:colours/trainings", headers=foreign).status_code == 404
     assert colours.http.post(TRAININGS, headers=foreign).status_code == 404
     assert colours.http.post("/v1/tasks/nothing/trainings").status_code == 404
+
+
+def test_a_training_beyond_the_quota_of_snapshots_is_refused_and_leaves_no_file(
+    colours: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainings, "TRAINING_BYTES", 100)
+    for recipe in ("instant", "karst"):
+        reply = colours.http.post(TRAININGS, json={"recipe": recipe})
+        assert (reply.status_code, reply.json()["errors"][0]["field"]) == (429, "training_bytes"), reply.text
+    assert colours.http.get(TRAININGS).json()["trainings"] == []
+    assert not [name for name in colours.stored() if name.endswith(".json")]
 
 
 def test_a_deleted_task_takes_its_snapshots(colours: Hub) -> None:

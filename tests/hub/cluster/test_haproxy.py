@@ -66,7 +66,7 @@ def test_haproxy_accepts_the_configuration(config: str, plain: Frontend, tmp_pat
 @pytest.mark.parametrize(("host", "bind"), [(None, "127.0.0.1"), ("0.0.0.0", "0.0.0.0"), ("::", "[::]")])
 def test_haproxy_listens_only_on_the_hub_s_address(config: str, plain: Frontend, host: str | None, bind: str) -> None:
     assert binds(config) == ["bind :9101", "bind 127.0.0.1:8000", "bind *:8404"]
-    assert binds(rewrite(config, replace(plain, host=host))) == [f"bind {bind}:8000"]
+    assert binds(rewrite(config, replace(plain, host=host))) == [f"bind {bind}:8000 proto h1"]
 
 
 @pytest.mark.parametrize(("fits", "limit"), [(10, 10), (100_000, 4096)])
@@ -108,10 +108,10 @@ def test_other_sections_of_ray_s_configuration_stay(config: str, plain: Frontend
 def test_tls_options_follow_the_address(config: str, plain: Frontend) -> None:
     tls = replace(plain, certificate='/a b/"$c".pem')
     assert binds(rewrite(config, tls)) == [
-        'bind 127.0.0.1:8000 ssl crt "/a b/\\"\\$c\\".pem" ssl-min-ver TLSv1.2',
+        'bind 127.0.0.1:8000 ssl crt "/a b/\\"\\$c\\".pem" ssl-min-ver TLSv1.2 alpn http/1.1 proto h1',
     ]
     both = rewrite(config, replace(plain, certificate="/c.pem", client_ca="/ca.pem"))
-    assert binds(both)[0].endswith(' ca-file "/ca.pem" verify required')
+    assert binds(both)[0].endswith(' ca-file "/ca.pem" verify required proto h1')
     assert "http-request set-header X-Forwarded-Proto https" in lines(both)
 
 

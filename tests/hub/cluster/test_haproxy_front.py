@@ -21,7 +21,7 @@ from hub.api.request_heads import SINGLE_HEADERS, UnreadBodyMiddleware
 from hub.api.security_headers import security_headers
 from hub.cluster import haproxy
 from tests.support.asgi import listening
-from tests.support.connections import drip_all, raw_reply
+from tests.support.connections import connect, drip_all, raw_reply
 from tests.support.haproxy import in_front_of, plain_frontend
 from tests.support.models import wait_until
 from tests.support.tls import certificate
@@ -111,6 +111,30 @@ def test_a_header_with_one_value_is_refused_when_it_is_sent_twice(tmp_path: Path
     assert head.startswith(b"HTTP/1.1 400 ")
     if b"problem+json" in head:  # HAProxy refuses some by itself
         assert name in json.loads(body)["detail"]
+
+
+@pytest.mark.parametrize(
+    "request_start",
+    [
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)),
+        b"GET / HTTP/1.1\r\nhost: a\r\nupgrade: h2c\r\nconnection: upgrade, http2-settings\r\nhttp2-settings:\r\n\r\n",
+    ],
+    ids=["prior knowledge", "upgrade"],
+)
+def test_a_client_gets_no_http_2_when_it_asks_for_it(front: Front, request_start: bytes) -> None:
+    url, tls = front
+    head, _ = raw_reply(url, request_start, tls)
+    assert head.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 401 "))  # as HTTP/1.1, by HAProxy or the gateway
+
+
+def test_tls_offers_http_1_alone(front: Front) -> None:
+    url, tls = front
+    if tls is None:
+        pytest.skip("without TLS")
+    tls.set_alpn_protocols(["h2", "http/1.1"])
+    with connect(url, tls) as connection:
+        assert isinstance(connection, ssl.SSLSocket)
+        assert connection.selected_alpn_protocol() == "http/1.1"
 
 
 def test_spellings_of_one_key_are_counted_together(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """A gateway's cache of the registry."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -9,31 +9,13 @@ from hub.admin_schemas import LimitsChange
 from hub.errors import NotFound, Unavailable
 from hub.registry.audit import OPERATOR
 from hub.registry.cache import KEY_TRUST_S, RegistryCache
-from hub.registry.events import Event, EventLog
+from hub.registry.events import EventLog
 from hub.registry.keys import KeyRegistry, key_id
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from tests.support.hub_app import in_registry
 from tests.support.registry import version
-
-
-class CancellationDroppingLog(EventLog):
-    """An event log whose first read drops its cancellation, as redis-py 8.1.0 does on Python 3.11 at random moments."""
-
-    def __init__(self, connection: RegistryConnection) -> None:
-        super().__init__(connection)
-        self.is_reading = asyncio.Event()
-
-    async def read(self, after: Mapping[str, str], wait_ms: int) -> list[Event]:
-        is_first = not self.is_reading.is_set()
-        self.is_reading.set()
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            if not is_first:
-                raise
-        return []
 
 
 def new_cache(
@@ -61,18 +43,6 @@ async def until(true: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(30):
         while not await true():
             await asyncio.sleep(0.01)
-
-
-def test_following_ends_when_redis_drops_its_cancellation(empty_redis: str) -> None:
-    async def use(connection: RegistryConnection) -> None:
-        events = CancellationDroppingLog(connection)
-        following = asyncio.create_task(new_cache(connection, events).follow())
-        await events.is_reading.wait()
-        following.cancel()
-        await asyncio.wait_for(asyncio.wait((following,)), 30)
-        assert following.done()
-
-    in_registry(empty_redis, use)
 
 
 def test_a_task_is_cached_until_an_event_reports_its_change(empty_redis: str) -> None:

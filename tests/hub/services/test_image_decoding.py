@@ -6,6 +6,7 @@ import os
 import struct
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 from adapters.data.images import decode_image
-from hub.concurrency import LOW_PRIORITY, ActiveTenants, TenantThreads, lower_priority
+from hub.concurrency import LOW_PRIORITY, REST_RATIO, ActiveTenants, TenantThreads, lower_priority
 from hub.errors import InvalidImage, TooLarge
 from hub.services.image_decoding import MAX_JPEG_SCANS, DecodeProcesses, ImageDecoder
 from tests.support.models import PREPROCESS, bomb_png, encoded, png
@@ -335,6 +336,28 @@ def test_tenant_decodes_large_images_on_its_share_of_the_cores_when_others_are_a
     run(use)
 
 
+def test_decodes_for_a_dataset_rest_when_another_tenant_is_active() -> None:
+    starts, taken_s = [], 0.1
+
+    def decode(data: bytes, **options: Any) -> Any:
+        starts.append(time.monotonic())
+        time.sleep(taken_s)
+        return decode_image(data, **options)
+
+    async def use() -> None:
+        active = ActiveTenants()
+        active.note("b")
+        with ThreadPoolExecutor(4) as executor:
+            limits: dict[str, Any] = {"threads": 2, "cores": 2, "max_bytes": 100_000, "max_pixels": 1_000_000}
+            images = ImageDecoder(executor, executor, TenantThreads(executor, 1, 1), active, decode=decode, **limits)
+            sent = [("body", png(), PREPROCESS)] * 2
+            await images.decode("a", sent, [1, 1], of_dataset=True)
+            await until(lambda: images.running == 0)
+        assert starts[1] - starts[0] >= (1 + REST_RATIO) * taken_s
+
+    run(use)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
 def test_threads_of_low_priority_decode_large_images_and_those_of_datasets() -> None:
     priorities = []
@@ -372,7 +395,7 @@ def test_images_behind_a_wrong_one_are_not_decoded() -> None:
     run(use)
 
 
-def test_process_decodes_an_image_when_it_is_large() -> None:
+def test_process_decodes_an_image_when_it_is_large_or_of_a_dataset() -> None:
     image = encoded(Image.effect_mandelbrot((2000, 1100), (-2, -1, 1, 1), 20).convert("RGB"), "PNG")
     decoded = []
 
@@ -392,6 +415,8 @@ def test_process_decodes_an_image_when_it_is_large() -> None:
             assert len(decoded) == 1
             squashed = PREPROCESS | {"crop_mode": "squash"}  # no resize that a process can do
             await several(images, "a", [("body", image, squashed), ("body", png(), PREPROCESS)])
+            assert len(decoded) == 3
+            await images.decode("a", [("body", png(), PREPROCESS)], [1], of_dataset=True)
             assert len(decoded) == 3
             small = Image.open(io.BytesIO(await images.thumbnail("a", "body", image)))
             assert (small.size, len(decoded)) == ((192, 106), 3)

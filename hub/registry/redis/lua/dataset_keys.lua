@@ -45,6 +45,16 @@ local function count_images(tenant, images, bytes)
   redis.call('INCRBY', tenant_key(tenant, 'image_bytes'), string.format('%.0f', bytes))
 end
 
+-- Add to the bytes of a tenant's snapshots and reports.
+local function count_training_bytes(tenant, bytes)
+  if bytes ~= 0 then redis.call('INCRBY', tenant_key(tenant, 'training_bytes'), string.format('%.0f', bytes)) end
+end
+
+-- Return the bytes of a training's snapshot and report; 0 for a training of an older hub.
+local function training_bytes(training)
+  return tonumber(training.file_bytes) or 0
+end
+
 local HOLDERS = {[''] = 'karst:images', ['s:'] = 'karst:snapshots', ['r:'] = 'karst:reports'}
 
 -- Remove holders of a file (one by default): images (''), or trainings of a snapshot ('s:') or a report ('r:'). Return
@@ -72,6 +82,7 @@ local function drop_dataset(tenant, task)
   for _, text in ipairs(redis.call('HVALS', dataset_key(tenant, task, 'trainings'))) do
     local training = cjson.decode(text)
     drop_job(tenant, task, training.id)
+    count_training_bytes(tenant, -training_bytes(training))
     redis.call('ZREM', ENDED, job_name(tenant, task, training.id))
     redis.call('HINCRBY', images, 's:' .. training.snapshot.digest, 1)
     if training.report_digest and training.report_digest ~= cjson.null then

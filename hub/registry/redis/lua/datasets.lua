@@ -38,6 +38,7 @@ function datasets.stage(args)
   for i, image in ipairs(args.images) do statuses[i] = add(args, image) end
   if training ~= cjson.null and redis.call('HSET', key(args, 'trainings'), training.id, training.body) == 1 then
     redis.call('HINCRBY', 'karst:snapshots', training.snapshot, 1)
+    count_training_bytes(args.tenant, training_bytes(cjson.decode(training.body)))
     redis.call('ZADD', key(args, 'training-order'), redis.call('HINCRBY', key(args, 'info'), 'last', 1), training.id)
   end
   return {outcome = 'done', text = cjson.encode(statuses)}

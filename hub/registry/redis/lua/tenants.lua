@@ -77,8 +77,8 @@ function tenants.delete(args)
     redis.call('HDEL', 'karst:used', id)
   end
   local names = {
-    'tasks', 'numbers', 'floor', 'changes', 'shares', 'bytes', 'registry', 'images', 'image_bytes', 'keys', 'shared',
-    'audit', 'rate', 'flight', 'settled', 'counts', 'usage_bytes', 'unsorted', 'by:name', 'by:labels', 'by:images',
+    'tasks', 'numbers', 'floor', 'changes', 'shares', 'bytes', 'registry', 'images', 'image_bytes',
+    'training_bytes', 'keys', 'shared', 'audit', 'rate', 'flight', 'settled', 'counts', 'usage_bytes', 'unsorted', 'by:name', 'by:labels', 'by:images',
     'by:accuracy', 'by:version', 'by:registered',
   }
   for _, name in ipairs(names) do redis.call('UNLINK', tenant_key(args.tenant, name)) end

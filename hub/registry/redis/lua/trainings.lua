@@ -29,21 +29,43 @@ local function is_needed(args, id, body)
   return redis.call('HEXISTS', task_key(args.tenant, args.task), field) == 1
 end
 
--- Forget ended trainings older than the newest max_trainings, unless they are needed. Return their files that no other
--- training uses.
-local function trim(args)
-  local orphans, order = {}, key(args, 'training-order')
-  local excess = redis.call('ZCARD', order) - args.max_trainings
-  if excess <= 0 then return orphans end
-  for _, id in ipairs(redis.call('ZRANGE', order, 0, excess - 1)) do
+-- Write a training's text, and count its bytes. Return whether it is new.
+local function store(args)
+  local known = redis.call('HGET', key(args, 'trainings'), args.id)
+  local before = known and training_bytes(cjson.decode(known)) or 0
+  count_training_bytes(args.tenant, training_bytes(cjson.decode(args.body)) - before)
+  return redis.call('HSET', key(args, 'trainings'), args.id, args.body) == 1
+end
+
+-- Return the ended trainings that a new one replaces, unless they are needed: those older than the newest
+-- max_trainings, and the oldest ones as long as the tenant's trainings have more than max_bytes. Also return the bytes
+-- over max_bytes that remain.
+local function outdated(args)
+  local found, order = {}, key(args, 'training-order')
+  local used = tonumber(redis.call('GET', tenant_key(args.tenant, 'training_bytes')) or 0)
+  local over = used + training_bytes(cjson.decode(args.body)) - args.max_bytes
+  local excess = redis.call('ZCARD', order) + 1 - args.max_trainings
+  if excess <= 0 and over <= 0 then return found, over end
+  for place, id in ipairs(redis.call('ZRANGE', order, 0, -1)) do
+    if place > excess and over <= 0 then break end
     local body = cjson.decode(redis.call('HGET', key(args, 'trainings'), id))
     if not is_needed(args, id, body) then
-      local report = report_of(body)
-      redis.call('HDEL', key(args, 'trainings'), id)
-      redis.call('ZREM', order, id)
-      if release_file('s:', body.snapshot.digest) then orphans[#orphans + 1] = 's:' .. body.snapshot.digest end
-      if report and release_file('r:', report) then orphans[#orphans + 1] = 'r:' .. report end
+      found[#found + 1], over = body, over - training_bytes(body)
     end
+  end
+  return found, over
+end
+
+-- Forget these trainings. Return their files that no other training uses.
+local function forget(args, found)
+  local orphans = {}
+  for _, body in ipairs(found) do
+    local report = report_of(body)
+    redis.call('HDEL', key(args, 'trainings'), body.id)
+    redis.call('ZREM', key(args, 'training-order'), body.id)
+    count_training_bytes(args.tenant, -training_bytes(body))
+    if release_file('s:', body.snapshot.digest) then orphans[#orphans + 1] = 's:' .. body.snapshot.digest end
+    if report and release_file('r:', report) then orphans[#orphans + 1] = 'r:' .. report end
   end
   return orphans
 end
@@ -72,8 +94,8 @@ local function hold_report(report)
 end
 
 -- body, snapshot and report (digests; report null: none), max_trainings, entry, audited (whether to write the entry),
--- queued (whether to add a job), max_jobs (queued or running ones of the tenant), max_ended. Add a training, or replace
--- its body. Return the files of the oldest trainings that were dropped and that no other training uses.
+-- queued (whether to add a job), max_jobs (queued or running ones of the tenant), max_bytes (of the tenant's snapshots and
+-- reports), max_ended. Add a training, or replace its body. Return the files of the oldest trainings that were dropped and that no other training uses.
 function trainings.put(args)
   if is_revoked(args.entry) then return REVOKED end
   local refusal = (args.queued or not args.audited) and take_change(args)
@@ -84,16 +106,19 @@ function trainings.put(args)
     return limit_reached('training_jobs', args.max_jobs)
   end
   local known = redis.call('HGET', key(args, 'trainings'), args.id)
+  local found, over = {}, 0
+  if not known then found, over = outdated(args) end
+  if over > 0 then return limit_reached('training_bytes', args.max_bytes) end
   if not known or report_of(cjson.decode(known)) ~= report_of({report_digest = args.report}) then
     local removing = hold_report(args.report)
     if removing then return removing end
   end
   local orphans = {}
-  if redis.call('HSET', key(args, 'trainings'), args.id, args.body) == 1 then
+  if store(args) then
+    orphans = forget(args, found)
     redis.call('HINCRBY', 'karst:snapshots', args.snapshot, 1)
     redis.call('ZADD', key(args, 'training-order'), redis.call('HINCRBY', key(args, 'info'), 'last', 1), args.id)
     if args.queued then enqueue(args, redis.call('INCR', 'karst:training-number')) end
-    orphans = trim(args)
   end
   if args.audited then record_change(args, 'dataset', args.task) end
   if args.audited and not args.queued then note_end(args) end
@@ -138,7 +163,7 @@ end
 -- token, body, lease_s. Replace the body of a running job and renew its lease.
 function trainings.write(args)
   if not held(args) then return ABSENT end
-  redis.call('HSET', key(args, 'trainings'), args.id, args.body)
+  store(args)
   redis.call('ZADD', LEASES, now_s() + args.lease_s, job_name(args.tenant, args.task, args.id))
   return DONE
 end
@@ -146,7 +171,7 @@ end
 -- token ('': its lease has expired), body. Return a running job to the front of its tenant's queue.
 function trainings.requeue(args)
   if not held(args) then return ABSENT end
-  redis.call('HSET', key(args, 'trainings'), args.id, args.body)
+  store(args)
   enqueue(args, 0)
   return DONE
 end
@@ -156,7 +181,7 @@ function trainings.finish(args)
   if not held(args) then return ABSENT end
   local removing = hold_report(args.report)
   if removing then return removing end
-  redis.call('HSET', key(args, 'trainings'), args.id, args.body)
+  store(args)
   drop_job(args.tenant, args.task, args.id)
   record_change(args, 'dataset', args.task)
   note_end(args)
@@ -168,7 +193,7 @@ function trainings.cancel(args)
   local refused = refusal_of(args)
   if refused then return refused end
   if not drop_job(args.tenant, args.task, args.id) then return ABSENT end
-  redis.call('HSET', key(args, 'trainings'), args.id, args.body)
+  store(args)
   record_change(args, 'dataset', args.task)
   note_end(args)
   return DONE

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hub.admin_schemas import LimitsChange
-from hub.admission.quotas import TRAINING_JOBS
+from hub.admission.quotas import TRAINING_BYTES, TRAINING_JOBS
 from hub.dataset_schemas import SnapshotInfo
 from hub.errors import LimitReached, NotFound
 from hub.registry.audit import OPERATOR
@@ -103,6 +103,33 @@ def test_a_job_whose_lease_has_expired_goes_to_the_front_and_its_gateway_loses_i
         assert not await trainings.requeue(job, "", running)  # the second lease holds
         assert await trainings.write(job, "second", running, lease_s=LONG_S)
         assert (await trainings.get(*job)).state == "running"
+
+    with_datasets(empty_redis, use)
+
+
+def test_old_trainings_make_room_when_the_tenants_snapshots_and_reports_fill_its_quota(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings = TrainingRegistry(registry.connection, unpaced_reads())
+
+        async def put(id: str, size: int, *, queued: bool = False) -> list[StoredName]:
+            return await trainings.put(
+                OPERATOR, "t", "flowers", training(id, id, state="failed", file_bytes=size), queued=queued
+            )
+
+        assert await put("old", TRAINING_BYTES // 2) == []
+        assert await put("job", TRAINING_BYTES // 2, queued=True) == []
+        assert await put("new", 10) == [StoredName("s:", digest_of("old"))]
+        with pytest.raises(LimitReached, match="snapshots and reports"):  # the job is needed
+            await put("large", TRAINING_BYTES // 2 + 1)
+        kept = [found.id for found in await trainings.all("t", "flowers")]
+        assert kept == ["new", "job"]  # a refusal changes nothing
+        await take(trainings)
+        done = training("job", "job", state="done", file_bytes=TRAINING_BYTES)  # with its report
+        assert await trainings.finish(Job("t", "flowers", "job"), "me", done)
+        assert {name.digest for name in await put("large", 11)} == {digest_of("job")}
+        await registry.tasks.delete_task(OPERATOR, "t", "flowers")
+        await registry.tasks.put(OPERATOR, "t", "flowers", TaskSettings())
+        assert await put("full", TRAINING_BYTES, queued=True) == []  # nothing of the deleted task counts
 
     with_datasets(empty_redis, use)
 

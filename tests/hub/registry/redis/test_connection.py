@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -86,3 +87,50 @@ def test_commands_fail_at_once_when_redis_hangs_with_open_connections(tmp_path: 
 
     with embedded_redis(tmp_path) as url:
         asyncio.run(asyncio.wait_for(use(url), 60))
+
+
+def test_a_cancellation_that_redis_py_drops_ends_the_caller(empty_redis: str) -> None:
+    async def dropping() -> int:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return 1
+
+    async def use() -> None:
+        connection = RegistryConnection(empty_redis)
+        try:
+            call = asyncio.create_task(connection.execute(dropping()))
+            await asyncio.sleep(0)
+            call.cancel()
+            await asyncio.wait((call,))
+            assert call.cancelled()
+            # An own timeout that redis-py drops cancels nothing.
+            assert await connection.execute(dropping(), timeout_s=0.01) == 1
+        finally:
+            await connection.close()
+
+    asyncio.run(use())
+
+
+def test_callers_end_when_they_are_cancelled_at_random_moments_of_their_commands(empty_redis: str) -> None:
+    """Without `cancellations_kept` some of these tasks run on for ever."""
+    generator = random.Random(1)
+
+    async def read_for_ever(connection: RegistryConnection) -> None:
+        while True:
+            await connection.execute(connection.redis.get("karst:absent"))
+
+    async def use() -> None:
+        connection = RegistryConnection(empty_redis)
+        try:
+            for _ in range(10):
+                readers = [asyncio.create_task(read_for_ever(connection)) for _ in range(20)]
+                await asyncio.sleep(0.05)
+                for reader in readers:
+                    await asyncio.sleep(generator.random() / 1000)
+                    reader.cancel()
+                _, running = await asyncio.wait(readers, timeout=10)
+                assert not running
+        finally:
+            await connection.close()
+
+    asyncio.run(asyncio.wait_for(use(), 120))

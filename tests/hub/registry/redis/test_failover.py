@@ -165,7 +165,7 @@ def test_a_gateway_registers_and_sees_changes_after_a_failover(
 ) -> None:
     with (
         two_servers(tmp_path / "redis") as (first, second, address),
-        running(address.url, backbone, tmp_path / "store") as hub,
+        running(address.url, backbone, tmp_path / "store", redis_patience=1) as hub,
         hub.another_gateway() as other,
     ):
         path = "/v1/tasks/flowers/versions"
@@ -184,7 +184,7 @@ def test_a_gateway_forgets_changes_that_the_new_primary_lacks(
     monkeypatch.setattr("hub.registry.health.WATCH_INTERVAL_S", 0.1)
     with (
         two_servers(tmp_path / "redis") as (first, second, address),
-        running(address.url, backbone, tmp_path / "store") as hub,
+        running(address.url, backbone, tmp_path / "store", redis_patience=1) as hub,
     ):
 
         def serves(version: int) -> bool:

@@ -26,7 +26,7 @@ def gateway_with_cached_task(hub: Hub) -> Iterator[TestClient]:
 
     It starts after the changes. Otherwise a late event could drop the cached values.
     """
-    api = make_api(hub.redis_url, hub.store_folder, hub.engine)
+    api = make_api(hub.redis_url, hub.store_folder, hub.engine, redis_patience=1)
     with TestClient(api, headers=bearer(hub.key)) as gateway:
         wait_until(
             lambda: classify(gateway).status_code == 200 and bool(api.state.cache.cached_task("default", "flowers"))
@@ -40,7 +40,7 @@ def test_a_gateway_classifies_with_cached_tasks_when_redis_is_stopped(
 ) -> None:
     server = ExitStack()
     url = server.enter_context(embedded_redis(tmp_path))
-    with server, running(url, backbone, tmp_path / "store") as hub:
+    with server, running(url, backbone, tmp_path / "store", redis_patience=1) as hub:
         hub.http.post("/v1/tasks/flowers/versions", content=adapters[0].data, headers=OCTETS)
         with gateway_with_cached_task(hub) as gateway:
 
@@ -70,7 +70,7 @@ def test_a_gateway_classifies_with_cached_tasks_when_redis_is_stopped(
 def test_a_change_at_one_gateway_reaches_another_gateway(
     empty_redis: str, backbone: Backbone, adapters: list[Adapter], tmp_path: Path
 ) -> None:
-    with running(empty_redis, backbone, tmp_path / "store") as one, one.another_gateway() as two:
+    with running(empty_redis, backbone, tmp_path / "store", redis_patience=1) as one, one.another_gateway() as two:
         for i in range(2):
             one.http.post("/v1/tasks/flowers/versions", content=adapters[i].data, headers=OCTETS)
             number = i + 1
@@ -82,7 +82,7 @@ def test_a_change_at_one_gateway_reaches_another_gateway(
 def test_a_gateway_classifies_with_cached_tasks_when_redis_hangs(
     backbone: Backbone, adapters: list[Adapter], tmp_path: Path
 ) -> None:
-    with embedded_redis(tmp_path) as url, running(url, backbone, tmp_path / "store") as hub:
+    with embedded_redis(tmp_path) as url, running(url, backbone, tmp_path / "store", redis_patience=1) as hub:
         hub.http.post("/v1/tasks/flowers/versions", content=adapters[0].data, headers=OCTETS)
         with gateway_with_cached_task(hub) as gateway:
             with redis.Redis.from_url(url) as client:
