@@ -244,7 +244,7 @@ STAGES: dict[str, Stage] = {
     "variants": variants,
     "search others": search(OTHERS),
     "25 others": table(25, 0, OTHERS),
-    **{f"25 adapters seed {seed}": table(25, seed, ADAPTERS) for seed in SEEDS[1:]},
+    **{f"{n} adapters seed {seed}": table(n, seed, ADAPTERS) for n in PER_CLASS for seed in SEEDS[1:]},
     **{f"25 rates seed {seed}": table_rates(25, seed, (KARST,)) for seed in SEEDS[1:]},
     **{f"25 rates of others seed {seed}": table_rates(25, seed, ADAPTERS) for seed in SEEDS},
     "variants' rates": search(tuple(VARIANTS)),
@@ -314,7 +314,7 @@ def fit(
     torch.manual_seed(seed)
     settings = METHODS[method]
     model = build(settings, frozen, task.classes, head).train()
-    optimizer = torch.optim.AdamW(parameter_groups(settings, model, rate, HEAD_RATE))
+    optimizer = torch.optim.AdamW(parameter_groups(settings, model, rate, HEAD_RATE), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
     loss = math.nan
     for index in batches(train, steps, seed):

@@ -158,6 +158,20 @@ def test_owner_makes_copies_and_revokes_a_key_by_clicks(console: Console) -> Non
     page.get_by_role("button", name="Revoke camera 3").wait_for(state="detached")
 
 
+def test_long_list_of_keys_is_shown_page_by_page(console: Console) -> None:
+    key = own_tenant(console, "cameras")
+    with Client(console.url, console.admin_key) as admin:
+        for i in range(60):
+            admin.create_key("cameras", f"camera {i}")
+    page = console.page("/tenant", signed_in=False)
+    sign_in(page, key)
+    cameras = page.get_by_role("button", name="Revoke camera")
+    cameras.nth(40).wait_for()
+    page.get_by_role("button", name="More keys").click()
+    cameras.nth(59).wait_for()
+    page.get_by_role("button", name="More keys").wait_for(state="detached")
+
+
 def test_admin_sees_trainings_of_tenants_and_errors_by_kind(console: Console, tmp_path: Path) -> None:
     key = own_tenant(console, "trainer")
     folder = write_digits(tmp_path / "digits", 0, 4)

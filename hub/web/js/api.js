@@ -1,4 +1,4 @@
-/** The hub's public HTTP API. The console has no other way to the hub. */
+/** The hub's public HTTP API, the console's only way to the hub. */
 import { connection, keys, me, notify, signOut } from "./state.js";
 
 const BASE = new URL(".", document.baseURI); // with the path of a proxy, if the hub is below one
@@ -12,8 +12,7 @@ export class ApiError extends Error {
     const errors = problem.errors ?? [];
     const named = errors.map(({ field, message }) => (field ? `${field}: ${message}` : message)).join("; ");
     super([problem.detail || problem.title || `status ${status}`, named].filter(Boolean).join(" "));
-    this.name = "ApiError";
-    Object.assign(this, { status, title: problem.title, detail: this.message, errors, retryAfter });
+    Object.assign(this, { status, errors, retryAfter: Number(retryAfter) || null });
   }
 }
 
@@ -26,111 +25,99 @@ export function address(path, params = {}) {
   return url;
 }
 
+/** Return the path of a task's route, each part encoded. */
+export const at = (task, ...parts) => ["/v1/tasks", ...[task, ...parts].map(encodeURIComponent)].join("/");
+
+/** Wait; the signal ends it with an AbortError. */
+export const sleep = (ms, signal) =>
+  new Promise((resolve, reject) => {
+    setTimeout(resolve, ms);
+    signal?.addEventListener("abort", () => reject(signal.reason));
+  });
+
 /** Return the key for a path: an admin's for the routes of admins, else the tenant's. */
 function keyFor(path) {
   const { tenant, admin } = keys.value;
-  const [plain] = path.split("?");
-  const other = plain.match(/^\/v1\/tenants\/([^/]+)/)?.[1] ?? me.value?.tenant;
-  const isAdmins = ADMIN.test(plain) || (me.value && other !== me.value.tenant);
+  const other = path.match(/^\/v1\/tenants\/([^/]+)/)?.[1] ?? me.value?.tenant;
+  const isAdmins = ADMIN.test(path) || (me.value && other !== me.value.tenant);
   return isAdmins ? (admin ?? tenant) : (tenant ?? admin);
 }
 
-function authorised(path, headers = {}) {
-  const key = keyFor(path);
-  return key ? { authorization: `Bearer ${key}`, ...headers } : headers;
-}
-
-async function failed(path, reply) {
-  let problem = {};
-  try {
-    problem = await reply.json();
-  } catch {
-    // A proxy in front of the hub answered; its status is all that is known.
-  }
-  return refused(path, reply.status, problem, reply.headers.get("retry-after"));
-}
-
 /** Return the error of a refused call. A key that the hub no longer knows is forgotten. */
-function refused(path, status, problem, retryAfter) {
-  if (status === 401 && keyFor(path) && path !== "/v1/login") {
-    signOut(keyFor(path) === keys.value.admin ? "admin" : "tenant");
+function refused(key, status, problem, retryAfter) {
+  const name = ["tenant", "admin"].find((kind) => key && keys.value[kind] === key);
+  if (status === 401 && name) {
+    signOut(name);
     notify("The hub does not accept this key any more: it was revoked or has expired. Sign in with another one.", "error");
   }
-  const seconds = Number(retryAfter);
-  return new ApiError(status, problem, retryAfter && Number.isFinite(seconds) ? seconds : null);
+  return new ApiError(status, problem, retryAfter);
 }
 
 /** Note that the hub does not answer, and look for it until it does. */
-function lost() {
+async function lost() {
   if (connection.value === "lost") return;
   connection.value = "lost";
-  const look = async () => {
-    try {
-      if ((await fetch(address("/healthz"), { cache: "no-store" })).ok) {
-        connection.value = "ok";
-        return notify("The hub answers again.");
-      }
-    } catch {
-      // not yet
-    }
-    setTimeout(look, POLL_MS);
-  };
-  setTimeout(look, POLL_MS);
+  const answers = () => fetch(address("/healthz"), { cache: "no-store" }).then(({ ok }) => ok, () => false);
+  do await sleep(POLL_MS);
+  while (!(await answers()));
+  connection.value = "ok";
+  notify("The hub answers again.");
 }
 
-async function call(method, path, { params, body, headers, signal } = {}) {
+/** Return the reply of a successful call. A `key` in place of the tab's own is not forgotten when it is refused. */
+async function call(method, path, { params, body, headers, signal, key } = {}) {
+  const own = key ? null : keyFor(path);
+  const authorization = key || own ? { authorization: `Bearer ${key ?? own}` } : {};
   let reply;
   try {
-    reply = await fetch(address(path, params), { method, body, signal, cache: "no-store", headers: authorised(path, headers) });
+    reply = await fetch(address(path, params), { method, body, signal, cache: "no-store", headers: { ...authorization, ...headers } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     lost();
     throw new ApiError(0, { detail: "The hub does not answer." });
   }
-  if (!reply.ok) throw await failed(path, reply);
-  return reply;
+  if (reply.ok) return reply;
+  const problem = await reply.json().catch(() => ({})); // of a proxy in front of the hub: only its status is known
+  throw refused(own, reply.status, problem, reply.headers.get("retry-after"));
 }
 
-async function json(method, path, { params, data } = {}) {
+async function json(method, path, params, data) {
   const sent = data === undefined ? {} : { body: JSON.stringify(data), headers: { "content-type": "application/json" } };
   const reply = await call(method, path, { params, ...sent });
   return reply.status === 204 ? null : reply.json();
 }
 
-/** Send a body with progress. `fetch` has none for uploads, so this is an XMLHttpRequest. */
-function upload(path, body, { params, headers, onProgress, signal, reply = false } = {}) {
+/** Post a body and return the reply's JSON. `fetch` knows no progress of uploads, so this is an XMLHttpRequest. */
+function upload(path, body, { params, type, onProgress, signal } = {}) {
   return new Promise((resolve, reject) => {
+    const key = keyFor(path);
     const request = new XMLHttpRequest();
     request.open("POST", address(path, params));
-    for (const [name, value] of Object.entries(authorised(path, headers))) request.setRequestHeader(name, value);
-    if (onProgress) request.upload.addEventListener("progress", ({ loaded, total }) => onProgress(loaded, total));
+    request.setRequestHeader("authorization", `Bearer ${key}`);
+    if (type) request.setRequestHeader("content-type", type);
+    request.responseType = "json"; // null for an empty reply, or a proxy's page
+    if (onProgress) request.upload.onprogress = ({ loaded }) => onProgress(loaded);
     const stop = () => request.abort();
     signal?.addEventListener("abort", stop);
-    request.addEventListener("loadend", () => signal?.removeEventListener("abort", stop));
-    request.addEventListener("abort", () => reject(new DOMException("stopped", "AbortError")));
-    request.addEventListener("error", () => {
+    request.onloadend = () => signal?.removeEventListener("abort", stop);
+    request.onabort = () => reject(signal.reason);
+    request.onerror = () => {
       lost();
       reject(new ApiError(0, { detail: "The hub does not answer, or closed the connection." }));
-    });
-    request.addEventListener("load", () => {
-      let data = {};
-      try {
-        data = JSON.parse(request.responseText);
-      } catch {
-        // an empty reply, or a proxy's page
-      }
-      const found = { get: (name) => request.getResponseHeader(name) };
-      if (request.status >= 400) reject(refused(path, request.status, data, found.get("retry-after")));
-      else resolve(reply ? { body: data, headers: found } : data);
-    });
-    if (signal?.aborted) return reject(new DOMException("stopped", "AbortError"));
+    };
+    request.onload = () => {
+      const { status, response } = request;
+      if (status < 400) resolve(response);
+      else reject(refused(key, status, response ?? {}, request.getResponseHeader("retry-after")));
+    };
+    if (signal?.aborted) return reject(signal.reason);
     request.send(body);
   });
 }
 
-/** Return an object URL of a file that needs a key; `api.release` frees it. */
-async function blobUrl(path, { params, signal } = {}) {
-  return URL.createObjectURL(await (await call("GET", path, { params, signal })).blob());
+/** Return an object URL of a file that needs a key. The caller revokes it. */
+async function blobUrl(path, signal) {
+  return URL.createObjectURL(await (await call("GET", path, { signal })).blob());
 }
 
 /** Save a file that needs a key under this name. */
@@ -146,15 +133,9 @@ async function events(path, onEvent, signal) {
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    let part;
-    try {
-      part = await reader.read();
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      throw new ApiError(0, { detail: "The connection to the hub was lost." });
-    }
-    if (part.done) return;
-    text += part.value.replaceAll("\r\n", "\n");
+    const { done, value } = await reader.read();
+    if (done) return;
+    text += value.replaceAll("\r\n", "\n");
     for (let end; (end = text.indexOf("\n\n")) >= 0; text = text.slice(end + 2)) {
       const data = text.slice(0, end).split("\n").filter((line) => line.startsWith("data:"));
       if (data.length) onEvent(JSON.parse(data.map((line) => line.slice(5)).join("\n")));
@@ -163,15 +144,14 @@ async function events(path, onEvent, signal) {
 }
 
 export const api = {
-  get: (path, params) => json("GET", path, { params }),
-  post: (path, data, params) => json("POST", path, { data, params }),
-  put: (path, data) => json("PUT", path, { data }),
-  patch: (path, data) => json("PATCH", path, { data }),
+  get: (path, params) => json("GET", path, params),
+  post: (path, data) => json("POST", path, {}, data),
+  put: (path, data) => json("PUT", path, {}, data),
+  patch: (path, data) => json("PATCH", path, {}, data),
   delete: (path) => json("DELETE", path),
-  logIn: async (code) => (await call("POST", "/v1/login", { headers: { authorization: `Bearer ${code}` } })).json(),
+  call,
   upload,
   blobUrl,
   download,
-  release: (url) => URL.revokeObjectURL(url),
   events,
 };

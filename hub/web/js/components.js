@@ -1,9 +1,10 @@
 /** Parts that all pages share. */
-import { api } from "./api.js";
+import { at } from "./api.js";
+import { attempt, useFile } from "./calls.js";
 import { html, useEffect, useId, useLayoutEffect, useRef, useState } from "./lib.js";
-import { dismiss, notices } from "./state.js";
+import { dismiss, notices, notify } from "./state.js";
 
-// Numbers and times -------------------------------------------------------------------------------------------------
+// Numbers and times
 
 const NUMBERS = new Intl.NumberFormat();
 const RELATIVE = new Intl.RelativeTimeFormat(undefined, { numeric: "auto" });
@@ -12,8 +13,15 @@ const UNITS = [["day", 86_400], ["hour", 3600], ["minute", 60], ["second", 1]];
 /** Return a number with separators; "" for none. */
 export const count = (number) => (typeof number === "number" ? NUMBERS.format(number) : "");
 
+/** Return a number of things: "1 image", "2 images". */
+export const plural = (number, name) => `${count(number)} ${name}${number === 1 ? "" : "s"}`;
+
 /** Return a share as a percentage; "" for none. */
 export const percent = (share, digits = 0) => (typeof share === "number" ? `${(100 * share).toFixed(digits)} %` : "");
+
+/** Return a share with the interval of its estimate, if there is one; "" for none. */
+export const estimate = (share, interval, digits = 1) =>
+  percent(share, digits) + (interval ? ` (${percent(interval[0], digits)} to ${percent(interval[1], digits)})` : "");
 
 /** Return a time as text that is relative to now. */
 export function ago(time) {
@@ -26,9 +34,9 @@ export function ago(time) {
 
 /** Return seconds as text; "" for none. */
 export const duration = (seconds) =>
-  typeof seconds !== "number" ? "" : seconds < 90 ? `${Math.round(seconds)} seconds` : `${Math.round(seconds / 60)} minutes`;
+  typeof seconds !== "number" ? "" : seconds < 90 ? plural(Math.round(seconds), "second") : plural(Math.round(seconds / 60), "minute");
 
-// Page and state ----------------------------------------------------------------------------------------------------
+// Page and state
 
 export function Page({ title, actions, children }) {
   useEffect(() => {
@@ -37,61 +45,74 @@ export function Page({ title, actions, children }) {
   return html`<div class="title"><h1>${title}</h1>${actions && html`<div class="actions">${actions}</div>`}</div>${children}`;
 }
 
-/** Links that look like tabs: [[name, text, href]]. */
-export function Tabs({ tabs, chosen, label }) {
-  return html`<nav class="tabs" aria-label=${label}>
-    ${tabs.map(([name, text, href]) => html`<a href=${href} aria-current=${name === chosen ? "page" : null}>${text}</a>`)}
-  </nav>`;
-}
-
 export const Loading = () => html`<p class="loading" role="status">Loading ...</p>`;
 
 /** What to do where there is nothing yet. */
-export function Empty({ title, children }) {
-  return html`<div class="empty"><h2>${title}</h2>${children}</div>`;
-}
+export const Empty = ({ title, children }) => html`<div class="empty"><h2>${title}</h2>${children}</div>`;
 
-export function ErrorBox({ error, retry }) {
-  return html`<div class="error" role="alert">
-    <p>${error.detail ?? error.message ?? String(error)}</p>
-    ${retry && html`<${Button} onClick=${retry}>Try again<//>`}
-  </div>`;
-}
+export const ErrorBox = ({ error, retry }) => html`<div class="error" role="alert">
+  <p>${error.message}</p>
+  ${retry && html`<${Button} onClick=${retry}>Try again<//>`}
+</div>`;
+
+/** Return what is shown in place of a value of `useLoaded` that is not there yet. */
+export const pending = ({ error, reload }) => (error ? html`<${ErrorBox} error=${error} retry=${reload} />` : html`<${Loading} />`);
 
 /** The notices of `state.notify`. */
-export function Notices() {
-  return html`<div class="notices" role="status" aria-live="polite">
-    ${notices.value.map(
-      ({ id, text, kind }) => html`<p key=${id} class=${`notice ${kind}`}>
-        <span>${text}</span> <button class="plain" aria-label="Close" onClick=${() => dismiss(id)}>x</button>
-      </p>`,
-    )}
-  </div>`;
-}
+export const Notices = () => html`<div class="notices" role="status">
+  ${notices.value.map(({ id, text, kind }) => html`<p key=${id} class=${`notice ${kind}`}><span>${text}</span> <${Close} onClick=${() => dismiss(id)} /></p>`)}
+</div>`;
 
-// Controls ----------------------------------------------------------------------------------------------------------
+// Controls
+
+const Close = ({ onClick }) => html`<button type="button" class="plain" aria-label="Close" onClick=${onClick}>x</button>`;
 
 /** A button that is busy until the promise of `onClick` ends. `label` names it where its text does not. */
-export function Button({ onClick, kind = "", label, disabled = false, submit = false, children }) {
+export function Button({ onClick, kind = "", label, disabled = false, children }) {
   const [busy, setBusy] = useState(false);
-  const here = useRef(true);
-  useEffect(() => () => void (here.current = false), []);
   const clicked = async (event) => {
-    const done = onClick?.(event);
+    const done = onClick(event);
     if (!done?.then) return;
     setBusy(true);
-    try {
-      await done;
-    } finally {
-      if (here.current) setBusy(false);
-    }
+    await done.finally(() => setBusy(false));
   };
-  return html`<button type=${submit ? "submit" : "button"} class=${kind} aria-label=${label} disabled=${disabled || busy} aria-busy=${busy || null} onClick=${clicked}>${children}</button>`;
+  return html`<button type="button" class=${kind} aria-label=${label} disabled=${disabled || busy} aria-busy=${busy || null} onClick=${clicked}>${children}</button>`;
 }
 
 /** A control with its label; the child is one input, select or textarea. */
-export function Field({ label, hint, children }) {
-  return html`<div class="field"><label><span>${label}</span>${children}</label>${hint && html`<small>${hint}</small>`}</div>`;
+export const Field = ({ label, hint, children }) => html`<div class="field"><label><span>${label}</span>${children}</label>${hint && html`<small>${hint}</small>`}</div>`;
+
+/** A line of text; `onText` gets it at each change. */
+export const TextField = ({ label, hint, onText, ...rest }) => html`<${Field} label=${label} hint=${hint}><input ...${rest} onInput=${(event) => onText(event.target.value)} /><//>`;
+
+/** Some lines of text. */
+export const Lines = ({ label, hint, onText, value }) => html`<${Field} label=${label} hint=${hint}><textarea rows="4" value=${value} onInput=${(event) => onText(event.target.value)}></textarea><//>`;
+
+/** The name of a new task, tenant or alias. */
+export const NameField = ({ label = "Name", ...rest }) => html`<${TextField} label=${label} required maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" hint=${NAME_HINT} title=${NAME_HINT} ...${rest} />`;
+const NAME_HINT = "Small letters, digits, - and _, for example: my-flowers";
+
+/** A choice of `options`, pairs of value and text; `onPick` gets the value. `none` is the text where nothing is chosen. */
+export const Choice = ({ label, value, options, onPick, none }) => html`<${Field} label=${label}>
+  <select value=${value ?? ""} onChange=${(event) => onPick(event.target.value)}>
+    ${none && html`<option value="" disabled>${none}</option>`}
+    ${options.map(([value, text]) => html`<option value=${value}>${text}</option>`)}
+  </select>
+<//>`;
+
+/** A form. Its button is busy until the promise of `onSubmit` ends, and the form shows its error. */
+export function Form({ action, onSubmit, row, children }) {
+  const [{ busy, error }, set] = useState({});
+  const submit = async (event) => {
+    event.preventDefault();
+    set({ busy: true });
+    set(await Promise.resolve(onSubmit()).then(() => ({}), (error) => ({ error })));
+  };
+  return html`<form class=${row ? "row" : ""} onSubmit=${submit}>
+    ${children}
+    ${error && html`<${ErrorBox} error=${error} />`}
+    <button disabled=${busy} aria-busy=${busy}>${action}</button>
+  </form>`;
 }
 
 /** A modal dialog; Escape closes it, and the focus returns to where it was. */
@@ -106,20 +127,15 @@ export function Dialog({ title, onClose, children }) {
   }, []);
   const outside = (event) => event.target === box.current && onClose();
   return html`<dialog ref=${box} aria-labelledby=${id} onCancel=${(event) => (event.preventDefault(), onClose())} onClick=${outside}>
-    <div class="dialog">
-      <div class="title"><h2 id=${id}>${title}</h2><button type="button" class="plain" aria-label="Close" onClick=${onClose}>x</button></div>
-      ${children}
-    </div>
+    <div class="dialog"><div class="title"><h2 id=${id}>${title}</h2><${Close} onClick=${onClose} /></div>${children}</div>
   </dialog>`;
 }
 
 /** A question before something that cannot be taken back. */
-export function Confirm({ title, action, onYes, onNo, children }) {
-  return html`<${Dialog} title=${title} onClose=${onNo}>
-    <p>${children}</p>
-    <div class="actions"><${Button} onClick=${onNo}>Cancel<//><${Button} kind="danger" onClick=${onYes}>${action}<//></div>
-  <//>`;
-}
+export const Confirm = ({ title, action, onYes, onNo, children }) => html`<${Dialog} title=${title} onClose=${onNo}>
+  <p>${children}</p>
+  <div class="actions"><${Button} onClick=${onNo}>Cancel<//><${Button} kind="danger" onClick=${onYes}>${action}<//></div>
+<//>`;
 
 /** Text to copy: a command, or a key that is shown once. */
 export function CopyBox({ label, text }) {
@@ -130,7 +146,7 @@ export function CopyBox({ label, text }) {
       await navigator.clipboard.writeText(text);
     } catch {
       getSelection().selectAllChildren(box.current); // without TLS a page may not write to the clipboard
-      document.execCommand("copy");
+      if (!document.execCommand("copy")) return notify("The browser does not copy. The text is selected: press Ctrl+C.", "error");
     }
     setDone(true);
     setTimeout(() => setDone(false), 2000);
@@ -141,34 +157,34 @@ export function CopyBox({ label, text }) {
   </div>`;
 }
 
-// Data --------------------------------------------------------------------------------------------------------------
+// Data
 
-/** A table of `rows`, each an array of cells. `sort` is {by, down, choose} where the server sorts. */
-export function Table({ label, head, rows, sort, empty = "" }) {
+/** A table of `rows`, each an array of cells. `sort` is {by, down, can, choose} where the server sorts; `more` loads further rows. */
+export function Table({ label, head, rows, sort, more, empty }) {
   if (!rows.length && empty) return html`<p>${empty}</p>`;
+  const order = (i) => (sort?.by === i ? (sort.down ? "descending" : "ascending") : null);
+  const header = (text, i) =>
+    sort?.can.includes(i) ? html`<button type="button" class="plain" onClick=${() => sort.choose(i)}>${text}</button>` : text || html`<span class="hidden">Actions</span>`;
   return html`<div class="scroll" tabindex="0" role="region" aria-label=${label}>
-    <table>
-      <thead>
-        <tr>${head.map((text, i) => html`<th scope="col" aria-sort=${sort && sort.by === i ? (sort.down ? "descending" : "ascending") : null}>
-          ${sort?.can?.includes(i) ? html`<button type="button" class="plain" onClick=${() => sort.choose(i)}>${text}</button>` : text || html`<span class="hidden">Actions</span>`}
-        </th>`)}</tr>
-      </thead>
-      <tbody>${rows.map((row) => html`<tr>${row.map((cell) => html`<td>${cell}</td>`)}</tr>`)}</tbody>
-    </table>
-  </div>`;
+      <table>
+        <thead><tr>${head.map((text, i) => html`<th scope="col" aria-sort=${order(i)}>${header(text, i)}</th>`)}</tr></thead>
+        <tbody>${rows.map((row) => html`<tr>${row.map((cell) => html`<td>${cell}</td>`)}</tr>`)}</tbody>
+      </table>
+    </div>
+    ${more && html`<${Button} onClick=${more}>More ${label.toLowerCase()}<//>`}`;
 }
 
 /** A labelled bar for a share, with the interval of its estimate. */
 export function Meter({ label, value, interval }) {
-  const text = `${percent(value, 1)}${interval ? ` (${percent(interval[0], 1)} to ${percent(interval[1], 1)})` : ""}`;
+  const text = estimate(value, interval);
   const at = (share) => `${100 * Math.min(1, Math.max(0, share))}%`;
   return html`<div class="meter" role="meter" aria-label=${label} aria-valuemin="0" aria-valuemax="1" aria-valuenow=${value} aria-valuetext=${text}>
-    <span class="meter-label">${label}</span>
+    <span>${label}</span>
     <span class="meter-bar" aria-hidden="true">
       <span class="meter-fill" style=${{ width: at(value) }}></span>
       ${interval && html`<span class="meter-interval" style=${{ left: at(interval[0]), width: `calc(${at(interval[1])} - ${at(interval[0])})` }}></span>`}
     </span>
-    <span class="meter-value">${text}</span>
+    <span>${text}</span>
   </div>`;
 }
 
@@ -188,29 +204,20 @@ export function Chart({ data, series, label, time = false, height = 240 }) {
   const plot = useRef(null);
   useEffect(() => {
     let gone = false;
-    let sizes;
-    const loaded = import("../vendor/uplot.js").catch(() => ({})); // the hub is away: the page works without its chart
-    loaded.then(({ default: UPlot }) => {
-      if (gone || !UPlot || !box.current) return;
-      const ink = getComputedStyle(box.current).color;
-      const axis = { stroke: ink, grid: { stroke: "#8884", width: 1 }, ticks: { stroke: "#8884" } };
-      const size = () => ({ width: Math.max(200, box.current.clientWidth), height });
-      plot.current = new UPlot(
-        {
-          ...size(),
-          scales: { x: { time } },
-          axes: [axis, axis],
-          series: series.map((name, i) => (i ? { label: name, stroke: COLOURS[(i - 1) % COLOURS.length], width: 2, spanGaps: true, points: { show: data[0].length < 40 } } : { label: name })),
-        },
-        data,
-        box.current,
-      );
-      sizes = new ResizeObserver(() => box.current && plot.current?.setSize(size()));
-      sizes.observe(box.current);
-    });
+    const place = box.current; // the ref is empty before the observer below ends
+    const size = () => ({ width: Math.max(200, place.clientWidth), height });
+    const sizes = new ResizeObserver(() => plot.current?.setSize(size()));
+    const draw = ({ default: UPlot }) => {
+      if (gone) return;
+      const axis = { stroke: () => getComputedStyle(place).color, grid: { stroke: "#8884", width: 1 }, ticks: { stroke: "#8884" } };
+      const lines = series.slice(1).map((name, i) => ({ label: name, stroke: COLOURS[i % COLOURS.length], width: 2, spanGaps: true, points: { show: data[0].length < 40 } }));
+      plot.current = new UPlot({ ...size(), scales: { x: { time } }, axes: [axis, axis], series: [{ label: series[0] }, ...lines] }, data, place);
+      sizes.observe(place);
+    };
+    import("../vendor/uplot.js").then(draw, () => {}); // the hub is away: the page works without its chart
     return () => {
       gone = true;
-      sizes?.disconnect();
+      sizes.disconnect();
       plot.current?.destroy();
       plot.current = null;
     };
@@ -219,58 +226,45 @@ export function Chart({ data, series, label, time = false, height = 240 }) {
   return html`<figure class="chart"><div ref=${box} role="img" aria-label=${label}></div><figcaption>${label}</figcaption></figure>`;
 }
 
-// Pictures ----------------------------------------------------------------------------------------------------------
+// Pictures
 
 const SEEN_MS = 100; // in view before a thumbnail is fetched: a fast scroll fetches none on its way
 
 /** The thumbnail of an image of a task. It is fetched when it comes into view, and freed when it goes. */
 export function Thumbnail({ task, digest, alt }) {
   const box = useRef(null);
-  const [state, setState] = useState({});
+  const [seen, setSeen] = useState(false);
+  const { url, error } = useFile(seen && at(task, "images", digest, "thumbnail"));
   useEffect(() => {
-    let mine = null;
-    const stop = new AbortController();
-    const fetchIt = () => {
-      seen.disconnect();
-      api.blobUrl(`/v1/tasks/${encodeURIComponent(task)}/images/${digest}/thumbnail`, { signal: stop.signal }).then(
-        (url) => (stop.signal.aborted ? api.release(url) : setState({ url: (mine = url) })),
-        (error) => stop.signal.aborted || setState({ error }),
-      );
-    };
     let timer = 0;
-    const seen = new IntersectionObserver((entries) => {
+    const watch = new IntersectionObserver((entries) => {
       clearTimeout(timer);
-      if (entries.at(-1).isIntersecting) timer = setTimeout(fetchIt, SEEN_MS);
+      if (entries.at(-1).isIntersecting) timer = setTimeout(() => (watch.disconnect(), setSeen(true)), SEEN_MS);
     });
-    setState({});
-    seen.observe(box.current);
+    watch.observe(box.current);
     return () => {
       clearTimeout(timer);
-      seen.disconnect();
-      stop.abort();
-      if (mine) api.release(mine);
+      watch.disconnect();
     };
-  }, [task, digest]);
+  }, []);
   return html`<span class="thumbnail-box" ref=${box}>
-    ${state.url && html`<img class="thumbnail" src=${state.url} alt=${alt} draggable="false" />`}
-    ${state.error && html`<span class="thumbnail missing" role="img" aria-label=${`${alt} (not loaded)`}>?</span>`}
+    ${url && html`<img class="thumbnail" src=${url} alt=${alt} draggable="false" />`}
+    ${error && html`<span class="thumbnail missing" role="img" aria-label=${`${alt} (not loaded)`}>?</span>`}
   </span>`;
 }
 
 /** Return the files of a drop, with those in folders: [{file, path}]. */
 async function dropped(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
-  if (!entries.length) return [...transfer.files].map((file) => ({ file, path: file.name }));
+  if (!entries.length) return [...transfer.files].map(plain);
   const found = [];
   const walk = async (entry) => {
     if (entry.isFile) {
       found.push({ file: await new Promise((yes, no) => entry.file(yes, no)), path: entry.fullPath.replace(/^\//, "") });
       return;
     }
-    const reader = entry.createReader();
-    for (;;) {
-      const some = await new Promise((yes, no) => reader.readEntries(yes, no));
-      if (!some.length) return;
+    const reader = entry.createReader(); // it gives some entries at a time, and none at the end
+    for (let some; (some = await new Promise((yes, no) => reader.readEntries(yes, no))).length; ) {
       for (const child of some) await walk(child);
     }
   };
@@ -278,32 +272,30 @@ async function dropped(transfer) {
   return found;
 }
 
+const plain = (file) => ({ file, path: file.webkitRelativePath || file.name });
+
 /** A place to drop, paste or choose files; `onFiles` gets [{file, path}], where a path begins with its folders. */
 export function DropZone({ onFiles, accept, folders = false, children }) {
   const [over, setOver] = useState(false);
-  const latest = useRef(onFiles);
-  latest.current = onFiles;
+  const take = useRef();
+  take.current = (files) => files.length && onFiles(files);
   useEffect(() => {
-    const paste = (event) => {
-      const files = [...(event.clipboardData?.files ?? [])];
-      if (files.length && !document.querySelector("dialog[open]")) latest.current(files.map((file) => ({ file, path: file.name })));
-    };
+    const paste = ({ clipboardData }) => document.querySelector("dialog[open]") || take.current([...(clipboardData?.files ?? [])].map(plain));
     addEventListener("paste", paste);
     return () => removeEventListener("paste", paste);
   }, []);
-  const chosen = (event) => {
-    const files = [...event.target.files].map((file) => ({ file, path: file.webkitRelativePath || file.name }));
-    event.target.value = "";
-    if (files.length) onFiles(files);
+  const chosen = ({ target }) => {
+    const files = [...target.files].map(plain);
+    target.value = ""; // otherwise the same files could not be chosen again
+    take.current(files);
   };
-  const drop = async (event) => {
+  const drop = (event) => {
     event.preventDefault();
     setOver(false);
-    const files = await dropped(event.dataTransfer);
-    if (files.length) onFiles(files);
+    attempt(async () => take.current(await dropped(event.dataTransfer)));
   };
   const drag = (event) => {
-    if (![...event.dataTransfer.types].includes("Files")) return;
+    if (!event.dataTransfer.types.includes("Files")) return;
     event.preventDefault();
     setOver(true);
   };
@@ -323,17 +315,18 @@ export function Camera({ onPicture, onClose }) {
   useEffect(() => {
     let stream = null;
     let gone = false;
+    const stop = () => stream?.getTracks().forEach((track) => track.stop());
     const start = async () => {
       if (!navigator.mediaDevices) throw new Error("This browser gives the camera only to pages over TLS or on localhost.");
       stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
-      if (gone) return stream.getTracks().forEach((track) => track.stop());
+      if (gone) return stop();
       video.current.srcObject = stream;
       await video.current.play();
     };
     start().catch((problem) => gone || setError(problem));
     return () => {
       gone = true;
-      stream?.getTracks().forEach((track) => track.stop());
+      stop();
     };
   }, []);
   const take = () => {
@@ -341,7 +334,7 @@ export function Camera({ onPicture, onClose }) {
     if (!videoWidth) return;
     const canvas = Object.assign(document.createElement("canvas"), { width: videoWidth, height: videoHeight });
     canvas.getContext("2d").drawImage(video.current, 0, 0);
-    canvas.toBlob((blob) => onPicture(blob), "image/jpeg", 0.92);
+    canvas.toBlob(onPicture, "image/jpeg", 0.92);
   };
   return html`<${Dialog} title="Camera" onClose=${onClose}>
     ${error ? html`<p role="alert">The camera cannot be used: ${error.message}</p>` : html`<video class="full" ref=${video} muted playsinline aria-label="the camera's picture"></video>`}

@@ -2,7 +2,7 @@
 import htm from "../vendor/htm.js";
 import { h } from "../vendor/preact.js";
 
-export { Component, Fragment, h, render } from "../vendor/preact.js";
-export { useCallback, useEffect, useId, useLayoutEffect, useMemo, useRef, useState } from "../vendor/hooks.js";
-export { batch, computed, effect, signal, useComputed, useSignal } from "../vendor/signals.js";
+export { useCallback, useEffect, useId, useLayoutEffect, useRef, useState } from "../vendor/hooks.js";
+export { render } from "../vendor/preact.js";
+export { signal } from "../vendor/signals.js";
 export const html = htm.bind(h);

@@ -13,9 +13,6 @@ export const connection = signal("ok");
 /** [{id, text, kind: "ok" | "error"}] */
 export const notices = signal([]);
 
-/** The key that most calls use. */
-export const key = { get value() { return keys.value.tenant ?? keys.value.admin ?? null; } };
-
 function stored() {
   try {
     return JSON.parse(sessionStorage.getItem(STORED)) ?? {};
@@ -33,9 +30,9 @@ export function signIn(added) {
 /** Forget all keys, or one: "tenant" or "admin". */
 export function signOut(which) {
   const { [which]: _gone, ...rest } = which ? keys.value : {};
-  keys.value = rest;
-  if (Object.keys(rest).length) sessionStorage.setItem(STORED, JSON.stringify(rest));
-  else sessionStorage.removeItem(STORED);
+  sessionStorage.removeItem(STORED);
+  keys.value = {};
+  if (rest.tenant || rest.admin) signIn(rest);
   me.value = null;
 }
 

@@ -1,7 +1,7 @@
 /** The hub, for its admin: workers, busy tasks and tenants, trainings and errors, live; tenants and admin keys. */
 import { api } from "../api.js";
-import { useLoaded } from "../calls.js";
-import { Button, Chart, Dialog, ErrorBox, Field, Loading, Page, Table, ago, count, duration, percent } from "../components.js";
+import { usePages } from "../calls.js";
+import { Button, Chart, Dialog, ErrorBox, Form, Loading, NameField, Page, Table, ago, count, duration, pending, percent } from "../components.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
 import { connection } from "../state.js";
 import { Audit, Keys } from "./tenant.js";
@@ -95,7 +95,7 @@ function Trainings({ list: { trainings, running, queued } }) {
     <p>${count(running)} running, ${count(queued)} queued.</p>
     <${Table}
       label="Trainings"
-      empty="No training runs, waits, or ended lately."
+      empty="No training is running or queued, and none ended recently."
       head=${["tenant", "task", "recipe", "state", "time left", "images", "version", "started", "ended"]}
       rows=${trainings.slice(0, SHOWN).map((t) => [
         t.tenant,
@@ -126,29 +126,29 @@ function Errors({ errors }) {
 }
 
 function Tenants() {
-  const list = useLoaded(() => api.get("/v1/tenants", { limit: 100 }), []);
+  const list = usePages("tenants", "/v1/tenants", { limit: 50 });
   const [making, setMaking] = useState(false);
   const [open, setOpen] = useState(null);
   return html`<section aria-label="Tenants">
     <div class="title"><h2>Tenants</h2><${Button} onClick=${() => setMaking(true)}>New tenant<//></div>
-    ${list.error && html`<${ErrorBox} error=${list.error} retry=${list.reload} />`}
-    ${list.value &&
-    html`<${Table}
-      label="Tenants"
-      empty="There is no tenant."
-      head=${["tenant", "made", "requests a second", "images a second", "tasks", "stored bytes", "share", ""]}
-      rows=${list.value.tenants.map(({ tenant, created, limits }) => [
-        tenant,
-        ago(created),
-        count(limits.requests_per_second),
-        count(limits.images_per_second),
-        count(limits.tasks),
-        count(limits.stored_bytes),
-        count(limits.weight),
-        html`<${Button} label=${`Keys of ${tenant}`} onClick=${() => setOpen(tenant)}>Keys<//>`,
-      ])}
-    />`}
-    ${list.value?.next && html`<p class="soft">The first 100 tenants. <code>karst-hub tenants list</code> shows all.</p>`}
+    ${list.value
+      ? html`<${Table}
+          label="Tenants"
+          empty="There is no tenant."
+          head=${["tenant", "made", "requests a second", "images a second", "tasks", "stored bytes", "share", ""]}
+          rows=${list.value.items.map(({ tenant, created, limits }) => [
+            tenant,
+            ago(created),
+            count(limits.requests_per_second),
+            count(limits.images_per_second),
+            count(limits.tasks),
+            count(limits.stored_bytes),
+            count(limits.weight),
+            html`<${Button} label=${`Keys of ${tenant}`} onClick=${() => setOpen(tenant)}>Keys<//>`,
+          ])}
+          more=${list.value.next && list.more}
+        />`
+      : pending(list)}
     ${making && html`<${NewTenant} onClose=${() => setMaking(false)} onMade=${(name) => (setMaking(false), setOpen(name), list.reload())} />`}
     ${open && html`<${Dialog} title=${`Tenant ${open}`} onClose=${() => setOpen(null)}><${Keys} path=${`/v1/tenants/${open}/keys`} /><//>`}
   </section>`;
@@ -156,20 +156,11 @@ function Tenants() {
 
 function NewTenant({ onClose, onMade }) {
   const [name, setName] = useState("");
-  const [error, setError] = useState(null);
   const make = async () => {
-    try {
-      await api.post("/v1/tenants", { tenant: name });
-      onMade(name);
-    } catch (problem) {
-      setError(problem);
-    }
+    await api.post("/v1/tenants", { tenant: name });
+    onMade(name);
   };
   return html`<${Dialog} title="New tenant" onClose=${onClose}>
-    <form onSubmit=${(event) => (event.preventDefault(), make())}>
-      <${Field} label="Name" hint="Small letters, digits, - and _"><input required title="Small letters, digits, - and _" maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" value=${name} onInput=${(e) => setName(e.target.value)} /><//>
-      ${error && html`<${ErrorBox} error=${error} />`}
-      <${Button} kind="primary" submit>Make the tenant<//>
-    </form>
+    <${Form} action="Make the tenant" onSubmit=${make}><${NameField} value=${name} onText=${setName} /><//>
   <//>`;
 }

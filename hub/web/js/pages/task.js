@@ -1,9 +1,10 @@
 /** The page of one task: its tabs, each a module of its own. */
-import { api } from "../api.js";
-import { ErrorBox, Loading, Page, Tabs } from "../components.js";
-import { html, useEffect, useState } from "../lib.js";
+import { api, at } from "../api.js";
+import { useLoaded } from "../calls.js";
+import { Page, pending } from "../components.js";
+import { html } from "../lib.js";
 import { route } from "../router.js";
-import { me } from "../state.js";
+import { owns } from "./task/shared.js";
 import Images from "./task/images.js";
 import Review from "./task/review.js";
 import Train from "./task/train.js";
@@ -22,34 +23,29 @@ const TABS = {
 const CALLER_TABS = ["try", "use"]; // of a key that may only classify, and of a task of another tenant
 
 export default function TaskPage() {
-  const [, task = "", named] = route.value.parts;
-  const [state, setState] = useState({});
-  const path = `/v1/tasks/${encodeURIComponent(task)}`;
-  const reload = async () => {
-    try {
-      const detail = await api.get(path);
-      for (let next = detail.next; next; ) {
-        const page = await api.get(path, { cursor: next });
-        detail.versions.push(...page.versions);
-        next = page.next;
-      }
-      setState({ detail });
-    } catch (error) {
-      setState((before) => ({ ...before, error }));
+  const [, task = "", tab] = route.value.parts;
+  return html`<${Task} key=${task} task=${task} named=${tab} />`;
+}
+
+function Task({ task, named }) {
+  const loaded = useLoaded(async () => {
+    const detail = await api.get(at(task));
+    for (let next = detail.next; next; ) {
+      const page = await api.get(at(task), { cursor: next });
+      detail.versions.push(...page.versions);
+      next = page.next;
     }
-  };
-  useEffect(() => {
-    setState({});
-    reload();
+    return detail;
   }, [task]);
-  const owned = me.value?.role === "owner" && !task.includes(":");
-  const shown = Object.keys(TABS).filter((name) => owned || CALLER_TABS.includes(name));
+  const { value: detail, error, reload } = loaded;
+  if (error && !detail) return html`<${Page} title=${task}>${pending(loaded)}<//>`;
+  const shown = Object.keys(TABS).filter((name) => owns(task) || CALLER_TABS.includes(name));
   const tab = shown.includes(named) ? named : shown[0];
-  const Tab = TABS[tab][1];
-  const { detail, error } = state;
-  if (error && !detail) return html`<${Page} title=${task}><${ErrorBox} error=${error} retry=${reload} /><//>`;
+  const [, Tab] = TABS[tab];
   return html`<${Page} title=${task}>
-    <${Tabs} label=${`Parts of ${task}`} chosen=${tab} tabs=${shown.map((name) => [name, TABS[name][0], `#/tasks/${encodeURIComponent(task)}/${name}`])} />
-    ${detail ? html`<${Tab} key=${`${task} ${tab}`} task=${task} detail=${detail} reload=${reload} />` : html`<${Loading} />`}
+    <nav class="tabs" aria-label=${`Parts of ${task}`}>
+      ${shown.map((name) => html`<a href=${`#/tasks/${encodeURIComponent(task)}/${name}`} aria-current=${name === tab ? "page" : null}>${TABS[name][0]}</a>`)}
+    </nav>
+    ${detail ? html`<${Tab} key=${tab} task=${task} detail=${detail} reload=${reload} />` : pending(loaded)}
   <//>`;
 }

@@ -1,11 +1,11 @@
 /** Tab "Images": add pictures, see them, give them labels. */
-import { api } from "../../api.js";
-import { attempt, useLoaded } from "../../calls.js";
-import { Button, Camera, Confirm, Dialog, DropZone, Empty, ErrorBox, Field, Loading, count } from "../../components.js";
+import { api, at } from "../../api.js";
+import { attempt, patiently, useLoaded } from "../../calls.js";
+import { Button, Camera, Choice, Confirm, Dialog, DropZone, Empty, ErrorBox, Form, TextField, count, pending, plural } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
 import { Grid } from "./grid.js";
-import { ImageDialog, LabelChoice, Untested, at, useKeys } from "./shared.js";
+import { ImageDialog, LabelChoice, Untested, useKeys } from "./shared.js";
 import { useUpload } from "./uploads.js";
 
 const PAGE = 500;
@@ -93,8 +93,7 @@ function totalOf(info, { label, unlabelled, use }) {
 
 export default function Images({ task, detail }) {
   const info = useLoaded(() => api.get(at(task, "dataset")), [task]);
-  if (info.error && !info.value) return html`<${ErrorBox} error=${info.error} retry=${info.reload} />`;
-  if (!info.value) return html`<${Loading} />`;
+  if (!info.value) return pending(info);
   return html`<${Dataset} key=${task} task=${task} detail=${detail} info=${info.value} reload=${info.reload} />`;
 }
 
@@ -143,7 +142,7 @@ function Dataset({ task, detail, info, reload }) {
       const chosen = new Set(digests);
       const before = images.items.filter(({ digest }) => chosen.has(digest)).map(({ digest, label }) => [digest, label]);
       for (let i = 0; i < digests.length; i += BULK) {
-        await api.patch(at(task, "images"), { images: digests.slice(i, i + BULK), label: to });
+        await patiently(() => api.patch(at(task, "images"), { images: digests.slice(i, i + BULK), label: to }));
       }
       if (record) undo.current.push(before);
       images.update(chosen, (image) => {
@@ -156,20 +155,26 @@ function Dataset({ task, detail, info, reload }) {
   const takeBack = async () => {
     const last = undo.current.pop();
     if (!last) return;
-    const groups = Map.groupBy ? Map.groupBy(last, ([, before]) => before) : groupBy(last);
-    for (const [before, rows] of groups) await relabel(rows.map(([digest]) => digest), before, false);
+    for (const before of new Set(last.map(([, label]) => label))) {
+      await relabel(last.filter(([, label]) => label === before).map(([digest]) => digest), before, false);
+    }
     images.restart();
   };
   const remove = () =>
     attempt(async () => {
-      for (const digest of selected) {
-        await api.delete(at(task, "images", digest));
-        images.update(new Set([digest]), () => null);
+      const gone = new Set();
+      try {
+        for (const digest of selected) {
+          await patiently(() => api.delete(at(task, "images", digest)));
+          gone.add(digest);
+        }
+      } finally {
+        images.update(gone, () => null);
+        select(new Set([...selected].filter((digest) => !gone.has(digest))));
+        setDialog(null);
+        recount();
       }
-      select(new Set());
-      setDialog(null);
-      recount();
-    }, `${selected.size} images are deleted.`);
+    }, `${plural(selected.size, "image")} deleted.`);
   const addLabel = (name) =>
     attempt(async () => {
       await api.put(at(task), { labels: [...new Set([...labels, name])] });
@@ -248,20 +253,13 @@ function Dataset({ task, detail, info, reload }) {
           ${info.similar_labels.length > 0 &&
           html`<p class="warning">These labels differ only in case or spaces: ${info.similar_labels.map((group) => group.join(" and ")).join("; ")}.</p>`}
           <div class="row">
-            <${Field} label="Use">
-              <select value=${use ?? ""} onChange=${(e) => filterBy({ use: e.target.value })}>
-                <option value="">all</option>
-                <option value="train">train</option>
-                <option value="test">test</option>
-              </select>
-            <//>
-            <${Field} label="Show">
-              <select value=${show ?? ""} onChange=${(e) => filterBy({ show: e.target.value })}>
-                <option value="">newest first</option>
-                <option value="errors">labels that may be wrong</option>
-                <option value="duplicates">near-duplicates</option>
-              </select>
-            <//>
+            <${Choice} label="Use" value=${use} options=${[["", "all"], ["train", "train"], ["test", "test"]]} onPick=${(use) => filterBy({ use })} />
+            <${Choice}
+              label="Show"
+              value=${show}
+              options=${[["", "newest first"], ["errors", "labels that may be wrong"], ["duplicates", "near-duplicates"]]}
+              onPick=${(show) => filterBy({ show })}
+            />
           </div>
           ${show === "duplicates" && html`<p>Groups of images that are nearly equal, each with its number; groups that both train and test come first. Delete all but one of a group, or give them the same use.</p>`}
           ${images.error && html`<${ErrorBox} error=${images.error} retry=${images.restart} />`}
@@ -275,7 +273,7 @@ function Dataset({ task, detail, info, reload }) {
             ${undo.current.length > 0 && html`<${Button} onClick=${takeBack}>Undo<//>`}
           </div>
           ${total === 0
-            ? html`<p>${images.complete ? "No image matches this filter." : "Looking ..."}</p>`
+            ? html`<p>${images.complete ? "No image matches this filter." : "Loading ..."}</p>`
             : html`<${Grid}
                 task=${task}
                 items=${images.items}
@@ -303,7 +301,7 @@ function Dataset({ task, detail, info, reload }) {
     />`}
     ${dialog === "delete" &&
     html`<${Confirm} title="Delete images" action="Delete" onYes=${remove} onNo=${() => setDialog(null)}>
-      Delete ${count(selected.size)} images of this task? Versions that they trained stay.
+      Delete ${plural(selected.size, "image")} of this task? Versions that they trained stay.
     <//>`}
     ${dialog === "label" && html`<${NewLabel} onAdd=${addLabel} onClose=${() => setDialog(null)} />`}
     ${dialog === "camera" &&
@@ -318,7 +316,7 @@ function Dataset({ task, detail, info, reload }) {
 function NextStep({ task, info, trained }) {
   const used = info.labels.filter((row) => sum(row) > 0).length;
   const unlabelled = sum(info.unlabelled);
-  const found = `${count(info.images)} ${info.images === 1 ? "image" : "images"}, ${used} ${used === 1 ? "label" : "labels"}.`;
+  const found = `${plural(info.images, "image")}, ${plural(used, "label")}.`;
   if (used < 2) {
     return html`<p role="status">
       ${found} <strong>Next:</strong>${unlabelled
@@ -328,31 +326,20 @@ function NextStep({ task, info, trained }) {
   }
   return html`<div class="row">
       <p role="status">
-        ${found}${unlabelled > 0 && html` ${count(unlabelled)} have no label: <a href=${`#/tasks/${task}/review`}>review them one by one</a>.`}
+        ${found}${unlabelled > 0 && html` ${count(unlabelled)} without a label: <a href=${`#/tasks/${task}/review`}>review them one by one</a>.`}
       </p>
       <a class=${trained ? "button" : "button primary"} href=${`#/tasks/${task}/train`}>Next: train</a>
     </div>
     <${Untested} info=${info} />`;
 }
 
-/** Map.groupBy for browsers before 2024. */
-function groupBy(rows) {
-  const groups = new Map();
-  for (const row of rows) groups.set(row[1], [...(groups.get(row[1]) ?? []), row]);
-  return groups;
-}
-
 function NewLabel({ onAdd, onClose }) {
   const [name, setName] = useState("");
-  const submit = async (event) => {
-    event.preventDefault();
-    if (name.trim() && (await onAdd(name.trim()))) onClose();
+  const submit = async () => {
+    if (await onAdd(name.trim())) onClose();
   };
   return html`<${Dialog} title="New label" onClose=${onClose}>
-    <form onSubmit=${submit}>
-      <${Field} label="Name"><input value=${name} maxlength="200" autofocus onInput=${(e) => setName(e.target.value)} /><//>
-      <button disabled=${!name.trim()}>Add</button>
-    </form>
+    <${Form} action="Add" onSubmit=${submit}><${TextField} label="Name" value=${name} required pattern=".*\\S.*" maxlength="200" onText=${setName} /><//>
   <//>`;
 }
 

@@ -1,12 +1,12 @@
 /** Tab "Review": one image at a time; one key confirms or corrects. */
-import { api } from "../../api.js";
+import { api, at } from "../../api.js";
 import { attempt, useLoaded } from "../../calls.js";
-import { Button, Empty, ErrorBox, Field, Loading, count, percent } from "../../components.js";
+import { Button, Choice, Empty, ErrorBox, Loading, count, pending, percent, plural } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
-import { FullImage, LabelChoice, at, useKeys } from "./shared.js";
+import { FullImage, LabelChoice, useKeys } from "./shared.js";
 
-const QUEUE = 20; // images of a call; the hub orders the rest anew with the labels of these
+const QUEUE = 20; // images of a call; the hub then orders the rest again with the labels of these
 
 export default function Review({ task, detail, reload }) {
   const kind = route.value.query.kind === "errors" ? "errors" : "unlabelled";
@@ -98,18 +98,17 @@ export default function Review({ task, detail, reload }) {
       await reload();
       go(`/tasks/${task}/train?training=${training.id}`);
     });
-  if (info.error && !info.value) return html`<${ErrorBox} error=${info.error} retry=${info.reload} />`;
-  if (!info.value) return html`<${Loading} />`;
+  if (!info.value) return pending(info);
   const left = info.value.unlabelled.train + info.value.unlabelled.test;
   const retrain = html`<${Button} kind=${shown ? "" : "primary"} onClick=${train}>Retrain<//>`;
   return html`<section aria-label="Review">
     <div class="row">
-      <${Field} label="Review">
-        <select value=${kind} onChange=${(e) => go(`/tasks/${task}/review${e.target.value === "errors" ? "?kind=errors" : ""}`)}>
-          <option value="unlabelled">images without a label</option>
-          <option value="errors">labels that may be wrong</option>
-        </select>
-      <//>
+      <${Choice}
+        label="Review"
+        value=${kind}
+        options=${[["unlabelled", "images without a label"], ["errors", "labels that may be wrong"]]}
+        onPick=${(chosen) => go(`/tasks/${task}/review${chosen === "errors" ? "?kind=errors" : ""}`)}
+      />
       <p role="status">${kind === "unlabelled" ? `${count(left)} left` : ""}${given ? `${kind === "unlabelled" ? ", " : ""}${count(given)} done` : ""}</p>
       ${given > 0 && html`<${Button} onClick=${undo}>Undo <kbd>U</kbd><//>${shown && retrain}`}
     </div>
@@ -121,7 +120,7 @@ export default function Review({ task, detail, reload }) {
       <div>
         ${shown.image.label !== null && html`<p>Its label is <strong>${shown.image.label}</strong>.</p>`}
         ${suggestions.length
-          ? html`<p aria-live="polite">Suggestion: <strong>${suggestions[0].label}</strong> (${percent(suggestions[0].score)})${suggestions.length > 1 && html`<span class="muted">${suggestions.slice(1).map(({ label, score }) => `; ${label} ${percent(score)}`)}</span>`}</p>
+          ? html`<p aria-live="polite">Suggestion: <strong>${suggestions[0].label}</strong> (${percent(suggestions[0].score)})${suggestions.length > 1 && html`<span class="soft">${suggestions.slice(1).map(({ label, score }) => `; ${label} ${percent(score)}`)}</span>`}</p>
               <${Button} kind="primary" onClick=${() => answer(suggestions[0].label)}>${suggestions[0].label} <kbd>Enter</kbd><//>`
           : html`<p>No suggestion yet: give a few images of each label.</p>`}
         ${kind === "errors" && html`<${Button} onClick=${() => answer(shown.image.label)}>Keep ${shown.image.label} <kbd>K</kbd><//>`}
@@ -146,17 +145,15 @@ function Done({ task, detail, reload, kind, skipped, given, retrain, again }) {
       await reload();
     }, "The setting is saved.");
   return html`<${Empty} title=${kind === "errors" ? "No label looks wrong" : skipped ? "Only skipped images are left" : "Every image has a label"}>
-    ${given > 0 && html`<p>Train again, so that the task knows your ${count(given)} answers. ${retrain}</p>`}
+    ${given > 0 && html`<p>Train again, so that the task knows your ${plural(given, "answer")}. ${retrain}</p>`}
     ${kind === "unlabelled" && skipped > 0 && html`<p><${Button} onClick=${again}>Show the skipped ones<//></p>`}
     ${detail.keep &&
-    html`<p>The hub can keep pictures that it classifies, so that they appear here. They are somebody's: tell the callers.</p>
-      <${Field} label="Keep classified pictures for review">
-        <select value=${detail.keep.images} onChange=${(e) => keep(e.target.value)}>
-          <option value="none">none</option>
-          <option value="uncertain">uncertain ones</option>
-          <option value="sample">a tenth</option>
-          <option value="all">all</option>
-        </select>
-      <//>`}
+    html`<p>The hub can keep pictures that it classifies, so that they appear here. Tell the callers: the pictures may show people.</p>
+      <${Choice}
+        label="Keep classified pictures for review"
+        value=${detail.keep.images}
+        options=${[["none", "none"], ["uncertain", "uncertain ones"], ["sample", "a tenth"], ["all", "all"]]}
+        onPick=${keep}
+      />`}
   <//>`;
 }

@@ -1,12 +1,9 @@
 /** Parts that several tabs of a task share. */
-import { api } from "../../api.js";
-import { attempt } from "../../calls.js";
-import { Button, Dialog, Field, Thumbnail } from "../../components.js";
+import { api, at } from "../../api.js";
+import { attempt, useFile } from "../../calls.js";
+import { Button, Choice, Dialog, Field, Thumbnail } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
-import { me, notify } from "../../state.js";
-
-/** Return the path of a task's route, each part encoded. */
-export const at = (task, ...parts) => ["/v1/tasks", ...[task, ...parts].map(encodeURIComponent)].join("/");
+import { me } from "../../state.js";
 
 /** Return whether this person may change a task: an owner of its tenant. */
 export const owns = (task) => me.value?.role === "owner" && !task.includes(":");
@@ -85,9 +82,7 @@ export function LabelChoice({ labels, value, none, onPick, text = "Label" }) {
       setFresh(null);
     };
     return html`<form class="row" onSubmit=${done}>
-      <${Field} label="New label">
-        <input value=${fresh} maxlength="200" ref=${focus} onInput=${(e) => setFresh(e.target.value)} />
-      <//>
+      <${Field} label="New label"><input value=${fresh} maxlength="200" ref=${focus} onInput=${(e) => setFresh(e.target.value)} /><//>
       <button>Add</button>
     </form>`;
   }
@@ -109,22 +104,10 @@ const focus = (element) => element?.focus();
 
 /** An image at its full size; its thumbnail until the file is there, and if the browser cannot show the file. */
 export function FullImage({ task, digest, alt }) {
-  const [url, setUrl] = useState(null);
-  useEffect(() => {
-    let mine = null;
-    let gone = false;
-    setUrl(null);
-    api.blobUrl(at(task, "images", digest)).then(
-      (found) => (gone ? api.release(found) : setUrl((mine = found))),
-      () => {},
-    );
-    return () => {
-      gone = true;
-      if (mine) api.release(mine);
-    };
-  }, [task, digest]);
-  if (!url) return html`<${Thumbnail} task=${task} digest=${digest} alt=${alt} />`;
-  return html`<img class="full" src=${url} alt=${alt} onError=${() => setUrl(null)} />`;
+  const { url } = useFile(at(task, "images", digest));
+  const [bad, setBad] = useState(null);
+  if (!url || bad === url) return html`<${Thumbnail} task=${task} digest=${digest} alt=${alt} />`;
+  return html`<img class="full" src=${url} alt=${alt} onError=${() => setBad(url)} />`;
 }
 
 /** A dialog with one image, where the person changes its label or use, or deletes it. */
@@ -141,13 +124,12 @@ export function ImageDialog({ task, image, labels, note, onChange, onDelete, onC
         onPick=${(label) => change({ label }, label ? `Labelled ${label}.` : "The label is removed.")}
       />
       ${image.split &&
-      html`<${Field} label="Use">
-        <select value=${image.split} onChange=${(e) => change({ split: e.target.value }, "The use is changed.")}>
-          <option value="auto">automatic (now: ${image.use})</option>
-          <option value="train">train</option>
-          <option value="test">test</option>
-        </select>
-      <//>`}
+      html`<${Choice}
+        label="Use"
+        value=${image.split}
+        options=${[["auto", `automatic (now: ${image.use})`], ["train", "train"], ["test", "test"]]}
+        onPick=${(split) => change({ split }, "The use is changed.")}
+      />`}
       ${onDelete && html`<${Button} kind="danger" onClick=${onDelete}>Delete<//>`}
     </div>
   <//>`;

@@ -1,10 +1,10 @@
 /** Tab "Train": one button, the live curve, and what the result means. */
-import { api } from "../../api.js";
+import { api, at, sleep } from "../../api.js";
 import { attempt, useLoaded } from "../../calls.js";
-import { Button, Chart, Empty, ErrorBox, Field, Loading, Meter, Table, ago, count, duration, percent } from "../../components.js";
+import { Button, Chart, Choice, Empty, ErrorBox, Meter, Table, ago, count, duration, pending, percent, plural } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
-import { ImageStrip, Untested, accuracyOf, at, versionOf } from "./shared.js";
+import { ImageStrip, Untested, accuracyOf, versionOf } from "./shared.js";
 
 const ENDED = ["done", "failed", "cancelled"];
 const CELLS = 20; // labels of a confusion matrix; with more, only its largest confusions are listed
@@ -22,9 +22,7 @@ export default function Train({ task, detail, reload }) {
       await Promise.all([trainings.reload(), reload()]);
       go(`/tasks/${task}/train?training=${training.id}`);
     });
-  const error = info.error ?? trainings.error;
-  if (error && !(info.value && trainings.value)) return html`<${ErrorBox} error=${error} retry=${info.reload} />`;
-  if (!info.value || !trainings.value) return html`<${Loading} />`;
+  for (const loaded of [info, trainings]) if (!loaded.value) return pending(loaded);
   const trainable = info.value.labels.filter(({ train, test }) => train + test > 0);
   const shown =
     trainings.value.find(({ id }) => id === chosen) ??
@@ -36,23 +34,17 @@ export default function Train({ task, detail, reload }) {
       <p><a href=${`#/tasks/${task}/images`}>Add and label images</a></p>
     <//>`;
   }
-  const ended = async () => {
-    await Promise.all([trainings.reload(), reload()]);
-  };
+  const ended = () => Promise.all([trainings.reload(), reload()]);
   return html`<section aria-label="Train">
     <div class="row">
       <${Button} kind="primary" disabled=${trainable.length < 2} onClick=${() => start("instant")}>Train now<//>
-      <span>takes a second, on ${count(trainable.reduce((sum, { train, test }) => sum + train + test, 0))} images of ${trainable.length} labels</span>
+      <span>takes a second, on ${plural(trainable.reduce((sum, { train, test }) => sum + train + test, 0), "image")} of ${plural(trainable.length, "label")}</span>
     </div>
     ${!shown && html`<${Untested} info=${info.value} />`}
     ${shown &&
     html`<div class="row">
       <${Button} disabled=${trainable.length < 2} onClick=${() => start("auto")}>Improve<//>
-      <${Field} label="for at most">
-        <select value=${budget} onChange=${(e) => setBudget(e.target.value)}>
-          ${[[60, "1 minute"], [600, "10 minutes"], [1800, "30 minutes"], [3600, "an hour"]].map(([s, text]) => html`<option value=${s}>${text}</option>`)}
-        </select>
-      <//>
+      <${Choice} label="for at most" value=${budget} options=${[[60, "1 minute"], [600, "10 minutes"], [1800, "30 minutes"], [3600, "an hour"]]} onPick=${setBudget} />
       <span>trains KARST, and keeps it if it is better on held-out images</span>
     </div>`}
     ${shown && !ENDED.includes(shown.state) && html`<${Running} key=${shown.id} task=${task} training=${shown} onEnd=${ended} />`}
@@ -102,7 +94,7 @@ function Running({ task, training, onEnd }) {
           setLost(true);
         }
         if (state && ENDED.includes(state.state)) return onEnd();
-        await new Promise((resolve) => setTimeout(resolve, 2000));
+        await sleep(2000);
       }
     };
     follow();
@@ -154,6 +146,7 @@ function Result({ task, detail, training, reload }) {
       ${training.error && html`<p>${training.error}</p>`}
       ${found && html`<${Meter} label=${`Accuracy on ${count(found.images)} ${found.on}`} value=${found.accuracy} interval=${found.interval} />`}
       ${typeof figures.chance === "number" && html`<p>If it always answered with the most frequent label, it would be right for ${percent(figures.chance)}.</p>`}
+      ${report.error && html`<${ErrorBox} error=${report.error} retry=${report.reload} />`}
       ${figures.comparison && html`<p>${figures.comparison}</p>`}
       ${advice && html`<p><strong>Advice:</strong> ${advice}</p>`}
       ${training.warnings.map((text) => html`<p class="warning">${text}</p>`)}
@@ -221,7 +214,7 @@ function Confusions({ task, report, labels }) {
   const wrong = cell && report.errors.filter(({ label, predicted }) => label === labels[cell[0]] && predicted === labels[cell[1]]);
   return html`<h2>Confusions</h2>
     ${labels.length > CELLS
-      ? html`<ul>${worst.map(([n, i, k]) => html`<li><button class="plain" onClick=${() => opened(i, k)}>${n} of ${labels[i]} taken for ${labels[k]}</button></li>`)}</ul>`
+      ? html`<ul>${worst.map(([n, i, k]) => html`<li><button class="plain" onClick=${() => opened(i, k)}>${plural(n, "image")} of ${labels[i]} taken for ${labels[k]}</button></li>`)}</ul>`
       : html`<div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix"><table class="confusion">
           <thead><tr><th scope="col">label / answer</th>${labels.map((label) => html`<th scope="col">${label}</th>`)}</tr></thead>
           <tbody>
@@ -230,7 +223,7 @@ function Confusions({ task, report, labels }) {
               return html`<tr><th scope="row">${labels[i]}</th>${row.map(
                 (n, k) => html`<td>${n > 0 &&
                 html`<button class=${i === k ? "cell-right" : "cell-wrong"} style=${{ "--share": `${Math.round((60 * n) / total)}%` }}
-                  aria-label=${`${n} images of ${labels[i]} answered ${labels[k]}`} onClick=${() => opened(i, k)}>${n}</button>`}</td>`,
+                  aria-label=${`${plural(n, "image")} of ${labels[i]} answered ${labels[k]}`} onClick=${() => opened(i, k)}>${n}</button>`}</td>`,
               )}</tr>`;
             })}
           </tbody>
@@ -258,24 +251,25 @@ function Promote({ task, detail, version, labels, reload }) {
   return html`<div class="row">
       ${live === version ? html`<span>This version is <code>stable</code>.</span>` : html`<${Button} onClick=${promote}>Make it stable<//>`}
       ${other !== null &&
-      html`<${Field} label="Compare with">
-          <select value=${other} onChange=${(e) => (setOther(Number(e.target.value)), setFound(null))}>
-            ${others.map((number) => html`<option value=${number}>version ${number}${number === live ? " (stable)" : ""}</option>`)}
-          </select>
-        <//>
+      html`<${Choice}
+          label="Compare with"
+          value=${other}
+          options=${others.map((number) => [number, `version ${number}${number === live ? " (stable)" : ""}`])}
+          onPick=${(number) => (setOther(Number(number)), setFound(null))}
+        />
         <${Button} onClick=${compare}>Compare<//>`}
     </div>
     ${found &&
     html`<div role="status">
       <p>
-        On the same ${count(found.images)} test images version ${found.b.version} is
+        On the same ${plural(found.images, "test image")}, version ${found.b.version} is
         ${found.better === "b" ? " better" : found.better === "a" ? " worse" : " neither better nor worse"}
         ${" "}(${found.gain >= 0 ? "+" : "−"}${(100 * Math.abs(found.gain)).toFixed(1)} points, standard error ${(100 * found.standard_error).toFixed(1)}).
-        ${found.left_out ? ` ${count(found.left_out)} images were left out, because they trained one of the versions.` : ""}
+        ${found.left_out ? ` Left out, because they trained one of the versions: ${plural(found.left_out, "image")}.` : ""}
       </p>
       ${["a", "b"].map((side) => html`<${Meter} label=${`Version ${found[side].version}`} value=${found[side].accuracy} interval=${found[side].interval} />`)}
       ${found.differ.length > 0 &&
-      html`<details><summary>${count(found.differing)} images with different answers</summary>
+      html`<details><summary>${plural(found.differing, "image")} with different answers</summary>
         <${ImageStrip} task=${task} labels=${labels} images=${found.differ.slice(0, 48).map((image) => ({ ...image, text: `${image.label}: ${found.a.version} says ${image.a}, ${found.b.version} says ${image.b}` }))} />
       </details>`}
     </div>`}`;

@@ -1,9 +1,9 @@
 /** Tab "Try": a picture in, an answer out, from one version or from two side by side. */
-import { api } from "../../api.js";
+import { api, at } from "../../api.js";
 import { attempt } from "../../calls.js";
-import { Button, Camera, DropZone, Empty, Field, Meter, percent } from "../../components.js";
+import { Button, Camera, Choice, DropZone, Empty, Meter, percent, plural } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
-import { LabelChoice, at, owns, references } from "./shared.js";
+import { LabelChoice, owns, references } from "./shared.js";
 
 const SHOWN = 12; // pictures at once
 const COVERAGE = 0.9;
@@ -12,12 +12,13 @@ const COVERAGE = 0.9;
 async function classify(task, file, version, sets) {
   const params = { version, top_k: 5, ...(sets ? { coverage: COVERAGE } : {}) };
   const began = performance.now();
-  const { body, headers } = await api.upload(at(task, "classify"), file, { params, reply: true });
+  const reply = await api.call("POST", at(task, "classify"), { params, body: file });
+  const { headers } = reply;
   const times = Object.fromEntries(
     [...(headers.get("server-timing") ?? "").matchAll(/(\w+);dur=([\d.]+)/g)].map(([, name, ms]) => [name, Number(ms)]),
   );
   return {
-    ...body,
+    ...(await reply.json()),
     times,
     total: performance.now() - began,
     companions: [headers.get("x-batch-images"), headers.get("x-batch-tasks")].map(Number),
@@ -50,12 +51,7 @@ export default function Try({ task, detail }) {
     <div class="row">
       <${Button} onClick=${() => setCamera(true)}>Use the camera<//>
       ${["Version", "beside"].map(
-        (text, i) => html`<${Field} label=${text}>
-          <select value=${versions[i]} onChange=${(e) => choose(i, e.target.value)}>
-            ${i === 1 && html`<option value="">nothing</option>`}
-            ${known.map(([value, name]) => html`<option value=${value}>${name}</option>`)}
-          </select>
-        <//>`,
+        (text, i) => html`<${Choice} label=${text} value=${versions[i]} options=${i ? [["", "nothing"], ...known] : known} onPick=${(value) => choose(i, value)} />`,
       )}
     </div>
     ${camera && html`<${Camera} onPicture=${(blob) => (setCamera(false), add([{ file: blob, path: "" }]))} onClose=${() => setCamera(false)} />`}
@@ -86,7 +82,7 @@ function Answer({ task, file, version, detail }) {
     return () => (gone = true);
   }, [task, file, version]);
   if (!found) return html`<div aria-busy="true">Classifying ...</div>`;
-  if (found.error) return html`<div class="warning"><p>${found.error.detail || found.error.message}</p></div>`;
+  if (found.error) return html`<div class="warning"><p>${found.error.message}</p></div>`;
   const { answer } = found;
   const [best] = answer.predictions[0];
   const [images, tasks] = answer.companions;
@@ -94,11 +90,11 @@ function Answer({ task, file, version, detail }) {
     <h2>${best.label} <small>version ${answer.version}</small></h2>
     ${answer.unknown?.[0] && html`<p class="warning">Unknown: the picture does not look like the task's images.</p>`}
     ${answer.predictions[0].map(({ label, score }) => html`<${Meter} key=${label} label=${label} value=${score} />`)}
-    ${answer.sets && html`<p>${percent(COVERAGE)} set: ${answer.sets[0].join(", ")}</p>`}
+    ${answer.sets && html`<p>Labels that cover ${percent(COVERAGE)} of such images: ${answer.sets[0].join(", ")}</p>`}
     ${answer.typicality && html`<${Meter} label="Typicality" value=${answer.typicality[0]} />`}
-    <p class="muted">
+    <p class="soft">
       ${Math.round(answer.total)} ms in all${Object.entries(answer.times).map(([name, ms]) => `, ${name} ${ms.toFixed(1)} ms`)}${images > 0 &&
-      `; batch of ${images} ${images === 1 ? "image" : "images"} of ${tasks} ${tasks === 1 ? "task" : "tasks"}`}
+      `; batch of ${plural(images, "image")} of ${plural(tasks, "task")}`}
     </p>
   </div>`;
 }

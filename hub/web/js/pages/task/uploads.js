@@ -1,13 +1,11 @@
 /** Upload of many images in forms of one label, and of zips: in parallel, with progress, never losing a reason. */
-import { api } from "../../api.js";
+import { api, at } from "../../api.js";
+import { patiently } from "../../calls.js";
 import { useRef, useState } from "../../lib.js";
-import { at } from "./shared.js";
 
 const FORM_IMAGES = 32;
 const FORM_BYTES = 12e6; // of one form; a larger image is sent alone
 const PARALLEL = 2;
-const WAITS = 60; // for a limit of the tenant's rate, in one part
-const LONG_S = 60; // a limit that an hour does not lift
 const SYSTEM_FILE = /(^|\/)(\.|__MACOSX|Thumbs\.db$|desktop\.ini$)/i;
 
 const isZip = ({ file }) => /\.zip$/i.test(file.name) || /zip/.test(file.type);
@@ -43,32 +41,18 @@ export function partsOf(files, choice) {
   return parts;
 }
 
-const pause = (seconds, signal) =>
-  new Promise((resolve, reject) => {
-    const timer = setTimeout(resolve, 1000 * seconds);
-    signal.addEventListener("abort", () => (clearTimeout(timer), reject(new DOMException("stopped", "AbortError"))));
-  });
-
 /** Send one part; wait where the tenant's rate is reached. */
 async function send(task, part, onProgress, signal) {
   const params = {};
   if (part.label) params.label = part.label;
   if (part.split) params.split = part.split;
   let body = part.files[0];
-  const headers = part.zip ? { "content-type": "application/zip" } : undefined;
+  const type = part.zip && "application/zip";
   if (!part.zip) {
     body = new FormData();
     for (const file of part.files) body.append("image", file, file.name);
   }
-  for (let waited = 0; ; waited++) {
-    try {
-      return await api.upload(at(task, "images"), body, { params, headers, onProgress, signal });
-    } catch (error) {
-      const seconds = error.retryAfter ?? 2;
-      if (error.status !== 429 || waited >= WAITS || seconds >= LONG_S) throw error;
-      await pause(seconds, signal);
-    }
-  }
+  return patiently(() => api.upload(at(task, "images"), body, { params, type, onProgress, signal }), signal);
 }
 
 /** State of an upload of a task: {state, start, stop}. `onDone` is called after each part, and with true at the end. */
@@ -106,7 +90,7 @@ export function useUpload(task, onDone) {
           for (const file of part.files) await take({ ...part, files: [file], bytes: 0 });
         } else {
           found.counts.refused = (found.counts.refused ?? 0) + 1;
-          found.refused.push({ name: part.files[0].name, reason: error.detail || error.message });
+          found.refused.push({ name: part.files[0].name, reason: error.message });
         }
       }
       sent.set(part, part.bytes);
@@ -123,7 +107,7 @@ export function useUpload(task, onDone) {
     } catch (error) {
       queue.length = 0;
       stop.abort();
-      if (error.name !== "AbortError") found.error = error.detail || error.message;
+      if (error.name !== "AbortError") found.error = error.message;
     }
     if (stop.signal.aborted) found.error ??= "Stopped. Images that had arrived stay.";
     await latest.current(true);

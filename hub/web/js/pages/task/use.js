@@ -1,14 +1,11 @@
 /** Tab "Use": how a program calls this task, and how it is used. */
-import { api } from "../../api.js";
+import { address, api, at } from "../../api.js";
 import { useLoaded } from "../../calls.js";
-import { Chart, CopyBox, Table, count, percent } from "../../components.js";
+import { Chart, CopyBox, Table, count, percent, plural } from "../../components.js";
 import { html } from "../../lib.js";
-import { at, owns } from "./shared.js";
+import { owns } from "./shared.js";
 
 const DAYS = 30;
-
-/** The hub's address as this page was reached, with the path of a proxy. */
-const hubUrl = () => new URL(".", document.baseURI).href.replace(/\/$/, "");
 
 const curl = (url, task) => `curl -H "Authorization: Bearer $HUB_KEY" \\
   "${url}/v1/tasks/${task}/classify?version=latest" --data-binary @picture.jpg`;
@@ -28,7 +25,7 @@ const { predictions } = await reply.json();
 console.log(predictions[0][0].label);`;
 
 export default function Use({ task, detail }) {
-  const url = hubUrl();
+  const url = address("/").href.replace(/\/$/, "");
   return html`<section aria-label="Use">
     <h2>Call this task</h2>
     ${!detail.versions.length && html`<p>The task answers as soon as it has a version.</p>`}
@@ -49,7 +46,7 @@ function Usage({ task }) {
   const time = days.map(({ day }) => Date.parse(day) / 1000);
   return html`<h2>Use of the last ${DAYS} days</h2>
     <p>
-      ${count(total.images)} images${typeof total.unknown === "number" ? `, ${percent(total.unknown / total.images)} unknown` : ""}${typeof total.typicality === "number" ? `, mean typicality ${total.typicality.toFixed(2)}` : ""}${total.confirmed + total.corrections > 0 ? `, ${count(total.corrections)} of ${count(total.confirmed + total.corrections)} reviewed answers corrected` : ""}.
+      ${plural(total.images, "image")}${typeof total.unknown === "number" ? `, ${percent(total.unknown / total.images)} unknown` : ""}${typeof total.typicality === "number" ? `, mean typicality ${total.typicality.toFixed(2)}` : ""}${total.confirmed + total.corrections > 0 ? `, ${count(total.corrections)} of ${count(total.confirmed + total.corrections)} reviewed answers corrected` : ""}.
     </p>
     ${drift && html`<p class=${drift.verdict === "drift" ? "warning" : ""}><strong>Drift:</strong> ${drift.text}</p>`}
     <${Chart} label="Images a day" time data=${[time, days.map(({ images }) => images), ...shown.map((label) => days.map(({ by_label }) => by_label?.[label] ?? 0))]} series=${["day", "all", ...shown]} />

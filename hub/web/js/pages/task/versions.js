@@ -1,9 +1,9 @@
 /** Tab "Versions": what was trained, what is live, and the way back. */
-import { api } from "../../api.js";
+import { api, at } from "../../api.js";
 import { attempt } from "../../calls.js";
-import { Button, Confirm, Empty, Field, Table, ago, count, percent } from "../../components.js";
+import { Button, Choice, Confirm, Empty, Field, Form, NameField, Table, ago, count, estimate } from "../../components.js";
 import { html, useState } from "../../lib.js";
-import { accuracyOf, at, targets } from "./shared.js";
+import { accuracyOf, targets } from "./shared.js";
 
 export default function Versions({ task, detail, reload }) {
   const [gone, setGone] = useState(null); // the version or alias that the person wants to delete
@@ -22,24 +22,23 @@ export default function Versions({ task, detail, reload }) {
       (alias) => html`<${Alias} key=${alias} task=${task} alias=${alias} detail=${detail} versions=${versions} change=${change} onDelete=${() => setGone({ alias })} />`,
     )}
     <${NewAlias} task=${task} versions=${versions} change=${change} />
-    ${detail.sharing !== null && html`<${Field} label="After a training in the hub, stable moves">
-      <select value=${detail.promote} onChange=${(e) => change(() => api.put(at(task), { promote: e.target.value }), "The setting is saved.")}>
-        <option value="never">by hand only</option>
-        <option value="if_better">if the version is better on the same test images</option>
-        <option value="always">always</option>
-      </select>
-    <//>`}
+    <${Choice}
+      label="After a training in the hub, stable moves"
+      value=${detail.promote}
+      options=${[["never", "by hand only"], ["if_better", "if the version is better on the same test images"], ["always", "always"]]}
+      onPick=${(promote) => change(() => api.put(at(task), { promote }), "The setting is saved.")}
+    />
     <h2>Versions</h2>
     <${Table}
       label="All versions"
-      head=${["version", "registered", "accuracy", "recipe", "images", "labels", "size", "trained on", "aliases", "actions"]}
+      head=${["version", "registered", "accuracy", "recipe", "images", "labels", "size", "trained on", "aliases", ""]}
       rows=${versions.map((version) => {
         const metrics = version.metrics ?? {};
         const found = accuracyOf(metrics);
         return [
           version.version,
           ago(version.registered),
-          found ? `${percent(found.accuracy)}${found.interval ? ` (${percent(found.interval[0])} to ${percent(found.interval[1])})` : ""}` : "unknown",
+          found ? estimate(found.accuracy, found.interval, 0) : "unknown",
           metrics.recipe ?? "uploaded",
           count(metrics.train_images),
           count(version.labels.length),
@@ -69,6 +68,8 @@ export default function Versions({ task, detail, reload }) {
   </section>`;
 }
 
+const option = ({ version }) => [version, `version ${version}`];
+
 /** One alias: its target, a canary as a slider, and the way back. */
 function Alias({ task, alias, detail, versions, change, onDelete }) {
   const weights = Object.entries(detail.aliases[alias]).sort((a, b) => b[1] - a[1]);
@@ -78,7 +79,7 @@ function Alias({ task, alias, detail, versions, change, onDelete }) {
   const [canary, setCanary] = useState(second);
   const [share, setShare] = useState(second === null ? 10 : Math.round((100 * weights[1][1]) / sum));
   const path = at(task, "aliases", alias);
-  const others = versions.map(({ version }) => version).filter((version) => version !== main);
+  const others = versions.filter(({ version }) => version !== main);
   const start = () => {
     const target = share >= 100 ? { version: canary } : share <= 0 ? { version: main } : { weights: { [main]: 100 - share, [canary]: share } };
     return change(() => api.put(path, target), `${alias}: ${share} % of the calls get version ${canary}.`);
@@ -86,12 +87,13 @@ function Alias({ task, alias, detail, versions, change, onDelete }) {
   return html`<div class="card alias">
     <div class="row">
       <strong><code>${alias}</code></strong> <span>${targets(detail, alias)}</span>
-      <${Field} label=${`Point ${alias} at`}>
-        <select value=${weights.length === 1 ? main : ""} onChange=${(e) => change(() => api.put(path, { version: Number(e.target.value) }), `${alias} is version ${e.target.value} now.`)}>
-          ${weights.length > 1 && html`<option value="" disabled>several</option>`}
-          ${versions.map(({ version }) => html`<option value=${version}>version ${version}</option>`)}
-        </select>
-      <//>
+      <${Choice}
+        label=${`Point ${alias} at`}
+        value=${second === null ? main : null}
+        none=${second !== null && "several"}
+        options=${versions.map(option)}
+        onPick=${(version) => change(() => api.put(path, { version: Number(version) }), `${alias} is version ${version} now.`)}
+      />
       <${Button} label=${`Roll back ${alias}`} onClick=${() => change(() => api.post(`${path}/rollback`), `${alias} is back at its previous target.`)}>Roll back<//>
       ${alias !== "latest" && html`<${Button} kind="danger" label=${`Delete the alias ${alias}`} onClick=${onDelete}>Delete<//>`}
     </div>
@@ -99,12 +101,7 @@ function Alias({ task, alias, detail, versions, change, onDelete }) {
     html`<details open=${second !== null}>
       <summary>Canary: a share of the calls to another version</summary>
       <div class="row">
-        <${Field} label="Canary">
-          <select value=${canary ?? ""} onChange=${(e) => setCanary(Number(e.target.value))}>
-            <option value="" disabled>choose ...</option>
-            ${others.map((version) => html`<option value=${version}>version ${version}</option>`)}
-          </select>
-        <//>
+        <${Choice} label="Canary" value=${canary} none="choose ..." options=${others.map(option)} onPick=${(version) => setCanary(Number(version))} />
         <${Field} label=${`Share of ${alias}: ${share} %`}>
           <input type="range" min="0" max="100" value=${share} onInput=${(e) => setShare(Number(e.target.value))} />
         <//>
@@ -117,15 +114,11 @@ function Alias({ task, alias, detail, versions, change, onDelete }) {
 function NewAlias({ task, versions, change }) {
   const [name, setName] = useState("");
   const [version, setVersion] = useState(versions[0].version);
-  const submit = async (event) => {
-    event.preventDefault();
+  const submit = async () => {
     if (await change(() => api.put(at(task, "aliases", name), { version }), `${name} is version ${version}.`)) setName("");
   };
-  return html`<form class="row" onSubmit=${submit}>
-    <${Field} label="New alias"><input value=${name} required maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" placeholder="stable" onInput=${(e) => setName(e.target.value)} /><//>
-    <${Field} label="for"><select value=${version} onChange=${(e) => setVersion(Number(e.target.value))}>
-      ${versions.map((v) => html`<option value=${v.version}>version ${v.version}</option>`)}
-    </select><//>
-    <button>Set</button>
-  </form>`;
+  return html`<${Form} row action="Set" onSubmit=${submit}>
+    <${NameField} label="New alias" hint="" value=${name} placeholder="stable" onText=${setName} />
+    <${Choice} label="for" value=${version} options=${versions.map(option)} onPick=${(chosen) => setVersion(Number(chosen))} />
+  <//>`;
 }
