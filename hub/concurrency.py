@@ -20,7 +20,9 @@ from typing import Any, Generic, ParamSpec, TypeVar
 from .errors import LimitReached
 
 P = ParamSpec("P")
+S = TypeVar("S")
 T = TypeVar("T")
+STEP_ITEMS = 2000  # a few milliseconds of the event loop
 ACTIVE_S = 10.0  # a tenant counts as active for this long after its last call
 REST_RATIO = 3.0  # rest of a tenant after a call that slows others, relative to the call's time
 LOW_PRIORITY = 5  # nice value: about a quarter of a core beside a thread of normal priority
@@ -379,3 +381,13 @@ async def run_blocking(pool: Pool, function: Callable[P, T], /, *args: P.args, *
     if isinstance(pool, TenantPool):
         return await pool.threads.run(pool.tenant, call)
     return await asyncio.get_running_loop().run_in_executor(pool, call)
+
+
+async def in_steps(make: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """Return what `make` makes of each item. The event loop serves others after every `STEP_ITEMS`."""
+    made = []
+    for number, item in enumerate(items, 1):
+        made.append(make(item))
+        if number % STEP_ITEMS == 0:
+            await asyncio.sleep(0)
+    return made

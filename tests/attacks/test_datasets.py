@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from fastapi.routing import APIRoute
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -381,3 +382,16 @@ def test_a_picture_that_is_bytes_of_an_image_and_no_picture_is_refused_by_name(a
     form = refusals(app.http.post(IMAGES, files=[("rose", item) for item in bad.items()]))
     assert sorted(form) == sorted(bad)
     assert (images_of(app), image_files(app)) == ([], [])
+
+
+def test_each_reply_with_a_whole_file_takes_one_of_the_tenants_places_for_large_replies(app: Hub) -> None:
+    """Otherwise a tenant's further requests would each hold a file of 10 MB while they wait for a decoder."""
+    paths = [f"{IMAGES}/{{digest}}", f"{IMAGES}/{{digest}}/thumbnail"]
+    wanted = {path.replace("flowers", "{task}") for path in paths} | {"/v1/tasks/{task}/versions/{version}/file"}
+    routes = [route for route in app.api.routes if isinstance(route, APIRoute) and "GET" in (route.methods or ())]
+    holding = {
+        route.path
+        for route in routes
+        if any(getattr(each.call, "__name__", "") == "large_reply" for each in route.dependant.dependencies)
+    }
+    assert wanted - holding == set()

@@ -1,6 +1,7 @@
 """Concurrency: per-tenant limits, groups of coroutines that fail together, and blocking calls in thread pools."""
 
 import asyncio
+import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +12,14 @@ from hypothesis import strategies as st
 
 from hub.concurrency import (
     ACTIVE_S,
+    STEP_ITEMS,
     ActiveTenants,
     TenantConcurrencyLimit,
     TenantReads,
     TenantThreads,
     TenantTurns,
     gather_or_cancel,
+    in_steps,
     run_blocking,
 )
 from hub.errors import LimitReached
@@ -315,5 +318,29 @@ def test_tenant_s_reads_rest_when_another_tenant_is_active_and_wait_for_no_other
         (_, ended_s), (began_s, _), (others_s, _) = await asyncio.gather(read("a"), read("a"), read("b"))
         assert began_s - ended_s > 0.03  # a rest of 90 ms; without one the gap is about 1 ms
         assert others_s < ended_s
+
+    asyncio.run(use())
+
+
+def test_other_coroutines_run_while_one_goes_through_200_000_items() -> None:
+    async def use() -> None:
+        made: list[int] = []
+        seen = [0]
+
+        def make(item: int) -> int:
+            made.append(item)
+            return -item
+
+        async def watch() -> None:
+            while True:
+                seen.append(len(made))
+                await asyncio.sleep(0)
+
+        watcher = asyncio.create_task(watch())
+        found = await in_steps(make, range(200_000))
+        watcher.cancel()
+        assert found == [-i for i in range(200_000)]
+        assert max(b - a for a, b in itertools.pairwise(seen)) <= STEP_ITEMS
+        assert len(seen) >= 200_000 // STEP_ITEMS
 
     asyncio.run(use())

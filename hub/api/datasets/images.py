@@ -165,6 +165,7 @@ def add_dataset_routes(
         "/v1/tasks/{task}/images/{digest}/thumbnail",
         summary="Get a small JPEG of an image, without its metadata",
         response_class=Response,
+        dependencies=large,  # the image's whole file is in memory until it is decoded
         responses={200: {"content": {"image/jpeg": {"schema": BINARY}}}},
     )
     async def get_thumbnail(caller: Owner, task: TaskName, digest: Digest) -> Response:

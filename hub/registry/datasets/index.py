@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from ...admin_schemas import TenantLimits
 from ...admission.quotas import DATASET_LABELS
-from ...concurrency import TenantReads
+from ...concurrency import TenantReads, in_steps
 from ...dataset_schemas import MAX_PAGE_IMAGES, DatasetImage, ImagePage, KeptAnswer, LabelCount, Split, Use
 from ...errors import HubError, LimitReached, NotFound
 from ...field_types import folded_label
@@ -262,8 +262,7 @@ class DatasetIndex:
 
     async def all(self, tenant: str, task: str) -> list[ListedImage]:
         """Return every image, in no order. An image that is changed meanwhile is listed as before or as after it."""
-        found = await self.records(tenant, task)
-        return [ListedImage(digest, each["name"], label, each["s"], each["u"]) for digest, each, label in found]
+        return await in_steps(_listed, await self.records(tenant, task))
 
     async def records(self, tenant: str, task: str) -> list[StoredRecord]:
         """Return every image as it is stored, in no order; none for a task that does not exist.
@@ -272,13 +271,15 @@ class DatasetIndex:
         """
         records = await self._hash(tenant, task, "images", json.loads)
         labels, merged = [await self._hash(tenant, task, name, str) for name in ("labels", "merged")]
-        found = []
-        for digest, record in records.items():
+
+        def stored(item: tuple[str, Mapping[str, Any]]) -> StoredRecord:
+            digest, record = item
             id = record["l"][0] if record["l"] else ""  # Lua writes an empty list as {}
             while id in merged:
                 id = merged[id]
-            found.append(StoredRecord(digest, record, labels.get(id)))
-        return found
+            return StoredRecord(digest, record, labels.get(id))
+
+        return await in_steps(stored, records.items())
 
     async def _hash(self, tenant: str, task: str, name: str, parse: Callable[[str], T]) -> dict[str, T]:
         """Return the parsed values of a hash of the dataset, read in parts."""
@@ -311,6 +312,11 @@ class DatasetIndex:
         entry = by.entry(tenant, action, task=task, **details)
         reply = await self._connection.change(DATASETS, function, tenant=tenant, task=task, entry=entry, **argument)
         return _checked(reply, tenant, task, **argument)
+
+
+def _listed(stored: StoredRecord) -> ListedImage:
+    digest, record, label = stored
+    return ListedImage(digest, record["name"], label, record["s"], record["u"])
 
 
 def image_not_found(digest: str) -> NotFound:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 
@@ -50,15 +51,15 @@ class ComparisonService:
         task = caller.own_task(name)
         async with self._answers.of(caller, task, [a, b]) as versions:
             dataset = await self._index.all(caller.tenant, task)
-            tested = [image for image in dataset if image.use == "test" and image.label is not None]
             trained = await versions.trained()
-            unseen = sorted((image for image in tested if image.digest not in trained), key=lambda image: image.digest)
+            threads = self._parse_threads.of(caller.tenant)
+            tested, unseen = await run_blocking(threads, _unseen, dataset, trained)
             images = unseen[: HEAD_IMAGES if versions.heads else ENGINE_IMAGES]
             answers = await versions.labels(images)
             compared = [image for image in images if all(image.digest in answer for answer in answers)]
-            left_out = len(tested) - len(unseen) + len(images) - len(compared)
+            left_out = tested - len(unseen) + len(images) - len(compared)
             return await run_blocking(
-                self._parse_threads.of(caller.tenant),
+                threads,
                 _comparison,
                 task,
                 versions.numbers,
@@ -67,6 +68,13 @@ class ComparisonService:
                 left_out,
                 len(unseen) - len(images),
             )
+
+
+def _unseen(dataset: Sequence[ListedImage], trained: AbstractSet[str]) -> tuple[int, list[ListedImage]]:
+    """Return the number of labelled test images, and those that trained no version, in order of their digests."""
+    tested = [image for image in dataset if image.use == "test" and image.label is not None]
+    unseen = [image for image in tested if image.digest not in trained]
+    return len(tested), sorted(unseen, key=lambda image: image.digest)
 
 
 def _comparison(

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from hub.admin_schemas import Login
 from hub.admission.login_codes import LoginCodes
-from hub.errors import NotFound
+from hub.errors import NotFound, Unauthenticated
 from hub.registry.redis.connection import RegistryConnection
 from tests.support.hub_app import Hub, bearer
 
@@ -51,6 +52,28 @@ def test_code_works_once(hub: Hub) -> None:
     again = log_in(hub, code)
     assert again.status_code == 401
     assert "karst-hub login-link" in again.json()["detail"]
+
+
+def test_code_gives_one_login_when_many_clients_use_it_at_the_same_moment(hub: Hub) -> None:
+    """Each through a registry connection of its own, as through several gateways."""
+    code, clients = code_of(hub, admin=True), 20
+
+    async def use() -> list[object]:
+        databases = [RegistryConnection(hub.redis_url) for _ in range(clients)]
+        try:
+            await asyncio.gather(*(database.execute(database.redis.ping()) for database in databases))
+            calls = (LoginCodes(database).redeem(code) for database in databases)
+            return await asyncio.gather(*calls, return_exceptions=True)
+        finally:
+            for database in databases:
+                await database.close()
+
+    found = asyncio.run(use())
+    logins = [login for login in found if isinstance(login, Login)]
+    assert len(logins) == 1
+    assert sum(isinstance(error, Unauthenticated) for error in found) == clients - 1
+    listed = hub.http.get("/v1/tenants/default/keys", headers=bearer(str(logins[0].key))).json()["keys"]
+    assert [key["name"] for key in listed].count("console") == 1
 
 
 @pytest.mark.parametrize("headers", [{"authorization": ""}, bearer("other")])
