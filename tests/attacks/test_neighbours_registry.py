@@ -80,7 +80,8 @@ def test_response_times_are_alike_when_a_task_is_absent_private_or_shared_with_o
     tasks = ("absent", "private", "given")
     place = urlsplit(hub.front.url)
     connection = http.client.HTTPConnection(str(place.hostname), place.port)
-    connection.sock = hub.front.connect()
+    if hub.front.tls is not None:  # nginx ends a connection after 1,000 requests, and another one must speak TLS too
+        connection = http.client.HTTPSConnection(str(place.hostname), place.port, context=hub.front.tls)
     times: dict[str, list[float]] = {task: [] for task in tasks}
     answers = set()
     for _ in range(SAMPLES):
