@@ -5,6 +5,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,17 +18,21 @@ from hub.local.ports import free_port
 from tests.support.hub_process import serve
 from tests.support.models import png, random_adapter
 from tests.support.neighbours import MOST_SLOWER, Front, Request
+from tests.support.nginx import CERTIFICATE, deployed_site, nginx
 from tests.support.tls import certificate
 
 TASK = "secret"
 HOST = "localhost"  # of the certificate
 TWO = {"HUB_MIN_GATEWAYS": "2", "HUB_MAX_GATEWAYS": "2", "HUB_MIN_WORKERS": "2", "HUB_MAX_WORKERS": "2"}
-# Settings, whether with TLS, and the largest ratio of 95th percentiles. Two gateways allow an attacker twice as much on
-# the same cores, and Ray's stock proxy reads whole bodies before a gateway can pause them: 4.9 and 7.5 at most.
+BEHIND_NGINX = {"HUB_TRUSTED_PROXIES": '["127.0.0.1/32"]'}  # docs/operate.md
+# Settings, whether the hub itself speaks TLS, and the largest ratio of 95th percentiles. Two gateways allow an attacker
+# twice as much on the same cores, and Ray's stock proxy reads whole bodies before a gateway can pause them: 4.9 and 7.5
+# at most.
 SETUPS = [
     pytest.param(({}, False, MOST_SLOWER), id="haproxy"),
     pytest.param((TWO, True, 2 * MOST_SLOWER), id="haproxy-tls-two", marks=pytest.mark.long),
     pytest.param((TWO | {"HUB_HAPROXY": "false"}, True, 2 * MOST_SLOWER), id="stock-tls-two", marks=pytest.mark.long),
+    pytest.param((TWO | BEHIND_NGINX, False, 2 * MOST_SLOWER), id="nginx-tls-two", marks=pytest.mark.long),
 ]
 
 
@@ -37,7 +42,8 @@ class AttackedHub:
 
     Attributes:
         most_slower: largest ratio of 95th percentiles that the best of several comparisons may have.
-        has_haproxy: whether HAProxy is the front proxy.
+        has_haproxy: whether clients connect to HAProxy.
+        has_nginx: whether they connect to nginx with TLS, in front of HAProxy.
     """
 
     front: Front
@@ -45,6 +51,7 @@ class AttackedHub:
     home: Path
     most_slower: float
     has_haproxy: bool
+    has_nginx: bool
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def client(self, key: str) -> Client:
@@ -83,8 +90,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
     port = free_port()
     served = serve(home, port, **settings)
     assert served.admin_key is not None
-    front = Front(f"https://{HOST}:{port}", cert) if tls else Front(served.url)
-    yield AttackedHub(front, served.admin_key, home, most_slower, settings.get("HUB_HAPROXY") != "false")
+    has_nginx = settings.items() >= BEHIND_NGINX.items()
+    has_haproxy = settings.get("HUB_HAPROXY") != "false" and not has_nginx
+    with ExitStack() as proxies:
+        front = Front(f"https://{HOST}:{port}", cert) if tls else Front(served.url)
+        if has_nginx:
+            url = f"https://{HOST}:{free_port()}"
+            proxies.enter_context(nginx(folder, deployed_site(folder, url, port), url))
+            front = Front(url, folder / CERTIFICATE)
+        yield AttackedHub(front, served.admin_key, home, most_slower, has_haproxy, has_nginx)
     served.stop()
 
 

@@ -14,7 +14,24 @@ from tests.support.models import wait_until
 from tests.support.tls import certificate
 
 CERTIFICATE, KEY = "cert.pem", "key.pem"  # in the server's folder
+DEPLOY = Path(__file__).parents[2] / "deploy"
+HUB_ADDRESS = "server 127.0.0.1:8000;"  # in deploy/nginx.conf
 TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+
+
+def deployed_site(folder: Path, url: str, hub_port: int) -> str:
+    """Return deploy/nginx.conf with another address, host and certificate, for `nginx` with the same folder and URL."""
+    site, own = (DEPLOY / "nginx.conf").read_text(), httpx.URL(url)
+    for before, after in {
+        HUB_ADDRESS: f"server 127.0.0.1:{hub_port};",
+        "listen 443 ssl;": f"listen 127.0.0.1:{own.port} ssl;",
+        "/etc/ssl/hub.example.org.pem": str(folder / CERTIFICATE),
+        "/etc/ssl/private/hub.example.org.key": str(folder / KEY),
+        "hub.example.org": own.host,
+    }.items():
+        assert before in site
+        site = site.replace(before, after)
+    return site
 
 
 @contextmanager

@@ -15,29 +15,16 @@ from hub.client.client import Client
 from hub.local.ports import free_port
 from tests.support.hub_process import serve
 from tests.support.models import png
-from tests.support.nginx import CERTIFICATE, KEY, nginx
+from tests.support.nginx import deployed_site, nginx
 
 from .conftest import HOST, SharedHub
-
-DEPLOY = Path(__file__).parents[2] / "deploy"
-HUB_ADDRESS = "server 127.0.0.1:8000;"
 
 
 @pytest.fixture
 def proxied(hub: SharedHub, tmp_path: Path) -> Iterator[tuple[str, ssl.SSLContext]]:
     """Run nginx with deploy/nginx.conf, with other ports, host and certificate; return its URL and its certificate."""
-    site = (DEPLOY / "nginx.conf").read_text()
-    port = free_port()
-    for before, after in {
-        HUB_ADDRESS: f"server 127.0.0.1:{httpx.URL(hub.url).port};",
-        "listen 443 ssl;": f"listen 127.0.0.1:{port} ssl;",
-        "/etc/ssl/hub.example.org.pem": str(tmp_path / CERTIFICATE),
-        "/etc/ssl/private/hub.example.org.key": str(tmp_path / KEY),
-        "hub.example.org": HOST,
-    }.items():
-        assert before in site
-        site = site.replace(before, after)
-    url = f"https://{HOST}:{port}"
+    url = f"https://{HOST}:{free_port()}"
+    site = deployed_site(tmp_path, url, httpx.URL(hub.url).port or 0)
     with nginx(tmp_path, site, url) as trusted:
         yield url, trusted
 
