@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Site, features
+from ..backbone import Backbone, BackboneError, Site, features
 from ..short_repr import short_repr
 from . import cpu_operators
 
@@ -76,6 +76,15 @@ def kind_of(site: Site) -> Kind:
 def can_int8(backbone: Backbone) -> bool:
     """Return whether this machine can run the backbone in int8: float32 weights on a CPU with VNNI."""
     return backbone.device.type == "cpu" and backbone.dtype == torch.float32 and cpu_operators.has_int8()
+
+
+def check_int8(backbone: Backbone) -> None:
+    """
+    Raises:
+        BackboneError: this machine cannot run the backbone in int8.
+    """
+    if not can_int8(backbone):
+        raise BackboneError("int8 needs a CPU with VNNI, and this one has none; use float32 or bfloat16")
 
 
 def forms_of(weight: Tensor, *, int8: bool) -> list[Form]:

@@ -15,7 +15,6 @@ from adapters import (
     Adapter,
     AdapterError,
     Backbone,
-    BackboneError,
     Bank,
     BankLimits,
     DataError,
@@ -25,7 +24,7 @@ from adapters import (
 )
 from adapters.data.datasets import read_split
 from adapters.evaluation.evaluate import BATCH_SIZE, Outputs, bank_for, compare_merged, evaluate, scores
-from adapters.serving.frozen_forms import can_int8
+from adapters.serving.frozen_forms import check_int8
 
 Pair = tuple[Path, Path]  # an adapter file and its images
 
@@ -89,8 +88,8 @@ def run(
     int8 = dtype == "int8"
     loaded = torch.float32 if int8 else getattr(torch, dtype)
     frozen = load_backbone(backbone, checkpoint, device=device, dtype=loaded, image_size=image_size)
-    if int8 and not can_int8(frozen):
-        raise BackboneError("int8 needs a CPU with VNNI, and this one has none; use float32 or bfloat16")
+    if int8:
+        check_int8(frozen)
     configs, sets = [], []
     for path, data in pairs:  # otherwise an invalid file would end the run after hours
         adapter = _read_adapter(path, frozen)

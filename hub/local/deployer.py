@@ -77,10 +77,13 @@ def main(connection: Connection) -> None:
     log_format.start(settings.log_format, settings.log_level)
 
     from adapters import BackboneError, load_backbone
+    from adapters.serving.frozen_forms import check_int8
 
     try:
         # Once here: a download is visible, and an error comes once. Ray would try three times.
-        load_backbone(settings.backbone, settings.checkpoint, image_size=settings.image_size)
+        backbone = load_backbone(settings.backbone, settings.checkpoint, image_size=settings.image_size)
+        if settings.dtype == "int8":
+            check_int8(backbone)
     except BackboneError as error:
         connection.send(str(error))
         return

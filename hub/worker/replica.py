@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from adapters import Bank, BankLimits, load_backbone
-from adapters.serving.frozen_forms import can_int8, measure_forms
+from adapters.serving.frozen_forms import check_int8, measure_forms
 
 from ..admin_schemas import WorkerStatus
 from ..admission.quotas import WORKER_FEATURES_QUEUED, WORKER_IMAGES_QUEUED
@@ -131,8 +131,8 @@ class Worker:
             image_size=settings.image_size,
         )
         int8 = settings.dtype == "int8"
-        if int8 and not can_int8(backbone):
-            logger.warning("HUB_DTYPE=int8 needs a CPU with VNNI; this worker computes in float32")
+        if int8:
+            check_int8(backbone)
         forms = measure_forms(backbone, min(settings.batch_size, FORM_IMAGES), int8=int8)
         for line in forms.describe():
             logger.info("frozen layers %s", line)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from adapters import Adapter, Backbone
+from adapters import Adapter, Backbone, BackboneError
 from adapters.backbone import features
 from adapters.data.images import decode_image, eval_transform, normalise
-from adapters.serving.cpu_operators import has_int8
+from adapters.serving import cpu_operators
 from hub.errors import HubError, Unavailable
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.status import StatusBoard
@@ -334,7 +334,10 @@ def test_calls_end_when_the_gateway_that_sent_them_together_is_gone(
     run(use)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+needs_vnni = pytest.mark.skipif(not cpu_operators.has_int8(), reason="this CPU has no VNNI")
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=needs_vnni)])
 def test_a_worker_logs_and_reports_the_form_of_each_kind_of_frozen_layer(
     empty_redis: str, tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture, dtype: Literal["float32", "int8"]
 ) -> None:
@@ -344,5 +347,12 @@ def test_a_worker_logs_and_reports_the_form_of_each_kind_of_frozen_layer(
     assert {line.split()[0] for line in lines} == {"qkv", "proj", "fc1", "fc2"}
     for line in lines:
         assert f"frozen layers {line}" in caplog.text
-        assert ("int8" in line) == (dtype == "int8" and has_int8())
-    assert ("needs a CPU with VNNI" in caplog.text) == (dtype == "int8" and not has_int8())
+        assert ("int8" in line) == (dtype == "int8")
+
+
+def test_a_worker_is_refused_int8_on_a_cpu_without_vnni(
+    empty_redis: str, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_operators, "has_int8", lambda: False)
+    with pytest.raises(BackboneError, match="int8 needs a CPU with VNNI, and this one has none; use float32"):
+        make_worker(empty_redis, store, tmp_path, dtype="int8")
