@@ -3,6 +3,7 @@
 import codecs
 import io
 import logging
+import shlex
 import signal
 import sys
 import threading
@@ -112,6 +113,9 @@ def serve() -> None:
         if hub.login_link is not None and out.is_terminal:  # a log must not keep it
             _say("The console, for your browser. The link works once, within an hour:")
             out.print(hub.login_link, soft_wrap=True)
+        elif hub.login_link is not None:
+            where = f"HUB_HOME={shlex.quote(str(chosen.home))}"
+            _say(f"The console: `{where} karst-hub login-link --url {hub.url}` prints a link for your browser.")
         sys.stdout.flush()
         _say("ready; press Ctrl-C to stop")
         stopping.wait()
@@ -236,6 +240,7 @@ def admin_key() -> None:
 def login_link(
     tenant: Annotated[str, typer.Argument(help="the tenant to manage")] = "default",
     admin: Annotated[bool, typer.Option(help="also give the rights of an admin key")] = False,
+    url: Annotated[str | None, typer.Option(envvar="HUB_URL", help="address of the hub")] = None,
 ) -> None:
     """Print a link that opens the console in a browser, once, within an hour, on the hub's own machine.
 
@@ -244,7 +249,7 @@ def login_link(
     """
     from ..local.hub import new_login_link
 
-    out.print(new_login_link(settings(), tenant, admin=admin), soft_wrap=True)
+    out.print(new_login_link(settings(), tenant, admin=admin, url=url and url.rstrip("/")), soft_wrap=True)
 
 
 @app.command()

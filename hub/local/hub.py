@@ -109,15 +109,20 @@ def new_admin_key(settings: Settings) -> str:
     return made.key
 
 
-def new_login_link(settings: Settings, tenant: str, *, admin: bool) -> str:
+def new_login_link(settings: Settings, tenant: str, *, admin: bool, url: str | None = None) -> str:
     """Create a login link directly in the registry, whether a hub runs on it or not.
 
+    Args:
+        url: of the hub; None: as the settings have it.
+
     Raises:
-        EmbeddedRedisError, StartError: the registry does not answer, or a hub could not start with it.
+        EmbeddedRedisError, StartError: the registry does not answer, a hub could not start with it, or there is none.
         NotFound: the tenant does not exist.
     """
+    if settings.redis_url is None and not (settings.home / "redis").is_dir():
+        raise StartError(f"No hub has run in {settings.home}. Set HUB_HOME to the folder of the hub.")
     code = _in_registry(settings, lambda db: LoginCodes(db).create(tenant, admin=admin))
-    return login_link(url_of(settings), code)
+    return login_link(url or url_of(settings), code)
 
 
 def login_link(url: str, code: str) -> str:

@@ -17,7 +17,7 @@ from tests.support.image_sets import coloured_images
 CONFIG = KarstConfig(kernels=1, rank=2)
 RECIPE = Recipe(epochs=3, warmup_epochs=1, batch_size=4, lr=1e-3)
 TRAIN_AND_WAIT = """
-import sys, time
+import signal, sys, time
 from adapters import Watch, fit
 from tests.adapters.paper.test_interruption import CONFIG, RECIPE
 
@@ -30,6 +30,7 @@ class WaitAfterEpoch(Watch):
 def train(resume):
     fit(sys.argv[1], sys.argv[2], config=CONFIG, recipe=RECIPE, resume=resume, watch=WaitAfterEpoch())
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
 try:
     train(resume=False)
 except KeyboardInterrupt:

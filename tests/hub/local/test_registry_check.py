@@ -1,5 +1,6 @@
 """Start with a registry that cannot be used: each error has Redis's own words and the remedy, but no password."""
 
+import re
 import socket
 import ssl
 import subprocess
@@ -13,9 +14,10 @@ from typer.testing import CliRunner
 
 from hub.cli.main import app
 from hub.local import preflight
-from hub.local.embedded_redis import find_redis_server
+from hub.local.embedded_redis import embedded_redis, find_redis_server
 from hub.local.errors import StartError
 from hub.local.ports import free_port
+from tests.support.hub_app import first_keys_of
 from tests.support.models import listens, wait_until
 from tests.support.redis_servers import redis_server, two_servers
 from tests.support.tls import certificate
@@ -194,6 +196,18 @@ def test_a_command_shows_no_password_when_the_registry_cannot_be_used(
     assert isinstance(done.exception, StartError | SystemExit)
     assert SECRET not in output
     assert "HUB_REDIS_URL=" in output
+
+
+def test_login_link_has_the_hubs_address_and_makes_no_home(tmp_path: Path) -> None:
+    environment = {"HUB_HOME": str(tmp_path / "home"), "HUB_URL": "https://hub.example/"}
+    done = CliRunner().invoke(app, ["login-link"], env=environment)
+    assert isinstance(done.exception, StartError)
+    assert str(done.exception) == f"No hub has run in {tmp_path / 'home'}. Set HUB_HOME to the folder of the hub."
+    assert list(tmp_path.iterdir()) == []
+    with embedded_redis(tmp_path / "home") as url:
+        first_keys_of(url)
+    done = CliRunner().invoke(app, ["login-link"], env=environment)
+    assert re.fullmatch(r"https://hub\.example/#/login/\S+\n", done.stdout)
 
 
 def test_an_empty_url_is_as_good_as_none(tmp_path: Path) -> None:
