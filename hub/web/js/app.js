@@ -55,7 +55,8 @@ function App() {
   else if (error) body = html`<${ErrorBox} error=${error} retry=${find} />`;
   else if (!me.value) body = html`<${Loading} />`;
   else {
-    const name = PAGES[page] ? page : me.value.tenant ? "tasks" : "hub";
+    const shown = page in PAGES && (page !== "tasks" || me.value.tenant); // an admin key alone has no tasks
+    const name = shown ? page : me.value.tenant ? "tasks" : "hub";
     body = html`<${name === "tasks" && route.value.parts[1] ? TaskPage : PAGES[name]} />`;
   }
   return html`<a class="skip" href="#main" onClick=${(event) => (event.preventDefault(), document.getElementById("main").focus())}>To the content</a>

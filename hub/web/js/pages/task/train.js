@@ -38,7 +38,7 @@ export default function Train({ task, detail, reload }) {
   return html`<section aria-label="Train">
     <div class="row">
       <${Button} kind="primary" disabled=${trainable.length < 2} onClick=${() => start("instant")}>Train now<//>
-      <span>takes a second, on ${plural(trainable.reduce((sum, { train, test }) => sum + train + test, 0), "image")} of ${plural(trainable.length, "label")}</span>
+      <span>takes seconds, the first time longer, on ${plural(trainable.reduce((sum, { train, test }) => sum + train + test, 0), "image")} of ${plural(trainable.length, "label")}</span>
     </div>
     ${!shown && html`<${Untested} info=${info.value} />`}
     ${shown &&

@@ -47,7 +47,7 @@ export default function Try({ task, detail }) {
   const choose = (i, value) => setVersions(versions.map((old, k) => (k === i ? value : old)));
   const chosen = versions.filter(Boolean);
   return html`<section aria-label="Try">
-    <${DropZone} onFiles=${add} accept="image/*"><p><strong>Drop a picture here</strong>, paste one, or choose one.</p><//>
+    <${DropZone} onFiles=${add} accept="image/*"><p><strong>Drop pictures here</strong>, paste one, or choose some.</p><//>
     <div class="row">
       <${Button} onClick=${() => setCamera(true)}>Use the camera<//>
       ${["Version", "beside"].map(
