@@ -145,11 +145,19 @@ def test_images_are_labelled_by_key_by_dragging_and_in_bulk_undone_and_deleted(
     page.keyboard.press("1")
     page.get_by_text("6 images are labelled cat now.").wait_for()
     assert counts(console, task) == {"cat": 6, "dog": 0, None: 0}
+    cells.nth(2).click()
+    page.get_by_role("button", name="+ new label for the selected").click()
+    page.get_by_role("textbox", name="Name").fill("bird")
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.get_by_text("1 image is labelled bird now.").wait_for()
+    assert counts(console, task) == {"bird": 1, "cat": 5, "dog": 0, None: 0}
+    page.keyboard.press("Control+z")
+    page.get_by_text("1 image is labelled cat now.").wait_for()
     cells.nth(1).click()
     page.keyboard.press("Delete")
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     page.get_by_text("1 image deleted.").wait_for()
-    assert counts(console, task) == {"cat": 5, "dog": 0, None: 0}
+    assert counts(console, task) == {"bird": 0, "cat": 5, "dog": 0, None: 0}
 
 
 def test_refused_files_are_shown_with_reasons_and_the_others_kept(

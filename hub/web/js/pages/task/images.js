@@ -175,11 +175,13 @@ function Dataset({ task, detail, info, reload }) {
         recount();
       }
     }, `${plural(selected.size, "image")} deleted.`);
-  const addLabel = (name) =>
-    attempt(async () => {
+  const addLabel = async (name) => {
+    const added = await attempt(async () => {
       await api.put(at(task), { labels: [...new Set([...labels, name])] });
       await reload();
     });
+    return added && selected.size ? relabel([...selected], name) : added;
+  };
   const selectAll = () =>
     attempt(async () => {
       await images.need(Infinity);
@@ -245,10 +247,11 @@ function Dataset({ task, detail, info, reload }) {
         <//>`
       : html`<${NextStep} task=${task} info=${info} trained=${detail.versions.length > 0} />
           <ul class="chips" aria-label="Labels: filter, or drop images on one">
+            <li>Show</li>
             ${chip("all", "", label === undefined && !unlabelled, info.images, undefined)}
             ${chip("no label", "0", !!unlabelled, sum(info.unlabelled), null)}
             ${info.labels.map((row, i) => chip(row.label, i < 9 ? i + 1 : "", label === row.label, sum(row), row.label))}
-            <li><button class="chip" onClick=${() => setDialog("label")}>+ new label</button></li>
+            <li><button class="chip" onClick=${() => setDialog("label")}>${selected.size ? "+ new label for the selected" : "+ new label"}</button></li>
           </ul>
           ${info.similar_labels.length > 0 &&
           html`<p class="warning">These labels differ only in case or spaces: ${info.similar_labels.map((group) => group.join(" and ")).join("; ")}.</p>`}
@@ -320,7 +323,7 @@ function NextStep({ task, info, trained }) {
   if (used < 2) {
     return html`<p role="status">
       ${found} <strong>Next:</strong>${unlabelled
-        ? " give the images at least two labels. Select some below, then choose a label, press its number, or drag them to it."
+        ? " give the images at least two labels. Select some below, then choose under “Label them”, press a label's number, or drag them to a label."
         : " add images of a second label."}
     </p>`;
   }
