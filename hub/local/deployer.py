@@ -76,14 +76,10 @@ def main(connection: Connection) -> None:
     settings: Settings = connection.recv()
     log_format.start(settings.log_format, settings.log_level)
 
-    from adapters import BackboneError, load_backbone
-    from adapters.serving.frozen_forms import check_int8
+    from adapters import BackboneError
 
     try:
-        # Once here: a download is visible, and an error comes once. Ray would try three times.
-        backbone = load_backbone(settings.backbone, settings.checkpoint, image_size=settings.image_size)
-        if settings.dtype == "int8":
-            check_int8(backbone)
+        _check_backbone(settings)
     except BackboneError as error:
         connection.send(str(error))
         return
@@ -98,6 +94,20 @@ def main(connection: Connection) -> None:
         connection.send(str(error))
     else:
         connection.send(None)
+
+
+def _check_backbone(settings: Settings) -> None:
+    """Load the backbone and drop it: a download is visible, and an error comes once. Ray would try three times.
+
+    Raises:
+        BackboneError: a worker could not serve it.
+    """
+    from adapters import load_backbone
+    from adapters.serving.frozen_forms import check_int8
+
+    backbone = load_backbone(settings.backbone, settings.checkpoint, image_size=settings.image_size)
+    if settings.dtype == "int8":
+        check_int8(backbone)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ class EmbeddedRedisError(RuntimeError):
 
 @contextmanager
 def embedded_redis(home: Path) -> Iterator[str]:
-    """Run a redis-server while the context lasts, and yield its URL. Its data is in `home / "redis"`.
+    """Run a redis-server while the context lasts, and yield its URL. Its data is in `data_folder(home)`.
 
     Raises:
         EmbeddedRedisError: no redis-server was found, or it does not start.
     """
-    folder = home / "redis"
+    folder = data_folder(home)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     socket = _socket_path(folder)
     _stop_leftover(socket)
@@ -117,9 +117,14 @@ class _Server:
                     self._stopping.wait(RESTART_PAUSE_S)
 
 
+def data_folder(home: Path) -> Path:
+    """Return the folder of the server's data in this home. It exists once a hub has run there."""
+    return home / "redis"
+
+
 def url_of_running(home: Path) -> str:
     """Return the URL of the server of a hub that runs in this home."""
-    return f"unix://{quote(str(_socket_path(home / 'redis')))}"
+    return f"unix://{quote(str(_socket_path(data_folder(home))))}"
 
 
 def find_redis_server() -> str:

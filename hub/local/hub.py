@@ -26,7 +26,7 @@ from ..urls import shown_url
 from . import preflight
 from .bootstrap import DEFAULT_TENANT, FirstKeys, create_first_keys
 from .deployer import Deployer
-from .embedded_redis import embedded_redis, url_of_running
+from .embedded_redis import data_folder, embedded_redis, url_of_running
 from .errors import StartError
 from .front_door import url_of, wait_until_answered
 from .log_stream import forwarded_logs
@@ -119,7 +119,7 @@ def new_login_link(settings: Settings, tenant: str, *, admin: bool, url: str | N
         EmbeddedRedisError, StartError: the registry does not answer, a hub could not start with it, or there is none.
         NotFound: the tenant does not exist.
     """
-    if settings.redis_url is None and not (settings.home / "redis").is_dir():
+    if settings.redis_url is None and not data_folder(settings.home).is_dir():
         raise StartError(f"No hub has run in {settings.home}. Set HUB_HOME to the folder of the hub.")
     code = _in_registry(settings, lambda db: LoginCodes(db).create(tenant, admin=admin))
     return login_link(url or url_of(settings), code)

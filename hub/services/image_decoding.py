@@ -246,7 +246,7 @@ class ImageDecoder:
     ) -> np.ndarray:
         if isinstance(image, np.ndarray):
             return checked_pixels(field, image, preprocess)
-        work = partial(self._decode, preprocess=preprocess, of_dataset=of_dataset)
+        work = partial(self._decode, preprocess=preprocess)
         return await self._run(tenant, field, image, size, work, of_dataset=of_dataset)
 
     async def _run(
@@ -255,7 +255,7 @@ class ImageDecoder:
         field: str,
         image: bytes,
         size: int,
-        work: Callable[[str, bytes, int], T],
+        work: Callable[[str, bytes, int, bool], T],
         *,
         of_dataset: bool,
     ) -> T:
@@ -263,7 +263,8 @@ class ImageDecoder:
 
         Args:
             size: as how many images the image counts.
-            work: gets the field name, the bytes, and the number of pixels that the tenant was charged for.
+            work: gets the field name, the bytes, the number of pixels that the tenant was charged for, and whether to
+                decode at low priority.
         """
         if len(image) > self._max_bytes:
             raise TooLarge.at(field, f"the image has {len(image)} bytes; the limit is {self._max_bytes}")
@@ -274,8 +275,9 @@ class ImageDecoder:
                 await held.enter_async_context(self._large_limit.acquire(tenant))
             await held.enter_async_context(self._tenant_limit.acquire(tenant))
             await self._turns.acquire(tenant, size)
-            executor = self._slow_executor if of_dataset or size > 1 else self._executor
-            decode = asyncio.get_running_loop().run_in_executor(executor, work, field, image, size * PIXELS_PER_IMAGE)
+            apart = of_dataset or size > 1
+            executor, pixels = self._slow_executor if apart else self._executor, size * PIXELS_PER_IMAGE
+            decode = asyncio.get_running_loop().run_in_executor(executor, work, field, image, pixels, apart)
             rests_from_s = 0.0 if of_dataset else SLOW_S if size > 1 else math.inf
             task = asyncio.create_task(self._hold(held.pop_all(), tenant, decode, rests_from_s))
             self._decodes.add(task)  # otherwise the task could be garbage-collected: the loop holds weak references
@@ -315,19 +317,16 @@ class ImageDecoder:
                 await asyncio.sleep(REST_RATIO * taken_s)
         decode.exception()  # otherwise asyncio logs an error that no request retrieved
 
-    def _decode(
-        self, field: str, data: bytes, counted_pixels: int, preprocess: Preprocess, of_dataset: bool
-    ) -> np.ndarray:
+    def _decode(self, field: str, data: bytes, counted_pixels: int, apart: bool, preprocess: Preprocess) -> np.ndarray:
         options = {"needed_px": needed_px(preprocess), "background": background_of(preprocess)}
-        apart = of_dataset or counted_pixels > PIXELS_PER_IMAGE
-        image = self._opened(field, data, counted_pixels, resize_of(preprocess), apart=apart, **options)
+        image = self._opened(field, data, counted_pixels, apart, resize_of(preprocess), **options)
         pixels: np.ndarray = _transform(json.dumps(preprocess, sort_keys=True))(image)
         return pixels
 
-    def _thumbnail(self, field: str, data: bytes, counted_pixels: int) -> bytes:
+    def _thumbnail(self, field: str, data: bytes, counted_pixels: int, apart: bool) -> bytes:
         resize = (THUMBNAIL_PX, "bicubic")
         options = {"needed_px": THUMBNAIL_PX, "background": WHITE}
-        image = self._opened(field, data, counted_pixels, resize, apart=True, **options)
+        image = self._opened(field, data, counted_pixels, apart, resize, **options)
         image.info.clear()  # otherwise the file would have the colour profile of the image
         image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
         buffer = io.BytesIO()
@@ -339,9 +338,8 @@ class ImageDecoder:
         field: str,
         data: bytes,
         counted_pixels: int,
-        resize: tuple[int, str] | None,
-        *,
         apart: bool,
+        resize: tuple[int, str] | None,
         **options: Any,
     ) -> Any:
         """Return a decoded image.

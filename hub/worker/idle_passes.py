@@ -1,7 +1,8 @@
 """Passes of work that can wait, between the batches of classification.
 
 Small passes run one at a time, and only while no image waits for classification. A worker that is never idle runs one
-every `longest_wait_s`, so that the work ends under any load. An image that arrives during such a pass waits for it.
+every `longest_wait_s`, so that the work ends under any load. An image that arrives during such a pass waits for it;
+during a pass of features, for one block of the backbone.
 """
 
 import asyncio

@@ -20,9 +20,8 @@ from adapters.serving.frozen_forms import (
     quantise_weight,
     unmeasured_forms,
 )
+from tests.support.marks import needs_vnni
 from tests.support.models import random_adapter, random_pixels
-
-needs_vnni = pytest.mark.skipif(not cpu_operators.has_int8(), reason="this CPU has no VNNI")
 
 
 def layer(d_in: int = 40, d_out: int = 96, *, bias: bool = True) -> nn.Linear:

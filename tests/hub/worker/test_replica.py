@@ -22,6 +22,7 @@ from hub.storage.store import Store
 from hub.worker.prewarming import Prewarming
 from hub.worker.replica import Worker
 from hub.worker_api import Answer, CallFailed, CallOrigin
+from tests.support.marks import needs_vnni
 from tests.support.models import calibrated_adapter, flat_png, png
 from tests.support.workers import PassGate, fix_batch_size, make_worker, run
 
@@ -332,9 +333,6 @@ def test_calls_end_when_the_gateway_that_sent_them_together_is_gone(
         await running
 
     run(use)
-
-
-needs_vnni = pytest.mark.skipif(not cpu_operators.has_int8(), reason="this CPU has no VNNI")
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=needs_vnni)])
