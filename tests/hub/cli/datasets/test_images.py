@@ -1,35 +1,15 @@
 """Commands `images` and `trainings` against the hub's application."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
 
-from hub.cli.main import app
 from hub.cli.output import out
 from tests.support.hub_app import Hub
 from tests.support.models import coloured_noise, png, wait_until
 
-Run = Callable[..., Result]
-COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
-
-
-@pytest.fixture
-def run(hub: Hub, url: str, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Function that runs a command with an owner key in the environment."""
-    monkeypatch.setenv("HUB_URL", url)
-    monkeypatch.setenv("HUB_KEY", hub.key)
-    monkeypatch.setattr(out, "width", 200)
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def read(done: Result) -> Any:
-    assert done.exit_code == 0, done.output or done.exception
-    return json.loads(done.stdout)
+from .conftest import COLOURS, Run, read
 
 
 def test_a_folder_of_class_folders_becomes_a_task_that_answers(run: Run, hub: Hub, tmp_path: Path) -> None:
