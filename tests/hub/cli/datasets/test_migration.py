@@ -42,13 +42,12 @@ class CustomVision(BaseHTTPRequestHandler):
         self._send(json.dumps([self._image(number) for number in page]).encode(), "application/json")
 
     def _image(self, number: int) -> dict[str, Any]:
-        host, port = self.server.server_address[:2]
         return {
             "id": f"00000000-0000-0000-0000-{number:012}",
             "created": "2024-01-31T20:18:26Z",
             "width": 32,
             "height": 32,
-            "originalImageUri": f"http://{host!s}:{port}/blob/{number}?sig=secret",
+            "originalImageUri": f"http://{self.headers['Host']}/blob/{number}?sig=secret",
             "tags": [{"tagId": name, "tagName": name, "created": "2024-01-31"} for name in self.images[number][1]],
         }
 
