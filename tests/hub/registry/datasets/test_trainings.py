@@ -206,7 +206,7 @@ def test_a_job_that_has_written_its_report_releases_no_other_trainings_report(em
             assert await trainings.cancel(OPERATOR, Job("t", "other", job), training(job, state="cancelled"))
         await registry.tasks.delete_task(OPERATOR, "t", "other")
         names, more = await registry.files.drain(100)
-        assert names == [] and not more
+        assert (names, more) == ([], False)
         async with registry.files.claimed(StoredName("r:", report)) as claimed:
             assert not claimed
         await registry.tasks.delete_task(OPERATOR, "other", "flowers")
