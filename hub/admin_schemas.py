@@ -172,6 +172,7 @@ class UsedNow(_Body):
     images_in_flight: int
     images: int = 0
     image_bytes: int = 0
+    training_bytes: int = Field(0, description="bytes of the snapshots and reports of trainings")
 
 
 class Counted(_Body):

@@ -5,7 +5,7 @@ An owner's key reaches its own tenant; an admin key reaches all tenants.
 
 from typing import Annotated, Literal
 
-from fastapi import Depends, FastAPI, Path, Query
+from fastapi import Depends, FastAPI, Path, Query, Response
 from fastapi.responses import StreamingResponse
 
 from ..admin_schemas import (
@@ -30,7 +30,7 @@ from ..registry.keys import ADMIN
 from ..schemas import MAX_PAGE, TaskList
 from ..services.administration import AdministrationService
 from .bodies import JSON, RequestBody
-from .dependencies import CallerDependencies, Limit
+from .dependencies import CallerDependencies, Limit, json_reply
 from .openapi import BINARY, OCTETS, request_body, schema_of
 from .problems import CURSOR_PATTERN, KEY_ID_PATTERN
 
@@ -57,6 +57,7 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
         return caller
 
     Manager = Annotated[Caller, Depends(manager)]
+    large = [Depends(dependencies.large_reply)]
 
     @api.get("/v1/usage")
     async def get_own_usage(caller: TenantCaller) -> Usage:
@@ -89,11 +90,11 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
     async def get_usage(_caller: Manager, tenant: TenantName) -> Usage:
         return await tenants.usage(tenant)
 
-    @api.get("/v1/tenants/{tenant}/keys")
+    @api.get("/v1/tenants/{tenant}/keys", response_model=KeyList, dependencies=large)
     async def list_keys(
-        _caller: Manager, tenant: TenantName, limit: Limit = MAX_PAGE, cursor: KeysCursor = None
-    ) -> KeyList:
-        return await administration.keys.page(tenant, limit, cursor or "")
+        caller: Manager, tenant: TenantName, limit: Limit = MAX_PAGE, cursor: KeysCursor = None
+    ) -> Response:
+        return json_reply(await administration.key_page(caller, tenant, limit, cursor or ""))
 
     @api.post("/v1/tenants/{tenant}/keys", status_code=201, openapi_extra=request_body({JSON: schema_of(KeyRequest)}))
     async def create_key(caller: Manager, tenant: TenantName, body: Body) -> NewKey:
@@ -106,13 +107,14 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
     async def revoke_key(caller: Manager, tenant: TenantName, id: KeyId) -> None:
         await administration.revoke(caller, tenant, id)
 
-    @api.get("/v1/tenants/{tenant}/audit")
-    async def get_audit(_caller: Manager, tenant: TenantName, after: After = "0", count: Count = 100) -> AuditPage:
-        return await administration.audit(tenant, after, count)
+    @api.get("/v1/tenants/{tenant}/audit", response_model=AuditPage, dependencies=large)
+    async def get_audit(caller: Manager, tenant: TenantName, after: After = "0", count: Count = 100) -> Response:
+        return json_reply(await administration.audit(caller, tenant, after, count))
 
     @api.get(
         "/v1/tenants/{tenant}/export",
         response_class=StreamingResponse,
+        dependencies=[Depends(dependencies.export)],
         responses={200: {"content": {TAR: {"schema": BINARY}}}},
     )
     async def export_tenant(_caller: Manager, tenant: TenantName, datasets: Datasets = True) -> StreamingResponse:
@@ -127,9 +129,9 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
     async def import_tenant(caller: Admin, tenant: TenantName, body: Body, datasets: Datasets = True) -> TaskList:
         return await administration.restore(caller, tenant, body.stream(), datasets=datasets)
 
-    @api.get("/v1/admin/keys")
-    async def list_admin_keys(_caller: Admin, limit: Limit = MAX_PAGE, cursor: KeysCursor = None) -> KeyList:
-        return await administration.keys.page("", limit, cursor or "")
+    @api.get("/v1/admin/keys", response_model=KeyList, dependencies=large)
+    async def list_admin_keys(caller: Admin, limit: Limit = MAX_PAGE, cursor: KeysCursor = None) -> Response:
+        return json_reply(await administration.key_page(caller, "", limit, cursor or ""))
 
     @api.post("/v1/admin/keys", status_code=201, openapi_extra=request_body({JSON: schema_of(AdminKeyRequest)}))
     async def create_admin_key(caller: Admin, body: Body) -> NewKey:
@@ -144,11 +146,11 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
     async def list_all_trainings(_caller: Admin) -> HubTrainingList:
         return await administration.trainings()
 
-    @api.get("/v1/audit")
+    @api.get("/v1/audit", response_model=AuditPage, dependencies=large)
     async def get_whole_audit(
-        _caller: Admin, after: After = "0", count: Count = 100, of: Annotated[Literal["all", "admins"], Query()] = "all"
-    ) -> AuditPage:
-        return await administration.audit(None, after, count, admins=of == "admins")
+        caller: Admin, after: After = "0", count: Count = 100, of: Annotated[Literal["all", "admins"], Query()] = "all"
+    ) -> Response:
+        return json_reply(await administration.audit(caller, None, after, count, admins=of == "admins"))
 
     @api.get("/v1/status")
     async def get_status(_caller: Admin) -> HubStatus:

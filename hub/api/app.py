@@ -221,7 +221,7 @@ def create_app(
         usage=counter,
     )
     many = ManyTasksService(service, cache=cache, limiter=limiter, decoder=decoder, workers=workers)
-    audit = AuditLog(database)
+    audit = AuditLog(database, reads)
     collector = Collector(
         registry=registry,
         files=FileRegistry(database),
@@ -317,8 +317,7 @@ def create_app(
         threads=pools.store,
         parse_threads=pools.parse,
     )
-    staging = StagedDatasets(database)
-    board = StatusBoard(database)
+    staging, board = StagedDatasets(database), StatusBoard(database)
     errors = ErrorCounter(board)
     administration = AdministrationService(
         registry=registry,
@@ -341,6 +340,7 @@ def create_app(
             pools.store,
             settings.max_image_bytes,
         ),
+        reads=reads,
         threads=pools.store,
         max_adapter_bytes=settings.max_adapter_bytes,
         min_free_bytes=settings.min_free_disk,

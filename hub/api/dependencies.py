@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from ..admission.authentication import Authenticator, Caller
-from ..admission.quotas import LARGE_REPLIES, LARGE_REPLIES_QUEUED
+from ..admission.quotas import EXPORTS, EXPORTS_QUEUED, LARGE_REPLIES, LARGE_REPLIES_QUEUED
 from ..concurrency import TenantConcurrencyLimit, TenantThreads
 from ..errors import FieldProblem, InvalidRequest
 from ..field_types import NAME_PATTERN, TASK_PATTERN
@@ -65,6 +65,7 @@ class CallerDependencies:
             threads: parse large bodies, in turns by tenant.
         """
         replies = TenantConcurrencyLimit(LARGE_REPLIES, LARGE_REPLIES + LARGE_REPLIES_QUEUED)
+        exports = TenantConcurrencyLimit(EXPORTS, EXPORTS + EXPORTS_QUEUED)
 
         async def any_caller(request: Request, _bearer: Annotated[object, Security(BEARER)]) -> Caller:
             authorization, origin = request.headers.get("authorization"), request.headers.get("origin")
@@ -100,8 +101,13 @@ class CallerDependencies:
             async with replies.acquire(caller.tenant):
                 yield  # until the client has read the reply, a `LargeReply`
 
+        async def export(caller: Annotated[Caller, Depends(any_caller)]) -> AsyncIterator[None]:
+            async with exports.acquire(caller.tenant):
+                yield  # until the client has read the reply
+
         self.any_caller, self.tenant_caller, self.owner, self.admin = any_caller, tenant_caller, owner, admin
         self.body, self.recheck, self.large_reply = body, recheck, large_reply
+        self.export = export
 
 
 class LargeReply(Response):

@@ -141,26 +141,10 @@ class TaskReads:
 
     async def dump(self, tenant: str) -> list[WholeTask]:
         """Return all tasks with all that `restore` needs."""
-        return [task async for task in self._dump(tenant)]
+        return [task async for task in self.dumped(tenant)]
 
-    async def missing_summaries(self, tenant: str, task: str) -> AsyncIterator[dict[str, str]]:
-        """Yield the summaries of versions without one, which an older hub has written, in pages: number -> summary."""
-        key = task_key(tenant, task)
-        names = as_texts(await self._connection.execute(self._redis.hkeys(key)))
-        numbers = {name[2:] for name in names if name.startswith("v:")} - {n[2:] for n in names if n.startswith("i:")}
-        remaining = sorted(map(int, numbers))
-        while remaining:
-            arguments = {"key": key, "numbers": [str(n) for n in remaining], "max_bytes": PAGE_BYTES}
-            texts = as_texts(await self._read("versions", **arguments))
-            page = [StoredVersion(n, text) for n, text in zip(remaining, texts, strict=False) if text]
-            yield {str(stored.number): VersionSummary.of(stored.info()).text() for stored in page}
-            remaining = remaining[len(texts) :]
-
-    async def task_names(self, tenant: str) -> list[str]:
-        """Return the names of a tenant's tasks, in order."""
-        return sorted(as_texts(await self._connection.execute(self._redis.smembers(tenant_key(tenant, "tasks")))))
-
-    async def _dump(self, tenant: str) -> AsyncIterator[WholeTask]:
+    async def dumped(self, tenant: str) -> AsyncIterator[WholeTask]:
+        """Yield all tasks with all that `restore` needs. The versions of one have up to 128 MiB."""
         command = self._redis.hgetall(tenant_key(tenant, "numbers"))
         numbers = as_hash(await self._connection.execute(command))
         for name in await self.task_names(tenant):
@@ -178,6 +162,23 @@ class TaskReads:
                     break
             else:
                 raise Unavailable(f"Task {name!r} changes too often to be exported. Retry later.")
+
+    async def missing_summaries(self, tenant: str, task: str) -> AsyncIterator[dict[str, str]]:
+        """Yield the summaries of versions without one, which an older hub has written, in pages: number -> summary."""
+        key = task_key(tenant, task)
+        names = as_texts(await self._connection.execute(self._redis.hkeys(key)))
+        numbers = {name[2:] for name in names if name.startswith("v:")} - {n[2:] for n in names if n.startswith("i:")}
+        remaining = sorted(map(int, numbers))
+        while remaining:
+            arguments = {"key": key, "numbers": [str(n) for n in remaining], "max_bytes": PAGE_BYTES}
+            texts = as_texts(await self._read("versions", **arguments))
+            page = [StoredVersion(n, text) for n, text in zip(remaining, texts, strict=False) if text]
+            yield {str(stored.number): VersionSummary.of(stored.info()).text() for stored in page}
+            remaining = remaining[len(texts) :]
+
+    async def task_names(self, tenant: str) -> list[str]:
+        """Return the names of a tenant's tasks, in order."""
+        return sorted(as_texts(await self._connection.execute(self._redis.smembers(tenant_key(tenant, "tasks")))))
 
     async def _describe(self, keys: Sequence[str], kinds: Sequence[str]) -> list[dict[str, str]]:
         replies = as_texts_of(await self._read("describe", keys=list(keys), kinds=list(kinds)))

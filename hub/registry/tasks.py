@@ -93,7 +93,7 @@ class TaskRegistry(TaskReads):
             entry=by.entry(tenant, "version.register", **details),
             digest=version.digest,
             summary=VersionSummary.of(version).text(),
-            version_bytes=len(body),
+            version_bytes=len(body.encode()),
             max_registry_bytes=REGISTRY_BYTES,
             size_bytes=version.size_bytes,
             aliases=list(aliases),
@@ -136,7 +136,7 @@ class TaskRegistry(TaskReads):
             entry=by.entry(tenant, "version.register"),
             digest=version.digest,
             size_bytes=version.size_bytes,
-            version_bytes=len(version_body(version)),
+            version_bytes=len(version_body(version).encode()),
             max_registry_bytes=REGISTRY_BYTES,
             aliases=[],
             max_aliases=MAX_ALIASES,
@@ -155,7 +155,7 @@ class TaskRegistry(TaskReads):
             InvalidRequest: a named tenant does not exist.
             LimitReached: the tenant's limit of shares.
         """
-        details = {"public": sharing.public, "tenants": sharing.tenants[:20], "count": len(sharing.tenants)}
+        details = {"public": sharing.public, "tenants": sharing.tenants, "count": len(sharing.tenants)}
         entry = by.entry(tenant, "task.share", task=task, sharing=details)
         names = list(dict.fromkeys(sharing.tenants))
         reply = await self._change(
@@ -326,16 +326,16 @@ class TaskRegistry(TaskReads):
             )
             if task.name in datasets:
                 body[-1]["dataset"] = {"staged": datasets[task.name].name, "images": datasets[task.name].images}
-            registry_bytes += sum(len(name) + len(text) for name, text in fields.items())
+            registry_bytes += sum(len(name) + len(text.encode()) for name, text in fields.items())
             for number, version in task.versions.items():
                 text = version_body(version)
-                registry_bytes += len(text)
+                registry_bytes += len(text.encode())
                 if registry_bytes <= REGISTRY_BYTES:  # otherwise `restore` refuses
                     await self._connection.change(
                         TASKS, "stage", texts=[text], key=staged, numbers=[str(number)], expiry_s=STAGED_S
                     )
         shared = [task.name for task in tasks if task.sharing != NOT_SHARED]
-        entry = by.entry(tenant, "tenant.import", tasks=[task.name for task in tasks][:100], shared=shared[:100])
+        entry = by.entry(tenant, "tenant.import", tasks=[task.name for task in tasks], shared=shared)
         reply = await self._connection.change(
             TASKS,
             "restore",

@@ -112,10 +112,10 @@ class TenantRegistry:
         pipeline.get(tenant_key(tenant, "deleted"))
         pipeline.hvals(tenant_key(tenant, "flight"))
         pipeline.hgetall(tenant_key(tenant, "counts"))
-        pipeline.mget(tenant_key(tenant, "images"), tenant_key(tenant, "image_bytes"))
+        pipeline.mget(tenant_key(tenant, name) for name in ("images", "image_bytes", "training_bytes"))
         found = await self._connection.execute(pipeline.execute())
         tasks, stored_bytes, deleted_bytes, flight, counts, datasets = found
-        images, image_bytes = [int(found or 0) for found in as_optional_texts(datasets)]
+        images, image_bytes, training_bytes = [int(found or 0) for found in as_optional_texts(datasets)]
         used = UsedNow(
             tasks=as_integer(tasks),
             stored_bytes=int(as_optional_text(stored_bytes) or 0),
@@ -123,6 +123,7 @@ class TenantRegistry:
             images_in_flight=_images_in_flight(as_texts(flight)),
             images=images,
             image_bytes=image_bytes,
+            training_bytes=training_bytes,
         )
         return Usage(tenant=tenant, limits=info.limits, used=used, counted=_parse_counts(as_hash(counts)))
 

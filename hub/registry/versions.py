@@ -170,8 +170,9 @@ def version_body(version: VersionInfo) -> str:
         InvalidAdapter: the JSON is too long.
     """
     text = version.model_dump_json(exclude={"version"})
-    if len(text) > MAX_VERSION_BYTES:
-        message = f"labels and metrics take {len(text)} bytes (limit {MAX_VERSION_BYTES}); shorten them"
+    size_bytes = len(text.encode())
+    if size_bytes > MAX_VERSION_BYTES:
+        message = f"labels and metrics take {size_bytes} bytes (limit {MAX_VERSION_BYTES}); shorten them"
         raise InvalidAdapter.at("metrics", message)
     return text
 

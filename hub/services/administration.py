@@ -3,8 +3,9 @@
 from collections.abc import AsyncIterable
 from functools import partial
 
-from ..admin_schemas import AuditPage, Collected, HubStatus, HubTrainingList, LimitsChange, TenantInfo
-from ..concurrency import TenantThreads
+from ..admin_schemas import AuditPage, Collected, HubStatus, HubTrainingList, KeyList, LimitsChange, TenantInfo
+from ..admission.authentication import Caller
+from ..concurrency import TenantReads, TenantThreads
 from ..registry.audit import Actor, AuditLog
 from ..registry.cache import RegistryCache
 from ..registry.datasets.trainings import TrainingRegistry
@@ -37,12 +38,14 @@ class AdministrationService:
         store: Store,
         registration: RegistrationService,
         datasets: DatasetArchive,
+        reads: TenantReads,
         threads: TenantThreads,
         max_adapter_bytes: int,
         min_free_bytes: int,
     ) -> None:
         """
         Args:
+            reads: turns of reads of the registry.
             threads: thread pool for calls to the store and for files.
             max_adapter_bytes: size limit of one adapter file in an import.
             min_free_bytes: bytes that an import leaves free on the disk of temporary files.
@@ -58,6 +61,7 @@ class AdministrationService:
         self._store = store
         self._registration = registration
         self._datasets = datasets
+        self._reads = reads
         self._threads = threads
         self._max_adapter_bytes = max_adapter_bytes
         self._min_free_bytes = min_free_bytes
@@ -99,7 +103,16 @@ class AdministrationService:
         """Return the trainings of all tenants: running, queued, and the last ended ones."""
         return await self._trainings.of_hub()
 
-    async def audit(self, tenant: str | None, after: str, count: int, *, admins: bool = False) -> AuditPage:
+    async def key_page(self, by: Caller, tenant: str, limit: int, after: str) -> KeyList:
+        """Return a page of a tenant's keys, or of the admin keys (`''`).
+
+        Raises:
+            NotFound: no such tenant.
+        """
+        async with self._reads.turn(by.tenant):
+            return await self.keys.page(tenant, limit, after)
+
+    async def audit(self, by: Caller, tenant: str | None, after: str, count: int, *, admins: bool = False) -> AuditPage:
         """Return changes in a tenant, or in the whole hub (None): all changes, or only those of admins.
 
         Raises:
@@ -107,7 +120,7 @@ class AdministrationService:
         """
         if tenant is not None:
             await self.tenants.get(tenant)
-        return await self._audit.read(tenant, after, count, admins=admins)
+        return await self._audit.read(tenant, after, count, admins=admins, reader=by.tenant)
 
     async def export(self, tenant: str, *, datasets: bool = True) -> Export:
         """Return a tenant as a tar stream, with or without the images of its datasets.
@@ -118,7 +131,7 @@ class AdministrationService:
         """
         info = await self.tenants.get(tenant)
         archive = self._datasets if datasets else None
-        return await export_tenant(self._registry, self._store, self._threads.of(tenant), info, archive)
+        return await export_tenant(self._registry, self._reads, self._store, self._threads.of(tenant), info, archive)
 
     async def restore(self, by: Actor, tenant: str, tar: AsyncIterable[bytes], *, datasets: bool = True) -> TaskList:
         """Create the tasks of an exported tenant, all or none, with or without their datasets.

@@ -73,7 +73,7 @@ class Registry:
 
     async def entries(self, tenant: str = "t") -> list[tuple[str, dict[str, Any]]]:
         """Return a tenant's audit: actions and details."""
-        page = await AuditLog(self.connection).read(tenant, "0", 100)
+        page = await AuditLog(self.connection, unpaced_reads()).read(tenant, "0", 100)
         return [(entry.action, entry.detail) for entry in page.entries]
 
 

@@ -22,6 +22,7 @@ from hub.schemas import Sharing, VersionInfo
 from hub.services.archives.tenant_archive import export_tenant, import_tenant, version_fields
 from hub.storage.store import Store
 from hub.worker_api import invalid_adapter
+from tests.support.datasets import unpaced_reads
 
 MAX_ADAPTER_BYTES = 1_000_000
 Members = list[tuple[str, bytes]]
@@ -64,7 +65,7 @@ class Case:
 
     async def export(self, tenant: str = "one") -> bytes:
         info = await self.info(tenant)
-        export = await export_tenant(self.registry, self.stores[tenant], None, info)
+        export = await export_tenant(self.registry, unpaced_reads(), self.stores[tenant], None, info)
         data = b"".join([chunk async for chunk in export.chunks])
         assert len(data) == export.size_bytes
         return data

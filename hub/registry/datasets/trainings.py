@@ -151,7 +151,6 @@ class TrainingRegistry:
             id=training.id,
             body=training.model_dump_json(),
             snapshot=training.snapshot.digest,
-            report=training.report_digest,
             max_trainings=MAX_TRAININGS,
             audited=audited,
             queued=queued,
@@ -200,7 +199,7 @@ class TrainingRegistry:
             token: as in `requeue`.
         """
         entry = _entry(_actor(training), "training.run", job, training)
-        return await self._change("finish", job, token, training, report=training.report_digest, entry=entry)
+        return await self._change("finish", job, token, training, entry=entry)
 
     async def cancel(self, by: Actor, job: Job, training: Training) -> bool:
         """End a queued or running job. Return False if it has ended already."""

@@ -14,6 +14,7 @@ M = TypeVar("M", bound=BaseModel)
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK_BYTES)
+CHUNK_BYTES = 1024**2
 MAX_PADDING_BYTES = 64 * 1024  # some tools add zeros after the end
 
 
@@ -52,6 +53,16 @@ def header(name: str, size_bytes: int) -> bytes:
 def padding(size_bytes: int) -> bytes:
     """Return what follows a content of this size."""
     return bytes(-size_bytes % BLOCK_BYTES)
+
+
+def member(name: str, *parts: bytes) -> Iterator[bytes]:
+    """Yield a member with its header and padding, in small pieces."""
+    size_bytes = sum(map(len, parts))
+    yield header(name, size_bytes)
+    for part in parts:
+        for at in range(0, len(part), CHUNK_BYTES):
+            yield part[at : at + CHUNK_BYTES]
+    yield padding(size_bytes)
 
 
 def members(file: IO[bytes]) -> Iterator[Member]:

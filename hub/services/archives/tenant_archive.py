@@ -7,25 +7,23 @@ settings that were set. Then comes each adapter file once, as `files/<digest>.sa
 
 import hashlib
 import json
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from datetime import datetime
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 
 from adapters import Adapter
 
 from ...admin_schemas import TenantInfo, TenantLimits
-from ...concurrency import Pool, run_blocking
+from ...concurrency import Pool, TenantReads, run_blocking
 from ...errors import InvalidAdapter, TooLarge, Unavailable
-from ...field_types import Name, VersionNumber, Weight
 from ...registry.audit import Actor
-from ...registry.models import DEFAULT_SETTINGS, WholeTask
-from ...registry.tasks import MAX_ALIAS_HISTORY, TaskRegistry
-from ...registry.versions import StoredVersion, StoredVersions
-from ...schemas import LATEST, Sharing, TaskSettings, VersionInfo
+from ...registry.models import WholeTask
+from ...registry.tasks import TaskRegistry
+from ...schemas import VersionInfo
 from ...storage.store import FILE, Store
 from ..spool import spooled
 from . import tar
@@ -33,75 +31,19 @@ from .dataset_archive import (
     MAX_MEMBER_BYTES,
     DatasetArchive,
     DatasetMembers,
-    DatasetSize,
     ExportedDatasets,
     max_dataset_bytes,
 )
+from .manifest import Manifest, TaskEntry, manifest_parts, task_text
 from .tar import Member, invalid
 
-FORMAT = "karst-tenant/1"
 MANIFEST = "tenant.json"
 FOLDER = "files/"
-CHUNK_BYTES = 1024**2
 MAX_MANIFEST_BYTES = 128 * 1024**2
 MAX_FILES = 200_000
 NO_DATASETS = ExportedDatasets()
 
-Targets = Annotated[dict[VersionNumber, Weight], Field(min_length=1)]
 Check = Callable[[bytes], Awaitable[Adapter]]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _TaskEntry(_Strict):
-    """A task in `tenant.json`."""
-
-    name: Name
-    last_number: Annotated[int, Field(ge=0, le=10**12)]
-    versions: list[VersionInfo]
-    aliases: dict[Name, Targets]
-    history: dict[Name, Annotated[list[Targets], Field(max_length=MAX_ALIAS_HISTORY)]]
-    sharing: Sharing
-    settings: TaskSettings = DEFAULT_SETTINGS
-    dataset: DatasetSize | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "_TaskEntry":
-        numbers = [v.version for v in self.versions]
-        for which, values in (("number", numbers), ("digest", [v.digest for v in self.versions])):
-            if len(set(values)) < len(values):
-                raise ValueError(f"two versions have the same {which}")
-        if numbers and (min(numbers) < 1 or max(numbers) > self.last_number):
-            raise ValueError(f"a version number is outside 1 to {self.last_number}, the last number")
-        if numbers and LATEST not in self.aliases:
-            raise ValueError(f"the alias {LATEST!r} is missing")
-        for alias, targets in self.aliases.items():
-            if alias.isdecimal() or not targets.keys() <= set(numbers):
-                raise ValueError(f"alias {alias!r} is a number, or points at a missing version")
-        if not self.history.keys() <= self.aliases.keys():
-            raise ValueError("the history names a missing alias")
-        for version in self.versions:
-            if datetime.fromisoformat(version.registered).tzinfo is None:
-                raise ValueError(f"the registration time of version {version.version} has no time zone")
-        return self
-
-
-class _Manifest(_Strict):
-    """The content of `tenant.json`."""
-
-    format: Literal["karst-tenant/1"]
-    tenant: Name
-    limits: dict[str, Any]
-    tasks: list[_TaskEntry]
-
-    @field_validator("tasks")
-    @classmethod
-    def _once(cls, tasks: list[_TaskEntry]) -> list[_TaskEntry]:
-        if len({t.name for t in tasks}) < len(tasks):
-            raise ValueError("two tasks have the same name")
-        return tasks
 
 
 @dataclass(frozen=True)
@@ -113,7 +55,12 @@ class Export:
 
 
 async def export_tenant(
-    registry: TaskRegistry, store: Store, pool: Pool, info: TenantInfo, archive: DatasetArchive | None = None
+    registry: TaskRegistry,
+    reads: TenantReads,
+    store: Store,
+    pool: Pool,
+    info: TenantInfo,
+    archive: DatasetArchive | None = None,
 ) -> Export:
     """Return a tenant as a tar stream, without its keys. Equal tenants give equal bytes.
 
@@ -122,6 +69,7 @@ async def export_tenant(
     imports it.
 
     Args:
+        reads: turns of reads of the registry.
         pool: thread pool for calls to the store; None for the event loop's default pool.
         archive: of the hub's datasets; None: the export has none.
 
@@ -129,22 +77,30 @@ async def export_tenant(
         Unavailable: the registry or the store is unavailable, or the store lacks a file.
         TooLarge: the tenant has more versions than one import accepts.
     """
-    tasks = await registry.dump(info.tenant)
-    sizes = {v.digest: v.size_bytes for task in tasks for v in map(StoredVersion.served, _stored(task))}
+    entries: dict[str, bytes] = {}
+    numbers: dict[str, AbstractSet[int]] = {}
+    sizes: dict[str, int] = {}
+    tasks = registry.dumped(info.tenant)
+    while True:
+        async with reads.turn(info.tenant):
+            task = await anext(tasks, None)
+        if task is None:
+            break
+        # Only the bytes stay in memory: as text, each task may take four times as much.
+        entries[task.name], found = await run_blocking(pool, task_text, task)
+        numbers[task.name] = {*task.versions}
+        sizes |= found
     for digest, size_bytes in sizes.items():
         file = await run_blocking(pool, store.find, digest)
         if file is None or file.size_bytes != size_bytes:
             raise Unavailable(f"The adapter store has no intact file {digest}. Register the adapter again.")
-    datasets = (
-        NO_DATASETS
-        if archive is None
-        else await archive.dump(info.tenant, {task.name: task.versions.keys() for task in tasks})
-    )
-    manifest = await run_blocking(pool, _manifest, info, tasks, datasets)
-    if len(manifest) > MAX_MANIFEST_BYTES or len(sizes) > MAX_FILES:
+    datasets = NO_DATASETS if archive is None else await archive.dump(info.tenant, numbers)
+    manifest = manifest_parts(info, entries, datasets)
+    manifest_bytes = sum(map(len, manifest))
+    if manifest_bytes > MAX_MANIFEST_BYTES or len(sizes) > MAX_FILES:
         limits = f"{MAX_FILES} files and {MAX_MANIFEST_BYTES} bytes of {MANIFEST}"
         raise TooLarge(f"The export exceeds the limits of {limits}. Delete versions.")
-    lengths = [len(manifest), *sizes.values(), *datasets.lengths()]
+    lengths = [manifest_bytes, *sizes.values(), *datasets.lengths()]
     return Export(
         sum(map(tar.member_bytes, lengths)) + len(tar.END),
         _tar(store, pool, info.tenant, manifest, sorted(sizes), archive, datasets),
@@ -230,67 +186,25 @@ def version_fields(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _manifest(info: TenantInfo, tasks: Sequence[WholeTask], datasets: ExportedDatasets) -> bytes:
-    limits = info.limits.model_dump(mode="json")
-    entries = [
-        _task_entry(task, datasets.images.get(task.name, 0), datasets.trainings.counts.get(task.name, 0))
-        for task in tasks
-    ]
-    head = json.dumps({"format": FORMAT, "tenant": info.tenant, "limits": limits}, ensure_ascii=False)
-    return f'{head[:-1]}, "tasks": [{", ".join(entries)}]}}'.encode()
-
-
-def _task_entry(task: WholeTask, images: int, trainings: int) -> str:
-    """Return the JSON of a task with these numbers of images and trainings.
-
-    The versions' texts are not parsed: they may have 100 MB, and all tenants would wait.
-    """
-    versions = ", ".join(stored.json for stored in _stored(task))
-    body = {
-        "aliases": task.aliases,
-        "history": task.history,
-        "sharing": task.sharing.model_dump(mode="json"),
-    }
-    # Only if there is something: a hub without settings, datasets or archived trainings refuses the members.
-    body |= {"settings": task.settings.given()} if task.settings.given() else {}
-    dataset = {"images": images} | ({"trainings": trainings} if trainings else {})
-    body |= {"dataset": dataset} if images or trainings else {}
-    name, last_number = json.dumps(task.name), max([task.last_number, *task.versions])
-    rest = json.dumps(body, ensure_ascii=False)[1:]
-    return f'{{"name": {name}, "last_number": {last_number}, "versions": [{versions}], {rest}'
-
-
-def _stored(task: WholeTask) -> Sequence[StoredVersion]:
-    """Return the versions of a task that was read from the registry."""
-    return task.versions.stored() if isinstance(task.versions, StoredVersions) else []
-
-
 async def _tar(
     store: Store,
     pool: Pool,
     tenant: str,
-    manifest: bytes,
+    manifest: Sequence[bytes],
     digests: Sequence[str],
     archive: DatasetArchive | None,
     datasets: ExportedDatasets,
 ) -> AsyncIterator[bytes]:
-    for chunk in _member(MANIFEST, manifest):
+    for chunk in tar.member(MANIFEST, *manifest):
         yield chunk
     for digest in digests:
-        for chunk in _member(f"{FOLDER}{digest}.safetensors", await run_blocking(pool, store.get, digest)):
+        for chunk in tar.member(f"{FOLDER}{digest}.safetensors", await run_blocking(pool, store.get, digest)):
             yield chunk
     if archive is not None:
         async for name, data in archive.members(tenant, datasets):
-            for chunk in _member(name, data):
+            for chunk in tar.member(name, data):
                 yield chunk
     yield tar.END
-
-
-def _member(name: str, data: bytes) -> Iterator[bytes]:
-    yield tar.header(name, len(data))
-    for at in range(0, len(data), CHUNK_BYTES):
-        yield data[at : at + CHUNK_BYTES]
-    yield tar.padding(len(data))
 
 
 def _index(file: IO[bytes], max_adapter_bytes: int, max_images: int) -> tuple[dict[str, Member], DatasetMembers]:
@@ -327,14 +241,14 @@ def _index(file: IO[bytes], max_adapter_bytes: int, max_images: int) -> tuple[di
     return members, datasets
 
 
-def _read_manifest(file: IO[bytes], members: dict[str, Member]) -> list[_TaskEntry]:
+def _read_manifest(file: IO[bytes], members: dict[str, Member]) -> list[TaskEntry]:
     """Return the tasks and remove the manifest from `members`, so that only adapter files remain.
 
     Raises:
         InvalidRequest: the manifest is invalid, or it names other files than the tar has.
     """
     try:
-        tenant = _Manifest.model_validate_json(tar.read(file, members.pop(MANIFEST)))
+        tenant = Manifest.model_validate_json(tar.read(file, members.pop(MANIFEST)))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -364,7 +278,7 @@ async def _checked(check: Check, digest: str, data: bytes) -> dict[str, Any]:
         raise InvalidAdapter(f"file {digest}: {error.detail}", error.errors) from error
 
 
-def _restored(task: _TaskEntry, fields_by_digest: Mapping[str, dict[str, Any]]) -> WholeTask:
+def _restored(task: TaskEntry, fields_by_digest: Mapping[str, dict[str, Any]]) -> WholeTask:
     """Return the task for the registry, with each version's fields from its file.
 
     Raises:

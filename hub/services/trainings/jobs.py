@@ -230,6 +230,8 @@ class TrainingJobs:
         held.update(progress=TrainingProgress(stage="waiting for a machine"))
         limits = await _insist(self._classification.limits)
         snapshot = await _insist(lambda: run_blocking(pool, self._snapshots.get, training.snapshot.digest))
+        # An attempt that was interrupted may have left its report.
+        held.update(report_digest=None, report_files=[], file_bytes=len(snapshot))
         return TrainingJob(
             id=training.id,
             title=training.task,

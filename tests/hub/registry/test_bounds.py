@@ -1,6 +1,7 @@
 """Bounds of what one tenant leaves in Redis: shares, names, changes, audit entries, change events."""
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from hub.registry.keys import KeyRegistry, key_id
 from hub.registry.redis.connection import RegistryConnection, as_entries
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
-from hub.schemas import Sharing
+from hub.schemas import Sharing, TaskSettings
+from tests.support.datasets import unpaced_reads
 from tests.support.hub_app import OCTETS, Hub, in_registry
 from tests.support.registry import version
 
@@ -153,7 +155,7 @@ def test_names_of_deleted_tasks_are_forgotten_without_using_a_number_twice(
 
 def test_a_tenants_entries_push_out_only_its_own_oldest_ones(empty_redis: str) -> None:
     async def use(connection: RegistryConnection) -> None:
-        registry, audit = await with_tenants(connection, "noisy", "quiet"), AuditLog(connection)
+        registry, audit = await with_tenants(connection, "noisy", "quiet"), AuditLog(connection, unpaced_reads())
         for tenant in ("noisy", "quiet"):
             await registry.register(OPERATOR, tenant, "x", version("a" * 64), ["latest"])
         await registry.share(OWNER, "quiet", "x", Sharing(public=True))
@@ -174,6 +176,42 @@ def test_a_tenants_entries_push_out_only_its_own_oldest_ones(empty_redis: str) -
         assert ("quiet", "task.share") in actions
         assert ("noisy", "tenant.create") in actions  # an admin's change stays
         assert await connection.execute(connection.redis.xlen("karst:audit")) == AUDIT_ENTRIES + 5
+
+    in_registry(empty_redis, use)
+
+
+def test_audit_entries_are_small_and_pages_end_early_when_changes_have_long_values(empty_redis: str) -> None:
+    async def use(connection: RegistryConnection) -> None:
+        registry, audit = await with_tenants(connection, "t"), AuditLog(connection, unpaced_reads())
+        labels = [f"{n:04}".ljust(200, "\U0001f600") for n in range(1000)]
+        for task in ("x", "y"):
+            await registry.put(OWNER, "t", task, TaskSettings(labels=labels))
+        _, first, second = (await audit.read("t", "0", 10)).entries
+        assert first.detail["labels"] == [labels[0], "... 999 more"]
+        assert second.detail["task"] == "y"
+        stored = as_entries(await connection.execute(connection.redis.xrange("karst:t:t:audit")))
+        assert max(len(fields["entry"]) for _, fields in stored) < 4000
+        entry = OWNER.entry("t", "task.share", note="n" * 5000, names=["a"] * 10, many={n: n for n in range(1000)})
+        detail = json.loads(entry)["detail"]
+        assert detail["note"] == f"{'n' * 200}..."
+        assert detail["names"] == ["a"] * 10
+        assert len(detail["many"]) < 300
+        assert detail["many"]["..."].endswith(" more")
+        # As an older hub wrote them.
+        pipeline = connection.redis.pipeline(transaction=False)
+        large = json.dumps(json.loads(OWNER.entry("t", "task.settings")) | {"detail": {"labels": ["l" * 60_000]}})
+        for _ in range(100):
+            pipeline.xadd("karst:t:t:audit", {"tenant": "t", "entry": large})
+        await connection.execute(pipeline.execute())
+        found, after, pages = 0, "0", 0
+        while True:
+            page = await audit.read("t", after, 1000)
+            found, pages = found + len(page.entries), pages + 1
+            assert len(page.entries) <= 60
+            if page.next is None:
+                break
+            after = page.next
+        assert (found, pages) == (103, 3)
 
     in_registry(empty_redis, use)
 

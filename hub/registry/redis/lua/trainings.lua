@@ -29,12 +29,20 @@ local function is_needed(args, id, body)
   return redis.call('HEXISTS', task_key(args.tenant, args.task), field) == 1
 end
 
--- Write a training's text, and count its bytes. Return whether it is new.
+-- Write a training's text, count its bytes, and hold the report that it names in place of that of its former text. So a
+-- training that is dropped releases what it holds, and no other training's report. Return a refusal if the report's file
+-- is being removed, and whether the training is new.
 local function store(args)
-  local known = redis.call('HGET', key(args, 'trainings'), args.id)
-  local before = known and training_bytes(cjson.decode(known)) or 0
-  count_training_bytes(args.tenant, training_bytes(cjson.decode(args.body)) - before)
-  return redis.call('HSET', key(args, 'trainings'), args.id, args.body) == 1
+  local known, body = redis.call('HGET', key(args, 'trainings'), args.id), cjson.decode(args.body)
+  local former = known and cjson.decode(known) or {}
+  local report, held_report = report_of(body), report_of(former)
+  if report ~= held_report then
+    if report and redis.call('EXISTS', 'karst:image-gc:' .. report) == 1 then return {outcome = 'removing'} end
+    if report then redis.call('HINCRBY', HOLDERS['r:'], report, 1) end
+    if held_report then release_file('r:', held_report) end -- a collection removes the file
+  end
+  count_training_bytes(args.tenant, training_bytes(body) - training_bytes(former))
+  return nil, redis.call('HSET', key(args, 'trainings'), args.id, args.body) == 1
 end
 
 -- Return the ended trainings that a new one replaces, unless they are needed: those older than the newest
@@ -86,16 +94,10 @@ local function note_end(args)
   redis.call('ZREMRANGEBYRANK', ENDED, 0, -args.max_ended - 1)
 end
 
--- Count a training as a user of its report. Return a refusal if the file is being removed.
-local function hold_report(report)
-  if report == cjson.null then return nil end
-  if redis.call('EXISTS', 'karst:image-gc:' .. report) == 1 then return {outcome = 'removing'} end
-  redis.call('HINCRBY', 'karst:reports', report, 1)
-end
-
--- body, snapshot and report (digests; report null: none), max_trainings, entry, audited (whether to write the entry),
--- queued (whether to add a job), max_jobs (queued or running ones of the tenant), max_bytes (of the tenant's snapshots and
--- reports), max_ended. Add a training, or replace its body. Return the files of the oldest trainings that were dropped and that no other training uses.
+-- body, snapshot (digest), max_trainings, entry, audited (whether to write the entry), queued (whether to add a job),
+-- max_jobs (queued or running ones of the tenant), max_bytes (of the tenant's snapshots and reports), max_ended. Add a
+-- training, or replace its body. Return the files of the oldest trainings that were dropped and that no other training
+-- uses.
 function trainings.put(args)
   if is_revoked(args.entry) then return REVOKED end
   local refusal = (args.queued or not args.audited) and take_change(args)
@@ -109,12 +111,10 @@ function trainings.put(args)
   local found, over = {}, 0
   if not known then found, over = outdated(args) end
   if over > 0 then return limit_reached('training_bytes', args.max_bytes) end
-  if not known or report_of(cjson.decode(known)) ~= report_of({report_digest = args.report}) then
-    local removing = hold_report(args.report)
-    if removing then return removing end
-  end
+  local removing, is_new = store(args)
+  if removing then return removing end
   local orphans = {}
-  if store(args) then
+  if is_new then
     orphans = forget(args, found)
     redis.call('HINCRBY', 'karst:snapshots', args.snapshot, 1)
     redis.call('ZADD', key(args, 'training-order'), redis.call('HINCRBY', key(args, 'info'), 'last', 1), args.id)
@@ -163,25 +163,24 @@ end
 -- token, body, lease_s. Replace the body of a running job and renew its lease.
 function trainings.write(args)
   if not held(args) then return ABSENT end
-  store(args)
   redis.call('ZADD', LEASES, now_s() + args.lease_s, job_name(args.tenant, args.task, args.id))
-  return DONE
+  return store(args) or DONE
 end
 
 -- token ('': its lease has expired), body. Return a running job to the front of its tenant's queue.
 function trainings.requeue(args)
   if not held(args) then return ABSENT end
-  store(args)
+  local removing = store(args)
+  if removing then return removing end
   enqueue(args, 0)
   return DONE
 end
 
--- token ('': its lease has expired), body, report (digest, null: none), entry, max_ended. End a running job.
+-- token ('': its lease has expired), body, entry, max_ended. End a running job.
 function trainings.finish(args)
   if not held(args) then return ABSENT end
-  local removing = hold_report(args.report)
+  local removing = store(args)
   if removing then return removing end
-  store(args)
   drop_job(args.tenant, args.task, args.id)
   record_change(args, 'dataset', args.task)
   note_end(args)
@@ -192,8 +191,10 @@ end
 function trainings.cancel(args)
   local refused = refusal_of(args)
   if refused then return refused end
-  if not drop_job(args.tenant, args.task, args.id) then return ABSENT end
-  store(args)
+  if redis.call('HEXISTS', JOBS, job_name(args.tenant, args.task, args.id)) == 0 then return ABSENT end
+  local removing = store(args)
+  if removing then return removing end
+  drop_job(args.tenant, args.task, args.id)
   record_change(args, 'dataset', args.task)
   note_end(args)
   return DONE

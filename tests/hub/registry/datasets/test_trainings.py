@@ -8,7 +8,7 @@ import pytest
 from hub.admin_schemas import LimitsChange
 from hub.admission.quotas import TRAINING_BYTES, TRAINING_JOBS
 from hub.dataset_schemas import SnapshotInfo
-from hub.errors import LimitReached, NotFound
+from hub.errors import LimitReached, NotFound, Unavailable
 from hub.registry.audit import OPERATOR
 from hub.registry.datasets.files import StoredName
 from hub.registry.datasets.trainings import MAX_TRAININGS, Job, Training, TrainingRegistry
@@ -123,6 +123,7 @@ def test_old_trainings_make_room_when_the_tenants_snapshots_and_reports_fill_its
             await put("large", TRAINING_BYTES // 2 + 1)
         kept = [found.id for found in await trainings.all("t", "flowers")]
         assert kept == ["new", "job"]  # a refusal changes nothing
+        assert (await registry.tenants.usage("t")).used.training_bytes == TRAINING_BYTES // 2 + 10
         await take(trainings)
         done = training("job", "job", state="done", file_bytes=TRAINING_BYTES)  # with its report
         assert await trainings.finish(Job("t", "flowers", "job"), "me", done)
@@ -182,6 +183,58 @@ def test_a_deleted_task_releases_the_snapshot_and_report_of_several_trainings(em
             names, more = await registry.files.drain(100)
             found += names
         assert sorted(found) == [StoredName("r:", report), StoredName("s:", digest_of("s"))]
+
+    with_datasets(empty_redis, use)
+
+
+@pytest.mark.parametrize("how", ["deleted", "interrupted", "cancelled"])
+def test_a_job_that_has_written_its_report_releases_no_other_trainings_report(empty_redis: str, how: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings, report, job = TrainingRegistry(registry.connection, unpaced_reads()), digest_of("r"), "running"
+        await registry.tasks.put(OPERATOR, "t", "other", TaskSettings())
+        done = training("done", state="done", report_digest=report)
+        await trainings.put(OPERATOR, "other", "flowers", done)
+        await trainings.put(OPERATOR, "t", "other", training(job), queued=True)
+        assert await take(trainings) == f"t {job}"
+        running = training(job, state="running", report_digest=report)
+        assert await trainings.write(Job("t", "other", job), "me", running, lease_s=LONG_S)
+        if how == "interrupted":
+            assert await trainings.requeue(Job("t", "other", job), "me", running)
+            await take(trainings)
+            assert await trainings.write(Job("t", "other", job), "me", training(job), lease_s=LONG_S)
+        elif how == "cancelled":  # by a request that has read the training before
+            assert await trainings.cancel(OPERATOR, Job("t", "other", job), training(job, state="cancelled"))
+        await registry.tasks.delete_task(OPERATOR, "t", "other")
+        names, more = await registry.files.drain(100)
+        assert (names, more) == ([], False)
+        async with registry.files.claimed(StoredName("r:", report)) as claimed:
+            assert not claimed
+        await registry.tasks.delete_task(OPERATOR, "other", "flowers")
+        names, _ = await registry.files.drain(100)
+        assert StoredName("r:", report) in names
+
+    with_datasets(empty_redis, use)
+
+
+def test_a_job_names_no_report_that_the_store_is_removing(empty_redis: str) -> None:
+    async def use(registry: Registry) -> None:
+        trainings, report, job = TrainingRegistry(registry.connection, unpaced_reads()), digest_of("r"), "x"
+        await queue(trainings, job)
+        await take(trainings, lease_s=0.1)
+        running = training(job, state="running", report_digest=report)
+        async with registry.files.claimed(StoredName("r:", report)) as claimed:
+            assert claimed
+            for change in (
+                trainings.write(Job("t", "flowers", job), "me", running, lease_s=LONG_S),
+                trainings.requeue(Job("t", "flowers", job), "me", running),
+                trainings.finish(Job("t", "flowers", job), "me", running),
+                trainings.cancel(OPERATOR, Job("t", "flowers", job), running),
+            ):
+                with pytest.raises(Unavailable):
+                    await change
+        assert (await trainings.get("t", "flowers", job)).report_digest is None
+        assert (await trainings.take("other", lease_s=LONG_S, max_running=9)).expired == []  # the lease goes on
+        assert await trainings.finish(Job("t", "flowers", job), "me", running)
 
     with_datasets(empty_redis, use)
 

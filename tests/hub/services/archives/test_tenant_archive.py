@@ -16,6 +16,7 @@ from hub.registry.audit import OPERATOR
 from hub.registry.tasks import TaskRegistry
 from hub.schemas import Sharing, TaskSettings
 from hub.services.archives.tenant_archive import export_tenant
+from tests.support.datasets import unpaced_reads
 from tests.support.hub_app import OCTETS, running
 from tests.support.models import calibrated_adapter, png, with_metadata
 from tests.support.tenant_archives import Case, Run, members, runner, written
@@ -209,7 +210,7 @@ def test_export_breaks_off_and_cannot_be_imported_when_a_file_disappears(
     case: Run, adapters: Sequence[Adapter]
 ) -> None:
     async def use(case: Case) -> None:
-        export = await export_tenant(case.registry, case.stores["one"], None, await case.info("one"))
+        export = await export_tenant(case.registry, unpaced_reads(), case.stores["one"], None, await case.info("one"))
         last = max(a.digest for a in adapters[:3])
         case.stores["one"].delete(last)
         got = bytearray()
