@@ -41,6 +41,7 @@ After = Annotated[str, Query(pattern=CURSOR_PATTERN, description="`next` of the 
 TenantsCursor = Annotated[str | None, Query(pattern=NAME_PATTERN, description="`next` of the previous page")]
 KeysCursor = Annotated[str | None, Query(pattern=KEY_ID_PATTERN, description="`next` of the previous page")]
 Count = Annotated[int, Query(ge=1, le=1000)]
+Order = Annotated[Literal["asc", "desc"], Query(description="desc: newest first")]
 Datasets = Annotated[bool, Query(description="false: without the images of the tenant's datasets")]
 
 
@@ -107,8 +108,10 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
         await administration.revoke(caller, tenant, id)
 
     @api.get("/v1/tenants/{tenant}/audit")
-    async def get_audit(_caller: Manager, tenant: TenantName, after: After = "0", count: Count = 100) -> AuditPage:
-        return await administration.audit(tenant, after, count)
+    async def get_audit(
+        _caller: Manager, tenant: TenantName, after: After = "0", count: Count = 100, order: Order = "asc"
+    ) -> AuditPage:
+        return await administration.audit(tenant, after, count, newest_first=order == "desc")
 
     @api.get(
         "/v1/tenants/{tenant}/export",
@@ -146,9 +149,14 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
 
     @api.get("/v1/audit")
     async def get_whole_audit(
-        _caller: Admin, after: After = "0", count: Count = 100, of: Annotated[Literal["all", "admins"], Query()] = "all"
+        _caller: Admin,
+        after: After = "0",
+        count: Count = 100,
+        of: Annotated[Literal["all", "admins"], Query()] = "all",
+        order: Order = "asc",
     ) -> AuditPage:
-        return await administration.audit(None, after, count, admins=of == "admins")
+        newest_first = order == "desc"
+        return await administration.audit(None, after, count, admins=of == "admins", newest_first=newest_first)
 
     @api.get("/v1/status")
     async def get_status(_caller: Admin) -> HubStatus:

@@ -38,18 +38,24 @@ class AuditLog:
         """Append an entry of the hub itself. Changes of the registry append their own."""
         await self._connection.change(AUDIT, "append", tenant="", entry=entry)
 
-    async def read(self, tenant: str | None, after: str, count: int, *, admins: bool = False) -> AuditPage:
-        """Return a page of entries of a tenant, or of the whole hub (None), oldest first.
+    async def read(
+        self, tenant: str | None, after: str, count: int, *, admins: bool = False, newest_first: bool = False
+    ) -> AuditPage:
+        """Return a page of entries of a tenant, or of the whole hub (None).
 
         Args:
-            after: the id of the last known entry; `0` starts at the oldest kept entry.
+            after: the id of the last known entry; `0` starts with the first kept entry in the chosen order.
             admins: of the whole hub, only changes by admins. They have their own stream, so that entries of tenants
                 cannot push them out.
         """
         hub_stream = "karst:audit:admins" if admins else "karst:audit"
         stream = hub_stream if tenant is None else tenant_key(tenant, "audit")
         redis = self._connection.redis
-        found = as_entries(await self._connection.execute(redis.xrange(stream, min=f"({after}", count=count + 1)))
+        if newest_first:
+            command = redis.xrevrange(stream, max="+" if after == "0" else f"({after}", count=count + 1)
+        else:
+            command = redis.xrange(stream, min=f"({after}", count=count + 1)
+        found = as_entries(await self._connection.execute(command))
         entries = [
             AuditEntry(
                 id=id,

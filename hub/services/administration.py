@@ -99,7 +99,9 @@ class AdministrationService:
         """Return the trainings of all tenants: running, queued, and the last ended ones."""
         return await self._trainings.of_hub()
 
-    async def audit(self, tenant: str | None, after: str, count: int, *, admins: bool = False) -> AuditPage:
+    async def audit(
+        self, tenant: str | None, after: str, count: int, *, admins: bool = False, newest_first: bool = False
+    ) -> AuditPage:
         """Return changes in a tenant, or in the whole hub (None): all changes, or only those of admins.
 
         Raises:
@@ -107,7 +109,7 @@ class AdministrationService:
         """
         if tenant is not None:
             await self.tenants.get(tenant)
-        return await self._audit.read(tenant, after, count, admins=admins)
+        return await self._audit.read(tenant, after, count, admins=admins, newest_first=newest_first)
 
     async def export(self, tenant: str, *, datasets: bool = True) -> Export:
         """Return a tenant as a tar stream, with or without the images of its datasets.
