@@ -1,6 +1,6 @@
 """Renew the console's vendored modules in `hub/web/vendor` from npm: `python .ci/vendor_web.py`.
 
-Versions are fixed in `PACKAGES`. npm's registry gives each archive's digest, and an archive that differs is refused.
+`PACKAGES` has the version of each package and the digest of its archive. An archive that differs is refused.
 Bare names of imports become relative, because a page without inline scripts cannot have an import map.
 """
 
@@ -27,18 +27,39 @@ class Package(NamedTuple):
     """A package of npm."""
 
     version: str
+    integrity: str  # of the archive, as npm's registry has it
     files: dict[str, str]  # name here -> path in the archive
     appended: str = ""
 
 
 PACKAGES = {
-    "preact": Package("11.2.0", {"preact.js": "dist/preact.mjs", "hooks.js": "hooks/dist/hooks.mjs"}),
-    "htm": Package("3.1.1", {"htm.js": "dist/htm.mjs"}),
-    "@preact/signals-core": Package("1.14.5", {"signals-core.js": "dist/signals-core.mjs"}),
-    "@preact/signals": Package("2.11.4", {"signals.js": "dist/signals.mjs"}),
-    # The module of this package is not minified; the minified script declares a global name.
+    "preact": Package(
+        "11.2.0",
+        "sha512-/HfHI/7N84e6GrWBJ3J280z3mLaRJiDcSvj/A+y/4AbLnND/1UlGHe1sR6oYuTGwId0nP7dqDU9OnLxMPZ7xBg==",
+        {"preact.js": "dist/preact.mjs", "hooks.js": "hooks/dist/hooks.mjs"},
+    ),
+    "htm": Package(
+        "3.1.1",
+        "sha512-983Vyg8NwUE7JkZ6NmOqpCZ+sh1bKv2iYTlUkzlWmA5JD2acKoxd4KVxbMmxX/85mtfdnDmTFoNKcg5DGAvxNQ==",
+        {"htm.js": "dist/htm.mjs"},
+    ),
+    "@preact/signals-core": Package(
+        "1.14.5",
+        "sha512-vcRv7Ityz5JVmeiVqIluLFzT/PDS/AlhHUpw3/aUWqcVUs6bDGIPXE/6RSC4evBNWYvnniozg5Syfj33al3gkg==",
+        {"signals-core.js": "dist/signals-core.mjs"},
+    ),
+    "@preact/signals": Package(
+        "2.11.4",
+        "sha512-Rb+5RPo9gWSaHtzJeauhHxiC8KP/IF2DEPkHPEOGOnuy2wnJzRqyeLRankUCYd6ADqtxS6GnWGv6Ie343d8aYw==",
+        {"signals.js": "dist/signals.mjs"},
+    ),
+    # The module of this package is not minified; the minified script declares a global name. css/app.css has the rules
+    # of its style sheet that the console's charts need.
     "uplot": Package(
-        "1.6.32", {"uplot.js": "dist/uPlot.iife.min.js", "uplot.css": "dist/uPlot.min.css"}, "export default uPlot;\n"
+        "1.6.32",
+        "sha512-KIMVnG68zvu5XXUbC4LQEPnhwOxBuLyW1AHtpm6IKTXImkbLgkMy+jabjLgSLMasNuGGzQm/ep3tOkyTxpiQIw==",
+        {"uplot.js": "dist/uPlot.iife.min.js"},
+        "export default uPlot;\n",
     ),
 }
 
@@ -52,9 +73,9 @@ def main() -> None:
     for name, package in PACKAGES.items():
         about = json.loads(_get(f"{REGISTRY}/{name}/{package.version}"))
         archive = _get(about["dist"]["tarball"])
-        algorithm, _, expected = about["dist"]["integrity"].partition("-")
+        algorithm, _, expected = package.integrity.partition("-")
         if base64.b64encode(hashlib.new(algorithm, archive).digest()).decode() != expected:
-            raise SystemExit(f"{name} {package.version}: the archive differs from the registry's digest")
+            raise SystemExit(f"{name} {package.version}: the archive differs from its digest")
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             for here, path in package.files.items():
                 text = _member(files, f"package/{path}")
@@ -66,7 +87,6 @@ def main() -> None:
             "version": package.version,
             "licence": about["license"],
             "copyright": copyright_line,
-            "integrity": about["dist"]["integrity"],
             "files": list(package.files),
         }
         print(name, package.version)

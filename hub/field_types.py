@@ -84,6 +84,7 @@ ACCURACIES: tuple[tuple[str, str, MeasuredOn], ...] = (
     ("leave_one_out", "train_images", "left-out images"),
     ("val", "val_images", "validation images"),
 )
+MIN_TEST_IMAGES = 10  # with fewer, an accuracy on other images comes first
 
 
 def _is_share(value: Any) -> bool:
@@ -111,8 +112,9 @@ class MeasuredAccuracy(Body):
 
 
 def accuracy_of(metrics: Mapping[str, Any]) -> MeasuredAccuracy | None:
-    """Return the accuracy in an adapter's metrics; None if there is none."""
-    for prefix, counted, measured_on in ACCURACIES:
+    """Return the most telling accuracy in an adapter's metrics; None if there is none."""
+    few = (count_of(metrics.get("test_images")) or MIN_TEST_IMAGES) < MIN_TEST_IMAGES
+    for prefix, counted, measured_on in (*ACCURACIES[few:], *ACCURACIES[:few]):
         value, interval = metrics.get(f"{prefix}_accuracy"), metrics.get(f"{prefix}_interval")
         if not _is_share(value):
             continue

@@ -125,6 +125,7 @@ def _page(
         "<h2>Classes</h2>",
         _table(("class", "images", "recall", "precision"), classes),
         "<h2>Learning curve</h2>",
+        *(() if classifier.learning_curve else ["<p>These images are too few for a curve by number of images.</p>"]),
         image_tag(figures["curves"], "accuracy against the number of images and optimiser steps"),
         "<h2>Confusions</h2>",
         image_tag(figures["confusion"], "confusion matrix"),

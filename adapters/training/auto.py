@@ -33,6 +33,7 @@ HEAD_ONLY = KarstConfig(kernels=0, rescale="none")
 CURVE_PARTS = (0.25, 0.5, 1.0)  # of the images, in the learning curve
 NO_FIGURES: Mapping[str, Any] = {}
 MIN_CURVE_IMAGES = 2  # per class and part
+MIN_CURVE_TOTAL = 30  # with fewer, one image is more than three points: no curve
 MAX_CURVE_IMAGES = 2000  # of an instant training from features: beyond, two more fits take seconds
 
 
@@ -44,7 +45,8 @@ class Classifier:
         held_out: predictions for left-out images: by leave-one-out, or by the folds of `refine`.
         test: predictions for the test images, or None.
         metrics: figures for the file's metadata.
-        learning_curve: (images, leave-one-out accuracy of the instant head) for a quarter, half and all images.
+        learning_curve: (images, leave-one-out accuracy of the instant head) for a quarter, half and all images. Empty
+            for fewer than `MIN_CURVE_TOTAL` images.
         refined: the comparison with KARST; None for `instant`.
     """
 
@@ -235,6 +237,8 @@ def _learning_curve(features: Tensor, targets: Tensor, head: InstantHead) -> tup
     Args:
         head: fitted to all images.
     """
+    if len(targets) < MIN_CURVE_TOTAL:
+        return ()
     rank = torch.empty_like(targets)
     counts = targets.bincount()
     generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ from .auto import Classifier, InstantFit, InstantWatch, Refinement
 
 
 class NotBetterThanChance(DataError):
-    """The adapter is no better than a constant answer; the message names the file that was kept.
+    """The adapter is not surely better than a constant answer; the message names the file that was kept.
 
     Attributes:
         reason: the figures, without the names of files.
@@ -49,11 +49,16 @@ class AutoFiles:
         held_out = classifier.held_out
         low, high = held_out.interval
         reason = (
-            f"the adapter is not better than a constant answer: {held_out.accuracy:.1%} of "
-            f"{len(held_out.targets)} {held_out.split.replace(' ', '-')} images are right (95 % interval {low:.1%} to "
-            f"{high:.1%}), and the largest class alone has {classifier.chance:.1%}. "
+            "The adapter is not surely better than a constant answer, so it is not used. It is right for "
+            f"{held_out.accuracy:.1%} of {len(held_out.targets)} {held_out.split.replace(' ', '-')} images (95 % "
+            f"interval {low:.1%} to {high:.1%}); always naming the most frequent label is right for "
+            f"{classifier.chance:.1%}. "
         )
-        advice = "Check the labels, add images, or use a larger backbone"
+        height, width = classifier.adapter.preprocess["input_size"][-2:]
+        advice = (
+            "Add images of each label, check the labels, or use a larger backbone: this one sees images at "
+            f"{width} x {height} pixels."
+        )
         files = f"The file is kept as {rejected}; the report: {self._report.folder}. "
         raise NotBetterThanChance(f"{reason}{files}{advice}", f"{reason}{advice}")
 
@@ -65,7 +70,7 @@ def fit_auto(fitted: InstantFit, refinement: Refinement | None, files: AutoFiles
         refinement: the training of KARST; None keeps the instant adapter.
 
     Raises:
-        NotBetterThanChance: neither is better than a constant answer.
+        NotBetterThanChance: neither is surely better than a constant answer.
         ConfigError: the config does not suit the backbone.
     """
     classifier = fitted.classifier()

@@ -41,6 +41,7 @@ After = Annotated[str, Query(pattern=CURSOR_PATTERN, description="`next` of the 
 TenantsCursor = Annotated[str | None, Query(pattern=NAME_PATTERN, description="`next` of the previous page")]
 KeysCursor = Annotated[str | None, Query(pattern=KEY_ID_PATTERN, description="`next` of the previous page")]
 Count = Annotated[int, Query(ge=1, le=1000)]
+Order = Annotated[Literal["asc", "desc"], Query(description="desc: newest first")]
 Datasets = Annotated[bool, Query(description="false: without the images of the tenant's datasets")]
 
 
@@ -108,8 +109,10 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
         await administration.revoke(caller, tenant, id)
 
     @api.get("/v1/tenants/{tenant}/audit", response_model=AuditPage, dependencies=large)
-    async def get_audit(caller: Manager, tenant: TenantName, after: After = "0", count: Count = 100) -> Response:
-        return json_reply(await administration.audit(caller, tenant, after, count))
+    async def get_audit(
+        caller: Manager, tenant: TenantName, after: After = "0", count: Count = 100, order: Order = "asc"
+    ) -> Response:
+        return json_reply(await administration.audit(caller, tenant, after, count, newest_first=order == "desc"))
 
     @api.get(
         "/v1/tenants/{tenant}/export",
@@ -148,9 +151,15 @@ def add_admin_routes(api: FastAPI, administration: AdministrationService, depend
 
     @api.get("/v1/audit", response_model=AuditPage, dependencies=large)
     async def get_whole_audit(
-        caller: Admin, after: After = "0", count: Count = 100, of: Annotated[Literal["all", "admins"], Query()] = "all"
+        caller: Admin,
+        after: After = "0",
+        count: Count = 100,
+        of: Annotated[Literal["all", "admins"], Query()] = "all",
+        order: Order = "asc",
     ) -> Response:
-        return json_reply(await administration.audit(caller, None, after, count, admins=of == "admins"))
+        newest_first = order == "desc"
+        page = await administration.audit(caller, None, after, count, admins=of == "admins", newest_first=newest_first)
+        return json_reply(page)
 
     @api.get("/v1/status")
     async def get_status(_caller: Admin) -> HubStatus:

@@ -78,12 +78,19 @@ class AuditLog:
         await self._connection.change(AUDIT, "append", tenant="", entry=entry)
 
     async def read(
-        self, tenant: str | None, after: str, count: int, *, admins: bool = False, reader: str = ""
+        self,
+        tenant: str | None,
+        after: str,
+        count: int,
+        *,
+        admins: bool = False,
+        newest_first: bool = False,
+        reader: str = "",
     ) -> AuditPage:
-        """Return a page of entries of a tenant, or of the whole hub (None), oldest first.
+        """Return a page of entries of a tenant, or of the whole hub (None).
 
         Args:
-            after: the id of the last known entry; `0` starts at the oldest kept entry.
+            after: the id of the last known entry; `0` starts with the first kept entry in the chosen order.
             count: number of entries. A page may have fewer, since its size is bounded too.
             admins: of the whole hub, only changes by admins. They have their own stream, so that entries of tenants
                 cannot push them out.
@@ -96,7 +103,7 @@ class AuditLog:
         while len(entries) < count and size_bytes < PAGE_BYTES:
             wanted = min(count - len(entries), ENTRIES_PER_READ)
             async with self._reads.turn(reader):
-                found = await self._range(stream, after, wanted + 1)
+                found = await self._range(stream, after, wanted + 1, newest_first)
                 entries += [_entry(id, fields["entry"]) for id, fields in found[:wanted]]
             if len(found) <= wanted:
                 return AuditPage(entries=entries, next=None)
@@ -104,8 +111,12 @@ class AuditLog:
             after = entries[-1].id
         return AuditPage(entries=entries, next=after)
 
-    async def _range(self, stream: str, after: str, count: int) -> list[tuple[str, dict[str, str]]]:
-        command = self._connection.redis.xrange(stream, min=f"({after}", count=count)
+    async def _range(self, stream: str, after: str, count: int, newest_first: bool) -> list[tuple[str, dict[str, str]]]:
+        redis = self._connection.redis
+        if newest_first:
+            command = redis.xrevrange(stream, max="+" if after == "0" else f"({after}", count=count)
+        else:
+            command = redis.xrange(stream, min=f"({after}", count=count)
         return as_entries(await self._connection.execute(command))
 
 

@@ -112,7 +112,16 @@ class AdministrationService:
         async with self._reads.turn(by.tenant):
             return await self.keys.page(tenant, limit, after)
 
-    async def audit(self, by: Caller, tenant: str | None, after: str, count: int, *, admins: bool = False) -> AuditPage:
+    async def audit(
+        self,
+        by: Caller,
+        tenant: str | None,
+        after: str,
+        count: int,
+        *,
+        admins: bool = False,
+        newest_first: bool = False,
+    ) -> AuditPage:
         """Return changes in a tenant, or in the whole hub (None): all changes, or only those of admins.
 
         Raises:
@@ -120,7 +129,7 @@ class AdministrationService:
         """
         if tenant is not None:
             await self.tenants.get(tenant)
-        return await self._audit.read(tenant, after, count, admins=admins, reader=by.tenant)
+        return await self._audit.read(tenant, after, count, admins=admins, newest_first=newest_first, reader=by.tenant)
 
     async def export(self, tenant: str, *, datasets: bool = True) -> Export:
         """Return a tenant as a tar stream, with or without the images of its datasets.

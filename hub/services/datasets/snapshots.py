@@ -86,8 +86,9 @@ class Snapshot:
         untested = [label for label in labels if label not in {*tested, *chosen, *rescued}]
         if untested and any(image.use == "test" for image in images):
             warnings.append(
-                f"no test image of {_listed(untested)}; the accuracy on test images omits them. A label with the split "
-                f"auto gets one once it has {TESTED_IMAGES} images; or set an image's split to test"
+                f"no test image of {_listed(untested)}, so the accuracy on test images does not cover these labels. A "
+                f"training takes one of a label that has {TESTED_IMAGES} images or more with the split auto; or set an "
+                f"image's split to test"
             )
         return cls(images, labels, tuple(warnings))
 

@@ -16,6 +16,9 @@ export const count = (number) => (typeof number === "number" ? NUMBERS.format(nu
 /** Return a number of things: "1 image", "2 images". */
 export const plural = (number, name) => `${count(number)} ${name}${number === 1 ? "" : "s"}`;
 
+/** Return a text of the hub as a sentence. */
+export const sentence = (text) => text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+
 /** Return a share as a percentage; "" for none. */
 export const percent = (share, digits = 0) => (typeof share === "number" ? `${(100 * share).toFixed(digits)} %` : "");
 

@@ -144,6 +144,9 @@ def test_download_and_deletion(run: Run, hub: Hub, task: list[Adapter], tmp_path
         ({"val_accuracy": 0.5}, 0.5),
         ({"val_accuracy": 0.5, "test_accuracy": 0.25, "test_interval": [0.2]}, 0.25),
         ({"held_out_accuracy": 1, "held_out_interval": [0.9, 1], "train_images": -3}, 1),
+        ({"test_accuracy": 0, "test_images": 2, "leave_one_out_accuracy": 0.75}, 0.75),  # two test images say little
+        ({"test_accuracy": 0.5, "test_images": 10, "leave_one_out_accuracy": 0.75}, 0.5),
+        ({"test_accuracy": 0.5, "test_images": 2}, 0.5),
     ],
 )
 def test_accuracy_is_read_from_metrics_of_any_kind(metrics: dict[str, Any] | None, accuracy: float | None) -> None:

@@ -36,7 +36,7 @@ def test_a_label_with_few_images_has_no_test_image_and_a_warning() -> None:
     snapshot = Snapshot.of([*FINE, *images("b", {"train": TESTED_IMAGES - 1})])
     assert set(uses(snapshot, "b")) == {"train"}
     (warning,) = snapshot.warnings
-    assert warning.startswith("no test image of 'b'; the accuracy on test images omits them")
+    assert warning.startswith("no test image of 'b', so the accuracy on test images does not cover")
 
 
 def test_images_with_a_split_by_hand_stay_where_they_are() -> None:

@@ -4,7 +4,7 @@ import { attempt, useLoaded } from "../../calls.js";
 import { Button, Choice, Empty, ErrorBox, Loading, count, pending, percent, plural } from "../../components.js";
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
-import { FullImage, LabelChoice, useKeys } from "./shared.js";
+import { FullImage, KeysChoice, LabelChoice, useKeys } from "./shared.js";
 
 const QUEUE = 20; // images of a call; the hub then orders the rest again with the labels of these
 
@@ -46,6 +46,7 @@ export default function Review({ task, detail, reload }) {
   const { image: shown } = state;
   const labels = info.value?.labels.map((row) => row.label) ?? [];
   const suggestions = shown?.suggestions ?? [];
+  const own = shown?.image.label ?? null; // Enter keeps the label that an image has: suggestions may be weak
   const answer = async (label) => {
     if (!shown || busy) return;
     setBusy(true);
@@ -84,8 +85,8 @@ export default function Review({ task, detail, reload }) {
     const key = event.key.toLowerCase();
     if ((control && key === "z") || (!control && key === "u")) undo();
     else if (control) return;
-    else if (key === "enter" && suggestions.length) answer(suggestions[0].label);
-    else if (key === "k" && kind === "errors") answer(shown?.image.label);
+    else if (key === "enter" && own !== null) answer(own);
+    else if (key === (own === null ? "enter" : "t") && suggestions.length) answer(suggestions[0].label);
     else if (key === "s" || key === "arrowright") skip();
     else if (/^[1-9]$/.test(key) && labels[key - 1] !== undefined) answer(labels[key - 1]);
     else return;
@@ -118,12 +119,12 @@ export default function Review({ task, detail, reload }) {
     html`<article class="review">
       <${FullImage} key=${shown.image.digest} task=${task} digest=${shown.image.digest} alt=${`the image ${shown.image.name}`} />
       <div>
-        ${shown.image.label !== null && html`<p>Its label is <strong>${shown.image.label}</strong>.</p>`}
+        ${own !== null && html`<p>Its label is <strong>${own}</strong>.</p>
+          <${Button} kind="primary" onClick=${() => answer(own)}>Keep ${own} <kbd>Enter</kbd><//>`}
         ${suggestions.length
           ? html`<p aria-live="polite">Suggestion: <strong>${suggestions[0].label}</strong> (${percent(suggestions[0].score)})${suggestions.length > 1 && html`<span class="soft">${suggestions.slice(1).map(({ label, score }) => `; ${label} ${percent(score)}`)}</span>`}</p>
-              <${Button} kind="primary" onClick=${() => answer(suggestions[0].label)}>${suggestions[0].label} <kbd>Enter</kbd><//>`
+              <${Button} kind=${own === null ? "primary" : ""} onClick=${() => answer(suggestions[0].label)}>${suggestions[0].label} <kbd>${own === null ? "Enter" : "T"}</kbd><//>`
           : html`<p>No suggestion yet: give a few images of each label.</p>`}
-        ${kind === "errors" && html`<${Button} onClick=${() => answer(shown.image.label)}>Keep ${shown.image.label} <kbd>K</kbd><//>`}
         <ul class="chips" aria-label="Labels">
           ${labels.slice(0, 30).map((label, i) => html`<li><button class="chip" onClick=${() => answer(label)}>${i < 9 && html`<kbd>${i + 1}</kbd>`} ${label}</button></li>`)}
         </ul>
@@ -131,6 +132,7 @@ export default function Review({ task, detail, reload }) {
           <${LabelChoice} text="Another label" labels=${labels} onPick=${(label) => answer(label)} />
           <${Button} onClick=${skip}>Skip <kbd>S</kbd><//>
         </div>
+        <${KeysChoice} />
       </div>
     </article>`}
     ${!shown && state.ended && html`<${Done} task=${task} detail=${detail} reload=${reload} kind=${kind} skipped=${left} given=${given} retrain=${retrain} again=${() => (passed.current.clear(), next())} />`}

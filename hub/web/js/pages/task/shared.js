@@ -1,12 +1,18 @@
 /** Parts that several tabs of a task share. */
 import { api, at } from "../../api.js";
-import { attempt, useFile } from "../../calls.js";
+import { attempt, useFile, useLoaded } from "../../calls.js";
 import { Button, Choice, Dialog, Field, Thumbnail } from "../../components.js";
-import { html, useEffect, useRef, useState } from "../../lib.js";
+import { html, signal, useEffect, useRef, useState } from "../../lib.js";
 import { me } from "../../state.js";
 
 /** Return whether this person may change a task: an owner of its tenant. */
 export const owns = (task) => me.value?.role === "owner" && !task.includes(":");
+
+/** Whether keys of one character are commands. A person who speaks to the computer may turn them off (WCAG 2.1.4). */
+const commands = signal(true);
+
+export const KeysChoice = () =>
+  html`<label><input type="checkbox" checked=${commands.value} onChange=${({ target }) => (commands.value = target.checked)} /> letters and numbers are commands</label>`;
 
 /** Call `onKey` for each key outside of text fields, dialogs and controls that use the key themselves. */
 export function useKeys(onKey) {
@@ -16,6 +22,7 @@ export function useKeys(onKey) {
     const listen = (event) => {
       if (event.defaultPrevented || event.altKey || document.querySelector("dialog[open]")) return;
       if (event.target.closest("input:not([type=checkbox]), select, textarea")) return;
+      if (!commands.value && event.key.length === 1 && !event.ctrlKey && !event.metaKey) return;
       if (event.key === "Enter" && event.target.closest("button, a, summary")) return;
       latest.current(event);
     };
@@ -44,21 +51,34 @@ export function versionOf(detail, alias) {
   return versions.length === 1 ? Number(versions[0]) : null;
 }
 
-/** Return {accuracy, interval, images, on} from the figures of a training; null if there are none. */
-export function accuracyOf(metrics) {
-  for (const [name, count, on] of [
-    ["test", "test_images", "test images"],
-    ["held_out", "train_images", "held-out images"],
-    ["leave_one_out", "train_images", "left-out images"],
-    ["val", "val_images", "validation images"],
-  ]) {
-    const accuracy = metrics?.[`${name}_accuracy`];
-    if (typeof accuracy === "number") {
-      return { accuracy, interval: metrics[`${name}_interval`], images: metrics[count], on };
-    }
-  }
-  return null;
+export const FEW_TESTED = 10; // fewer test images say less than the left-out ones
+const MEASURED = [
+  ["test", "test_images", "test images"],
+  ["held_out", "train_images", "held-out images"],
+  ["leave_one_out", "train_images", "left-out images"],
+  ["val", "val_images", "validation images"],
+];
+
+/** Return [{accuracy, interval, images, on}] from the figures of a training, the most telling first. */
+export function accuraciesOf(metrics) {
+  const found = MEASURED.map(([name, images, on]) => ({ accuracy: metrics?.[`${name}_accuracy`], interval: metrics?.[`${name}_interval`], images: metrics?.[images], on }));
+  const [first, ...others] = found.filter(({ accuracy }) => typeof accuracy === "number");
+  return first?.on === "test images" && first.images < FEW_TESTED ? [...others, first] : first ? [first, ...others] : [];
 }
+
+export const accuracyOf = (metrics) => accuraciesOf(metrics)[0];
+
+/** What the backbone sees of an image. */
+export function Sees() {
+  const { value } = useLoaded(() => api.get("/v1/backbone"), []);
+  if (!value) return null;
+  const [, height, width] = value.input_size;
+  return html`<p class="soft">
+    This hub's backbone sees images at ${width} x ${height} pixels; it does not see finer details.${width < SMALL_PX &&
+    html` A larger one sees more: start the hub with <code>HUB_BACKBONE=vit_base_patch16_224.augreg_in21k</code>, for example (docs/backbones.md).`}
+  </p>`;
+}
+const SMALL_PX = 96;
 
 /** A warning of labels without a test image, where others have some. A training gives one to those with enough images. */
 export function Untested({ info }) {
@@ -67,8 +87,8 @@ export function Untested({ info }) {
   if (!missing.length) return null;
   const named = missing.slice(0, 10).join(", ") + (missing.length > 10 ? ` and ${missing.length - 10} more` : "");
   return html`<p class="warning">
-    No test image of ${named} yet. A training tests with one image of a label that has five or more, if the image's use is automatic.
-    The accuracy leaves out the others: add images, or open one and set its use to test.
+    No test image of ${named}: the accuracy on test images does not cover ${missing.length > 1 ? "these labels" : "this label"}. A training takes one of a label with five
+    images or more. Or open an image and set its use to “test”.
   </p>`;
 }
 

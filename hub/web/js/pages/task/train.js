@@ -1,29 +1,34 @@
 /** Tab "Train": one button, the live curve, and what the result means. */
 import { api, at, sleep } from "../../api.js";
 import { attempt, useLoaded } from "../../calls.js";
-import { Button, Chart, Choice, Empty, ErrorBox, Meter, Table, ago, count, duration, pending, percent, plural } from "../../components.js";
-import { html, useEffect, useRef, useState } from "../../lib.js";
+import { Button, Chart, Choice, Empty, ErrorBox, Meter, Table, ago, count, duration, estimate, pending, percent, plural, sentence } from "../../components.js";
+import { html, signal, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
-import { ImageStrip, Untested, accuracyOf, versionOf } from "./shared.js";
+import { FEW_TESTED, ImageStrip, Sees, Untested, accuraciesOf, accuracyOf, versionOf } from "./shared.js";
 
 const ENDED = ["done", "failed", "cancelled"];
+const budget = signal(600); // seconds of KARST, as the person last chose
 const CELLS = 20; // labels of a confusion matrix; with more, only its largest confusions are listed
 
 export default function Train({ task, detail, reload }) {
   const info = useLoaded(() => api.get(at(task, "dataset")), [task]);
   const trainings = useLoaded(async () => (await api.get(at(task, "trainings"))).trainings, [task]);
-  const [budget, setBudget] = useState(600);
+  const [starting, setStarting] = useState(false);
   const chosen = route.value.query.training;
 
-  const start = (recipe) =>
-    attempt(async () => {
-      const body = recipe === "instant" ? { recipe } : { recipe, budget_s: Number(budget) };
-      const training = await api.post(at(task, "trainings"), body);
-      await Promise.all([trainings.reload(), reload()]);
+  const ended = () => Promise.all([trainings.reload(), reload()]);
+  const start = async (recipe) => {
+    setStarting(true);
+    await attempt(async () => {
+      const training = await api.post(at(task, "trainings"), { recipe, budget_s: budget.value });
+      await ended();
       go(`/tasks/${task}/train?training=${training.id}`);
     });
+    setStarting(false);
+  };
   for (const loaded of [info, trainings]) if (!loaded.value) return pending(loaded);
   const trainable = info.value.labels.filter(({ train, test }) => train + test > 0);
+  const images = trainable.reduce((sum, { train, test }) => sum + train + test, 0);
   const shown =
     trainings.value.find(({ id }) => id === chosen) ??
     trainings.value.find(({ state }) => !ENDED.includes(state)) ??
@@ -34,26 +39,27 @@ export default function Train({ task, detail, reload }) {
       <p><a href=${`#/tasks/${task}/images`}>Add and label images</a></p>
     <//>`;
   }
-  const ended = () => Promise.all([trainings.reload(), reload()]);
   return html`<section aria-label="Train">
     <div class="row">
       <${Button} kind="primary" disabled=${trainable.length < 2} onClick=${() => start("instant")}>Train now<//>
-      <span>takes seconds, the first time longer, on ${plural(trainable.reduce((sum, { train, test }) => sum + train + test, 0), "image")} of ${plural(trainable.length, "label")}</span>
+      <span>takes seconds, the first time longer, on ${plural(images, "image")} of ${plural(trainable.length, "label")}, test images included</span>
     </div>
     ${!shown && html`<${Untested} info=${info.value} />`}
     ${shown &&
     html`<div class="row">
       <${Button} disabled=${trainable.length < 2} onClick=${() => start("auto")}>Improve<//>
-      <${Choice} label="for at most" value=${budget} options=${[[60, "1 minute"], [600, "10 minutes"], [1800, "30 minutes"], [3600, "an hour"]]} onPick=${setBudget} />
-      <span>trains KARST, and keeps it if it is better on held-out images</span>
+      <${Choice} label="for about" value=${budget.value} options=${[[60, "1 minute"], [600, "10 minutes"], [1800, "30 minutes"], [3600, "an hour"]]} onPick=${(seconds) => (budget.value = Number(seconds))} />
+      <span>trains KARST for that time, plus half a minute or so to start, and keeps it if it is better on held-out images</span>
     </div>`}
-    ${shown && !ENDED.includes(shown.state) && html`<${Running} key=${shown.id} task=${task} training=${shown} onEnd=${ended} />`}
-    ${shown && ENDED.includes(shown.state) && html`<${Result} key=${shown.id} task=${task} detail=${detail} training=${shown} reload=${reload} />`}
+    <${Sees} />
+    ${starting && html`<div class="card"><p role="status">Starting the training ... The first one also reads every image.</p><progress aria-label="Start of the training" /></div>`}
+    ${!starting && shown && !ENDED.includes(shown.state) && html`<${Running} key=${shown.id} task=${task} training=${shown} onEnd=${ended} />`}
+    ${!starting && shown && ENDED.includes(shown.state) && html`<${Result} key=${shown.id} task=${task} detail=${detail} training=${shown} reload=${reload} />`}
     ${trainings.value.length > 1 &&
     html`<h2>Trainings</h2>
       <${Table}
         label="Trainings"
-        head=${["started", "recipe", "state", "version", "accuracy", "images", "seconds"]}
+        head=${["started", "recipe", "state", "version", "accuracy", "labelled images", "seconds"]}
         rows=${trainings.value.map((t) => [
           html`<a href=${`#/tasks/${task}/train?training=${t.id}`}>${ago(t.created)}</a>`,
           t.recipe,
@@ -110,7 +116,7 @@ function Running({ task, training, onEnd }) {
       ${typeof left === "number" ? `; about ${duration(left)} left` : ""}
       ${typeof progress.accuracy === "number" ? `; accuracy so far ${percent(progress.accuracy)}` : ""}
     </p>
-    <progress aria-label="Progress of the training" max=${progress.steps || 1} value=${progress.steps ? progress.step : undefined} />
+    <progress key=${progress.stage} aria-label="Progress of the training" max=${progress.steps || 1} value=${progress.steps ? progress.step : undefined} />
     ${lost && html`<p class="warning">The connection was lost; trying again. The training goes on in the hub.</p>`}
     ${curve.length > 2 &&
     html`<${Chart}
@@ -132,68 +138,52 @@ function Result({ task, detail, training, reload }) {
   if (training.state !== "done" && !figures) {
     return html`<div class="card" role="status">
       <h2>The training ${training.state === "failed" ? "failed" : "was cancelled"}</h2>
-      ${training.error && html`<p>${training.error}</p>`}
-      ${training.state === "failed" && html`<p>Check the labels, or add images, then train again.</p>`}
+      ${training.error && html`<p>${sentence(training.error)}</p>`}
     </div>`;
   }
-  const found = accuracyOf(training.report ?? figures);
+  const accuracies = accuraciesOf(training.report ?? figures);
+  const [found, ...others] = accuracies;
+  const unseen = accuracies.find(({ on }) => on.includes("-out"));
+  const of = unseen && `${count(unseen.images)} ${unseen.on}`;
   const version = detail.versions.find((v) => v.version === training.version);
   const labels = report.value?.labels ?? version?.labels ?? Object.keys(figures.classes ?? {});
-  const advice = report.value?.advice?.find((line) => !line.includes("--"));
+  const advice = report.value?.advice?.filter((line) => !line.includes("--")).join(" ");
   const curve = report.value?.learning_curve ?? [];
   return html`<div class="card">
       <div role="status"><h2>${training.version ? `Version ${training.version} is ready` : "No version was made"}</h2></div>
-      ${training.error && html`<p>${training.error}</p>`}
+      ${training.error && html`<p>${sentence(training.error)}</p>`}
       ${found && html`<${Meter} label=${`Accuracy on ${count(found.images)} ${found.on}`} value=${found.accuracy} interval=${found.interval} />`}
-      ${typeof figures.chance === "number" && html`<p>If it always answered with the most frequent label, it would be right for ${percent(figures.chance)}.</p>`}
+      ${others.map((other) => html`<p class="soft">On ${plural(other.images, other.on.slice(0, -1))}: ${estimate(other.accuracy, other.interval)}.${other.images < FEW_TESTED ? " So few images say little." : ""}</p>`)}
+      ${of && html`<p class="soft">${unseen.on === "held-out images" ? "Held-out" : "Left-out"} images are answered by classifiers that were trained without them. All that follows is about these ${of}.</p>`}
       ${report.error && html`<${ErrorBox} error=${report.error} retry=${report.reload} />`}
-      ${figures.comparison && html`<p>${figures.comparison}</p>`}
-      ${advice && html`<p><strong>Advice:</strong> ${advice}</p>`}
-      ${training.warnings.map((text) => html`<p class="warning">${text}</p>`)}
+      ${training.version &&
+      html`${typeof figures.chance === "number" && html`<p>Always naming the most frequent label would be right for ${percent(figures.chance)}.</p>`}
+        ${figures.comparison && html`<p>${sentence(figures.comparison)}</p>`}
+        ${advice && html`<p><strong>Advice:</strong> ${advice}</p>`}`}
+      ${training.warnings.map((text) => html`<p class="warning">${sentence(text)}</p>`)}
       ${training.promotion && html`<p>${training.promotion.promoted ? "It became" : "It did not become"} stable: ${training.promotion.reason}.</p>`}
       ${training.version && html`<p><a class="button primary" href=${`#/tasks/${task}/try`}>Try it</a></p>`}
       ${version && html`<${Promote} task=${task} detail=${detail} version=${training.version} labels=${labels} reload=${reload} />`}
     </div>
-    ${figures.classes && html`<${Classes} classes=${figures.classes} labels=${labels} />`}
-    ${report.value?.confusion && html`<${Confusions} task=${task} report=${report.value} labels=${labels} />`}
+    ${figures.classes && html`<${Classes} classes=${figures.classes} labels=${labels} of=${of} />`}
+    ${report.value?.confusion && html`<${Confusions} task=${task} report=${report.value} labels=${labels} of=${of} />`}
     ${report.value?.errors?.length > 0 &&
-    html`<h2>Worst errors</h2>
+    html`<h2>Worst errors among the ${of}</h2>
       <p>The most certain wrong answers. Wrong labels show up here: open an image to correct it.</p>
       <${ImageStrip} task=${task} labels=${labels} images=${asImages(report.value.errors.slice(0, 24))} />`}
     ${curve.length > 1 &&
     html`<h2>More images?</h2>
-      <${Chart} label="Accuracy by number of images" data=${[curve.map(([n]) => n), curve.map(([, a]) => a)]} series=${["images", "accuracy"]} />
-      <p>${curveText(curve)}</p>`}
-    ${training.report_files.includes("curves.png") && curveOf(report.value)}`;
+      <${Chart} label="Accuracy on left-out images by number of images" data=${[curve.map(([n]) => n), curve.map(([, a]) => a)]} series=${["images", "accuracy"]} />`}`;
 }
 
 const asImages = (errors) =>
   errors.map(({ image, label, predicted, score }) => ({ digest: image, label, text: `${label}, taken for ${predicted} (${percent(score)})` }));
 
-/** One sentence about the learning curve. */
-function curveText(curve) {
-  const [[before, low], [all, high]] = curve.slice(-2);
-  const gain = 100 * (high - low);
-  if (gain >= 2) return `The step from ${before} to ${all} images raised the accuracy by ${gain.toFixed(0)} points: expect more images to raise it further.`;
-  return `The step from ${before} to ${all} images raised the accuracy by ${Math.max(0, gain).toFixed(0)} points: more of the same kind would help little.`;
-}
-
-function curveOf(report) {
-  const points = report?.curve?.filter(({ loss }) => typeof loss === "number") ?? [];
-  if (points.length < 2) return null;
-  return html`<h2>Training</h2>
-    <${Chart}
-      label="Loss and accuracy by step"
-      data=${["step", "loss", "accuracy"].map((name) => points.map((point) => point[name] ?? null))}
-      series=${["step", "loss", "accuracy on held-out images"]}
-    />`;
-}
-
-function Classes({ classes, labels }) {
-  return html`<h2>Labels</h2>
+function Classes({ classes, labels, of }) {
+  return html`<h2>Labels of the ${of}</h2>
     <${Table}
       label="Figures of each label"
-      head=${["label", "training images", "found (recall)", "right if named (precision)"]}
+      head=${["label", "images", "found (recall)", "right if named (precision)"]}
       rows=${labels.filter((label) => classes[label]).map((label) => {
         const { images, recall, precision } = classes[label];
         return [label, count(images), percent(recall), precision === null ? "never named" : percent(precision)];
@@ -202,7 +192,7 @@ function Classes({ classes, labels }) {
 }
 
 /** The confusion matrix. A cell opens its images: right answers in the tab Images, wrong ones here. */
-function Confusions({ task, report, labels }) {
+function Confusions({ task, report, labels, of }) {
   const [cell, setCell] = useState(null);
   const rows = report.confusion;
   const opened = (i, k) => (i === k ? go(`/tasks/${task}/images?${new URLSearchParams({ label: labels[i] })}`) : setCell([i, k]));
@@ -212,7 +202,7 @@ function Confusions({ task, report, labels }) {
     .sort((a, b) => b[0] - a[0])
     .slice(0, CELLS);
   const wrong = cell && report.errors.filter(({ label, predicted }) => label === labels[cell[0]] && predicted === labels[cell[1]]);
-  return html`<h2>Confusions</h2>
+  return html`<h2>Answers to the ${of}</h2>
     ${labels.length > CELLS
       ? html`<ul>${worst.map(([n, i, k]) => html`<li><button class="plain" onClick=${() => opened(i, k)}>${plural(n, "image")} of ${labels[i]} taken for ${labels[k]}</button></li>`)}</ul>`
       : html`<div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix"><table class="confusion">
