@@ -106,6 +106,26 @@ print(json.dumps([constants.CONTROL_LOOP_INTERVAL_S, constants.RAY_SERVE_METRICS
     assert in_new_process(code, ray_compat.ray_switches(tmp_path / "token", metrics=False)) == [0.25, 1000]
 
 
+def test_serve_starts_without_pandas_in_an_actor_that_can_import_it() -> None:
+    code = """
+import ray
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+@ray.remote
+class Actor:
+    def imports(self):
+        import sys
+        from ray import serve
+        before = "pandas" in sys.modules
+        import pandas
+        return [before, pandas.DataFrame.__name__]
+found = ray.get(Actor.remote().imports.remote())
+ray.shutdown()
+print(json.dumps(found))
+"""
+    variables = ray_compat.LOOPBACK_SWITCHES | ray_compat.WORKER_START_SWITCHES
+    assert in_new_process(code, variables) == [False, "DataFrame"]
+
+
 @pytest.mark.parametrize(
     ("context", "expected"),
     [
