@@ -146,7 +146,8 @@ def test_every_change_is_audited(hub: Hub, adapters: list[Adapter]) -> None:
 def test_audit_has_the_newest_entry_first_when_a_client_asks_for_it(hub: Hub) -> None:
     for name in ("a", "b", "c"):
         hub.http.put(f"/v1/tasks/{name}", json={})
-    path, newest = "/v1/tenants/default/audit", {"order": "desc", "count": 2}
+    path = "/v1/tenants/default/audit"
+    newest: dict[str, str | int] = {"order": "desc", "count": 2}
     oldest = hub.http.get(path).json()["entries"]
     page = hub.http.get(path, params=newest).json()
     found = list(page["entries"])
