@@ -395,7 +395,7 @@ def test_near_duplicates_are_listed_in_groups(
         client.images.add(task, [tmp_path / "again.jpg"], label="0")
     page = console.page(f"/tasks/{task}/images")
     page.get_by_role("combobox", name="Show").select_option("duplicates")
-    page.get_by_text("Groups of images that are nearly equal").wait_for()
+    page.get_by_text("Groups of nearly equal images").wait_for()
     again = page.locator(".cell[aria-label^='again.jpg, ']")
     again.wait_for()
     group = again.inner_text().split(":")[0]

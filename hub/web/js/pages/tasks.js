@@ -98,7 +98,7 @@ function FirstSteps({ owner, onNew, onDone }) {
   if (!owner) return html`<${Empty} title="No task yet"><p>This key may only classify. Ask an owner of the tenant for a task.</p><//>`;
   return html`<${Empty} title="From pictures to an endpoint in three steps">
     <ol>
-      <li><strong>Make a task</strong> and drop pictures into it: a folder for each label, a zip, or the camera. Ten pictures of each label are a start.</li>
+      <li><strong>Make a task</strong> and drop pictures into it: a folder for each label, a zip, or the camera. Ten of each label are a start.</li>
       <li><strong>Train</strong>: the first version takes seconds.</li>
       <li><strong>Try it</strong>, then call it from your program. What it got wrong, you correct under Review.</li>
     </ol>

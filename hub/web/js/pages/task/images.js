@@ -332,10 +332,10 @@ function NewLabel({ onAdd, onClose }) {
 function Progress({ upload: { state, stop, clear }, labels, onLabel }) {
   if (!state) return null;
   const { added = 0, already_there: there = 0, moved = 0, refused = 0 } = state.counts;
-  const parts = [`${count(added)} added`, there && `${count(there)} already there`, moved && `${count(moved)} moved`, refused && `${count(refused)} refused`];
+  const parts = [`${count(added)} added`, there && `${count(there)} already there`, moved && `${count(moved)} moved`, refused && `${count(refused)} refused`].filter(Boolean);
   return html`<div class="card">
     <p role="status">
-      ${state.nothing ? "No image among these files." : `${state.done ? "Done" : "Uploading"}: ${parts.filter(Boolean).join(", ")}.`}
+      ${state.nothing ? "No image among these files." : `${state.done ? "Done" : "Uploading"}: ${parts.join(", ")}.`}
       ${state.error && html` <strong>${state.error}</strong>`}
     </p>
     ${!state.done && html`<progress aria-label="Upload" max="1" value=${state.share} />`}

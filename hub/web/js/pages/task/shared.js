@@ -72,8 +72,8 @@ export function Sees() {
   if (!value) return null;
   const [, height, width] = value.input_size;
   return html`<p class="soft">
-    This hub's backbone sees images at ${width} x ${height} pixels; it does not see finer details.${width < SMALL_PX &&
-    html` A larger one sees more: start the hub with <code>HUB_BACKBONE=vit_base_patch16_224.augreg_in21k</code>, for example (docs/backbones.md).`}
+    This hub's backbone sees images at ${width} x ${height} pixels, and no finer details.${width < SMALL_PX &&
+    html` A larger one sees more, such as <code>HUB_BACKBONE=vit_base_patch16_224.augreg_in21k</code> (docs/backbones.md).`}
   </p>`;
 }
 const SMALL_PX = 96;

@@ -87,9 +87,8 @@ function Running({ task, training, onEnd }) {
             (found) => {
               setLost(false);
               setNow((state = found));
-              const { loss, accuracy } = found.progress ?? {};
-              const at = points.current.length;
-              if (typeof loss === "number" || typeof accuracy === "number") points.current.push([at, loss ?? null, accuracy ?? null]);
+              const { loss = null, accuracy = null } = found.progress ?? {};
+              if (loss !== null || accuracy !== null) points.current.push([points.current.length, loss, accuracy]);
             },
             stop.signal,
           );
