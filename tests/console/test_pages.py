@@ -20,7 +20,7 @@ from hub.registry.audit import OPERATOR
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.schemas import TaskSettings
-from tests.console.conftest import WAIT_MS, Console, accessibility_findings
+from tests.console.conftest import PHONE, WAIT_MS, Console, accessibility_findings
 from tests.support.hub_process import KARST_HUB, serve
 from tests.support.image_sets import write_digits
 from tests.support.nginx import CERTIFICATE, KEY, nginx
@@ -32,6 +32,11 @@ NOTE_NOTICES = """() => {
   window.noticed = [];
   const look = () => window.noticed.push(notices.innerText);
   new MutationObserver(look).observe(notices, { childList: true, subtree: true });
+}"""
+LINES_OF_TEXT = """(element) => {
+  const range = document.createRange();
+  range.selectNodeContents(element);
+  return range.getClientRects().length;
 }"""
 Page = Any  # of playwright, which a machine without it cannot name
 
@@ -156,6 +161,62 @@ def test_owner_makes_copies_and_revokes_a_key_by_clicks(console: Console) -> Non
     page.get_by_role("button", name="Revoke", exact=True).click()
     page.get_by_text("The key camera 3 is revoked.").wait_for()
     page.get_by_role("button", name="Revoke camera 3").wait_for(state="detached")
+
+
+def test_name_with_capitals_and_spaces_is_offered_as_a_task_s_name(console: Console) -> None:
+    page = console.page("/tasks", signed_in=False)
+    sign_in(page, own_tenant(console, "namer"))
+    page.get_by_role("button", name="Make a task").click()
+    page.get_by_role("textbox", name="Name").fill("My Shapes")
+    page.get_by_role("button", name="Use my-shapes instead").click()
+    assert page.get_by_role("textbox", name="Name").input_value() == "my-shapes"
+    page.get_by_role("button", name="Make the task").click()
+    page.get_by_role("heading", name="my-shapes").wait_for()
+
+
+def test_tenant_sees_sizes_with_units_and_newest_changes_first_and_chooses_the_shared_task_from_a_list(
+    console: Console,
+) -> None:
+    key = own_tenant(console, "tidy")
+    with Client(console.url, key) as client:
+        client.create_task("first")
+        client.create_task("second")
+    page = console.page("/tenant", signed_in=False)
+    sign_in(page, key)
+    main_link(page, "Tenant").click()
+    page.get_by_text("Adapters: 0 bytes of 10 GiB").wait_for()
+    changes = page.get_by_role("region", name="Changes").last.locator("tbody tr")
+    changes.first.get_by_text("task: second").wait_for()
+    assert changes.nth(1).get_by_text("task: first").count()
+    page.locator("#own-tasks option").first.wait_for(state="attached")
+    assert page.locator("#own-tasks option").evaluate_all("found => found.map(({ value }) => value)") == [
+        "first",
+        "second",
+    ]
+
+
+def test_only_lasting_admin_key_cannot_be_revoked(console: Console) -> None:
+    page = console.page("/hub", admin=True)
+    keys = page.get_by_role("region", name="Admin keys").last.get_by_role("row")
+    lasting = keys.filter(has_text="never").get_by_role("button", name="Revoke")
+    page.get_by_text("The last admin key that does not expire cannot be revoked.").wait_for()
+    assert lasting.first.is_disabled()
+    with Client(console.url, console.admin_key) as admin:
+        made = admin.create_admin_key("spare")
+    page.reload()
+    page.get_by_role("button", name="Revoke spare").wait_for()
+    assert page.get_by_role("button", name="Revoke spare").is_enabled()
+    with Client(console.url, console.admin_key) as admin:
+        admin.revoke_admin_key(made.id)
+
+
+def test_wide_table_keeps_its_words_whole_and_scrolls_in_its_box_on_a_phone(console: Console) -> None:
+    page = console.page("/hub", size=PHONE, admin=True)
+    table = page.get_by_role("region", name="Workers")
+    table.wait_for()
+    assert table.evaluate("box => box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX") == "auto"
+    worker = table.locator("tbody td").first
+    assert worker.evaluate(LINES_OF_TEXT) == 1
 
 
 def test_long_list_of_keys_is_shown_page_by_page(console: Console) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Locator, Page
 
+from hub.errors import HubError
 from hub.local.embedded_redis import url_of_running
 from hub.registry.audit import OPERATOR
 from hub.registry.datasets.index import DatasetIndex
@@ -18,7 +20,7 @@ from hub.registry.redis.connection import RegistryConnection
 from tests.console.conftest import DESK, PHONE, Console, accessibility_findings
 from tests.support.datasets import new_image, unpaced_reads
 from tests.support.image_sets import write_digits
-from tests.support.models import wait_until
+from tests.support.models import coloured_noise, wait_until
 from tests.support.zips import zip_of
 
 pytestmark = pytest.mark.slow
@@ -105,12 +107,51 @@ def test_label_without_a_test_image_is_named_before_and_after_the_training(
         client.images.add(task, files(digits / "1")[:8], label="1", split="train")
         client.images.add(task, files(digits / "1")[8:], label="1", split="test")
     page = console.page(f"/tasks/{task}/images")
-    page.get_by_text("No test image of 0 yet. A training tests with one image").wait_for()
+    page.get_by_text("No test image of 0: the accuracy on test images does not cover this label.").wait_for()
     page.get_by_role("link", name="Next: train").click()
-    page.get_by_text("No test image of 0 yet. A training tests with one image").wait_for()
     page.get_by_role("button", name="Train now").click()
-    page.get_by_text("no test image of '0'; the accuracy on test images omits them").wait_for()
-    page.get_by_text("answered with the most frequent label, it would be right for").wait_for()
+    page.get_by_text("No test image of '0', so the accuracy on test images does not cover these labels.").wait_for()
+
+
+def test_training_says_at_once_that_it_starts_and_leads_with_left_out_images_when_few_images_test(
+    console: Console, digits: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("few-tests", digits)
+    with console.client() as client:
+        for label in client.images.info(task).labels:
+            for image in client.images.list(task, label=label.label, split="test").images[1:]:
+                client.images.label(task, image.digest, label.label, split="train")
+    page = console.page(f"/tasks/{task}/train")
+    page.get_by_text("This hub's backbone sees images at 32 x 32 pixels").wait_for()
+    page.get_by_role("button", name="Train now").click()
+    page.get_by_role("status").get_by_text("Starting the training ...").wait_for()
+    page.get_by_text("Version 1 is ready").wait_for()
+    page.get_by_role("meter", name="Accuracy on 33 left-out images").wait_for()
+    page.get_by_text("On 3 test images: ").filter(has_text="So few images say little.").wait_for()
+    page.get_by_text("Always naming the most frequent label would be right for 33 %.").wait_for()
+    for heading in ("Labels of the 33 left-out images", "Answers to the 33 left-out images"):
+        page.get_by_role("heading", name=heading).wait_for()
+    page.get_by_role("combobox", name="for about").select_option("60")
+    open_tab(page, "Try")
+    open_tab(page, "Train")
+    assert page.get_by_role("combobox", name="for about").input_value() == "60"
+
+
+@pytest.mark.long
+def test_karst_training_that_makes_no_version_says_what_happened_and_what_to_do(
+    console: Console, tmp_path: Path, new_task: Callable[..., str]
+) -> None:
+    grey = dict.fromkeys(("fine", "broken"), (128, 128, 128))
+    task = new_task("noise", coloured_noise(tmp_path / "noise", grey, 10, 0))
+    with console.client() as client, suppress(HubError):
+        client.train(task, recipe="auto", budget_s=20)
+    page = console.page(f"/tasks/{task}/train")
+    page.get_by_role("heading", name="No version was made").wait_for()
+    page.get_by_text("The adapter is not surely better than a constant answer, so it is not used.").wait_for()
+    page.get_by_text("this one sees images at 32 x 32 pixels.").wait_for()
+    assert not page.get_by_text("Advice:").count()
+    assert not page.get_by_text("KARST is ").count()
+    assert not page.get_by_role("img", name="by number of images").count()
 
 
 def test_images_are_labelled_by_key_by_dragging_and_in_bulk_undone_and_deleted(
@@ -192,6 +233,11 @@ def test_review_by_keyboard_labels_corrects_undoes_and_retrains(
     page.get_by_text("Suggestion:").wait_for()
     page.keyboard.press("Enter")
     expect_text(page, status, "5 left, 1 done")
+    page.get_by_role("checkbox", name="letters and numbers are commands").uncheck()
+    page.keyboard.press("3")
+    page.keyboard.press("s")
+    page.get_by_role("checkbox", name="letters and numbers are commands").check()
+    expect_text(page, status, "5 left, 1 done")
     page.keyboard.press("3")
     expect_text(page, status, "4 left, 2 done")
     page.keyboard.press("u")
@@ -207,6 +253,43 @@ def test_review_by_keyboard_labels_corrects_undoes_and_retrains(
     assert len(found) == 2  # two names, each of three images
     page.get_by_role("button", name="Retrain").click()
     page.get_by_text("Version 2 is ready").wait_for()
+
+
+def test_review_of_labels_that_may_be_wrong_keeps_a_label_by_enter_and_takes_the_suggestion_by_another_key(
+    console: Console, digits: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("doubts", digits)
+    with console.client() as client:
+        wrong = client.images.list(task, label="0").images[0].digest
+        client.images.label(task, wrong, "1")
+    page = console.page(f"/tasks/{task}/review?kind=errors")
+    page.get_by_text("Its label is 1.").wait_for()
+    page.keyboard.press("t")
+    page.get_by_text("Its label is 1.").wait_for(state="detached")
+    assert counts(console, task)["0"] == 12
+    page.keyboard.press("u")
+    page.get_by_text("Its label is 1.").wait_for()
+    page.keyboard.press("Enter")
+    page.get_by_text("1 done").wait_for()
+    assert counts(console, task)["0"] == 11
+
+
+def test_images_that_no_folder_names_are_counted_after_an_upload_and_get_a_label(
+    console: Console, digits: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("loose")
+    page = console.page(f"/tasks/{task}/images")
+    choose(page, files(digits / "0")[:3])
+    page.get_by_text("3 images without a label, as no folder names one.").wait_for()
+    page.get_by_role("combobox", name="Label of these").select_option("+")
+    page.get_by_role("textbox", name="New label").fill("zero")
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.get_by_text("3 images are labelled zero now.").wait_for()
+    page.get_by_text("as no folder names one").wait_for(state="detached")
+    assert counts(console, task) == {"zero": 3, None: 0}
+    page.locator(".cell", has_text="zero").nth(2).wait_for()
+    page.keyboard.press("Control+z")
+    page.get_by_text("3 images are without a label now.").wait_for()
 
 
 def test_wrong_labels_are_found_in_the_confusion_matrix_and_corrected(
@@ -234,7 +317,7 @@ def test_training_job_shows_its_progress_and_is_cancelled(
     page = console.page(f"/tasks/{task}/train")
     page.get_by_role("button", name="Train now").click()
     page.get_by_text("Version 1 is ready").wait_for()
-    page.get_by_role("combobox", name="for at most").select_option("3600")
+    page.get_by_role("combobox", name="for about").select_option("3600")
     page.get_by_role("button", name="Improve").click()
     page.get_by_role("status").get_by_text("KARST,").wait_for(timeout=240_000)
     curve = page.get_by_role("img", name="Loss and accuracy while training").locator("canvas").first
@@ -275,7 +358,7 @@ def test_two_versions_answer_side_by_side_and_the_picture_joins_the_images(
         client.train(task)
         client.train(task)
     page = console.page(f"/tasks/{task}/try")
-    page.get_by_role("combobox", name="beside").select_option("1")
+    page.get_by_role("combobox", name="Compare with").select_option("1")
     choose(page, [files(unseen / "4")[0]])
     page.get_by_role("heading", name="4 version 2").wait_for()
     page.get_by_role("heading", name="4 version 1").wait_for()
@@ -312,7 +395,7 @@ def test_near_duplicates_are_listed_in_groups(
         client.images.add(task, [tmp_path / "again.jpg"], label="0")
     page = console.page(f"/tasks/{task}/images")
     page.get_by_role("combobox", name="Show").select_option("duplicates")
-    page.get_by_text("Groups of images that are nearly equal").wait_for()
+    page.get_by_text("Groups of nearly equal images").wait_for()
     again = page.locator(".cell[aria-label^='again.jpg, ']")
     again.wait_for()
     group = again.inner_text().split(":")[0]

@@ -16,7 +16,6 @@ export class ApiError extends Error {
   }
 }
 
-/** Return the address of a path of the API. */
 export function address(path, params = {}) {
   const url = new URL(path.replace(/^\//, ""), BASE);
   for (const [name, value] of Object.entries(params)) {
@@ -120,7 +119,6 @@ async function blobUrl(path, signal) {
   return URL.createObjectURL(await (await call("GET", path, { signal })).blob());
 }
 
-/** Save a file that needs a key under this name. */
 async function download(path, name) {
   const url = await blobUrl(path);
   Object.assign(document.createElement("a"), { href: url, download: name }).click();

@@ -10,11 +10,9 @@ import Tenant from "./pages/tenant.js";
 import { Link, go, route } from "./router.js";
 import { connection, keys, me, signOut } from "./state.js";
 
-// Imported here and not when they are first shown: a browser does not load a module again that it once failed to load,
-// and a person may open a page while the hub is away.
+// Not imported on demand: a browser does not load a module again that it failed to load while the hub was away.
 const PAGES = { tasks: Tasks, tenant: Tenant, hub: Hub };
 
-/** Return what the keys of this tab may do. */
 async function rights({ tenant, admin }) {
   const found = { tenant: null, role: null, admin: false };
   if (tenant) {

@@ -4,29 +4,30 @@ import { attempt, useFile } from "./calls.js";
 import { html, useEffect, useId, useLayoutEffect, useRef, useState } from "./lib.js";
 import { dismiss, notices, notify } from "./state.js";
 
-// Numbers and times
+// Values as text; "" for none.
 
 const NUMBERS = new Intl.NumberFormat();
 const RELATIVE = new Intl.RelativeTimeFormat(undefined, { numeric: "auto" });
 const UNITS = [["day", 86_400], ["hour", 3600], ["minute", 60], ["second", 1]];
 
-/** Return a number with separators; "" for none. */
 export const count = (number) => (typeof number === "number" ? NUMBERS.format(number) : "");
 
-/** Return a number of things: "1 image", "2 images". */
+const BYTES = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+export function bytes(size) {
+  if (typeof size !== "number") return "";
+  const i = Math.min(4, Math.floor(Math.log2(size || 1) / 10));
+  return `${(size / 1024 ** i).toLocaleString(undefined, { maximumFractionDigits: 1 })} ${BYTES[i]}`;
+}
+
 export const plural = (number, name) => `${count(number)} ${name}${number === 1 ? "" : "s"}`;
 
-/** Return a text of the hub as a sentence. */
 export const sentence = (text) => text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 
-/** Return a share as a percentage; "" for none. */
 export const percent = (share, digits = 0) => (typeof share === "number" ? `${(100 * share).toFixed(digits)} %` : "");
 
-/** Return a share with the interval of its estimate, if there is one; "" for none. */
 export const estimate = (share, interval, digits = 1) =>
   percent(share, digits) + (interval ? ` (${percent(interval[0], digits)} to ${percent(interval[1], digits)})` : "");
 
-/** Return a time as text that is relative to now. */
 export function ago(time) {
   if (!time) return "";
   const seconds = (new Date(time) - Date.now()) / 1000;
@@ -35,11 +36,8 @@ export function ago(time) {
   return RELATIVE.format(Math.round(seconds / size), unit);
 }
 
-/** Return seconds as text; "" for none. */
 export const duration = (seconds) =>
   typeof seconds !== "number" ? "" : seconds < 90 ? plural(Math.round(seconds), "second") : plural(Math.round(seconds / 60), "minute");
-
-// Page and state
 
 export function Page({ title, actions, children }) {
   useEffect(() => {
@@ -48,9 +46,8 @@ export function Page({ title, actions, children }) {
   return html`<div class="title"><h1>${title}</h1>${actions && html`<div class="actions">${actions}</div>`}</div>${children}`;
 }
 
-export const Loading = () => html`<p class="loading" role="status">Loading ...</p>`;
+export const Loading = () => html`<p role="status">Loading ...</p>`;
 
-/** What to do where there is nothing yet. */
 export const Empty = ({ title, children }) => html`<div class="empty"><h2>${title}</h2>${children}</div>`;
 
 export const ErrorBox = ({ error, retry }) => html`<div class="error" role="alert">
@@ -61,12 +58,9 @@ export const ErrorBox = ({ error, retry }) => html`<div class="error" role="aler
 /** Return what is shown in place of a value of `useLoaded` that is not there yet. */
 export const pending = ({ error, reload }) => (error ? html`<${ErrorBox} error=${error} retry=${reload} />` : html`<${Loading} />`);
 
-/** The notices of `state.notify`. */
 export const Notices = () => html`<div class="notices" role="status">
   ${notices.value.map(({ id, text, kind }) => html`<p key=${id} class=${`notice ${kind}`}><span>${text}</span> <${Close} onClick=${() => dismiss(id)} /></p>`)}
 </div>`;
-
-// Controls
 
 const Close = ({ onClick }) => html`<button type="button" class="plain" aria-label="Close" onClick=${onClick}>x</button>`;
 
@@ -85,14 +79,15 @@ export function Button({ onClick, kind = "", label, disabled = false, children }
 /** A control with its label; the child is one input, select or textarea. */
 export const Field = ({ label, hint, children }) => html`<div class="field"><label><span>${label}</span>${children}</label>${hint && html`<small>${hint}</small>`}</div>`;
 
-/** A line of text; `onText` gets it at each change. */
-export const TextField = ({ label, hint, onText, ...rest }) => html`<${Field} label=${label} hint=${hint}><input ...${rest} onInput=${(event) => onText(event.target.value)} /><//>`;
+/** A line of text, or some `rows`; `onText` gets it at each change. */
+export const TextField = ({ label, hint, onText, ...rest }) => html`<${Field} label=${label} hint=${hint}><${rest.rows ? "textarea" : "input"} ...${rest} onInput=${(event) => onText(event.target.value)} /><//>`;
 
-/** Some lines of text. */
-export const Lines = ({ label, hint, onText, value }) => html`<${Field} label=${label} hint=${hint}><textarea rows="4" value=${value} onInput=${(event) => onText(event.target.value)}></textarea><//>`;
-
-/** The name of a new task, tenant or alias. */
-export const NameField = ({ label = "Name", ...rest }) => html`<${TextField} label=${label} required maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" hint=${NAME_HINT} title=${NAME_HINT} ...${rest} />`;
+/** The name of a new task, tenant or alias; for "My Flowers" it offers "my-flowers". */
+export function NameField({ label = "Name", value, onText, hint = NAME_HINT }) {
+  const offer = value.trim().toLowerCase().replace(/[^a-z0-9_-]+/g, "-").replace(/^[-_]+|-+$/g, "");
+  const use = offer && offer !== value.replace(/-$/, "") && html`<button type="button" class="plain" onClick=${() => onText(offer)}>Use <u>${offer}</u> instead</button>`;
+  return html`<${TextField} label=${label} required maxlength="63" pattern="[a-z0-9][a-z0-9_\\-]*" hint=${use || hint} title=${NAME_HINT} value=${value} onText=${onText} />`;
+}
 const NAME_HINT = "Small letters, digits, - and _, for example: my-flowers";
 
 /** A choice of `options`, pairs of value and text; `onPick` gets the value. `none` is the text where nothing is chosen. */
@@ -134,7 +129,6 @@ export function Dialog({ title, onClose, children }) {
   </dialog>`;
 }
 
-/** A question before something that cannot be taken back. */
 export const Confirm = ({ title, action, onYes, onNo, children }) => html`<${Dialog} title=${title} onClose=${onNo}>
   <p>${children}</p>
   <div class="actions"><${Button} onClick=${onNo}>Cancel<//><${Button} kind="danger" onClick=${onYes}>${action}<//></div>
@@ -149,7 +143,7 @@ export function CopyBox({ label, text }) {
       await navigator.clipboard.writeText(text);
     } catch {
       getSelection().selectAllChildren(box.current); // without TLS a page may not write to the clipboard
-      if (!document.execCommand("copy")) return notify("The browser does not copy. The text is selected: press Ctrl+C.", "error");
+      if (!document.execCommand("copy")) return notify("The text is selected: press Ctrl+C.");
     }
     setDone(true);
     setTimeout(() => setDone(false), 2000);
@@ -159,8 +153,6 @@ export function CopyBox({ label, text }) {
     <${Button} label=${`Copy ${label}`} onClick=${copy}>${done ? "Copied" : "Copy"}<//>
   </div>`;
 }
-
-// Data
 
 /** A table of `rows`, each an array of cells. `sort` is {by, down, can, choose} where the server sorts; `more` loads further rows. */
 export function Table({ label, head, rows, sort, more, empty }) {
@@ -212,9 +204,13 @@ export function Chart({ data, series, label, time = false, height = 240 }) {
     const sizes = new ResizeObserver(() => plot.current?.setSize(size()));
     const draw = ({ default: UPlot }) => {
       if (gone) return;
+      // Few wide marks: times of the browser's language, and numbers of things are whole.
+      const when = (_plot, marks, _axis, _space, step) => marks.map((s) => new Date(1000 * s)[step < 86_400 ? "toLocaleTimeString" : "toLocaleDateString"]());
       const axis = { stroke: () => getComputedStyle(place).color, grid: { stroke: "#8884", width: 1 }, ticks: { stroke: "#8884" } };
+      const range = ({ data: [x] }, low, high) => (x.length > 1 ? [low, high] : [low - 60, low]); // uPlot would show three years around one point
+      const across = { ...axis, space: 90, ...(time ? { values: when } : { incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] }) };
       const lines = series.slice(1).map((name, i) => ({ label: name, stroke: COLOURS[i % COLOURS.length], width: 2, spanGaps: true, points: { show: data[0].length < 40 } }));
-      plot.current = new UPlot({ ...size(), scales: { x: { time } }, axes: [axis, axis], series: [{ label: series[0] }, ...lines] }, data, place);
+      plot.current = new UPlot({ ...size(), scales: { x: { time, range } }, axes: [across, axis], series: [{ label: series[0] }, ...lines] }, data, place);
       sizes.observe(place);
     };
     import("../vendor/uplot.js").then(draw, () => {}); // the hub is away: the page works without its chart
@@ -228,8 +224,6 @@ export function Chart({ data, series, label, time = false, height = 240 }) {
   useEffect(() => plot.current?.setData(data), [data]);
   return html`<figure class="chart"><div ref=${box} role="img" aria-label=${label}></div><figcaption>${label}</figcaption></figure>`;
 }
-
-// Pictures
 
 const SEEN_MS = 100; // in view before a thumbnail is fetched: a fast scroll fetches none on its way
 

@@ -1,7 +1,7 @@
 /** The hub, for its admin: workers, busy tasks and tenants, trainings and errors, live; tenants and admin keys. */
 import { api } from "../api.js";
 import { usePages } from "../calls.js";
-import { Button, Chart, Dialog, ErrorBox, Form, Loading, NameField, Page, Table, ago, count, duration, pending, percent } from "../components.js";
+import { Button, Chart, Dialog, ErrorBox, Form, Loading, NameField, Page, Table, ago, bytes, count, duration, pending, percent } from "../components.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
 import { connection } from "../state.js";
 import { Audit, Keys } from "./tenant.js";
@@ -78,17 +78,16 @@ function Status({ status, points }) {
     />
     <h3>Busy tasks</h3>
     <${Table} label="Busy tasks" empty="No task is called now." head=${["tenant", "task", "images a second"]} rows=${tasks.map((task) => [task.tenant, task.task, task.images_per_second.toFixed(1)])} />
-    <h3>Tenants of the last minute</h3>
+    <h3>Tenants that called in the last minute</h3>
     <${Table}
-      label="Tenants of the last minute"
-      empty="No tenant called in the last minute."
-      head=${["tenant", "unfinished images", "requests", "images", "refused"]}
+      label="Tenants that called in the last minute"
+      empty="No tenant called."
+      head=${["tenant", "unfinished images now", "requests in all", "images in all", "refused in all"]}
       rows=${tenants.map(({ tenant, images_in_flight: now, counted }) => [tenant, count(now), count(counted.requests), count(counted.images), count(counted.refused)])}
     />
   </section>`;
 }
 
-/** Trainings of all tenants: running, queued, and the last ended ones. */
 function Trainings({ list: { trainings, running, queued } }) {
   return html`<section aria-label="Trainings">
     <h2>Trainings</h2>
@@ -135,14 +134,14 @@ function Tenants() {
       ? html`<${Table}
           label="Tenants"
           empty="There is no tenant."
-          head=${["tenant", "made", "requests a second", "images a second", "tasks", "stored bytes", "share", ""]}
+          head=${["tenant", "made", "requests a second", "images a second", "tasks", "adapters", "share", ""]}
           rows=${list.value.items.map(({ tenant, created, limits }) => [
             tenant,
             ago(created),
             count(limits.requests_per_second),
             count(limits.images_per_second),
             count(limits.tasks),
-            count(limits.stored_bytes),
+            bytes(limits.stored_bytes),
             count(limits.weight),
             html`<${Button} label=${`Keys of ${tenant}`} onClick=${() => setOpen(tenant)}>Keys<//>`,
           ])}

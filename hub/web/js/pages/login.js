@@ -39,7 +39,6 @@ async function exchange(code) {
   signIn({ ...(key && { tenant: key }), ...(admin && { admin }) });
 }
 
-/** Return whether a key is a tenant's or an admin's. */
 async function kindOf(key) {
   try {
     await api.call("GET", "/v1/usage", { key });

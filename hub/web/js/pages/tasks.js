@@ -1,11 +1,11 @@
 /** The list of tasks: search and pages on the server, so that 10,000 tasks are as light as ten. */
 import { address, api, at } from "../api.js";
 import { attempt, useLoaded, usePages } from "../calls.js";
-import { Button, Dialog, Empty, ErrorBox, Form, Lines, Loading, NameField, Page, Sparkline, Table, TextField, ago, count, estimate, percent } from "../components.js";
+import { Button, Dialog, Empty, ErrorBox, Form, Loading, NameField, Page, Sparkline, Table, TextField, ago, count, estimate, percent } from "../components.js";
 import { html, useEffect, useState } from "../lib.js";
 import { Link, go, replace, route } from "../router.js";
 import { me } from "../state.js";
-import { owns } from "./task/shared.js";
+import { Sees, owns } from "./task/shared.js";
 
 const PAGE = 25;
 const DAYS = 14;
@@ -77,12 +77,11 @@ function NewTask({ onClose }) {
   return html`<${Dialog} title="New task" onClose=${onClose}>
     <${Form} action="Make the task" onSubmit=${make}>
       <${NameField} value=${name} onText=${setName} />
-      <${Lines} label="Labels, one a line" hint="You can leave this empty: labels also come from folders, and from what you type later." value=${labels} onText=${setLabels} />
+      <${TextField} rows="4" label="Labels, one a line" hint="You can leave this empty: labels also come from folders, and from what you type later." value=${labels} onText=${setLabels} />
     <//>
   <//>`;
 }
 
-/** What to do on a new hub. */
 function FirstSteps({ owner, onNew, onDone }) {
   const [demo, setDemo] = useState(false);
   useEffect(() => {
@@ -99,7 +98,7 @@ function FirstSteps({ owner, onNew, onDone }) {
   if (!owner) return html`<${Empty} title="No task yet"><p>This key may only classify. Ask an owner of the tenant for a task.</p><//>`;
   return html`<${Empty} title="From pictures to an endpoint in three steps">
     <ol>
-      <li><strong>Make a task</strong> and drop pictures into it: a folder for each label, a zip, or the camera. Ten pictures of each label are a start.</li>
+      <li><strong>Make a task</strong> and drop pictures into it: a folder for each label, a zip, or the camera. Ten of each label are a start.</li>
       <li><strong>Train</strong>: the first version takes seconds.</li>
       <li><strong>Try it</strong>, then call it from your program. What it got wrong, you correct under Review.</li>
     </ol>
@@ -107,6 +106,7 @@ function FirstSteps({ owner, onNew, onDone }) {
       <${Button} kind="primary" onClick=${onNew}>Make a task<//>
       ${demo && html`<${Button} onClick=${add}>Add the demo's three tasks<//>`}
     </div>
+    <${Sees} />
     <p>Programs can do the same over HTTP: <a href=${address("/docs")}>the API</a>.</p>
   <//>`;
 }

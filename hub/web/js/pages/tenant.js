@@ -1,17 +1,18 @@
 /** The tenant: keys, limits and use, sharing, export, changes. */
 import { api, at } from "../api.js";
 import { attempt, useLoaded, usePages } from "../calls.js";
-import { Button, Choice, Confirm, CopyBox, Dialog, ErrorBox, Form, Lines, Meter, Page, Table, TextField, ago, count, pending } from "../components.js";
+import { Button, Choice, Confirm, CopyBox, Dialog, ErrorBox, Form, Meter, Page, Table, TextField, ago, bytes, count, pending } from "../components.js";
 import { html, useState } from "../lib.js";
 import { Link } from "../router.js";
 import { me, notify } from "../state.js";
+import { owns } from "./task/shared.js";
 
 const PAGE = 50;
 const USED = {
   tasks: "Tasks",
-  stored_bytes: "Bytes of adapters",
+  stored_bytes: "Adapters",
   images: "Images in datasets",
-  image_bytes: "Bytes of images",
+  image_bytes: "Size of the images",
   images_in_flight: "Images of unfinished requests",
 };
 const RATES = { requests_per_second: "requests a second", images_per_second: "images a second", versions: "versions of a task" };
@@ -40,6 +41,8 @@ export function Keys({ path, roles = ["caller", "owner"], title = "Keys" }) {
     setGone(null);
     await keys.reload();
   };
+  const lasting = keys.value?.items.filter(({ expires }) => !expires).length;
+  const last = !roles.length && lasting === 1 && !keys.value.next; // the hub keeps it
   return html`<section aria-label=${title}>
     <div class="title"><h2>${title}</h2><${Button} onClick=${() => setMaking(true)}>New key<//></div>
     ${keys.value
@@ -54,10 +57,11 @@ export function Keys({ path, roles = ["caller", "owner"], title = "Keys" }) {
             ago(key.last_used) || "never",
             key.expires ? new Date(key.expires).toLocaleString() : "never",
             key.tasks?.join(", ") ?? "all",
-            html`<${Button} kind="danger" label=${`Revoke ${key.name}`} onClick=${() => setGone(key)}>Revoke<//>`,
+            html`<${Button} kind="danger" label=${`Revoke ${key.name}`} disabled=${last && !key.expires} onClick=${() => setGone(key)}>Revoke<//>`,
           ])}
           more=${keys.value.next && keys.more}
-        />`
+        />
+        ${last && html`<p class="soft">The last admin key that does not expire cannot be revoked. Make another one first.</p>`}`
       : pending(keys)}
     ${making && html`<${NewKey} path=${path} roles=${roles} onClose=${() => setMaking(false)} onMade=${(key) => (setMaking(false), setMade(key), keys.reload())} />`}
     ${made &&
@@ -96,21 +100,22 @@ function Limits({ path }) {
   const usage = useLoaded(() => api.get(path), [path]);
   if (!usage.value) return pending(usage);
   const { limits, used, counted } = usage.value;
+  const shown = (name) => (name.endsWith("bytes") ? bytes : count);
   return html`<section aria-label="Limits and use">
     <h2>Limits and use</h2>
     <p>${count(counted.requests)} requests and ${count(counted.images)} images since the tenant was made; ${count(counted.refused)} requests were refused.</p>
     ${Object.entries(USED).map(
-      ([name, text]) => html`<${Meter} label=${`${text}: ${count(used[name])} of ${count(limits[name])}`} value=${limits[name] ? used[name] / limits[name] : 0} />`,
+      ([name, text]) => html`<${Meter} label=${`${text}: ${shown(name)(used[name])} of ${shown(name)(limits[name])}`} value=${limits[name] ? used[name] / limits[name] : 0} />`,
     )}
     <p class="soft">At most ${Object.entries(RATES).map(([name, text]) => `${count(limits[name])} ${text}`).join(", ")}. An admin changes limits.</p>
   </section>`;
 }
 
-/** The other tenants that may use a task. */
 function Shared() {
   const [name, setName] = useState("");
   const [found, setFound] = useState(null);
   const [tenants, setTenants] = useState("");
+  const list = useLoaded(async () => (await api.get("/v1/tasks", { search: name, limit: 50 })).tasks, [name]);
   const look = async () => {
     setFound(null);
     const { sharing } = await api.get(at(name), { limit: 1 });
@@ -125,19 +130,19 @@ function Shared() {
   return html`<section aria-label="Sharing">
     <h2>Sharing</h2>
     <p>Other tenants may classify with a task that you share. They see neither its images nor its file.</p>
-    <${Form} row action="Show" onSubmit=${look}><${TextField} label="Task" required value=${name} onText=${setName} /><//>
+    <${Form} row action="Show" onSubmit=${look}><${TextField} label="Task" list="own-tasks" required value=${name} onText=${setName} /><//>
+    <datalist id="own-tasks">${list.value?.filter(({ task }) => owns(task)).map(({ task }) => html`<option value=${task} />`)}</datalist>
     ${found &&
     html`<${Form} action="Save" onSubmit=${save}>
         <label><input type="checkbox" checked=${found.public} onChange=${(e) => setFound({ ...found, public: e.target.checked })} /> every tenant of this hub may classify with ${found.task}</label>
-        <${Lines} label="Tenants, one a line" value=${tenants} onText=${setTenants} />
+        <${TextField} rows="4" label="Tenants, one a line" value=${tenants} onText=${setTenants} />
       <//>
       <p><${Link} to=${`/tasks/${found.task}`}>Open the task<//></p>`}
   </section>`;
 }
 
-/** Changes, oldest first. */
 export function Audit({ path, params = {} }) {
-  const list = usePages("entries", path, { ...params, count: PAGE }, "after");
+  const list = usePages("entries", path, { ...params, count: PAGE, order: "desc" }, "after");
   const text = (detail) => Object.entries(detail).map(([name, value]) => `${name}: ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ");
   return html`<section aria-label="Changes">
     <h2>Changes</h2>

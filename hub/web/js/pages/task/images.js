@@ -5,7 +5,7 @@ import { Button, Camera, Choice, Confirm, Dialog, DropZone, Empty, ErrorBox, For
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
 import { Grid } from "./grid.js";
-import { ImageDialog, LabelChoice, Untested, useKeys } from "./shared.js";
+import { ImageDialog, LabelChoice, Sees, Untested, useKeys } from "./shared.js";
 import { useUpload } from "./uploads.js";
 
 const PAGE = 500;
@@ -19,32 +19,24 @@ const sum = ({ train, test }) => train + test;
 /** Images of a filter, loaded page by page as far as they are needed. */
 function useImages(task, filter) {
   const key = JSON.stringify([task, filter]);
-  const [, redraw] = useState(0);
+  const [, redraw] = useState();
   const list = useRef({});
   if (list.current.key !== key) list.current = { key, items: [], next: "0", wanted: 1 };
   const mine = list.current;
 
   async function load() {
-    if (filter.show === "errors") {
-      const { images } = await api.get(at(task, "review"), { kind: "errors", count: 100 });
-      mine.items = images.map(({ image, suggestions: [suggested] }) => ({ ...image, suggested }));
-      mine.next = null;
-      return;
-    }
-    if (filter.show === "duplicates") {
-      const page = await api.get(at(task, "near-duplicates"), { count: GROUPS, cursor: mine.next === "0" ? null : mine.next });
-      for (const { images } of page.groups) {
-        mine.groups = (mine.groups ?? 0) + 1;
-        mine.items = [...mine.items, ...images.map((image) => ({ ...image, group: mine.groups }))];
-      }
-      mine.next = page.next;
-      return;
-    }
-    const params = { count: PAGE, cursor: mine.next };
-    if (filter.use) params.split = filter.use;
-    if (filter.unlabelled) params.unlabelled = true;
-    else if (filter.label !== undefined) params.label = filter.label;
-    const page = await api.get(at(task, "images"), params);
+    const { show, use: split, unlabelled, label } = filter;
+    let page;
+    if (show === "errors") {
+      page = await api.get(at(task, "review"), { kind: "errors", count: 100 });
+      page = { images: page.images.map(({ image, suggestions: [suggested] }) => ({ ...image, suggested })), next: null };
+    } else if (show === "duplicates") {
+      page = await api.get(at(task, "near-duplicates"), { count: GROUPS, cursor: mine.next === "0" ? null : mine.next });
+      page.images = page.groups.flatMap(({ images }) => {
+        const group = (mine.groups = (mine.groups ?? 0) + 1);
+        return images.map((image) => ({ ...image, group }));
+      });
+    } else page = await api.get(at(task, "images"), { count: PAGE, cursor: mine.next, split, unlabelled, label: unlabelled ? null : label });
     mine.items = [...mine.items, ...page.images];
     mine.next = page.next;
   }
@@ -56,11 +48,11 @@ function useImages(task, filter) {
       try {
         while (mine === list.current && mine.next !== null && mine.items.length < mine.wanted) {
           await load();
-          redraw((n) => n + 1);
+          redraw({});
         }
       } catch (error) {
         mine.error = error;
-        redraw((n) => n + 1);
+        redraw({});
       }
       mine.busy = null;
     })();
@@ -73,11 +65,11 @@ function useImages(task, filter) {
       const changed = change(image);
       return changed ? [changed] : [];
     });
-    redraw((n) => n + 1);
+    redraw({});
   }
   const restart = () => {
     list.current = {};
-    redraw((n) => n + 1);
+    redraw({});
   };
   useEffect(() => void need(1), [mine]);
   return { items: mine.items, complete: mine.next === null, error: mine.error, need, update, restart };
@@ -140,7 +132,8 @@ function Dataset({ task, detail, info, reload }) {
   const relabel = (digests, to, record = true) =>
     attempt(async () => {
       const chosen = new Set(digests);
-      const before = images.items.filter(({ digest }) => chosen.has(digest)).map(({ digest, label }) => [digest, label]);
+      const known = new Map(images.items.map(({ digest, label }) => [digest, label]));
+      const before = digests.map((digest) => [digest, known.get(digest) ?? null]);
       for (let i = 0; i < digests.length; i += BULK) {
         await patiently(() => api.patch(at(task, "images"), { images: digests.slice(i, i + BULK), label: to }));
       }
@@ -151,7 +144,7 @@ function Dataset({ task, detail, info, reload }) {
       });
       select(new Set());
       recount();
-    }, `${digests.length} ${digests.length === 1 ? "image is" : "images are"} ${to === null ? "without a label" : `labelled ${to}`} now.`);
+    }, `${plural(digests.length, "image")} ${digests.length === 1 ? "is" : "are"} ${to === null ? "without a label" : `labelled ${to}`} now.`);
   const takeBack = async () => {
     const last = undo.current.pop();
     if (!last) return;
@@ -211,39 +204,33 @@ function Dataset({ task, detail, info, reload }) {
     (image.suggested ? `${image.label}; or ${image.suggested.label}?` : (image.label ?? "no label")) +
     (image.use === "test" ? " · test" : "");
 
+  // `to` is a label, null for none, undefined for all images.
   const chip = (text, key, on, row, to) => html`<li>
     <button
       class="chip"
       aria-pressed=${on}
-      onClick=${() => filterBy(to === undefined ? { label: undefined, unlabelled: undefined } : to === null ? { label: undefined, unlabelled: on ? undefined : "1" } : { label: on ? undefined : to, unlabelled: undefined })}
+      onClick=${() => filterBy({ label: (!on && to) || undefined, unlabelled: !on && to === null ? "1" : undefined })}
       onDragOver=${(event) => to !== undefined && event.preventDefault()}
       onDrop=${(event) => to !== undefined && drop(event, to)}
     >
-      ${key && html`<kbd>${key}</kbd>`} ${text} <span class="count">${count(row)}</span>
+      ${key && html`<kbd>${key}</kbd>`} ${text} (${count(row)})
     </button>
   </li>`;
 
   return html`<section aria-label="Images">
     <${DropZone} onFiles=${add} accept="image/*,.zip" folders>
-      <p><strong>Drop images, folders or a zip here</strong>, paste them, or choose them.</p>
-      <p>A folder's name becomes the label of its images.</p>
+      <p><strong>Drop images, folders or a zip here</strong>, paste them, or choose them. A folder's name becomes the label of its images.</p>
     <//>
     <div class="row">
-      <${LabelChoice}
-        text="Label of new images"
-        labels=${labels}
-        none="from their folders"
-        value=${choice === FOLDERS ? null : choice}
-        onPick=${(name) => setChoice(name ?? FOLDERS)}
-      />
+      <${LabelChoice} text="Label of new images" labels=${labels} none="from their folders" value=${choice === FOLDERS ? null : choice} onPick=${(name) => setChoice(name ?? FOLDERS)} />
       <${Button} onClick=${() => setDialog("camera")}>Take pictures<//>
     </div>
-    <${Progress} upload=${upload} />
+    <${Progress} upload=${upload} labels=${labels} onLabel=${async (label) => (await relabel(upload.state.unlabelled, label)) && (upload.clear(), images.restart())} />
     ${info.images === 0
       ? !(upload.state && !upload.state.done) &&
         html`<${Empty} title="No images yet">
-          <p>Add about ten pictures of each thing that the task should tell apart. Two labels are the minimum.</p>
-          <p>Pictures in folders, such as <code>rose/1.jpg</code>, get the name of their folder as the label.</p>
+          <p>Add about ten pictures of each thing that the task should tell apart, at least two. <code>rose/1.jpg</code> gets the label rose.</p>
+          <${Sees} />
         <//>`
       : html`<${NextStep} task=${task} info=${info} trained=${detail.versions.length > 0} />
           <ul class="chips" aria-label="Labels: filter, or drop images on one">
@@ -264,9 +251,9 @@ function Dataset({ task, detail, info, reload }) {
               onPick=${(show) => filterBy({ show })}
             />
           </div>
-          ${show === "duplicates" && html`<p>Groups of images that are nearly equal, each with its number; groups that both train and test come first. Delete all but one of a group, or give them the same use.</p>`}
+          ${show === "duplicates" && html`<p>Groups of nearly equal images, by number; those that train and test come first. Keep one of a group, or give them the same use.</p>`}
           ${images.error && html`<${ErrorBox} error=${images.error} retry=${images.restart} />`}
-          <div class="bulk row" role="toolbar" aria-label="Selected images">
+          <div class="row" role="toolbar" aria-label="Selected images">
             <span aria-live="polite">${count(selected.size)} selected</span>
             <${Button} onClick=${selectAll}>Select all<//>
             ${selected.size > 0 &&
@@ -308,14 +295,10 @@ function Dataset({ task, detail, info, reload }) {
     <//>`}
     ${dialog === "label" && html`<${NewLabel} onAdd=${addLabel} onClose=${() => setDialog(null)} />`}
     ${dialog === "camera" &&
-    html`<${Camera}
-      onPicture=${(blob) => add([{ file: new File([blob], `camera-${Date.now()}.jpg`, { type: blob.type }), path: "" }])}
-      onClose=${() => setDialog(null)}
-    />`}
+    html`<${Camera} onPicture=${(blob) => add([{ file: new File([blob], `camera-${Date.now()}.jpg`, { type: blob.type }), path: "" }])} onClose=${() => setDialog(null)} />`}
   </section>`;
 }
 
-/** What the dataset has, and what to do next. */
 function NextStep({ task, info, trained }) {
   const used = info.labels.filter((row) => sum(row) > 0).length;
   const unlabelled = sum(info.unlabelled);
@@ -323,7 +306,7 @@ function NextStep({ task, info, trained }) {
   if (used < 2) {
     return html`<p role="status">
       ${found} <strong>Next:</strong>${unlabelled
-        ? " give the images at least two labels. Select some below, then choose under “Label them”, press a label's number, or drag them to a label."
+        ? " give the images at least two labels. Select some below, then choose under “Label them”, or drag them to a label."
         : " add images of a second label."}
     </p>`;
   }
@@ -346,17 +329,19 @@ function NewLabel({ onAdd, onClose }) {
   <//>`;
 }
 
-/** Progress of an upload, and the refused files with their reasons. */
-function Progress({ upload: { state, stop, clear } }) {
+function Progress({ upload: { state, stop, clear }, labels, onLabel }) {
   if (!state) return null;
   const { added = 0, already_there: there = 0, moved = 0, refused = 0 } = state.counts;
-  const parts = [`${count(added)} added`, there && `${count(there)} already there`, moved && `${count(moved)} moved`, refused && `${count(refused)} refused`];
+  const parts = [`${count(added)} added`, there && `${count(there)} already there`, moved && `${count(moved)} moved`, refused && `${count(refused)} refused`].filter(Boolean);
   return html`<div class="card">
     <p role="status">
-      ${state.nothing ? "No image among these files." : `${state.done ? "Done" : "Uploading"}: ${parts.filter(Boolean).join(", ")}.`}
+      ${state.nothing ? "No image among these files." : `${state.done ? "Done" : "Uploading"}: ${parts.join(", ")}.`}
       ${state.error && html` <strong>${state.error}</strong>`}
     </p>
     ${!state.done && html`<progress aria-label="Upload" max="1" value=${state.share} />`}
+    ${state.done &&
+    state.unlabelled?.length > 0 &&
+    html`<div class="row"><p class="warning">${plural(state.unlabelled.length, "image")} without a label, as no folder names one.</p><${LabelChoice} text="Label of these" labels=${labels} onPick=${onLabel} /></div>`}
     ${state.warnings.map((text) => html`<p class="warning">${text}</p>`)}
     ${state.refused.length > 0 &&
     html`<details open>

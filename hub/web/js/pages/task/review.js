@@ -24,7 +24,7 @@ export default function Review({ task, detail, reload }) {
         const found = (await api.get(at(task, "review"), { kind, count: QUEUE })).images;
         queue.current = found.filter(({ image }) => !passed.current.has(image.digest));
         if (!queue.current.length && found.length === QUEUE) {
-          // The whole page was skipped: a longer one has others, if there are any.
+          // All were skipped: a longer page may have others.
           const more = (await api.get(at(task, "review"), { kind, count: 100 })).images;
           queue.current = more.filter(({ image }) => !passed.current.has(image.digest));
         }

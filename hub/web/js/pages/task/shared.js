@@ -8,7 +8,7 @@ import { me } from "../../state.js";
 /** Return whether this person may change a task: an owner of its tenant. */
 export const owns = (task) => me.value?.role === "owner" && !task.includes(":");
 
-/** Whether keys of one character are commands. A person who speaks to the computer may turn them off (WCAG 2.1.4). */
+/** Whether keys of one character are commands: speech input may press them by mistake (WCAG 2.1.4). */
 const commands = signal(true);
 
 export const KeysChoice = () =>
@@ -37,7 +37,6 @@ export const references = (detail) => [
   ...detail.versions.map(({ version }) => [String(version), `version ${version}`]),
 ];
 
-/** Return the versions of an alias as text, with shares if there are several. */
 export function targets(detail, alias) {
   const weights = Object.entries(detail.aliases[alias] ?? {});
   const sum = weights.reduce((total, [, weight]) => total + weight, 0);
@@ -68,19 +67,18 @@ export function accuraciesOf(metrics) {
 
 export const accuracyOf = (metrics) => accuraciesOf(metrics)[0];
 
-/** What the backbone sees of an image. */
 export function Sees() {
   const { value } = useLoaded(() => api.get("/v1/backbone"), []);
   if (!value) return null;
   const [, height, width] = value.input_size;
   return html`<p class="soft">
-    This hub's backbone sees images at ${width} x ${height} pixels; it does not see finer details.${width < SMALL_PX &&
-    html` A larger one sees more: start the hub with <code>HUB_BACKBONE=vit_base_patch16_224.augreg_in21k</code>, for example (docs/backbones.md).`}
+    This hub's backbone sees images at ${width} x ${height} pixels, and no finer details.${width < SMALL_PX &&
+    html` A larger one sees more, such as <code>HUB_BACKBONE=vit_base_patch16_224.augreg_in21k</code> (docs/backbones.md).`}
   </p>`;
 }
 const SMALL_PX = 96;
 
-/** A warning of labels without a test image, where others have some. A training gives one to those with enough images. */
+/** A warning of labels without a test image, where others have some. */
 export function Untested({ info }) {
   const tested = info.labels.some(({ test }) => test > 0);
   const missing = tested ? info.labels.filter(({ train, test }) => train > 0 && !test).map(({ label }) => label) : [];
@@ -130,19 +128,13 @@ export function FullImage({ task, digest, alt }) {
   return html`<img class="full" src=${url} alt=${alt} onError=${() => setBad(url)} />`;
 }
 
-/** A dialog with one image, where the person changes its label or use, or deletes it. */
 export function ImageDialog({ task, image, labels, note, onChange, onDelete, onClose }) {
   const change = (body, text) => attempt(async () => onChange(await api.patch(at(task, "images", image.digest), body)), text);
   return html`<${Dialog} title=${image.name || image.digest.slice(0, 12)} onClose=${onClose}>
     <${FullImage} task=${task} digest=${image.digest} alt=${image.name || "the image"} />
     ${note && html`<p>${note}</p>`}
     <div class="row">
-      <${LabelChoice}
-        labels=${labels}
-        value=${image.label}
-        none="no label"
-        onPick=${(label) => change({ label }, label ? `Labelled ${label}.` : "The label is removed.")}
-      />
+      <${LabelChoice} labels=${labels} value=${image.label} none="no label" onPick=${(label) => change({ label }, label ? `Labelled ${label}.` : "The label is removed.")} />
       ${image.split &&
       html`<${Choice}
         label="Use"

@@ -4,7 +4,7 @@ import { attempt, useLoaded } from "../../calls.js";
 import { Button, Chart, Choice, Empty, ErrorBox, Meter, Table, ago, count, duration, estimate, pending, percent, plural, sentence } from "../../components.js";
 import { html, signal, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
-import { FEW_TESTED, ImageStrip, Sees, Untested, accuraciesOf, accuracyOf, versionOf } from "./shared.js";
+import { FEW_TESTED, ImageStrip, Sees, accuraciesOf, accuracyOf, versionOf } from "./shared.js";
 
 const ENDED = ["done", "failed", "cancelled"];
 const budget = signal(600); // seconds of KARST, as the person last chose
@@ -44,12 +44,11 @@ export default function Train({ task, detail, reload }) {
       <${Button} kind="primary" disabled=${trainable.length < 2} onClick=${() => start("instant")}>Train now<//>
       <span>takes seconds, the first time longer, on ${plural(images, "image")} of ${plural(trainable.length, "label")}, test images included</span>
     </div>
-    ${!shown && html`<${Untested} info=${info.value} />`}
     ${shown &&
     html`<div class="row">
       <${Button} disabled=${trainable.length < 2} onClick=${() => start("auto")}>Improve<//>
       <${Choice} label="for about" value=${budget.value} options=${[[60, "1 minute"], [600, "10 minutes"], [1800, "30 minutes"], [3600, "an hour"]]} onPick=${(seconds) => (budget.value = Number(seconds))} />
-      <span>trains KARST for that time, plus half a minute or so to start, and keeps it if it is better on held-out images</span>
+      <span>trains KARST for that time, plus half a minute to start, and keeps it if it is better on held-out images</span>
     </div>`}
     <${Sees} />
     ${starting && html`<div class="card"><p role="status">Starting the training ... The first one also reads every image.</p><progress aria-label="Start of the training" /></div>`}
@@ -88,9 +87,8 @@ function Running({ task, training, onEnd }) {
             (found) => {
               setLost(false);
               setNow((state = found));
-              const { loss, accuracy } = found.progress ?? {};
-              const at = points.current.length;
-              if (typeof loss === "number" || typeof accuracy === "number") points.current.push([at, loss ?? null, accuracy ?? null]);
+              const { loss = null, accuracy = null } = found.progress ?? {};
+              if (loss !== null || accuracy !== null) points.current.push([points.current.length, loss, accuracy]);
             },
             stop.signal,
           );
@@ -111,19 +109,14 @@ function Running({ task, training, onEnd }) {
   const curve = points.current;
   return html`<div class="card">
     <h2>Training (${now.recipe})</h2>
-    <p>
-      <span role="status">${progress.stage}</span>${progress.steps ? `, ${count(progress.step)} of ${count(progress.steps)}` : ""}
+    <p><span role="status">${progress.stage}</span>${progress.steps ? `, ${count(progress.step)} of ${count(progress.steps)}` : ""}
       ${typeof left === "number" ? `; about ${duration(left)} left` : ""}
       ${typeof progress.accuracy === "number" ? `; accuracy so far ${percent(progress.accuracy)}` : ""}
     </p>
     <progress key=${progress.stage} aria-label="Progress of the training" max=${progress.steps || 1} value=${progress.steps ? progress.step : undefined} />
     ${lost && html`<p class="warning">The connection was lost; trying again. The training goes on in the hub.</p>`}
     ${curve.length > 2 &&
-    html`<${Chart}
-      label="Loss and accuracy while training"
-      data=${[0, 1, 2].map((i) => curve.map((point) => point[i]))}
-      series=${["time", "loss", "accuracy on held-out images"]}
-    />`}
+    html`<${Chart} label="Loss and accuracy while training" data=${[0, 1, 2].map((i) => curve.map((point) => point[i]))} series=${["time", "loss", "accuracy on held-out images"]} />`}
     <${Button} onClick=${() => attempt(async () => (await api.delete(at(task, "trainings", training.id)), await onEnd()), "The training is cancelled.")}>Cancel<//>
   </div>`;
 }
@@ -135,22 +128,17 @@ function Result({ task, detail, training, reload }) {
     [training.id],
   );
   const figures = report.value ?? training.report;
-  if (training.state !== "done" && !figures) {
-    return html`<div class="card" role="status">
-      <h2>The training ${training.state === "failed" ? "failed" : "was cancelled"}</h2>
-      ${training.error && html`<p>${sentence(training.error)}</p>`}
-    </div>`;
-  }
+  const title = training.version ? `Version ${training.version} is ready` : training.state === "cancelled" ? "The training was cancelled" : "No version was made";
   const accuracies = accuraciesOf(training.report ?? figures);
   const [found, ...others] = accuracies;
   const unseen = accuracies.find(({ on }) => on.includes("-out"));
   const of = unseen && `${count(unseen.images)} ${unseen.on}`;
   const version = detail.versions.find((v) => v.version === training.version);
-  const labels = report.value?.labels ?? version?.labels ?? Object.keys(figures.classes ?? {});
+  const labels = report.value?.labels ?? version?.labels ?? Object.keys(figures?.classes ?? {});
   const advice = report.value?.advice?.filter((line) => !line.includes("--")).join(" ");
   const curve = report.value?.learning_curve ?? [];
   return html`<div class="card">
-      <div role="status"><h2>${training.version ? `Version ${training.version} is ready` : "No version was made"}</h2></div>
+      <div role="status"><h2>${title}</h2></div>
       ${training.error && html`<p>${sentence(training.error)}</p>`}
       ${found && html`<${Meter} label=${`Accuracy on ${count(found.images)} ${found.on}`} value=${found.accuracy} interval=${found.interval} />`}
       ${others.map((other) => html`<p class="soft">On ${plural(other.images, other.on.slice(0, -1))}: ${estimate(other.accuracy, other.interval)}.${other.images < FEW_TESTED ? " So few images say little." : ""}</p>`)}
@@ -165,15 +153,14 @@ function Result({ task, detail, training, reload }) {
       ${training.version && html`<p><a class="button primary" href=${`#/tasks/${task}/try`}>Try it</a></p>`}
       ${version && html`<${Promote} task=${task} detail=${detail} version=${training.version} labels=${labels} reload=${reload} />`}
     </div>
-    ${figures.classes && html`<${Classes} classes=${figures.classes} labels=${labels} of=${of} />`}
+    ${figures?.classes && html`<${Classes} classes=${figures.classes} labels=${labels} of=${of} />`}
     ${report.value?.confusion && html`<${Confusions} task=${task} report=${report.value} labels=${labels} of=${of} />`}
     ${report.value?.errors?.length > 0 &&
     html`<h2>Worst errors among the ${of}</h2>
       <p>The most certain wrong answers. Wrong labels show up here: open an image to correct it.</p>
       <${ImageStrip} task=${task} labels=${labels} images=${asImages(report.value.errors.slice(0, 24))} />`}
     ${curve.length > 1 &&
-    html`<h2>More images?</h2>
-      <${Chart} label="Accuracy on left-out images by number of images" data=${[curve.map(([n]) => n), curve.map(([, a]) => a)]} series=${["images", "accuracy"]} />`}`;
+    html`<${Chart} label="Accuracy on left-out images by number of images" data=${[curve.map(([n]) => n), curve.map(([, a]) => a)]} series=${["images", "accuracy"]} />`}`;
 }
 
 const asImages = (errors) =>
@@ -226,7 +213,6 @@ function Confusions({ task, report, labels, of }) {
     </div>`}`;
 }
 
-/** Compare a version with the live one, and make it live. */
 function Promote({ task, detail, version, labels, reload }) {
   const live = versionOf(detail, "stable");
   const others = detail.versions.map((v) => v.version).filter((number) => number !== version);
@@ -239,7 +225,7 @@ function Promote({ task, detail, version, labels, reload }) {
       await reload();
     }, `Version ${version} is stable now.`);
   return html`<div class="row">
-      ${live === version ? html`<span>This version is <code>stable</code>.</span>` : html`<${Button} onClick=${promote}>Make it stable<//>`}
+      ${live === version ? html`<span>This version is <code>stable</code>.</span>` : html`<${Button} onClick=${promote}>Make it stable<//><span>Programs that call <code>stable</code> then get this version.</span>`}
       ${other !== null &&
       html`<${Choice}
           label="Compare with"

@@ -7,6 +7,7 @@ import { LabelChoice, owns, references } from "./shared.js";
 
 const SHOWN = 12; // pictures at once
 const COVERAGE = 0.9;
+const PARTS = { decode: "reading the picture", load: "loading the version", queue: "waiting", compute: "computing" }; // of an answer's time
 
 /** Classify one picture with a version: the reply, and what its headers say. */
 async function classify(task, file, version, sets) {
@@ -50,8 +51,8 @@ export default function Try({ task, detail }) {
     <${DropZone} onFiles=${add} accept="image/*"><p><strong>Drop pictures here</strong>, paste one, or choose some.</p><//>
     <div class="row">
       <${Button} onClick=${() => setCamera(true)}>Use the camera<//>
-      ${["Version", "beside"].map(
-        (text, i) => html`<${Choice} label=${text} value=${versions[i]} options=${i ? [["", "nothing"], ...known] : known} onPick=${(value) => choose(i, value)} />`,
+      ${["Version", "Compare with"].map(
+        (text, i) => html`<${Choice} label=${text} value=${versions[i]} options=${i ? [["", "no other version"], ...known] : known} onPick=${(value) => choose(i, value)} />`,
       )}
     </div>
     ${camera && html`<${Camera} onPicture=${(blob) => (setCamera(false), add([{ file: blob, path: "" }]))} onClose=${() => setCamera(false)} />`}
@@ -69,7 +70,6 @@ export default function Try({ task, detail }) {
   </section>`;
 }
 
-/** The answer of one version to one picture. */
 function Answer({ task, file, version, detail }) {
   const [found, setFound] = useState(null);
   useEffect(() => {
@@ -90,12 +90,14 @@ function Answer({ task, file, version, detail }) {
     <h2>${best.label} <small>version ${answer.version}</small></h2>
     ${answer.unknown?.[0] && html`<p class="warning">Unknown: the picture does not look like the task's images.</p>`}
     ${answer.predictions[0].map(({ label, score }) => html`<${Meter} key=${label} label=${label} value=${score} />`)}
-    ${answer.sets && html`<p>Labels that cover ${percent(COVERAGE)} of such images: ${answer.sets[0].join(", ")}</p>`}
-    ${answer.typicality && html`<${Meter} label="Typicality" value=${answer.typicality[0]} />`}
-    <p class="soft">
-      ${Math.round(answer.total)} ms in all${Object.entries(answer.times).map(([name, ms]) => `, ${name} ${ms.toFixed(1)} ms`)}${images > 0 &&
-      `; batch of ${plural(images, "image")} of ${plural(tasks, "task")}`}
-    </p>
+    ${answer.sets && html`<p>For ${percent(COVERAGE)} of images like the task's, the label is among: ${answer.sets[0].join(", ")}</p>`}
+    ${answer.typicality &&
+    html`<${Meter} label="Typicality" value=${answer.typicality[0]} />
+      <p class="soft">So many of the task's own images look less typical. Near 0 %: the picture is unlike them.</p>`}
+    <details class="soft">
+      <summary>Answered in ${Math.round(answer.total)} ms</summary>
+      ${Object.entries(answer.times).map(([name, ms]) => `${PARTS[name] ?? name} ${ms.toFixed(1)} ms, `)}the rest on the way.${images > 0 && ` Computed in one pass of ${plural(images, "image")} of ${plural(tasks, "task")}.`}
+    </details>
   </div>`;
 }
 

@@ -43,9 +43,7 @@ export function partsOf(files, choice) {
 
 /** Send one part; wait where the tenant's rate is reached. */
 async function send(task, part, onProgress, signal) {
-  const params = {};
-  if (part.label) params.label = part.label;
-  if (part.split) params.split = part.split;
+  const params = { label: part.label, split: part.split };
   let body = part.files[0];
   const type = part.zip && "application/zip";
   if (!part.zip) {
@@ -69,7 +67,7 @@ export function useUpload(task, onDone) {
     if (!parts.length) return setState({ done: true, files: 0, nothing: true, counts: {}, refused: [], warnings: [] });
     const stop = (abort.current = new AbortController());
     const sent = new Map(); // bytes by part
-    const found = { counts: {}, refused: [], warnings: [] };
+    const found = { counts: {}, refused: [], warnings: [], unlabelled: [] };
     let last = 0;
     const show = (more) => {
       if (!more && Date.now() - last < 100) return;
@@ -82,11 +80,12 @@ export function useUpload(task, onDone) {
         const reply = await send(task, part, (bytes) => (sent.set(part, Math.min(bytes, part.bytes)), show()), stop.signal);
         for (const [name, count] of Object.entries(reply.counts)) found.counts[name] = (found.counts[name] ?? 0) + count;
         found.refused.push(...reply.refused);
+        for (const { digest, label } of reply.added) if (label === null && choice === null) found.unlabelled.push(digest);
         found.warnings = [...new Set([...found.warnings, ...reply.warnings])];
       } catch (error) {
         if (error.name === "AbortError" || [401, 403, 404, 429, 507].includes(error.status) || !error.status) throw error;
         if (part.files.length > 1) {
-          // One file made the whole form fail: send each alone, so that the others arrive.
+          // One file made the whole form fail: send each alone.
           for (const file of part.files) await take({ ...part, files: [file], bytes: 0 });
         } else {
           found.counts.refused = (found.counts.refused ?? 0) + 1;

@@ -18,7 +18,7 @@ with Client("${url}", "<key>") as client:
 
 const script = (url, task) => `const reply = await fetch("${url}/v1/tasks/${task}/classify", {
   method: "POST",
-  headers: { authorization: \`Bearer \${token}\` }, // a token, not a key: docs/browsers.md
+  headers: { authorization: \`Bearer \${token}\` },
   body: file,
 });
 const { predictions } = await reply.json();
@@ -31,6 +31,7 @@ export default function Use({ task, detail }) {
     ${!detail.versions.length && html`<p>The task answers as soon as it has a version.</p>`}
     <p>Programs need a key that may only classify${owns(task) ? html`: <a href="#/tenant">make one</a>` : ""}.</p>
     ${[["curl", curl], ["Python", python], ["JavaScript", script]].map(([name, text]) => html`<h3>${name}</h3><${CopyBox} label=${name} text=${text(url, task)} />`)}
+    <p>Visitors can read a key in a web page. Give each a token of some minutes instead: <a href=${address("/docs")}><code>POST /v1/tokens</code></a> on your server, or <code>karst-hub token ${task}</code> (docs/browsers.md).</p>
     ${owns(task) && html`<${Usage} task=${task} />`}
   </section>`;
 }

@@ -1,12 +1,12 @@
 /** Tab "Versions": what was trained, what is live, and the way back. */
 import { api, at } from "../../api.js";
 import { attempt } from "../../calls.js";
-import { Button, Choice, Confirm, Empty, Field, Form, NameField, Table, ago, count, estimate } from "../../components.js";
+import { Button, Choice, Confirm, Empty, Field, Form, NameField, Table, ago, bytes, count, estimate } from "../../components.js";
 import { html, useState } from "../../lib.js";
 import { accuracyOf, targets } from "./shared.js";
 
 export default function Versions({ task, detail, reload }) {
-  const [gone, setGone] = useState(null); // the version or alias that the person wants to delete
+  const [gone, setGone] = useState(null); // the version or alias to delete
   if (!detail.versions.length) {
     return html`<${Empty} title="No version yet"><p><a href=${`#/tasks/${task}/train`}>Train</a>, or register a file with <code>karst-hub register</code>.</p><//>`;
   }
@@ -17,7 +17,7 @@ export default function Versions({ task, detail, reload }) {
   const versions = [...detail.versions].sort((a, b) => b.version - a.version);
   return html`<section aria-label="Versions">
     <h2>Aliases</h2>
-    <p>Callers name an alias. Move it, and their next call gets another version.</p>
+    <p>Programs call a version by an alias. Move it, and their next call gets another version. <code>latest</code> follows each new version; <code>stable</code> is for the one that you trust.</p>
     ${Object.keys(detail.aliases).map(
       (alias) => html`<${Alias} key=${alias} task=${task} alias=${alias} detail=${detail} versions=${versions} change=${change} onDelete=${() => setGone({ alias })} />`,
     )}
@@ -29,9 +29,10 @@ export default function Versions({ task, detail, reload }) {
       onPick=${(promote) => change(() => api.put(at(task), { promote }), "The setting is saved.")}
     />
     <h2>Versions</h2>
+    <p>Recipe <code>instant</code> learned the labels only, <code>karst</code> also adapted the backbone. A snapshot is the list of images and labels behind a version. Test images are not among the training images.</p>
     <${Table}
       label="All versions"
-      head=${["version", "registered", "accuracy", "recipe", "images", "labels", "size", "trained on", "aliases", ""]}
+      head=${["version", "registered", "accuracy", "recipe", "training images", "labels", "size", "trained on", "aliases", ""]}
       rows=${versions.map((version) => {
         const metrics = version.metrics ?? {};
         const found = accuracyOf(metrics);
@@ -42,7 +43,7 @@ export default function Versions({ task, detail, reload }) {
           metrics.recipe ?? "uploaded",
           count(metrics.train_images),
           count(version.labels.length),
-          `${count(Math.ceil(version.size_bytes / 1024))} KiB`,
+          bytes(version.size_bytes),
           metrics.training ? html`<a href=${`#/tasks/${task}/train?training=${metrics.training}`}>snapshot <code>${String(metrics.snapshot).slice(0, 8)}</code></a>` : "",
           pointing(version.version).join(", "),
           html`<span class="actions">
@@ -70,7 +71,6 @@ export default function Versions({ task, detail, reload }) {
 
 const option = ({ version }) => [version, `version ${version}`];
 
-/** One alias: its target, a canary as a slider, and the way back. */
 function Alias({ task, alias, detail, versions, change, onDelete }) {
   const weights = Object.entries(detail.aliases[alias]).sort((a, b) => b[1] - a[1]);
   const sum = weights.reduce((total, [, weight]) => total + weight, 0);
