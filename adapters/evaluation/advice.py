@@ -20,7 +20,7 @@ def advise(classifier: "Classifier") -> tuple[str, ...]:
     lines = []
     if not classifier.beats_chance:
         lines.append(
-            "The accuracy is not surely above chance: check that the labels belong to the images, and that the "
+            "The accuracy is not clearly above chance: check that the labels belong to the images, and that the "
             "difference between the classes can be seen at the backbone's image size."
         )
     few = [held_out.labels[k] for k in np.flatnonzero(counts < FEW_IMAGES)]

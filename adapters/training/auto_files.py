@@ -10,7 +10,7 @@ from .auto import Classifier, InstantFit, InstantWatch, Refinement
 
 
 class NotBetterThanChance(DataError):
-    """The adapter is not surely better than a constant answer; the message names the file that was kept.
+    """The adapter is not clearly better than a constant answer; the message names the file that was kept.
 
     Attributes:
         reason: the figures, without the names of files.
@@ -49,7 +49,7 @@ class AutoFiles:
         held_out = classifier.held_out
         low, high = held_out.interval
         reason = (
-            "The adapter is not surely better than a constant answer, so it is not used. It is right for "
+            "The adapter is not clearly better than a constant answer, so it is not used. It is right for "
             f"{held_out.accuracy:.1%} of {len(held_out.targets)} {held_out.split.replace(' ', '-')} images (95 % "
             f"interval {low:.1%} to {high:.1%}); always naming the most frequent label is right for "
             f"{classifier.chance:.1%}. "
@@ -70,7 +70,7 @@ def fit_auto(fitted: InstantFit, refinement: Refinement | None, files: AutoFiles
         refinement: the training of KARST; None keeps the instant adapter.
 
     Raises:
-        NotBetterThanChance: neither is surely better than a constant answer.
+        NotBetterThanChance: neither is clearly better than a constant answer.
         ConfigError: the config does not suit the backbone.
     """
     classifier = fitted.classifier()

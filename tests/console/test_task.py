@@ -147,7 +147,7 @@ def test_karst_training_that_makes_no_version_says_what_happened_and_what_to_do(
         client.train(task, recipe="auto", budget_s=20)
     page = console.page(f"/tasks/{task}/train")
     page.get_by_role("heading", name="No version was made").wait_for()
-    page.get_by_text("The adapter is not surely better than a constant answer, so it is not used.").wait_for()
+    page.get_by_text("The adapter is not clearly better than a constant answer, so it is not used.").wait_for()
     page.get_by_text("this one sees images at 32 x 32 pixels.").wait_for()
     assert not page.get_by_text("Advice:").count()
     assert not page.get_by_text("KARST is ").count()

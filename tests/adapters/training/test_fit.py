@@ -144,7 +144,7 @@ def test_adapter_that_is_not_better_than_chance_is_an_error_and_is_kept(demo: Ba
     noise = coloured_noise(tmp_path / "noise", grey, 10, seed=5)
     output = tmp_path / "n.safetensors"
     with pytest.raises(
-        NotBetterThanChance, match=r"not surely better than a constant answer.*n\.rejected\.safetensors"
+        NotBetterThanChance, match=r"not clearly better than a constant answer.*n\.rejected\.safetensors"
     ) as e:
         fit(noise, output, backbone=demo, recipe="instant")
     assert e.value.reason.endswith("or use a larger backbone: this one sees images at 32 x 32 pixels.")

@@ -158,7 +158,7 @@ def test_a_classifier_that_is_no_better_than_chance_is_not_registered(hub: Hub, 
     path = start(hub)
     training = ended(hub, path)
     assert (training["state"], training["version"]) == ("failed", None)
-    assert training["error"].startswith("The adapter is not surely better than a constant answer")
+    assert training["error"].startswith("The adapter is not clearly better than a constant answer")
     assert "/" not in training["error"].replace("karst-hub", "")
     assert hub.http.get(f"{path}/report/report.html").status_code == 200
 

@@ -92,6 +92,6 @@ def test_an_adapter_that_is_not_better_than_chance_is_one_line_and_exit_code_1(
     assert run(monkeypatch, *arguments, HUB_BACKBONE="demo") == 1
     printed = capsys.readouterr().err
     assert "not better than chance, so nothing is written" in printed
-    assert printed.splitlines()[-1].startswith("error: The adapter is not surely better than a constant answer")
+    assert printed.splitlines()[-1].startswith("error: The adapter is not clearly better than a constant answer")
     assert "Traceback" not in printed
     assert not output.exists()
