@@ -113,7 +113,7 @@ function Running({ task, training, onEnd }) {
       ${typeof left === "number" ? `; about ${duration(left)} left` : ""}
       ${typeof progress.accuracy === "number" ? `; accuracy so far ${percent(progress.accuracy)}` : ""}
     </p>
-    <progress key=${progress.stage} aria-label="Progress of the training" max=${progress.steps || 1} value=${progress.steps ? progress.step : undefined} />
+    <progress aria-label="Progress of the training" max=${progress.steps || 1} value=${progress.steps ? progress.step : undefined} />
     ${lost && html`<p class="warning">The connection was lost; trying again. The training goes on in the hub.</p>`}
     ${curve.length > 2 &&
     html`<${Chart} label="Loss and accuracy while training" data=${[0, 1, 2].map((i) => curve.map((point) => point[i]))} series=${["time", "loss", "accuracy on held-out images"]} />`}

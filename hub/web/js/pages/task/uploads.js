@@ -66,7 +66,7 @@ export function useUpload(task, onDone) {
     for (const part of parts) (total.bytes += part.bytes), (total.files += part.files.length);
     if (!parts.length) return setState({ done: true, files: 0, nothing: true, counts: {}, refused: [], warnings: [] });
     const stop = (abort.current = new AbortController());
-    const sent = new Map(); // bytes by part
+    const sent = new Map(); // bytes by part; half of them until the hub has answered
     const found = { counts: {}, refused: [], warnings: [], unlabelled: [] };
     let last = 0;
     const show = (more) => {
@@ -77,7 +77,7 @@ export function useUpload(task, onDone) {
     };
     const take = async (part) => {
       try {
-        const reply = await send(task, part, (bytes) => (sent.set(part, Math.min(bytes, part.bytes)), show()), stop.signal);
+        const reply = await send(task, part, (bytes) => (sent.set(part, Math.min(bytes, part.bytes) / 2), show()), stop.signal);
         for (const [name, count] of Object.entries(reply.counts)) found.counts[name] = (found.counts[name] ?? 0) + count;
         found.refused.push(...reply.refused);
         for (const { digest, label } of reply.added) if (label === null && choice === null) found.unlabelled.push(digest);
