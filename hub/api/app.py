@@ -74,13 +74,14 @@ from .datasets.images import add_dataset_routes
 from .datasets.trainings import add_training_routes
 from .datasets.usage import add_usage_routes
 from .dependencies import CallerDependencies
+from .limits.unread_replies import ReplyMemory, UnreadRepliesMiddleware
+from .limits.upload_guard import BodyMemory, BodyPace, UploadGuardMiddleware
 from .problems import add_exception_handlers
 from .protocols.huggingface import add_huggingface_routes
 from .protocols.oip import add_oip_routes
 from .request_heads import HeaderLimitsMiddleware, UnreadBodyMiddleware
 from .security_headers import SecurityHeadersMiddleware, cors
 from .tasks import add_backbone_route, add_classify_routes, add_health_routes, add_task_routes
-from .upload_guard import BodyMemory, BodyPace, UploadGuardMiddleware
 
 
 class GatewayAPI(FastAPI):
@@ -127,6 +128,7 @@ class GatewayAPI(FastAPI):
                 route_keeps_bytes=max(settings.max_request_bytes, settings.max_adapter_bytes),
                 behind_haproxy=settings.haproxy,
             ),
+            Middleware(UnreadRepliesMiddleware, memory=ReplyMemory()),
         ]
         app = super().build_middleware_stack()  # exceptions -> problems, then the routes
         for layer in reversed(stack):
@@ -184,7 +186,7 @@ def create_app(
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
     )
-    integrity = RegistryIntegrity(database)
+    integrity, staging, board = RegistryIntegrity(database), StagedDatasets(database), StatusBoard(database)
     watch = RegistryWatch(database, cache.resynchronise, metrics.record_registry if metrics is not None else None)
     index, dataset_files, kept = DatasetIndex(database, reads), DatasetFiles(database), KeptImages(database)
     images, snapshots, reports = [
@@ -263,6 +265,7 @@ def create_app(
         decoder=decoder,
         limiter=limiter,
         threads=pools.store,
+        parse_threads=pools.parse,
         max_image_bytes=settings.max_image_bytes,
         min_free_bytes=settings.min_free_disk,
     )
@@ -278,6 +281,7 @@ def create_app(
         classification=service,
         threads=pools.store,
         parse_threads=pools.parse,
+        fits=pools.fits,
     )
     comparison, backtests = ComparisonService(index, answers, pools.parse), BacktestService(index, answers)
     promotion = PromotionService(tasks=registry, registration=changes, comparison=comparison)
@@ -317,8 +321,11 @@ def create_app(
         threads=pools.store,
         parse_threads=pools.parse,
     )
-    staging, board = StagedDatasets(database), StatusBoard(database)
     errors = ErrorCounter(board)
+    trained = TrainingArchive(training_registry, staging, snapshots, pools.store)
+    archive = DatasetArchive(
+        index, staging, trained, images, feature_service, decoder, pools.store, pools.parse, settings.max_image_bytes
+    )
     administration = AdministrationService(
         registry=registry,
         tenants=tenants,
@@ -330,16 +337,7 @@ def create_app(
         cache=cache,
         store=store,
         registration=changes,
-        datasets=DatasetArchive(
-            index,
-            staging,
-            TrainingArchive(training_registry, staging, snapshots, pools.store),
-            images,
-            feature_service,
-            decoder,
-            pools.store,
-            settings.max_image_bytes,
-        ),
+        datasets=archive,
         reads=reads,
         threads=pools.store,
         max_adapter_bytes=settings.max_adapter_bytes,
@@ -379,8 +377,7 @@ def create_app(
             tracing.stop()
 
     api = GatewayAPI(settings, active, metrics, lifespan, errors)
-    authenticator = Authenticator(cache, limiter)
-    dependencies = CallerDependencies(authenticator, pools.parse)
+    dependencies = CallerDependencies(authenticator := Authenticator(cache, limiter), pools.parse)
     limit = TenantConcurrencyLimit(active.limit(tenant_calls, GATEWAY_CALLS_BESIDE), tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
     add_health_routes(api, service)

@@ -21,9 +21,10 @@ from ..observability import request_context
 from ..schemas import MAX_PAGE
 from ..worker_api import PassStats
 from .bodies import JSON, NO_BODY, RequestBody
+from .limits.unread_replies import PIECE_BYTES
+from .limits.upload_guard import claim_body
 from .problems import invalid_fields
 from .request_heads import announces_body
-from .upload_guard import claim_body
 
 # For the OpenAPI document only. `Authenticator` reads the header, because FastAPI's own errors are not problems.
 BEARER = HTTPBearer(auto_error=False)
@@ -39,7 +40,6 @@ Coverage = Annotated[
     Query(gt=0, lt=1, description="adds to each image the smallest set of labels that covers this share of images"),
 ]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="entries of a page; a page may have fewer")]
-PIECE_BYTES = 256 * 1024  # of a large reply
 CANARY_HEADER = "x-canary-key"
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 OPTION_HEADERS = (CANARY_HEADER, JSON_LENGTH_HEADER)  # refused on routes that do not have them
@@ -131,7 +131,7 @@ class LargeReply(Response):
 def json_reply(content: BaseModel | str, status: int = 200) -> Response:
     """Return a reply whose content is complete. FastAPI would check each entry of a long list once more."""
     text = content if isinstance(content, str) else content.model_dump_json()
-    return LargeReply(text, status, media_type=JSON)
+    return Response(text, status, media_type=JSON)
 
 
 def client_address(request: Request) -> str:

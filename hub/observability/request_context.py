@@ -72,6 +72,12 @@ def note_tenant(tenant: str) -> None:
         context.tenant = tenant
 
 
+def tenant() -> str:
+    """Return the tenant of the request's key; '' if it is unknown."""
+    context = _request.get()
+    return context.tenant if context else ""
+
+
 def note_task(task: str, version: int, digest: str) -> None:
     """Record the version of a task that this asyncio task works for from now on."""
     _adapter.set(AdapterContext(task, version, digest))

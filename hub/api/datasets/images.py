@@ -191,11 +191,16 @@ def add_dataset_routes(
     async def delete_image(caller: Owner, task: TaskName, digest: Digest) -> None:
         await service.remove(caller, task, digest)
 
-    @api.get("/v1/tasks/{task}/review", summary="List images to label or to correct, most useful first")
+    @api.get(
+        "/v1/tasks/{task}/review",
+        summary="List images to label or to correct, most useful first",
+        response_model=ReviewQueue,
+        dependencies=large,
+    )
     async def get_review(
         caller: Owner, task: TaskName, kind: Kind = "unlabelled", count: ReviewCount = REVIEW_IMAGES
-    ) -> ReviewQueue:
-        return await reviews.review(caller, task, kind, count)
+    ) -> Response:
+        return json_reply(await reviews.review(caller, task, kind, count))
 
     @api.get(
         "/v1/tasks/{task}/near-duplicates",

@@ -100,8 +100,13 @@ def add_training_routes(
     async def get_snapshot(caller: Owner, task: TaskName, training: TrainingId) -> Response:
         return LargeReply(await service.snapshot(caller, task, training), media_type=JSON)
 
-    @api.get("/v1/tasks/{task}/compare", summary="Compare two versions on the same test images of the task's dataset")
+    @api.get(
+        "/v1/tasks/{task}/compare",
+        summary="Compare two versions on the same test images of the task's dataset",
+        response_model=Comparison,
+        dependencies=large,
+    )
     async def compare_versions(
         caller: Owner, task: TaskName, a: QueryVersion = "stable", b: QueryVersion = "latest"
-    ) -> Comparison:
-        return await comparison.compare(caller, task, a, b)
+    ) -> Response:
+        return json_reply(await comparison.compare(caller, task, a, b))

@@ -2,13 +2,13 @@
 
 from typing import Annotated
 
-from fastapi import Depends, FastAPI, Query
+from fastapi import Depends, FastAPI, Query, Response
 
 from ...admission.authentication import Caller
 from ...services.trainings.backtest import BacktestService
 from ...services.usage.service import UsageService
 from ...usage_schemas import MAX_BACKTEST_IMAGES, MAX_USAGE_DAYS, Backtest, TaskUsage
-from ..dependencies import CallerDependencies, QueryVersion, TaskName
+from ..dependencies import CallerDependencies, QueryVersion, TaskName, json_reply
 
 Days = Annotated[int, Query(ge=1, le=MAX_USAGE_DAYS, description="number of days, today included (UTC)")]
 
@@ -25,12 +25,24 @@ def add_usage_routes(
     """Add the routes. All of them need an owner's key."""
     Owner = Annotated[Caller, Depends(dependencies.owner)]
 
-    @api.get("/v1/tasks/{task}/usage", summary="Count the answers of a task by day, label and version; see drift")
-    async def get_task_usage(caller: Owner, task: TaskName, days: Days = 30) -> TaskUsage:
-        return await usage.usage(caller, task, days)
+    large = [Depends(dependencies.large_reply)]
 
-    @api.get("/v1/tasks/{task}/backtest", summary="Find the kept images that a version would answer otherwise")
+    @api.get(
+        "/v1/tasks/{task}/usage",
+        summary="Count the answers of a task by day, label and version; see drift",
+        response_model=TaskUsage,
+        dependencies=large,
+    )
+    async def get_task_usage(caller: Owner, task: TaskName, days: Days = 30) -> Response:
+        return json_reply(await usage.usage(caller, task, days))
+
+    @api.get(
+        "/v1/tasks/{task}/backtest",
+        summary="Find the kept images that a version would answer otherwise",
+        response_model=Backtest,
+        dependencies=large,
+    )
     async def backtest_version(
         caller: Owner, task: TaskName, a: Answered = None, b: QueryVersion = "latest", last: Last = 500
-    ) -> Backtest:
-        return await backtests.backtest(caller, task, a, b, last)
+    ) -> Response:
+        return json_reply(await backtests.backtest(caller, task, a, b, last))

@@ -42,6 +42,7 @@ from .files import StoredName
 MAX_TRAININGS = 100  # newest ones kept per task; older ones stay while they are jobs, or while their version exists
 
 
+TRAININGS_PER_READ = 4  # each may have the figures of thousands of labels, up to 512 KiB
 MAX_LISTED = 100  # in each part of the hub's list
 
 
@@ -217,18 +218,20 @@ class TrainingRegistry:
         Raises:
             NotFound: the task does not exist.
         """
-        async with self._reads.turn(tenant):
-            pipeline = self._redis.pipeline(transaction=True)
-            pipeline.exists(tenant_key(tenant, f"task:{task}"))
-            pipeline.zrevrange(tenant_key(tenant, f"data:{task}:training-order"), 0, -1)
-            exists, ids = await self._connection.execute(pipeline.execute(), timeout_s=READ_TIMEOUT_S)
-            if not as_integer(exists):
-                raise task_not_found(task)
-            if not as_texts(ids):
-                return []
-            command = self._redis.hmget(tenant_key(tenant, f"data:{task}:trainings"), as_texts(ids))
-            texts = as_optional_texts(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
-            return [Training.model_validate_json(text) for text in texts if text is not None]
+        pipeline = self._redis.pipeline(transaction=True)
+        pipeline.exists(tenant_key(tenant, f"task:{task}"))
+        pipeline.zrevrange(tenant_key(tenant, f"data:{task}:training-order"), 0, -1)
+        exists, names = await self._connection.execute(pipeline.execute(), timeout_s=READ_TIMEOUT_S)
+        if not as_integer(exists):
+            raise task_not_found(task)
+        found, ids = list[Training](), as_texts(names)
+        for start in range(0, len(ids), TRAININGS_PER_READ):
+            part = ids[start : start + TRAININGS_PER_READ]
+            async with self._reads.turn(tenant):
+                command = self._redis.hmget(tenant_key(tenant, f"data:{task}:trainings"), part)
+                texts = as_optional_texts(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
+                found += [Training.model_validate_json(text) for text in texts if text is not None]
+        return found
 
     async def get(self, tenant: str, task: str, id: str) -> Training:
         """Return one training.

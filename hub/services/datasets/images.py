@@ -6,11 +6,10 @@ bytes are in the store before the registry lists it, so a listed image always ha
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from itertools import islice
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +46,7 @@ from ..spool import spooled
 from .features import PATIENCE_S, FeatureService
 from .removal import REMOVING_ATTEMPTS, REMOVING_PAUSE_S, FileRemoval
 from .upload_report import UploadReport
-from .zip_folders import ZipFolders
+from .zip_folders import ZipEntry, ZipFolders
 
 STEP_IMAGES = 32  # of a zip, added in one atomic step
 MAX_WAITS = 120  # for the tenant's rate of images, in one upload of a zip
@@ -79,12 +78,14 @@ class DatasetService:
         decoder: ImageDecoder,
         limiter: RateLimiter,
         threads: TenantThreads,
+        parse_threads: TenantThreads,
         max_image_bytes: int,
         min_free_bytes: int,
     ) -> None:
         """
         Args:
             threads: thread pool for calls to the store and for files.
+            parse_threads: thread pool for the directories of zips.
             min_free_bytes: bytes that a zip leaves free on the disk of temporary files.
         """
         self._index = index
@@ -95,6 +96,7 @@ class DatasetService:
         self._decoder = decoder
         self._limiter = limiter
         self._threads = threads
+        self._parse_threads = parse_threads
         self._max_image_bytes = max_image_bytes
         self._min_free_bytes = min_free_bytes
         self._uploads = TenantConcurrencyLimit(IMAGE_UPLOADS, IMAGE_UPLOADS + IMAGE_UPLOADS_QUEUED)
@@ -143,9 +145,12 @@ class DatasetService:
         async with spooled(
             pool, chunks, max_bytes=MAX_ZIP_BYTES, too_large=too_large, min_free_bytes=self._min_free_bytes
         ) as file:
-            entries, count = await run_blocking(pool, self._open_zip, file, label, split)
-            while images := await run_blocking(pool, lambda: list(islice(entries, STEP_IMAGES))):
-                await self._add(caller, task, images, report, files=count, waits=True)
+            zipped = ZipFolders(file, max_image_bytes=self._max_image_bytes)
+            entries = await self._entries(caller.tenant, zipped)
+            for start in range(0, len(entries), STEP_IMAGES):
+                step = entries[start : start + STEP_IMAGES]
+                images = await run_blocking(pool, _read, zipped, step, label, split)
+                await self._add(caller, task, images, report, files=len(entries), waits=True)
         return report.reply()
 
     async def page(
@@ -229,21 +234,13 @@ class DatasetService:
         counts = await self._index.count(caller.tenant, task, rename.to)
         return LabelRenamed(label=rename.to, merged=merged, counts=counts)
 
-    def _open_zip(self, file: IO[bytes], label: str | None, split: Split | None) -> tuple[Iterator[SentImage], int]:
-        zipped = ZipFolders(file, max_image_bytes=self._max_image_bytes)
-        entries = zipped.entries()
+    async def _entries(self, tenant: str, zipped: ZipFolders) -> list[ZipEntry]:
+        steps, entries = zipped.entries(), list[ZipEntry]()
+        while (step := await run_blocking(self._parse_threads.of(tenant), next, steps, None)) is not None:
+            entries += step
         if not entries:
             raise InvalidRequest.at("body", "the zip has no image; put images into folders of the zip")
-
-        def images() -> Iterator[SentImage]:
-            for entry in entries:
-                try:
-                    data, problem = zipped.read(entry), ""
-                except InvalidImage as error:
-                    data, problem = b"", error.reason
-                yield SentImage(entry.name, data, label or entry.label, split or entry.split, problem)
-
-        return images(), len(entries)
+        return entries
 
     async def _add(
         self, caller: Caller, task: str, sent: Sequence[SentImage], report: UploadReport, *, files: int, waits: bool
@@ -356,6 +353,17 @@ class DatasetService:
                 return added
             await asyncio.sleep(REMOVING_PAUSE_S)
         raise Unavailable("The store is removing an old copy of an image. Send the images again.", retry_after_s=2)
+
+
+def _read(zipped: ZipFolders, entries: Sequence[ZipEntry], label: str | None, split: Split | None) -> list[SentImage]:
+    images = []
+    for entry in entries:
+        try:
+            data, problem = zipped.read(entry), ""
+        except InvalidImage as error:
+            data, problem = b"", error.reason
+        images.append(SentImage(entry.name, data, label or entry.label, split or entry.split, problem))
+    return images
 
 
 def _digests(images: Sequence[SentImage]) -> list[str]:

@@ -36,7 +36,7 @@ UNTYPICAL = 0.05  # typicality below which an image is uncertain
 COVERAGE = 0.9  # an image with several labels in its set of this coverage is uncertain
 SAMPLED = 0.1  # share of the images of `sample`
 STEP_IMAGES = 16  # stored and listed in one atomic step
-QUEUED_BYTES = 64 * 1024**2  # of all tenants per gateway
+QUEUED_BYTES = 64 * 1024**2  # of all tenants per gateway; a quarter of it of one tenant, or one image
 PAUSE_S = 60.0  # after a limit of the tenant or an error, in which a task keeps nothing
 SETTLE_S = 5.0  # longest wait for an image to be stored
 DAY_S, DAY_MS = 86_400, 86_400_000
@@ -78,7 +78,7 @@ class Keeper:
         self._metric = count
         self._clock = clock
         self._queues: dict[str, deque[_Queued]] = {}  # by tenant; the first one is next
-        self._bytes = 0
+        self._bytes = Counter[str]()  # queued or being stored, by tenant
         self._pending: set[tuple[str, str, str]] = set()
         self._closed_until: dict[tuple[str, str], float] = {}  # tasks whose day or tenant has no room
         self._work = asyncio.Event()
@@ -138,7 +138,7 @@ class Keeper:
         if name in self._pending:
             return True
         queue = self._queues.get(owner, deque())
-        if len(queue) >= KEPT_QUEUED or self._bytes + len(data) > QUEUED_BYTES:
+        if len(queue) >= KEPT_QUEUED or not self._has_room(owner, len(data)):
             self._count("dropped", 1)
             return False
         answer, labels = predicted.answers[i], predicted.version.labels
@@ -157,10 +157,16 @@ class Keeper:
         )
         queue.append(_Queued(task, keep.per_day, image, data))
         self._queues.setdefault(owner, queue)
-        self._bytes += len(data)
+        self._bytes[owner] += len(data)
         self._pending.add(name)
         self._work.set()
         return True
+
+    def _has_room(self, owner: str, size_bytes: int) -> bool:
+        """Return whether an image fits. One tenant's large images leave room for those of others."""
+        own_bytes = self._bytes[owner]
+        fits_own = not own_bytes or own_bytes + size_bytes <= QUEUED_BYTES // 4
+        return fits_own and self._bytes.total() + size_bytes <= QUEUED_BYTES
 
     async def _store_step(self, tenant: str, task: str, step: Sequence[_Queued]) -> None:
         try:
@@ -173,8 +179,9 @@ class Keeper:
             statuses = ["error"] * len(step)
         finally:
             for queued in step:
-                self._bytes -= len(queued.data)
+                self._bytes[tenant] -= len(queued.data)
                 self._pending.discard((tenant, task, queued.image.digest))
+            self._bytes += Counter()  # drops tenants without bytes
         self._usage.kept(tenant, task, statuses.count("added"))
         ends = {"added": "kept", "there": "known", "error": "dropped"}
         for end, images in Counter(ends.get(status, "refused") for status in statuses).items():

@@ -24,6 +24,7 @@ from ..classification import ClassificationService
 from ..datasets.features import FeatureService
 
 BATCH_IMAGES = 16  # in one classification
+SCORES_AT_ONCE = 2_000_000  # images times labels, 8 MB: a head of 75,000 labels and 10,000 images has 3 GB of scores
 Images: TypeAlias = Sequence[DatasetImage] | Sequence[ListedImage]
 
 
@@ -42,11 +43,13 @@ class VersionAnswers:
         classification: ClassificationService,
         threads: TenantThreads,
         parse_threads: TenantThreads,
+        fits: TenantThreads,
     ) -> None:
         """
         Args:
             threads: thread pool for calls to the stores.
             parse_threads: thread pool for what these calls return.
+            fits: thread pool for scores, of a low priority.
         """
         self._tasks = tasks
         self._trainings = trainings
@@ -57,6 +60,7 @@ class VersionAnswers:
         self._classification = classification
         self._threads = threads
         self._parse_threads = parse_threads
+        self._fits = fits
         self._limit = TenantConcurrencyLimit(COMPARISONS, COMPARISONS + COMPARISONS_QUEUED)
 
     @asynccontextmanager
@@ -92,7 +96,7 @@ class VersionAnswers:
     async def of_heads(self, tenant: str, adapters: Sequence[Adapter], images: Images) -> list[dict[str, str]]:
         """Return the labels of each head by digest. An unreadable image has none."""
         rows = await self._features.of(tenant, [image.digest for image in images])
-        return [await run_blocking(self._threads.of(tenant), _labels_of_head, adapter, rows) for adapter in adapters]
+        return [await run_blocking(self._fits.of(tenant), _labels_of_head, adapter, rows) for adapter in adapters]
 
     async def of_engine(self, caller: Caller, task: str, number: int, images: Images) -> dict[str, str]:
         """Return the labels by digest, from the workers, in small parts. An image whose file is lost has none."""
@@ -174,5 +178,7 @@ def _labels_of_head(adapter: Adapter, rows: Mapping[str, NDArray[np.float16]]) -
         return {}
     features = np.stack([*rows.values()]).astype(np.float32)  # (n, D)
     weight, bias = adapter.head()
-    chosen = (features @ weight.T + bias).argmax(1).tolist()
+    step = max(1, SCORES_AT_ONCE // len(adapter.labels))
+    parts = [features[start : start + step] for start in range(0, len(features), step)]
+    chosen = [int(k) for part in parts for k in (part @ weight.T + bias).argmax(1)]
     return {digest: adapter.labels[k] for digest, k in zip(rows, chosen, strict=True)}

@@ -10,14 +10,14 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from hub.api.security_headers import DISCONNECT_HEADER
-from hub.api.upload_guard import (
+from hub.api.limits.upload_guard import (
     BodyMemory,
     BodyPace,
     UploadGuardMiddleware,
     UploadSpeed,
     claim_body,
 )
+from hub.api.security_headers import DISCONNECT_HEADER
 from hub.concurrency import ActiveTenants
 from hub.errors import LimitReached, RequestTimeout, Unavailable
 from tests.support import virtual_time

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from hub.errors import HubError, InvalidImage, InvalidRequest, TooLarge
-from hub.services.datasets.zip_folders import MAX_ENTRIES, ZipEntry, ZipFolders
+from hub.services.datasets.zip_folders import MAX_ENTRIES, STEP_ENTRIES, ZipEntry, ZipFolders
 from tests.support.models import png
 from tests.support.zips import zip_of
 
@@ -21,11 +21,15 @@ def opened(data: bytes) -> ZipFolders:
     return ZipFolders(io.BytesIO(data), max_image_bytes=MAX_IMAGE_BYTES)
 
 
+def listed(zipped: ZipFolders) -> list[ZipEntry]:
+    return [entry for step in zipped.entries() for entry in step]
+
+
 def read_all(data: bytes) -> dict[str, bytes | str]:
     """Return the bytes or the refusal of each entry."""
     zipped = opened(data)
     found: dict[str, bytes | str] = {}
-    for entry in zipped.entries():
+    for entry in listed(zipped):
         try:
             found[entry.name] = zipped.read(entry)
         except InvalidImage as error:
@@ -34,21 +38,21 @@ def read_all(data: bytes) -> dict[str, bytes | str]:
 
 
 def entries(data: bytes) -> dict[str, ZipEntry]:
-    return {entry.name: entry for entry in opened(data).entries()}
+    return {entry.name: entry for entry in listed(opened(data))}
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_entries_have_their_bytes_and_the_labels_of_their_folders(compression: int) -> None:
     data = zip_of({"a/b/1.png": png(1), "2.png": png(2), "c\\3.png": png(3)}, compression=compression)
     assert read_all(data) == {"a/b/1.png": png(1), "2.png": png(2), "c/3.png": png(3)}
-    assert [entry.label for entry in opened(data).entries()] == ["b", None, "c"]
+    assert [entry.label for entry in listed(opened(data))] == ["b", None, "c"]
 
 
 def test_a_name_without_the_utf8_flag_and_a_decomposed_name_are_read() -> None:
     data = zip_of({"u\u0308ber/1.png": png(1)})
     without_flag = data.replace(struct.pack("<H", 1 << 11), b"\0\0")
     for zipped in (data, without_flag):
-        assert [entry.label for entry in opened(zipped).entries()] == ["\u00fcber"]
+        assert [entry.label for entry in listed(opened(zipped))] == ["\u00fcber"]
 
 
 @pytest.mark.parametrize("path", ["/etc/1.png", "../1.png", "a/../../1.png", "C:/1.png", "..\\..\\1.png"])
@@ -92,17 +96,29 @@ def test_an_entry_over_the_limit_of_an_image_is_refused() -> None:
     assert f"limit {MAX_IMAGE_BYTES}" in str(read_all(data)["a/1.png"])
 
 
+def test_a_path_of_very_many_folders_is_refused_by_name() -> None:
+    found = read_all(zip_of({"a/" * 20_000 + ".hidden": b"x", "a/" * 32 + "1.png": png(1)}))
+    refusal, image = found.values()
+    assert "more than 32 folders" in str(refusal)
+    assert image == png(1)
+
+
+def test_a_directory_is_read_in_steps_when_its_entries_are_left_out() -> None:
+    zipped = opened(zip_of({f"a/.{n}": b"" for n in range(2 * STEP_ENTRIES + 1)} | {"a/1.png": png(1)}))
+    assert [len(step) for step in zipped.entries()] == [0, 0, 1]
+
+
 def test_a_million_entries_are_refused_without_memory_for_them() -> None:
     entry = b"PK\x01\x02" + bytes(42)
     directory = entry * 1_000_000
     end = b"PK\x05\x06" + struct.pack("<4H2IH", 0, 0, 10, 10, len(directory), 0, 0)
     with pytest.raises(TooLarge, match="entries"):
-        opened(directory + end).entries()
+        listed(opened(directory + end))
     honest = b"PK\x06\x06" + struct.pack("<Q2H2I4Q", 44, 45, 45, 0, 0, 10**6, 10**6, len(directory), 0)
     locator = b"PK\x06\x07" + struct.pack("<IQI", 0, len(directory), 1)
     full = b"PK\x05\x06" + struct.pack("<4H2IH", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
     with pytest.raises(TooLarge, match=f"1000000 entries .limit {MAX_ENTRIES}"):
-        opened(directory + honest + locator + full).entries()
+        listed(opened(directory + honest + locator + full))
 
 
 def test_entries_that_share_their_bytes_are_refused() -> None:
@@ -112,7 +128,7 @@ def test_entries_that_share_their_bytes_are_refused() -> None:
     many = directory * 10
     end = b"PK\x05\x06" + struct.pack("<4H2IH", 0, 0, 30, 30, len(many), start, 0)
     with pytest.raises(InvalidRequest, match="share the same bytes"):
-        opened(data[:start] + many + end).entries()
+        listed(opened(data[:start] + many + end))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +144,7 @@ def test_entries_that_share_their_bytes_are_refused() -> None:
 )
 def test_a_damaged_zip_is_refused_as_a_whole(damage: Callable[[bytes], bytes]) -> None:
     with pytest.raises(HubError):
-        opened(damage(zip_of({"a/1.png": png(1), "a/2.png": png(2)}))).entries()
+        listed(opened(damage(zip_of({"a/1.png": png(1), "a/2.png": png(2)}))))
 
 
 def test_a_flipped_byte_is_found_by_the_checksum() -> None:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..admission.quotas import BODY_BYTES, BODY_BYTES_PER_S
-from ..concurrency import ActiveTenants
-from ..errors import HubError, LimitReached, RequestTimeout, Unavailable
-from .problems import error_response
-from .request_heads import announces_body
-from .security_headers import DISCONNECT_HEADER
+from ...admission.quotas import BODY_BYTES, BODY_BYTES_PER_S
+from ...concurrency import ActiveTenants
+from ...errors import HubError, LimitReached, RequestTimeout, Unavailable
+from ..problems import error_response
+from ..request_heads import announces_body
+from ..security_headers import DISCONNECT_HEADER
 
 READ_AHEAD_BYTES = 1024**2
 BODY_MEMORY_BYTES = 1024**3  # of all tenants in one gateway
