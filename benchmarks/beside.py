@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +52,20 @@ def hub_beside_empty(pixels: int, **settings: str) -> Iterator[Hub]:
 
     Args:
         pixels: side of the square images that the empty application sends to its worker.
+        settings: see `hub_process`.
+
+    Raises:
+        RuntimeError: the hub does not start; its process wrote the reason to stderr.
+    """
+    with hub_process(["-m", "benchmarks.beside", str(pixels)], **settings) as hub:
+        yield hub
+
+
+@contextmanager
+def hub_process(command: list[str], **settings: str) -> Iterator[Hub]:
+    """Run a Python command that calls `run_hub` while the context lasts.
+
+    Args:
         settings: `backbone`, `batch_size` and so on. Other settings have their defaults; the environment has no effect.
 
     Raises:
@@ -62,8 +76,8 @@ def hub_beside_empty(pixels: int, **settings: str) -> Iterator[Hub]:
     with tempfile.TemporaryDirectory() as home:
         chosen = settings | {"home": home, "port": str(port)}
         environment |= {f"HUB_{name.upper()}": value for name, value in chosen.items()}
-        command = [sys.executable, "-m", "benchmarks.beside", str(pixels)]
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        full = [sys.executable, *command]
+        process = subprocess.Popen(full, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         with process:  # Closing stdin ends the hub; the context then waits for the process.
             assert process.stdout is not None
             for line in process.stdout:
@@ -74,19 +88,32 @@ def hub_beside_empty(pixels: int, **settings: str) -> Iterator[Hub]:
                 raise RuntimeError("the hub did not start")
 
 
-def main() -> None:
-    """Run the hub in the process with settings from the environment, until stdin ends."""
-    pixels = int(sys.argv[1])
+def run_hub(deploy: Callable[[Settings], object]) -> None:
+    """Run a hub in this process with settings from the environment, until stdin ends.
+
+    Args:
+        deploy: called with the settings when the hub runs.
+    """
     settings = Settings()
     with embedded_redis(settings.home) as url:
         keys = anyio.run(_keys, url)
-        settings = settings.model_copy(update={"redis_url": url})
+        settings = settings.model_copy(update={"redis_url": url, "store_url": str(settings.home / "store")})
         with local_hub(settings):
-            from ray import serve  # Ray reads its settings at import.
-
-            serve.run(empty_application((3, pixels, pixels)), name="empty", route_prefix=EMPTY)
+            deploy(settings)
             print(json.dumps(keys), flush=True)
             sys.stdin.read()
+
+
+def main() -> None:
+    """Run the hub and the empty application."""
+    pixels = int(sys.argv[1])
+
+    def deploy(_settings: Settings) -> None:
+        from ray import serve  # Ray reads its settings at import.
+
+        serve.run(empty_application((3, pixels, pixels)), name="empty", route_prefix=EMPTY)
+
+    run_hub(deploy)
 
 
 async def _keys(url: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from . import idle
 from .common import markdown_table
 from .int8_report import MIXED_BARS, frozen_layers
 from .performance_lead import lead
@@ -19,7 +20,7 @@ from .performance_lead import lead
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 FOUND = ["mixed_batch", "int8_agreement", "many_tasks", "engine", "peers", "over_http", "rate_limits", "train_step"]
-FOUND += ["servers"]
+FOUND += ["servers", "idle"]
 MANY_BARS = {"heads": 1.10, "typical": 1.10, "late": 3.5}
 MANY_MODELS = ("vit_base_patch16_224", "vit_small_patch16_224")
 PEER_NAMES = {
@@ -61,6 +62,7 @@ def report(found: dict[str, Any]) -> str:
         *_engine(found["engine"]),
         *_peers(found["peers"]),
         *_http(found["over_http"]),
+        *idle.report(found["idle"]),
         *_limits(found["rate_limits"]),
         *_train(found["train_step"]),
         *_images(),

@@ -34,6 +34,7 @@ AliasName = Annotated[str, Path(pattern=NAME_PATTERN)]
 VersionNumber = Annotated[int, Path(ge=1, le=2**53)]
 VersionReference = Annotated[str, Path(max_length=63, description="a version's number or an alias")]
 QueryVersion = Annotated[str, Query(max_length=63, description="a version's number or an alias")]
+TOP_K = 5  # where a call does not set it
 TopK = Annotated[int, Query(ge=1, le=1000, description="labels per image")]
 Coverage = Annotated[
     float | None,
@@ -43,6 +44,7 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="entries of a page; 
 CANARY_HEADER = "x-canary-key"
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 OPTION_HEADERS = (CANARY_HEADER, JSON_LENGTH_HEADER)  # refused on routes that do not have them
+OPTION_HEADER_NAMES = frozenset(name.lower().encode() for name in OPTION_HEADERS)
 CanaryKey = Annotated[
     str | None,
     Header(
@@ -67,14 +69,18 @@ class CallerDependencies:
         replies = TenantConcurrencyLimit(LARGE_REPLIES, LARGE_REPLIES + LARGE_REPLIES_QUEUED)
         exports = TenantConcurrencyLimit(EXPORTS, EXPORTS + EXPORTS_QUEUED)
 
-        async def any_caller(request: Request, _bearer: Annotated[object, Security(BEARER)]) -> Caller:
+        async def authenticated(request: Request) -> Caller:
             authorization, origin = request.headers.get("authorization"), request.headers.get("origin")
             caller = await authenticator.authenticate(authorization, client_address(request), origin)
             claim_body(request.scope, caller.tenant)
             request_context.note_tenant(caller.tenant)
+            return caller
+
+        async def any_caller(request: Request, _bearer: Annotated[object, Security(BEARER)]) -> Caller:
+            caller = await authenticated(request)
             _refuse_unknown_options(request)
             if not _has_body(request):
-                recheck = partial(authenticator.recheck, str(authorization))
+                recheck = partial(authenticator.recheck, request.headers["authorization"])
                 await RequestBody(request, recheck, threads.of(caller.tenant)).refuse_content()
             return caller
 
@@ -94,6 +100,11 @@ class CallerDependencies:
             recheck = partial(authenticator.recheck, request.headers["authorization"])
             return RequestBody(request, recheck, threads.of(caller.tenant))
 
+        async def plain(request: Request) -> tuple[Caller, RequestBody]:
+            caller = await authenticated(request)
+            caller.require_tenant()
+            return caller, await body(request, caller)
+
         async def recheck(request: Request) -> Recheck:
             return partial(authenticator.recheck, request.headers["authorization"])
 
@@ -108,6 +119,7 @@ class CallerDependencies:
         self.any_caller, self.tenant_caller, self.owner, self.admin = any_caller, tenant_caller, owner, admin
         self.body, self.recheck, self.large_reply = body, recheck, large_reply
         self.export = export
+        self.plain = plain  # what `tenant_caller` and `body` return, for a request without unknown options
 
 
 class LargeReply(Response):

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Query, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 
 from ..admin_schemas import NewToken, TokenRequest
 from ..admission.authentication import Authenticator, Caller
@@ -38,6 +38,8 @@ from ..services.registration import RegistrationService
 from .base64_images import NamedImage, decode_base64
 from .bodies import FORM, JSON, RequestBody, parse_json
 from .dependencies import (
+    OPTION_HEADER_NAMES,
+    TOP_K,
     AliasName,
     CallerDependencies,
     CanaryKey,
@@ -54,6 +56,7 @@ from .dependencies import (
     no_options,
 )
 from .openapi import BINARY, OCTETS, request_body, schema_of
+from .plain_route import PlainRequest, plain_route
 from .problems import NUMBER_PATTERN, TASKS_CURSOR_PATTERN
 
 IMAGES_CONTENT: dict[str, Any] = {
@@ -294,31 +297,51 @@ def add_classify_routes(
     TenantCaller = Annotated[Caller, Depends(dependencies.tenant_caller)]
     Body = Annotated[RequestBody, Depends(dependencies.body)]
 
-    @api.post(
-        "/v1/tasks/{task}/classify",
-        summary="Classify images with one task",
-        openapi_extra=request_body(IMAGES_CONTENT),
-    )
-    async def classify(
-        caller: TenantCaller,
-        task: TaskName,
-        body: Body,
-        response: Response,
-        top_k: TopK = 5,
-        version: QueryVersion = LATEST,
-        coverage: Coverage = None,
-        canary: CanaryKey = None,
-    ) -> Classified:
+    async def classified(
+        caller: Caller,
+        task: str,
+        body: RequestBody,
+        top_k: int,
+        version: str,
+        coverage: float | None = None,
+        canary: str | None = None,
+    ) -> Response:
         async with concurrency_limit.acquire(caller.tenant):
             sent = await body.read_images(max_request_bytes)
             top_k = body.option("top_k", top_k, sent.options.top_k)
             version = body.option("version", version, sent.options.version)
             coverage = body.option("coverage", coverage, sent.options.coverage)
-            classified, stats = await service.classify(caller, task, version, sent.images, top_k, canary, coverage)
-        add_batch_headers(response, stats)
+            found, stats = await service.classify(caller, task, version, sent.images, top_k, canary, coverage)
+        reply = Response(found.model_dump_json(), media_type=JSON)
+        add_batch_headers(reply, stats)
         if sent.skipped:
-            response.headers["x-skipped-files"] = str(sent.skipped)
-        return classified
+            reply.headers["x-skipped-files"] = str(sent.skipped)
+        return reply
+
+    async def plain(request: Request, given: PlainRequest) -> Response:
+        caller, body = await dependencies.plain(request)
+        return await classified(caller, given.task, body, given.top_k or TOP_K, given.version or LATEST)
+
+    async def classify(
+        caller: TenantCaller,
+        task: TaskName,
+        body: Body,
+        top_k: TopK = TOP_K,
+        version: QueryVersion = LATEST,
+        coverage: Coverage = None,
+        canary: CanaryKey = None,
+    ) -> Response:
+        return await classified(caller, task, body, top_k, version, coverage, canary)
+
+    api.router.add_api_route(
+        "/v1/tasks/{task}/classify",
+        classify,
+        methods=["POST"],
+        summary="Classify images with one task",
+        response_model=Classified,
+        openapi_extra=request_body(IMAGES_CONTENT),
+        route_class_override=plain_route(plain, OPTION_HEADER_NAMES),
+    )
 
     # FastAPI would check a thousand results once more.
     @api.post(
@@ -330,7 +353,7 @@ def add_classify_routes(
     async def classify_inputs(
         caller: TenantCaller,
         body: Body,
-        top_k: TopK = 5,
+        top_k: TopK = TOP_K,
         coverage: Coverage = None,
         canary: CanaryKey = None,
     ) -> Response:

@@ -1,0 +1,152 @@
+"""A hub without calls: seconds to ready, share of a core, and memory by process.
+
+    python -m benchmarks.idle [--seconds 60] [--output FILE]
+
+It runs `karst-hub serve` with the demo backbone, default settings and an empty home. `ready` is the time until the
+command logs that it is ready. Then the hub is idle for a minute. Then CPU time is counted for `--seconds` (/proc), and
+memory is the proportional set size (PSS) at their end: pages that several processes share count once in all. Other
+programs that run the same files, such as another hub on this machine, make PSS smaller. The result has the load average
+before and after.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from hub.local.ports import free_port
+
+from .common import machine, markdown_table
+
+OUTPUT = Path(__file__).parent / "results" / "idle.json"
+BARS = {"ready_s": 12.0, "core": 0.05, "pss_mb": 1500.0}
+SETTLE_S = 60.0
+READY = b"ready; press Ctrl-C to stop"
+# Part of a process's command -> its name in the table. The first match counts. The raylet's command has its agent's.
+NAMES = {
+    "karst-hub:worker": "worker",
+    "karst-hub:gateway": "gateway",
+    "ServeController": "Serve: controller",
+    "HAProxyManager": "Serve: manager of HAProxy",
+    "ProxyActor": "Serve: fallback proxy",
+    "DashboardAgent": "Ray: raylet and agent of metrics",
+    "dashboard/agent.py": "Ray: raylet and agent of metrics",
+    "RuntimeEnvAgent": "Ray: agent of environments",
+    "runtime_env/agent": "Ray: agent of environments",
+    "gcs_server": "Ray: GCS",
+    "redis": "Redis",
+    "karst-hub serve": "command",
+    "haproxy": "HAProxy",
+}
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seconds", type=float, default=60.0, help="in which CPU time is counted")
+    parser.add_argument("--settle", type=float, default=SETTLE_S, help="idle seconds before")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    load = [os.getloadavg()[0]]
+    found = measure(options.settle, options.seconds)
+    result = {"machine": machine(), "seconds": options.seconds, "load": [*load, os.getloadavg()[0]], **found}
+    result["bars"] = {
+        name: {"value": found[name], "bar": bar, "holds": found[name] <= bar} for name, bar in BARS.items()
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(*report(result), sep="\n\n")
+    print(f"written to {options.output}")
+
+
+def measure(settle_s: float, seconds: float) -> dict[str, Any]:
+    """Run a hub, and return its seconds to ready, share of a core and memory."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HUB_")}
+    command = [str(Path(sys.executable).with_name("karst-hub")), "serve"]
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile() as log:
+        environment |= {"HUB_HOME": home, "HUB_BACKBONE": "demo", "HUB_PORT": str(free_port())}
+        started_s = time.monotonic()
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            while READY not in os.pread(log.fileno(), 1 << 20, 0):
+                if process.poll() is not None:
+                    raise RuntimeError(os.pread(log.fileno(), 1 << 20, 0).decode(errors="replace"))
+                time.sleep(0.05)
+            ready_s = time.monotonic() - started_s
+            time.sleep(settle_s)
+            before, since_s = cpu_s(process.pid), time.monotonic()
+            time.sleep(seconds)
+            after, took_s = cpu_s(process.pid), time.monotonic() - since_s
+            processes: dict[str, dict[str, float]] = defaultdict(lambda: {"core": 0.0, "pss_mb": 0.0})
+            for pid, (name, used_s) in after.items():
+                processes[name]["core"] += (used_s - before.get(pid, (name, 0.0))[1]) / took_s
+                processes[name]["pss_mb"] += pss_mb(pid)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=120)
+    total = {key: sum(own[key] for own in processes.values()) for key in ("core", "pss_mb")}
+    rows = sorted(processes.items(), key=lambda item: -item[1]["pss_mb"])
+    return {
+        "ready_s": round(ready_s, 1),
+        "core": round(total["core"], 4),
+        "pss_mb": round(total["pss_mb"]),
+        "processes": {name: {key: round(value, 4) for key, value in own.items()} for name, own in rows},
+    }
+
+
+def cpu_s(root: int) -> dict[int, tuple[str, float]]:
+    """Return the name and the CPU time so far of a process and each of its descendants, by id."""
+    top = psutil.Process(root)
+    found = {}
+    for process in [top, *top.children(recursive=True)]:
+        try:
+            command, times = " ".join(process.cmdline()), process.cpu_times()
+        except psutil.Error:  # it has just ended
+            continue
+        name = next((name for part, name in NAMES.items() if part in command), "others")
+        found[process.pid] = name, times.user + times.system
+    return found
+
+
+def pss_mb(pid: int) -> float:
+    """Return the proportional set size of a process in megabytes of 10^6 bytes."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) * 1024 / 1e6
+
+
+def report(result: dict[str, Any]) -> list[str]:
+    """Return the section of docs/performance.md."""
+    machine = result["machine"]
+    bars = result["bars"]
+
+    def bar(name: str, unit: str) -> str:
+        found = bars[name]
+        holds = "holds" if found["holds"] else "**does not hold**"
+        return f"{found['value']:g} {unit} (target at most {found['bar']:g}: {holds})"
+
+    return [
+        "## An idle hub",
+        f"`python -m benchmarks.idle` ({machine['cores']} cores of {machine['cpu']}, {machine['date'][:10]}): "
+        "`karst-hub serve` with the demo backbone and default settings, a minute after its start, over "
+        f"{result['seconds']:g} seconds. Ready after {bar('ready_s', 's')}; {bar('core', 'of a core')}; "
+        f"{bar('pss_mb', 'MB')} of memory (PSS of all processes). Other programs used the cores meanwhile (load "
+        f"average {result['load'][0]:.1f} before, {result['load'][1]:.1f} after), so the seconds to ready are longer "
+        "than on quiet cores.",
+        markdown_table(
+            ["process", "memory, MB", "share of a core"],
+            [[name, f"{own['pss_mb']:.0f}", f"{own['core']:.4f}"] for name, own in result["processes"].items()],
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main()

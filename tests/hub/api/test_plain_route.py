@@ -1,0 +1,61 @@
+"""Classifications that pass FastAPI's dependencies by get the replies of those that do not."""
+
+from typing import Any
+
+import pytest
+from fastapi import Request
+
+from hub.api.dependencies import OPTION_HEADER_NAMES
+from hub.api.plain_route import PlainRequest, plain_request
+from tests.support.hub_app import OCTETS, Hub
+from tests.support.models import png
+
+
+def given(query: bytes = b"", task: str = "flowers", *headers: tuple[bytes, bytes]) -> PlainRequest | None:
+    scope: dict[str, Any] = {"type": "http", "query_string": query, "headers": list(headers)}
+    return plain_request(Request(scope | {"path_params": {"task": task}}), OPTION_HEADER_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        (b"", PlainRequest("flowers", None, None)),
+        (b"top_k=1", PlainRequest("flowers", 1, None)),
+        (b"version=stable&top_k=1000", PlainRequest("flowers", 1000, "stable")),
+    ],
+)
+def test_request_is_plain_when_its_values_need_no_check(query: bytes, expected: PlainRequest) -> None:
+    assert given(query) == expected
+    assert given(query, "tenant:flowers", (b"x-request-id", b"1")) is not None
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *(b"top_k=0", b"top_k=1001", b"top_k=01", b"top_k=", b"top_k", b"top_k=%31", b"top_k=1&top_k=1", b"&top_k=1"),
+        *(b"version=", b"version=%61", b"version=a+b", b"version=" + 64 * b"a", b"coverage=0.9", b"other=1"),
+    ],
+)
+def test_fastapi_handles_every_other_query(query: bytes) -> None:
+    assert given(query) is None
+
+
+def test_fastapi_handles_option_headers_and_names_that_no_task_has() -> None:
+    assert given(b"", "flowers", (b"x-canary-key", b"a")) is None
+    assert given(b"", "flowers", (b"inference-header-content-length", b"1")) is None
+    assert given(b"", "flowers\n") is None
+    assert given(b"", "Flowers") is None
+
+
+@pytest.mark.parametrize(("key", "task", "status"), [("own", "flowers", 200), ("own", "none", 404), ("no", "x", 401)])
+def test_both_ways_give_the_same_reply(flowers: Hub, key: str, task: str, status: int) -> None:
+    headers = OCTETS | ({} if key == "own" else {"authorization": "Bearer nothing"})
+    # FastAPI decodes the second query.
+    replies = [
+        flowers.http.post(f"/v1/tasks/{task}/classify?{query}", content=png(), headers=headers)
+        for query in ("top_k=2", "top_k=%32")
+    ]
+    assert [reply.status_code for reply in replies] == [status, status]
+    first, second = (reply.json() for reply in replies)
+    assert first == second
+    assert [*replies[0].headers] == [*replies[1].headers]
