@@ -36,6 +36,8 @@ ORIGIN = {
 DECIDED = 2  # standard errors
 RIVALS = ("LoRA", "LoKr")
 TITLES = {KARST: "KARST", EACH: EACH, AUTO: "`auto`"}
+# Pairs of methods whose difference is shown for each number of images.
+GAPS = tuple((one, other) for other in (INSTANT, *RIVALS) for one in (KARST, AUTO))
 
 
 def main() -> None:
@@ -247,27 +249,34 @@ def _trained_tables(results: Results) -> list[str]:
             f"{per_class} images a class, seed 0, accuracy in percent:",
             markdown_table(["method", "parameters", *TASKS, "mean"], rows),
         ]
-    return parts + _seeds_table(results)
+    return parts + _seeds_tables(results)
 
 
-def _seeds_table(results: Results) -> list[str]:
-    """Return a table of means over the seeds, with their standard deviations, of the methods with several seeds."""
-    rows = []
-    for method in (INSTANT, *TRAINED, *(name + PER_TASK for name in ADAPTERS), AUTO):
-        seeds = {task: results.seeds([method, KARST], task, SEARCH_PER_CLASS) for task in TASKS}
-        if min(map(len, seeds.values())) < 2:
-            continue
-        found = [
-            [results.accuracy(method, task, SEARCH_PER_CLASS, seed) or 0.0 for seed in seeds[task]] for task in TASKS
+def _seeds_tables(results: Results) -> list[str]:
+    """Return tables of the methods with several seeds: means and standard deviations, then differences of the means."""
+    parts, gaps = [], []
+    for per_class in PER_CLASS:
+        rows = []
+        for method in (INSTANT, *TRAINED, *(name + PER_TASK for name in ADAPTERS), AUTO):
+            seeds = {task: results.seeds([method, KARST], task, per_class) for task in TASKS}
+            if min(map(len, seeds.values())) < 2:
+                continue
+            found = [[results.accuracy(method, task, per_class, seed) or 0.0 for seed in seeds[task]] for task in TASKS]
+            cells = [f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}" for values in found]
+            rows.append([method, *cells, f"{statistics.fmean(map(statistics.fmean, found)):.1f}"])
+        if rows:
+            parts += [
+                f"{per_class} images a class, mean and standard deviation over the seeds, accuracy in percent:",
+                markdown_table(["method", *TASKS, "mean"], rows),
+            ]
+            found_gaps = [over_seeds(results, one, other, TASKS, per_class) for one, other in GAPS]
+            gaps.append([str(per_class), *(f"{gap:+.1f} ± {error:.1f}" for gap, error in found_gaps)])
+    if gaps:
+        parts += [
+            "Difference of two methods in the mean over the tasks, in points, with its standard error over the seeds:",
+            markdown_table(["images a class", *(f"{one} - {other}" for one, other in GAPS)], gaps),
         ]
-        cells = [f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}" for values in found]
-        rows.append([method, *cells, f"{statistics.fmean(map(statistics.fmean, found)):.1f}"])
-    if not rows:
-        return []
-    return [
-        f"{SEARCH_PER_CLASS} images a class, mean and standard deviation over the seeds, accuracy in percent:",
-        markdown_table(["method", *TASKS, "mean"], rows),
-    ]
+    return parts
 
 
 def _variants(results: Results) -> list[str]:
