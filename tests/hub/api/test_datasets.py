@@ -201,8 +201,8 @@ def test_pages_follow_the_cursor(dataset: Hub) -> None:
 def test_a_deleted_image_takes_its_file_and_features_unless_another_task_has_them(dataset: Hub) -> None:
     dataset.http.put("/v1/tasks/trees", json={})
     add(dataset, png(1))
-    dataset.http.post("/v1/tasks/trees/images", content=png(1), headers=OCTETS)
     wait_until(lambda: any(name.endswith(".f16") for name in dataset.stored()))
+    dataset.http.post("/v1/tasks/trees/images", content=png(1), headers=OCTETS)
     assert dataset.http.delete(f"{IMAGES}/{digest_of(png(1))}").status_code == 204
     assert image_files(dataset)
     assert dataset.http.delete(f"/v1/tasks/trees/images/{digest_of(png(1))}").status_code == 204
