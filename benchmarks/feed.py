@@ -89,7 +89,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def turns(hub: Hub, pictures: Sequence[bytes], images: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure both forms in turn with calls of so many images."""
+    """Measure both forms in turn. Each call has `images` images."""
     callers = max(1, options.callers if images == 1 else options.callers // 4)
     rounds: list[dict[str, dict[str, float]]] = []
     load = {form: message(hub, form, pictures, images) for form in FORMS}
@@ -124,7 +124,7 @@ def turns(hub: Hub, pictures: Sequence[bytes], images: int, options: argparse.Na
 
 
 def message(hub: Hub, task: str, pictures: Sequence[bytes], images: int) -> bytes:
-    """Return a call of so many images."""
+    """Return the bytes of a call with `images` images."""
     path, key = f"/v1/tasks/{task}/classify?top_k=1", f"Bearer {hub.keys[TENANTS[0]]}"
     if images == 1:
         return request("POST", path, pictures[0], authorization=key, content_type="application/octet-stream")

@@ -21,7 +21,7 @@ from ..observability import request_context
 from ..schemas import MAX_PAGE
 from ..worker_api import PassStats
 from .bodies import JSON, NO_BODY, RequestBody
-from .limits.unread_replies import PIECE_BYTES
+from .limits.unread_replies import send_pieces
 from .limits.upload_guard import claim_body
 from .problems import invalid_fields
 from .request_heads import announces_body
@@ -132,12 +132,7 @@ class LargeReply(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the reply."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        body = memoryview(self.body)
-        for start in range(0, len(body), PIECE_BYTES):
-            await send(
-                {"type": "http.response.body", "body": bytes(body[start : start + PIECE_BYTES]), "more_body": True}
-            )
-        await send({"type": "http.response.body", "body": b""})
+        await send_pieces({"type": "http.response.body", "body": self.body}, send)
 
 
 def json_reply(content: BaseModel | str, status: int = 200) -> Response:

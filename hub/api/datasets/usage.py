@@ -24,7 +24,6 @@ def add_usage_routes(
 ) -> None:
     """Add the routes. All of them need an owner's key."""
     Owner = Annotated[Caller, Depends(dependencies.owner)]
-
     large = [Depends(dependencies.large_reply)]
 
     @api.get(

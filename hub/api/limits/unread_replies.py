@@ -86,12 +86,12 @@ class UnreadRepliesMiddleware:
                     await send(begin)
                 await send(message)
             elif begin is None:  # a stream, which makes one part at a time
-                await _send_pieces(message, send)
+                await send_pieces(message, send)
             else:
                 try:
                     with self._memory.held(request_context.tenant(), len(body)):
                         await send(begin)
-                        await _send_pieces(message, send)
+                        await send_pieces(message, send)
                 except HubError as error:
                     is_refused = True
                     await error_response(error, scope)(scope, receive, send)
@@ -99,7 +99,8 @@ class UnreadRepliesMiddleware:
         await self._app(scope, receive, paced_send)
 
 
-async def _send_pieces(message: Message, send: Send) -> None:
+async def send_pieces(message: Message, send: Send) -> None:
+    """Send a body in pieces, each when the client has read most of those before."""
     body = memoryview(message["body"])
     for at in range(0, len(body), PIECE_BYTES):
         await send({"type": message["type"], "body": bytes(body[at : at + PIECE_BYTES]), "more_body": True})

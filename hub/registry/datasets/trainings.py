@@ -40,8 +40,6 @@ from ..redis.scripts import TRAININGS, ChangeReply
 from .files import StoredName
 
 MAX_TRAININGS = 100  # newest ones kept per task; older ones stay while they are jobs, or while their version exists
-
-
 TRAININGS_PER_READ = 4  # each may have the figures of thousands of labels, up to 512 KiB
 MAX_LISTED = 100  # in each part of the hub's list
 
