@@ -1,12 +1,15 @@
-"""A hub without calls: seconds to ready, share of a core, and memory by process.
+"""A hub without calls: seconds to ready, share of a core, and memory by process; and the memory of 1,000 tasks.
 
     python -m benchmarks.idle [--seconds 60] [--output FILE]
 
 It runs `karst-hub serve` with the demo backbone, default settings and an empty home. `ready` is the time until the
 command logs that it is ready. Then the hub is idle for a minute. Then CPU time is counted for `--seconds` (/proc), and
 memory is the proportional set size (PSS) at their end: pages that several processes share count once in all. Other
-programs that run the same files, such as another hub on this machine, make PSS smaller. The result has the load average
-before and after.
+programs that run the same files, such as another hub on this machine, make PSS smaller, so this script imports torch
+only afterwards. The result has the load average before and after.
+
+Then a client registers a head of ten classes as each of `WARM_UP` tasks, classifies once with each, and does the same
+with 1,000 more. `tasks_mb` is what these 1,000 add to the memory of the gateway alone (unique set size).
 """
 
 import argparse
@@ -23,12 +26,14 @@ from typing import Any
 
 import psutil
 
+from hub.admin_schemas import LimitsChange
+from hub.client.client import Client
+from hub.local.bootstrap import DEFAULT_TENANT, KEYS_FILE
 from hub.local.ports import free_port
 
-from .common import machine, markdown_table
-
 OUTPUT = Path(__file__).parent / "results" / "idle.json"
-BARS = {"ready_s": 12.0, "core": 0.05, "pss_mb": 1500.0}
+BARS = {"ready_s": 12.0, "core": 0.05, "pss_mb": 1500.0, "tasks_mb": 5.0}
+TASKS, WARM_UP = 1000, 200
 SETTLE_S = 60.0
 READY = b"ready; press Ctrl-C to stop"
 # Part of a process's command -> its name in the table. The first match counts. The raylet's command has its agent's.
@@ -58,6 +63,8 @@ def main() -> None:
     options = parser.parse_args()
     load = [os.getloadavg()[0]]
     found = measure(options.settle, options.seconds)
+    from .common import machine
+
     result = {"machine": machine(), "seconds": options.seconds, "load": [*load, os.getloadavg()[0]], **found}
     result["bars"] = {
         name: {"value": found[name], "bar": bar, "holds": found[name] <= bar} for name, bar in BARS.items()
@@ -69,11 +76,12 @@ def main() -> None:
 
 
 def measure(settle_s: float, seconds: float) -> dict[str, Any]:
-    """Run a hub, and return its seconds to ready, share of a core and memory."""
+    """Run a hub, and return its seconds to ready, share of a core and memory, and the memory of 1,000 tasks."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HUB_")}
     command = [str(Path(sys.executable).with_name("karst-hub")), "serve"]
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile() as log:
-        environment |= {"HUB_HOME": home, "HUB_BACKBONE": "demo", "HUB_PORT": str(free_port())}
+        port = free_port()
+        environment |= {"HUB_HOME": home, "HUB_BACKBONE": "demo", "HUB_PORT": str(port)}
         started_s = time.monotonic()
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
@@ -90,6 +98,9 @@ def measure(settle_s: float, seconds: float) -> dict[str, Any]:
             for pid, (name, used_s) in after.items():
                 processes[name]["core"] += (used_s - before.get(pid, (name, 0.0))[1]) / took_s
                 processes[name]["pss_mb"] += pss_mb(pid)
+            gateway = next(pid for pid, (name, _) in after.items() if name == "gateway")
+            lines = (Path(home) / KEYS_FILE).read_text().splitlines()
+            tasks_mb = memory_of_tasks(f"http://127.0.0.1:{port}", dict(line.split("=", 1) for line in lines), gateway)
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(timeout=120)
@@ -99,8 +110,30 @@ def measure(settle_s: float, seconds: float) -> dict[str, Any]:
         "ready_s": round(ready_s, 1),
         "core": round(total["core"], 4),
         "pss_mb": round(total["pss_mb"]),
+        "tasks_mb": round(tasks_mb, 1),
         "processes": {name: {key: round(value, 4) for key, value in own.items()} for name, own in rows},
     }
+
+
+def memory_of_tasks(url: str, keys: dict[str, str], gateway: int) -> float:
+    """Return by how many megabytes 1,000 tasks enlarge the gateway, each registered and used once."""
+    from adapters import KarstConfig, load_backbone
+
+    from .bare import pictures
+    from .common import copy_of, random_adapter
+
+    head = random_adapter(load_backbone("demo"), KarstConfig(kernels=0, rescale="none"))
+    (picture,) = pictures(64, 1)
+    with Client(url, keys["HUB_ADMIN_KEY"]) as admin:
+        admin.change_limits(DEFAULT_TENANT, LimitsChange(tasks=10 * TASKS, requests_per_second=1e6))
+    sizes = []
+    with Client(url, keys["HUB_KEY"]) as client:
+        for numbers in (range(WARM_UP), range(WARM_UP, WARM_UP + TASKS)):
+            for i in numbers:
+                client.register(f"task{i}", copy_of(head, i).data)
+                client.classify(f"task{i}", picture)
+            sizes.append(psutil.Process(gateway).memory_full_info().uss)
+    return (sizes[1] - sizes[0]) / 1e6
 
 
 def cpu_s(root: int) -> dict[int, tuple[str, float]]:
@@ -125,6 +158,8 @@ def pss_mb(pid: int) -> float:
 
 def report(result: dict[str, Any]) -> list[str]:
     """Return the section of docs/performance.md."""
+    from .common import markdown_table
+
     machine = result["machine"]
     bars = result["bars"]
 
@@ -140,7 +175,8 @@ def report(result: dict[str, Any]) -> list[str]:
         f"{result['seconds']:g} seconds. Ready after {bar('ready_s', 's')}; {bar('core', 'of a core')}; "
         f"{bar('pss_mb', 'MB')} of memory (PSS of all processes). Other programs used the cores meanwhile (load "
         f"average {result['load'][0]:.1f} before, {result['load'][1]:.1f} after), so the seconds to ready are longer "
-        "than on quiet cores.",
+        f"than on quiet cores. Then 1,000 tasks, each with a head of ten classes that was called once, add "
+        f"{bar('tasks_mb', 'MB')} to the memory of the gateway.",
         markdown_table(
             ["process", "memory, MB", "share of a core"],
             [[name, f"{own['pss_mb']:.0f}", f"{own['core']:.4f}"] for name, own in result["processes"].items()],

@@ -4,7 +4,6 @@ import logging
 from functools import partial
 from typing import Any
 
-import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
@@ -16,7 +15,7 @@ from ..worker.prewarming import Prewarming
 from ..worker.replica import Worker
 from .autoscaling import replica_options
 from .gateway import Gateway
-from .ray_compat import LOOPBACK, cpus_of_this_node, ray_metrics
+from .ray_compat import cpus_of_this_node, ray_metrics
 from .request_router import RendezvousRouter
 
 logger = logging.getLogger(__name__)
@@ -106,23 +105,12 @@ def _workers_per_node(max_workers: int) -> int:
     return max(1, min(max_workers, cpus_of_this_node()))
 
 
-def deploy(settings: Settings, address: str) -> None:
-    """Deploy the hub on the local Ray cluster; return when a worker has loaded its backbone.
-
-    Args:
-        address: of the cluster's GCS, as `local_cluster.start` returned it.
+def deploy(settings: Settings) -> None:
+    """Deploy the hub on the local cluster after `local_cluster.start_serve`; return when a worker has its backbone.
 
     Raises:
         RuntimeError: a deployment does not start; the text has the deployments' messages with their tracebacks.
-        TimeoutError: Serve's proxies do not start in time.
     """
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    # HAProxy listens on the hub's address and has its certificate; the gateways behind it stay on loopback.
-    http_options: dict[str, Any] = {"host": LOOPBACK if settings.haproxy else settings.host, "port": settings.port}
-    if settings.tls_cert is not None and not settings.haproxy:
-        http_options |= {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
-    serve.start(http_options=http_options)
     try:
         serve.run(application(settings), name=NAME, route_prefix="/")
     except RuntimeError as error:  # its text has no reason; the deployments' messages have it

@@ -5,11 +5,12 @@ No torch: the process of `karst-hub serve` imports this module and lasts as long
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from ..settings import Settings
-from .ray_compat import local_cluster_options, small_head
+from .ray_compat import LOOPBACK, local_cluster_options, small_head
 
 OBJECT_STORE_BYTES = 256 * 1024**2  # images are passed by value; Ray's object store is hardly used
 
@@ -34,6 +35,26 @@ def start(settings: Settings, folder: Path) -> str:
         )
     address: str = ray.get_runtime_context().gcs_address
     return address
+
+
+def start_serve(settings: Settings, address: str) -> None:
+    """Start Serve's controller and proxies on the cluster at this address, from another process.
+
+    Args:
+        address: of the cluster's GCS, as `start` returned it.
+
+    Raises:
+        RuntimeError, TimeoutError: Serve's proxies do not start.
+    """
+    from ray import serve  # see `stop`
+
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # HAProxy listens on the hub's address and has its certificate; the gateways behind it stay on loopback.
+    http_options: dict[str, Any] = {"host": LOOPBACK if settings.haproxy else settings.host, "port": settings.port}
+    if settings.tls_cert is not None and not settings.haproxy:
+        http_options |= {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
+    serve.start(http_options=http_options)
 
 
 def stop() -> None:

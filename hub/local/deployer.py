@@ -1,12 +1,14 @@
 """Process of its own that loads the backbone as a check, and then deploys the hub on the local Ray cluster.
 
 A deployment's classes import torch and timm. This process ends when the hub runs; otherwise they would take hundreds of
-megabytes in the process of `karst-hub serve` for as long as the hub runs. Its imports take their time beside the start
-of Ray.
+megabytes in the process of `karst-hub serve` for as long as the hub runs. Its imports and the check take their time
+beside the start of Ray and Serve.
 """
 
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -57,9 +59,12 @@ class Deployer:
         """Deploy the hub on the cluster at this address; return when it runs.
 
         Raises:
-            RuntimeError: Ray Serve could not start it; the text may have tracebacks.
+            StartError: the backbone cannot be loaded.
+            RuntimeError: Ray Serve could not start the hub; the text may have tracebacks.
         """
-        self._connection.send(address)
+        with suppress(ConnectionError):  # the process has ended, and `_answer` reports it
+            self._connection.send(address)
+        self.check_backbone()
         if (problem := self._answer()) is not None:
             raise RuntimeError(problem)
 
@@ -72,28 +77,39 @@ class Deployer:
 
 
 def main(connection: Connection) -> None:
-    """Check the backbone, wait for the cluster's address, deploy; answer each step with None or its problem."""
+    """Check the backbone while Serve starts, then deploy. Answer the check and the rest with None or a problem."""
     settings: Settings = connection.recv()
     log_format.start(settings.log_format, settings.log_level)
+    with ThreadPoolExecutor(1) as pool:
+        prepared = pool.submit(_prepare, settings, connection)
+        from ..cluster import local_cluster
 
+        address = connection.recv()
+        problem = None
+        try:
+            local_cluster.start_serve(settings, address)
+            if (deploy := prepared.result()) is not None:
+                deploy(settings)
+        except (RuntimeError, TimeoutError, ValueError, OSError) as error:
+            problem = str(error)
+        if prepared.result() is not None:  # otherwise the command has its answer
+            connection.send(problem)
+
+
+def _prepare(settings: Settings, connection: Connection) -> Callable[[Settings], None] | None:
+    """Check the backbone, answer, and return the function that deploys the hub, or None after a problem."""
     from adapters import BackboneError
 
     try:
         _check_backbone(settings)
     except BackboneError as error:
         connection.send(str(error))
-        return
+        return None
 
     from ..cluster import app
 
     connection.send(None)
-    address = connection.recv()
-    try:
-        app.deploy(settings, address)
-    except (RuntimeError, TimeoutError, ValueError, OSError) as error:
-        connection.send(str(error))
-    else:
-        connection.send(None)
+    return app.deploy
 
 
 def _check_backbone(settings: Settings) -> None:

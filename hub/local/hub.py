@@ -79,9 +79,7 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
             stack.callback(local_cluster.stop)
             stack.callback(drain, folder)
             try:
-                address = local_cluster.start(settings, folder)
-                deployer.check_backbone()
-                deployer.deploy(address)
+                deployer.deploy(local_cluster.start(settings, folder))
                 wait_until_answered(settings)
             except StartError:
                 raise

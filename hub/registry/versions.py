@@ -6,10 +6,10 @@ A version's text is its JSON, up to 512 KiB with all metrics. A list needs only 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from ..errors import HubError, InvalidAdapter, LimitReached, Unavailable
 from ..field_types import MeasuredAccuracy
@@ -84,7 +84,10 @@ class AdapterKind(BaseModel):
 
 
 class ServedVersion(BaseModel):
-    """The facts about a version that a classification needs: those of `VersionInfo` without metrics."""
+    """The facts about a version that a classification needs: those of `VersionInfo` without metrics.
+
+    Nearly all versions of a hub have the same preprocessing, and share one object in a gateway's memory.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -97,10 +100,21 @@ class ServedVersion(BaseModel):
     coverage: list[tuple[float, float]] | None = None
     typicality: bool | None = None
 
+    @field_validator("preprocess")
+    @classmethod
+    def _share(cls, preprocess: dict[str, Any]) -> dict[str, Any]:
+        return _preprocess_of(json.dumps(preprocess, sort_keys=True))[1]
+
     @cached_property
     def preprocess_key(self) -> str:
         """A text that is equal for versions with the same preprocessing."""
-        return json.dumps(self.preprocess, sort_keys=True)
+        return _preprocess_of(json.dumps(self.preprocess, sort_keys=True))[0]
+
+
+@lru_cache(maxsize=100)
+def _preprocess_of(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the text and the dictionary that all versions with this JSON share."""
+    return text, json.loads(text)
 
 
 @dataclass(frozen=True)

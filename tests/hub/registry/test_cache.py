@@ -14,6 +14,7 @@ from hub.registry.keys import KeyRegistry, key_id
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
+from hub.registry.versions import StoredVersion
 from tests.support.hub_app import in_registry
 from tests.support.registry import version
 
@@ -94,3 +95,15 @@ def test_a_key_is_rejected_when_the_registry_has_not_answered_for_five_minutes(e
             await cache.key(key_id(key))
 
     in_registry(empty_redis, use)
+
+
+def test_versions_with_the_same_preprocessing_share_one_object() -> None:
+    texts = ['{"mean": [0.5], "crop_pct": 1.0}', '{"crop_pct": 1.0, "mean": [0.5]}', '{"mean": [0.4], "crop_pct": 1.0}']
+    one, same, other = (
+        StoredVersion(n, f'{{"digest": "{n}", "labels": [], "size_bytes": 1, "preprocess": {text}}}').served()
+        for n, text in enumerate(texts)
+    )
+    assert one.preprocess is same.preprocess
+    assert one.preprocess_key is same.preprocess_key
+    assert other.preprocess == {"mean": [0.4], "crop_pct": 1.0}
+    assert other.preprocess_key != one.preprocess_key
