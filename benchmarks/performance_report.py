@@ -257,7 +257,8 @@ def _http(result: dict[str, Any]) -> list[str]:
         hub, empty = found["cpu_ms"]["hub"], found["cpu_ms"]["empty"]
         kinds = sorted(hub, key=lambda kind: -hub[kind])
         parts += [
-            "CPU time per call at this load, in milliseconds, by process:",
+            "CPU time per call at this load, in milliseconds, by process. The gateway takes "
+            f"{_value(found['gateway_ratio'])} of the empty application's gateway plus decoding:",
             markdown_table(
                 ["process", "hub", "empty"], [[k, f"{hub[k]:.2f}", f"{empty.get(k, 0):.2f}"] for k in kinds]
             ),
