@@ -57,4 +57,4 @@ LARGE_REPLIES = 8  # files, thumbnails, lists of images, trainings, keys, audit 
 LARGE_REPLIES_QUEUED = 504  # queued requests of this kind per gateway; further ones get 429
 REPLY_BYTES = 256 * 1024**2  # bytes of large replies in memory per gateway; a further reply is dropped for 429
 REGISTRY_READS = 2  # running reads of tasks with their versions per gateway; further reads wait
-REGISTRY_BYTES = 128 * 1024**2  # bytes of tasks and metadata of versions in the registry; further ones get 429
+REGISTRY_BYTES = 128 * 1024**2  # bytes of tasks, versions' metadata and trainings in the registry; further get 429

@@ -9,7 +9,8 @@ Keys below `t:{tenant}:data:{task}:`, where a use is `train`, `test` or `*` for 
     at:{use}               zset    digest -> place in the order of arrival
     at:{use}={id}          zset    the same for the images of one label; without an id for unlabelled images
     info                   hash    last (place), last_label (id), images, bytes
-    trainings              hash    id -> JSON of a `TrainingInfo`
+    trainings              hash    id -> JSON of a `Training`
+    training-heads         hash    id -> JSON of what the Lua scripts read of it; older hubs wrote none
     training-order         zset    id -> time in milliseconds since 1970
 
 A record holds a list of labels, so that tasks with several labels per image need no other format. A list page reads one

@@ -37,6 +37,7 @@ INSTANT = "instant"
 JOB_RECIPES = ("karst", "auto")
 INTERRUPTED = "The gateway stopped before the training ended. Train again."
 FOLLOW_INTERVAL_S = 1.0
+LISTED_BYTES = 4 * 1024**2  # of trainings with their figures in a list; a training has up to 512 KiB
 COMPARED = 10_000  # images of a queued training whose stored features are compared; digests are in no order of content
 
 
@@ -113,8 +114,8 @@ class TrainingService:
         return training.public()
 
     async def list(self, caller: Caller, name: str) -> TrainingList:
-        """Return the trainings of a task, newest first."""
-        found = await self._trainings.all(caller.tenant, caller.own_task(name))
+        """Return the trainings of a task, newest first. Those beyond `LISTED_BYTES` have no `report`."""
+        found = await self._trainings.all(caller.tenant, caller.own_task(name), max_bytes=LISTED_BYTES)
         return TrainingList(trainings=[training.public() for training in found])
 
     async def get(self, caller: Caller, name: str, id: str) -> TrainingInfo:
