@@ -1,7 +1,6 @@
 """The queue of trainings in a real Redis: order, leases, and what a lost lease allows no more."""
 
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from hub.errors import LimitReached, NotFound, Unavailable
 from hub.registry.audit import OPERATOR
 from hub.registry.datasets.files import StoredName
 from hub.registry.datasets.trainings import MAX_TRAININGS, Job, Training, TrainingRegistry
-from hub.registry.redis.connection import tenant_key
+from hub.registry.redis.connection import as_optional_text, tenant_key
 from hub.schemas import TaskSettings
 from tests.support.datasets import Registry, digest_of, unpaced_reads, with_datasets
 from tests.support.registry import version
@@ -41,6 +40,10 @@ def training(id: str, snapshot: str = "s", **fields: Any) -> Training:
 async def queue(trainings: TrainingRegistry, *ids: str, tenant: str = "t") -> None:
     for id in ids:
         await trainings.put(OPERATOR, tenant, "flowers", training(id), queued=True)
+
+
+async def registry_bytes(registry: Registry) -> int:
+    return int(as_optional_text(await registry.connection.redis.get(tenant_key("t", "registry"))) or 0)
 
 
 async def take(trainings: TrainingRegistry, token: str = "me", lease_s: float = LONG_S, running: int = 100) -> str:
@@ -321,8 +324,7 @@ def test_texts_of_trainings_count_as_registry_bytes_and_old_ones_make_room(
 
     async def use(registry: Registry) -> None:
         trainings, figures = TrainingRegistry(registry.connection, unpaced_reads()), {"f1": "x" * 200_000}
-        counted = partial(registry.connection.redis.get, tenant_key("t", "registry"))
-        of_tasks = int(await counted())
+        of_tasks = await registry_bytes(registry)
         for id in ("a", "b", "c"):
             await trainings.put(OPERATOR, "t", "flowers", training(id, id, state="failed"))
             await trainings.put(OPERATOR, "t", "flowers", training(id, id, state="failed", report=figures))
@@ -330,7 +332,7 @@ def test_texts_of_trainings_count_as_registry_bytes_and_old_ones_make_room(
         kept = await trainings.all("t", "flowers")
         assert [found.id for found in kept] == ["d", "c", "b"]
         texts = sum(len(found.model_dump_json()) for found in kept)
-        assert int(await counted()) == of_tasks + texts
+        assert await registry_bytes(registry) == of_tasks + texts
         await registry.connection.redis.hset(tenant_key("t", "task:flowers"), "v:1", "{}")
         for id in ("e", "f"):  # the last trainings of a version stay
             await trainings.put(OPERATOR, "t", "flowers", training(id, id, state="done", version=1, report=figures))
@@ -341,7 +343,7 @@ def test_texts_of_trainings_count_as_registry_bytes_and_old_ones_make_room(
             await trainings.put(OPERATOR, "t", "flowers", training("g", "g"), queued=True)
         await registry.connection.redis.hdel(tenant_key("t", "task:flowers"), "v:1")
         await registry.tasks.delete_task(OPERATOR, "t", "flowers")
-        assert int(await counted()) == 0
+        assert await registry_bytes(registry) == 0
 
     with_datasets(empty_redis, use)
 
@@ -367,17 +369,16 @@ def test_no_change_decodes_the_texts_of_other_trainings(empty_redis: str) -> Non
 def test_trainings_of_an_older_hub_make_room_without_counting(empty_redis: str) -> None:
     async def use(registry: Registry) -> None:
         trainings = TrainingRegistry(registry.connection, unpaced_reads())
-        counted = partial(registry.connection.redis.get, tenant_key("t", "registry"))
-        before = int(await counted())
+        before = await registry_bytes(registry)
         for number in range(MAX_TRAININGS):
             await trainings.put(OPERATOR, "t", "flowers", training(f"{number}", f"{number}", state="failed"))
         await registry.connection.redis.delete(tenant_key("t", "data:flowers:training-heads"))
         await registry.connection.redis.set(tenant_key("t", "registry"), before)
         new = training("new", "new", state="failed")
         assert await trainings.put(OPERATOR, "t", "flowers", new) == [StoredName("s:", digest_of("0"))]
-        assert int(await counted()) == before + len(new.model_dump_json())
+        assert await registry_bytes(registry) == before + len(new.model_dump_json())
         await registry.tasks.delete_task(OPERATOR, "t", "flowers")
-        assert int(await counted()) == 0
+        assert await registry_bytes(registry) == 0
 
     with_datasets(empty_redis, use)
 
