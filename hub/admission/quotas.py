@@ -17,6 +17,7 @@ PIXELS_PER_IMAGE = 2_000_000  # pixels that count as one image; a larger image c
 ANSWERS_PER_IMAGE = 100  # answers of one call for one image that cost a gateway as much as one image
 IMAGES_DECODED = 128  # images decoded or at workers per gateway; further images wait in the tenant's queue
 PARSED_AT_ONCE = 1  # large JSON bodies parsed, or adapter files checked, per gateway; further ones wait for a turn
+UNPACKED_AT_ONCE = 1  # steps of zips (32 images, or 16 MiB) unpacked per gateway; further ones wait for a turn
 STORE_CALLS = 2  # adapter files read or written at once per gateway; further calls wait for a turn
 UPLOADS = 4  # adapter files that are read and registered at once per gateway; further uploads wait, unread
 UPLOADS_QUEUED = 60  # queued uploads of adapter files per gateway; further uploads get 429
