@@ -14,6 +14,7 @@ KEY_CALLS = 512  # open requests per key at HAProxy, the sum of both limits abov
 BODY_BYTES = 512 * 1024**2  # bytes of request bodies in memory per gateway; further bytes get 429
 BODY_BYTES_PER_S = 32 * 1024**2  # bytes of bodies per second per gateway beside another active tenant; others wait
 PIXELS_PER_IMAGE = 2_000_000  # pixels that count as one image; a larger image counts once for each such part begun
+BYTES_PER_IMAGE = 2 * 1024**2  # bytes of a JPEG or AVIF that count as one image, if its pixels count as less
 ANSWERS_PER_IMAGE = 100  # answers of one call for one image that cost a gateway as much as one image
 IMAGES_DECODED = 128  # images decoded or at workers per gateway; further images wait in the tenant's queue
 PARSED_AT_ONCE = 1  # large JSON bodies parsed, or adapter files checked, per gateway; further ones wait for a turn
