@@ -125,19 +125,28 @@ class TrainingRegistry:
             raise _too_many_jobs()
 
     async def put(
-        self, by: Actor, tenant: str, task: str, training: Training, *, audited: bool = False, queued: bool = False
+        self,
+        by: Actor,
+        tenant: str,
+        task: str,
+        training: Training,
+        *,
+        audited: bool = False,
+        queued: bool = False,
+        is_known: bool = False,
     ) -> list[StoredName]:
         """Add a training, or replace it.
 
         Args:
             audited: write an audit entry; once per training.
             queued: add a job to the tenant's queue.
+            is_known: replace only; the training of a task that was deleted is not added to a new one of its name.
 
         Returns:
             Snapshots and reports of dropped trainings that no training uses any more.
 
         Raises:
-            NotFound: the task does not exist.
+            NotFound: the task does not exist, or not with this training.
             LimitReached: the tenant's limit of queued and running jobs, of bytes of trainings, or of registry bytes.
         """
         action = "training.queue" if queued else "training.run"
@@ -153,6 +162,7 @@ class TrainingRegistry:
             max_trainings=MAX_TRAININGS,
             audited=audited,
             queued=queued,
+            is_known=is_known,
             max_jobs=TRAINING_JOBS,
             max_bytes=TRAINING_BYTES,
             max_registry_bytes=REGISTRY_BYTES,

@@ -93,8 +93,8 @@ end
 
 -- body, snapshot (digest), max_trainings, entry, audited (whether to write the entry), queued (whether to add a job),
 -- max_jobs (queued or running ones of the tenant), max_bytes (of the tenant's snapshots and reports),
--- max_registry_bytes, max_ended. Add a training, or replace its body, which is never refused for its size. Return the
--- files of the oldest trainings that were dropped and that no other training uses.
+-- max_registry_bytes, max_ended, is_known (refuse a new training). Add a training, or replace its body, which is never
+-- refused for its size. Return the files of the oldest trainings that were dropped and that no other training uses.
 function trainings.put(args)
   if is_revoked(args.entry) then return REVOKED end
   local refusal = (args.queued or not args.audited) and take_change(args)
@@ -105,6 +105,7 @@ function trainings.put(args)
     return limit_reached('training_jobs', args.max_jobs)
   end
   local known = redis.call('HEXISTS', key(args, 'trainings'), args.id) == 1
+  if args.is_known and not known then return ABSENT end -- its task was deleted, and made again
   local found, over, over_texts = {}, 0, 0
   if not known then found, over, over_texts = outdated(args) end
   if over > 0 then return limit_reached('training_bytes', args.max_bytes) end
