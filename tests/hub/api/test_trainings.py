@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from hub.registry.datasets import trainings
-from hub.services.trainings import service
+from hub.services.trainings.instant import fit_instant
 from hub.services.trainings.promotion import PromotionService
 from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import coloured_noise, wait_until
@@ -186,10 +186,10 @@ def test_a_training_writes_nothing_after_its_task_was_deleted_and_made_again(
         assert colours.http.delete("/v1/tasks/colours").status_code == 204
         assert not remade or colours.http.put("/v1/tasks/colours", json={}).status_code == 201
 
-    fit, register = service.fit_instant, PromotionService.register
+    register = PromotionService.register
 
     def fit_then_delete(*arguments: Any) -> Any:
-        found = fit(*arguments)
+        found = fit_instant(*arguments)
         delete()
         return found
 
@@ -199,7 +199,7 @@ def test_a_training_writes_nothing_after_its_task_was_deleted_and_made_again(
         return found
 
     if at == "fit":
-        monkeypatch.setattr(service, "fit_instant", fit_then_delete)
+        monkeypatch.setattr("hub.services.trainings.service.fit_instant", fit_then_delete)
     else:
         monkeypatch.setattr(PromotionService, "register", register_then_delete)
     assert colours.http.post(TRAININGS).status_code == (409 if at == "fit" and remade else 404)
