@@ -266,6 +266,7 @@ def create_app(
         limiter=limiter,
         threads=pools.store,
         parse_threads=pools.parse,
+        unpack_threads=pools.unpack,
         max_image_bytes=settings.max_image_bytes,
         min_free_bytes=settings.min_free_disk,
     )

@@ -67,7 +67,7 @@ class TaskRegistry(TaskReads):
             live: what the caller found behind `latest`, where it depends on that.
             source: the file's origin without secrets, for the audit; None: the client sent the file.
             settings: the members to change; the task keeps the others.
-            training: the job that made the version, and the token of its gateway.
+            training: the job that made the version, and the token of its gateway; "" for a training in a request.
 
         Returns:
             The stored version, and whether it is new.

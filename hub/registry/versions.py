@@ -22,7 +22,7 @@ MAX_ALIASES = 100  # per task, besides `latest`
 STAGED_S = 3600  # how long an import may take to write its versions
 NOUNS = {  # of limits
     "versions": "versions per task",
-    "registry_bytes": "bytes of metadata of tasks and versions",
+    "registry_bytes": "bytes of metadata of tasks, versions and trainings",
     "shares": "tenants in the sharing of all tasks together",
     "shared_with_one": "tasks shared with one tenant",
 }

@@ -20,15 +20,8 @@ from adapters.data.formats.sizes import header_pixels
 from adapters.data.images import WHITE, background_of, decode_image, needed_px, pixels_of
 from adapters.data.transform import pixel_transform, resize_of
 
-from ..admission.quotas import PIXELS_PER_IMAGE
-from ..concurrency import (
-    REST_RATIO,
-    ActiveTenants,
-    TenantConcurrencyLimit,
-    TenantThreads,
-    TenantTurns,
-    run_blocking,
-)
+from ..admission.quotas import BYTES_PER_IMAGE, PIXELS_PER_IMAGE
+from ..concurrency import REST_RATIO, ActiveTenants, TenantConcurrencyLimit, TenantThreads, TenantTurns, run_blocking
 from ..errors import InvalidImage, TooLarge, Unavailable
 
 DECODE_TIMEOUT_S = 10.0
@@ -166,14 +159,15 @@ class ImageDecoder:
         return len(self._decodes)
 
     async def sizes(self, tenant: str, images: Sequence[bytes | np.ndarray]) -> list[int]:
-        """Return as how many images each image counts: one for each `PIXELS_PER_IMAGE` begun, by the file's header."""
+        """Return as how many images each image counts, by the pixels in the file's header and by its bytes."""
         pixels = [None if isinstance(image, np.ndarray) else header_pixels(image) for image in images]
         parsed = {i: x for i, x in enumerate(images) if pixels[i] is None and self._is_parsed(x)}
         if parsed:  # in one call: each of many would wait for Python's interpreter lock
             found = await run_blocking(self._parse.of(tenant), lambda: [pixels_of(image) for image in parsed.values()])
             for i, count in zip(parsed, found, strict=True):
                 pixels[i] = count
-        return [max(1, math.ceil(min(count or 0, self._max_pixels) / PIXELS_PER_IMAGE)) for count in pixels]
+        by_pixels = [math.ceil(min(count or 0, self._max_pixels) / PIXELS_PER_IMAGE) for count in pixels]
+        return list(map(max, map(_least, images), by_pixels))
 
     def _is_parsed(self, image: bytes | np.ndarray) -> TypeGuard[bytes]:
         """Return whether the size of an image needs its whole file."""
@@ -363,6 +357,12 @@ class ImageDecoder:
             raise TooLarge.at(field, str(error)) from error
         except ImageError as error:
             raise InvalidImage.at(field, str(error)) from error
+
+
+def _least(image: bytes | np.ndarray) -> int:
+    """Return as how many images an image counts at least: a JPEG with many scans and an AVIF of many bytes are slow."""
+    dense = not isinstance(image, np.ndarray) and (image.startswith(b"\xff\xd8") or image[4:8] == BOX)
+    return math.ceil(len(image) / BYTES_PER_IMAGE) if dense else 1
 
 
 def checked_pixels(field: str, pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:

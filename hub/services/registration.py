@@ -112,7 +112,7 @@ class RegistrationService:
             labels_may_change: whether the labels may differ from those of the version behind `latest`.
             settings: settings of the task to change in the same step, also if the version is known.
             source: reference that the hub read the file from, for the audit; None if the client sent the file.
-            training: the job that made the version, and the token of its gateway.
+            training: the job that made the version, and the token of its gateway; "" for a training in a request.
 
         Returns:
             The version, and whether it is new.

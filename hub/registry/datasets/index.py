@@ -9,7 +9,8 @@ Keys below `t:{tenant}:data:{task}:`, where a use is `train`, `test` or `*` for 
     at:{use}               zset    digest -> place in the order of arrival
     at:{use}={id}          zset    the same for the images of one label; without an id for unlabelled images
     info                   hash    last (place), last_label (id), images, bytes
-    trainings              hash    id -> JSON of a `TrainingInfo`
+    trainings              hash    id -> JSON of a `Training`
+    training-heads         hash    id -> JSON of what the Lua scripts read of it; older hubs wrote none
     training-order         zset    id -> time in milliseconds since 1970
 
 A record holds a list of labels, so that tasks with several labels per image need no other format. A list page reads one
@@ -17,6 +18,7 @@ range of one sorted set: its time does not depend on the size of the dataset.
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -35,6 +37,7 @@ from ..tenants import tenant_not_found
 from .entries import AddStatus, DatasetContent, ListedImage, NewImage, StoredRecord, use_of
 
 T = TypeVar("T")
+SHARED: dict[str, Any] = {text: text for text in ("auto", "train", "test")}  # one object each for all images
 PART_FIELDS = 500  # of a hash that is read whole, in one read
 PART_LABELS = 200  # counted in one read
 DEFAULT_LIMITS = {name: TenantLimits.model_fields[name].default for name in ("images", "image_bytes")}
@@ -262,7 +265,14 @@ class DatasetIndex:
 
     async def all(self, tenant: str, task: str) -> list[ListedImage]:
         """Return every image, in no order. An image that is changed meanwhile is listed as before or as after it."""
-        return await in_steps(_listed, await self.records(tenant, task))
+        # Texts are parsed part by part into what is listed: whole records of 200,000 images would take 220 MB.
+        images = await self._hash(tenant, task, "images", _listed)
+        labels = await self._labels(tenant, task)
+
+        def listed(item: tuple[str, ListedImage]) -> ListedImage:
+            return item[1]._replace(digest=item[0], label=labels(item[1].label or ""))
+
+        return await in_steps(listed, images.items())
 
     async def records(self, tenant: str, task: str) -> list[StoredRecord]:
         """Return every image as it is stored, in no order; none for a task that does not exist.
@@ -270,16 +280,19 @@ class DatasetIndex:
         The images come in parts, each in the tenant's turn, so a large dataset delays no call of other tenants.
         """
         records = await self._hash(tenant, task, "images", json.loads)
+        labels = await self._labels(tenant, task)
+        return await in_steps(lambda item: StoredRecord(*item, labels(_label_id(item[1]))), records.items())
+
+    async def _labels(self, tenant: str, task: str) -> Callable[[str], str | None]:
+        """Return the function from a label's id in a record to the label. Read the records before it."""
         labels, merged = [await self._hash(tenant, task, name, str) for name in ("labels", "merged")]
 
-        def stored(item: tuple[str, Mapping[str, Any]]) -> StoredRecord:
-            digest, record = item
-            id = record["l"][0] if record["l"] else ""  # Lua writes an empty list as {}
+        def label(id: str) -> str | None:
             while id in merged:
                 id = merged[id]
-            return StoredRecord(digest, record, labels.get(id))
+            return labels.get(id)
 
-        return await in_steps(stored, records.items())
+        return label
 
     async def _hash(self, tenant: str, task: str, name: str, parse: Callable[[str], T]) -> dict[str, T]:
         """Return the parsed values of a hash of the dataset, read in parts."""
@@ -314,9 +327,14 @@ class DatasetIndex:
         return _checked(reply, tenant, task, **argument)
 
 
-def _listed(stored: StoredRecord) -> ListedImage:
-    digest, record, label = stored
-    return ListedImage(digest, record["name"], label, record["s"], record["u"])
+def _label_id(record: Mapping[str, Any]) -> str:
+    return str(record["l"][0]) if record["l"] else ""  # Lua writes an empty list as {}
+
+
+def _listed(text: str) -> ListedImage:
+    """Return the image of a record's text, without its digest, and with its label's id in place of the label."""
+    record = json.loads(text)
+    return ListedImage("", record["name"], sys.intern(_label_id(record)), SHARED[record["s"]], SHARED[record["u"]])
 
 
 def image_not_found(digest: str) -> NotFound:

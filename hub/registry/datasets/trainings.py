@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field
 
 from ...admin_schemas import HubTraining, HubTrainingList
-from ...admission.quotas import TRAINING_BYTES, TRAINING_JOBS
+from ...admission.quotas import REGISTRY_BYTES, TRAINING_BYTES, TRAINING_JOBS
 from ...concurrency import TenantReads
 from ...dataset_schemas import TrainingInfo
 from ...errors import LimitReached, NotFound, Unavailable
@@ -125,20 +125,29 @@ class TrainingRegistry:
             raise _too_many_jobs()
 
     async def put(
-        self, by: Actor, tenant: str, task: str, training: Training, *, audited: bool = False, queued: bool = False
+        self,
+        by: Actor,
+        tenant: str,
+        task: str,
+        training: Training,
+        *,
+        audited: bool = False,
+        queued: bool = False,
+        is_known: bool = False,
     ) -> list[StoredName]:
         """Add a training, or replace it.
 
         Args:
             audited: write an audit entry; once per training.
             queued: add a job to the tenant's queue.
+            is_known: replace only; the training of a task that was deleted is not added to a new one of its name.
 
         Returns:
             Snapshots and reports of dropped trainings that no training uses any more.
 
         Raises:
-            NotFound: the task does not exist.
-            LimitReached: the tenant's limit of queued and running jobs, or of bytes of trainings.
+            NotFound: the task does not exist, or not with this training.
+            LimitReached: the tenant's limit of queued and running jobs, of bytes of trainings, or of registry bytes.
         """
         action = "training.queue" if queued else "training.run"
         reply = await self._connection.change(
@@ -153,8 +162,10 @@ class TrainingRegistry:
             max_trainings=MAX_TRAININGS,
             audited=audited,
             queued=queued,
+            is_known=is_known,
             max_jobs=TRAINING_JOBS,
             max_bytes=TRAINING_BYTES,
+            max_registry_bytes=REGISTRY_BYTES,
             max_ended=MAX_LISTED,
         )
         _check_removing(reply)
@@ -162,6 +173,8 @@ class TrainingRegistry:
             raise _too_many_jobs()
         if reply.outcome == "limit" and reply.limit == "training_bytes":
             raise _too_many_bytes()
+        if reply.outcome == "limit" and reply.limit == "registry_bytes":
+            raise _too_many_texts()
         if reply.outcome != "done":
             raise task_not_found(task)
         return [StoredName.parse(name) for name in reply.names]
@@ -210,8 +223,11 @@ class TrainingRegistry:
         found = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
         return None if found is None else int(found)
 
-    async def all(self, tenant: str, task: str) -> list[Training]:
+    async def all(self, tenant: str, task: str, *, max_bytes: int | None = None) -> list[Training]:
         """Return the trainings of a task, newest first.
+
+        Args:
+            max_bytes: of the trainings' texts; further trainings come without `report`. None: no limit.
 
         Raises:
             NotFound: the task does not exist.
@@ -222,13 +238,17 @@ class TrainingRegistry:
         exists, names = await self._connection.execute(pipeline.execute(), timeout_s=READ_TIMEOUT_S)
         if not as_integer(exists):
             raise task_not_found(task)
-        found, ids = list[Training](), as_texts(names)
+        found, ids, size = list[Training](), as_texts(names), 0
         for start in range(0, len(ids), TRAININGS_PER_READ):
             part = ids[start : start + TRAININGS_PER_READ]
             async with self._reads.turn(tenant):
                 command = self._redis.hmget(tenant_key(tenant, f"data:{task}:trainings"), part)
                 texts = as_optional_texts(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
-                found += [Training.model_validate_json(text) for text in texts if text is not None]
+                for text in filter(None, texts):
+                    training = Training.model_validate_json(text)
+                    size += len(text)
+                    left_out = max_bytes is not None and size > max_bytes
+                    found.append(training.model_copy(update={"report": None}) if left_out else training)
         return found
 
     async def get(self, tenant: str, task: str, id: str) -> Training:
@@ -259,16 +279,19 @@ class TrainingRegistry:
         rounds = itertools.zip_longest(*queues)  # tenants take turns
         queued = [name for one_round in rounds for name in one_round if name is not None][:MAX_LISTED]
         times = dict.fromkeys([*as_texts(leased), *queued]) | dict(ended)
-        pipeline = self._redis.pipeline(transaction=False)
-        for name in times:
-            tenant, task, id = name.split(":")
-            pipeline.hget(tenant_key(tenant, f"data:{task}:trainings"), id)
-        texts = as_optional_texts(await self._connection.execute(pipeline.execute())) if times else []
-        found = [
-            Training.model_validate_json(text).of_tenant(name.split(":")[0], ended_s)
-            for (name, ended_s), text in zip(times.items(), texts, strict=True)
-            if text is not None  # its task was deleted in the meantime
-        ]
+        found, ids = list[HubTraining](), list(times.items())
+        for start in range(0, len(ids), TRAININGS_PER_READ):
+            part = ids[start : start + TRAININGS_PER_READ]
+            pipeline = self._redis.pipeline(transaction=False)
+            for name, _ in part:
+                tenant, task, id = name.split(":")
+                pipeline.hget(tenant_key(tenant, f"data:{task}:trainings"), id)
+            texts = as_optional_texts(await self._connection.execute(pipeline.execute()))
+            found += [
+                Training.model_validate_json(text).of_tenant(name.split(":")[0], ended_s)
+                for (name, ended_s), text in zip(part, texts, strict=True)
+                if text is not None  # its task was deleted in the meantime
+            ]
         return HubTrainingList(
             trainings=found, running=as_integer(running), queued=as_integer(jobs) - as_integer(running)
         )
@@ -293,6 +316,12 @@ def _too_many_bytes() -> LimitReached:
     remedy = "delete old versions that trainings made, or tasks"
     message = f"the snapshots and reports of trainings would exceed {TRAINING_BYTES} bytes; {remedy}"
     return LimitReached.at("training_bytes", message)
+
+
+def _too_many_texts() -> LimitReached:
+    remedy = "delete old versions, or tasks"
+    message = f"the metadata of tasks, versions and trainings would exceed {REGISTRY_BYTES} bytes; {remedy}"
+    return LimitReached.at("registry_bytes", message)
 
 
 def _actor(training: Training) -> Actor:

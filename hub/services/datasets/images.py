@@ -6,7 +6,7 @@ bytes are in the store before the registry lists it, so a listed image always ha
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +49,7 @@ from .upload_report import UploadReport
 from .zip_folders import ZipEntry, ZipFolders
 
 STEP_IMAGES = 32  # of a zip, added in one atomic step
+STEP_BYTES = 16 * 1024**2  # of unpacked images in memory; a larger image is a step of its own
 MAX_WAITS = 120  # for the tenant's rate of images, in one upload of a zip
 MAX_ZIP_BYTES = 4 * 1024**3
 
@@ -79,6 +80,7 @@ class DatasetService:
         limiter: RateLimiter,
         threads: TenantThreads,
         parse_threads: TenantThreads,
+        unpack_threads: TenantThreads,
         max_image_bytes: int,
         min_free_bytes: int,
     ) -> None:
@@ -86,6 +88,7 @@ class DatasetService:
         Args:
             threads: thread pool for calls to the store and for files.
             parse_threads: thread pool for the directories of zips.
+            unpack_threads: thread pool of low priority for their entries.
             min_free_bytes: bytes that a zip leaves free on the disk of temporary files.
         """
         self._index = index
@@ -97,6 +100,7 @@ class DatasetService:
         self._limiter = limiter
         self._threads = threads
         self._parse_threads = parse_threads
+        self._unpack_threads = unpack_threads
         self._max_image_bytes = max_image_bytes
         self._min_free_bytes = min_free_bytes
         self._uploads = TenantConcurrencyLimit(IMAGE_UPLOADS, IMAGE_UPLOADS + IMAGE_UPLOADS_QUEUED)
@@ -147,9 +151,8 @@ class DatasetService:
         ) as file:
             zipped = ZipFolders(file, max_image_bytes=self._max_image_bytes)
             entries = await self._entries(caller.tenant, zipped)
-            for start in range(0, len(entries), STEP_IMAGES):
-                step = entries[start : start + STEP_IMAGES]
-                images = await run_blocking(pool, _read, zipped, step, label, split)
+            for step in steps_of(entries):
+                images = await run_blocking(self._unpack_threads.of(caller.tenant), _read, zipped, step, label, split)
                 await self._add(caller, task, images, report, files=len(entries), waits=True)
         return report.reply()
 
@@ -353,6 +356,19 @@ class DatasetService:
                 return added
             await asyncio.sleep(REMOVING_PAUSE_S)
         raise Unavailable("The store is removing an old copy of an image. Send the images again.", retry_after_s=2)
+
+
+def steps_of(entries: Iterable[ZipEntry]) -> Iterator[list[ZipEntry]]:
+    """Yield the entries in steps, whose images are in memory at the same time."""
+    step, size = list[ZipEntry](), 0
+    for entry in entries:
+        if step and (len(step) == STEP_IMAGES or size + entry.size_bytes > STEP_BYTES):
+            yield step
+            step, size = [], 0
+        step.append(entry)
+        size += entry.size_bytes
+    if step:
+        yield step
 
 
 def _read(zipped: ZipFolders, entries: Sequence[ZipEntry], label: str | None, split: Split | None) -> list[SentImage]:

@@ -86,7 +86,7 @@ class VersionAnswers:
         """Return the digests of the images that trained the adapters, as far as the task's snapshots tell."""
         named = {str((adapter.metrics or {}).get("snapshot")) for adapter in adapters}
         # Only the task's own: the metrics of an uploaded file are the client's.
-        known = {training.snapshot.digest for training in await self._trainings.all(tenant, task)}
+        known = {training.snapshot.digest for training in await self._trainings.all(tenant, task, max_bytes=0)}
         found: set[str] = set()
         for digest in named & known:
             text = await run_blocking(self._threads.of(tenant), self._snapshots.get, digest)

@@ -28,7 +28,7 @@ class PromotionService:
 
         Args:
             task: name of a task of the caller's tenant.
-            training: the job that made the version, and the token of its gateway.
+            training: the job that made the version, and the token of its gateway; "" for a training in a request.
 
         Returns:
             The version, and the decision; None with the rule `never`.

@@ -17,12 +17,13 @@ from ...admission.authentication import Caller
 from ...admission.quotas import TRAINING_STREAMS, TRAININGS, TRAININGS_QUEUED
 from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
 from ...dataset_schemas import ENDED, TrainingInfo, TrainingList, TrainingRequest, TrainingState
-from ...errors import HubError, InvalidRequest, NotFound, Unauthenticated
+from ...errors import Conflict, HubError, InvalidRequest, NotFound, Unauthenticated
 from ...registry.datasets.entries import ListedImage
 from ...registry.datasets.files import StoredName
 from ...registry.datasets.index import DatasetIndex
 from ...registry.datasets.trainings import Author, Job, Training, TrainingRegistry
 from ...registry.tasks import TaskRegistry
+from ...registry.versions import TrainingEndedError
 from ...storage.store import Store
 from ..classification import ClassificationService
 from ..datasets.features import FeatureService
@@ -37,6 +38,7 @@ INSTANT = "instant"
 JOB_RECIPES = ("karst", "auto")
 INTERRUPTED = "The gateway stopped before the training ended. Train again."
 FOLLOW_INTERVAL_S = 1.0
+LISTED_BYTES = 4 * 1024**2  # of trainings with their figures in a list; a training has up to 512 KiB
 COMPARED = 10_000  # images of a queued training whose stored features are compared; digests are in no order of content
 
 
@@ -113,8 +115,8 @@ class TrainingService:
         return training.public()
 
     async def list(self, caller: Caller, name: str) -> TrainingList:
-        """Return the trainings of a task, newest first."""
-        found = await self._trainings.all(caller.tenant, caller.own_task(name))
+        """Return the trainings of a task, newest first. Those beyond `LISTED_BYTES` have no `report`."""
+        found = await self._trainings.all(caller.tenant, caller.own_task(name), max_bytes=LISTED_BYTES)
         return TrainingList(trainings=[training.public() for training in found])
 
     async def get(self, caller: Caller, name: str, id: str) -> TrainingInfo:
@@ -199,10 +201,13 @@ class TrainingService:
             )
             digest = hashlib.sha256(report).hexdigest()
             await run_blocking(self._threads.of(caller.tenant), self._reports.put, digest, report)
-            registered, promotion = await self._promotion.register(caller, task, classifier.adapter.data)
+            name = Job(caller.tenant, task, training.id).name
+            registered, promotion = await self._promotion.register(caller, task, classifier.adapter.data, (name, ""))
+        except TrainingEndedError:
+            raise Conflict("The task was deleted while it trained.") from None
         except HubError as error:
-            failed = {"error": error.detail, "seconds": _since(started_s)}
-            await self._trainings.put(caller, caller.tenant, task, training.model_copy(update=failed), audited=True)
+            failed = training.model_copy(update={"error": error.detail, "seconds": _since(started_s)})
+            await self._trainings.put(caller, caller.tenant, task, failed, audited=True, is_known=True)
             raise
         done = {
             "state": "done",
@@ -216,7 +221,7 @@ class TrainingService:
             "error": None,
         }
         training = training.model_copy(update=done)
-        await self._trainings.put(caller, caller.tenant, task, training, audited=True)
+        await self._trainings.put(caller, caller.tenant, task, training, audited=True, is_known=True)
         await run_blocking(self._threads.of(caller.tenant), self._reports.put_missing, digest, report)
         return training.public()
 

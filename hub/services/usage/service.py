@@ -93,7 +93,9 @@ class UsageService:
     async def _labels(self, tenant: str, task: str, digest: str) -> Mapping[str, int] | None:
         """Return the labels of a snapshot with their images; None if the task has no such snapshot."""
         # Only the task's own: the metrics of an uploaded file are the client's.
-        if digest not in {training.snapshot.digest for training in await self._trainings.all(tenant, task)}:
+        if digest not in {
+            training.snapshot.digest for training in await self._trainings.all(tenant, task, max_bytes=0)
+        }:
             return None
         if digest not in self._trained:
             try:

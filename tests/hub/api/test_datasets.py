@@ -1,12 +1,18 @@
 """Datasets over HTTP: uploads in every form, lists, labels, splits, thumbnails, removal, other tenants."""
 
+import dataclasses
 import hashlib
 import io
+import os
+import threading
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from hub.concurrency import LOW_PRIORITY
+from hub.services.datasets.images import STEP_BYTES, STEP_IMAGES, steps_of
+from hub.services.datasets.zip_folders import ZipEntry, ZipFolders
 from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import bomb_png, encoded, png, wait_until
 from tests.support.protocols import Reply
@@ -294,3 +300,22 @@ def test_refused_entries_of_a_zip_count_against_the_rate_of_images(dataset: Hub)
     assert "an archive inside the zip" in archive.json()["refused"][0]["reason"]
     next_one = add(dataset, png(1))
     assert (next_one.status_code, next_one.json()["errors"][0]["field"]) == (429, "images_per_second")
+
+
+def test_a_zip_is_unpacked_at_low_priority_in_steps_of_few_bytes(dataset: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 entries of 10 MiB each were in memory at once, and entries that inflate a thousand times took both cores."""
+    read, found = ZipFolders.read, []
+
+    def noted(self: ZipFolders, entry: ZipEntry) -> bytes:
+        priority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        found.append((threading.current_thread().name.split("_")[0], priority))
+        return read(self, entry)
+
+    monkeypatch.setattr(ZipFolders, "read", noted)
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert add(dataset, zip_of({"rose/1.png": png(1)}), headers=ZIP).json()["counts"]["added"] == 1
+    assert found == [("unpack", max(own, LOW_PRIORITY))]
+    large = ZipEntry("a", None, None, "", 0, 0, 10, STEP_BYTES // 2, 0)
+    small = dataclasses.replace(large, size_bytes=10)
+    entries = [large, large, small, *[small] * STEP_IMAGES, large, dataclasses.replace(large, size_bytes=2**40), small]
+    assert [len(step) for step in steps_of(entries)] == [2, STEP_IMAGES, 2, 1, 1]

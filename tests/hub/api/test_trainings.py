@@ -1,5 +1,6 @@
 """Trainings over HTTP: from uploaded images to a version that answers, and refusals of datasets that cannot train."""
 
+import asyncio
 import hashlib
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import redis
 
 from hub.registry.datasets import trainings
+from hub.services.trainings.instant import fit_instant
+from hub.services.trainings.promotion import PromotionService
 from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import coloured_noise, wait_until
 from tests.support.zips import zip_of
@@ -172,3 +175,36 @@ def test_a_deleted_task_takes_its_snapshots(colours: Hub) -> None:
     assert any(name.endswith(".json") for name in colours.stored())
     colours.http.delete("/v1/tasks/colours")
     wait_until(lambda: not any(name.endswith((".json", ".image", ".f16")) for name in colours.stored()), timeout_s=20)
+
+
+@pytest.mark.parametrize("at", ["fit", "registration"])
+@pytest.mark.parametrize("remade", [False, True])
+def test_a_training_writes_nothing_after_its_task_was_deleted_and_made_again(
+    colours: Hub, monkeypatch: pytest.MonkeyPatch, at: str, *, remade: bool
+) -> None:
+    def delete() -> None:
+        assert colours.http.delete("/v1/tasks/colours").status_code == 204
+        assert not remade or colours.http.put("/v1/tasks/colours", json={}).status_code == 201
+
+    register = PromotionService.register
+
+    def fit_then_delete(*arguments: Any) -> Any:
+        found = fit_instant(*arguments)
+        delete()
+        return found
+
+    async def register_then_delete(*arguments: Any) -> Any:
+        found = await register(*arguments)
+        await asyncio.to_thread(delete)
+        return found
+
+    if at == "fit":
+        monkeypatch.setattr("hub.services.trainings.service.fit_instant", fit_then_delete)
+    else:
+        monkeypatch.setattr(PromotionService, "register", register_then_delete)
+    assert colours.http.post(TRAININGS).status_code == (409 if at == "fit" and remade else 404)
+    used = colours.http.get("/v1/usage").json()["used"]
+    assert (used["tasks"], used["training_bytes"], used["stored_bytes"]) == (int(remade), 0, 0)
+    if remade:
+        assert colours.http.get(TRAININGS).json()["trainings"] == []
+        assert colours.http.get("/v1/tasks/colours").json()["aliases"] == {}

@@ -254,7 +254,7 @@ def test_a_registration_is_refused_when_the_registry_bytes_of_the_tenant_are_rea
             for v in large:
                 await registry.register(OPERATOR, "t", "x", v, ["latest"])
 
-        with pytest.raises(LimitReached, match="bytes of metadata of tasks and versions") as caught:
+        with pytest.raises(LimitReached, match="bytes of metadata of tasks, versions and trainings") as caught:
             await register_all()
         assert caught.value.errors[0].field == "registry_bytes"
         assert len((await registry.task("t", "x")).digests) == 9

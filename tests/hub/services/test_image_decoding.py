@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from adapters.data.images import decode_image
+from hub.admission.quotas import BYTES_PER_IMAGE
 from hub.concurrency import LOW_PRIORITY, REST_RATIO, ActiveTenants, TenantThreads, lower_priority
 from hub.errors import InvalidImage, TooLarge
 from hub.services.image_decoding import MAX_JPEG_SCANS, DecodeProcesses, ImageDecoder
@@ -425,3 +426,16 @@ def test_process_decodes_an_image_when_it_is_large_or_of_a_dataset() -> None:
         processes.close()
 
     asyncio.run(use())
+
+
+def test_a_jpeg_or_avif_of_many_bytes_counts_more_than_by_its_pixels() -> None:
+    """An AVIF of 2 megapixels and 7.5 MB decodes ten times as long as a PNG, a JPEG of 100 scans five times."""
+
+    async def use() -> None:
+        small = Image.new("RGB", (8, 8))
+        with decoder() as images:
+            for kind, size in {"JPEG": 3, "AVIF": 3, "PNG": 1, "BMP": 1}.items():
+                files = [encoded(small, kind), encoded(small, kind) + bytes(2 * BYTES_PER_IMAGE)]
+                assert await images.sizes("a", files) == [1, size], kind
+
+    run(use)

@@ -50,9 +50,36 @@ local function count_training_bytes(tenant, bytes)
   if bytes ~= 0 then redis.call('INCRBY', tenant_key(tenant, 'training_bytes'), string.format('%.0f', bytes)) end
 end
 
--- Return the bytes of a training's snapshot and report; 0 for a training of an older hub.
-local function training_bytes(training)
-  return tonumber(training.file_bytes) or 0
+-- Return what the registry needs of a training. Its text may have 500 KB of figures: to decode those of many trainings
+-- would block every other client of Redis.
+local function head_of(training, text_bytes)
+  local head = {id = training.id, snapshot = training.snapshot.digest, text_bytes = text_bytes}
+  head.file_bytes = tonumber(training.file_bytes) or 0 -- of its snapshot and report; an older hub did not count them
+  if training.report_digest ~= cjson.null then head.report = training.report_digest end
+  if training.version ~= cjson.null then head.version = training.version end
+  return head
+end
+
+-- Return the head of a training, or nil. One of an older hub has none, and its text is not counted.
+local function training_head(tenant, task, id)
+  local head = redis.call('HGET', dataset_key(tenant, task, 'training-heads'), id)
+  if head then return cjson.decode(head) end
+  local text = redis.call('HGET', dataset_key(tenant, task, 'trainings'), id)
+  if text then return head_of(cjson.decode(text), 0) end
+end
+
+-- Add to a tenant's bytes of tasks, versions and trainings.
+local function count_text_bytes(tenant, bytes)
+  if bytes ~= 0 then redis.call('INCRBY', tenant_key(tenant, 'registry'), string.format('%.0f', bytes)) end
+end
+
+-- Write a training's text and its head, and count the bytes of its text and files. Return whether it is new.
+local function write_training(tenant, task, head, text)
+  local former = training_head(tenant, task, head.id) or {file_bytes = 0, text_bytes = 0}
+  count_training_bytes(tenant, head.file_bytes - former.file_bytes)
+  count_text_bytes(tenant, head.text_bytes - former.text_bytes)
+  redis.call('HSET', dataset_key(tenant, task, 'training-heads'), head.id, cjson.encode(head))
+  return redis.call('HSET', dataset_key(tenant, task, 'trainings'), head.id, text) == 1
 end
 
 local HOLDERS = {[''] = 'karst:images', ['s:'] = 'karst:snapshots', ['r:'] = 'karst:reports'}
@@ -79,15 +106,14 @@ local function drop_dataset(tenant, task)
     redis.call('UNLINK', index_key(tenant, task, used))
     for _, label in ipairs(labels) do redis.call('UNLINK', index_key(tenant, task, used, label)) end
   end
-  for _, text in ipairs(redis.call('HVALS', dataset_key(tenant, task, 'trainings'))) do
-    local training = cjson.decode(text)
-    drop_job(tenant, task, training.id)
-    count_training_bytes(tenant, -training_bytes(training))
-    redis.call('ZREM', ENDED, job_name(tenant, task, training.id))
-    redis.call('HINCRBY', images, 's:' .. training.snapshot.digest, 1)
-    if training.report_digest and training.report_digest ~= cjson.null then
-      redis.call('HINCRBY', images, 'r:' .. training.report_digest, 1)
-    end
+  for _, id in ipairs(redis.call('HKEYS', dataset_key(tenant, task, 'trainings'))) do
+    local head = training_head(tenant, task, id)
+    drop_job(tenant, task, id)
+    count_training_bytes(tenant, -head.file_bytes)
+    count_text_bytes(tenant, -head.text_bytes)
+    redis.call('ZREM', ENDED, job_name(tenant, task, id))
+    redis.call('HINCRBY', images, 's:' .. head.snapshot, 1)
+    if head.report then redis.call('HINCRBY', images, 'r:' .. head.report, 1) end
   end
   if redis.call('EXISTS', images) == 1 then
     local dropped = 'karst:dropped:' .. string.format('%.0f', redis.call('INCR', 'karst:dropped-number'))
@@ -96,7 +122,8 @@ local function drop_dataset(tenant, task)
   end
   local usage = redis.call('HGET', dataset_key(tenant, task, 'usage'), 'b')
   if usage then redis.call('DECRBY', tenant_key(tenant, 'usage_bytes'), usage) end
-  for _, name in ipairs({'info', 'names', 'labels', 'folds', 'fold-of', 'merged', 'trainings', 'training-order', 'kept', 'usage'}) do
+  for _, name in ipairs({'info', 'names', 'labels', 'folds', 'fold-of', 'merged', 'trainings', 'training-heads',
+    'training-order', 'kept', 'usage'}) do
     redis.call('UNLINK', dataset_key(tenant, task, name))
   end
   redis.call('SREM', 'karst:kept', tenant .. ':' .. task)
@@ -122,7 +149,7 @@ end
 
 -- Make a staged dataset the dataset of a task that is created in the same step.
 local function adopt_dataset(tenant, staged, task)
-  local names = {'images', 'info', 'names', 'folds', 'fold-of', 'merged', 'kept', 'trainings', 'training-order'}
+  local names = {'images', 'info', 'names', 'folds', 'fold-of', 'merged', 'kept', 'trainings', 'training-heads', 'training-order'}
   local labels = redis.call('HKEYS', dataset_key(tenant, staged, 'labels'))
   names[#names + 1], labels[#labels + 1] = 'labels', ''
   for _, used in ipairs({'*', 'train', 'test'}) do

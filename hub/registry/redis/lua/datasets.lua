@@ -36,9 +36,9 @@ function datasets.stage(args)
   redis.call('ZADD', STAGED, math.floor(now_s()), args.tenant .. ':' .. args.task)
   local statuses = {}
   for i, image in ipairs(args.images) do statuses[i] = add(args, image) end
-  if training ~= cjson.null and redis.call('HSET', key(args, 'trainings'), training.id, training.body) == 1 then
+  local head = training ~= cjson.null and head_of(cjson.decode(training.body), #training.body)
+  if head and write_training(args.tenant, args.task, head, training.body) then
     redis.call('HINCRBY', 'karst:snapshots', training.snapshot, 1)
-    count_training_bytes(args.tenant, training_bytes(cjson.decode(training.body)))
     redis.call('ZADD', key(args, 'training-order'), redis.call('HINCRBY', key(args, 'info'), 'last', 1), training.id)
   end
   return {outcome = 'done', text = cjson.encode(statuses)}

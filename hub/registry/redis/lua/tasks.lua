@@ -105,10 +105,16 @@ end
 -- Also: summary (of the version, see `models`), max_history, settings (name -> JSON text), latest (targets of the alias
 -- `latest` that the caller has compared labels with; '' for none; null: any). ARGV[3] is the version's JSON without its
 -- number: it may be long, so no JSON text contains it. Known bytes move no alias. training ({job, token}, null: none):
--- the version is the result of a job, which another gateway may have taken over.
+-- the version is the result of a job, which another gateway may have taken over; or, with the token '', of a training
+-- in a request, whose task may have been deleted, and made again.
 function tasks.register(args)
-  local job = args.training ~= cjson.null and args.training.job
-  if job and redis.call('HGET', JOBS, job) ~= args.training.token then return {outcome = 'ended'} end
+  local training = args.training ~= cjson.null and args.training
+  local job = training and training.token ~= '' and training.job
+  if job and redis.call('HGET', JOBS, job) ~= training.token then return {outcome = 'ended'} end
+  if training and not job then
+    local id = string.match(training.job, '[^:]+$')
+    if redis.call('HEXISTS', dataset_key(args.tenant, args.task, 'trainings'), id) == 0 then return {outcome = 'ended'} end
+  end
   local refusal = find_refusal(args) or take_change(args)
   if refusal then return refusal end
   local key = task_key(args.tenant, args.task)

@@ -6,11 +6,6 @@ local function key(args, name)
   return dataset_key(args.tenant, args.task, name)
 end
 
--- Return the digest of a training's report, or nil.
-local function report_of(body)
-  if body.report_digest ~= cjson.null then return body.report_digest end
-end
-
 -- Return the training's text if it may be changed by the holder of a token; token '': if its lease has expired.
 local function held(args)
   local job = job_name(args.tenant, args.task, args.id)
@@ -22,10 +17,10 @@ end
 
 -- Return whether a training is a job that has not ended, or made a version that the task still has. Such a version's
 -- metrics name the training and its snapshot.
-local function is_needed(args, id, body)
-  if redis.call('HEXISTS', JOBS, job_name(args.tenant, args.task, id)) == 1 then return true end
-  if not body.version or body.version == cjson.null then return false end
-  local field = 'v:' .. string.format('%.0f', body.version)
+local function is_needed(args, head)
+  if redis.call('HEXISTS', JOBS, job_name(args.tenant, args.task, head.id)) == 1 then return true end
+  if not head.version then return false end
+  local field = 'v:' .. string.format('%.0f', head.version)
   return redis.call('HEXISTS', task_key(args.tenant, args.task), field) == 1
 end
 
@@ -33,47 +28,49 @@ end
 -- training that is dropped releases what it holds, and no other training's report. Return a refusal if the report's file
 -- is being removed, and whether the training is new.
 local function store(args)
-  local known, body = redis.call('HGET', key(args, 'trainings'), args.id), cjson.decode(args.body)
-  local former = known and cjson.decode(known) or {}
-  local report, held_report = report_of(body), report_of(former)
+  local head = head_of(cjson.decode(args.body), #args.body)
+  local former = training_head(args.tenant, args.task, args.id) or {}
+  local report, held_report = head.report, former.report
   if report ~= held_report then
     if report and redis.call('EXISTS', 'karst:image-gc:' .. report) == 1 then return {outcome = 'removing'} end
     if report then redis.call('HINCRBY', HOLDERS['r:'], report, 1) end
     if held_report then release_file('r:', held_report) end -- a collection removes the file
   end
-  count_training_bytes(args.tenant, training_bytes(body) - training_bytes(former))
-  return nil, redis.call('HSET', key(args, 'trainings'), args.id, args.body) == 1
+  return nil, write_training(args.tenant, args.task, head, args.body)
 end
 
--- Return the ended trainings that a new one replaces, unless they are needed: those older than the newest
--- max_trainings, and the oldest ones as long as the tenant's trainings have more than max_bytes. Also return the bytes
--- over max_bytes that remain.
+-- Return the heads of the ended trainings that a new one replaces, unless they are needed: those older than the newest
+-- max_trainings, and the oldest ones as long as the tenant's trainings have more than max_bytes, or its texts more than
+-- max_registry_bytes. Also return the bytes over both limits that remain.
 local function outdated(args)
   local found, order = {}, key(args, 'training-order')
-  local used = tonumber(redis.call('GET', tenant_key(args.tenant, 'training_bytes')) or 0)
-  local over = used + training_bytes(cjson.decode(args.body)) - args.max_bytes
+  local head = head_of(cjson.decode(args.body), #args.body)
+  local files = tonumber(redis.call('GET', tenant_key(args.tenant, 'training_bytes')) or 0)
+  local texts = tonumber(redis.call('GET', tenant_key(args.tenant, 'registry')) or 0)
+  local over, over_texts = files + head.file_bytes - args.max_bytes, texts + head.text_bytes - args.max_registry_bytes
   local excess = redis.call('ZCARD', order) + 1 - args.max_trainings
-  if excess <= 0 and over <= 0 then return found, over end
+  if excess <= 0 and over <= 0 and over_texts <= 0 then return found, over, over_texts end
   for place, id in ipairs(redis.call('ZRANGE', order, 0, -1)) do
-    if place > excess and over <= 0 then break end
-    local body = cjson.decode(redis.call('HGET', key(args, 'trainings'), id))
-    if not is_needed(args, id, body) then
-      found[#found + 1], over = body, over - training_bytes(body)
+    if place > excess and over <= 0 and over_texts <= 0 then break end
+    local old = training_head(args.tenant, args.task, id)
+    if not is_needed(args, old) then
+      found[#found + 1], over, over_texts = old, over - old.file_bytes, over_texts - old.text_bytes
     end
   end
-  return found, over
+  return found, over, over_texts
 end
 
 -- Forget these trainings. Return their files that no other training uses.
 local function forget(args, found)
   local orphans = {}
-  for _, body in ipairs(found) do
-    local report = report_of(body)
-    redis.call('HDEL', key(args, 'trainings'), body.id)
-    redis.call('ZREM', key(args, 'training-order'), body.id)
-    count_training_bytes(args.tenant, -training_bytes(body))
-    if release_file('s:', body.snapshot.digest) then orphans[#orphans + 1] = 's:' .. body.snapshot.digest end
-    if report and release_file('r:', report) then orphans[#orphans + 1] = 'r:' .. report end
+  for _, head in ipairs(found) do
+    redis.call('HDEL', key(args, 'trainings'), head.id)
+    redis.call('HDEL', key(args, 'training-heads'), head.id)
+    redis.call('ZREM', key(args, 'training-order'), head.id)
+    count_training_bytes(args.tenant, -head.file_bytes)
+    count_text_bytes(args.tenant, -head.text_bytes)
+    if release_file('s:', head.snapshot) then orphans[#orphans + 1] = 's:' .. head.snapshot end
+    if head.report and release_file('r:', head.report) then orphans[#orphans + 1] = 'r:' .. head.report end
   end
   return orphans
 end
@@ -95,9 +92,9 @@ local function note_end(args)
 end
 
 -- body, snapshot (digest), max_trainings, entry, audited (whether to write the entry), queued (whether to add a job),
--- max_jobs (queued or running ones of the tenant), max_bytes (of the tenant's snapshots and reports), max_ended. Add a
--- training, or replace its body. Return the files of the oldest trainings that were dropped and that no other training
--- uses.
+-- max_jobs (queued or running ones of the tenant), max_bytes (of the tenant's snapshots and reports),
+-- max_registry_bytes, max_ended, is_known (refuse a new training). Add a training, or replace its body, which is never
+-- refused for its size. Return the files of the oldest trainings that were dropped and that no other training uses.
 function trainings.put(args)
   if is_revoked(args.entry) then return REVOKED end
   local refusal = (args.queued or not args.audited) and take_change(args)
@@ -107,10 +104,12 @@ function trainings.put(args)
   if args.queued and redis.call('SCARD', tenant_key(args.tenant, 'training-jobs')) >= args.max_jobs then
     return limit_reached('training_jobs', args.max_jobs)
   end
-  local known = redis.call('HGET', key(args, 'trainings'), args.id)
-  local found, over = {}, 0
-  if not known then found, over = outdated(args) end
+  local known = redis.call('HEXISTS', key(args, 'trainings'), args.id) == 1
+  if args.is_known and not known then return ABSENT end -- its task was deleted, and made again
+  local found, over, over_texts = {}, 0, 0
+  if not known then found, over, over_texts = outdated(args) end
   if over > 0 then return limit_reached('training_bytes', args.max_bytes) end
+  if over_texts > 0 then return limit_reached('registry_bytes', args.max_registry_bytes) end
   local removing, is_new = store(args)
   if removing then return removing end
   local orphans = {}
