@@ -255,6 +255,30 @@ def test_review_by_keyboard_labels_corrects_undoes_and_retrains(
     page.get_by_text("Version 2 is ready").wait_for()
 
 
+def test_enter_confirms_in_the_review_after_clicks_on_its_tab_and_on_skip(
+    console: Console, digits: Path, unseen: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("clicked", digits)
+    page = console.page(f"/tasks/{task}/review")
+    page.get_by_text("Images that you add without a label come here.").wait_for()
+    with console.client() as client:
+        client.images.add(task, [path for label in LABELS for path in files(unseen / label)])
+    open_tab(page, "Images")
+    open_tab(page, "Review")
+    status = page.locator(".row > p[role=status]")
+    page.get_by_text("Suggestion:").wait_for()
+    page.keyboard.press("Enter")
+    expect_text(page, status, "5 left, 1 done")
+    page.get_by_text("Suggestion:").wait_for()
+    page.get_by_role("button", name="Skip").click()
+    page.get_by_text("Suggestion:").wait_for()
+    page.keyboard.press("Enter")
+    expect_text(page, status, "4 left, 2 done")
+    page.locator("h1").click()
+    page.keyboard.press("Shift")  # the browser then shows where the focus is
+    assert page.locator("#main").evaluate("main => getComputedStyle(main).outlineStyle") == "none"
+
+
 def test_review_of_labels_that_may_be_wrong_keeps_a_label_by_enter_and_takes_the_suggestion_by_another_key(
     console: Console, digits: Path, new_task: Callable[..., str]
 ) -> None:

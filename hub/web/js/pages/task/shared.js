@@ -23,7 +23,7 @@ export function useKeys(onKey) {
       if (event.defaultPrevented || event.altKey || document.querySelector("dialog[open]")) return;
       if (event.target.closest("input:not([type=checkbox]), select, textarea")) return;
       if (!commands.value && event.key.length === 1 && !event.ctrlKey && !event.metaKey) return;
-      if (event.key === "Enter" && event.target.closest("button, a, summary")) return;
+      if (event.key === "Enter" && event.target.closest("button, a:not([aria-current]), summary")) return;
       latest.current(event);
     };
     addEventListener("keydown", listen);
