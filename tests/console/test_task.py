@@ -440,7 +440,18 @@ def test_canary_takes_a_share_and_rolls_back(console: Console, digits: Path, new
     card.get_by_role("button", name="Set").click()
     card.get_by_text("80 % version 1, 20 % version 2").wait_for()
     assert aliases(console, task)["stable"] == {1: 80, 2: 20}
+    for share in (50, 70):
+        card.get_by_role("slider").fill(str(share))
+        card.get_by_role("button", name="Set").click()
+        card.get_by_text(f"{100 - share} % version 1, {share} % version 2").wait_for()
+        assert card.get_by_role("combobox", name="Canary").input_value() == "2"
+    assert aliases(console, task)["stable"] == {1: 30, 2: 70}
+    for target, shown in (("50 % version 1, 50 % version 2", 50), ("80 % version 1, 20 % version 2", 20)):
+        card.get_by_role("button", name="Roll back stable").click()
+        card.get_by_text(target).wait_for()
+        card.get_by_text(f"Share of stable: {shown} %").wait_for()
     card.get_by_role("button", name="Roll back stable").click()
+    card.get_by_text("80 % version 1").wait_for(state="detached")
     page.get_by_text("stable is back at its previous target.").wait_for()
     assert aliases(console, task)["stable"] == {1: 1}
     with page.expect_download() as download:

@@ -216,7 +216,7 @@ function Confusions({ task, report, labels, of }) {
 function Promote({ task, detail, version, labels, reload }) {
   const live = versionOf(detail, "stable");
   const others = detail.versions.map((v) => v.version).filter((number) => number !== version);
-  const [other, setOther] = useState(live && live !== version ? live : (others[0] ?? null));
+  const [other, setOther] = useState(live && live !== version ? live : (others.findLast((number) => number < version) ?? others[0] ?? null));
   const [found, setFound] = useState(null);
   const compare = () => attempt(async () => setFound(await api.get(at(task, "compare"), { a: other, b: version })));
   const promote = () =>
