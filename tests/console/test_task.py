@@ -2,6 +2,9 @@
 
 import asyncio
 import io
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -390,6 +393,42 @@ def test_two_versions_answer_side_by_side_and_the_picture_joins_the_images(
     page.get_by_role("combobox", name="Add to the images as").select_option("=4")
     page.get_by_text("Added as 4.").wait_for()
     assert counts(console, task)["4"] == 13
+
+
+def test_picture_that_is_unlike_the_task_s_images_is_called_unknown_and_not_by_a_label(
+    console: Console, digits: Path, unseen: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("foreign", digits)
+    with console.client() as client:
+        client.train(task)
+        client.create_task(task, unknown_below=1)
+    page = console.page(f"/tasks/{task}/try")
+    choose(page, [files(unseen / "4")[0]])
+    page.get_by_role("heading", name="Unknown version 1").wait_for()
+    page.get_by_text("The picture does not look like the task's images").wait_for()
+    assert not page.get_by_text("90 % sure").count()
+    with console.client() as client:
+        client.create_task(task, unknown_below=0)
+    choose(page, [files(unseen / "4")[1]])
+    page.get_by_role("heading", name="4 version 1").wait_for()
+    page.get_by_text("90 % sure").wait_for()
+
+
+def test_commands_of_the_tab_use_work_word_for_word_with_a_key_and_a_picture(
+    console: Console, digits: Path, unseen: Path, tmp_path: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("copied", digits)
+    with console.client() as client:
+        client.train(task)
+    page = console.page(f"/tasks/{task}/use")
+    page.get_by_text("Put it in place of kh_..., and your file in place of picture.jpg.").wait_for()
+    (tmp_path / "picture.jpg").write_bytes(Path(files(unseen / "4")[0]).read_bytes())
+    for name, command in {"curl": ["bash", "-c"], "Python": [sys.executable, "-c"]}.items():
+        text = page.get_by_role("region", name=name).inner_text()
+        assert text.count("kh_...") == 1
+        command = [*command, text.replace("kh_...", console.key)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "4" in (json.loads(done.stdout)["predictions"][0][0]["label"] if name == "curl" else done.stdout)
 
 
 def test_labels_that_may_be_wrong_are_listed_and_leave_the_list_when_corrected(
