@@ -309,6 +309,8 @@ def test_images_that_no_folder_names_are_counted_after_an_upload_and_get_a_label
     choose(page, files(digits / "0")[:3])
     page.get_by_text("3 images without a label, as no folder names one.").wait_for()
     page.get_by_role("combobox", name="Label of these").select_option("+")
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("combobox", name="Label of these").select_option("+")
     page.get_by_role("textbox", name="New label").fill("zero")
     page.get_by_role("button", name="Add", exact=True).click()
     page.get_by_text("3 images are labelled zero now.").wait_for()

@@ -101,7 +101,7 @@ export function LabelChoice({ labels, value, none, onPick, text = "Label" }) {
     };
     return html`<form class="row" onSubmit=${done}>
       <${Field} label="New label"><input value=${fresh} maxlength="200" ref=${focus} onInput=${(e) => setFresh(e.target.value)} /><//>
-      <button>Add</button>
+      <${Button} onClick=${() => setFresh(null)}>Cancel<//><button>Add</button>
     </form>`;
   }
   const picked = ({ target }) => {
