@@ -34,6 +34,14 @@ PIXELS_OF_LINE = """(canvas) => {
   for (let i = 0; i < data.length; i += 4) found += data[i] === 47 && data[i + 1] === 127 && data[i + 2] === 209;
   return found;
 }"""  # of the first line's colour
+HEIGHT_OF_LINE = """(canvas) => {
+  const { data, width } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const found = [];
+  for (let i = 0; i < data.length; i += 4) {
+    if (data[i] === 47 && data[i + 1] === 127 && data[i + 2] === 209) found.push(i);
+  }
+  return found.reduce((sum, i) => sum + Math.floor(i / 4 / width), 0) / found.length / canvas.height;
+}"""  # its mean; 0 is the top
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +142,10 @@ def test_training_says_at_once_that_it_starts_and_leads_with_left_out_images_whe
     page.get_by_text("Always naming the most frequent label would be right for 33 %.").wait_for()
     for heading in ("Labels of the 33 left-out images", "Answers to the 33 left-out images"):
         page.get_by_role("heading", name=heading).wait_for()
+    curve = page.get_by_role("img", name="by number of images").locator("canvas").first
+    curve.wait_for()
+    wait_until(lambda: int(curve.evaluate(PIXELS_OF_LINE)) > 20)
+    assert float(curve.evaluate(HEIGHT_OF_LINE)) < 0.25  # an accuracy near 1 is near the top of its scale
     page.get_by_role("combobox", name="for about").select_option("60")
     open_tab(page, "Try")
     open_tab(page, "Train")

@@ -160,7 +160,7 @@ function Result({ task, detail, training, reload }) {
       <p>The most certain wrong answers. Wrong labels show up here: open an image to correct it.</p>
       <${ImageStrip} task=${task} labels=${labels} images=${asImages(report.value.errors.slice(0, 24))} />`}
     ${curve.length > 1 &&
-    html`<${Chart} label="Accuracy on left-out images by number of images" data=${[curve.map(([n]) => n), curve.map(([, a]) => a)]} series=${["images", "accuracy"]} />`}`;
+    html`<${Chart} label="Accuracy on left-out images by number of images" data=${[curve.map(([n]) => n), curve.map(([, a]) => a)]} series=${["images", "accuracy"]} shares />`}`;
 }
 
 const asImages = (errors) =>
