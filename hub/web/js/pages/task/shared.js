@@ -85,8 +85,7 @@ export function Untested({ info }) {
   if (!missing.length) return null;
   const named = missing.slice(0, 10).join(", ") + (missing.length > 10 ? ` and ${missing.length - 10} more` : "");
   return html`<p class="warning">
-    No test image of ${named}: the accuracy on test images does not cover ${missing.length > 1 ? "these labels" : "this label"}. A training takes one of a label with five
-    images or more. Or open an image and set its use to “test”.
+    No test image of ${named}: the accuracy on test images does not cover ${missing.length > 1 ? "these labels" : "this label"}. Add images, or open one and set its use to “test”.
   </p>`;
 }
 
