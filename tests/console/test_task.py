@@ -169,6 +169,17 @@ def test_karst_training_that_makes_no_version_says_what_happened_and_what_to_do(
     assert not page.get_by_role("img", name="by number of images").count()
 
 
+@pytest.mark.long
+def test_karst_training_that_is_not_better_says_that_its_version_is_the_instant_one(
+    console: Console, digits: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("easy", digits)  # without an error to mend
+    with console.client() as client:
+        client.train(task, recipe="auto", budget_s=20)
+    page = console.page(f"/tasks/{task}/train")
+    page.get_by_text("So this version is what “Train now” makes.").wait_for()
+
+
 def test_images_are_labelled_by_key_by_dragging_and_in_bulk_undone_and_deleted(
     console: Console, digits: Path, new_task: Callable[..., str]
 ) -> None:
@@ -396,13 +407,18 @@ def test_two_versions_answer_side_by_side_and_the_picture_joins_the_images(
 ) -> None:
     task = new_task("beside", digits)
     with console.client() as client:
-        client.train(task)
-        client.train(task)
-    page = console.page(f"/tasks/{task}/try")
+        for _ in range(3):
+            client.train(task)
+    page = console.page(f"/tasks/{task}/train")
+    page.get_by_text("Version 3 is ready").wait_for()
+    assert page.get_by_role("combobox", name="Compare with").input_value() == "2"
+    open_tab(page, "Try")
     page.get_by_role("combobox", name="Compare with").select_option("1")
-    choose(page, [files(unseen / "4")[0]])
-    page.get_by_role("heading", name="4 version 2").wait_for()
+    picture = files(unseen / "4")[0]
+    choose(page, [picture])
+    page.get_by_role("heading", name="4 version 3").wait_for()
     page.get_by_role("heading", name="4 version 1").wait_for()
+    page.locator(".tried").get_by_text(Path(picture).name).wait_for()
     assert page.get_by_role("meter", name="Typicality").count() == 2
     page.get_by_role("combobox", name="Add to the images as").select_option("=4")
     page.get_by_text("Added as 4.").wait_for()
