@@ -113,9 +113,9 @@ def serve() -> None:
         if hub.login_link is not None and out.is_terminal:  # a log must not keep it
             _say("The console, for your browser. The link works once, within an hour:")
             out.print(hub.login_link, soft_wrap=True)
-        elif hub.login_link is not None:
-            where = f"HUB_HOME={shlex.quote(str(chosen.home))}"
-            _say(f"The console: `{where} karst-hub login-link --url {hub.url}` prints a link for your browser.")
+        else:
+            command = f"HUB_HOME={shlex.quote(str(chosen.home))} {shlex.quote(sys.argv[0])}"
+            _say(f"The console: `{command} login-link --url {hub.url}` prints a link for your browser.")
         sys.stdout.flush()
         _say("ready; press Ctrl-C to stop")
         stopping.wait()

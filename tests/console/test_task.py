@@ -2,6 +2,9 @@
 
 import asyncio
 import io
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -31,6 +34,14 @@ PIXELS_OF_LINE = """(canvas) => {
   for (let i = 0; i < data.length; i += 4) found += data[i] === 47 && data[i + 1] === 127 && data[i + 2] === 209;
   return found;
 }"""  # of the first line's colour
+HEIGHT_OF_LINE = """(canvas) => {
+  const { data, width } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const found = [];
+  for (let i = 0; i < data.length; i += 4) {
+    if (data[i] === 47 && data[i + 1] === 127 && data[i + 2] === 209) found.push(i);
+  }
+  return found.reduce((sum, i) => sum + Math.floor(i / 4 / width), 0) / found.length / canvas.height;
+}"""  # its mean; 0 is the top
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +142,10 @@ def test_training_says_at_once_that_it_starts_and_leads_with_left_out_images_whe
     page.get_by_text("Always naming the most frequent label would be right for 33 %.").wait_for()
     for heading in ("Labels of the 33 left-out images", "Answers to the 33 left-out images"):
         page.get_by_role("heading", name=heading).wait_for()
+    curve = page.get_by_role("img", name="by number of images").locator("canvas").first
+    curve.wait_for()
+    wait_until(lambda: int(curve.evaluate(PIXELS_OF_LINE)) > 20)
+    assert float(curve.evaluate(HEIGHT_OF_LINE)) < 0.25  # an accuracy near 1 is near the top of its scale
     page.get_by_role("combobox", name="for about").select_option("60")
     open_tab(page, "Try")
     open_tab(page, "Train")
@@ -152,6 +167,17 @@ def test_karst_training_that_makes_no_version_says_what_happened_and_what_to_do(
     assert not page.get_by_text("Advice:").count()
     assert not page.get_by_text("KARST is ").count()
     assert not page.get_by_role("img", name="by number of images").count()
+
+
+@pytest.mark.long
+def test_karst_training_that_is_not_better_says_that_its_version_is_the_instant_one(
+    console: Console, digits: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("easy", digits)  # without an error to improve on
+    with console.client() as client:
+        client.train(task, recipe="auto", budget_s=20)
+    page = console.page(f"/tasks/{task}/train")
+    page.get_by_text("So this version is what “Train now” makes.").wait_for()
 
 
 def test_images_are_labelled_by_key_by_dragging_and_in_bulk_undone_and_deleted(
@@ -255,6 +281,30 @@ def test_review_by_keyboard_labels_corrects_undoes_and_retrains(
     page.get_by_text("Version 2 is ready").wait_for()
 
 
+def test_enter_confirms_in_the_review_after_clicks_on_its_tab_and_on_skip(
+    console: Console, digits: Path, unseen: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("clicked", digits)
+    page = console.page(f"/tasks/{task}/review")
+    page.get_by_text("Images that you add without a label come here.").wait_for()
+    with console.client() as client:
+        client.images.add(task, [path for label in LABELS for path in files(unseen / label)])
+    open_tab(page, "Images")
+    open_tab(page, "Review")
+    status = page.locator(".row > p[role=status]")
+    page.get_by_text("Suggestion:").wait_for()
+    page.keyboard.press("Enter")
+    expect_text(page, status, "5 left, 1 done")
+    page.get_by_text("Suggestion:").wait_for()
+    page.get_by_role("button", name="Skip").click()
+    page.get_by_text("Suggestion:").wait_for()
+    page.keyboard.press("Enter")
+    expect_text(page, status, "4 left, 2 done")
+    page.locator("h1").click()
+    page.keyboard.press("Shift")  # the browser then shows where the focus is
+    assert page.locator("#main").evaluate("main => getComputedStyle(main).outlineStyle") == "none"
+
+
 def test_review_of_labels_that_may_be_wrong_keeps_a_label_by_enter_and_takes_the_suggestion_by_another_key(
     console: Console, digits: Path, new_task: Callable[..., str]
 ) -> None:
@@ -281,6 +331,8 @@ def test_images_that_no_folder_names_are_counted_after_an_upload_and_get_a_label
     page = console.page(f"/tasks/{task}/images")
     choose(page, files(digits / "0")[:3])
     page.get_by_text("3 images without a label, as no folder names one.").wait_for()
+    page.get_by_role("combobox", name="Label of these").select_option("+")
+    page.get_by_role("button", name="Cancel").click()
     page.get_by_role("combobox", name="Label of these").select_option("+")
     page.get_by_role("textbox", name="New label").fill("zero")
     page.get_by_role("button", name="Add", exact=True).click()
@@ -355,17 +407,58 @@ def test_two_versions_answer_side_by_side_and_the_picture_joins_the_images(
 ) -> None:
     task = new_task("beside", digits)
     with console.client() as client:
-        client.train(task)
-        client.train(task)
-    page = console.page(f"/tasks/{task}/try")
+        for _ in range(3):
+            client.train(task)
+    page = console.page(f"/tasks/{task}/train")
+    page.get_by_text("Version 3 is ready").wait_for()
+    assert page.get_by_role("combobox", name="Compare with").input_value() == "2"
+    open_tab(page, "Try")
     page.get_by_role("combobox", name="Compare with").select_option("1")
-    choose(page, [files(unseen / "4")[0]])
-    page.get_by_role("heading", name="4 version 2").wait_for()
+    picture = files(unseen / "4")[0]
+    choose(page, [picture])
+    page.get_by_role("heading", name="4 version 3").wait_for()
     page.get_by_role("heading", name="4 version 1").wait_for()
+    page.locator(".tried").get_by_text(Path(picture).name).wait_for()
     assert page.get_by_role("meter", name="Typicality").count() == 2
     page.get_by_role("combobox", name="Add to the images as").select_option("=4")
     page.get_by_text("Added as 4.").wait_for()
     assert counts(console, task)["4"] == 13
+
+
+def test_picture_that_is_unlike_the_task_s_images_is_called_unknown_and_not_by_a_label(
+    console: Console, digits: Path, unseen: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("foreign", digits)
+    with console.client() as client:
+        client.train(task)
+        client.create_task(task, unknown_below=1)
+    page = console.page(f"/tasks/{task}/try")
+    choose(page, [files(unseen / "4")[0]])
+    page.get_by_role("heading", name="Unknown version 1").wait_for()
+    page.get_by_text("The picture does not look like the task's images").wait_for()
+    assert not page.get_by_text("90 % sure").count()
+    with console.client() as client:
+        client.create_task(task, unknown_below=0)
+    choose(page, [files(unseen / "4")[1]])
+    page.get_by_role("heading", name="4 version 1").wait_for()
+    page.get_by_text("90 % sure").wait_for()
+
+
+def test_commands_of_the_tab_use_work_word_for_word_with_a_key_and_a_picture(
+    console: Console, digits: Path, unseen: Path, tmp_path: Path, new_task: Callable[..., str]
+) -> None:
+    task = new_task("copied", digits)
+    with console.client() as client:
+        client.train(task)
+    page = console.page(f"/tasks/{task}/use")
+    page.get_by_text("Put it in place of kh_..., and your file in place of picture.jpg.").wait_for()
+    (tmp_path / "picture.jpg").write_bytes(Path(files(unseen / "4")[0]).read_bytes())
+    for name, command in {"curl": ["bash", "-c"], "Python": [sys.executable, "-c"]}.items():
+        text = page.get_by_role("region", name=name).inner_text()
+        assert text.count("kh_...") == 1
+        command = [*command, text.replace("kh_...", console.key)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "4" in (json.loads(done.stdout)["predictions"][0][0]["label"] if name == "curl" else done.stdout)
 
 
 def test_labels_that_may_be_wrong_are_listed_and_leave_the_list_when_corrected(
@@ -416,7 +509,18 @@ def test_canary_takes_a_share_and_rolls_back(console: Console, digits: Path, new
     card.get_by_role("button", name="Set").click()
     card.get_by_text("80 % version 1, 20 % version 2").wait_for()
     assert aliases(console, task)["stable"] == {1: 80, 2: 20}
+    for share in (50, 70):
+        card.get_by_role("slider").fill(str(share))
+        card.get_by_role("button", name="Set").click()
+        card.get_by_text(f"{100 - share} % version 1, {share} % version 2").wait_for()
+        assert card.get_by_role("combobox", name="Canary").input_value() == "2"
+    assert aliases(console, task)["stable"] == {1: 30, 2: 70}
+    for target, shown in (("50 % version 1, 50 % version 2", 50), ("80 % version 1, 20 % version 2", 20)):
+        card.get_by_role("button", name="Roll back stable").click()
+        card.get_by_text(target).wait_for()
+        card.get_by_text(f"Share of stable: {shown} %").wait_for()
     card.get_by_role("button", name="Roll back stable").click()
+    card.get_by_text("80 % version 1").wait_for(state="detached")
     page.get_by_text("stable is back at its previous target.").wait_for()
     assert aliases(console, task)["stable"] == {1: 1}
     with page.expect_download() as download:

@@ -69,4 +69,5 @@ def test_a_hub_starts_in_a_hostile_environment_and_after_sigkill(tmp_path: Path)
     lines = [json.loads(line) for line in second.logged().splitlines()]
     # On a busy machine an answer of Redis may take longer than its time limit.
     assert [line for line in lines if line["level"] == "error" and "TimeoutError" not in line["message"]] == []
-    assert {"starting", "ready; press Ctrl-C to stop", "stopping"} <= {line["message"].split(":")[0] for line in lines}
+    said = {line["message"].split(":")[0] for line in lines}
+    assert {"starting", "The console", "ready; press Ctrl-C to stop", "stopping"} <= said

@@ -10,7 +10,7 @@ import Tenant from "./pages/tenant.js";
 import { Link, go, route } from "./router.js";
 import { connection, keys, me, signOut } from "./state.js";
 
-// Not imported on demand: a browser does not load a module again that it failed to load while the hub was away.
+// Not on demand: a browser never loads a module again that failed while the hub was away.
 const PAGES = { tasks: Tasks, tenant: Tenant, hub: Hub };
 
 async function rights({ tenant, admin }) {

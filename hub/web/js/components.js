@@ -191,10 +191,10 @@ export function Sparkline({ values, label }) {
   return html`<svg class="sparkline" viewBox="0 0 100 24" preserveAspectRatio="none" role="img" aria-label=${label}><polyline points=${points} /></svg>`;
 }
 
-const COLOURS = ["#2f7fd1", "#c2571a", "#2e8b57", "#9457b8", "#b8860b", "#c2405f", "#4a7a8c", "#7a7a2e"];
+const COLOURS = ["#2f7fd1", "#c2571a", "#2e8b57", "#9457b8", "#b8860b", "#c2405f", "#4a7a8c"];
 
 /** A chart of uPlot: `data` is [x, y1, y2 ...], `series` the names of all. uPlot is loaded when the first chart is shown. */
-export function Chart({ data, series, label, time = false, height = 240 }) {
+export function Chart({ data, series, label, shares, time = false, height = 240 }) {
   const box = useRef(null);
   const plot = useRef(null);
   useEffect(() => {
@@ -210,7 +210,7 @@ export function Chart({ data, series, label, time = false, height = 240 }) {
       const range = ({ data: [x] }, low, high) => (x.length > 1 ? [low, high] : [low - 60, low]); // uPlot would show three years around one point
       const across = { ...axis, space: 90, ...(time ? { values: when } : { incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] }) };
       const lines = series.slice(1).map((name, i) => ({ label: name, stroke: COLOURS[i % COLOURS.length], width: 2, spanGaps: true, points: { show: data[0].length < 40 } }));
-      plot.current = new UPlot({ ...size(), scales: { x: { time, range } }, axes: [across, axis], series: [{ label: series[0] }, ...lines] }, data, place);
+      plot.current = new UPlot({ ...size(), scales: { x: { time, range }, y: shares ? { range: [0, 1.05] } : {} }, axes: [across, axis], series: [{ label: series[0] }, ...lines] }, data, place);
       sizes.observe(place);
     };
     import("../vendor/uplot.js").then(draw, () => {}); // the hub is away: the page works without its chart

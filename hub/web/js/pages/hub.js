@@ -54,8 +54,7 @@ export default function Hub() {
 
 function Status({ status, points }) {
   const { workers, tasks, tenants, changes_refused: refused } = status;
-  return html`<section aria-label="Now">
-    ${refused && html`<p class="error" role="alert">Changes are refused: ${refused}</p>`}
+  return html`${refused && html`<p class="error" role="alert">Changes are refused: ${refused}</p>`}
     <h2>Now</h2>
     <${Chart} label="Images a second, and images in the queue" time data=${points} series=${["time", "images a second", "queue"]} height=${180} />
     <h3>Workers</h3>
@@ -84,13 +83,11 @@ function Status({ status, points }) {
       empty="No tenant called."
       head=${["tenant", "unfinished images now", "requests in all", "images in all", "refused in all"]}
       rows=${tenants.map(({ tenant, images_in_flight: now, counted }) => [tenant, count(now), count(counted.requests), count(counted.images), count(counted.refused)])}
-    />
-  </section>`;
+    />`;
 }
 
 function Trainings({ list: { trainings, running, queued } }) {
-  return html`<section aria-label="Trainings">
-    <h2>Trainings</h2>
+  return html`<h2>Trainings</h2>
     <p>${count(running)} running, ${count(queued)} queued.</p>
     <${Table}
       label="Trainings"
@@ -108,28 +105,24 @@ function Trainings({ list: { trainings, running, queued } }) {
         ago(t.ended),
       ])}
     />
-    ${trainings.length > SHOWN && html`<p class="soft">The first ${SHOWN} of ${count(trainings.length)}.</p>`}
-  </section>`;
+    ${trainings.length > SHOWN && html`<p class="soft">The first ${SHOWN} of ${count(trainings.length)}.</p>`}`;
 }
 
 function Errors({ errors }) {
-  return html`<section aria-label="Errors">
-    <h2>Errors of the last hour</h2>
+  return html`<h2>Errors of the last hour</h2>
     <${Table}
       label="Errors of the last hour"
       empty="No request was refused or failed in the last hour."
       head=${["kind", "status", "requests", "last"]}
       rows=${errors.map(({ kind, status, count: number, last }) => [kind, status, count(number), ago(last)])}
-    />
-  </section>`;
+    />`;
 }
 
 function Tenants() {
   const list = usePages("tenants", "/v1/tenants", { limit: 50 });
   const [making, setMaking] = useState(false);
   const [open, setOpen] = useState(null);
-  return html`<section aria-label="Tenants">
-    <div class="title"><h2>Tenants</h2><${Button} onClick=${() => setMaking(true)}>New tenant<//></div>
+  return html`<div class="title"><h2>Tenants</h2><${Button} onClick=${() => setMaking(true)}>New tenant<//></div>
     ${list.value
       ? html`<${Table}
           label="Tenants"
@@ -149,8 +142,7 @@ function Tenants() {
         />`
       : pending(list)}
     ${making && html`<${NewTenant} onClose=${() => setMaking(false)} onMade=${(name) => (setMaking(false), setOpen(name), list.reload())} />`}
-    ${open && html`<${Dialog} title=${`Tenant ${open}`} onClose=${() => setOpen(null)}><${Keys} path=${`/v1/tenants/${open}/keys`} /><//>`}
-  </section>`;
+    ${open && html`<${Dialog} title=${`Tenant ${open}`} onClose=${() => setOpen(null)}><${Keys} path=${`/v1/tenants/${open}/keys`} /><//>`}`;
 }
 
 function NewTenant({ onClose, onMade }) {

@@ -29,7 +29,7 @@ export function Login({ code }) {
       <${TextField} label="API key" type="password" autocomplete="off" required value=${typed} placeholder="kh_..." onText=${setTyped} />
     <//>
     ${error && html`<${ErrorBox} error=${error} />`}
-    <p><code>karst-hub serve</code> prints a login link at its first start, and <code>karst-hub login-link</code> prints another.</p>
+    <p><code>karst-hub login-link</code>, on the hub's machine, prints a link that signs you in.</p>
   </section>`;
 }
 

@@ -43,8 +43,7 @@ export function Keys({ path, roles = ["caller", "owner"], title = "Keys" }) {
   };
   const lasting = keys.value?.items.filter(({ expires }) => !expires).length;
   const last = !roles.length && lasting === 1 && !keys.value.next; // the hub keeps it
-  return html`<section aria-label=${title}>
-    <div class="title"><h2>${title}</h2><${Button} onClick=${() => setMaking(true)}>New key<//></div>
+  return html`<div class="title"><h2>${title}</h2><${Button} onClick=${() => setMaking(true)}>New key<//></div>
     ${keys.value
       ? html`<${Table}
           label=${title}
@@ -69,8 +68,7 @@ export function Keys({ path, roles = ["caller", "owner"], title = "Keys" }) {
       <p><strong>Copy it now.</strong> The hub keeps only a digest of it and cannot show it again.</p>
       <${CopyBox} label="key" text=${made.key} />
     <//>`}
-    ${gone && html`<${Confirm} title=${`Revoke the key ${gone.name}`} action="Revoke" onYes=${revoke} onNo=${() => setGone(null)}>Programs with this key are refused at once. This cannot be undone.<//>`}
-  </section>`;
+    ${gone && html`<${Confirm} title=${`Revoke the key ${gone.name}`} action="Revoke" onYes=${revoke} onNo=${() => setGone(null)}>Programs with this key are refused at once. This cannot be undone.<//>`}`;
 }
 
 function NewKey({ path, roles, onClose, onMade }) {
@@ -101,14 +99,12 @@ function Limits({ path }) {
   if (!usage.value) return pending(usage);
   const { limits, used, counted } = usage.value;
   const shown = (name) => (name.endsWith("bytes") ? bytes : count);
-  return html`<section aria-label="Limits and use">
-    <h2>Limits and use</h2>
+  return html`<h2>Limits and use</h2>
     <p>${count(counted.requests)} requests and ${count(counted.images)} images since the tenant was made; ${count(counted.refused)} requests were refused.</p>
     ${Object.entries(USED).map(
       ([name, text]) => html`<${Meter} label=${`${text}: ${shown(name)(used[name])} of ${shown(name)(limits[name])}`} value=${limits[name] ? used[name] / limits[name] : 0} />`,
     )}
-    <p class="soft">At most ${Object.entries(RATES).map(([name, text]) => `${count(limits[name])} ${text}`).join(", ")}. An admin changes limits.</p>
-  </section>`;
+    <p class="soft">At most ${Object.entries(RATES).map(([name, text]) => `${count(limits[name])} ${text}`).join(", ")}. An admin changes limits.</p>`;
 }
 
 function Shared() {
@@ -127,8 +123,7 @@ function Shared() {
     await api.put(at(found.task, "sharing"), { public: found.public, tenants: tenants.split(/\s+/).filter(Boolean) });
     notify(`The sharing of ${found.task} is saved.`);
   };
-  return html`<section aria-label="Sharing">
-    <h2>Sharing</h2>
+  return html`<h2>Sharing</h2>
     <p>Other tenants may classify with a task that you share. They see neither its images nor its file.</p>
     <${Form} row action="Show" onSubmit=${look}><${TextField} label="Task" list="own-tasks" required value=${name} onText=${setName} /><//>
     <datalist id="own-tasks">${list.value?.filter(({ task }) => owns(task)).map(({ task }) => html`<option value=${task} />`)}</datalist>
@@ -137,15 +132,13 @@ function Shared() {
         <label><input type="checkbox" checked=${found.public} onChange=${(e) => setFound({ ...found, public: e.target.checked })} /> every tenant of this hub may classify with ${found.task}</label>
         <${TextField} rows="4" label="Tenants, one a line" value=${tenants} onText=${setTenants} />
       <//>
-      <p><${Link} to=${`/tasks/${found.task}`}>Open the task<//></p>`}
-  </section>`;
+      <p><${Link} to=${`/tasks/${found.task}`}>Open the task<//></p>`}`;
 }
 
 export function Audit({ path, params = {} }) {
   const list = usePages("entries", path, { ...params, count: PAGE, order: "desc" }, "after");
   const text = (detail) => Object.entries(detail).map(([name, value]) => `${name}: ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ");
-  return html`<section aria-label="Changes">
-    <h2>Changes</h2>
+  return html`<h2>Changes</h2>
     ${list.error && html`<${ErrorBox} error=${list.error} retry=${list.reload} />`}
     ${list.value &&
     html`<${Table}
@@ -154,6 +147,5 @@ export function Audit({ path, params = {} }) {
       head=${["time", "action", "key", "address", "detail"]}
       rows=${list.value.items.map((entry) => [new Date(entry.at).toLocaleString(), entry.action, entry.name || entry.key, entry.address, html`<small>${text(entry.detail).slice(0, 200)}</small>`])}
       more=${list.value.next && list.more}
-    />`}
-  </section>`;
+    />`}`;
 }

@@ -5,7 +5,7 @@ import { Button, Camera, Choice, Confirm, Dialog, DropZone, Empty, ErrorBox, For
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { go, route } from "../../router.js";
 import { Grid } from "./grid.js";
-import { ImageDialog, LabelChoice, Sees, Untested, useKeys } from "./shared.js";
+import { ImageDialog, LabelChoice, Untested, useKeys } from "./shared.js";
 import { useUpload } from "./uploads.js";
 
 const PAGE = 500;
@@ -229,8 +229,7 @@ function Dataset({ task, detail, info, reload }) {
     ${info.images === 0
       ? !(upload.state && !upload.state.done) &&
         html`<${Empty} title="No images yet">
-          <p>Add about ten pictures of each thing that the task should tell apart, at least two. <code>rose/1.jpg</code> gets the label rose.</p>
-          <${Sees} />
+          <p>Add pictures of two things or more, about ten of each. <code>rose/1.jpg</code> gets the label rose.</p>
         <//>`
       : html`<${NextStep} task=${task} info=${info} trained=${detail.versions.length > 0} />
           <ul class="chips" aria-label="Labels: filter, or drop images on one">

@@ -21,13 +21,8 @@ export default function Review({ task, detail, reload }) {
   async function next() {
     try {
       if (!queue.current.length) {
-        const found = (await api.get(at(task, "review"), { kind, count: QUEUE })).images;
-        queue.current = found.filter(({ image }) => !passed.current.has(image.digest));
-        if (!queue.current.length && found.length === QUEUE) {
-          // All were skipped: a longer page may have others.
-          const more = (await api.get(at(task, "review"), { kind, count: 100 })).images;
-          queue.current = more.filter(({ image }) => !passed.current.has(image.digest));
-        }
+        const { images } = await api.get(at(task, "review"), { kind, count: Math.min(100, QUEUE + passed.current.size) });
+        queue.current = images.filter(({ image }) => !passed.current.has(image.digest)).slice(0, QUEUE);
       }
       setState({ image: queue.current.shift() ?? null, ended: true });
     } catch (error) {
@@ -102,7 +97,7 @@ export default function Review({ task, detail, reload }) {
   if (!info.value) return pending(info);
   const left = info.value.unlabelled.train + info.value.unlabelled.test;
   const retrain = html`<${Button} kind=${shown ? "" : "primary"} onClick=${train}>Retrain<//>`;
-  return html`<section aria-label="Review">
+  return html`<section aria-label="Review" onClick=${({ detail, target }) => detail && target.closest("button")?.blur() /* by mouse: the next Enter is a command */}>
     <div class="row">
       <${Choice}
         label="Review"
@@ -149,6 +144,7 @@ function Done({ task, detail, reload, kind, skipped, given, retrain, again }) {
   return html`<${Empty} title=${kind === "errors" ? "No label looks wrong" : skipped ? "Only skipped images are left" : "Every image has a label"}>
     ${given > 0 && html`<p>Train again, so that the task knows your ${plural(given, "answer")}. ${retrain}</p>`}
     ${kind === "unlabelled" && skipped > 0 && html`<p><${Button} onClick=${again}>Show the skipped ones<//></p>`}
+    ${kind === "unlabelled" && html`<p>Images that you add without a label come here.</p>`}
     ${detail.keep &&
     html`<p>The hub can keep pictures that it classifies, so that they appear here. Tell the callers: the pictures may show people.</p>
       <${Choice}

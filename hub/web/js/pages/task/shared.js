@@ -23,7 +23,7 @@ export function useKeys(onKey) {
       if (event.defaultPrevented || event.altKey || document.querySelector("dialog[open]")) return;
       if (event.target.closest("input:not([type=checkbox]), select, textarea")) return;
       if (!commands.value && event.key.length === 1 && !event.ctrlKey && !event.metaKey) return;
-      if (event.key === "Enter" && event.target.closest("button, a, summary")) return;
+      if (event.key === "Enter" && event.target.closest("button, a:not([aria-current]), summary")) return;
       latest.current(event);
     };
     addEventListener("keydown", listen);
@@ -85,8 +85,7 @@ export function Untested({ info }) {
   if (!missing.length) return null;
   const named = missing.slice(0, 10).join(", ") + (missing.length > 10 ? ` and ${missing.length - 10} more` : "");
   return html`<p class="warning">
-    No test image of ${named}: the accuracy on test images does not cover ${missing.length > 1 ? "these labels" : "this label"}. A training takes one of a label with five
-    images or more. Or open an image and set its use to “test”.
+    No test image of ${named}: the accuracy on test images does not cover ${missing.length > 1 ? "these labels" : "this label"}. Add images, or open one and set its use to “test”.
   </p>`;
 }
 
@@ -101,7 +100,7 @@ export function LabelChoice({ labels, value, none, onPick, text = "Label" }) {
     };
     return html`<form class="row" onSubmit=${done}>
       <${Field} label="New label"><input value=${fresh} maxlength="200" ref=${focus} onInput=${(e) => setFresh(e.target.value)} /><//>
-      <button>Add</button>
+      <${Button} onClick=${() => setFresh(null)}>Cancel<//><button>Add</button>
     </form>`;
   }
   const picked = ({ target }) => {

@@ -42,13 +42,13 @@ export default function Train({ task, detail, reload }) {
   return html`<section aria-label="Train">
     <div class="row">
       <${Button} kind="primary" disabled=${trainable.length < 2} onClick=${() => start("instant")}>Train now<//>
-      <span>takes seconds, the first time longer, on ${plural(images, "image")} of ${plural(trainable.length, "label")}, test images included</span>
+      <span>takes seconds, the first time longer; ${plural(images, "image")} of ${plural(trainable.length, "label")}, a part of them only to test</span>
     </div>
     ${shown &&
     html`<div class="row">
       <${Button} disabled=${trainable.length < 2} onClick=${() => start("auto")}>Improve<//>
       <${Choice} label="for about" value=${budget.value} options=${[[60, "1 minute"], [600, "10 minutes"], [1800, "30 minutes"], [3600, "an hour"]]} onPick=${(seconds) => (budget.value = Number(seconds))} />
-      <span>trains KARST for that time, plus half a minute to start, and keeps it if it is better on held-out images</span>
+      <span>trains KARST, plus half a minute to start; kept only if it is better on images that it did not train on</span>
     </div>`}
     <${Sees} />
     ${starting && html`<div class="card"><p role="status">Starting the training ... The first one also reads every image.</p><progress aria-label="Start of the training" /></div>`}
@@ -142,11 +142,11 @@ function Result({ task, detail, training, reload }) {
       ${training.error && html`<p>${sentence(training.error)}</p>`}
       ${found && html`<${Meter} label=${`Accuracy on ${count(found.images)} ${found.on}`} value=${found.accuracy} interval=${found.interval} />`}
       ${others.map((other) => html`<p class="soft">On ${plural(other.images, other.on.slice(0, -1))}: ${estimate(other.accuracy, other.interval)}.${other.images < FEW_TESTED ? " So few images say little." : ""}</p>`)}
-      ${of && html`<p class="soft">${unseen.on === "held-out images" ? "Held-out" : "Left-out"} images are answered by classifiers that were trained without them. All that follows is about these ${of}.</p>`}
+      ${of && html`<p class="soft">${unseen.on === "held-out images" ? "Held-out" : "Left-out"} images are answered by classifiers that were trained without them.</p>`}
       ${report.error && html`<${ErrorBox} error=${report.error} retry=${report.reload} />`}
       ${training.version &&
       html`${typeof figures.chance === "number" && html`<p>Always naming the most frequent label would be right for ${percent(figures.chance)}.</p>`}
-        ${figures.comparison && html`<p>${sentence(figures.comparison)}</p>`}
+        ${figures.comparison && html`<p>${sentence(figures.comparison)}${version?.metrics?.recipe === "instant" && " So this version is what “Train now” makes."}</p>`}
         ${advice && html`<p><strong>Advice:</strong> ${advice}</p>`}`}
       ${training.warnings.map((text) => html`<p class="warning">${sentence(text)}</p>`)}
       ${training.promotion && html`<p>${training.promotion.promoted ? "It became" : "It did not become"} stable: ${training.promotion.reason}.</p>`}
@@ -160,7 +160,7 @@ function Result({ task, detail, training, reload }) {
       <p>The most certain wrong answers. Wrong labels show up here: open an image to correct it.</p>
       <${ImageStrip} task=${task} labels=${labels} images=${asImages(report.value.errors.slice(0, 24))} />`}
     ${curve.length > 1 &&
-    html`<${Chart} label="Accuracy on left-out images by number of images" data=${[curve.map(([n]) => n), curve.map(([, a]) => a)]} series=${["images", "accuracy"]} />`}`;
+    html`<${Chart} label="Accuracy on left-out images by number of images" data=${[curve.map(([n]) => n), curve.map(([, a]) => a)]} series=${["images", "accuracy"]} shares />`}`;
 }
 
 const asImages = (errors) =>
@@ -216,7 +216,7 @@ function Confusions({ task, report, labels, of }) {
 function Promote({ task, detail, version, labels, reload }) {
   const live = versionOf(detail, "stable");
   const others = detail.versions.map((v) => v.version).filter((number) => number !== version);
-  const [other, setOther] = useState(live && live !== version ? live : (others[0] ?? null));
+  const [other, setOther] = useState(live && live !== version ? live : (others.findLast((number) => number < version) ?? others[0] ?? null));
   const [found, setFound] = useState(null);
   const compare = () => attempt(async () => setFound(await api.get(at(task, "compare"), { a: other, b: version })));
   const promote = () =>

@@ -5,7 +5,7 @@ import { Button, Camera, Choice, DropZone, Empty, Meter, percent, plural } from 
 import { html, useEffect, useRef, useState } from "../../lib.js";
 import { LabelChoice, owns, references } from "./shared.js";
 
-const SHOWN = 12; // pictures at once
+const SHOWN = 48; // pictures at once
 const COVERAGE = 0.9;
 const PARTS = { decode: "reading the picture", load: "loading the version", queue: "waiting", compute: "computing" }; // of an answer's time
 
@@ -59,7 +59,7 @@ export default function Try({ task, detail }) {
     <div aria-live="polite">
       ${pictures.map(
         ({ file, url, id }) => html`<article key=${id} class="card tried">
-          <img class="preview" src=${url} alt=${file.name ? `the picture ${file.name}` : "the picture"} />
+          <div><img class="preview" src=${url} alt="the picture" /><p class="soft">${file.name}</p></div>
           <div class="sides">
             ${chosen.map((version, i) => html`<${Answer} key=${`${i}${version}`} task=${task} file=${file} version=${version} detail=${detail} />`)}
           </div>
@@ -74,7 +74,7 @@ function Answer({ task, file, version, detail }) {
   const [found, setFound] = useState(null);
   useEffect(() => {
     let gone = false;
-    const sets = (detail.versions.find((v) => String(v.version) === version) ?? detail.versions[0])?.coverage;
+    const sets = (detail.versions.find((v) => String(v.version) === version) ?? detail.versions.at(-1))?.coverage;
     classify(task, file, version, sets)
       // Versions behind one alias may differ in what they know.
       .catch((error) => (error.status === 422 && sets && error.errors?.some(({ field }) => field === "coverage") ? classify(task, file, version) : Promise.reject(error)))
@@ -86,14 +86,15 @@ function Answer({ task, file, version, detail }) {
   const { answer } = found;
   const [best] = answer.predictions[0];
   const [images, tasks] = answer.companions;
+  const unknown = answer.unknown?.[0];
   return html`<div class="answer">
-    <h2>${best.label} <small>version ${answer.version}</small></h2>
-    ${answer.unknown?.[0] && html`<p class="warning">Unknown: the picture does not look like the task's images.</p>`}
+    <h2>${unknown ? "Unknown" : best.label} <small>version ${answer.version}</small></h2>
+    ${unknown && html`<p class="warning">The picture does not look like the task's images, so these figures mean little.</p>`}
     ${answer.predictions[0].map(({ label, score }) => html`<${Meter} key=${label} label=${label} value=${score} />`)}
-    ${answer.sets && html`<p>For ${percent(COVERAGE)} of images like the task's, the label is among: ${answer.sets[0].join(", ")}</p>`}
+    ${answer.sets && !unknown && html`<p>${percent(COVERAGE)} sure, if it is like the task's images: ${answer.sets[0].join(" or ")}</p>`}
     ${answer.typicality &&
     html`<${Meter} label="Typicality" value=${answer.typicality[0]} />
-      <p class="soft">So many of the task's own images look less typical. Near 0 %: the picture is unlike them.</p>`}
+      <p class="soft">${percent(answer.typicality[0])} of the task's own images look less typical. Near 0 %: the picture is unlike them.</p>`}
     <details class="soft">
       <summary>Answered in ${Math.round(answer.total)} ms</summary>
       ${Object.entries(answer.times).map(([name, ms]) => `${PARTS[name] ?? name} ${ms.toFixed(1)} ms, `)}the rest on the way.${images > 0 && ` Computed in one pass of ${plural(images, "image")} of ${plural(tasks, "task")}.`}

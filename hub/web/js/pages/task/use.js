@@ -7,12 +7,13 @@ import { owns } from "./shared.js";
 
 const DAYS = 30;
 
-const curl = (url, task) => `curl -H "Authorization: Bearer $HUB_KEY" \\
-  "${url}/v1/tasks/${task}/classify?version=latest" --data-binary @picture.jpg`;
+const curl = (url, task) => `export HUB_KEY=kh_...
+curl -H "Authorization: Bearer $HUB_KEY" \\
+  "${url}/v1/tasks/${task}/classify" --data-binary @picture.jpg`;
 
 const python = (url, task) => `from hub import Client  # pip install karst-hub
 
-with Client("${url}", "<key>") as client:
+with Client("${url}", "kh_...") as client:
     answer = client.classify("${task}", "picture.jpg")
     print(answer.predictions[0][0].label)`;
 
@@ -26,14 +27,12 @@ console.log(predictions[0][0].label);`;
 
 export default function Use({ task, detail }) {
   const url = address("/").href.replace(/\/$/, "");
-  return html`<section aria-label="Use">
-    <h2>Call this task</h2>
+  return html`<h2>Call this task</h2>
     ${!detail.versions.length && html`<p>The task answers as soon as it has a version.</p>`}
-    <p>Programs need a key that may only classify${owns(task) ? html`: <a href="#/tenant">make one</a>` : ""}.</p>
+    <p>Programs need a key that may only classify${owns(task) ? html`: <a href="#/tenant">make one</a>` : ""}. Put it in place of <code>kh_...</code>, and your file in place of <code>picture.jpg</code>.</p>
     ${[["curl", curl], ["Python", python], ["JavaScript", script]].map(([name, text]) => html`<h3>${name}</h3><${CopyBox} label=${name} text=${text(url, task)} />`)}
     <p>Visitors can read a key in a web page. Give each a token of some minutes instead: <a href=${address("/docs")}><code>POST /v1/tokens</code></a> on your server, or <code>karst-hub token ${task}</code> (docs/browsers.md).</p>
-    ${owns(task) && html`<${Usage} task=${task} />`}
-  </section>`;
+    ${owns(task) && html`<${Usage} task=${task} />`}`;
 }
 
 /** Counts by label and day, and drift; nothing if the hub does not count. */

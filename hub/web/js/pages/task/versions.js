@@ -2,7 +2,7 @@
 import { api, at } from "../../api.js";
 import { attempt } from "../../calls.js";
 import { Button, Choice, Confirm, Empty, Field, Form, NameField, Table, ago, bytes, count, estimate } from "../../components.js";
-import { html, useState } from "../../lib.js";
+import { html, useEffect, useState } from "../../lib.js";
 import { accuracyOf, targets } from "./shared.js";
 
 export default function Versions({ task, detail, reload }) {
@@ -15,8 +15,7 @@ export default function Versions({ task, detail, reload }) {
     attempt(() => api.download(at(task, "versions", version, "file"), `${task.split(":").at(-1)}-${version}.safetensors`));
   const pointing = (version) => Object.keys(detail.aliases).filter((alias) => version in detail.aliases[alias]);
   const versions = [...detail.versions].sort((a, b) => b.version - a.version);
-  return html`<section aria-label="Versions">
-    <h2>Aliases</h2>
+  return html`<h2>Aliases</h2>
     <p>Programs call a version by an alias. Move it, and their next call gets another version. <code>latest</code> follows each new version; <code>stable</code> is for the one that you trust.</p>
     ${Object.keys(detail.aliases).map(
       (alias) => html`<${Alias} key=${alias} task=${task} alias=${alias} detail=${detail} versions=${versions} change=${change} onDelete=${() => setGone({ alias })} />`,
@@ -65,19 +64,21 @@ export default function Versions({ task, detail, reload }) {
       }}
     >
       ${gone.alias ? "Callers that name it will get an error." : "Its number is never used again."}
-    <//>`}
-  </section>`;
+    <//>`}`;
 }
 
 const option = ({ version }) => [version, `version ${version}`];
 
 function Alias({ task, alias, detail, versions, change, onDelete }) {
-  const weights = Object.entries(detail.aliases[alias]).sort((a, b) => b[1] - a[1]);
-  const sum = weights.reduce((total, [, weight]) => total + weight, 0);
-  const main = Number(weights[0][0]);
-  const second = weights[1] ? Number(weights[1][0]) : null;
-  const [canary, setCanary] = useState(second);
-  const [share, setShare] = useState(second === null ? 10 : Math.round((100 * weights[1][1]) / sum));
+  const weights = detail.aliases[alias];
+  const live = Object.keys(weights).map(Number).sort((a, b) => weights[b] - weights[a]);
+  const sum = live.reduce((total, version) => total + weights[version], 0);
+  const [chosen, setCanary] = useState(null);
+  const [moved, setShare] = useState(null); // null: the share is as the alias has it
+  useEffect(() => setShare(null), [JSON.stringify(weights)]);
+  const main = live.find((version) => version !== chosen) ?? live[0]; // a canary of more than half stays the canary
+  const canary = [chosen, ...live].find((version) => version !== null && version !== main) ?? null;
+  const share = moved ?? (canary in weights ? Math.round((100 * weights[canary]) / sum) : 10);
   const path = at(task, "aliases", alias);
   const others = versions.filter(({ version }) => version !== main);
   const start = () => {
@@ -86,11 +87,11 @@ function Alias({ task, alias, detail, versions, change, onDelete }) {
   };
   return html`<div class="card alias">
     <div class="row">
-      <strong><code>${alias}</code></strong> <span>${targets(detail, alias)}</span>
+      <span><strong><code>${alias}</code></strong>: ${targets(detail, alias)}</span>
       <${Choice}
         label=${`Point ${alias} at`}
-        value=${second === null ? main : null}
-        none=${second !== null && "several"}
+        value=${live[1] ? null : main}
+        none=${live[1] && "several"}
         options=${versions.map(option)}
         onPick=${(version) => change(() => api.put(path, { version: Number(version) }), `${alias} is version ${version} now.`)}
       />
@@ -98,7 +99,7 @@ function Alias({ task, alias, detail, versions, change, onDelete }) {
       ${alias !== "latest" && html`<${Button} kind="danger" label=${`Delete the alias ${alias}`} onClick=${onDelete}>Delete<//>`}
     </div>
     ${others.length > 0 &&
-    html`<details open=${second !== null}>
+    html`<details open=${!!live[1]}>
       <summary>Canary: a share of the calls to another version</summary>
       <div class="row">
         <${Choice} label="Canary" value=${canary} none="choose ..." options=${others.map(option)} onPick=${(version) => setCanary(Number(version))} />
