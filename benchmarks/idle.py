@@ -6,7 +6,8 @@ It runs `karst-hub serve` with the demo backbone, default settings and an empty 
 command logs that it is ready. Then the hub is idle for a minute. Then CPU time is counted for `--seconds` (/proc), and
 memory is the proportional set size (PSS) at their end: pages that several processes share count once in all. Other
 programs that run the same files, such as another hub on this machine, make PSS smaller, so this script imports torch
-only afterwards. The result has the load average before and after.
+only afterwards. `file_mb` is the part of the PSS that is pages of files, such as torch's libraries: the kernel drops
+these when it needs memory. The result has the load average before and after.
 
 Then a client registers a head of ten classes as each of `WARM_UP` tasks, classifies once with each, and does the same
 with 1,000 more. `tasks_mb` is what these 1,000 add to the memory of the gateway alone (unique set size).
@@ -34,6 +35,7 @@ from hub.local.ports import free_port
 OUTPUT = Path(__file__).parent / "results" / "idle.json"
 BARS = {"ready_s": 12.0, "core": 0.05, "pss_mb": 1500.0, "tasks_mb": 5.0}
 TASKS, WARM_UP = 1000, 200
+FIGURES = ("core", "pss_mb", "file_mb")
 SETTLE_S = 60.0
 READY = b"ready; press Ctrl-C to stop"
 # Part of a process's command -> its name in the table. The first match counts. The raylet's command has its agent's.
@@ -94,22 +96,24 @@ def measure(settle_s: float, seconds: float) -> dict[str, Any]:
             before, since_s = cpu_s(process.pid), time.monotonic()
             time.sleep(seconds)
             after, took_s = cpu_s(process.pid), time.monotonic() - since_s
-            processes: dict[str, dict[str, float]] = defaultdict(lambda: {"core": 0.0, "pss_mb": 0.0})
+            processes: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(FIGURES, 0.0))
             for pid, (name, used_s) in after.items():
                 processes[name]["core"] += (used_s - before.get(pid, (name, 0.0))[1]) / took_s
-                processes[name]["pss_mb"] += pss_mb(pid)
+                for figure, size_mb in memory_mb(pid).items():
+                    processes[name][figure] += size_mb
             gateway = next(pid for pid, (name, _) in after.items() if name == "gateway")
             lines = (Path(home) / KEYS_FILE).read_text().splitlines()
             tasks_mb = memory_of_tasks(f"http://127.0.0.1:{port}", dict(line.split("=", 1) for line in lines), gateway)
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(timeout=120)
-    total = {key: sum(own[key] for own in processes.values()) for key in ("core", "pss_mb")}
+    total = {key: sum(own[key] for own in processes.values()) for key in FIGURES}
     rows = sorted(processes.items(), key=lambda item: -item[1]["pss_mb"])
     return {
         "ready_s": round(ready_s, 1),
         "core": round(total["core"], 4),
         "pss_mb": round(total["pss_mb"]),
+        "file_mb": round(total["file_mb"]),
         "tasks_mb": round(tasks_mb, 1),
         "processes": {name: {key: round(value, 4) for key, value in own.items()} for name, own in rows},
     }
@@ -150,10 +154,11 @@ def cpu_s(root: int) -> dict[int, tuple[str, float]]:
     return found
 
 
-def pss_mb(pid: int) -> float:
-    """Return the proportional set size of a process in megabytes of 10^6 bytes."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) * 1024 / 1e6
+def memory_mb(pid: int) -> dict[str, float]:
+    """Return the proportional set size of a process and the part of files, in megabytes of 10^6 bytes."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    found = {name.rstrip(":"): int(size) * 1024 / 1e6 for name, size, *_ in lines}
+    return {"pss_mb": found["Pss"], "file_mb": found["Pss_File"]}
 
 
 def report(result: dict[str, Any]) -> list[str]:
@@ -173,13 +178,17 @@ def report(result: dict[str, Any]) -> list[str]:
         f"`python -m benchmarks.idle` ({machine['cores']} cores of {machine['cpu']}, {machine['date'][:10]}): "
         "`karst-hub serve` with the demo backbone and default settings, a minute after its start, over "
         f"{result['seconds']:g} seconds. Ready after {bar('ready_s', 's')}; {bar('core', 'of a core')}; "
-        f"{bar('pss_mb', 'MB')} of memory (PSS of all processes). Other programs used the cores meanwhile (load "
-        f"average {result['load'][0]:.1f} before, {result['load'][1]:.1f} after), so the seconds to ready are longer "
-        f"than on quiet cores. Then 1,000 tasks, each with a head of ten classes that was called once, add "
+        f"{bar('pss_mb', 'MB')} of memory (PSS of all processes), of which {result['file_mb']} MB are pages of files, "
+        "most of them torch's libraries; the kernel drops these when it needs memory. The load average was "
+        f"{result['load'][0]:.1f} before and {result['load'][1]:.1f} after; on busy cores the start takes longer. Then "
+        "1,000 tasks, each with a head of ten classes that was called once, add "
         f"{bar('tasks_mb', 'MB')} to the memory of the gateway.",
         markdown_table(
-            ["process", "memory, MB", "share of a core"],
-            [[name, f"{own['pss_mb']:.0f}", f"{own['core']:.4f}"] for name, own in result["processes"].items()],
+            ["process", "memory, MB", "of files, MB", "share of a core"],
+            [
+                [name, f"{own['pss_mb']:.0f}", f"{own['file_mb']:.0f}", f"{own['core']:.4f}"]
+                for name, own in result["processes"].items()
+            ],
         ),
     ]
 

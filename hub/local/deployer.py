@@ -12,19 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from threading import Thread
 
 from ..observability import log_format
 from ..settings import Settings
 from .errors import StartError
 
-STOP_TIMEOUT_S = 5.0
-
 
 class Deployer:
-    """The process, as `karst-hub serve` sees it. A context: no process outlives it."""
+    """The process, as `karst-hub serve` sees it.
+
+    A context: the process ends with it, or by itself within seconds after a deployment.
+    """
 
     def __init__(self, settings: Settings) -> None:
         """Start the process; it loads the backbone."""
+        self._deployed = False
         self._connection, theirs = Pipe()
         with theirs:
             # -P: a folder named `hub` in the working directory is not ours. A session of its own: Ctrl-C is for the
@@ -38,11 +41,15 @@ class Deployer:
     def __enter__(self) -> "Deployer":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._connection.close()
-        if kind is None:
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_TIMEOUT_S)
+        if self._deployed:  # it takes two seconds to leave the cluster, and the hub is ready
+            Thread(target=self.process.wait, daemon=True).start()  # otherwise it would stay as a zombie
+        else:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the process at once, if it has not ended."""
         self.process.kill()  # Ray would write a stack trace about a SIGTERM
         self.process.wait()
 
@@ -67,6 +74,7 @@ class Deployer:
         self.check_backbone()
         if (problem := self._answer()) is not None:
             raise RuntimeError(problem)
+        self._deployed = True
 
     def _answer(self) -> str | None:
         """Return the next problem that the process reports, or None for a step that it finished."""

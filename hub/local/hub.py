@@ -78,6 +78,7 @@ def local_hub(settings: Settings) -> Iterator[LocalHub]:
 
             stack.callback(local_cluster.stop)
             stack.callback(drain, folder)
+            stack.callback(deployer.kill)
             try:
                 deployer.deploy(local_cluster.start(settings, folder))
                 wait_until_answered(settings)
