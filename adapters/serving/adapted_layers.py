@@ -67,43 +67,33 @@ class Batch:
         return x if self.own == self.rows else x[: len(x) * self.own // self.rows]
 
 
-class CurrentPass:
-    """The forward pass that uses a bank's model at this moment. Other passes wait, or run between its blocks.
+class CurrentPass(threading.local):
+    """The forward pass that this thread computes with a bank's model. Threads compute passes at the same time.
 
     Attributes:
         batch: adapters of the pass; None for the frozen backbone alone.
     """
 
-    def __init__(self) -> None:
-        self.batch: Batch | None = None
-        self._give_way: Callable[[], None] | None = None
-        self._lock = threading.Lock()
+    batch: Batch | None = None
+    _give_way: Callable[[], None] | None = None
 
     @contextmanager
     def of(self, batch: Batch | None, give_way: Callable[[], None] | None) -> Iterator[None]:
-        """Start a pass when the model is free.
+        """Start a pass.
 
         Args:
-            give_way: called before each block; other passes can run until it returns.
+            give_way: called before each block.
         """
-        with self._lock:
-            self.batch, self._give_way = batch, give_way
-            try:
-                yield
-            finally:
-                self.batch = self._give_way = None
+        self.batch, self._give_way = batch, give_way
+        try:
+            yield
+        finally:
+            self.batch = self._give_way = None
 
     def pause(self) -> None:
         """Give way to other passes. The hook of each block calls this."""
-        if (give_way := self._give_way) is None:
-            return
-        batch, self.batch, self._give_way = self.batch, None, None
-        self._lock.release()
-        try:
-            give_way()
-        finally:
-            self._lock.acquire()
-            self.batch, self._give_way = batch, give_way
+        if self._give_way is not None:
+            self._give_way()
 
 
 class AdaptedLinear(nn.Module):

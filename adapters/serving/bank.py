@@ -40,8 +40,8 @@ class BankFullError(RuntimeError):
 class Bank:
     """Device memory for the adapters of one backbone, in a fixed number of slots.
 
-    Threads may call `put`, `evict` and `forward` at once: forward passes run one at a time, and `put` writes only to
-    a free slot. The caller must not evict a slot during a forward pass that uses it.
+    Threads may call `put`, `evict` and `forward` at once: each forward pass has numbers of its own, and `put` writes
+    only to a free slot. The caller must not evict a slot during a forward pass that uses it.
 
     Attributes:
         slots: number of slots.
@@ -293,8 +293,8 @@ class Bank:
         """Return the frozen backbone's pooled features (B, D) of normalised pixels (B, 3, H, W).
 
         Args:
-            give_way: called before each block of the backbone. Meanwhile other threads can use the bank, so a call that
-                waits lets their passes go first.
+            give_way: called before each block of the backbone. A call that waits leaves the cores to passes of other
+                threads.
         """
         return self._features(pixels.to(device=self.device, dtype=self.dtype), None, give_way)
 

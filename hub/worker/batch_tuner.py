@@ -1,11 +1,13 @@
-"""Batch size and thread count of forward passes, learned from the measured passes.
+"""Batch size and use of the cores of forward passes, learned from the measured passes.
 
 A GPU needs many images per pass. On a CPU a few images fill the cores, and a larger pass only adds waiting time. A
-second thread helps while a core is free, and slows a pass down while a gateway uses that core. None of this is known
-when a worker starts, and all of it changes with the load of the machine.
+second thread helps while a core is free, and slows a pass down while a gateway uses that core: the threads of a
+product wait for each other. Two halves of a pass, each on its own cores, do not. None of this is known when a worker
+starts, and all of it changes with the load of the machine.
 """
 
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 from .fair_queue import BatchSize
 
@@ -18,17 +20,32 @@ SHORT_MAX_DURATION = 2.0  # at most this many times as long as a pass of the sma
 SHORT_MIN_SPEEDUP = 1.5  # per image at least this many times as fast
 
 
+class Way(NamedTuple):
+    """How a pass uses the cores: in parts that are computed at the same time, each with a number of torch's threads."""
+
+    threads: int
+    parts: int = 1
+
+
+def ways_of(threads: int, *, on_gpu: bool) -> list[Way]:
+    """Return the ways of a worker that may use this many threads: one thread, all of them, and two halves."""
+    if on_gpu:
+        return [Way(threads)]
+    halves = [Way(threads // 2, parts=2)] if threads > 1 else []
+    return [Way(1), Way(threads), *halves]
+
+
 class BatchTuner:
-    """Moving average of the milliseconds per image, by batch size (powers of two) and thread count.
+    """Moving average of the milliseconds per image, by batch size (powers of two) and use of the cores.
 
     Explore/exploit rule. The tuner exploits the smallest size whose cost per image is within `MIN_SPEEDUP` of the
-    lowest cost, with the thread count that is fastest for that size. It explores the next smaller size, the next
-    larger size and the other thread counts: at once if an alternative has never been measured, else after
+    lowest cost, in the way that is fastest for that size. It explores the next smaller size, the next larger size and
+    the other ways: at once if an alternative has never been measured, else after
     `RETRY_PASSES * ratio**3` passes, where `ratio` is its cost divided by the cost of the exploited choice. So an
     alternative that costs twice as much takes part in one of 128 passes. Averages fall fast and rise slowly
     (`WEIGHT_IF_FASTER`, `WEIGHT_IF_SLOWER`), because other load on the machine can only make a pass slower.
 
-    One thread records passes and chooses thread counts; any thread may read the attributes.
+    One thread records passes and chooses ways; any thread may read the attributes.
 
     Attributes:
         sizes: the batch sizes, ascending.
@@ -36,32 +53,37 @@ class BatchTuner:
         next_size: size limits of the next batch; `full` is `best_size` or the size to explore.
     """
 
-    def __init__(self, max_images: int, threads: Sequence[int]) -> None:
+    def __init__(self, max_images: int, ways: Sequence[Way]) -> None:
         """
         Args:
             max_images: largest batch size.
-            threads: thread counts to choose from.
+            ways: to choose from; the first one has one part.
         """
         self.sizes: list[int] = [*(2**k for k in range(max_images.bit_length()) if 2**k < max_images), max_images]
         self.best_size = max_images
         self.next_size = BatchSize(max_images, max_images)
-        self._threads = tuple(dict.fromkeys(threads))
-        self._image_ms: dict[tuple[int, int], float] = {}  # (size, threads) -> average
+        self._ways = tuple(dict.fromkeys(ways))
+        self._image_ms: dict[tuple[int, Way], float] = {}  # (size, way) -> average
         self._passes_left: dict[Hashable, float] = {}  # alternative -> passes until it is explored
 
-    def choose_threads(self, images: int) -> int:
-        """Return the thread count for a pass of this many images: the fastest one, or one to explore."""
+    def choose_way(self, images: int, most_parts: int) -> Way:
+        """Return the way for a pass of this many images: the fastest one, or one to explore.
+
+        Args:
+            most_parts: into which the pass can be divided.
+        """
         size = self._size(images)
-        measured = {n: self._image_ms[size, n] for n in self._threads if (size, n) in self._image_ms}
-        best = min(measured, key=measured.__getitem__, default=self._threads[0])
-        for n in self._threads:
-            if n != best and self._is_due((size, n), measured[n] / measured[best] if n in measured else None):
-                return n
+        ways = [way for way in self._ways if way.parts <= most_parts]
+        measured = {way: self._image_ms[size, way] for way in ways if (size, way) in self._image_ms}
+        best = min(measured, key=measured.__getitem__, default=ways[0])
+        for way in ways:
+            if way != best and self._is_due((size, way), measured[way] / measured[best] if way in measured else None):
+                return way
         return best
 
-    def record(self, images: int, threads: int, duration_ms: float) -> None:
+    def record(self, images: int, way: Way, duration_ms: float) -> None:
         """Add one measured pass."""
-        choice = self._size(images), threads
+        choice = self._size(images), way
         measured_ms = duration_ms / images
         average = self._image_ms.get(choice, measured_ms)
         change = min(measured_ms, MAX_SLOWDOWN * average) - average
@@ -72,7 +94,7 @@ class BatchTuner:
         self.next_size = BatchSize(full, min(full, _short_size(costs)))
 
     def costs(self) -> dict[int, float]:
-        """Return the milliseconds per image of each measured size with its fastest thread count, ascending by size."""
+        """Return the milliseconds per image of each measured size in its fastest way, ascending by size."""
         costs: dict[int, float] = {}
         for (size, _), ms in sorted(self._image_ms.items()):
             costs[size] = min(ms, costs.get(size, ms))

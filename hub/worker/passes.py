@@ -4,16 +4,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapters import Bank, Heads, ImageTasks
+from adapters import Bank, Heads, ImageScores, ImageTasks
 from adapters.data.images import normalise, preprocess_of
 
 from .adapter_cache import Resident
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 PAUSE_S, LONGEST_PAUSE_S = 0.001, 1.0  # of a pass that gives way to classification
-TRIALS_PER_SIZE, TRIALS_TIMEOUT_S = 4, 5.0  # trial passes of a new worker
+TRIALS_PER_SIZE, TRIALS_TIMEOUT_S = 5, 5.0  # trial passes of a new worker
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,19 +68,21 @@ class ItemScores(NamedTuple):
 class Passes:
     """The forward passes of a bank. One thread computes those of classification, one after another.
 
-    Another thread computes features. It lets classification go first before each block of the backbone.
+    Where two halves of a pass are faster, a second thread computes one of them. Another thread computes features. It
+    lets classification go first before each block of the backbone.
     """
 
     def __init__(self, bank: Bank, tuner: BatchTuner, thread: ThreadPoolExecutor) -> None:
         """Measure passes with empty adapters, otherwise the first callers would wait for the tuner's trials.
 
         Args:
-            thread: one thread, which has loaded the backbone. Each thread that runs torch keeps a pool of helper
-                threads; two pools on the same cores slow each other down.
+            thread: one thread, which has loaded the backbone. Each thread that runs torch with several threads keeps
+                a pool of helper threads; two pools on the same cores slow each other down.
         """
         self._bank = bank
         self._tuner = tuner
         self._thread = thread
+        self._second_thread = ThreadPoolExecutor(1, "half-pass")
         self._features_thread = ThreadPoolExecutor(1, "features", initializer=torch.set_num_threads, initargs=(1,))
         # On a GPU one thread copies the next batch to the device while a pass computes.
         self._copy_thread = ThreadPoolExecutor(1, "copy") if bank.device.type == "cuda" else None
@@ -129,32 +132,39 @@ class Passes:
         return normalise(pixels, mean, std)
 
     def _compute(self, items: Sequence[Item], pixels: torch.Tensor) -> list[ItemScores]:
+        def answers(part: slice) -> list[ItemScores]:
+            return [*map(_scores_of, items[part], self._bank.score_images(pixels[part], tasks[part]))]
+
         tasks = [ImageTasks([adapter.slot for adapter in item.adapters], item.heads) for item in items]
+        return self._run_timed([item.passes for item in items], answers)
 
-        def run() -> list[ItemScores]:
-            found = []
-            for item, (scores, heads) in zip(items, self._bank.score_images(pixels, tasks), strict=True):
-                parts = [x.logits.float().softmax(0).cpu().numpy() for x in scores]
-                typicality = [np.nan if x.typicality is None else x.typicality for x in scores]
-                sizes = [len(part) for part in parts]
-                if heads is not None and item.heads is not None:
-                    parts.append(item.heads.probabilities(heads.logits))
-                    typicality += heads.typicality.tolist()
-                    sizes += item.heads.classes
-                probabilities = parts[0] if len(parts) == 1 else np.concatenate(parts)
-                found.append(ItemScores(probabilities, sizes, np.array(typicality, float)))
-            return found
+    def _run_timed(self, sizes: Sequence[int], compute: Callable[[slice], list[Result]]) -> list[Result]:
+        """Run a pass, which must wait for the device, in the tuner's way; record its duration.
 
-        return self._run_timed(sum(item.passes for item in items), run)
+        Args:
+            sizes: as how many images each item of the pass counts.
+            compute: returns the results of a part of the items.
+        """
+        images = sum(sizes)
+        way = self._tuner.choose_way(images, most_parts=len(sizes))
 
-    def _run_timed(self, images: int, compute: Callable[[], Result]) -> Result:
-        """Run a pass, which must wait for the device, with the tuner's thread count; record its duration."""
-        threads = self._tuner.choose_threads(images)
-        torch.set_num_threads(threads)
+        def run(part: slice) -> list[Result]:
+            torch.set_num_threads(way.threads)
+            return compute(part)
+
         started_s = time.perf_counter()
-        result = compute()
-        self._tuner.record(images, threads, (time.perf_counter() - started_s) * 1000)
-        return result
+        if way.parts == 1:
+            results = run(slice(None))
+        else:
+            middle = _middle(sizes)
+            second = self._second_thread.submit(run, slice(middle, None))
+            try:
+                results = run(slice(middle))
+            finally:
+                wait([second])  # the caller may evict the adapters of a pass that failed
+            results += second.result()
+        self._tuner.record(images, way, (time.perf_counter() - started_s) * 1000)
+        return results
 
     def _run_trials(self) -> None:
         bank = self._bank
@@ -162,13 +172,32 @@ class Passes:
         for size in self._tuner.sizes:
             pixels = torch.zeros(size, *bank.input_size, device=bank.device, dtype=bank.dtype)
             trial = partial(self._run_trial, pixels)
-            trial()  # the first pass of a size is slower
+            trial(slice(None))  # the first pass of a size is slower
             for _ in range(TRIALS_PER_SIZE):
-                self._run_timed(size, trial)
+                self._run_timed([1] * size, trial)
             if self._tuner.is_settled() or time.monotonic() - started_s > TRIALS_TIMEOUT_S:
                 break
         costs = {size: round(ms, 3) for size, ms in self._tuner.costs().items()}
         logger.info("batch size %d; milliseconds per image by batch size: %s", self._tuner.best_size, costs)
 
-    def _run_trial(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self._bank.warm_up(pixels, kernels=2, rank=8).cpu()  # `cpu` waits for a GPU
+    def _run_trial(self, pixels: torch.Tensor, part: slice) -> list[torch.Tensor]:
+        return [self._bank.warm_up(pixels[part], kernels=2, rank=8).cpu()]  # `cpu` waits for a GPU
+
+
+def _scores_of(item: Item, found: ImageScores) -> ItemScores:
+    scores, heads = found
+    parts = [x.logits.float().softmax(0).cpu().numpy() for x in scores]
+    typicality = [np.nan if x.typicality is None else x.typicality for x in scores]
+    sizes = [len(part) for part in parts]
+    if heads is not None and item.heads is not None:
+        parts.append(item.heads.probabilities(heads.logits))
+        typicality += heads.typicality.tolist()
+        sizes += item.heads.classes
+    probabilities = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return ItemScores(probabilities, sizes, np.array(typicality, float))
+
+
+def _middle(sizes: Sequence[int]) -> int:
+    """Return where to divide at least two items, so that the larger part is small."""
+    before = [*accumulate(sizes)]
+    return 1 + min(range(len(sizes) - 1), key=lambda i: max(before[i], before[-1] - before[i]))

@@ -28,7 +28,7 @@ from ..settings import Settings
 from ..storage.store import Store
 from ..worker_api import ROUTING_DIGEST_CHARS, Answer, CallFailed, CallOrigin, PassStats, TaskAnswers
 from .adapter_cache import AdapterCache
-from .batch_tuner import BatchTuner
+from .batch_tuner import BatchTuner, ways_of
 from .batcher import Batcher
 from .host_cache import HostCache
 from .idle_passes import IdlePasses
@@ -75,7 +75,7 @@ class Worker:
         pass_thread = ThreadPoolExecutor(1, "pass")
         self._bank = pass_thread.submit(self._create_bank, settings).result()
         on_gpu = self._bank.device.type == "cuda"
-        self._tuner = BatchTuner(settings.batch_size, (self._threads,) if on_gpu else (1, self._threads))
+        self._tuner = BatchTuner(settings.batch_size, ways_of(self._threads, on_gpu=on_gpu))
         self._passes = Passes(self._bank, self._tuner, pass_thread)
         self._name = f"{os.uname().nodename}/{os.getpid()}"
         readers, writer = (

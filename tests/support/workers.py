@@ -12,7 +12,7 @@ import pytest
 
 from hub.settings import Settings
 from hub.storage.store import Store
-from hub.worker.batch_tuner import BatchTuner
+from hub.worker.batch_tuner import BatchTuner, Way
 from hub.worker.prewarming import Prewarming
 from hub.worker.replica import Worker
 
@@ -62,11 +62,11 @@ class PassGate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.started = threading.Event()
         self.open = threading.Event()
-        choose = BatchTuner.choose_threads
+        choose = BatchTuner.choose_way
 
-        def choose_when_open(tuner: BatchTuner, images: int) -> int:
+        def choose_when_open(tuner: BatchTuner, images: int, most_parts: int) -> Way:
             self.started.set()
             assert self.open.wait(60)
-            return choose(tuner, images)
+            return choose(tuner, images, most_parts)
 
-        monkeypatch.setattr(BatchTuner, "choose_threads", choose_when_open)
+        monkeypatch.setattr(BatchTuner, "choose_way", choose_when_open)

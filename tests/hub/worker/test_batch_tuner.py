@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from hub.worker.batch_tuner import BatchTuner
+from hub.worker.batch_tuner import BatchTuner, Way, ways_of
 from hub.worker.fair_queue import BatchSize
 
 Cost = Callable[[int, int], float]  # (images, threads) -> ms
@@ -19,20 +19,20 @@ def drive(
     image_ms = []
     for _ in range(passes):
         images = min(tuner.next_size.full, queued)
-        threads = tuner.choose_threads(images)
-        ms = cost(images, threads) * (1 + rng.random() * noise) * (10 if rng.random() < noise / 10 else 1)
-        tuner.record(images, threads, ms)
+        way = tuner.choose_way(images, images)
+        ms = cost(images, way.threads) * (1 + rng.random() * noise) * (10 if rng.random() < noise / 10 else 1)
+        tuner.record(images, way, ms)
         image_ms.append(ms / images)
     return image_ms
 
 
 def tried(max_images: int, threads: Sequence[int], cost: Cost) -> BatchTuner:
     """Return a tuner after the trials of a new worker."""
-    tuner = BatchTuner(max_images, threads)
+    tuner = BatchTuner(max_images, [Way(n) for n in threads])
     for size in tuner.sizes:
         for _ in range(4):
-            n = tuner.choose_threads(size)
-            tuner.record(size, n, cost(size, n))
+            way = tuner.choose_way(size, size)
+            tuner.record(size, way, cost(size, way.threads))
         if tuner.is_settled():
             break
     return tuner
@@ -78,7 +78,7 @@ def test_the_thread_count_follows_the_load_when_others_use_the_cores_for_a_while
 
     def usual_threads(tuner: BatchTuner, cost: Cost) -> int:
         drive(tuner, cost, 600, noise=0.2)
-        return median([tuner.choose_threads(8) for _ in range(101)])
+        return median([tuner.choose_way(8, 8).threads for _ in range(101)])
 
     tuner = tried(8, [1, 2], quiet)
     assert usual_threads(tuner, quiet) == 2
@@ -103,7 +103,7 @@ def test_the_tuner_recovers_when_its_first_measurements_were_wrong() -> None:
 
 
 def test_the_size_is_small_when_few_images_are_queued_at_once() -> None:
-    tuner = BatchTuner(32, [1])
+    tuner = BatchTuner(32, [Way(1)])
     drive(tuner, lambda _n, _threads: 10.0, 500, queued=3)
     assert tuner.best_size == 4  # the size of passes with three images
     assert tuner.next_size.full in (2, 8)  # never measured, so explored at once
@@ -119,4 +119,18 @@ def test_a_short_pass_has_few_images_unless_more_are_much_faster() -> None:
 
 
 def test_a_new_tuner_allows_the_largest_size() -> None:
-    assert BatchTuner(32, [1]).next_size == BatchSize(32, 32)
+    assert BatchTuner(32, [Way(1)]).next_size == BatchSize(32, 32)
+
+
+def test_a_pass_of_one_item_is_not_divided() -> None:
+    tuner = BatchTuner(8, ways_of(2, on_gpu=False))
+    found = set()
+    for _ in range(6):
+        way = tuner.choose_way(8, 8)
+        tuner.record(8, way, 10.0 - way.parts)
+        found.add(way)
+    assert found == {Way(1), Way(2), Way(1, parts=2)}
+    assert tuner.choose_way(8, 8) == Way(1, parts=2)  # the fastest
+    assert tuner.choose_way(8, 1).parts == 1
+    assert ways_of(1, on_gpu=False) == [Way(1), Way(1)]
+    assert ways_of(2, on_gpu=True) == [Way(2)]

@@ -1,0 +1,88 @@
+"""Passes in two halves give each image its own answers, and end together."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from adapters import Adapter, Backbone, Bank
+from adapters.data.images import preprocess_of
+from hub.worker.adapter_cache import Resident
+from hub.worker.batch_tuner import BatchTuner, Way
+from hub.worker.passes import Item, Passes
+
+IMAGES = 7
+
+
+@pytest.fixture
+def bank(backbone: Backbone) -> Bank:
+    return Bank(backbone, slots=4)
+
+
+@pytest.fixture
+def items(backbone: Backbone, bank: Bank, adapters: Sequence[Adapter]) -> list[Item]:
+    """Return images with one adapter each, the first one with two."""
+    config = preprocess_of(bank.limits.backbone)
+    mean, std = (torch.tensor(config[name]) for name in ("mean", "std"))
+    residents = [Resident(a.digest, bank.put(a), mean, std, first_block=0) for a in adapters]
+    noise = np.random.default_rng(0).integers(0, 256, (IMAGES, *bank.input_size), dtype=np.uint8)
+    return [
+        Item(
+            pixels, mean, std, residents[i % 4 : i % 4 + (2 if i == 0 else 1)], 0.0, 0.0, "", passes=2 if i == 0 else 1
+        )
+        for i, pixels in enumerate(noise)
+    ]
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+def passes(bank: Bank, way: Way, thread: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> Passes:
+    monkeypatch.setattr(Passes, "_run_trials", lambda _self: None)  # an unused bank has them
+    return Passes(bank, BatchTuner(16, [way]), thread)
+
+
+def test_halves_give_each_image_the_answers_of_a_whole_pass(
+    bank: Bank, items: list[Item], threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = asyncio.run(passes(bank, Way(1), threads, monkeypatch).run(items))
+    used = set()
+    score = Bank.score_images
+
+    def noted(self: Bank, pixels: torch.Tensor, *others: object) -> object:
+        used.add((threading.get_ident(), len(pixels)))
+        return score(self, pixels, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Bank, "score_images", noted)
+    halves = asyncio.run(passes(bank, Way(1, parts=2), threads, monkeypatch).run(items))
+    assert sorted(count for _, count in used) == [3, 4]  # the first image counts twice
+    assert len({thread for thread, _ in used}) == 2
+    assert [one.sizes for one in halves] == [one.sizes for one in whole] == [[5, 5], *[[5]] * (IMAGES - 1)]
+    for one, other in zip(halves, whole, strict=True):
+        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
+
+
+def test_a_pass_whose_first_half_fails_ends_with_its_second_half(
+    bank: Bank, items: list[Item], threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+
+    def score(_self: Bank, pixels: torch.Tensor, *_others: object) -> object:
+        if len(pixels) == 3:
+            raise ValueError("the adapter was evicted")
+        time.sleep(0.3)
+        ended.append(len(pixels))
+        return []
+
+    monkeypatch.setattr(Bank, "score_images", score)
+    with pytest.raises(ValueError, match="evicted"):
+        asyncio.run(passes(bank, Way(1, parts=2), threads, monkeypatch).run(items))
+    assert ended == [4]
