@@ -47,9 +47,9 @@ def lead(servers: Row, gpu: Row | None) -> list[str]:
             ],
             lines,
         ),
-        f"Other programs used the cores meanwhile: the bare backbone alone reached {bare[0]:.0f} to {bare[-1]:.0f} "
-        "images per second just before. Compare memory and orders of magnitude, not single figures. Where the "
-        "cores were not the same for two servers, [servers.md](servers.md) calls a target undecided.",
+        f"Just before each server started, the bare backbone alone reached {bare[0]:.0f} to {bare[-1]:.0f} images per "
+        "second: the more these differ, the more other programs used the cores. Where they differ much between two "
+        "servers, [servers.md](servers.md) calls a target undecided.",
         *_gpu(gpu),
     ]
 

@@ -62,7 +62,7 @@ def report(result: Row) -> str:
         "- *new task*: from the weights of a new task to its first answer. A rival gets a file in its folder. The hub "
         "gets an upload over HTTP, checks it, and stores it durably.\n"
         "- */ bare*: images/s over those of timm's backbone without a server, in batches of 8, just before the "
-        "contender's start. Other programs used the cores too, so all figures are noisy, this column most.",
+        "contender's start, which shows whether other programs used the cores.",
         *(text for model in TITLES for form in FORMS for text in _table(rows, model, form)),
         "## Targets",
         markdown_table(["model", "form", "tasks", "target", "measured"], targets(rows)),
