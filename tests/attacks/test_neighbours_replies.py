@@ -3,8 +3,8 @@
 import contextlib
 import io
 import json
-import select
 import socket
+import ssl
 import time
 from urllib.parse import urlsplit
 
@@ -31,6 +31,15 @@ def large_file() -> bytes:
     return file.getvalue()
 
 
+def has_begun(connection: socket.socket) -> bool:
+    """Return whether a reply has begun. Tickets of a TLS session also make a socket readable."""
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1))
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return False
+
+
 def test_few_files_are_in_memory_when_64_clients_of_a_tenant_do_not_read_them(hub: AttackedHub, victim: Victim) -> None:
     if not hub.has_haproxy:
         pytest.skip("Ray's stock proxy reads whole replies into its own memory, nginx into files")
@@ -47,7 +56,7 @@ def test_few_files_are_in_memory_when_64_clients_of_a_tenant_do_not_read_them(hu
             connection.sendall(request.raw(urlsplit(hub.front.url).netloc))
             waiting.append(connection)
         time.sleep(3)
-        begun, _, _ = select.select(waiting, [], [], 0)
+        begun = [connection for connection in waiting if has_begun(connection)]
         print(f"{len(begun)} of {CONNECTIONS} replies have begun")
         assert 1 <= len(begun) <= MAX_GATEWAYS * LARGE_REPLIES
         assert send(hub.front, victim.classify).status == 200
