@@ -68,6 +68,11 @@ local function training_head(tenant, task, id)
   if text then return head_of(cjson.decode(text), 0) end
 end
 
+-- Return a tenant's bytes of tasks, versions and trainings.
+local function text_bytes(tenant)
+  return tonumber(redis.call('GET', tenant_key(tenant, 'registry')) or 0)
+end
+
 -- Add to a tenant's bytes of tasks, versions and trainings.
 local function count_text_bytes(tenant, bytes)
   if bytes ~= 0 then redis.call('INCRBY', tenant_key(tenant, 'registry'), string.format('%.0f', bytes)) end

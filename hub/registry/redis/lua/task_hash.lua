@@ -34,14 +34,15 @@ local function count_registry_bytes(tenant, key)
   for _, name in ipairs(redis.call('HKEYS', key)) do bytes = bytes + #name + redis.call('HSTRLEN', key, name) end
   local former = tonumber(redis.call('HGET', key, 'b') or 0)
   if former == 0 then bytes = bytes + 8 end -- about the bytes of `b` itself
-  redis.call('INCRBY', tenant_key(tenant, 'registry'), string.format('%.0f', bytes - former))
+  count_text_bytes(tenant, bytes - former)
   redis.call('HSET', key, 'b', string.format('%.0f', bytes))
 end
 
 -- Return a refusal if the tenant's tasks would take more bytes than max_registry_bytes, or nil.
 local function registry_refusal(tenant, added_bytes, max_registry_bytes)
-  local used = tonumber(redis.call('GET', tenant_key(tenant, 'registry')) or 0)
-  if used + added_bytes > max_registry_bytes then return limit_reached('registry_bytes', max_registry_bytes) end
+  if text_bytes(tenant) + added_bytes > max_registry_bytes then
+    return limit_reached('registry_bytes', max_registry_bytes)
+  end
 end
 
 -- Return the number of a task's next version. A name that is forgotten goes on after the number of all forgotten names.
@@ -97,6 +98,6 @@ local function drop_task(tenant, task)
   drop_dataset(tenant, task)
   redis.call('SREM', tenant_key(tenant, 'tasks'), task)
   forget_number(tenant, task)
-  redis.call('DECRBY', tenant_key(tenant, 'registry'), redis.call('HGET', key, 'b') or 0)
+  count_text_bytes(tenant, -tonumber(redis.call('HGET', key, 'b') or 0))
   return redis.call('UNLINK', key) == 1
 end

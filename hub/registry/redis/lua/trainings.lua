@@ -15,6 +15,11 @@ local function held(args)
   return tonumber(redis.call('ZSCORE', LEASES, job) or 0) <= now_s()
 end
 
+-- Return the head of the training in `body`.
+local function new_head(args)
+  return head_of(cjson.decode(args.body), #args.body)
+end
+
 -- Return whether a training is a job that has not ended, or made a version that the task still has. Such a version's
 -- metrics name the training and its snapshot.
 local function is_needed(args, head)
@@ -24,11 +29,10 @@ local function is_needed(args, head)
   return redis.call('HEXISTS', task_key(args.tenant, args.task), field) == 1
 end
 
--- Write a training's text, count its bytes, and hold the report that it names in place of that of its former text. So a
--- training that is dropped releases what it holds, and no other training's report. Return a refusal if the report's file
--- is being removed, and whether the training is new.
-local function store(args)
-  local head = head_of(cjson.decode(args.body), #args.body)
+-- Write a training's text and head, count its bytes, and hold the report that it names in place of that of its former
+-- text. So a training that is dropped releases what it holds, and no other training's report. Return a refusal if the
+-- report's file is being removed, and whether the training is new.
+local function store(args, head)
   local former = training_head(args.tenant, args.task, args.id) or {}
   local report, held_report = head.report, former.report
   if report ~= held_report then
@@ -42,12 +46,11 @@ end
 -- Return the heads of the ended trainings that a new one replaces, unless they are needed: those older than the newest
 -- max_trainings, and the oldest ones as long as the tenant's trainings have more than max_bytes, or its texts more than
 -- max_registry_bytes. Also return the bytes over both limits that remain.
-local function outdated(args)
+local function outdated(args, head)
   local found, order = {}, key(args, 'training-order')
-  local head = head_of(cjson.decode(args.body), #args.body)
   local files = tonumber(redis.call('GET', tenant_key(args.tenant, 'training_bytes')) or 0)
-  local texts = tonumber(redis.call('GET', tenant_key(args.tenant, 'registry')) or 0)
-  local over, over_texts = files + head.file_bytes - args.max_bytes, texts + head.text_bytes - args.max_registry_bytes
+  local over = files + head.file_bytes - args.max_bytes
+  local over_texts = text_bytes(args.tenant) + head.text_bytes - args.max_registry_bytes
   local excess = redis.call('ZCARD', order) + 1 - args.max_trainings
   if excess <= 0 and over <= 0 and over_texts <= 0 then return found, over, over_texts end
   for place, id in ipairs(redis.call('ZRANGE', order, 0, -1)) do
@@ -106,11 +109,11 @@ function trainings.put(args)
   end
   local known = redis.call('HEXISTS', key(args, 'trainings'), args.id) == 1
   if args.is_known and not known then return ABSENT end -- its task was deleted, and made again
-  local found, over, over_texts = {}, 0, 0
-  if not known then found, over, over_texts = outdated(args) end
+  local head, found, over, over_texts = new_head(args), {}, 0, 0
+  if not known then found, over, over_texts = outdated(args, head) end
   if over > 0 then return limit_reached('training_bytes', args.max_bytes) end
   if over_texts > 0 then return limit_reached('registry_bytes', args.max_registry_bytes) end
-  local removing, is_new = store(args)
+  local removing, is_new = store(args, head)
   if removing then return removing end
   local orphans = {}
   if is_new then
@@ -163,13 +166,13 @@ end
 function trainings.write(args)
   if not held(args) then return ABSENT end
   redis.call('ZADD', LEASES, now_s() + args.lease_s, job_name(args.tenant, args.task, args.id))
-  return store(args) or DONE
+  return store(args, new_head(args)) or DONE
 end
 
 -- token ('': its lease has expired), body. Return a running job to the front of its tenant's queue.
 function trainings.requeue(args)
   if not held(args) then return ABSENT end
-  local removing = store(args)
+  local removing = store(args, new_head(args))
   if removing then return removing end
   enqueue(args, 0)
   return DONE
@@ -178,7 +181,7 @@ end
 -- token ('': its lease has expired), body, entry, max_ended. End a running job.
 function trainings.finish(args)
   if not held(args) then return ABSENT end
-  local removing = store(args)
+  local removing = store(args, new_head(args))
   if removing then return removing end
   drop_job(args.tenant, args.task, args.id)
   record_change(args, 'dataset', args.task)
@@ -191,7 +194,7 @@ function trainings.cancel(args)
   local refused = refusal_of(args)
   if refused then return refused end
   if redis.call('HEXISTS', JOBS, job_name(args.tenant, args.task, args.id)) == 0 then return ABSENT end
-  local removing = store(args)
+  local removing = store(args, new_head(args))
   if removing then return removing end
   drop_job(args.tenant, args.task, args.id)
   record_change(args, 'dataset', args.task)
