@@ -21,6 +21,7 @@ from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.schemas import TaskSettings
 from tests.console.conftest import PHONE, WAIT_MS, Console, accessibility_findings
+from tests.support.hub_app import REDIS_PATIENCE
 from tests.support.hub_process import KARST_HUB, serve
 from tests.support.image_sets import write_digits
 from tests.support.nginx import CERTIFICATE, KEY, nginx
@@ -55,7 +56,7 @@ def sign_in(page: Page, key: str) -> None:
 
 async def make_tasks(home: Path, tenant: str, count: int) -> None:
     """Make tasks without versions directly in the registry: keys of a tenant may make only 600 changes a minute."""
-    database = RegistryConnection(url_of_running(home))
+    database = RegistryConnection(url_of_running(home), patience=REDIS_PATIENCE)
     tasks = TaskRegistry(database)
     for i in range(count):
         await tasks.put(OPERATOR, tenant, f"task-{i:05}", TaskSettings())

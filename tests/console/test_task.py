@@ -22,6 +22,7 @@ from hub.registry.datasets.index import DatasetIndex
 from hub.registry.redis.connection import RegistryConnection
 from tests.console.conftest import DESK, PHONE, Console, accessibility_findings
 from tests.support.datasets import new_image, unpaced_reads
+from tests.support.hub_app import REDIS_PATIENCE
 from tests.support.image_sets import write_digits
 from tests.support.models import coloured_noise, wait_until
 from tests.support.zips import zip_of
@@ -573,7 +574,7 @@ def test_list_of_100_000_images_stays_light_when_a_person_scrolls_to_its_end(
 
 async def fill_index(home: Path, task: str, count: int) -> None:
     """Add made-up images without files to a dataset, directly in the registry."""
-    database = RegistryConnection(url_of_running(home))
+    database = RegistryConnection(url_of_running(home), patience=REDIS_PATIENCE)
     index = DatasetIndex(database, unpaced_reads())
     for start in range(0, count, 500):
         images = [new_image(i, f"l{i % 5}") for i in range(start, start + 500)]

@@ -30,6 +30,7 @@ from hub.worker_api import Answer, PassStats, TaskAnswers
 from tests.support.trainers import ProcessTrainer
 
 T = TypeVar("T")
+REDIS_PATIENCE: float = 10  # see `RegistryConnection`; on a busy machine a test's process may stand still for seconds
 OCTETS = {"content-type": "application/octet-stream"}
 MAX_IMAGE_BYTES = 200_000
 MAX_IMAGE_PIXELS = 1_000_000
@@ -173,13 +174,13 @@ def make_api(
     engine: Engine,
     trainer: ProcessTrainer | None = None,
     *,
-    redis_patience: float = 10,
+    redis_patience: float = REDIS_PATIENCE,
     **settings: Any,
 ) -> FastAPI:
     """Return one gateway's application over the given engine. Without a trainer it runs no jobs.
 
     Args:
-        redis_patience: see `RegistryConnection`; on a busy machine this process may stand still for a second.
+        redis_patience: see `RegistryConnection`.
     """
     given: dict[str, Any] = {
         "backbone": "demo",
@@ -203,7 +204,9 @@ def first_keys_of(redis_url: str) -> FirstKeys:
     return in_registry(redis_url, lambda db: create_first_keys(TenantRegistry(db), KeyRegistry(db)))
 
 
-def in_registry(redis_url: str, use: Callable[[RegistryConnection], Awaitable[T]], *, patience: float = 10) -> T:
+def in_registry(
+    redis_url: str, use: Callable[[RegistryConnection], Awaitable[T]], *, patience: float = REDIS_PATIENCE
+) -> T:
     """Run `use(database)` on its own event loop. See `RegistryConnection` for `patience`."""
 
     async def run() -> T:

@@ -23,6 +23,7 @@ from hub.services.archives.tenant_archive import export_tenant, import_tenant, v
 from hub.storage.store import Store
 from hub.worker_api import invalid_adapter
 from tests.support.datasets import unpaced_reads
+from tests.support.hub_app import REDIS_PATIENCE
 
 MAX_ADAPTER_BYTES = 1_000_000
 Members = list[tuple[str, bytes]]
@@ -122,7 +123,7 @@ def runner(url: str, adapters: Sequence[Adapter], folder: Path, monkeypatch: pyt
 
     def run(use: Callable[[Case], Coroutine[Any, Any, None]]) -> None:
         async def main() -> None:
-            database = RegistryConnection(url)
+            database = RegistryConnection(url, patience=REDIS_PATIENCE)
             try:
                 case = Case(database, folder, adapters)
                 await case.fill()

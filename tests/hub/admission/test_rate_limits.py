@@ -20,7 +20,7 @@ from hub.registry.audit import OPERATOR
 from hub.registry.keys import KeyRegistry
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tenants import TenantRegistry
-from tests.support.hub_app import OCTETS, Hub, in_registry
+from tests.support.hub_app import OCTETS, REDIS_PATIENCE, Hub, in_registry
 from tests.support.models import png
 
 
@@ -280,7 +280,7 @@ def test_gateway_admits_a_full_bucket_and_refuses_more_when_redis_is_away(tmp_pa
     """`test_leases` has the rate in time."""
 
     async def use(url: str, stop_redis: Callable[[], object]) -> None:
-        database = RegistryConnection(url)
+        database = RegistryConnection(url, patience=REDIS_PATIENCE)
         await TenantRegistry(database).create(OPERATOR, "t", LimitsChange(requests_per_second=20))
         gateway = Gateway(database)
         assert await gateway.spend()

@@ -17,7 +17,7 @@ from hub.registry.datasets.files import DatasetFiles
 from hub.registry.datasets.staging import StagedDatasets
 from hub.registry.datasets.trainings import Training
 from hub.registry.redis.connection import RegistryConnection
-from tests.support.hub_app import OCTETS, Hub, make_api
+from tests.support.hub_app import OCTETS, REDIS_PATIENCE, Hub, make_api
 from tests.support.models import png, wait_until
 from tests.support.tenant_archives import Members, members, written
 
@@ -347,7 +347,7 @@ def test_datasets_of_an_import_that_stopped_are_removed(tenant: Hub) -> None:
     """A gateway that is killed leaves a staged dataset; a round of the removal drops it after an hour."""
 
     async def main() -> None:
-        database = RegistryConnection(tenant.redis_url)
+        database = RegistryConnection(tenant.redis_url, patience=REDIS_PATIENCE)
         staging, files = StagedDatasets(database), DatasetFiles(database)
         image = ArchivedImage(digest="a" * 64, name="a", size_bytes=5, added=1, split="auto", label="x")
         await staging.add(OPERATOR, "copy", "~1", [image])

@@ -21,7 +21,7 @@ from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
 from hub.schemas import Sharing, TaskSettings
 from tests.support.datasets import unpaced_reads
-from tests.support.hub_app import OCTETS, Hub, in_registry
+from tests.support.hub_app import OCTETS, REDIS_PATIENCE, Hub, in_registry
 from tests.support.registry import version
 
 OWNER = Actor("", "an owner", "owner", "127.0.0.1")
@@ -218,7 +218,7 @@ def test_audit_entries_are_small_and_pages_end_early_when_changes_have_long_valu
 
 def test_audit_entries_are_removed_by_their_age(empty_redis: str) -> None:
     async def use(_connection: RegistryConnection) -> None:
-        connection = RegistryConnection(empty_redis, audit_days=30)
+        connection = RegistryConnection(empty_redis, audit_days=30, patience=REDIS_PATIENCE)
         try:
             now_ms = (await connection.execute(connection.redis.time()))[0] * 1000
             streams = "karst:audit", "karst:t:t:audit"

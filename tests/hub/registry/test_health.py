@@ -14,7 +14,7 @@ from hub.registry.health import RegistryWatch, read_facts
 from hub.registry.keys import KeyRegistry
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tenants import TenantRegistry
-from tests.support.hub_app import OCTETS, running
+from tests.support.hub_app import OCTETS, REDIS_PATIENCE, running
 from tests.support.models import png, wait_until
 from tests.support.redis_servers import RedisServer, redis_server
 
@@ -23,7 +23,7 @@ POLICIES = ["allkeys-lru", "allkeys-lfu", "allkeys-random", "volatile-lru", "vol
 
 def test_changes_are_refused_while_the_policy_evicts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main(url: str) -> None:
-        connection = RegistryConnection(url)
+        connection = RegistryConnection(url, patience=REDIS_PATIENCE)
         try:
             watch, tenants = RegistryWatch(connection, lambda: None), TenantRegistry(connection)
             await watch.check()
@@ -53,7 +53,7 @@ def test_changes_are_refused_while_the_policy_evicts(tmp_path: Path, caplog: pyt
 
 def test_the_log_repeats_a_reason_rarely(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main(url: str) -> None:
-        connection = RegistryConnection(url)
+        connection = RegistryConnection(url, patience=REDIS_PATIENCE)
         try:
             watch, tenants = RegistryWatch(connection, lambda: None), TenantRegistry(connection)
             for _ in range(10):
@@ -104,7 +104,7 @@ def test_a_running_watch_tells_after_each_check_whether_changes_are_refused(
                 await asyncio.sleep(0.01)
 
     async def main(server: RedisServer) -> None:
-        connection = RegistryConnection(server.url)
+        connection = RegistryConnection(server.url, patience=REDIS_PATIENCE)
         running = asyncio.create_task(RegistryWatch(connection, lambda: None, told.append).run())
         try:
             await told_again(False)
@@ -123,7 +123,7 @@ def test_a_running_watch_tells_after_each_check_whether_changes_are_refused(
 
 def test_facts_name_the_mode_and_the_primary(tmp_path: Path) -> None:
     async def facts(url: str) -> str | None:
-        connection = RegistryConnection(url)
+        connection = RegistryConnection(url, patience=REDIS_PATIENCE)
         try:
             return (await read_facts(connection)).fault()
         finally:

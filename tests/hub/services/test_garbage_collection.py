@@ -21,6 +21,7 @@ from hub.registry.tenants import TenantRegistry
 from hub.schemas import VersionInfo
 from hub.services.garbage_collection import bind_store, collect_garbage
 from hub.storage.store import OWNER, Store
+from tests.support.hub_app import REDIS_PATIENCE
 from tests.support.models import wait_until
 from tests.support.redis_servers import redis_server
 
@@ -96,7 +97,7 @@ def case_at(tmp_path: Path) -> RunAt:
 
     def run(url: str, use: Use) -> None:
         async def main() -> None:
-            database = RegistryConnection(url)
+            database = RegistryConnection(url, patience=REDIS_PATIENCE)
             try:
                 await TenantRegistry(database).create(OPERATOR, "t", LimitsChange())
                 case = Case(database, tmp_path / "store")

@@ -22,6 +22,7 @@ from hub.storage.store import Store
 from hub.worker.prewarming import Prewarming
 from hub.worker.replica import Worker
 from hub.worker_api import Answer, CallFailed, CallOrigin
+from tests.support.hub_app import REDIS_PATIENCE
 from tests.support.marks import needs_vnni
 from tests.support.models import calibrated_adapter, flat_png, png
 from tests.support.workers import PassGate, fix_batch_size, make_worker, run
@@ -237,7 +238,7 @@ def test_a_worker_reports_its_status_to_the_registry(
     async def use() -> None:
         await worker.check_health()  # starts the reports
         await worker.classify("acme", adapters[0].digest, images(3), 1.0, CallOrigin("r", "digits"))
-        connection = RegistryConnection(empty_redis)
+        connection = RegistryConnection(empty_redis, patience=REDIS_PATIENCE)
         try:
             while not (found := await StatusBoard(connection).workers()) or not found[0].loads:
                 await asyncio.sleep(0.01)

@@ -29,6 +29,7 @@ from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tenants import TenantRegistry
 from hub.settings import Settings
 from tests.support.faults.load import Load, RedisServer, Report, Tasks, replicas
+from tests.support.hub_app import REDIS_PATIENCE
 from tests.support.hub_process import alive, descendants
 from tests.support.models import listens, wait_until
 
@@ -277,7 +278,7 @@ def upgrade_often(cluster: Cluster, times: int) -> Report:
 
 
 async def _first_keys(redis_url: str) -> tuple[str, str]:
-    database = RegistryConnection(redis_url)
+    database = RegistryConnection(redis_url, patience=REDIS_PATIENCE)
     try:
         made = await create_first_keys(TenantRegistry(database), KeyRegistry(database))
     finally:

@@ -11,12 +11,12 @@ from hub.admin_schemas import Login
 from hub.admission.login_codes import LoginCodes
 from hub.errors import NotFound, Unauthenticated
 from hub.registry.redis.connection import RegistryConnection
-from tests.support.hub_app import Hub, bearer
+from tests.support.hub_app import REDIS_PATIENCE, Hub, bearer
 
 
 def code_of(hub: Hub, tenant: str = "default", *, admin: bool = False) -> str:
     async def create() -> str:
-        database = RegistryConnection(hub.redis_url)
+        database = RegistryConnection(hub.redis_url, patience=REDIS_PATIENCE)
         try:
             return await LoginCodes(database).create(tenant, admin=admin)
         finally:
@@ -59,7 +59,7 @@ def test_code_gives_one_login_when_many_clients_use_it_at_the_same_moment(hub: H
     code, clients = code_of(hub, admin=True), 20
 
     async def use() -> list[object]:
-        databases = [RegistryConnection(hub.redis_url) for _ in range(clients)]
+        databases = [RegistryConnection(hub.redis_url, patience=REDIS_PATIENCE) for _ in range(clients)]
         try:
             await asyncio.gather(*(database.execute(database.redis.ping()) for database in databases))
             calls = (LoginCodes(database).redeem(code) for database in databases)

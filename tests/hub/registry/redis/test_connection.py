@@ -12,6 +12,7 @@ import pytest
 from hub.errors import Unavailable
 from hub.local.embedded_redis import embedded_redis
 from hub.registry.redis.connection import RegistryConnection
+from tests.support.hub_app import REDIS_PATIENCE
 
 
 def test_commands_fail_at_once_after_a_failure_until_redis_answers(tmp_path: Path) -> None:
@@ -22,7 +23,7 @@ def test_commands_fail_at_once_after_a_failure_until_redis_answers(tmp_path: Pat
         return 1
 
     async def use(url: str, server: contextlib.ExitStack) -> None:
-        connection = RegistryConnection(url)
+        connection = RegistryConnection(url, patience=REDIS_PATIENCE)
         try:
             with pytest.raises(Unavailable, match="does not answer"):
                 await connection.execute(connection.redis.time())
@@ -45,7 +46,7 @@ def test_commands_fail_at_once_after_a_failure_until_redis_answers(tmp_path: Pat
 
 def test_a_command_without_a_reply_in_time_fails_alone_while_redis_answers_others(empty_redis: str) -> None:
     async def use() -> None:
-        connection = RegistryConnection(empty_redis)
+        connection = RegistryConnection(empty_redis, patience=REDIS_PATIENCE)
         try:
             for _ in range(20):
                 with pytest.raises(Unavailable, match="does not answer"):  # it blocks its own connection, not Redis
@@ -96,7 +97,7 @@ def test_a_cancellation_that_redis_py_drops_ends_the_caller(empty_redis: str) ->
         return 1
 
     async def use() -> None:
-        connection = RegistryConnection(empty_redis)
+        connection = RegistryConnection(empty_redis, patience=REDIS_PATIENCE)
         try:
             call = asyncio.create_task(connection.execute(dropping()))
             await asyncio.sleep(0)
@@ -120,7 +121,7 @@ def test_callers_end_when_they_are_cancelled_at_random_moments_of_their_commands
             await connection.execute(connection.redis.get("karst:absent"))
 
     async def use() -> None:
-        connection = RegistryConnection(empty_redis)
+        connection = RegistryConnection(empty_redis, patience=REDIS_PATIENCE)
         try:
             for _ in range(10):
                 readers = [asyncio.create_task(read_for_ever(connection)) for _ in range(20)]

@@ -17,7 +17,7 @@ from hub.registry.health import RegistryWatch
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tasks import TaskRegistry
 from hub.registry.tenants import TenantRegistry
-from tests.support.hub_app import OCTETS, running
+from tests.support.hub_app import OCTETS, REDIS_PATIENCE, running
 from tests.support.models import png, wait_until
 from tests.support.redis_servers import RedisServer, fail_over, redis_server, two_servers
 
@@ -26,7 +26,7 @@ def connected(url: str, use: Callable[[RegistryConnection], Awaitable[None]]) ->
     """Run `use(connection)` on an event loop of its own."""
 
     async def main() -> None:
-        connection = RegistryConnection(url)
+        connection = RegistryConnection(url, patience=REDIS_PATIENCE)
         try:
             await use(connection)
         finally:

@@ -23,7 +23,7 @@ from hub.schemas import TaskSettings
 from hub.services.predictions import Predicted
 from hub.services.usage.counter import DAY_S, UsageCounter
 from hub.worker_api import Answer, PassStats
-from tests.support.hub_app import in_registry
+from tests.support.hub_app import REDIS_PATIENCE, in_registry
 
 STATS = PassStats("engine", 1, 1, 0.0, 0.0, 0.0)
 
@@ -175,7 +175,7 @@ def test_counts_wait_while_redis_is_away_and_are_bounded_by_tenant(tmp_path: Pat
     lost: list[int] = []
 
     async def use(url: str) -> UsageDay:
-        connection = RegistryConnection(url, quiet=True)
+        connection = RegistryConnection(url, quiet=True, patience=REDIS_PATIENCE)
         registry = UsageRegistry(connection)
         counter = UsageCounter(registry, count_lost=lost.append)
         counter.answered("acme", "t", predicted(["a", "b"], [0, 0, 1]))
