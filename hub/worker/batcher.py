@@ -6,6 +6,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 from math import inf
 from typing import Generic, TypeVar
@@ -54,11 +55,12 @@ class Batcher(Generic[Item, Result]):
         self._clock = clock
         self._queue: FairQueue[_Entry[Item, Result]] = FairQueue(tenant_limit, lambda entry: images_of(entry.item))
         self._images_of = images_of
-        self._running: set[asyncio.Task[None]] = set()
+        self._running = 0
+        self._tasks: set[asyncio.Task[None]] = set()  # otherwise a task could be garbage-collected
         self._collecting_since_s = clock()  # first item of the next batch, or end of the last batch
         self._last_size = 1
-        self._changed = asyncio.Event()
-        self._loop: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None  # of the next look at the queue
+        self._is_due = False  # the event loop's next round looks at the queue
 
     @property
     def queued(self) -> int:
@@ -82,8 +84,6 @@ class Batcher(Generic[Item, Result]):
             LimitReached: the tenant would have more than `tenant_limit` queued images. No item is run.
             Exception: any error of `run` for a batch that contains one of the items.
         """
-        if self._loop is None or self._loop.done():
-            self._loop = asyncio.create_task(self._start_batches())
         now_s = self._clock()
         if not self._queue:
             if not self._running and now_s - self._collecting_since_s > self._wait_s:
@@ -91,7 +91,7 @@ class Batcher(Generic[Item, Result]):
             self._collecting_since_s = max(self._collecting_since_s, now_s)
         entries: list[_Entry[Item, Result]] = [_Entry(item) for item in items]
         self._queue.push(tenant, entries, weight, now_s)
-        self._changed.set()
+        self._look_soon()
         try:
             return await asyncio.gather(*(entry.future for entry in entries))
         finally:
@@ -109,24 +109,35 @@ class Batcher(Generic[Item, Result]):
                 entry.future.exception()  # otherwise asyncio logs each further error of the call as never retrieved
         self._queue.discard(tenant, without_result)
 
-    async def _start_batches(self) -> None:
-        while True:
-            while (delay_s := self._delay_s()) > 0:
-                self._changed.clear()
-                try:
-                    async with asyncio.timeout(None if delay_s == inf else delay_s):
-                        await self._changed.wait()
-                except TimeoutError:
-                    pass
+    def _look_soon(self) -> None:
+        """Start the next batches after all calls that become ready in this round of the event loop."""
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._start_batches, context=Context())
+
+    def _start_batches(self) -> None:
+        """Start every batch that need not wait, and look at the queue again when the next one has waited.
+
+        A batch has a context of its own, since it belongs to several calls.
+        """
+        self._is_due = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        loop = asyncio.get_running_loop()
+        while (delay_s := self._delay_s()) <= 0:
             batch = self._queue.pop_batch(self._batch_size(), self._clock())
             self._last_size = sum(self._images_of(entry.item) for entry in batch)
-            task = asyncio.create_task(self._compute(batch))
-            self._running.add(task)
-            task.add_done_callback(self._end)
+            self._running += 1
+            task = loop.create_task(self._compute(batch), context=Context())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        if delay_s != inf:
+            self._timer = loop.call_later(delay_s, self._start_batches, context=Context())
 
     def _delay_s(self) -> float:
         """Return the seconds until the next batch starts; infinity if it cannot start before something changes."""
-        if not self._queue or len(self._running) >= self._max_running:
+        if not self._queue or self._running >= self._max_running:
             return inf
         now_s = self._clock()
         if len(self._queue) >= self._queue.batch_limit(self._batch_size(), now_s):
@@ -141,19 +152,22 @@ class Batcher(Generic[Item, Result]):
         # A call that was cancelled since `pop_batch` may have released its adapter, whose slot may then be reused.
         # No other code runs on this loop between this line and the first await of `run`.
         batch = [entry for entry in batch if not entry.future.done()]
-        if not batch:
-            return
+        found: list[tuple[_Entry[Item, Result], Result]] = []
+        failed: list[_Entry[Item, Result]] = []
+        error = Exception()
         try:
-            results = await self._run([entry.item for entry in batch])
-            for entry, result in zip(batch, results, strict=True):
-                if not entry.future.done():
-                    entry.future.set_result(result)
-        except Exception as error:  # any error belongs to the callers of this batch, and must not stop the next one
-            for entry in batch:
-                if not entry.future.done():
-                    entry.future.set_exception(error)
-
-    def _end(self, task: "asyncio.Task[None]") -> None:
-        self._running.discard(task)
-        self._collecting_since_s = self._clock()
-        self._changed.set()
+            if batch:
+                found = [*zip(batch, await self._run([entry.item for entry in batch]), strict=True)]
+        except Exception as raised:  # any error belongs to the callers of this batch, and must not stop the next one
+            failed, error = batch, raised
+        finally:
+            self._running -= 1
+            self._collecting_since_s = self._clock()
+            # Before the callers get their results: what they do with these takes the event loop's time.
+            self._start_batches()
+        for entry, result in found:
+            if not entry.future.done():
+                entry.future.set_result(result)
+        for entry in failed:
+            if not entry.future.done():
+                entry.future.set_exception(error)

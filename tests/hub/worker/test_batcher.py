@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from hub.errors import LimitReached
 from hub.worker.batcher import Batcher
 from hub.worker.fair_queue import BatchSize
+
+CALLER: ContextVar[str] = ContextVar("caller", default="")
 
 
 class Engine:
@@ -237,3 +240,44 @@ def test_an_item_is_not_run_when_its_call_is_cancelled_before_its_batch_starts()
         assert engine.batches == [["stays"]]
 
     asyncio.run(use())
+
+
+def test_next_batch_starts_before_the_callers_of_the_last_one_go_on() -> None:
+    async def main() -> None:
+        order: list[str] = []
+        started = asyncio.Event()
+
+        async def run(items: list[str]) -> list[str]:
+            order.append(f"batch of {items[0]}")
+            started.set()
+            await asyncio.sleep(0.01)
+            return items
+
+        async def call(item: str) -> None:
+            await batcher.submit(item, [item])
+            order.append(f"answer to {item}")
+
+        size = BatchSize(1, 1)
+        batcher: Batcher[str, str] = Batcher(run, batch_size=lambda: size, wait_s=0, tenant_limit=10)
+        first = asyncio.create_task(call("a"))
+        await started.wait()
+        await asyncio.gather(first, call("b"))
+        assert order == ["batch of a", "batch of b", "answer to a", "answer to b"]
+
+    asyncio.run(main())
+
+
+def test_batch_has_the_context_of_no_call() -> None:
+    async def main() -> None:
+        seen: list[str] = []
+
+        async def run(items: list[str]) -> list[str]:
+            seen.append(CALLER.get())
+            return items
+
+        batcher: Batcher[str, str] = Batcher(run, batch_size=lambda: BatchSize(1, 1), wait_s=0, tenant_limit=10)
+        CALLER.set("a")
+        await batcher.submit("a", ["1", "2"])
+        assert seen == ["", ""]
+
+    asyncio.run(main())
