@@ -257,11 +257,12 @@ class TrainingRegistry:
         Raises:
             NotFound: the task has no such training.
         """
-        command = self._redis.hget(tenant_key(tenant, f"data:{task}:trainings"), id)
-        text = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
-        if text is None:
-            raise NotFound.at("training", f"task {task!r} has no training {id!r}")
-        return Training.model_validate_json(text)
+        async with self._reads.turn(tenant):  # a training has up to 512 KiB
+            command = self._redis.hget(tenant_key(tenant, f"data:{task}:trainings"), id)
+            text = as_optional_text(await self._connection.execute(command, timeout_s=READ_TIMEOUT_S))
+            if text is None:
+                raise NotFound.at("training", f"task {task!r} has no training {id!r}")
+            return Training.model_validate_json(text)
 
     async def of_hub(self) -> HubTrainingList:
         """Return the running trainings of all tenants, the next ones, and the last ones."""

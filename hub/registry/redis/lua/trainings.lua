@@ -90,7 +90,7 @@ end
 
 -- Add a training to the last ended ones of the hub; the oldest beyond max_ended leave.
 local function note_end(args)
-  redis.call('ZADD', ENDED, string.format('%.3f', now_s()), job_name(args.tenant, args.task, args.id))
+  redis.call('ZADD', ENDED, string.format('%.6f', now_s()), job_name(args.tenant, args.task, args.id))
   redis.call('ZREMRANGEBYRANK', ENDED, 0, -args.max_ended - 1)
 end
 
