@@ -197,15 +197,14 @@ class RequestBody:
 
     async def _received(self, limit_bytes: int | None, subject: str) -> AsyncGenerator[bytes, None]:
         """Yield the body in chunks as the client sent it."""
-        error = TooLarge.at("body", f"the {subject} exceeds the limit of {limit_bytes} bytes")
         declared = self._request.headers.get("content-length", "")
         if limit_bytes is not None and declared.isdecimal() and int(declared) > limit_bytes:
-            raise error
+            raise _too_large(subject, limit_bytes)
         received = 0
         async for chunk in self._request.stream():
             received += len(chunk)
             if limit_bytes is not None and received > limit_bytes:
-                raise error
+                raise _too_large(subject, limit_bytes)
             yield chunk
 
     @asynccontextmanager
@@ -224,6 +223,10 @@ class RequestBody:
             yield form
         finally:
             await form.close()
+
+
+def _too_large(subject: str, limit_bytes: int) -> TooLarge:
+    return TooLarge.at("body", f"the {subject} exceeds the limit of {limit_bytes} bytes")
 
 
 def is_apple_double(filename: str | None, data: bytes) -> bool:

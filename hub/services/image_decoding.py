@@ -200,7 +200,9 @@ class ImageDecoder:
             InvalidImage: an image cannot be decoded or takes too long, or pixels do not fit the adapter.
         """
         self._active.note(tenant)
-        calls = (self._one(tenant, *image, size, of_dataset) for image, size in zip(images, sizes, strict=True))
+        calls = [self._one(tenant, *image, size, of_dataset) for image, size in zip(images, sizes, strict=True)]
+        if len(calls) == 1:  # the usual call needs no task
+            return [await calls[0]]
         decodes = [asyncio.create_task(call) for call in calls]
         try:
             return [await decode for decode in decodes]
