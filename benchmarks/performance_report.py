@@ -256,12 +256,17 @@ def _http(result: dict[str, Any]) -> list[str]:
         )
         hub, empty = found["cpu_ms"]["hub"], found["cpu_ms"]["empty"]
         kinds = sorted(hub, key=lambda kind: -hub[kind])
+        cores = result["machine"]["cores"]
+        used = sum(hub.values()) * found["per_second"]["hub"]["median"] / 1000
         parts += [
             "CPU time per call at this load, in milliseconds, by process. The gateway takes "
             f"{_value(found['gateway_ratio'])} of the empty application's gateway plus decoding:",
             markdown_table(
                 ["process", "hub", "empty"], [[k, f"{hub[k]:.2f}", f"{empty.get(k, 0):.2f}"] for k in kinds]
             ),
+            f"All hub's processes and callers use {used:.2f} of {cores} cores. A pass and a gateway's event loop take one "
+            "core each most of the time, and each waits at times for the other. At this cost a call, cores without a "
+            f"pause would give {cores / used * found['to_ceiling']['work']['median']:.2f} of the second ceiling.",
         ]
     if "saturation" in result:
         found = result["saturation"]

@@ -156,13 +156,19 @@ class Hub:
 
 
 @contextmanager
-def running(redis_url: str, backbone: Backbone, store_folder: Path, **settings: Any) -> Iterator[Hub]:
-    """Run a `Hub` over this empty Redis and folder, with new keys. See `make_api` for the settings."""
+def running(
+    redis_url: str, backbone: Backbone, store_folder: Path, *, trainer: ProcessTrainer | None = None, **settings: Any
+) -> Iterator[Hub]:
+    """Run a `Hub` over this empty Redis and folder, with new keys. See `make_api` for the settings.
+
+    Args:
+        trainer: runs the hub's training jobs; None: processes.
+    """
     engine = Engine(Bank(backbone, slots=8, max_rank=8, max_kernels=4), Store(str(store_folder)))
     keys = first_keys_of(redis_url)
     assert keys.owner is not None
     assert keys.admin is not None
-    trainer = ProcessTrainer()
+    trainer = trainer or ProcessTrainer()
     api = make_api(redis_url, store_folder, engine, trainer, **settings)
     with TestClient(api, headers=bearer(keys.owner), raise_server_exceptions=False) as http:
         yield Hub(http, keys.owner, keys.admin, engine, trainer, store_folder, redis_url, api, settings)

@@ -214,7 +214,7 @@ class TrainingRegistry:
         return await self._change("finish", job, token, training, entry=entry)
 
     async def cancel(self, by: Actor, job: Job, training: Training) -> bool:
-        """End a queued or running job. Return False if it has ended already."""
+        """End a queued or running job. Return False if it has ended already, or has made its version."""
         return await self._change("cancel", job, "", training, entry=_entry(by, "training.cancel", job, training))
 
     async def made_version(self, job: Job) -> int | None:

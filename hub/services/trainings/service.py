@@ -143,7 +143,10 @@ class TrainingService:
         return await run_blocking(pool, _member, data, file)
 
     async def cancel(self, caller: Caller, name: str, id: str) -> TrainingInfo:
-        """End a queued or running training, and return it. One that has ended stays as it is."""
+        """End a queued or running training, and return it.
+
+        One that has ended stays as it is, and so does one whose version is registered already: it ends as `done`.
+        """
         task = caller.own_task(name)
         training = await self._trainings.get(caller.tenant, task, id)
         if training.state in ENDED:

@@ -189,11 +189,13 @@ function trainings.finish(args)
   return DONE
 end
 
--- body, entry, max_ended. End a job that is queued or runs. The gateway that runs it kills its process.
+-- body, entry, max_ended. End a job that is queued or runs and has made no version; one that made its version is about to
+-- end. The gateway that runs the job kills its process.
 function trainings.cancel(args)
   local refused = refusal_of(args)
   if refused then return refused end
-  if redis.call('HEXISTS', JOBS, job_name(args.tenant, args.task, args.id)) == 0 then return ABSENT end
+  local job = job_name(args.tenant, args.task, args.id)
+  if redis.call('HEXISTS', JOBS, job) == 0 or redis.call('HEXISTS', MADE, job) == 1 then return ABSENT end
   local removing = store(args, new_head(args))
   if removing then return removing end
   drop_job(args.tenant, args.task, args.id)
