@@ -3,11 +3,12 @@
     python -m benchmarks.idle [--seconds 60] [--output FILE]
 
 It runs `karst-hub serve` with the demo backbone, default settings and an empty home. `ready` is the time until the
-command logs that it is ready. Then the hub is idle for a minute. Then CPU time is counted for `--seconds` (/proc), and
-memory is the proportional set size (PSS) at their end: pages that several processes share count once in all. Other
-programs that run the same files, such as another hub on this machine, make PSS smaller, so this script imports torch
-only afterwards. `file_mb` is the part of the PSS that is pages of files, such as torch's libraries: the kernel drops
-these when it needs memory. The result has the load average before and after.
+command logs that it is ready, and `start_cpu_s` the CPU time of the whole machine in it. Then the hub is idle for a
+minute. Then CPU time is counted for `--seconds` (/proc), and memory is the proportional set size (PSS) at their end:
+pages that several processes share count once in all. Other programs that run the same files, such as another hub on
+this machine, make PSS smaller, so this script imports torch only afterwards. `file_mb` is the part of the PSS that is
+pages of files, such as torch's libraries: the kernel drops these when it needs memory. The result has the load
+average before and after.
 
 Then a client registers a head of ten classes as each of `WARM_UP` tasks, classifies once with each, and does the same
 with 1,000 more. `tasks_mb` is what these 1,000 add to the memory of the gateway alone (unique set size).
@@ -84,14 +85,14 @@ def measure(settle_s: float, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile() as log:
         port = free_port()
         environment |= {"HUB_HOME": home, "HUB_BACKBONE": "demo", "HUB_PORT": str(port)}
-        started_s = time.monotonic()
+        started_s, busy_before_s = time.monotonic(), busy_s()
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             while READY not in os.pread(log.fileno(), 1 << 20, 0):
                 if process.poll() is not None:
                     raise RuntimeError(os.pread(log.fileno(), 1 << 20, 0).decode(errors="replace"))
                 time.sleep(0.05)
-            ready_s = time.monotonic() - started_s
+            ready_s, start_cpu_s = time.monotonic() - started_s, busy_s() - busy_before_s
             time.sleep(settle_s)
             before, since_s = cpu_s(process.pid), time.monotonic()
             time.sleep(seconds)
@@ -111,6 +112,7 @@ def measure(settle_s: float, seconds: float) -> dict[str, Any]:
     rows = sorted(processes.items(), key=lambda item: -item[1]["pss_mb"])
     return {
         "ready_s": round(ready_s, 1),
+        "start_cpu_s": round(start_cpu_s, 1),
         "core": round(total["core"], 4),
         "pss_mb": round(total["pss_mb"]),
         "file_mb": round(total["file_mb"]),
@@ -154,6 +156,12 @@ def cpu_s(root: int) -> dict[int, tuple[str, float]]:
     return found
 
 
+def busy_s() -> float:
+    """Return the time that the machine's cores were not idle, in seconds."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)  # a guest's is in user's
+
+
 def memory_mb(pid: int) -> dict[str, float]:
     """Return the proportional set size of a process and the part of files, in megabytes of 10^6 bytes."""
     lines = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
@@ -166,7 +174,7 @@ def report(result: dict[str, Any]) -> list[str]:
     from .common import markdown_table
 
     machine = result["machine"]
-    bars = result["bars"]
+    bars, start_s = result["bars"], result["start_cpu_s"]
 
     def bar(name: str, unit: str) -> str:
         found = bars[name]
@@ -182,7 +190,8 @@ def report(result: dict[str, Any]) -> list[str]:
         f"{result['seconds']:g} seconds. Ready after {bar('ready_s', 's')}; {bar('core', 'of a core')}; "
         f"{bar('pss_mb', 'MB')} of memory (PSS of all processes), of which {result['file_mb']} MB are pages of files, "
         "most of them torch's libraries; the kernel drops these when it needs memory. The load average was "
-        f"{result['load'][0]:.1f} before and {result['load'][1]:.1f} after; on busy cores the start takes longer. Then "
+        f"{result['load'][0]:.1f} before and {result['load'][1]:.1f} after. The start takes {start_s:.1f} s of CPU "
+        f"time, {start_s / machine['cores']:.1f} s on cores that are never idle. Then "
         "1,000 tasks, each with a head of ten classes that was called once, add "
         f"{bar('tasks_mb', 'MB')} to the memory of the gateway.",
         markdown_table(
