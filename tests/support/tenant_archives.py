@@ -1,6 +1,5 @@
 """Tenants to export and import, and their archives taken apart and written again."""
 
-import asyncio
 import io
 import tarfile
 import tempfile
@@ -23,7 +22,7 @@ from hub.services.archives.tenant_archive import export_tenant, import_tenant, v
 from hub.storage.store import Store
 from hub.worker_api import invalid_adapter
 from tests.support.datasets import unpaced_reads
-from tests.support.hub_app import REDIS_PATIENCE
+from tests.support.hub_app import in_registry
 
 MAX_ADAPTER_BYTES = 1_000_000
 Members = list[tuple[str, bytes]]
@@ -122,16 +121,12 @@ def runner(url: str, adapters: Sequence[Adapter], folder: Path, monkeypatch: pyt
     monkeypatch.setattr(tempfile, "tempdir", str(spool))
 
     def run(use: Callable[[Case], Coroutine[Any, Any, None]]) -> None:
-        async def main() -> None:
-            database = RegistryConnection(url, patience=REDIS_PATIENCE)
-            try:
-                case = Case(database, folder, adapters)
-                await case.fill()
-                await use(case)
-            finally:
-                await database.close()
+        async def with_database(database: RegistryConnection) -> None:
+            case = Case(database, folder, adapters)
+            await case.fill()
+            await use(case)
 
-        asyncio.run(main())
+        in_registry(url, with_database)
         assert list(spool.iterdir()) == []
 
     return run

@@ -1,6 +1,5 @@
 """Datasets in the export and import of a tenant, over HTTP: what survives, what is left out, hostile archives."""
 
-import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from hub.registry.datasets.files import DatasetFiles
 from hub.registry.datasets.staging import StagedDatasets
 from hub.registry.datasets.trainings import Training
 from hub.registry.redis.connection import RegistryConnection
-from tests.support.hub_app import OCTETS, REDIS_PATIENCE, Hub, make_api
+from tests.support.hub_app import OCTETS, Hub, in_registry, make_api
 from tests.support.models import png, wait_until
 from tests.support.tenant_archives import Members, members, written
 
@@ -346,8 +345,7 @@ def test_an_import_of_existing_tasks_leaves_their_datasets(tenant: Hub, other: T
 def test_datasets_of_an_import_that_stopped_are_removed(tenant: Hub) -> None:
     """A gateway that is killed leaves a staged dataset; a round of the removal drops it after an hour."""
 
-    async def main() -> None:
-        database = RegistryConnection(tenant.redis_url, patience=REDIS_PATIENCE)
+    async def use(database: RegistryConnection) -> None:
         staging, files = StagedDatasets(database), DatasetFiles(database)
         image = ArchivedImage(digest="a" * 64, name="a", size_bytes=5, added=1, split="auto", label="x")
         await staging.add(OPERATOR, "copy", "~1", [image])
@@ -355,9 +353,8 @@ def test_datasets_of_an_import_that_stopped_are_removed(tenant: Hub) -> None:
         assert used(tenant) == (1, 5)
         await database.redis.zadd("karst:staged-datasets", {"copy:~1": 1})
         await files.drain(10)
-        await database.close()
 
-    asyncio.run(main())
+    in_registry(tenant.redis_url, use)
     assert (staged(tenant), used(tenant)) == ([], (0, 0))
 
 

@@ -21,7 +21,7 @@ from hub.registry.tenants import TenantRegistry
 from hub.schemas import VersionInfo
 from hub.services.garbage_collection import bind_store, collect_garbage
 from hub.storage.store import OWNER, Store
-from tests.support.hub_app import REDIS_PATIENCE
+from tests.support.hub_app import in_registry
 from tests.support.models import wait_until
 from tests.support.redis_servers import redis_server
 
@@ -96,17 +96,13 @@ def case_at(tmp_path: Path) -> RunAt:
     """Return a function that runs `use(case)` with the Redis of a URL."""
 
     def run(url: str, use: Use) -> None:
-        async def main() -> None:
-            database = RegistryConnection(url, patience=REDIS_PATIENCE)
-            try:
-                await TenantRegistry(database).create(OPERATOR, "t", LimitsChange())
-                case = Case(database, tmp_path / "store")
-                await bind_store(case.integrity, case.store, None)
-                await use(case)
-            finally:
-                await database.close()
+        async def with_database(database: RegistryConnection) -> None:
+            await TenantRegistry(database).create(OPERATOR, "t", LimitsChange())
+            case = Case(database, tmp_path / "store")
+            await bind_store(case.integrity, case.store, None)
+            await use(case)
 
-        asyncio.run(main())
+        in_registry(url, with_database)
 
     return run
 

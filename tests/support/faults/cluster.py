@@ -4,7 +4,6 @@ python -m tests.support.faults.cluster ADDRESS '<JSON of Settings>'    puts the 
 `serve deploy` would; again with other settings, it is an upgrade.
 """
 
-import asyncio
 import os
 import shutil
 import signal
@@ -20,16 +19,12 @@ from pathlib import Path
 from adapters import Backbone
 from hub.admin_schemas import LimitsChange
 from hub.client.client import Client
-from hub.local.bootstrap import create_first_keys
 from hub.local.embedded_redis import embedded_redis
 from hub.local.ports import free_port
 from hub.local.ray_environment import ray_environment
-from hub.registry.keys import KeyRegistry
-from hub.registry.redis.connection import RegistryConnection
-from hub.registry.tenants import TenantRegistry
 from hub.settings import Settings
 from tests.support.faults.load import Load, RedisServer, Report, Tasks, replicas
-from tests.support.hub_app import REDIS_PATIENCE
+from tests.support.hub_app import first_keys_of
 from tests.support.hub_process import alive, descendants
 from tests.support.models import listens, wait_until
 
@@ -156,7 +151,7 @@ def hub_on_a_cluster(folder: Path, backbone: Backbone, gateways: int = 2, **chan
         ).model_copy(update=changes)  # fmt: skip
         environment = os.environ | ray_environment(settings, run_folder)
         environment |= {"RAY_REDIS_ADDRESS": f"{LOOPBACK}:{gcs_port}", "RAY_external_storage_namespace": "karst"}
-        keys = asyncio.run(_first_keys(redis_url))
+        keys = _first_keys(redis_url)
         cluster = Cluster(settings, environment, folder, run_folder, Tasks(backbone, TASKS), *keys, free_port())
         try:
             gcs.start()
@@ -277,12 +272,8 @@ def upgrade_often(cluster: Cluster, times: int) -> Report:
     return report
 
 
-async def _first_keys(redis_url: str) -> tuple[str, str]:
-    database = RegistryConnection(redis_url, patience=REDIS_PATIENCE)
-    try:
-        made = await create_first_keys(TenantRegistry(database), KeyRegistry(database))
-    finally:
-        await database.close()
+def _first_keys(redis_url: str) -> tuple[str, str]:
+    made = first_keys_of(redis_url)
     assert made.owner is not None
     assert made.admin is not None
     return made.owner, made.admin

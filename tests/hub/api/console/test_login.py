@@ -11,18 +11,11 @@ from hub.admin_schemas import Login
 from hub.admission.login_codes import LoginCodes
 from hub.errors import NotFound, Unauthenticated
 from hub.registry.redis.connection import RegistryConnection
-from tests.support.hub_app import REDIS_PATIENCE, Hub, bearer
+from tests.support.hub_app import REDIS_PATIENCE, Hub, bearer, in_registry
 
 
 def code_of(hub: Hub, tenant: str = "default", *, admin: bool = False) -> str:
-    async def create() -> str:
-        database = RegistryConnection(hub.redis_url, patience=REDIS_PATIENCE)
-        try:
-            return await LoginCodes(database).create(tenant, admin=admin)
-        finally:
-            await database.close()
-
-    return asyncio.run(create())
+    return in_registry(hub.redis_url, lambda database: LoginCodes(database).create(tenant, admin=admin))
 
 
 def log_in(hub: Hub, code: str) -> Any:
