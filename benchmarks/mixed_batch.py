@@ -5,7 +5,7 @@
 `Bank.forward` takes a batch of 8 images for 8 adapters. The benchmark compares it with these contenders:
 - the frozen backbone alone on the same batch, without adapters
 - eight merged models that take one image each, one after another: serving without a bank
-- `quick`: the frozen backbone as a bank runs it (`adapters.serving.prepack`), without adapters: a batch of heads
+- `quick`: the frozen backbone as a bank runs it (`adapters.serving.frozen_forms`), without adapters: a batch of heads
 - `int8`: `Bank.forward` with all frozen layers in int8, where the CPU has VNNI
 - `products`: each product that KARST adds, as one plain product of all rows, as if the images had one adapter
 
@@ -35,8 +35,7 @@ from torch import Tensor, nn
 from adapters import Backbone, Bank, KarstConfig, load_backbone
 from adapters.backbone import Site, features
 from adapters.method import kronecker
-from adapters.serving.frozen_forms import can_int8, measure_forms, unmeasured_forms
-from adapters.serving.prepack import prepack_layers
+from adapters.serving.frozen_forms import can_int8, measure_forms, prepack_layers, unmeasured_forms
 
 from .common import machine, random_adapter, spread
 
@@ -86,7 +85,7 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
     slots = [bank.put(adapter) for adapter in adapters]
     pixels = torch.randn(BATCH, *backbone.input_size, generator=torch.Generator().manual_seed(0))
     quick = backbone.clone()
-    prepack_layers(quick, backbone.sites, forms)
+    prepack_layers(quick, backbone, forms)
 
     def run_merged() -> list[Tensor]:
         return [model(image)[0] for model, image in zip(merged, pixels.split(1), strict=True)]

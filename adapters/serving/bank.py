@@ -20,10 +20,9 @@ from ..format.layouts import LayoutCache
 from .adapted_layers import AdaptedLinear, Batch, CurrentPass, hook_block, hook_norm
 from .answers import ImageScores, ImageTasks, Resident, Scores, Slot, answers
 from .blocks import Blocks, find_blocks
-from .frozen_forms import FrozenForms, unmeasured_forms
+from .frozen_forms import FrozenForms, prepack_layers, unmeasured_forms
 from .heads import Heads
 from .limits import BankLimits
-from .prepack import prepack_layers
 from .row_plan import RowPlan, plan_rows
 from .slot_memory import Packed, PackingPlan, SlotMemory
 from .typicality import DeviceTypicality
@@ -93,7 +92,7 @@ class Bank:
         self._pass = CurrentPass()
         self._model = backbone.clone()
         self.forms = unmeasured_forms(backbone) if forms is None else forms
-        prepack_layers(self._model, backbone.sites, self.forms)
+        prepack_layers(self._model, backbone, self.forms)
         self._memory = SlotMemory(backbone, slots, max_rank=max_rank, max_kernels=max_kernels, factor=factor)
         for site in backbone.sites:
             adapted = AdaptedLinear(self._model.get_submodule(site.name), site, self._pass)

@@ -4,9 +4,10 @@ A form is a module that replaces an `nn.Linear`:
 
 - `linear`: the layer itself, on the library that torch was built with
 - `onednn`: weights in oneDNN's own blocked layout; the same numbers except for rounding
-- `int8`: weights in int8 with a scale per output channel, activations in int8 with a scale per token
+- `int8`: weights in int8 with a scale per output channel, activations in 8 bits with a scale per token
 
-Which one is fastest depends on the processor, the layer's shape, the rows and the threads, so a worker measures.
+Which one is fastest depends on the processor, the layer's shape, the rows and the threads, so a worker measures. The
+hidden activation of an MLP is computed in place.
 """
 
 import time
@@ -17,19 +18,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone, BackboneError, Site, features
+from ..backbone import Backbone, BackboneError, Site, watch
 from ..short_repr import short_repr
 from . import cpu_operators
+from .int8_linear import WIDE, Int8Linear, widest_inputs
 
 Form = Literal["linear", "onednn", "int8"]
 
+_MLP = ["fc1", "act", "drop1", "norm", "fc2", "drop2"]  # timm's Mlp, where only `act` reads the output of `fc1`
 ROUNDS = 5  # in which every form of a kind runs once
 BUDGET_S = 1.5  # of all measurements; a kind gets its share
 MIN_GAIN = 1.02  # a form replaces `linear` only if it is this many times as fast: the rest is noise
-INT8_MAX = 127
-CHUNK_NUMBERS = (
-    256 * 1024
-)  # activations that are quantised at once: their temporary tensors fit a core's second-level cache
 
 
 class Kind(NamedTuple):
@@ -139,11 +138,44 @@ def measure_forms(
     return FrozenForms(chosen, measured)
 
 
-def build(linear: nn.Linear, form: Form) -> nn.Module:
-    """Return a frozen layer in a form. Forms other than `linear` hold their own weights, and have no autograd."""
+def build(linear: nn.Linear, form: Form, wide: Tensor | None = None) -> nn.Module:
+    """Return a frozen layer in a form. Forms other than `linear` hold their own weights, and have no autograd.
+
+    Args:
+        linear: the layer.
+        form: one of `forms_of`.
+        wide: input features that int8 leaves in float32, int64 (k,); None takes the first ones, to measure the time.
+    """
     if form == "onednn":
         return _OneDnnLinear(linear)
-    return _Int8Linear(linear) if form == "int8" else linear
+    if form == "int8":
+        return Int8Linear(linear, torch.arange(min(WIDE, linear.in_features)) if wide is None else wide)
+    return linear
+
+
+def prepack_layers(model: nn.Module, backbone: Backbone, forms: FrozenForms) -> None:
+    """Replace the sites of a model, and the activations between them, by faster ones that share no weight.
+
+    The weights are then in memory once, as soon as the caller drops the original model. The result has no autograd
+    and cannot be moved to another device or dtype.
+
+    Args:
+        model: a clone of the backbone's; its modules are replaced, its weights are not changed.
+        backbone: whose sites the forward pass calls, instead of only reading their weight.
+        forms: of each kind of site.
+    """
+    int8 = [site.name for site in backbone.sites if forms.chosen[kind_of(site)] == "int8"]
+    wide = widest_inputs(model, int8, backbone.input_size) if int8 else {}
+    for site in backbone.sites:
+        parent_name, _, name = site.name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        linear = parent.get_submodule(name)
+        if type(linear) is nn.Linear:
+            setattr(parent, name, build(linear, forms.chosen[kind_of(site)], wide.get(site.name)))
+        on_cpu = linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32
+        in_mlp = on_cpu and name == "fc1" and [child for child, _ in parent.named_children()] == _MLP
+        if in_mlp and type(parent.act) is nn.GELU:
+            parent.act = _InPlaceGELU(parent.act.approximate)
 
 
 def _fastest_runs(
@@ -181,12 +213,8 @@ def _input_shapes(backbone: Backbone) -> dict[Kind, tuple[int, ...]]:
     def note(kind: Kind) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: shapes.__setitem__(kind, tuple(args[0].shape))
 
-    hooks = [layer.register_forward_pre_hook(note(kind)) for kind, layer in _layers(backbone)]
-    try:
-        features(backbone.model, torch.zeros(1, *backbone.input_size, device=backbone.device, dtype=backbone.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    pixels = torch.zeros(1, *backbone.input_size, device=backbone.device, dtype=backbone.dtype)
+    watch(backbone.model, pixels, [(layer, note(kind)) for kind, layer in _layers(backbone)])
     return shapes
 
 
@@ -204,40 +232,13 @@ class _OneDnnLinear(nn.Module):
         return cpu_operators.onednn_linear(x, self._weight, self._bias)
 
 
-class _Int8Linear(nn.Module):
-    """A frozen linear layer with int8 weights and int8 activations; sums are exact, scales and bias float32."""
+class _InPlaceGELU(nn.Module):
+    """GELU that overwrites its input."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, approximate: str) -> None:
         super().__init__()
-        weight, self._scales = quantise_weight(linear.weight.detach())
-        self._weight = cpu_operators.int8_pack(weight)
-        self._zeros = torch.zeros(len(weight), dtype=torch.int64)
-        self._bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach()
+        self._approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., d_in) to (..., d_out)."""
-        rows, scales = quantise_rows(x.reshape(-1, x.shape[-1]))
-        y = cpu_operators.int8_linear(rows, self._weight, self._scales, self._zeros)
-        torch.addcmul(self._bias, y, scales, out=y)
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a float32 weight (d_out, d_in) as int8, and the scales (d_out,) of its rows."""
-    scales = (weight.abs().amax(1) / INT8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-    return (weight / scales.unsqueeze(1)).round().to(torch.int8), scales
-
-
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float32 rows (n, d) as int8, and their scales (n, 1).
-
-    Works on a few rows at a time, because temporary tensors of all rows cost more than the arithmetic.
-    """
-    rows = torch.empty(x.shape, dtype=torch.int8)
-    scales = torch.empty(len(x), 1)
-    step = max(1, CHUNK_NUMBERS // x.shape[1])
-    for part, out, scale in zip(x.split(step), rows.split(step), scales.split(step), strict=True):
-        largest = torch.maximum(part.amax(1, keepdim=True), part.amin(1, keepdim=True).neg_())
-        torch.mul(largest, 1 / INT8_MAX, out=scale).clamp_min_(1e-30)  # a row of zeros would divide by zero
-        out.copy_(torch.mul(part, scale.reciprocal()).round_())
-    return rows, scales
+        y: Tensor = torch.ops.aten.gelu_.default(x, approximate=self._approximate)
+        return y

@@ -16,8 +16,6 @@ from adapters.serving.frozen_forms import (
     forms_of,
     kind_of,
     measure_forms,
-    quantise_rows,
-    quantise_weight,
     unmeasured_forms,
 )
 from tests.support.marks import needs_vnni
@@ -37,45 +35,6 @@ def test_a_float32_form_computes_the_exact_product(form: Form, bias: bool) -> No
     x = torch.randn(2, 5, 40)
     exact = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
     torch.testing.assert_close(build(linear, form)(x).double(), exact, atol=1e-5, rtol=0)
-
-
-@needs_vnni
-@pytest.mark.parametrize("bias", [True, False])
-@torch.inference_mode()
-def test_int8_equals_a_plain_product_of_the_rounded_numbers(bias: bool) -> None:
-    linear = layer(bias=bias)
-    x = torch.randn(2, 5, 40) * torch.tensor([0.001, 1.0, 1000.0, 3.0, 0.0]).unsqueeze(1)  # each token its own scale
-    step_x, step_w = x.abs().amax(-1, keepdim=True) / 127, linear.weight.abs().amax(1, keepdim=True) / 127
-    rounded_x = torch.where(step_x > 0, (x / step_x).round() * step_x, torch.zeros(()))
-    rounded_w = (linear.weight / step_w).round() * step_w
-    expected = rounded_x.double() @ rounded_w.double().T + (linear.bias.double() if bias else 0)
-    found = build(linear, "int8")(x).double()
-    limit = 1e-5 * x.abs().amax(-1, keepdim=True).double() + 1e-6
-    # A number just between two integers may round either way.
-    assert ((found - expected).abs() <= limit + step_x.double() * step_w.abs().max().double() * 127 * 0.01).all()
-
-
-@needs_vnni
-@torch.inference_mode()
-def test_int8_accepts_any_leading_axes_and_strides() -> None:
-    linear = layer()
-    packed = build(linear, "int8")
-    rows = torch.randn(40, 3, 4).permute(2, 1, 0)
-    torch.testing.assert_close(packed(rows), linear(rows), atol=0.05, rtol=0)
-    torch.testing.assert_close(packed(rows[0, 0]), packed(rows)[0, 0], atol=1e-6, rtol=0)
-    assert packed(rows[:0]).shape == (0, 3, 96)
-
-
-@torch.inference_mode()
-def test_quantised_numbers_are_within_half_a_step_also_over_several_chunks() -> None:
-    x = torch.randn(300, 1000)
-    x[7] = 0
-    rows, scales = quantise_rows(x)
-    assert rows.dtype == torch.int8
-    assert int(rows.abs().max()) == 127
-    assert ((rows * scales - x).abs() <= 0.5001 * scales).all()
-    weight, steps = quantise_weight(x)
-    assert ((weight * steps.unsqueeze(1) - x).abs() <= 0.5001 * steps.unsqueeze(1)).all()
 
 
 def test_the_fastest_form_is_chosen_for_each_kind_and_described(backbone: Backbone) -> None:
@@ -125,19 +84,12 @@ def test_an_int8_bank_is_close_to_float32_and_adapters_stay_exact(backbone: Back
     pixels = random_pixels(backbone, 8)
     frozen = features(backbone.model, pixels)
     found = int8.frozen_features(pixels)
-    assert float((found - frozen).norm() / frozen.norm()) < 0.05
+    assert float((found - frozen).norm() / frozen.norm()) < 0.02
     adapter = random_adapter(backbone)
     exact = Bank(backbone, slots=2)
     right = torch.stack(exact.forward(pixels, [exact.put(adapter)] * 8))
     logits = torch.stack(int8.forward(pixels, [int8.put(adapter)] * 8))
-    assert float((logits - right).norm() / right.norm()) < 0.1
-
-
-@needs_vnni
-def test_int8_weights_take_a_quarter_of_the_memory() -> None:
-    weight = layer(512, 512).weight
-    packed = cpu_operators.int8_pack(quantise_weight(weight)[0])
-    assert packed.element_size() * packed.nelement() * 4 <= weight.nbytes * 1.05
+    assert float((logits - right).norm() / right.norm()) < 0.05
 
 
 @torch.inference_mode()

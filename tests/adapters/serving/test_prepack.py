@@ -11,15 +11,14 @@ from torch import nn
 
 from adapters import Backbone, Bank, load_backbone
 from adapters.backbone import features
-from adapters.serving.frozen_forms import unmeasured_forms
-from adapters.serving.prepack import prepack_layers
+from adapters.serving.frozen_forms import prepack_layers, unmeasured_forms
 from tests.support.models import random_pixels, small_swin
 
 
 @pytest.fixture
 def prepacked(backbone: Backbone) -> nn.Module:
     model: nn.Module = backbone.clone()
-    prepack_layers(model, backbone.sites, unmeasured_forms(backbone))
+    prepack_layers(model, backbone, unmeasured_forms(backbone))
     return model
 
 
@@ -36,7 +35,7 @@ def test_the_original_model_is_not_changed(backbone: Backbone) -> None:
     pixels = random_pixels(backbone, 2)
     before = features(backbone.model, pixels)
     model = backbone.clone()
-    prepack_layers(model, backbone.sites, unmeasured_forms(backbone))
+    prepack_layers(model, backbone, unmeasured_forms(backbone))
     features(model, pixels)
     assert torch.equal(features(backbone.model, pixels), before)
     assert {type(backbone.model.get_submodule(site.name)) for site in backbone.sites} == {nn.Linear}

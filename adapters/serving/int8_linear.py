@@ -1,0 +1,105 @@
+"""A frozen linear layer in int8: weights with a scale per output channel, activations with a scale per token.
+
+    y = scale_w * (scale_x * (codes_x @ codes_w) + low_x * sum(codes_w)) + wide_x @ wide_w + bias
+
+Activations are unsigned, counted from the smallest number of their token, so that all 256 codes lie between a token's
+smallest and largest number. The few input features with the widest range stay float32: otherwise a token's scale, and
+with it the rounding of all other features, would follow from them (the idea of LLM.int8, arXiv 2208.07339).
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import watch
+from . import cpu_operators
+
+WIDE = 8  # input features in float32: on a ViT-S/14 more cost time and hardly change the output
+INT8_MAX = 127
+UINT8_MAX = 255
+CHUNK_NUMBERS = 256 * 1024  # of rows that are worked on at once, to stay in a core's second-level cache
+SMALLEST_SCALE = 1e-5  # over a token's low: the codes of nearly equal numbers would be lost in rounding
+SMALLEST_NUMBER = 1e-30  # as a scale: a token of zeros would divide by zero
+PROBES = 4  # images that find the widest features
+PROBE_CELLS = 8  # random cells along an image's side, smoothly joined
+
+
+class Int8Linear(nn.Module):
+    """A frozen linear layer with int8 weights and 8-bit activations; sums are exact, scales and bias float32."""
+
+    def __init__(self, linear: nn.Linear, wide: Tensor) -> None:
+        """
+        Args:
+            linear: float32, on a CPU.
+            wide: indices of the input features that stay float32, int64 (k,).
+        """
+        super().__init__()
+        weight = linear.weight.detach()
+        codes, self._scales = quantise_weight(weight.index_fill(1, wide, 0))
+        self._packed = cpu_operators.int8_pack(codes)
+        self._zeros = torch.zeros(len(weight), dtype=torch.int64)
+        sums = codes.sum(1, dtype=torch.float32) * self._scales
+        bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach()
+        self._wide = wide
+        self._rest = torch.cat([bias[None], sums[None], weight[:, wide].T])  # weights of 1, a token's low, and `wide`
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d_in) to (..., d_out)."""
+        flat = x.reshape(-1, x.shape[-1])
+        codes, lows, scales = quantise_rows(flat, self._wide)
+        y = cpu_operators.int8_linear(codes, self._packed, self._scales, self._zeros)
+        rest = torch.cat([torch.ones_like(lows), lows, flat[:, self._wide]], 1)
+        for part, scale, one_low_wide in zip(*(_chunks(tensor, y) for tensor in (y, scales, rest)), strict=True):
+            part.mul_(scale).addmm_(one_low_wide, self._rest)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a float32 weight (d_out, d_in) as int8, and the scales (d_out,) of its rows."""
+    scales = (weight.abs().amax(1) / INT8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    return (weight / scales.unsqueeze(1)).round().to(torch.int8), scales
+
+
+def quantise_rows(x: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return float32 rows (n, d) as codes, uint8 (n, d), with x close to lows + codes * scales; both are (n, 1).
+
+    The features `wide`, int64 (k,), count as zeros.
+    """
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    lows, scales = torch.empty(len(x), 1), torch.empty(len(x), 1)
+    for part, out, low, scale in zip(*(_chunks(tensor, x) for tensor in (x, codes, lows, scales)), strict=True):
+        narrow = part.index_fill(1, wide, 0)
+        torch.amin(narrow, 1, keepdim=True, out=low)
+        torch.sub(narrow.amax(1, keepdim=True), low, out=scale).mul_(1 / UINT8_MAX)
+        torch.maximum(scale, low.abs() * SMALLEST_SCALE + SMALLEST_NUMBER, out=scale)
+        steps = scale.reciprocal()
+        out.copy_(torch.addcmul(0.5 - low * steps, narrow, steps))  # + 0.5, because the copy rounds down
+    return codes, lows, scales
+
+
+def _chunks(tensor: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """Split rows into chunks of which `like` (n, d), with as many rows, has `CHUNK_NUMBERS` numbers each."""
+    chunks: tuple[Tensor, ...] = tensor.split(max(1, CHUNK_NUMBERS // like.shape[1]))
+    return chunks
+
+
+def widest_inputs(model: nn.Module, names: Iterable[str], input_size: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Return the input features of each layer with the widest range over random images, int64 (`WIDE` or fewer,).
+
+    In a trained ViT the same few features are large for almost every image, also for noise.
+    """
+    channels, height, width = input_size
+    cells = torch.randn(PROBES, channels, PROBE_CELLS, PROBE_CELLS, generator=torch.Generator().manual_seed(0))
+    pixels = nn.functional.interpolate(cells, (height, width), mode="bicubic")
+    found: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            largest = args[0].abs().flatten(0, -2).amax(0)
+            found[name] = largest.topk(min(WIDE, len(largest))).indices
+
+        return hook
+
+    watch(model, pixels, [(model.get_submodule(name), note(name)) for name in names])
+    return found
