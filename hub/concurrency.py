@@ -1,4 +1,4 @@
-"""Per-tenant concurrency limits, thread pools with turns by tenant, and groups of coroutines that fail together.
+"""Per-tenant concurrency limits, and thread pools with turns by tenant.
 
 The gateway uses them so that one tenant's calls never queue before another tenant's. The worker's batcher has its own
 fair queue, which a call reaches only after these limits.
@@ -10,19 +10,17 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from .errors import LimitReached
 
 P = ParamSpec("P")
-S = TypeVar("S")
 T = TypeVar("T")
-STEP_ITEMS = 2000  # a few milliseconds of the event loop
 ACTIVE_S = 10.0  # a tenant counts as active for this long after its last call
 REST_RATIO = 3.0  # rest of a tenant after a call that slows others, relative to the call's time
 LOW_PRIORITY = 5  # nice value: about a quarter of a core beside a thread of normal priority
@@ -61,6 +59,18 @@ class TenantConcurrencyLimit:
         Raises:
             LimitReached: the tenant has `max_calls` running and queued calls.
         """
+        release = await self.hold(tenant, size)
+        try:
+            yield
+        finally:
+            release()
+
+    async def hold(self, tenant: str, size: int = 1) -> Callable[[], None]:
+        """Wait for units as `acquire` does, and return the function that releases them. Call it once.
+
+        Raises:
+            LimitReached: the tenant has `max_calls` running and queued calls.
+        """
         queue = self._queues.setdefault(tenant, _TenantQueue())
         if queue.calls == self._max_calls:
             raise LimitReached(f"Too many concurrent requests for this tenant (limit {self._max_calls}).")
@@ -71,15 +81,20 @@ class TenantConcurrencyLimit:
                 await self._wait(tenant, queue, size)
             else:
                 queue.used += size
-            try:
-                yield
-            finally:
-                queue.used -= size
-                self._start_queued(tenant, queue)
-        finally:
-            queue.calls -= 1
-            if not queue.calls:
-                self._queues.pop(tenant, None)
+        except BaseException:
+            self._end(tenant, queue)
+            raise
+        return partial(self._release, tenant, queue, size)
+
+    def _release(self, tenant: str, queue: _TenantQueue, size: int) -> None:
+        queue.used -= size
+        self._start_queued(tenant, queue)
+        self._end(tenant, queue)
+
+    def _end(self, tenant: str, queue: _TenantQueue) -> None:
+        queue.calls -= 1
+        if not queue.calls:
+            self._queues.pop(tenant, None)
 
     async def _wait(self, tenant: str, queue: _TenantQueue, size: int) -> None:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -321,56 +336,6 @@ def lower_priority() -> None:
         os.setpriority(os.PRIO_PROCESS, thread, max(LOW_PRIORITY, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
-class Together(Generic[T]):
-    """Coroutines in groups. Each group yields its results as they come; single coroutines can be dropped by id."""
-
-    def __init__(self) -> None:
-        self._tasks: dict[str, asyncio.Task[T]] = {}
-
-    def __len__(self) -> int:
-        """Return the number of running coroutines of all groups."""
-        return len(self._tasks)
-
-    async def results(
-        self, group: Mapping[str, Coroutine[Any, Any, T]]
-    ) -> "AsyncGenerator[dict[str, asyncio.Task[T]]]":
-        """Run a group, and yield its tasks by id when they have ended, all that have ended since at once.
-
-        A dropped task is left out. The end of this generator cancels the others.
-        """
-        running = {id: asyncio.create_task(coroutine) for id, coroutine in group.items()}
-        self._tasks |= running
-        try:
-            while running:
-                await asyncio.wait(running.values(), return_when=asyncio.FIRST_COMPLETED)
-                ended = {id: task for id, task in running.items() if task.done()}
-                for id in ended:
-                    del running[id], self._tasks[id]
-                yield {id: task for id, task in ended.items() if not task.cancelled()}
-        finally:
-            for id, task in running.items():
-                del self._tasks[id]
-                task.cancel()
-
-    def drop(self, ids: Iterable[str]) -> None:
-        """Cancel coroutines. Those that have ended are ignored."""
-        for id in ids:
-            if id in self._tasks:
-                self._tasks[id].cancel()
-
-
-async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return the results in order. The first failure cancels the other coroutines and is raised."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
-
-
 async def run_blocking(pool: Pool, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Run a blocking function in a thread pool and return its result.
 
@@ -381,13 +346,3 @@ async def run_blocking(pool: Pool, function: Callable[P, T], /, *args: P.args, *
     if isinstance(pool, TenantPool):
         return await pool.threads.run(pool.tenant, call)
     return await asyncio.get_running_loop().run_in_executor(pool, call)
-
-
-async def in_steps(make: Callable[[S], T], items: Iterable[S]) -> list[T]:
-    """Return what `make` makes of each item. The event loop serves others after every `STEP_ITEMS`."""
-    made = []
-    for number, item in enumerate(items, 1):
-        made.append(make(item))
-        if number % STEP_ITEMS == 0:
-            await asyncio.sleep(0)
-    return made

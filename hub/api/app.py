@@ -381,11 +381,12 @@ def create_app(
     dependencies = CallerDependencies(authenticator := Authenticator(cache, limiter), pools.parse)
     limit = TenantConcurrencyLimit(active.limit(tenant_calls, GATEWAY_CALLS_BESIDE), tenant_calls + tenant_waiting)
     max_request_bytes = settings.max_request_bytes
+    # First: the router compares a request with all routes before its own.
+    add_classify_routes(api, service, many, dependencies, limit, max_request_bytes=max_request_bytes)
     add_health_routes(api, service)
     checkpoint = settings.checkpoint.name if settings.checkpoint else None
     add_backbone_route(api, service, dependencies, image_size=settings.image_size, checkpoint=checkpoint)
     add_task_routes(api, service, changes, dependencies, authenticator, max_adapter_bytes=settings.max_adapter_bytes)
-    add_classify_routes(api, service, many, dependencies, limit, max_request_bytes=max_request_bytes)
     add_dataset_routes(api, datasets, reviews, dependencies, max_request_bytes=max_request_bytes)
     add_training_routes(api, trainings, comparison, dependencies)
     add_usage_routes(api, usage, backtests, dependencies)

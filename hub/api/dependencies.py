@@ -2,7 +2,7 @@
 
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated
 
 from fastapi import Depends, Header, Path, Query, Request, Response, Security
@@ -147,8 +147,14 @@ def client_address(request: Request) -> str:
     The server takes the address from the connection, or from the header of a trusted proxy (docs/security.md). Headers
     from clients have no effect.
     """
+    return _ip_address(request.client.host) if request.client else ""
+
+
+@lru_cache(maxsize=1024)
+def _ip_address(host: str) -> str:
+    """Return an IP address in its usual form; "" if the text is none."""
     try:
-        address = ipaddress.ip_address(request.client.host if request.client else "")
+        address = ipaddress.ip_address(host)
     except ValueError:
         return ""
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:

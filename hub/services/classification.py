@@ -12,7 +12,8 @@ from adapters import BankLimits
 from ..admission.authentication import Caller
 from ..admission.quotas import IMAGES_DECODED
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import TenantConcurrencyLimit, TenantReads, gather_or_cancel
+from ..concurrency import TenantConcurrencyLimit, TenantReads
+from ..coroutines import gather_or_cancel
 from ..errors import InvalidAdapter
 from ..observability import request_context, tracing
 from ..registry.cache import RegistryCache

@@ -4,25 +4,24 @@ import asyncio
 import io
 import json
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 from functools import lru_cache, partial
 from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
 from adapters import ImageError, ImageTooLargeError
-from adapters.data.decode_process import DecodeProcess
 from adapters.data.formats.sizes import header_pixels
 from adapters.data.images import WHITE, background_of, decode_image, needed_px, pixels_of
 from adapters.data.transform import pixel_transform, resize_of
 
 from ..admission.quotas import BYTES_PER_IMAGE, PIXELS_PER_IMAGE
 from ..concurrency import REST_RATIO, ActiveTenants, TenantConcurrencyLimit, TenantThreads, TenantTurns, run_blocking
-from ..errors import InvalidImage, TooLarge, Unavailable
+from ..errors import InvalidImage, TooLarge
+from .decode_processes import DecodeProcesses
 
 DECODE_TIMEOUT_S = 10.0
 SLOW_S = 0.25  # photos of cameras take less
@@ -39,66 +38,15 @@ Decode = Callable[..., Any]
 T = TypeVar("T")
 
 
-class DecodeProcesses:
-    """Decoder of images: as many processes as images at the same time. Threads may share it.
-
-    A process starts with the first image that finds none idle, and stays.
-    """
-
-    def __init__(self) -> None:
-        self._idle: list[DecodeProcess] = []
-        self._closed = False
-        self._lock = threading.Lock()
-
-    def decode(self, data: bytes, **options: Any) -> Any:
-        """Return a decoded and resized Pillow image, in the calling thread; see `DecodeProcess.decode`.
-
-        Raises:
-            ImageTooLargeError, ImageError: the image cannot be decoded in time.
-            Unavailable: the system starts no further process.
-        """
-        process = self._take()
-        try:
-            image = process.decode(data, **options)
-        except ImageError:
-            self._give_back(process)
-            raise
-        except BaseException:
-            process.close()
-            raise
-        self._give_back(process)
-        return image
-
-    def close(self) -> None:
-        """End the idle processes now, and busy ones after their image."""
-        with self._lock:
-            self._closed, idle, self._idle = True, self._idle, []
-        for process in idle:
-            process.close()
-
-    def _take(self) -> DecodeProcess:
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-        try:
-            return DecodeProcess()
-        except OSError as error:
-            raise Unavailable(f"The gateway cannot start a decoder: {error.strerror}. Retry later.") from error
-
-    def _give_back(self, process: DecodeProcess) -> None:
-        with self._lock:
-            if not process.ended and not self._closed:
-                self._idle.append(process)
-                return
-        process.close()
-
-
 class ImageDecoder:
     """Decoder of images in a thread pool, within a hub's size limits, in turns that are fair by megapixels.
 
     An image counts as one for each `PIXELS_PER_IMAGE` begun. An image that counts as more than one is large. Processes
     of low priority decode large images and those of datasets, on the tenant's share of the cores beside other active
     tenants: otherwise they would slow the decodes of others, the event loop and the workers.
+
+    Attributes:
+        running: number of running decodes, including those whose request has ended, and of shares that rest.
     """
 
     def __init__(
@@ -151,12 +99,7 @@ class ImageDecoder:
         self._timeout_s = timeout_s
         self._decode_image = decode
         self._processes = processes
-        self._decodes: set[asyncio.Task[None]] = set()
-
-    @property
-    def running(self) -> int:
-        """Number of running decodes, including those whose request has ended."""
-        return len(self._decodes)
+        self.running = 0
 
     async def sizes(self, tenant: str, images: Sequence[bytes | np.ndarray]) -> list[int]:
         """Return as how many images each image counts, by the pixels in the file's header and by its bytes."""
@@ -264,54 +207,66 @@ class ImageDecoder:
         """
         if len(image) > self._max_bytes:
             raise TooLarge.at(field, f"the image has {len(image)} bytes; the limit is {self._max_bytes}")
-        async with AsyncExitStack() as held:
-            if of_dataset:
-                await held.enter_async_context(self._dataset_limit.acquire(tenant))
-            if size > 1:
-                await held.enter_async_context(self._large_limit.acquire(tenant))
-            await held.enter_async_context(self._tenant_limit.acquire(tenant))
+        limits = [self._tenant_limit]
+        if size > 1:
+            limits.insert(0, self._large_limit)
+        if of_dataset:
+            limits.insert(0, self._dataset_limit)
+        apart = of_dataset or size > 1
+        executor, pixels = self._slow_executor if apart else self._executor, size * PIXELS_PER_IMAGE
+        rests_from_s = 0.0 if of_dataset else SLOW_S if size > 1 else math.inf
+        with ExitStack() as held:
+            for limit in limits:
+                held.callback(await limit.hold(tenant))
             await self._turns.acquire(tenant, size)
-            apart = of_dataset or size > 1
-            executor, pixels = self._slow_executor if apart else self._executor, size * PIXELS_PER_IMAGE
             decode = asyncio.get_running_loop().run_in_executor(executor, work, field, image, pixels, apart)
-            rests_from_s = 0.0 if of_dataset else SLOW_S if size > 1 else math.inf
-            task = asyncio.create_task(self._hold(held.pop_all(), tenant, decode, rests_from_s))
-            self._decodes.add(task)  # otherwise the task could be garbage-collected: the loop holds weak references
-            task.add_done_callback(self._decodes.discard)
+            self._hold(held.pop_all(), tenant, decode, rests_from_s)
         await asyncio.wait((decode,), timeout=self._timeout_s)
         if not decode.done():
             message = f"the image took more than {self._timeout_s:g} s to decode; save it in a simpler form"
             raise InvalidImage.at(field, message)
         return decode.result()
 
-    async def _hold(
-        self, held: AsyncExitStack, tenant: str, decode: "asyncio.Future[Any]", rests_from_s: float
-    ) -> None:
+    def _hold(self, held: ExitStack, tenant: str, decode: "asyncio.Future[Any]", rests_from_s: float) -> None:
         """Hold the tenant's share and the thread until the decode ends, even if the request ends earlier.
 
         Otherwise a client that disconnects could start any number of decodes. After the timeout a spare thread replaces
         the decode's thread.
 
         Args:
+            held: releases the tenant's share.
             rests_from_s: after a longer decode the tenant's share rests, beside other active tenants. Otherwise decodes
                 one after another would take a whole core from the event loop and the workers.
         """
-        began_s = time.monotonic()
-        async with held:
-            await asyncio.wait((decode,), timeout=self._timeout_s)
-            replaced = not decode.done() and self._spare_threads > 0
-            if replaced:
+        loop, began_s, replaced = asyncio.get_running_loop(), time.monotonic(), False
+        self.running += 1
+
+        def replace() -> None:
+            nonlocal replaced
+            if self._spare_threads > 0:
                 self._spare_threads -= 1
+                replaced = True
                 self._turns.release(tenant)
-            await asyncio.wait((decode,))
+
+        def end(decode: "asyncio.Future[Any]") -> None:
+            timer.cancel()
             if replaced:
                 self._spare_threads += 1
             else:
                 self._turns.release(tenant)
             taken_s = time.monotonic() - began_s
             if taken_s > rests_from_s and self._active.others(tenant):
-                await asyncio.sleep(REST_RATIO * taken_s)
-        decode.exception()  # otherwise asyncio logs an error that no request retrieved
+                loop.call_later(REST_RATIO * taken_s, release)
+            else:
+                release()
+            decode.cancelled() or decode.exception()  # otherwise asyncio logs an error that no request retrieved
+
+        def release() -> None:
+            self.running -= 1
+            held.close()
+
+        timer = loop.call_later(self._timeout_s, replace)
+        decode.add_done_callback(end)
 
     def _decode(self, field: str, data: bytes, counted_pixels: int, apart: bool, preprocess: Preprocess) -> np.ndarray:
         options = {"needed_px": needed_px(preprocess), "background": background_of(preprocess)}

@@ -15,7 +15,7 @@ import numpy as np
 from ..admission.authentication import Caller
 from ..admission.quotas import ANSWERS_PER_IMAGE
 from ..admission.rate_limits import RateLimiter
-from ..concurrency import gather_or_cancel
+from ..coroutines import gather_or_cancel
 from ..errors import HubError, InvalidAdapter, InvalidRequest, NotFound
 from ..observability import request_context, tracing
 from ..registry.cache import RegistryCache

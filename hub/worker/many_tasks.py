@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from adapters import Bank, Heads
 
-from ..concurrency import gather_or_cancel
+from ..coroutines import gather_or_cancel
 from ..errors import InvalidAdapter
 from ..worker_api import PassStats, TaskAnswers
 from .adapter_cache import AdapterCache, Resident

@@ -19,7 +19,7 @@ from adapters.serving.frozen_forms import check_int8, measure_forms
 
 from ..admin_schemas import WorkerStatus
 from ..admission.quotas import WORKER_FEATURES_QUEUED, WORKER_IMAGES_QUEUED
-from ..concurrency import Together
+from ..coroutines import Together
 from ..errors import HubError
 from ..observability import log_format, request_context, tracing
 from ..observability.metrics import MetricTypes

@@ -1,7 +1,6 @@
-"""Concurrency: per-tenant limits, groups of coroutines that fail together, and blocking calls in thread pools."""
+"""Concurrency: per-tenant limits, and blocking calls in thread pools."""
 
 import asyncio
-import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +11,11 @@ from hypothesis import strategies as st
 
 from hub.concurrency import (
     ACTIVE_S,
-    STEP_ITEMS,
     ActiveTenants,
     TenantConcurrencyLimit,
     TenantReads,
     TenantThreads,
     TenantTurns,
-    gather_or_cancel,
-    in_steps,
     run_blocking,
 )
 from hub.errors import LimitReached
@@ -86,60 +82,6 @@ def test_limit_is_never_exceeded_and_every_call_runs_when_calls_are_cancelled(
         assert all(result is None or isinstance(result, asyncio.CancelledError) for result in done)
         assert order == sorted(order)
         assert limit.active_tenants == 0
-
-    asyncio.run(use())
-
-
-def test_gather_returns_results_in_order() -> None:
-    async def value(number: int) -> int:
-        for _ in range(3 - number):
-            await asyncio.sleep(0)
-        return number
-
-    async def use() -> None:
-        assert await gather_or_cancel(value(i) for i in range(3)) == [0, 1, 2]
-
-    asyncio.run(use())
-
-
-def test_gather_cancels_the_others_when_one_fails() -> None:
-    async def use() -> None:
-        ended = []
-
-        async def waits() -> None:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                ended.append("waits")
-
-        async def fails() -> None:
-            await asyncio.sleep(0)
-            raise ZeroDivisionError
-
-        with pytest.raises(ZeroDivisionError):
-            await gather_or_cancel([waits(), fails(), waits()])
-        assert ended == ["waits", "waits"]
-
-    asyncio.run(use())
-
-
-def test_gather_cancels_all_when_its_caller_is_cancelled() -> None:
-    async def use() -> None:
-        started, ended = asyncio.Event(), []
-
-        async def waits() -> None:
-            started.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                ended.append("waits")
-
-        caller = asyncio.create_task(gather_or_cancel([waits(), waits()]))
-        await started.wait()
-        caller.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await caller
-        assert ended == ["waits", "waits"]
 
     asyncio.run(use())
 
@@ -318,29 +260,5 @@ def test_tenant_s_reads_rest_when_another_tenant_is_active_and_wait_for_no_other
         (_, ended_s), (began_s, _), (others_s, _) = await asyncio.gather(read("a"), read("a"), read("b"))
         assert began_s - ended_s > 0.03  # a rest of 90 ms; without one the gap is about 1 ms
         assert others_s < ended_s
-
-    asyncio.run(use())
-
-
-def test_other_coroutines_run_while_one_goes_through_200_000_items() -> None:
-    async def use() -> None:
-        made: list[int] = []
-        seen = [0]
-
-        def make(item: int) -> int:
-            made.append(item)
-            return -item
-
-        async def watch() -> None:
-            while True:
-                seen.append(len(made))
-                await asyncio.sleep(0)
-
-        watcher = asyncio.create_task(watch())
-        found = await in_steps(make, range(200_000))
-        watcher.cancel()
-        assert found == [-i for i in range(200_000)]
-        assert max(b - a for a, b in itertools.pairwise(seen)) <= STEP_ITEMS
-        assert len(seen) >= 200_000 // STEP_ITEMS
 
     asyncio.run(use())

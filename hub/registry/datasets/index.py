@@ -13,8 +13,7 @@ Keys below `t:{tenant}:data:{task}:`, where a use is `train`, `test` or `*` for 
     training-heads         hash    id -> JSON of what the Lua scripts read of it; older hubs wrote none
     training-order         zset    id -> time in milliseconds since 1970
 
-A record holds a list of labels, so that tasks with several labels per image need no other format. A list page reads one
-range of one sorted set: its time does not depend on the size of the dataset.
+A record holds a list of labels, for tasks with several per image. A list page reads one range of one sorted set.
 """
 
 import json
@@ -25,7 +24,8 @@ from typing import Any, TypeVar
 
 from ...admin_schemas import TenantLimits
 from ...admission.quotas import DATASET_LABELS
-from ...concurrency import TenantReads, in_steps
+from ...concurrency import TenantReads
+from ...coroutines import in_steps
 from ...dataset_schemas import MAX_PAGE_IMAGES, DatasetImage, ImagePage, KeptAnswer, LabelCount, Split, Use
 from ...errors import HubError, LimitReached, NotFound
 from ...field_types import folded_label

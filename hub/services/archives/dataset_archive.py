@@ -18,7 +18,8 @@ from typing import IO, Annotated, Any
 from pydantic import Field, model_validator
 
 from ...admin_schemas import TenantInfo, TenantLimits
-from ...concurrency import TenantThreads, gather_or_cancel, run_blocking
+from ...concurrency import TenantThreads, run_blocking
+from ...coroutines import gather_or_cancel
 from ...errors import InvalidImage, TooLarge, Unavailable
 from ...field_types import Body
 from ...registry.audit import Actor

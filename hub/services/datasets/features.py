@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from adapters import BankLimits
 from adapters.data.images import preprocess_of
 
-from ...concurrency import TenantThreads, gather_or_cancel, run_blocking
+from ...concurrency import TenantThreads, run_blocking
+from ...coroutines import gather_or_cancel
 from ...errors import HubError, InvalidImage, TooLarge, Unavailable
 from ...registry.datasets.files import DatasetFiles
 from ...storage.features import FeatureStore, feature_key

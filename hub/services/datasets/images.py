@@ -19,7 +19,8 @@ from adapters.data.labels import near_duplicates
 from ...admission.authentication import Caller
 from ...admission.quotas import IMAGE_UPLOADS, IMAGE_UPLOADS_QUEUED
 from ...admission.rate_limits import RateLimiter
-from ...concurrency import TenantConcurrencyLimit, TenantThreads, gather_or_cancel, run_blocking
+from ...concurrency import TenantConcurrencyLimit, TenantThreads, run_blocking
+from ...coroutines import gather_or_cancel
 from ...dataset_schemas import (
     MAX_NAME_CHARACTERS,
     DatasetImage,

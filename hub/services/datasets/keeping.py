@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from adapters.evaluation.intervals import coverage_threshold
 
 from ...admission.quotas import KEPT_QUEUED
-from ...concurrency import TenantThreads, gather_or_cancel, run_blocking
+from ...concurrency import TenantThreads, run_blocking
+from ...coroutines import gather_or_cancel
 from ...dataset_schemas import KeptAnswer
 from ...errors import HubError
 from ...registry.datasets.files import StoredName
