@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data.config import resolve_model_data_config
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from .backbone_info import BackboneInfo as BackboneInfo
@@ -22,6 +20,7 @@ from .backbone_info import Norm as Norm
 from .backbone_info import Site as Site
 from .checkpoints import load_weights
 from .short_repr import short_repr
+from .timm_import import DropPath, resolve_model_data_config
 from .timm_models import DEMO_NAME as DEMO_NAME
 from .timm_models import BackboneError as BackboneError
 from .timm_models import create_model as create_model

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from timm.models import clean_state_dict
 from torch import Tensor
 
+from .timm_import import clean_state_dict
 from .timm_models import BackboneError, first_line
 
 PICKLED_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar", ".pt.tar")

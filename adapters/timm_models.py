@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import timm
+from .timm_import import timm
 
 DEMO_NAME = "demo"
 DEMO_SIDE_PX = 32
