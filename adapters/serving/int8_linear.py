@@ -49,7 +49,7 @@ class Int8Linear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         codes, lows, scales = quantise_rows(flat, self._wide)
         y = cpu_operators.int8_linear(codes, self._packed, self._scales, self._zeros)
-        rest = torch.cat([torch.ones_like(lows), lows, flat[:, self._wide]], 1)
+        rest = torch.cat([torch.ones_like(lows), lows, flat.index_select(1, self._wide)], 1)
         for part, scale, one_low_wide in zip(*(_chunks(tensor, y) for tensor in (y, scales, rest)), strict=True):
             part.mul_(scale).addmm_(one_low_wide, self._rest)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -68,13 +68,18 @@ def quantise_rows(x: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     codes = torch.empty(x.shape, dtype=torch.uint8)
     lows, scales = torch.empty(len(x), 1), torch.empty(len(x), 1)
-    for part, out, low, scale in zip(*(_chunks(tensor, x) for tensor in (x, codes, lows, scales)), strict=True):
-        narrow = part.index_fill(1, wide, 0)
-        torch.amin(narrow, 1, keepdim=True, out=low)
-        torch.sub(narrow.amax(1, keepdim=True), low, out=scale).mul_(1 / UINT8_MAX)
+    narrow_only = torch.ones(x.shape[1]).index_fill_(0, wide, 0)
+    parts = _chunks(x, x)
+    narrow, rounded = (torch.empty(parts[0].shape, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    for part, out, low, scale in zip(parts, *(_chunks(tensor, x) for tensor in (codes, lows, scales)), strict=True):
+        y, integers = narrow[: len(part)], rounded[: len(part)]
+        torch.mul(part, narrow_only, out=y)
+        torch.amin(y, 1, keepdim=True, out=low)
+        torch.sub(y.amax(1, keepdim=True), low, out=scale).mul_(1 / UINT8_MAX)
         torch.maximum(scale, low.abs() * SMALLEST_SCALE + SMALLEST_NUMBER, out=scale)
         steps = scale.reciprocal()
-        out.copy_(torch.addcmul(0.5 - low * steps, narrow, steps))  # + 0.5, because the copy rounds down
+        y.mul_(steps).add_(0.5 - low * steps)  # + 0.5, because the next copy rounds down
+        out.copy_(integers.copy_(y))  # by int32: torch converts float32 to uint8 one number at a time
     return codes, lows, scales
 
 
