@@ -43,9 +43,9 @@ def frozen_layers(mixed: dict[str, Any], agreement: dict[str, Any]) -> list[str]
     return [
         "### Frozen layers, and int8",
         "The run above also timed a batch without adapters (*heads only*), and a bank with the same eight adapters "
-        "and all frozen layers in int8 (*int8*, in images per second over timm's float32). Other programs used the "
-        "cores meanwhile, at a lower priority. A worker chooses the form of each kind of frozen layer by measuring "
-        f"([evaluation.md](evaluation.md#int8)); for ViT-B/16 here: {'; '.join(chosen['frozen_layers'])}.",
+        "and all frozen layers in int8 (*int8*, in images per second over timm's float32). A worker chooses the form "
+        "of each kind of frozen layer by measuring ([evaluation.md](evaluation.md#int8)); for ViT-B/16 here: "
+        f"{'; '.join(chosen['frozen_layers'])}.",
         markdown_table(["backbone", "N", "heads only / frozen", "target", "int8 over frozen", "target"], rows),
         "`python -m benchmarks.int8_agreement`: accuracy in percent (mean over classes) of adapters trained in "
         f"float32, on {agreement['backbone']['name']} at {agreement['backbone']['side_px']} pixels, on images that no "

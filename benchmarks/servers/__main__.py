@@ -179,7 +179,9 @@ def one_size(side: Side, size: int, tree: psutil.Process) -> dict[str, Any]:
     calls = [side.message(number % size, images[i % IMAGES]) for i, number in enumerate(order)]
     closed_loop(side.address, calls, model.callers, 1.0)
     alone = [ok(reply).ms for reply in closed_loop(side.address, calls, 1, ALONE_S)]
+    began, busy_s = time.perf_counter(), cores_busy_s()
     replies = closed_loop(side.address, calls, model.callers, model.seconds)
+    cores_used = (cores_busy_s() - busy_s) / (time.perf_counter() - began)
     if len(replies) < 4 * model.callers:  # a slow server gets a longer window
         replies = closed_loop(side.address, calls, model.callers, 4 * model.seconds)
     ms = [ok(reply).ms for reply in replies[model.callers : -model.callers] or replies]
@@ -188,6 +190,7 @@ def one_size(side: Side, size: int, tree: psutil.Process) -> dict[str, Any]:
         "images_per_s": round(rate(replies, model.callers), 2),
         "p50_ms": round(quantiles[49], 2),
         "p99_ms": round(quantiles[98], 2),
+        "cores_used": round(cores_used, 2),
         "calls": len(replies),
         "alone_p50_ms": round(statistics.median(alone), 2),
         "pss_mb": pss_mb(tree),
@@ -195,6 +198,12 @@ def one_size(side: Side, size: int, tree: psutil.Process) -> dict[str, Any]:
         "added_s": round(added_s, 2),
     }
     return row | {"add_ms": round(statistics.median(add_ms(side, size, n) for n in range(NEW_TASKS)), 1)}
+
+
+def cores_busy_s() -> float:
+    """Return the seconds for which the machine's cores were not idle, all cores together."""
+    times = psutil.cpu_times()
+    return float(sum(times[:8]) - times.idle - times.iowait)  # without guests, which are part of the others
 
 
 def check(side: Side, size: int) -> None:

@@ -65,7 +65,7 @@ def report(result: Row) -> str:
         "contender's start, which shows whether other programs used the cores.",
         *(text for model in TITLES for form in FORMS for text in _table(rows, model, form)),
         "## Targets",
-        markdown_table(["model", "form", "tasks", "target", "measured"], targets(rows)),
+        markdown_table(["model", "form", "tasks", "target", "measured"], targets(rows, machine["cores"])),
         *_reasons(rows),
         "## The code of each contender",
         "`benchmarks/servers/install.sh` installs the rivals into an environment of their own, `.venv-servers`. In the "
@@ -136,15 +136,19 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
     return ["## Not run", "\n".join(lines)] if lines else []
 
 
-def targets(rows: Sequence[Row]) -> list[list[str]]:
-    """Return each target beside its figure: speed beside the best rival, and the hub's memory."""
+def targets(rows: Sequence[Row], cores: int) -> list[list[str]]:
+    """Return each target beside its figure: speed beside the best rival, and the hub's memory.
+
+    Args:
+        cores: of the machine.
+    """
     out = []
     for model, title in TITLES.items():
         for form in FORMS:
             here = [row for row in rows if (row["model"], row["form"]) == (model, form) and "reason" not in row]
             hub = {row["tasks"]: row for row in here if row["contender"] == HUB}
             rivals = [row for row in here if row["contender"] != HUB]
-            out += [[title, form, *line] for line in _speeds(hub, rivals)]
+            out += [[title, form, *line] for line in _speeds(hub, rivals, cores)]
             if len(hub) > 1:
                 least, most = (hub[end]["pss_mb"] / 1e3 for end in (min(hub), max(hub)))
                 text = f"{least:.2f} GB with {min(hub)}, {most:.2f} GB with {max(hub)}"
@@ -152,7 +156,7 @@ def targets(rows: Sequence[Row]) -> list[list[str]]:
     return out
 
 
-def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row]) -> list[list[str]]:
+def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row], cores: int) -> list[list[str]]:
     out = []
     for tasks, own in sorted(hub.items()):
         best = max((row for row in rivals if row["tasks"] == tasks), key=speed, default=None)
@@ -164,6 +168,9 @@ def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row]) -> list[list[str]]:
         drift = own["bare_images_per_s"] / best["bare_images_per_s"]
         if drift > DRIFT if ratio >= bar else drift < 1 / DRIFT:  # otherwise faster cores would only confirm it
             verdict = f"**undecided**, the bare backbone had {drift:.1f} times its speed before the hub's start"
+        elif ratio < bar and "cores_used" in own:
+            never_idle = ratio * cores / own["cores_used"]
+            verdict += f" ({own['cores_used']:.2f} of {cores} cores were busy; {never_idle:.2f} if none were ever idle)"
         out.append([str(tasks), target, f"{ratio:.2f} of {best['contender']}: {verdict}"])
     return out
 
