@@ -20,6 +20,23 @@ def test_gather_returns_results_in_order() -> None:
     asyncio.run(use())
 
 
+def test_gather_of_one_coroutine_returns_and_raises_as_of_several() -> None:
+    async def value() -> int:
+        await asyncio.sleep(0)
+        return 7
+
+    async def fails() -> int:
+        await asyncio.sleep(0)
+        raise ZeroDivisionError
+
+    async def use() -> None:
+        assert await gather_or_cancel([value()]) == [7]
+        with pytest.raises(ZeroDivisionError):
+            await gather_or_cancel(iter([fails()]))
+
+    asyncio.run(use())
+
+
 def test_gather_cancels_the_others_when_one_fails() -> None:
     async def use() -> None:
         ended = []
