@@ -50,6 +50,7 @@ def main() -> None:
     int8 = Bank(frozen, slots=1, forms=unmeasured_forms(frozen, int8=True))
     limit = Bank(with_rounded_weights(frozen), slots=1)
     rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    rows = [row for row in rows if "same_labels_limit" in row]  # others are of an older method
     for name in options.tasks:
         found = compare([exact, int8, limit], frozen, name)
         print(*map(json.dumps, found), sep="\n", flush=True)

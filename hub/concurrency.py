@@ -66,7 +66,7 @@ class TenantConcurrencyLimit:
             release()
 
     async def hold(self, tenant: str, size: int = 1) -> Callable[[], None]:
-        """Wait for units as `acquire` does, and return the function that releases them. Call it once.
+        """Wait for units as `acquire` does; return the function that releases them, to be called exactly once.
 
         Raises:
             LimitReached: the tenant has `max_calls` running and queued calls.

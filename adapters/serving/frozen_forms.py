@@ -169,9 +169,9 @@ def prepack_layers(model: nn.Module, backbone: Backbone, forms: FrozenForms) -> 
     for site in backbone.sites:
         parent_name, _, name = site.name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        linear = parent.get_submodule(name)
+        linear, form = parent.get_submodule(name), forms.chosen[kind_of(site)]
         if type(linear) is nn.Linear:
-            setattr(parent, name, build(linear, forms.chosen[kind_of(site)], wide.get(site.name)))
+            setattr(parent, name, build(linear, form, wide[site.name] if form == "int8" else None))
         on_cpu = linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32
         in_mlp = on_cpu and name == "fc1" and [child for child, _ in parent.named_children()] == _MLP
         if in_mlp and type(parent.act) is nn.GELU:

@@ -2,9 +2,9 @@
 
     y = scale_w * (scale_x * (codes_x @ codes_w) + low_x * sum(codes_w)) + wide_x @ wide_w + bias
 
-Activations are unsigned, counted from the smallest number of their token, so that all 256 codes lie between a token's
-smallest and largest number. The few input features with the widest range stay float32: otherwise a token's scale, and
-with it the rounding of all other features, would follow from them (the idea of LLM.int8, arXiv 2208.07339).
+The few input features with the largest numbers, here called wide, stay float32: otherwise a token's scale, and with it
+the rounding of all other features, would follow from them (the idea of LLM.int8, arXiv 2208.07339). The other
+activations are unsigned and counted from their token's smallest number, so that 256 codes cover them and zero.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,9 +18,8 @@ from . import cpu_operators
 WIDE = 8  # input features in float32: on a ViT-S/14 more cost time and hardly change the output
 INT8_MAX = 127
 UINT8_MAX = 255
-CHUNK_NUMBERS = 256 * 1024  # of rows that are worked on at once, to stay in a core's second-level cache
-SMALLEST_SCALE = 1e-5  # over a token's low: the codes of nearly equal numbers would be lost in rounding
-SMALLEST_NUMBER = 1e-30  # as a scale: a token of zeros would divide by zero
+CHUNK_NUMBERS = 256 * 1024  # that are worked on at once, to stay in a core's second-level cache
+SMALLEST_SCALE = 1e-30  # a token of zeros would divide by zero
 PROBES = 4  # images that find the widest features
 PROBE_CELLS = 8  # random cells along an image's side, smoothly joined
 
@@ -76,21 +75,20 @@ def quantise_rows(x: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         torch.mul(part, narrow_only, out=y)
         torch.amin(y, 1, keepdim=True, out=low)
         torch.sub(y.amax(1, keepdim=True), low, out=scale).mul_(1 / UINT8_MAX)
-        torch.maximum(scale, low.abs() * SMALLEST_SCALE + SMALLEST_NUMBER, out=scale)
-        steps = scale.reciprocal()
+        steps = scale.clamp_min_(SMALLEST_SCALE).reciprocal()
         y.mul_(steps).add_(0.5 - low * steps)  # + 0.5, because the next copy rounds down
         out.copy_(integers.copy_(y))  # by int32: torch converts float32 to uint8 one number at a time
     return codes, lows, scales
 
 
 def _chunks(tensor: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """Split rows into chunks of which `like` (n, d), with as many rows, has `CHUNK_NUMBERS` numbers each."""
+    """Split a tensor (n, ..) by rows, so that the same rows of `like` (n, d) are at most `CHUNK_NUMBERS` numbers."""
     chunks: tuple[Tensor, ...] = tensor.split(max(1, CHUNK_NUMBERS // like.shape[1]))
     return chunks
 
 
 def widest_inputs(model: nn.Module, names: Iterable[str], input_size: tuple[int, int, int]) -> dict[str, Tensor]:
-    """Return the input features of each layer with the widest range over random images, int64 (`WIDE` or fewer,).
+    """Return the input features of each layer with the largest numbers over random images, int64 (`WIDE` or fewer,).
 
     In a trained ViT the same few features are large for almost every image, also for noise.
     """

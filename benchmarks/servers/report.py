@@ -62,10 +62,12 @@ def report(result: Row) -> str:
         "- *new task*: from the weights of a new task to its first answer. A rival gets a file in its folder. The hub "
         "gets an upload over HTTP, checks it, and stores it durably.\n"
         "- */ bare*: images/s over those of timm's backbone without a server, in batches of 8, just before the "
-        "contender's start, which shows whether other programs used the cores.",
+        "contender's start, which shows whether other programs used the cores.\n"
+        "- *for the same busy cores* (targets): the ratio of images/s, each divided by the cores that were busy "
+        "meanwhile, those of the load generator included.",
         *(text for model in TITLES for form in FORMS for text in _table(rows, model, form)),
         "## Targets",
-        markdown_table(["model", "form", "tasks", "target", "measured"], targets(rows, machine["cores"])),
+        markdown_table(["model", "form", "tasks", "target", "measured"], targets(rows)),
         *_reasons(rows),
         "## The code of each contender",
         "`benchmarks/servers/install.sh` installs the rivals into an environment of their own, `.venv-servers`. In the "
@@ -136,19 +138,15 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
     return ["## Not run", "\n".join(lines)] if lines else []
 
 
-def targets(rows: Sequence[Row], cores: int) -> list[list[str]]:
-    """Return each target beside its figure: speed beside the best rival, and the hub's memory.
-
-    Args:
-        cores: of the machine.
-    """
+def targets(rows: Sequence[Row]) -> list[list[str]]:
+    """Return each target beside its figure: speed beside the best rival, and the hub's memory."""
     out = []
     for model, title in TITLES.items():
         for form in FORMS:
             here = [row for row in rows if (row["model"], row["form"]) == (model, form) and "reason" not in row]
             hub = {row["tasks"]: row for row in here if row["contender"] == HUB}
             rivals = [row for row in here if row["contender"] != HUB]
-            out += [[title, form, *line] for line in _speeds(hub, rivals, cores)]
+            out += [[title, form, *line] for line in _speeds(hub, rivals)]
             if len(hub) > 1:
                 least, most = (hub[end]["pss_mb"] / 1e3 for end in (min(hub), max(hub)))
                 text = f"{least:.2f} GB with {min(hub)}, {most:.2f} GB with {max(hub)}"
@@ -156,7 +154,7 @@ def targets(rows: Sequence[Row], cores: int) -> list[list[str]]:
     return out
 
 
-def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row], cores: int) -> list[list[str]]:
+def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row]) -> list[list[str]]:
     out = []
     for tasks, own in sorted(hub.items()):
         best = max((row for row in rivals if row["tasks"] == tasks), key=speed, default=None)
@@ -168,9 +166,9 @@ def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row], cores: int) -> list[l
         drift = own["bare_images_per_s"] / best["bare_images_per_s"]
         if drift > DRIFT if ratio >= bar else drift < 1 / DRIFT:  # otherwise faster cores would only confirm it
             verdict = f"**undecided**, the bare backbone had {drift:.1f} times its speed before the hub's start"
-        elif ratio < bar and "cores_used" in own:
-            never_idle = ratio * cores / own["cores_used"]
-            verdict += f" ({own['cores_used']:.2f} of {cores} cores were busy; {never_idle:.2f} if none were ever idle)"
+        elif ratio < bar and "cores_used" in own and "cores_used" in best:
+            used, theirs = own["cores_used"], best["cores_used"]
+            verdict += f"; {ratio * theirs / used:.2f} for the same busy cores ({used:.2f} against {theirs:.2f})"
         out.append([str(tasks), target, f"{ratio:.2f} of {best['contender']}: {verdict}"])
     return out
 

@@ -44,9 +44,6 @@ class ImageDecoder:
     An image counts as one for each `PIXELS_PER_IMAGE` begun. An image that counts as more than one is large. Processes
     of low priority decode large images and those of datasets, on the tenant's share of the cores beside other active
     tenants: otherwise they would slow the decodes of others, the event loop and the workers.
-
-    Attributes:
-        running: number of running decodes, including those whose request has ended, and of shares that rest.
     """
 
     def __init__(
@@ -99,7 +96,12 @@ class ImageDecoder:
         self._timeout_s = timeout_s
         self._decode_image = decode
         self._processes = processes
-        self.running = 0
+        self._running = 0
+
+    @property
+    def running(self) -> int:
+        """Number of running decodes, including those whose request has ended, and of shares that rest."""
+        return self._running
 
     async def sizes(self, tenant: str, images: Sequence[bytes | np.ndarray]) -> list[int]:
         """Return as how many images each image counts, by the pixels in the file's header and by its bytes."""
@@ -219,7 +221,11 @@ class ImageDecoder:
             for limit in limits:
                 held.callback(await limit.hold(tenant))
             await self._turns.acquire(tenant, size)
-            decode = asyncio.get_running_loop().run_in_executor(executor, work, field, image, pixels, apart)
+            try:
+                decode = asyncio.get_running_loop().run_in_executor(executor, work, field, image, pixels, apart)
+            except RuntimeError:  # the gateway stops
+                self._turns.release(tenant)
+                raise
             self._hold(held.pop_all(), tenant, decode, rests_from_s)
         await asyncio.wait((decode,), timeout=self._timeout_s)
         if not decode.done():
@@ -239,7 +245,7 @@ class ImageDecoder:
                 one after another would take a whole core from the event loop and the workers.
         """
         loop, began_s, replaced = asyncio.get_running_loop(), time.monotonic(), False
-        self.running += 1
+        self._running += 1
 
         def replace() -> None:
             nonlocal replaced
@@ -262,7 +268,7 @@ class ImageDecoder:
             decode.cancelled() or decode.exception()  # otherwise asyncio logs an error that no request retrieved
 
         def release() -> None:
-            self.running -= 1
+            self._running -= 1
             held.close()
 
         timer = loop.call_later(self._timeout_s, replace)

@@ -58,7 +58,8 @@ def test_gather_cancels_the_others_when_one_fails() -> None:
     asyncio.run(use())
 
 
-def test_gather_cancels_all_when_its_caller_is_cancelled() -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_gather_cancels_all_when_its_caller_is_cancelled(count: int) -> None:
     async def use() -> None:
         started, ended = asyncio.Event(), []
 
@@ -69,12 +70,13 @@ def test_gather_cancels_all_when_its_caller_is_cancelled() -> None:
             finally:
                 ended.append("waits")
 
-        caller = asyncio.create_task(gather_or_cancel([waits(), waits()]))
+        group = [waits() for _ in range(count)]
+        caller = asyncio.create_task(gather_or_cancel(group))
         await started.wait()
         caller.cancel()
         with pytest.raises(asyncio.CancelledError):
             await caller
-        assert ended == ["waits", "waits"]
+        assert ended == ["waits"] * count
 
     asyncio.run(use())
 

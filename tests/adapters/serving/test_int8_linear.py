@@ -64,7 +64,6 @@ def test_quantised_numbers_are_within_half_a_step_also_over_several_chunks() -> 
     x = torch.randn(300, 1000)
     x[7] = 0
     x[8] = 5
-    x[9] = 1e6 + x[9]
     codes, lows, scales = quantise_rows(x, NONE)
     assert codes.dtype == torch.uint8
     assert {int(codes.min()), int(codes.max())} == {0, 255}
@@ -86,7 +85,7 @@ def test_the_wide_features_are_left_out_of_a_token_s_scale() -> None:
 def test_the_widest_inputs_of_each_layer_are_found(backbone: Backbone) -> None:
     model = backbone.clone()
     norm = model.get_submodule("blocks.0.norm1")
-    norm.weight.data[FEW] = 100
+    norm.weight = nn.Parameter(norm.weight.index_fill(0, FEW, 100), requires_grad=False)  # the clone's alone
     names = [site.name for site in backbone.sites]
     found = widest_inputs(model, names, backbone.input_size)
     assert set(found) == set(names)
