@@ -135,8 +135,8 @@ class Hub:
         return self.api.state.cache.cached_task("default", task) is not None
 
     def stored(self) -> list[str]:
-        """Return the name of every file in the store, except that with the registry's id."""
-        return sorted(p.name for p in self.store_folder.rglob("*") if p.is_file() and p.name != OWNER)
+        """Return the name of every file in the store, except that with the registry's id, also while it is written."""
+        return sorted(p.name for p in self.store_folder.rglob("*") if OWNER not in p.name and p.is_file())
 
     def registered(self) -> dict[str, str]:
         """Return the tenants' part of Redis as text: two equal results mean that nothing changed.

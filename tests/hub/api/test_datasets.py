@@ -207,9 +207,14 @@ def test_pages_follow_the_cursor(dataset: Hub) -> None:
 def test_a_deleted_image_takes_its_file_and_features_unless_another_task_has_them(dataset: Hub) -> None:
     dataset.http.put("/v1/tasks/trees", json={})
     add(dataset, png(1))
-    wait_until(lambda: any(name.endswith(".f16") for name in dataset.stored()))
+
+    def inodes() -> set[int]:
+        return {path.stat().st_ino for path in dataset.store_folder.rglob("*.f16")}
+
+    wait_until(lambda: bool(inodes()))
+    first = inodes()
     dataset.http.post("/v1/tasks/trees/images", content=png(1), headers=OCTETS)
-    wait_until(lambda: dataset.engine.feature_images == 2)  # otherwise they may be written after the deletion
+    wait_until(lambda: inodes() != first)  # otherwise the features may be written again after the deletion
     assert dataset.http.delete(f"{IMAGES}/{digest_of(png(1))}").status_code == 204
     assert image_files(dataset)
     assert dataset.http.delete(f"/v1/tasks/trees/images/{digest_of(png(1))}").status_code == 204
