@@ -28,7 +28,7 @@ from .beside import TENANTS, Hub, hub_beside_empty
 from .cluster_engine import Cluster
 from .cluster_model import Callers, Times, digests, zipf
 from .common import copy_of, machine, markdown_table
-from .cores import cpu_s
+from .cores import busy_s, cpu_s
 from .load import Reply, closed_loop, request
 
 OUTPUT = Path(__file__).parent / "results" / "cluster_check.json"
@@ -163,12 +163,6 @@ def timing(reply: Reply) -> dict[str, float]:
     """Return milliseconds by name, from the header `server-timing`."""
     pairs = (item.split(";dur=") for item in reply.header("server-timing").split(", "))
     return {name: float(ms) for name, ms in pairs}
-
-
-def busy_s() -> float:
-    """Return the CPU time so far of all programs on this machine, and the time that the host took from it."""
-    taken = psutil.cpu_times()
-    return taken.user + taken.nice + taken.system + taken.irq + taken.softirq + taken.steal
 
 
 def calibrate(one: dict[str, float], constants: dict[str, Any]) -> Times:

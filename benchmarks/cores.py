@@ -1,4 +1,4 @@
-"""CPU time of the processes that a benchmark started, by role."""
+"""CPU time of the processes that a benchmark started, by role, and of the whole machine."""
 
 from collections.abc import Mapping
 
@@ -21,3 +21,9 @@ def cpu_s(roles: Mapping[str, str]) -> dict[str, float]:
         role = next((role for part, role in roles.items() if part in name), "others")
         out[role] += taken.user + taken.system
     return out
+
+
+def busy_s() -> float:
+    """Return the CPU time so far of all programs on this machine, and the time that the host took from it."""
+    taken = psutil.cpu_times()
+    return float(taken.user + taken.nice + taken.system + taken.irq + taken.softirq + taken.steal)

@@ -33,6 +33,8 @@ from hub.client.client import Client
 from hub.local.bootstrap import DEFAULT_TENANT, KEYS_FILE
 from hub.local.ports import free_port
 
+from .cores import busy_s
+
 OUTPUT = Path(__file__).parent / "results" / "idle.json"
 BARS = {"ready_s": 12.0, "core": 0.05, "pss_mb": 1500.0, "tasks_mb": 5.0}
 TASKS, WARM_UP = 1000, 200
@@ -154,12 +156,6 @@ def cpu_s(root: int) -> dict[int, tuple[str, float]]:
         name = next((name for part, name in NAMES.items() if part in command), "others")
         found[process.pid] = name, times.user + times.system
     return found
-
-
-def busy_s() -> float:
-    """Return the time that the machine's cores were not idle, in seconds."""
-    times = psutil.cpu_times()
-    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)  # a guest's is in user's
 
 
 def memory_mb(pid: int) -> dict[str, float]:

@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..common import machine
+from ..cores import busy_s
 from ..load import Connection, Reply, closed_loop, ok, rate
 from .inputs import DISTINCT, IMAGES, MODELS, Form, Inputs
 from .sides import SIDES, Side, missing, pss_mb, running
@@ -180,9 +181,9 @@ def one_size(side: Side, size: int, tree: psutil.Process) -> dict[str, Any]:
     closed_loop(side.address, calls, model.callers, 1.0)
     alone = [ok(reply).ms for reply in closed_loop(side.address, calls, 1, ALONE_S)]
     for seconds in (model.seconds, 4 * model.seconds):
-        began, busy_s = time.perf_counter(), cores_busy_s()
+        began, busy_before_s = time.perf_counter(), busy_s()
         replies = closed_loop(side.address, calls, model.callers, seconds)
-        cores_used = (cores_busy_s() - busy_s) / (time.perf_counter() - began)
+        cores_used = (busy_s() - busy_before_s) / (time.perf_counter() - began)
         if len(replies) >= 4 * model.callers:  # a slow server gets a longer window
             break
     ms = [ok(reply).ms for reply in replies[model.callers : -model.callers] or replies]
@@ -199,12 +200,6 @@ def one_size(side: Side, size: int, tree: psutil.Process) -> dict[str, Any]:
         "added_s": round(added_s, 2),
     }
     return row | {"add_ms": round(statistics.median(add_ms(side, size, n) for n in range(NEW_TASKS)), 1)}
-
-
-def cores_busy_s() -> float:
-    """Return the seconds for which the machine's cores were busy, all cores and all programs together."""
-    times = psutil.cpu_times()
-    return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
 
 def check(side: Side, size: int) -> None:

@@ -209,11 +209,10 @@ class ImageDecoder:
         """
         if len(image) > self._max_bytes:
             raise TooLarge.at(field, f"the image has {len(image)} bytes; the limit is {self._max_bytes}")
-        limits = [self._tenant_limit]
+        limits = [self._dataset_limit] if of_dataset else []
         if size > 1:
-            limits.insert(0, self._large_limit)
-        if of_dataset:
-            limits.insert(0, self._dataset_limit)
+            limits.append(self._large_limit)
+        limits.append(self._tenant_limit)
         apart = of_dataset or size > 1
         executor, pixels = self._slow_executor if apart else self._executor, size * PIXELS_PER_IMAGE
         rests_from_s = 0.0 if of_dataset else SLOW_S if size > 1 else math.inf
