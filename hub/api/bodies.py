@@ -117,12 +117,11 @@ class RequestBody:
         self._refuse_text(data)
         return data
 
-    async def stream(self, limit_bytes: int | None = None, subject: str = "body") -> AsyncGenerator[bytes, None]:
+    def stream(self, limit_bytes: int | None = None, subject: str = "body") -> AsyncGenerator[bytes, None]:
         """Yield the body in chunks, decompressed. Raises the errors of `read`; without a limit no `TooLarge`."""
         if self.content_type == FORM:
             raise InvalidRequest.at("body", "this route accepts no form; send the file or the JSON itself as the body")
-        async for chunk in self._decoded(limit_bytes, subject):
-            yield chunk
+        return self._decoded(limit_bytes, subject)
 
     async def parse(self, parser: Callable[[bytes], Parsed], body: bytes) -> Parsed:
         """Return what a parser makes of a body. A large body waits for the tenant's turn at a thread."""
@@ -185,18 +184,14 @@ class RequestBody:
             message = "is the text of a form, without the zero bytes of a file; send a file by curl --data-binary @FILE"
             raise InvalidRequest.at("body", message)
 
-    async def _decoded(self, limit_bytes: int | None, subject: str) -> AsyncGenerator[bytes, None]:
+    def _decoded(self, limit_bytes: int | None, subject: str) -> AsyncGenerator[bytes, None]:
         """Yield the body in chunks, decompressed."""
         coding = ", ".join(self._request.headers.getlist("content-encoding")).strip().lower()
         chunks = self._received(limit_bytes, subject)
-        if coding not in ("", "identity"):
-            chunks = inflate(chunks, coding, limit_bytes, subject, self.pool)
-        async for chunk in chunks:
-            yield chunk
-        await self._recheck_key()
+        return chunks if coding in ("", "identity") else inflate(chunks, coding, limit_bytes, subject, self.pool)
 
     async def _received(self, limit_bytes: int | None, subject: str) -> AsyncGenerator[bytes, None]:
-        """Yield the body in chunks as the client sent it."""
+        """Yield the body in chunks as the client sent it, and check the key again."""
         declared = self._request.headers.get("content-length", "")
         if limit_bytes is not None and declared.isdecimal() and int(declared) > limit_bytes:
             raise _too_large(subject, limit_bytes)
@@ -206,6 +201,7 @@ class RequestBody:
             if limit_bytes is not None and received > limit_bytes:
                 raise _too_large(subject, limit_bytes)
             yield chunk
+        await self._recheck_key()
 
     @asynccontextmanager
     async def form(self, limit_bytes: int) -> AsyncIterator[FormData]:

@@ -1,7 +1,7 @@
 """Parts that routes share: the caller and the body as FastAPI dependencies, parameters, and headers of replies."""
 
 import ipaddress
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Annotated
 
@@ -135,10 +135,10 @@ class LargeReply(Response):
         await send_pieces({"type": "http.response.body", "body": self.body}, send)
 
 
-def json_reply(content: BaseModel | str, status: int = 200) -> Response:
+def json_reply(content: BaseModel | str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a reply whose content is complete. FastAPI would check each entry of a long list once more."""
     text = content if isinstance(content, str) else content.model_dump_json()
-    return Response(text, status, media_type=JSON)
+    return Response(text, status, headers, JSON)
 
 
 def client_address(request: Request) -> str:
@@ -162,19 +162,21 @@ def _ip_address(host: str) -> str:
     return str(address)
 
 
-def add_batch_headers(response: Response, stats: Sequence[PassStats]) -> None:
-    """Add the headers about the forward passes that computed a reply, and record their times.
+def batch_headers(stats: Sequence[PassStats]) -> dict[str, str]:
+    """Return the headers about the forward passes that computed a reply, and record their times.
 
     For several images the headers have the largest pass and the longest times.
     """
-    response.headers["x-worker"] = stats[0].worker
-    response.headers["x-batch-images"] = str(max(s.images for s in stats))
-    response.headers["x-batch-tasks"] = str(max(s.tasks for s in stats))
     times_ms = {name: max(getattr(s, f"{name}_ms") for s in stats) for name in ("load", "queue", "compute")}
     request_context.note_times(**{name: ms / 1000 for name, ms in times_ms.items()})
     decode_s = request_context.time_s("decode")
     shown = times_ms if decode_s is None else {"decode": decode_s * 1000} | times_ms
-    response.headers["server-timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in shown.items())
+    return {
+        "x-worker": stats[0].worker,
+        "x-batch-images": str(max(s.images for s in stats)),
+        "x-batch-tasks": str(max(s.tasks for s in stats)),
+        "server-timing": ", ".join(f"{name};dur={ms:.2f}" for name, ms in shown.items()),
+    }
 
 
 async def no_options(request: Request) -> None:

@@ -1,18 +1,21 @@
-"""Route whose usual requests do not go through FastAPI's dependencies, which take a quarter of a gateway's CPU time.
+"""Middleware that answers usual requests of a route without FastAPI's routing and dependencies.
 
-A usual request has no parameters but those of `PlainRequest`, in their plainest form. FastAPI handles all others, so
-that every error of a parameter is FastAPI's.
+FastAPI would take a quarter of a gateway's CPU time. A usual request has no parameters but those of `PlainRequest`, in
+their plainest form. FastAPI handles all others, so that every error of a parameter is FastAPI's.
 """
 
 import re
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..errors import HubError
 from ..field_types import TASK_PATTERN
+from .dependencies import OPTION_HEADER_NAMES
+from .problems import error_response, route_path
 
 TASK = re.compile(TASK_PATTERN)
 # Values of these need no decoding, and FastAPI accepts them as they are.
@@ -28,17 +31,21 @@ class PlainRequest:
     version: str | None
 
 
-def plain_request(request: Request, other_headers: frozenset[bytes]) -> PlainRequest | None:
+def plain_request(scope: Scope, route: APIRoute) -> PlainRequest | None:
     """Return the parameters of a usual request; None for any other one, which FastAPI then checks.
 
     Args:
-        other_headers: names of headers, in lower case, that a usual request does not have.
+        route: its path has the parameter `task`.
     """
-    task = request.path_params["task"]
-    if not TASK.fullmatch(task) or any(name in other_headers for name, _ in request.scope["headers"]):
+    if scope["type"] != "http" or scope["method"] not in (route.methods or ()):
+        return None
+    path = route.path_regex.match(route_path(scope))
+    if path is None or not TASK.fullmatch(task := path["task"]):
+        return None
+    if any(name in OPTION_HEADER_NAMES for name, _ in scope["headers"]):
         return None
     found: dict[bytes, bytes] = {}
-    query: bytes = request.scope["query_string"]
+    query: bytes = scope["query_string"]
     for pair in query.split(b"&") if query else ():
         name, _, value = pair.partition(b"=")
         if name in found or name not in OPTIONS or not OPTIONS[name].fullmatch(value):
@@ -48,23 +55,29 @@ def plain_request(request: Request, other_headers: frozenset[bytes]) -> PlainReq
     return PlainRequest(task, None if top_k is None else int(top_k), None if version is None else version.decode())
 
 
-def plain_route(
-    answer: Callable[[Request, PlainRequest], Awaitable[Response]], other_headers: frozenset[bytes]
-) -> type[APIRoute]:
-    """Return the class of a route whose usual requests `answer` handles. FastAPI handles all others.
+class PlainRouteMiddleware:
+    """ASGI middleware that answers the usual requests of one route. The application gets all others."""
 
-    Args:
-        other_headers: see `plain_request`.
-    """
+    def __init__(
+        self, app: ASGIApp, *, route: APIRoute, answer: Callable[[Request, PlainRequest], Awaitable[Response]]
+    ) -> None:
+        """
+        Args:
+            route: FastAPI's; see `plain_request`.
+            answer: returns the reply of `route`, or raises one of the hub's errors.
+        """
+        self._app = app
+        self._route = route
+        self._answer = answer
 
-    class PlainRoute(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            by_fastapi = super().get_route_handler()
-
-            async def handle(request: Request) -> Response:
-                plain = plain_request(request, other_headers)
-                return await (by_fastapi(request) if plain is None else answer(request, plain))
-
-            return handle
-
-    return PlainRoute
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        plain = plain_request(scope, self._route)
+        if plain is None:
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = self._route  # as Starlette's router sets it; traces have its path
+        try:
+            response = await self._answer(Request(scope, receive, send), plain)
+        except HubError as error:
+            response = error_response(error, scope)
+        await response(scope, receive, send)

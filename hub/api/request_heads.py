@@ -75,6 +75,8 @@ def _refusal(scope: Scope) -> Response | None:
 
 def _repeated(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, int]:
     """Return how often the request has each header of `SINGLE_HEADERS` that it has more than once."""
+    if len({name.lower() for name, _ in headers}) == len(headers):
+        return {}
     counts = Counter(name.decode("latin-1").lower() for name, _ in headers)
     return {name: counts[name] for name in SINGLE_HEADERS if counts[name] > 1}
 

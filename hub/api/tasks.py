@@ -4,6 +4,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.routing import APIRoute
 
 from ..admin_schemas import NewToken, TokenRequest
 from ..admission.authentication import Authenticator, Caller
@@ -38,7 +39,6 @@ from ..services.registration import RegistrationService
 from .base64_images import NamedImage, decode_base64
 from .bodies import FORM, JSON, RequestBody, parse_json
 from .dependencies import (
-    OPTION_HEADER_NAMES,
     TOP_K,
     AliasName,
     CallerDependencies,
@@ -51,12 +51,12 @@ from .dependencies import (
     TopK,
     VersionNumber,
     VersionReference,
-    add_batch_headers,
+    batch_headers,
     json_reply,
     no_options,
 )
 from .openapi import BINARY, OCTETS, request_body, schema_of
-from .plain_route import PlainRequest, plain_route
+from .plain_route import PlainRequest, PlainRouteMiddleware
 from .problems import NUMBER_PATTERN, TASKS_CURSOR_PATTERN
 
 IMAGES_CONTENT: dict[str, Any] = {
@@ -312,11 +312,10 @@ def add_classify_routes(
             version = body.option("version", version, sent.options.version)
             coverage = body.option("coverage", coverage, sent.options.coverage)
             found, stats = await service.classify(caller, task, version, sent.images, top_k, canary, coverage)
-        reply = Response(found.model_dump_json(), media_type=JSON)
-        add_batch_headers(reply, stats)
+        headers = batch_headers(stats)
         if sent.skipped:
-            reply.headers["x-skipped-files"] = str(sent.skipped)
-        return reply
+            headers["x-skipped-files"] = str(sent.skipped)
+        return Response(found.model_dump_json(), headers=headers, media_type=JSON)
 
     async def plain(request: Request, given: PlainRequest) -> Response:
         caller, body = await dependencies.plain(request)
@@ -340,8 +339,9 @@ def add_classify_routes(
         summary="Classify images with one task",
         response_model=Classified,
         openapi_extra=request_body(IMAGES_CONTENT),
-        route_class_override=plain_route(plain, OPTION_HEADER_NAMES),
     )
+    route = next(route for route in api.routes if isinstance(route, APIRoute) and route.endpoint is classify)
+    api.add_middleware(PlainRouteMiddleware, route=route, answer=plain)
 
     # FastAPI would check a thousand results once more.
     @api.post(
@@ -366,9 +366,7 @@ def add_classify_routes(
             else:
                 found, stats = await service.classify_inputs(caller, sent.inputs, images, top_k, canary, coverage)
                 results = Results(results=found)
-        reply = json_reply(results)
-        add_batch_headers(reply, stats)
-        return reply
+        return json_reply(results, headers=batch_headers(stats))
 
 
 def _parse_inputs(body: bytes) -> tuple[InputsBody | TasksBody, list[NamedImage]]:

@@ -1,6 +1,7 @@
 """Answers to the images of a call, as the parts of a reply."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..registry.versions import ServedVersion
 from ..schemas import Result
@@ -24,13 +25,13 @@ class Predicted:
     threshold: float | None
     kept: list[str | None] | None = None
 
-    @property
+    @cached_property
     def typicality(self) -> list[float] | None:
         """Typicality of each image; None if the adapter has none."""
         found = [answer.typicality for answer in self.answers if answer.typicality is not None]
         return found if len(found) == len(self.answers) else None
 
-    @property
+    @cached_property
     def unknown(self) -> list[bool] | None:
         """Whether each image is unknown; None if the adapter has no typicality."""
         return None if self.typicality is None else [found < self.unknown_below for found in self.typicality]

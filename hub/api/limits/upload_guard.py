@@ -23,6 +23,7 @@ from ..security_headers import DISCONNECT_HEADER
 READ_AHEAD_BYTES = 1024**2
 BODY_MEMORY_BYTES = 1024**3  # of all tenants in one gateway
 BODY_BURST_S = 0.125  # bytes of this time are read without a pause, after a time without bodies
+ROUTE_READS_S = 0.05  # after it a request has a task that reads ahead and notices a disconnected client
 BODY = "karst_hub.body"  # key in the ASGI scope
 
 
@@ -142,37 +143,61 @@ class UploadGuardMiddleware:
         if scope["type"] != "http" or not announces_body(scope["headers"]):
             await self._app(scope, receive, send)
             return
-        started = finished = False
+        request = asyncio.current_task()
+        assert request is not None
+        others = request.cancelling()
+        started = is_over = is_cancelled = False
+        ends: list[Exception | None] = []  # why the request ends early; None: the client has disconnected
 
         async def observed_send(message: Message) -> None:
-            nonlocal started, finished
+            nonlocal started, is_over
             started = True
-            finished = message["type"] == "http.response.body" and not message.get("more_body", False)
+            is_over = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
+
+        def end(reason: Exception | None) -> None:
+            nonlocal is_cancelled
+            if not is_over:
+                ends.append(reason)
+                is_cancelled = request.cancel()
 
         pauses = self._behind_haproxy and Headers(scope=scope).get(DISCONNECT_HEADER) == "?1"
         body = _Body(
-            receive, self._memory, self._pace, self._route_keeps_bytes, self._read_ahead_bytes if pauses else None
+            receive,
+            self._memory,
+            self._pace,
+            self._route_keeps_bytes,
+            self._read_ahead_bytes if pauses else None,
+            self._speed,
+            end,
         )
         scope[BODY] = body
-        upload = asyncio.create_task(body.read(self._speed))
-        reply = asyncio.create_task(_run(self._app, scope, body.receive, observed_send))
+        timer = asyncio.get_running_loop().call_later(ROUTE_READS_S, body.start_reading)
         try:
-            await asyncio.wait((upload, reply), return_when=asyncio.FIRST_COMPLETED)
-            if reply.done() or finished:
-                await reply
-            else:
-                await upload  # raises the refusal; without one the client has disconnected
+            await self._app(scope, body.receive, observed_send)
         except HubError as error:
-            await _cancel(reply)
-            if not started:
-                await error_response(error, scope, close=True)(scope, receive, send)
+            ends.append(error)
+        except asyncio.CancelledError:
+            if not ends:
+                raise
         finally:
+            is_over = True  # before the first `await`: nothing ends the request any more
+            if is_cancelled:
+                request.uncancel()
+            timer.cancel()
             try:
-                await _cancel(upload)
-                await _cancel(reply)
+                await body.stop_reading()
             finally:  # runs also if this request is cancelled a second time; otherwise its bytes would stay counted
                 body.release()
+        if not ends:
+            return
+        if request.cancelling() > others:  # the server has cancelled the request too
+            raise asyncio.CancelledError
+        if isinstance(ends[0], HubError):
+            if not started:
+                await error_response(ends[0], scope, close=True)(scope, receive, send)
+        elif ends[0] is not None:
+            raise ends[0]
 
 
 def claim_body(scope: Scope, tenant: str) -> None:
@@ -186,7 +211,11 @@ def claim_body(scope: Scope, tenant: str) -> None:
 
 
 class _Body:
-    """Body of one request between server and application; its bytes count until the request ends."""
+    """Body of one request between server and application; its bytes count until the request ends.
+
+    The route receives the parts that come in the first `ROUTE_READS_S`. From then on a task reads ahead of the route,
+    and notices when the client disconnects: most requests end earlier and do without this task.
+    """
 
     def __init__(
         self,
@@ -195,54 +224,89 @@ class _Body:
         pace: BodyPace,
         route_keeps_bytes: int,
         read_ahead_bytes: int | None,
+        speed: UploadSpeed,
+        end: Callable[[Exception | None], None],
     ) -> None:
         self._receive = receive
         self._memory = memory
         self._pace = pace
         self._route_keeps_bytes = route_keeps_bytes
         self._read_ahead_bytes = read_ahead_bytes  # None: the proxy holds the body in memory anyway
-        self._messages: asyncio.Queue[Message] = asyncio.Queue()
+        self._speed = speed
+        self._end = end  # ends the request, with the reason
+        self._reader: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()  # of the route and the reader at the server's `receive`
+        self._messages: asyncio.Queue[Message] = asyncio.Queue()  # that the reader has received
         self._wanted = asyncio.Event()
         self._taken = asyncio.Event()
+        self._is_whole = False
+        self._part_bytes = 0  # of the last part
+        self._started_s = 0.0
         self._unread_bytes = self._read_bytes = 0
         self._tenant = ""  # unknown until the key is checked
         self._counted_bytes = 0
 
-    async def read(self, speed: UploadSpeed) -> None:
-        """Receive the body once it is claimed, then wait until the client disconnects.
+    def start_reading(self) -> None:
+        """Start the task that reads ahead of the route, and that ends the request early."""
+        self._reader = asyncio.get_running_loop().create_task(self._read())
+
+    async def stop_reading(self) -> None:
+        """End that task."""
+        if self._reader is not None and not self._reader.done():
+            self._reader.cancel()
+            await asyncio.wait((self._reader,))
+
+    async def _read(self) -> None:
+        try:
+            await self._read_until_disconnect()
+        except Exception as error:
+            self._end(error)
+        else:
+            self._end(None)
+
+    async def _read_until_disconnect(self) -> None:
+        """Receive the body once it is claimed, then wait until the client disconnects. Raises the errors of `_next`."""
+        await self._wanted.wait()
+        while not self._is_whole:
+            await self._wait_for_route()
+            async with self._turn:
+                if self._is_whole:  # the route has received the last part meanwhile
+                    continue
+                message = await self._next()
+            if message is None:
+                return
+            self._messages.put_nowait(message)
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def _next(self) -> Message | None:
+        """Receive the next part; None if the client has disconnected.
 
         Raises:
-            RequestTimeout: the upload is slower than `speed`.
+            RequestTimeout: the upload is slower than it may be.
             LimitReached, Unavailable: no memory for more of the body.
         """
         clock = asyncio.get_running_loop().time
-        await self._wanted.wait()
-        start = clock()
-        more, size = True, 0
-        while more:
-            pause_start = clock()
-            if pause_s := self._pace.pause_s(self._tenant, size):
-                await asyncio.sleep(pause_s)
-            await self._wait_for_route()
-            start += clock() - pause_start  # otherwise a slow route would count as a slow client
-            received = self._unread_bytes + self._read_bytes
-            idle, slow = clock() + speed.idle_s, start + speed.grace_s + received / speed.bytes_per_s
-            try:
-                async with asyncio.timeout_at(min(idle, slow)):
-                    message = await self._receive()
-            except TimeoutError:
-                too_slow = f"under {speed.bytes_per_s:g} bytes per second"
-                reason = f"no data for {speed.idle_s:g} s" if idle < slow else too_slow
-                raise RequestTimeout(f"The request body is too slow: {reason}, after {received} bytes.") from None
-            if message["type"] == "http.disconnect":
-                return
-            size = len(message.get("body", b""))
-            self._unread_bytes += size
-            self._count()
-            self._messages.put_nowait(message)
-            more = message.get("more_body", False)
-        while (message := await self._receive())["type"] != "http.disconnect":
-            pass
+        if pause_s := self._pace.pause_s(self._tenant, self._part_bytes):
+            await asyncio.sleep(pause_s)
+            self._started_s += pause_s
+        received, speed = self._unread_bytes + self._read_bytes, self._speed
+        idle_s = clock() + speed.idle_s
+        slow_s = self._started_s + speed.grace_s + received / speed.bytes_per_s
+        try:
+            async with asyncio.timeout_at(min(idle_s, slow_s)):
+                message = await self._receive()
+        except TimeoutError:
+            too_slow = f"under {speed.bytes_per_s:g} bytes per second"
+            reason = f"no data for {speed.idle_s:g} s" if idle_s < slow_s else too_slow
+            raise RequestTimeout(f"The request body is too slow: {reason}, after {received} bytes.") from None
+        if message["type"] == "http.disconnect":
+            return None
+        self._is_whole = not message.get("more_body", False)
+        self._part_bytes = len(message.get("body", b""))
+        self._unread_bytes += self._part_bytes
+        self._count()
+        return message
 
     async def receive(self) -> Message:
         """Return the body's next part to the route.
@@ -250,8 +314,16 @@ class _Body:
         A disconnect is never returned, because the guard cancels the route instead. Starlette would raise an error for
         it, which counts and is logged as an error of the hub.
         """
-        self._wanted.set()
-        message = await self._messages.get()
+        self._want()
+        if self._reader is None and not self._is_whole:
+            async with self._turn:
+                message = await self._next()
+            if message is None:
+                self._end(None)
+                await asyncio.Event().wait()  # until the guard has cancelled the route
+                raise AssertionError
+        else:
+            message = await self._messages.get()
         size = len(message.get("body", b""))
         self._unread_bytes, self._read_bytes = self._unread_bytes - size, self._read_bytes + size
         self._count()
@@ -259,7 +331,7 @@ class _Body:
         return message
 
     def claim(self, tenant: str) -> None:
-        self._wanted.set()
+        self._want()
         self.release()
         self._tenant = tenant
         self._count()
@@ -268,27 +340,22 @@ class _Body:
         self._memory.change(self._tenant, -self._counted_bytes)
         self._counted_bytes = 0
 
+    def _want(self) -> None:
+        if not self._wanted.is_set():
+            self._wanted.set()
+            self._started_s = asyncio.get_running_loop().time()
+
     async def _wait_for_route(self) -> None:
         """Pause the upload while the route has more than `read_ahead_bytes` to read."""
+        clock = asyncio.get_running_loop().time
+        began_s = clock()
         while self._read_ahead_bytes is not None and self._unread_bytes > self._read_ahead_bytes:
             self._taken.clear()
             await self._taken.wait()
+        self._started_s += clock() - began_s  # otherwise a slow route would count as a slow client
 
     def _count(self) -> None:
         """Count unread bytes, and as many read bytes as the route may have kept."""
         size = self._unread_bytes + min(self._read_bytes, self._route_keeps_bytes)
         self._memory.change(self._tenant, size - self._counted_bytes)
         self._counted_bytes = size
-
-
-async def _run(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    await app(scope, receive, send)
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    """Cancel a running task and wait for its end. Its result and its exception are dropped."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait((task,))
-    if not task.cancelled():
-        task.exception()  # otherwise asyncio logs that the exception was never retrieved

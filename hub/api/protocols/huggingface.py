@@ -12,7 +12,7 @@ from ...schemas import LATEST, Prediction
 from ...services.classification import ClassificationService
 from ..base64_images import NamedImage, decode_base64
 from ..bodies import JSON, RequestBody, parse_json
-from ..dependencies import CallerDependencies, CanaryKey, QueryVersion, TaskName, TopK, add_batch_headers
+from ..dependencies import CallerDependencies, CanaryKey, QueryVersion, TaskName, TopK, batch_headers
 from ..openapi import BINARY, OCTETS, request_body, schema_of
 
 MAX_JSON_VALUES = 100
@@ -80,7 +80,7 @@ def add_huggingface_routes(
             else:
                 image = await body.read_image(max_request_bytes)
             classified, stats = await service.classify(caller, task, version, [image], top_k, canary)
-        add_batch_headers(response, stats)
+        response.headers.update(batch_headers(stats))
         return classified.predictions[0]
 
 

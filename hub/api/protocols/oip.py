@@ -15,7 +15,7 @@ from ...schemas import LATEST
 from ...services.classification import ClassificationService
 from ..bodies import INLINE_BYTES, JSON, RequestBody, parse_json
 from ..bodies import MAX_JSON_VALUES as OTHER_JSON_VALUES
-from ..dependencies import JSON_LENGTH_HEADER, CallerDependencies, CanaryKey, TaskName, add_batch_headers, no_options
+from ..dependencies import JSON_LENGTH_HEADER, CallerDependencies, CanaryKey, TaskName, batch_headers, no_options
 from ..openapi import BINARY, OCTETS, request_body, schema_of
 from .json_numbers import split_numbers
 from .oip_sizes import require_small_outputs
@@ -165,7 +165,7 @@ def _add_infer_routes(
         response = Response(content, media_type=JSON if length is None else OCTETS)
         if length is not None:
             response.headers[JSON_LENGTH_HEADER] = str(length)
-        add_batch_headers(response, [answer.computed for answer in predicted.answers])
+        response.headers.update(batch_headers([answer.computed for answer in predicted.answers]))
         return response
 
 

@@ -1,19 +1,19 @@
 """Classifications that pass FastAPI's dependencies by get the replies of those that do not."""
 
-from typing import Any
-
 import pytest
-from fastapi import Request
+from fastapi.routing import APIRoute
 
-from hub.api.dependencies import OPTION_HEADER_NAMES
 from hub.api.plain_route import PlainRequest, plain_request
 from tests.support.hub_app import OCTETS, Hub
 from tests.support.models import png
 
+ROUTE = APIRoute("/v1/tasks/{task}/classify", lambda: None, methods=["POST"])
+
 
 def given(query: bytes = b"", task: str = "flowers", *headers: tuple[bytes, bytes]) -> PlainRequest | None:
-    scope: dict[str, Any] = {"type": "http", "query_string": query, "headers": list(headers)}
-    return plain_request(Request(scope | {"path_params": {"task": task}}), OPTION_HEADER_NAMES)
+    path = f"/v1/tasks/{task}/classify"
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": query, "headers": list(headers)}
+    return plain_request(scope, ROUTE)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,18 @@ def test_both_ways_give_the_same_reply(flowers: Hub, key: str, task: str, status
     first, second = (reply.json() for reply in replies)
     assert first == second
     assert [*replies[0].headers] == [*replies[1].headers]
+
+
+@pytest.mark.parametrize(
+    "scope", [{"type": "websocket"}, {"method": "GET"}, {"path": "/v1/tasks"}, {"path": "/v1/tasks/a/b/classify"}]
+)
+def test_fastapi_handles_every_other_path_and_method(scope: dict[str, str]) -> None:
+    plain = {"type": "http", "method": "POST", "path": "/v1/tasks/a/classify", "query_string": b"", "headers": []}
+    assert plain_request(plain, ROUTE) is not None
+    assert plain_request(plain | scope, ROUTE) is None
+
+
+def test_the_path_is_below_the_prefix_of_the_application() -> None:
+    scope = {"type": "http", "method": "POST", "path": "/hub/v1/tasks/a/classify", "query_string": b"", "headers": []}
+    assert plain_request(scope | {"root_path": "/hub"}, ROUTE) == PlainRequest("a", None, None)
+    assert plain_request(scope, ROUTE) is None

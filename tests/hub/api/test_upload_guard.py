@@ -11,6 +11,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from hub.api.limits.upload_guard import (
+    ROUTE_READS_S,
     BodyMemory,
     BodyPace,
     UploadGuardMiddleware,
@@ -144,7 +145,7 @@ def test_a_route_receives_the_whole_body(headers: dict[str, str]) -> None:
 @pytest.mark.parametrize("path", ["/v1/classify", "/v2/models/a/infer"])
 def test_an_upload_that_stops_gets_408_wherever_the_route_waits(handler: Handler, path: str) -> None:
     server = Server(b"abc", 1000.0, b"never received", path=path)
-    assert virtual_time.run(handle(server, handler)) == 10
+    assert virtual_time.run(handle(server, handler)) == pytest.approx(10, abs=2 * ROUTE_READS_S)
     assert server.status == 408
     assert server.headers[b"connection"] == b"close"
     assert server.headers[b"content-type"] == b"application/problem+json"
@@ -205,6 +206,55 @@ def test_an_upload_is_paused_only_behind_haproxy(headers: dict[str, str], behind
         assert task.cancelled()
 
     virtual_time.run(use())
+
+
+def test_a_route_keeps_the_body_that_arrives_while_the_reader_starts() -> None:
+    """The route waits for the last part when the task that reads ahead takes over, and then works for a long time."""
+
+    async def slow(request: Request) -> Response:
+        body = await request.body()
+        await asyncio.sleep(1000)
+        return Response(body)
+
+    for steps in ((2 * ROUTE_READS_S, b"abc"), (b"ab", 2 * ROUTE_READS_S, b"c")):
+        server = Server(*steps)
+        virtual_time.run(handle(server, slow))
+        assert (server.status, server.body) == (200, b"abc")
+
+
+def test_a_request_that_the_server_cancels_too_stays_cancelled() -> None:
+    async def use() -> None:
+        server = Server(b"abc", DISCONNECT)
+
+        async def slow_end(request: Request) -> Response:
+            claim_body(request.scope, "tenant")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(10)  # the client has disconnected
+            raise AssertionError
+
+        task = asyncio.create_task(called(guard(slow_end), server))
+        await asyncio.sleep(1)
+        task.cancel()
+        await asyncio.wait((task,))
+        assert task.cancelled()
+
+    virtual_time.run(use())
+
+
+def test_a_short_request_needs_no_task() -> None:
+    """A task of its own for each request would take a twentieth of a gateway's time."""
+    tasks = []
+
+    async def work(request: Request) -> Response:
+        body = await request.body()
+        tasks.append(len(asyncio.all_tasks()))
+        return Response(body)
+
+    server = Server(b"abc")
+    virtual_time.run(handle(server, work))
+    assert (server.body, tasks) == (b"abc", [1])
 
 
 @pytest.mark.parametrize("headers", [STOCK_PROXY, HAPROXY])
