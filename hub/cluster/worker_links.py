@@ -2,8 +2,8 @@
 
 A send through Serve's handle costs a gateway and a worker about a millisecond each, with one image or with many. A link
 sends at once while the worker has nothing of this gateway. Calls that come meanwhile leave together with the worker's
-next answer, and after `PAUSE_S` at most. Each call keeps its own answer, error, cancellation and retry: the worker
-streams the answers to a send, each as soon as it is there.
+next answer, or after a few tens of milliseconds. Each call keeps its own answer, error, cancellation and retry: the
+worker streams the answers to a send, each as soon as it is there.
 """
 
 import asyncio
@@ -27,6 +27,9 @@ from .rendezvous import KnownWorkers
 from .request_router import PINNED
 
 PAUSE_S = 0.01  # between two sends to a worker that has not answered: a tenth of a core of each at most
+# While the worker is busy, a call waits for others: for this share of the time that an answer takes, within a limit.
+WAIT_SHARE = 0.25
+LONGEST_WAIT_S = 0.025
 REPORT_S = 10.0  # a worker's own count of calls is used for this long
 DEAD_S = 5.0  # a worker whose call failed gets no calls for this long; Serve's controller needs about as long
 
@@ -79,6 +82,7 @@ class _Send:
     """Calls that left together."""
 
     calls: dict[str, _Call]  # without an answer
+    at_s: float = field(default_factory=time.monotonic)
     response: Any = None  # Serve's; its `cancel` ends all calls
 
     @property
@@ -122,6 +126,7 @@ class WorkerLink:
         self._cancelled: list[str] = []  # calls that the worker may drop
         self._report = _Report()
         self._sent_at_s = 0.0
+        self._answer_s = 0.0  # from a send to an answer, lately
         self._timer: asyncio.TimerHandle | None = None
         self._is_due = False  # the waiting calls leave in this round of the event loop
         self._tasks: set[asyncio.Task[None]] = set()
@@ -158,12 +163,15 @@ class WorkerLink:
             raise
 
     def _plan(self, *, answered: bool = False) -> None:
-        """Send the waiting calls: at once if the worker has nothing or has just answered, else after the pause."""
+        """Send the waiting calls: at once if the worker has nothing or has just answered, else when more have come."""
         if not self._waiting or self._is_due:
             return
-        pause_s = self._sent_at_s + PAUSE_S - time.monotonic() if self._sends and not answered else 0.0
-        if pause_s > 0 and self._timer is not None:
-            return
+        pause_s = 0.0
+        if self._sends and not answered:
+            if self._timer is not None:
+                return
+            wait_s = min(WAIT_SHARE * self._answer_s, LONGEST_WAIT_S)
+            pause_s = max(wait_s, self._sent_at_s + PAUSE_S - time.monotonic())
         if self._timer is not None:
             self._timer.cancel()
         # In a context of its own: Serve would cancel the send with the HTTP request whose context it has.
@@ -227,12 +235,14 @@ class WorkerLink:
         (call,) = send.calls.values()
         send.response = self._one.remote(*call.arguments)
         answer = await send.response
+        self._note_time(send)
         if not call.answer.done():
             call.answer.set_result(answer)
 
     async def _run_together(self, send: _Send) -> None:
         send.response = self._many.remote({call.id: call.arguments for call in send.calls.values()})
         async for calls_here, answers in send.response:
+            self._note_time(send)
             for id, answer in answers.items():
                 call = send.calls.pop(id)
                 if call.answer.done():
@@ -246,6 +256,9 @@ class WorkerLink:
             self._plan(answered=True)
         if not send.is_over:
             raise WorkerDied("The worker stopped before it had answered. Try again.", retry_after_s=5)
+
+    def _note_time(self, send: _Send) -> None:
+        self._answer_s += (time.monotonic() - send.at_s - self._answer_s) / 4
 
     def _fail(self, send: _Send, error: Exception) -> None:
         for call in send.calls.values():

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -143,8 +144,7 @@ class UploadGuardMiddleware:
         if scope["type"] != "http" or not announces_body(scope["headers"]):
             await self._app(scope, receive, send)
             return
-        request = asyncio.current_task()
-        assert request is not None
+        request = cast("asyncio.Task[Any]", asyncio.current_task())
         others = request.cancelling()
         started = is_over = is_cancelled = False
         ends: list[Exception | None] = []  # why the request ends early; None: the client has disconnected

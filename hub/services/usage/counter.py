@@ -90,18 +90,21 @@ class UsageCounter:
         await repeat(self.write, WRITE_S, "writing counts of answers", logging.DEBUG)
 
     async def write(self) -> None:
-        """Write all counts.
+        """Write the counts of all answers until now.
 
         Raises:
             Unavailable: Redis does not answer; the counts wait for the next call.
         """
         async with self._writing:
-            while self._calls or self._days:
-                if not self._calls:
-                    self._calls.extend(self._numbered())
-                number, days = self._calls[0]
-                await self._registry.add(self._gateway, number, days)
-                self._calls.popleft()
+            await self._write_calls()
+            self._calls.extend(self._numbered())  # once: under load further answers come during each write
+            await self._write_calls()
+
+    async def _write_calls(self) -> None:
+        while self._calls:
+            number, days = self._calls[0]
+            await self._registry.add(self._gateway, number, days)
+            self._calls.popleft()
 
     def _numbered(self) -> Iterator[tuple[int, Mapping[DayName, UsageDay]]]:
         """Yield the counts in calls of a limited size. New counts begin with zero."""

@@ -158,6 +158,34 @@ def test_a_call_leaves_beside_one_that_takes_long_when_the_pause_has_passed(monk
     run(use)
 
 
+def test_calls_wait_for_each_other_when_the_worker_takes_long_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A send costs more than a call; a busy worker would only queue the first of them."""
+    monkeypatch.setattr(worker_links, "PAUSE_S", 0.0)
+    monkeypatch.setattr(worker_links, "WAIT_SHARE", 100.0)
+    monkeypatch.setattr(worker_links, "LONGEST_WAIT_S", 0.3)
+
+    async def use(deployment: Deployment, workers: ServeWorkers) -> None:
+        first = start(workers, "d")
+        ((_, _, _, response),) = await deployment.next()
+        await asyncio.sleep(0.02)
+        response.items.put_nowait(["first"])
+        await first
+        slow = start(workers, "d")
+        await deployment.next()
+        calls = [start(workers, "d")]
+        await asyncio.sleep(0.02)
+        calls.append(start(workers, "d"))
+        ((method, argument, _, response),) = await deployment.next()
+        assert (method, len(argument)) == ("answer_together", 2)
+        response.items.put_nowait((1, {id: [id] for id in argument}))
+        response.items.put_nowait(None)
+        assert [await call for call in calls] == [[id] for id in argument]
+        assert not slow.done()
+        slow.cancel()
+
+    run(use)
+
+
 def test_calls_of_one_round_of_the_event_loop_leave_together() -> None:
     async def use(deployment: Deployment, workers: ServeWorkers) -> None:
         calls = [start(workers, "d") for _ in range(4)]

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +77,32 @@ def test_a_gateways_counts_reach_redis_once_though_a_reply_is_lost(empty_redis: 
         found = parsed(await registry.read("acme", "t", [today()]))[today()]
         assert (found.v["1"].n, found.k, found.c, found.r) == (7, 1, 2, 3)
         assert found.v["1"].l == {f"{0:0200d}": 4, f"{1:0200d}": 3}
+
+    in_registry(empty_redis, use)
+
+
+def test_a_write_ends_though_answers_come_during_it(empty_redis: str) -> None:
+    """Otherwise a gateway under load would write to Redis without a pause."""
+
+    async def use(connection: RegistryConnection) -> None:
+        await add_tasks(connection, "t")
+        writes = 0
+
+        class BesideAnswers(UsageRegistry):
+            async def add(self, *call: Any) -> None:
+                nonlocal writes
+                await super().add(*call)
+                writes += 1
+                counter.answered("acme", "t", predicted(["a"], [0]))
+
+        registry = BesideAnswers(connection)
+        counter = UsageCounter(registry)
+        counter.answered("acme", "t", predicted(["a"], [0]))
+        for number in (1, 2):
+            async with asyncio.timeout(5):
+                await counter.write()
+            assert writes == number
+            assert parsed(await registry.read("acme", "t", [today()]))[today()].v["1"].n == number
 
     in_registry(empty_redis, use)
 
