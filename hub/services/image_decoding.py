@@ -28,12 +28,6 @@ SLOW_S = 0.25  # photos of cameras take less
 # A JPEG scan costs the sender a few bytes and the decoder a pass over the whole image: 10 MB of scans would take hours.
 # Cameras and libraries write about ten.
 MAX_JPEG_SCANS = 100
-SCAN = b"\xff\xda"  # start of a JPEG's scan
-# An image is quick within these limits. Its decode takes the event loop as long as giving it to a thread and taking the
-# pixels back, about 0.1 ms, and a third of the CPU time: a thread and the event loop wait for each other.
-QUICK_PIXELS = 2 * 64**2  # of the image and of the adapter's input, together
-QUICK_BYTES = 16 * 1024
-QUICK_SCANS = 10  # of a JPEG
 # Starts of files whose size may need more than a look at their first bytes: TIFF, GIF, JPEG, PNG, WebP, BMP.
 PARSED_FORMATS = (b"II", b"MM", b"GIF8", b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM")
 BOX = b"ftyp"  # at byte 4 of an AVIF or a HEIC
@@ -46,8 +40,6 @@ T = TypeVar("T")
 
 class ImageDecoder:
     """Decoder of images in a thread pool, within a hub's size limits, in turns that are fair by megapixels.
-
-    The event loop decodes quick images itself, one in each of its rounds.
 
     An image counts as one for each `PIXELS_PER_IMAGE` begun. An image that counts as more than one is large. Processes
     of low priority decode large images and those of datasets, on the tenant's share of the cores beside other active
@@ -68,7 +60,6 @@ class ImageDecoder:
         spare_threads: int = 0,
         timeout_s: float = DECODE_TIMEOUT_S,
         decode: Decode = decode_image,
-        quick_pixels: int = QUICK_PIXELS,
         processes: DecodeProcesses | None = None,
     ) -> None:
         """
@@ -85,7 +76,6 @@ class ImageDecoder:
                 keeps its thread and its tenant's share until it ends, and a spare thread replaces it for others.
             timeout_s: time limit of one decode.
             decode: function that decodes, with the arguments of `adapters.data.images.decode_image`.
-            quick_pixels: pixels of a quick image and its adapter's input.
             processes: decode large images and those of datasets while a thread of low priority waits; None: the thread
                 decodes.
         """
@@ -105,8 +95,6 @@ class ImageDecoder:
         self._spare_threads = spare_threads
         self._timeout_s = timeout_s
         self._decode_image = decode
-        self._quick_pixels = quick_pixels
-        self._rounds = TenantTurns(1, 1)
         self._processes = processes
         self._running = 0
 
@@ -157,9 +145,6 @@ class ImageDecoder:
             InvalidImage: an image cannot be decoded or takes too long, or pixels do not fit the adapter.
         """
         self._active.note(tenant)
-        quick = [(field, image, pre) for field, image, pre in images if not of_dataset and self._is_quick(image, pre)]
-        if len(quick) == len(images):
-            return [await self._decode_in_round(tenant, *image) for image in quick]
         calls = [self._one(tenant, *image, size, of_dataset) for image, size in zip(images, sizes, strict=True)]
         if len(calls) == 1:  # the usual call needs no task
             return [await calls[0]]
@@ -170,19 +155,6 @@ class ImageDecoder:
             for decode in decodes:
                 decode.cancel()
             await asyncio.gather(*decodes, return_exceptions=True)
-
-    def _is_quick(self, image: bytes | np.ndarray, preprocess: Preprocess) -> TypeGuard[bytes]:
-        if isinstance(image, np.ndarray) or len(image) > min(QUICK_BYTES, self._max_bytes):
-            return False
-        _, height, width = preprocess["input_size"]
-        pixels = header_pixels(image) or self._quick_pixels
-        return pixels + height * width <= self._quick_pixels and image.count(SCAN) <= QUICK_SCANS
-
-    async def _decode_in_round(self, tenant: str, field: str, image: bytes, preprocess: Preprocess) -> np.ndarray:
-        """Decode a quick image in the event loop; the next one of any call waits for the loop's next round."""
-        await self._rounds.acquire(tenant)
-        asyncio.get_running_loop().call_soon(self._rounds.release, tenant)
-        return self._decode(field, image, self._quick_pixels, False, preprocess)
 
     def _share(self, tenant: str, *, alone: int) -> int:
         """Return how many images of low priority a tenant decodes at the same time.
@@ -333,7 +305,7 @@ class ImageDecoder:
         """
         options["max_pixels"] = min(self._max_pixels, counted_pixels)
         try:
-            if data.startswith(b"\xff\xd8") and data.count(SCAN) > MAX_JPEG_SCANS:
+            if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
                 raise ImageError(f"the JPEG has more than {MAX_JPEG_SCANS} scans; save it in a simpler form")
             if self._processes is None or resize is None or not apart:
                 return self._decode_image(data, **options)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,10 @@ from hub.admission.quotas import BYTES_PER_IMAGE
 from hub.concurrency import LOW_PRIORITY, REST_RATIO, ActiveTenants, TenantThreads, lower_priority
 from hub.errors import InvalidImage, TooLarge
 from hub.services.decode_processes import DecodeProcesses
-from hub.services.image_decoding import MAX_JPEG_SCANS, QUICK_BYTES, QUICK_PIXELS, QUICK_SCANS, ImageDecoder
+from hub.services.image_decoding import MAX_JPEG_SCANS, ImageDecoder
 from tests.support.models import PREPROCESS, bomb_png, encoded, png
 
 SLOW = b"slow"
-
-
-def jpeg(side: int) -> bytes:
-    return encoded(Image.new("RGB", (side, side), (9, 99, 199)), "JPEG")
 
 
 class SlowDecode:
@@ -63,8 +59,7 @@ def slow() -> Iterator[SlowDecode]:
 def decoder(threads: int = 2, spare_threads: int = 0, **options: Any) -> Iterator[ImageDecoder]:
     count = threads + spare_threads
     with ThreadPoolExecutor(count) as executor, ThreadPoolExecutor(count, initializer=lower_priority) as large:
-        limits: dict[str, Any] = {"max_bytes": 100_000, "max_pixels": 1_000_000, "timeout_s": 0.2, "quick_pixels": 0}
-        limits |= options
+        limits: dict[str, Any] = {"max_bytes": 100_000, "max_pixels": 1_000_000, "timeout_s": 0.2} | options
         counts: dict[str, Any] = {"threads": threads, "cores": threads, "spare_threads": spare_threads}
         yield ImageDecoder(executor, large, TenantThreads(executor, 1, 1), ActiveTenants(), **counts, **limits)
 
@@ -443,72 +438,5 @@ def test_a_jpeg_or_avif_of_many_bytes_counts_more_than_by_its_pixels() -> None:
             for kind, size in {"JPEG": 3, "AVIF": 3, "PNG": 1, "BMP": 1}.items():
                 files = [encoded(small, kind), encoded(small, kind) + bytes(2 * BYTES_PER_IMAGE)]
                 assert await images.sizes("a", files) == [1, size], kind
-
-    run(use)
-
-
-def test_the_event_loop_decodes_small_images_one_in_each_round() -> None:
-    threads: list[str] = []
-    rounds: list[int] = []
-    now = 0
-
-    def decode(data: bytes, **options: Any) -> Any:
-        threads.append(threading.current_thread().name)
-        rounds.append(now)
-        return decode_image(data, **options)
-
-    async def use() -> None:
-        nonlocal now
-        with decoder(decode=decode, quick_pixels=QUICK_PIXELS) as images:
-            calls = [several(images, tenant, [("body", png(), PREPROCESS)] * 3) for tenant in ("a", "b", "c")]
-            tasks = [asyncio.create_task(call) for call in calls]
-            while not all(task.done() for task in tasks):
-                await asyncio.sleep(0)
-                now += 1
-            found = [pixels for task in tasks for pixels in task.result()]
-            in_thread = next(iter(await several(images, "a", [("body", png(), PREPROCESS)])))
-            assert all(np.array_equal(pixels, in_thread) for pixels in found)
-
-    run(use)
-    assert {*threads} == {threading.main_thread().name}
-    assert len({*rounds[:9]}) == 9
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        png(size=(100, 100)),
-        png() + bytes(QUICK_BYTES),
-        jpeg(32) + (QUICK_SCANS + 1) * b"\xff\xda",
-        b"not an image",
-    ],
-    ids=["pixels", "bytes", "scans", "no image"],
-)
-def test_threads_decode_what_may_take_longer(data: bytes) -> None:
-    threads: list[str] = []
-
-    def decode(data: bytes, **options: Any) -> Any:
-        threads.append(threading.current_thread().name)
-        return decode_image(data, **options)
-
-    async def use() -> None:
-        with decoder(decode=decode, quick_pixels=QUICK_PIXELS, timeout_s=5) as images, suppress(InvalidImage):
-            await one(images, "a", data)
-
-    run(use)
-    assert threads
-    assert threading.main_thread().name not in threads
-
-
-def test_an_image_that_is_larger_than_its_header_claims_is_not_decoded_at_once() -> None:
-    """A second header in a JPEG: the gateway reads the first one, the decoder the second."""
-    small, large = jpeg(16), jpeg(400)
-    header = small[small.index(b"\xff\xc0") : small.index(b"\xff\xc4")]
-    at = large.index(b"\xff\xc0")
-    data = large[:at] + header + large[at:]
-
-    async def use() -> None:
-        with decoder(quick_pixels=QUICK_PIXELS) as images, pytest.raises(InvalidImage):
-            await one(images, "a", data)
 
     run(use)
