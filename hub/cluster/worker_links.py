@@ -162,12 +162,12 @@ class WorkerLink:
             self._cancel(tenant, call)
             raise
 
-    def _plan(self, *, answered: bool = False) -> None:
-        """Send the waiting calls: at once if the worker has nothing or has just answered, else when more have come."""
+    def _plan(self) -> None:
+        """Send the waiting calls: at once if the worker has nothing of this gateway, else when more have come."""
         if not self._waiting or self._is_due:
             return
         pause_s = 0.0
-        if self._sends and not answered:
+        if any(send.calls for send in self._sends):
             if self._timer is not None:
                 return
             wait_s = min(WAIT_SHARE * self._answer_s, LONGEST_WAIT_S)
@@ -229,7 +229,7 @@ class WorkerLink:
             self._fail(send, error)
         finally:
             self._sends.discard(send)
-            self._plan(answered=True)
+            self._plan()
 
     async def _run_one(self, send: _Send) -> None:
         (call,) = send.calls.values()
@@ -253,7 +253,7 @@ class WorkerLink:
                     call.answer.set_exception(answer)
             own = sum(len(one.calls) for one in self._sends)
             self._report = _Report(max(0, calls_here - own))
-            self._plan(answered=True)
+            self._plan()
         if not send.is_over:
             raise WorkerDied("The worker stopped before it had answered. Try again.", retry_after_s=5)
 
