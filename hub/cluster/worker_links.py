@@ -27,7 +27,7 @@ from .rendezvous import KnownWorkers
 from .request_router import PINNED
 
 PAUSE_S = 0.01  # between two sends to a worker that has not answered: a tenth of a core of each at most
-# While the worker is busy, a call waits for others: for this share of the time that an answer takes, within a limit.
+# While the worker has calls of its tenant, a call waits for others: for this share of the time that an answer takes.
 WAIT_SHARE = 0.25
 LONGEST_WAIT_S = 0.025
 REPORT_S = 10.0  # a worker's own count of calls is used for this long
@@ -71,6 +71,7 @@ class _Call:
     """A call that waits for its send, or for its answer."""
 
     id: str
+    tenant: str
     arguments: Sequence[object]
     size_bytes: int
     answer: "asyncio.Future[Answers]"
@@ -128,6 +129,7 @@ class WorkerLink:
         self._sent_at_s = 0.0
         self._answer_s = 0.0  # from a send to an answer, lately
         self._timer: asyncio.TimerHandle | None = None
+        self._due_s = 0.0  # of the timer
         self._is_due = False  # the waiting calls leave in this round of the event loop
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -153,31 +155,36 @@ class WorkerLink:
         Raises:
             HubError: as `hub_errors`, and any error of the worker's code.
         """
-        call = _Call(next(self._ids), arguments, size_bytes, asyncio.get_running_loop().create_future())
+        call = _Call(next(self._ids), tenant, arguments, size_bytes, asyncio.get_running_loop().create_future())
         self._waiting.setdefault(tenant, deque()).append(call)
-        self._plan()
+        is_alone = not any(one.tenant == tenant for send in self._sends for one in send.calls.values())
+        self._plan(0.0 if is_alone else min(WAIT_SHARE * self._answer_s, LONGEST_WAIT_S))
         try:
             return await call.answer
         except asyncio.CancelledError:  # the client disconnected: the worker drops images that still wait
             self._cancel(tenant, call)
             raise
 
-    def _plan(self) -> None:
-        """Send the waiting calls: at once if the worker has nothing of this gateway, else when more have come."""
+    def _plan(self, wait_s: float = LONGEST_WAIT_S) -> None:
+        """Send the waiting calls: at once if the worker has nothing of this gateway, else when more have come.
+
+        Args:
+            wait_s: how long the last of them waits for others.
+        """
         if not self._waiting or self._is_due:
             return
-        pause_s = 0.0
+        now_s, due_s = time.monotonic(), 0.0
         if any(send.calls for send in self._sends):
-            if self._timer is not None:
-                return
-            wait_s = min(WAIT_SHARE * self._answer_s, LONGEST_WAIT_S)
-            pause_s = max(wait_s, self._sent_at_s + PAUSE_S - time.monotonic())
+            due_s = max(now_s + wait_s, self._sent_at_s + PAUSE_S)
         if self._timer is not None:
+            if self._due_s <= due_s:
+                return
             self._timer.cancel()
+        self._due_s = due_s
         # In a context of its own: Serve would cancel the send with the HTTP request whose context it has.
         loop, context = asyncio.get_running_loop(), Context()
-        if pause_s > 0:
-            self._timer = loop.call_later(pause_s, self._flush, context=context)
+        if due_s > now_s:
+            self._timer = loop.call_later(due_s - now_s, self._flush, context=context)
         else:  # after all calls that become ready in this round of the event loop
             self._is_due = True
             loop.call_soon(self._flush, context=context)

@@ -186,6 +186,31 @@ def test_calls_wait_for_each_other_when_the_worker_takes_long_to_answer(monkeypa
     run(use)
 
 
+def test_a_call_does_not_wait_for_those_of_another_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the calls of a busy tenant would delay one that sends a call at a time."""
+    monkeypatch.setattr(worker_links, "PAUSE_S", 0.0)
+    monkeypatch.setattr(worker_links, "WAIT_SHARE", 1e6)
+    monkeypatch.setattr(worker_links, "LONGEST_WAIT_S", 60.0)
+
+    async def use(deployment: Deployment, workers: ServeWorkers) -> None:
+        first = start(workers, "d", tenant="busy")
+        ((_, _, _, response),) = await deployment.next()
+        response.items.put_nowait(["first"])
+        await first
+        slow = start(workers, "d", tenant="busy")
+        await deployment.next()
+        waiting = start(workers, "d", tenant="busy")
+        await asyncio.sleep(0.02)
+        assert not deployment.sends
+        other = start(workers, "d", tenant="other")
+        ((method, argument, _, _),) = await deployment.next()
+        assert (method, len(argument)) == ("answer_together", 2)
+        for call in (slow, waiting, other):
+            call.cancel()
+
+    run(use)
+
+
 def test_calls_of_one_round_of_the_event_loop_leave_together() -> None:
     async def use(deployment: Deployment, workers: ServeWorkers) -> None:
         calls = [start(workers, "d") for _ in range(4)]

@@ -128,7 +128,7 @@ def test_batches_are_short_when_one_tenant_sent_much_more_than_another() -> None
     short = []
     calls = [
         *((0.0, "a", 1, 1), (0.5, "a", 8, 1)),  # one tenant only
-        *((1.2, "b", 4, 1), (1.3, "b", 1, 1), (1.4, "c", 1, 1)),  # 9 and 5 images; then 1 image of a third tenant
+        *((1.2, "b", 5, 1), (1.3, "b", 1, 1), (1.4, "c", 1, 1)),  # 9 and 6 images; then 1 image of a third tenant
         *((2.5, "b", 1, 1), (5.0, "a", 2, 1), (5.1, "b", 8, 4), (5.2, "b", 10, 1)),  # 8 images of weight 4 count as 2
         (8.0, "b", 1, 1),
     ]
