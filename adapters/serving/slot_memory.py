@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from ..method import kronecker
 from ..method.typicality import Typicality
 from ..short_repr import short_repr
 
+ALIGNMENT_BYTES = 64  # of a CPU's memory, as torch aligns it
 NOTHING = [0, 0, 0, 0]  # sizes of the parts of a row, for an adapter that is only a head
 _SCALES = ("scale", "shift", "in_scale", "in_shift")
 
@@ -109,7 +111,7 @@ class SlotMemory:
         max_rank += max_rank % 2  # `kronecker.add_` needs an even R
         sizes = self._sizes(max_kernels, max_rank)
         self._device, self._dtype = backbone.device, backbone.dtype
-        self._rows = torch.zeros(slots, sum(sizes), device=self._device, dtype=self._dtype)
+        self._rows = _zeros(slots, sum(sizes), self._device, self._dtype)
         c, factors, self._scales, self._tuned_norms = self._rows.split(sizes, 1)
         self._c = c.unflatten(1, (max_kernels, -1))
         self._factors = factors.unflatten(1, (max_kernels, max_rank, -1))
@@ -278,3 +280,13 @@ class SlotMemory:
         factor_parts = iter(factors.split(self._factor_sizes, -1))
         scale_parts = iter(scales.split(self._scale_sizes, -1))
         return zip(self._sites, c_parts, *[factor_parts] * 2, *[scale_parts] * 4, strict=True)
+
+
+def _zeros(slots: int, numbers: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return zeros (slots, numbers). On a CPU a row takes memory once it is written: NumPy asks for pages of zeros."""
+    if device.type != "cpu":
+        return torch.zeros(slots, numbers, device=device, dtype=dtype)
+    size_bytes = slots * numbers * dtype.itemsize
+    memory = np.zeros(size_bytes + ALIGNMENT_BYTES, np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT_BYTES
+    return torch.from_numpy(memory[begin : begin + size_bytes]).view(dtype).view(slots, numbers)

@@ -1,5 +1,7 @@
 """A mixed batch gives each image the logits of its merged model."""
 
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,6 +47,20 @@ def adapters(backbone: Backbone) -> list[Adapter]:
 @pytest.fixture(scope="module")
 def references(backbone: Backbone, adapters: list[Adapter]) -> list[nn.Module]:
     return [adapter.merge(backbone) for adapter in adapters]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_slot_takes_memory_once_it_has_an_adapter(backbone: Backbone, adapters: list[Adapter]) -> None:
+    """A new bank would otherwise hold all of it, for adapters that may never come."""
+
+    def held_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    Bank(backbone, slots=1)
+    before = held_bytes()
+    bank = Bank(backbone, slots=10_000)
+    bank.put(adapters[1])
+    assert held_bytes() - before < 100 * 1024**2
 
 
 def test_a_bank_gives_the_frozen_features_when_the_adapter_is_untrained(backbone: Backbone) -> None:
