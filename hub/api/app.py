@@ -130,7 +130,7 @@ class GatewayAPI(FastAPI):
             ),
             Middleware(UnreadRepliesMiddleware, memory=ReplyMemory()),
         ]
-        app = super().build_middleware_stack()  # exceptions -> problems, then the routes
+        app = super().build_middleware_stack()  # unexpected errors, `PlainRouteMiddleware`, other errors, the routes
         for layer in reversed(stack):
             app = layer.cls(app, *layer.args, **layer.kwargs)
         return app

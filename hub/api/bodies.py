@@ -118,7 +118,7 @@ class RequestBody:
         return data
 
     def stream(self, limit_bytes: int | None = None, subject: str = "body") -> AsyncGenerator[bytes, None]:
-        """Yield the body in chunks, decompressed. Raises the errors of `read`; without a limit no `TooLarge`."""
+        """Return the body in chunks, decompressed. Raises the errors of `read`; without a limit no `TooLarge`."""
         if self.content_type == FORM:
             raise InvalidRequest.at("body", "this route accepts no form; send the file or the JSON itself as the body")
         return self._decoded(limit_bytes, subject)
@@ -185,7 +185,7 @@ class RequestBody:
             raise InvalidRequest.at("body", message)
 
     def _decoded(self, limit_bytes: int | None, subject: str) -> AsyncGenerator[bytes, None]:
-        """Yield the body in chunks, decompressed."""
+        """Return the body in chunks, decompressed."""
         coding = ", ".join(self._request.headers.getlist("content-encoding")).strip().lower()
         chunks = self._received(limit_bytes, subject)
         return chunks if coding in ("", "identity") else inflate(chunks, coding, limit_bytes, subject, self.pool)

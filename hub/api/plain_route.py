@@ -64,7 +64,7 @@ class PlainRouteMiddleware:
         """
         Args:
             route: FastAPI's; see `plain_request`.
-            answer: returns the reply of `route`, or raises one of the hub's errors.
+            answer: returns the reply of `route`, or raises one of the hub's errors; any other error gets status 500.
         """
         self._app = app
         self._route = route

@@ -1,9 +1,9 @@
 """Calls of one gateway to one worker, sent together.
 
 A send through Serve's handle costs a gateway and a worker about a millisecond each, with one image or with many. A link
-sends at once while the worker has nothing of this gateway. Calls that come meanwhile leave together with the worker's
-next answer, or after a few tens of milliseconds. Each call keeps its own answer, error, cancellation and retry: the
-worker streams the answers to a send, each as soon as it is there.
+sends at once while the worker has nothing of this gateway. Calls that come meanwhile leave together: when the worker has
+answered all calls of this gateway, or after a few tens of milliseconds. Each call keeps its own answer, error,
+cancellation and retry: the worker streams the answers to a send, each as soon as it is there.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import Context
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf
 from typing import Any
 from uuid import uuid4
 
@@ -26,7 +27,7 @@ from ..worker_api import MAX_SEND_BYTES, Answer
 from .rendezvous import KnownWorkers
 from .request_router import PINNED
 
-PAUSE_S = 0.01  # between two sends to a worker that has not answered: a tenth of a core of each at most
+PAUSE_S = 0.01  # between two sends to a worker that has calls of this gateway: a tenth of a core of each at most
 # While the worker has calls of its tenant, a call waits for others: for this share of the time that an answer takes.
 WAIT_SHARE = 0.25
 LONGEST_WAIT_S = 0.025
@@ -127,7 +128,7 @@ class WorkerLink:
         self._cancelled: list[str] = []  # calls that the worker may drop
         self._report = _Report()
         self._sent_at_s = 0.0
-        self._answer_s = 0.0  # from a send to an answer, lately
+        self._answer_s = 0.0  # from a send to an answer, moving average
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = 0.0  # of the timer
         self._is_due = False  # the waiting calls leave in this round of the event loop
@@ -157,20 +158,17 @@ class WorkerLink:
         """
         call = _Call(next(self._ids), tenant, arguments, size_bytes, asyncio.get_running_loop().create_future())
         self._waiting.setdefault(tenant, deque()).append(call)
-        is_alone = not any(one.tenant == tenant for send in self._sends for one in send.calls.values())
+        others = (one for send in self._sends for one in send.calls.values() if not one.answer.done())
+        is_alone = all(one.tenant != tenant for one in others)
         self._plan(0.0 if is_alone else min(WAIT_SHARE * self._answer_s, LONGEST_WAIT_S))
         try:
             return await call.answer
         except asyncio.CancelledError:  # the client disconnected: the worker drops images that still wait
-            self._cancel(tenant, call)
+            self._cancel(call)
             raise
 
-    def _plan(self, wait_s: float = LONGEST_WAIT_S) -> None:
-        """Send the waiting calls: at once if the worker has nothing of this gateway, else when more have come.
-
-        Args:
-            wait_s: how long the last of them waits for others.
-        """
+    def _plan(self, wait_s: float = inf) -> None:
+        """Send the waiting calls: at once if the worker has nothing of this gateway, else after `wait_s` at most."""
         if not self._waiting or self._is_due:
             return
         now_s, due_s = time.monotonic(), 0.0
@@ -272,13 +270,13 @@ class WorkerLink:
             if not call.answer.done():
                 call.answer.set_exception(error)
 
-    def _cancel(self, tenant: str, call: _Call) -> None:
+    def _cancel(self, call: _Call) -> None:
         if call.send is None:
-            queue = self._waiting.get(tenant)
+            queue = self._waiting.get(call.tenant)
             if queue is not None and call in queue:
                 queue.remove(call)
                 if not queue:
-                    del self._waiting[tenant]
+                    del self._waiting[call.tenant]
         elif call.send.is_over:
             call.send.cancel()
         elif call.id in call.send.calls:

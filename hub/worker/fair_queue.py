@@ -20,8 +20,9 @@ from ..errors import LimitReached
 
 WINDOW_S = 1.0  # the images sent by tenants are compared over the last one to two windows
 MAX_SAVED_IMAGES = 16  # for a weight of 1
-HEAVY_RATIO = 2.0  # a tenant is heavy at this many times the images per weight of the lightest tenant; at 3, one with
-# 16 images a call came and went as heavy, since its neighbour sends fewer images the longer it waits
+# A tenant is heavy at this many times the images per weight of the lightest tenant. At 3, a tenant of 16 images a call
+# was heavy only at times: its neighbour sends fewer images the longer it waits, and then more again.
+HEAVY_RATIO = 2.0
 Item = TypeVar("Item")
 
 

@@ -111,7 +111,7 @@ class BodyPace:
 class UploadGuardMiddleware:
     """ASGI middleware that ends a request with a slow or large upload, or with a disconnected client.
 
-    It cancels the route wherever the route waits.
+    It cancels the route wherever the route waits. Where the server cancels the request too, `CancelledError` is raised.
     """
 
     def __init__(
@@ -155,10 +155,12 @@ class UploadGuardMiddleware:
             is_over = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
-        def end(reason: Exception | None) -> None:
+        def end(reason: Exception | None, *, cancel: bool) -> None:
             nonlocal is_cancelled
-            if not is_over:
-                ends.append(reason)
+            if is_over or ends:
+                return
+            ends.append(reason)
+            if cancel and request.cancelling() == others:  # else the server has cancelled it, and the route cleans up
                 is_cancelled = request.cancel()
 
         pauses = self._behind_haproxy and Headers(scope=scope).get(DISCONNECT_HEADER) == "?1"
@@ -177,7 +179,7 @@ class UploadGuardMiddleware:
             await self._app(scope, body.receive, observed_send)
         except HubError as error:
             ends.append(error)
-        except asyncio.CancelledError:
+        except (Exception, asyncio.CancelledError):
             if not ends:
                 raise
         finally:
@@ -201,7 +203,7 @@ class UploadGuardMiddleware:
 
 
 def claim_body(scope: Scope, tenant: str) -> None:
-    """Count the request's body as the tenant's from now on, and start to read it. Authentication calls this.
+    """Count the request's body as the tenant's from now on. Before this nothing reads ahead. Authentication calls it.
 
     Raises:
         LimitReached: the tenant's bodies hold as much memory as they may.
@@ -213,8 +215,8 @@ def claim_body(scope: Scope, tenant: str) -> None:
 class _Body:
     """Body of one request between server and application; its bytes count until the request ends.
 
-    The route receives the parts that come in the first `ROUTE_READS_S`. From then on a task reads ahead of the route,
-    and notices when the client disconnects: most requests end earlier and do without this task.
+    In the first `ROUTE_READS_S` the route receives the parts itself. From then on a task reads ahead of the route, and
+    notices when the client disconnects: most requests end earlier and do without this task.
     """
 
     def __init__(
@@ -225,7 +227,7 @@ class _Body:
         route_keeps_bytes: int,
         read_ahead_bytes: int | None,
         speed: UploadSpeed,
-        end: Callable[[Exception | None], None],
+        end: Callable[..., None],
     ) -> None:
         self._receive = receive
         self._memory = memory
@@ -233,7 +235,7 @@ class _Body:
         self._route_keeps_bytes = route_keeps_bytes
         self._read_ahead_bytes = read_ahead_bytes  # None: the proxy holds the body in memory anyway
         self._speed = speed
-        self._end = end  # ends the request, with the reason
+        self._end = end  # ends the request early; None as the reason: the client has disconnected
         self._reader: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()  # of the route and the reader at the server's `receive`
         self._messages: asyncio.Queue[Message] = asyncio.Queue()  # that the reader has received
@@ -260,9 +262,9 @@ class _Body:
         try:
             await self._read_until_disconnect()
         except Exception as error:
-            self._end(error)
+            self._end(error, cancel=True)
         else:
-            self._end(None)
+            self._end(None, cancel=True)
 
     async def _read_until_disconnect(self) -> None:
         """Receive the body once it is claimed, then wait until the client disconnects. Raises the errors of `_next`."""
@@ -288,8 +290,9 @@ class _Body:
         """
         clock = asyncio.get_running_loop().time
         if pause_s := self._pace.pause_s(self._tenant, self._part_bytes):
+            began_s = clock()
             await asyncio.sleep(pause_s)
-            self._started_s += pause_s
+            self._started_s += clock() - began_s  # otherwise the pause would count as the client's
         received, speed = self._unread_bytes + self._read_bytes, self._speed
         idle_s = clock() + speed.idle_s
         slow_s = self._started_s + speed.grace_s + received / speed.bytes_per_s
@@ -311,17 +314,20 @@ class _Body:
     async def receive(self) -> Message:
         """Return the body's next part to the route.
 
-        A disconnect is never returned, because the guard cancels the route instead. Starlette would raise an error for
-        it, which counts and is logged as an error of the hub.
+        A disconnect is never returned: Starlette would raise an error for it, which counts and is logged as an error of
+        the hub.
+
+        Raises:
+            RequestTimeout, LimitReached, Unavailable: see `_next`; while the route receives the parts itself.
+            asyncio.CancelledError: the client has disconnected.
         """
         self._want()
         if self._reader is None and not self._is_whole:
             async with self._turn:
                 message = await self._next()
             if message is None:
-                self._end(None)
-                await asyncio.Event().wait()  # until the guard has cancelled the route
-                raise AssertionError
+                self._end(None, cancel=False)
+                raise asyncio.CancelledError
         else:
             message = await self._messages.get()
         size = len(message.get("body", b""))

@@ -23,7 +23,7 @@ DAY_S = 86_400
 
 
 class UsageCounter:
-    """One gateway's counts. `run` must run beside it, and `close` writes the last ones."""
+    """One gateway's counts. `run` must run beside it, and `write` writes the last ones."""
 
     def __init__(
         self,

@@ -58,9 +58,9 @@ def test_a_slot_takes_memory_once_it_has_an_adapter(backbone: Backbone, adapters
 
     Bank(backbone, slots=1)
     before = held_bytes()
-    bank = Bank(backbone, slots=10_000)
+    bank = Bank(backbone, slots=1000)  # more than 100 MiB
     bank.put(adapters[1])
-    assert held_bytes() - before < 100 * 1024**2
+    assert held_bytes() - before < 50 * 1024**2
 
 
 def test_a_bank_gives_the_frozen_features_when_the_adapter_is_untrained(backbone: Backbone) -> None:

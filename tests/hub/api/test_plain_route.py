@@ -1,7 +1,8 @@
 """Classifications that pass FastAPI's dependencies by get the replies of those that do not."""
 
 import pytest
-from fastapi.routing import APIRoute
+from fastapi.routing import APIRoute, APIRouter
+from starlette.types import Receive, Scope, Send
 
 from hub.api.plain_route import PlainRequest, plain_request
 from tests.support.hub_app import OCTETS, Hub
@@ -59,6 +60,21 @@ def test_both_ways_give_the_same_reply(flowers: Hub, key: str, task: str, status
     first, second = (reply.json() for reply in replies)
     assert first == second
     assert [*replies[0].headers] == [*replies[1].headers]
+
+
+def test_a_usual_request_bypasses_the_router(flowers: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    routed = []
+    route = APIRouter.__call__
+
+    async def noted(router: APIRouter, scope: Scope, receive: Receive, send: Send) -> None:
+        routed.append(scope["query_string"])
+        await route(router, scope, receive, send)
+
+    monkeypatch.setattr(APIRouter, "__call__", noted)
+    for query in ("top_k=2", "top_k=%32"):
+        reply = flowers.http.post(f"/v1/tasks/flowers/classify?{query}", content=png(), headers=OCTETS)
+        assert reply.status_code == 200
+    assert routed == [b"top_k=%32"]
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,60 @@ def test_a_request_that_the_server_cancels_too_stays_cancelled() -> None:
     virtual_time.run(use())
 
 
+@pytest.mark.parametrize("steps", [(DISCONNECT,), (b"abc", DISCONNECT), (b"abc", 1.0, DISCONNECT)])
+def test_a_route_whose_client_has_disconnected_cleans_up_to_the_end(steps: tuple[bytes | float | None, ...]) -> None:
+    ended = []
+
+    async def read(request: Request) -> Response:
+        try:
+            return await count_bytes(request)
+        finally:
+            await asyncio.sleep(10 * ROUTE_READS_S)
+            ended.append(True)
+
+    virtual_time.run(handle(Server(*steps), read))
+    assert ended == [True]
+
+
+def test_a_route_that_the_server_cancels_cleans_up_to_the_end_though_its_client_disconnects() -> None:
+    ended = []
+
+    async def use() -> None:
+        server = Server(b"abc", 2.0, DISCONNECT)
+
+        async def wait(request: Request) -> Response:
+            claim_body(request.scope, "tenant")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(10)
+                ended.append(True)
+            raise AssertionError
+
+        task = asyncio.create_task(called(guard(wait), server))
+        await asyncio.sleep(1)
+        task.cancel()
+        await asyncio.wait((task,))
+        assert task.cancelled()
+
+    virtual_time.run(use())
+    assert ended == [True]
+
+
+def test_an_error_of_a_route_whose_client_has_disconnected_is_dropped() -> None:
+    """There is nobody to tell; the server would log it as an error of the hub."""
+
+    async def fail(request: Request) -> Response:
+        try:
+            return await count_bytes(request)
+        finally:
+            raise RuntimeError("while it cleans up")
+
+    server = Server(b"abc", DISCONNECT)
+    virtual_time.run(handle(server, fail))
+    assert server.messages == []
+
+
 def test_a_short_request_needs_no_task() -> None:
     """A task of its own for each request would take a twentieth of a gateway's time."""
     tasks = []
@@ -277,7 +331,13 @@ def test_a_route_is_cancelled_when_the_client_disconnects_after_its_upload(heade
 
 
 @pytest.mark.parametrize("headers", [STOCK_PROXY, HAPROXY])
-@pytest.mark.parametrize("steps", [(DISCONNECT,), (b"abc", DISCONNECT), (b"abc", 1.0, b"more", DISCONNECT)])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        *((DISCONNECT,), (b"abc", DISCONNECT), (b"abc", 1.0, b"more", DISCONNECT)),
+        *((1.0, DISCONNECT), (b"abc", 1.0, DISCONNECT)),  # the route waits for a part when the reader starts
+    ],
+)
 def test_a_route_is_cancelled_when_the_client_disconnects_during_its_upload(
     headers: dict[str, str], steps: tuple[bytes | float | None, ...]
 ) -> None:

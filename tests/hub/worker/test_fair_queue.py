@@ -141,6 +141,16 @@ def test_batches_are_short_when_one_tenant_sent_much_more_than_another() -> None
     assert short == [1.4, 2.5, 5.2]
 
 
+def test_a_tenant_is_heavy_from_twice_its_neighbours_images_on() -> None:
+    queue: FairQueue[str] = FairQueue(100)
+    size = BatchSize(full=50, short=0)
+    push(queue, "a", 4)
+    push(queue, "b", 7)
+    assert queue.batch_limit(size, 0.0) == 50
+    push(queue, "b", 1)
+    assert queue.batch_limit(size, 0.0) < 50
+
+
 def test_refused_images_count_as_sent() -> None:
     queue: FairQueue[str] = FairQueue(2)
     size = BatchSize(full=50, short=0)
