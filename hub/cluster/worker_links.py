@@ -1,7 +1,7 @@
 """Calls of one gateway to one worker, sent together.
 
 A send through Serve's handle costs a gateway and a worker about a millisecond each, with one image or with many. A link
-sends at once while the worker has nothing of this gateway. Calls that come meanwhile leave together: when the worker has
+sends at once while the worker has nothing of this gateway. Calls that come meanwhile leave together: when it has
 answered all calls of this gateway, or after a few tens of milliseconds. Each call keeps its own answer, error,
 cancellation and retry: the worker streams the answers to a send, each as soon as it is there.
 """
