@@ -16,7 +16,7 @@ ENTRY_BYTES = 48  # of a label's score and of the JSON around both
 def best(labels: Sequence[str], probabilities: np.ndarray, top_k: int) -> list[Prediction]:
     """Return the `top_k` labels with the highest probabilities, highest first. Equal scores keep the labels' order."""
     # The best one alone is found several times faster.
-    order = probabilities.argmax(keepdims=True) if top_k == 1 else np.argsort(-probabilities, kind="stable")[:top_k]
+    order = probabilities.argmax(0, keepdims=True) if top_k == 1 else np.argsort(-probabilities, kind="stable")[:top_k]
     return [Prediction(label=labels[i], score=float(probabilities[i])) for i in order.tolist()]
 
 
