@@ -284,7 +284,7 @@ def test_a_route_that_the_server_cancels_cleans_up_to_the_end_though_its_client_
 
 
 def test_an_error_of_a_route_whose_client_has_disconnected_is_dropped() -> None:
-    """There is nobody to tell; the server would log it as an error of the hub."""
+    """The client is gone; the server would log it as an error of the hub."""
 
     async def fail(request: Request) -> Response:
         try:
