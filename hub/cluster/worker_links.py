@@ -28,7 +28,8 @@ from .rendezvous import KnownWorkers
 from .request_router import PINNED
 
 PAUSE_S = 0.01  # between two sends to a worker that has calls of this gateway: a tenth of a core of each at most
-# While the worker has calls of its tenant, a call waits for others: for this share of the time that an answer takes.
+# While the worker has as many calls as wait, one of them of the same tenant, a call waits for others: for this share of
+# the time that an answer takes.
 WAIT_SHARE = 0.25
 LONGEST_WAIT_S = 0.025
 REPORT_S = 10.0  # a worker's own count of calls is used for this long
@@ -158,9 +159,11 @@ class WorkerLink:
         """
         call = _Call(next(self._ids), tenant, arguments, size_bytes, asyncio.get_running_loop().create_future())
         self._waiting.setdefault(tenant, deque()).append(call)
-        others = (one for send in self._sends for one in send.calls.values() if not one.answer.done())
-        is_alone = all(one.tenant != tenant for one in others)
-        self._plan(0.0 if is_alone else min(WAIT_SHARE * self._answer_s, LONGEST_WAIT_S))
+        under_way = [one for send in self._sends for one in send.calls.values() if not one.answer.done()]
+        is_alone = all(one.tenant != tenant for one in under_way)
+        # Otherwise a worker that has answered all calls would compute the next one alone, and all others after it.
+        has_little = len(under_way) < sum(map(len, self._waiting.values()))
+        self._plan(0.0 if is_alone or has_little else min(WAIT_SHARE * self._answer_s, LONGEST_WAIT_S))
         try:
             return await call.answer
         except asyncio.CancelledError:  # the client disconnected: the worker drops images that still wait

@@ -170,7 +170,7 @@ def test_calls_wait_for_each_other_when_the_worker_takes_long_to_answer(monkeypa
         await asyncio.sleep(0.02)
         response.items.put_nowait(["first"])
         await first
-        slow = start(workers, "d")
+        slow = [start(workers, "d") for _ in range(3)]
         await deployment.next()
         calls = [start(workers, "d")]
         await asyncio.sleep(0.02)
@@ -180,8 +180,9 @@ def test_calls_wait_for_each_other_when_the_worker_takes_long_to_answer(monkeypa
         response.items.put_nowait((1, {id: [id] for id in argument}))
         response.items.put_nowait(None)
         assert [await call for call in calls] == [[id] for id in argument]
-        assert not slow.done()
-        slow.cancel()
+        for call in slow:
+            assert not call.done()
+            call.cancel()
 
     run(use)
 
@@ -206,6 +207,31 @@ def test_a_call_does_not_wait_for_those_of_another_tenant(monkeypatch: pytest.Mo
         ((method, argument, _, _),) = await deployment.next()
         assert (method, len(argument)) == ("answer_together", 2)
         for call in (slow, waiting, other):
+            call.cancel()
+
+    run(use)
+
+
+def test_calls_do_not_wait_long_when_the_worker_has_fewer_calls_than_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the first call after a pass of all would be computed alone, and the others only after it."""
+    monkeypatch.setattr(worker_links, "PAUSE_S", 0.0)
+    monkeypatch.setattr(worker_links, "WAIT_SHARE", 1e6)
+    monkeypatch.setattr(worker_links, "LONGEST_WAIT_S", 60.0)
+
+    async def use(deployment: Deployment, workers: ServeWorkers) -> None:
+        first = start(workers, "d")
+        ((_, _, _, response),) = await deployment.next()
+        response.items.put_nowait(["first"])
+        await first
+        slow = start(workers, "d")
+        await deployment.next()
+        calls = [start(workers, "d")]
+        await asyncio.sleep(0.02)
+        assert not deployment.sends
+        calls.append(start(workers, "d"))
+        ((method, argument, _, _),) = await deployment.next()
+        assert (method, len(argument)) == ("answer_together", 2)
+        for call in (slow, *calls):
             call.cancel()
 
     run(use)
