@@ -138,8 +138,16 @@ class WorkerLink:
     @property
     def load(self) -> int:
         """Number of calls at the worker: those of this gateway, and those of others as the worker reported them."""
-        own = sum(len(send.calls) for send in self._sends) + sum(map(len, self._waiting.values()))
+        own = self._calls_there + self._calls_waiting
         return own + (self._report.calls if time.monotonic() - self._report.at_s < REPORT_S else 0)
+
+    @property
+    def _calls_there(self) -> int:
+        return sum(len(send.calls) for send in self._sends)
+
+    @property
+    def _calls_waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
 
     @property
     def is_idle(self) -> bool:
@@ -162,7 +170,7 @@ class WorkerLink:
         under_way = [one for send in self._sends for one in send.calls.values() if not one.answer.done()]
         is_alone = all(one.tenant != tenant for one in under_way)
         # Otherwise a worker that has answered all calls would compute the next one alone, and all others after it.
-        has_little = len(under_way) < sum(map(len, self._waiting.values()))
+        has_little = len(under_way) < self._calls_waiting
         self._plan(0.0 if is_alone or has_little else min(WAIT_SHARE * self._answer_s, LONGEST_WAIT_S))
         try:
             return await call.answer
@@ -175,7 +183,7 @@ class WorkerLink:
         if not self._waiting or self._is_due:
             return
         now_s, due_s = time.monotonic(), 0.0
-        if any(send.calls for send in self._sends):
+        if self._calls_there:
             due_s = max(now_s + wait_s, self._sent_at_s + PAUSE_S)
         if self._timer is not None:
             if self._due_s <= due_s:
@@ -259,8 +267,7 @@ class WorkerLink:
                     call.answer.set_result(answer)
                 else:
                     call.answer.set_exception(answer)
-            own = sum(len(one.calls) for one in self._sends)
-            self._report = _Report(max(0, calls_here - own))
+            self._report = _Report(max(0, calls_here - self._calls_there))
             self._plan()
         if not send.is_over:
             raise WorkerDied("The worker stopped before it had answered. Try again.", retry_after_s=5)

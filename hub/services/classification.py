@@ -145,7 +145,7 @@ class ClassificationService:
         if owner == caller.tenant:  # no tenant sees how much another one uses a task
             self._usage.answered(owner, task.name, predicted)
         kept = await self._keeper.take(owner, task.name, task.settings.keep, predicted, images)
-        return replace(predicted, kept=kept)
+        return predicted if kept is None else replace(predicted, kept=kept)
 
     async def classify(
         self,

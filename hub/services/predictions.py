@@ -36,7 +36,7 @@ class Predicted:
         """Whether each image is unknown; None if the adapter has no typicality."""
         return None if self.typicality is None else [found < self.unknown_below for found in self.typicality]
 
-    @property
+    @cached_property
     def sets(self) -> list[list[str]] | None:
         """Label set of each image; None if the call has no coverage."""
         if self.threshold is None:

@@ -7,7 +7,8 @@ memory at once. The size limit of a body belongs to its route (`bodies`).
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -290,9 +291,8 @@ class _Body:
         """
         clock = asyncio.get_running_loop().time
         if pause_s := self._pace.pause_s(self._tenant, self._part_bytes):
-            began_s = clock()
-            await asyncio.sleep(pause_s)
-            self._started_s += clock() - began_s  # otherwise the pause would count as the client's
+            with self._time_not_counted():
+                await asyncio.sleep(pause_s)
         received, speed = self._unread_bytes + self._read_bytes, self._speed
         idle_s = clock() + speed.idle_s
         slow_s = self._started_s + speed.grace_s + received / speed.bytes_per_s
@@ -353,12 +353,18 @@ class _Body:
 
     async def _wait_for_route(self) -> None:
         """Pause the upload while the route has more than `read_ahead_bytes` to read."""
+        with self._time_not_counted():
+            while self._read_ahead_bytes is not None and self._unread_bytes > self._read_ahead_bytes:
+                self._taken.clear()
+                await self._taken.wait()
+
+    @contextmanager
+    def _time_not_counted(self) -> Iterator[None]:
+        """Leave the `with` block out of the upload's time, since the client does not cause its pause."""
         clock = asyncio.get_running_loop().time
         began_s = clock()
-        while self._read_ahead_bytes is not None and self._unread_bytes > self._read_ahead_bytes:
-            self._taken.clear()
-            await self._taken.wait()
-        self._started_s += clock() - began_s  # otherwise a slow route would count as a slow client
+        yield
+        self._started_s += clock() - began_s
 
     def _count(self) -> None:
         """Count unread bytes, and as many read bytes as the route may have kept."""

@@ -222,25 +222,24 @@ def test_a_route_keeps_the_body_that_arrives_while_the_reader_starts() -> None:
         assert (server.status, server.body) == (200, b"abc")
 
 
-def test_a_request_that_the_server_cancels_too_stays_cancelled() -> None:
-    async def use() -> None:
-        server = Server(b"abc", DISCONNECT)
+@pytest.mark.parametrize(("steps", "ends"), [((b"abc", DISCONNECT), []), ((b"abc", 2.0, DISCONNECT), [True])])
+def test_a_request_that_the_server_cancels_too_stays_cancelled(
+    steps: tuple[bytes | float | None, ...], ends: list[bool]
+) -> None:
+    """Where the server is first, the route cleans up to the end though its client disconnects meanwhile."""
+    ended = []
 
-        async def slow_end(request: Request) -> Response:
-            claim_body(request.scope, "tenant")
-            try:
-                await asyncio.Event().wait()
-            finally:
-                await asyncio.sleep(10)  # the client has disconnected
-            raise AssertionError
+    async def slow_end(request: Request) -> Response:
+        claim_body(request.scope, "tenant")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(10)
+            ended.append(True)
+        raise AssertionError
 
-        task = asyncio.create_task(called(guard(slow_end), server))
-        await asyncio.sleep(1)
-        task.cancel()
-        await asyncio.wait((task,))
-        assert task.cancelled()
-
-    virtual_time.run(use())
+    virtual_time.run(cancelled_by_server(guard(slow_end), Server(*steps)))
+    assert ended == ends
 
 
 @pytest.mark.parametrize("steps", [(DISCONNECT,), (b"abc", DISCONNECT), (b"abc", 1.0, DISCONNECT)])
@@ -255,31 +254,6 @@ def test_a_route_whose_client_has_disconnected_cleans_up_to_the_end(steps: tuple
             ended.append(True)
 
     virtual_time.run(handle(Server(*steps), read))
-    assert ended == [True]
-
-
-def test_a_route_that_the_server_cancels_cleans_up_to_the_end_though_its_client_disconnects() -> None:
-    ended = []
-
-    async def use() -> None:
-        server = Server(b"abc", 2.0, DISCONNECT)
-
-        async def wait(request: Request) -> Response:
-            claim_body(request.scope, "tenant")
-            try:
-                await asyncio.Event().wait()
-            finally:
-                await asyncio.sleep(10)
-                ended.append(True)
-            raise AssertionError
-
-        task = asyncio.create_task(called(guard(wait), server))
-        await asyncio.sleep(1)
-        task.cancel()
-        await asyncio.wait((task,))
-        assert task.cancelled()
-
-    virtual_time.run(use())
     assert ended == [True]
 
 
@@ -488,3 +462,12 @@ def test_a_body_that_the_route_spools_to_disk_counts_only_what_the_route_keeps()
 
 async def called(app: UploadGuardMiddleware, server: Server) -> None:
     await app(server.scope, server.receive, server.send)
+
+
+async def cancelled_by_server(app: UploadGuardMiddleware, server: Server) -> None:
+    """Cancel a request after a second, and wait for its end."""
+    task = asyncio.create_task(called(app, server))
+    await asyncio.sleep(1)
+    task.cancel()
+    await asyncio.wait((task,))
+    assert task.cancelled()

@@ -116,6 +116,24 @@ async def several_under_way(
     return calls, ids, response
 
 
+def set_waits(monkeypatch: pytest.MonkeyPatch, *, longest_s: float) -> None:
+    """Let calls wait for each other for `longest_s`, however quick the answers were, and for nothing else."""
+    monkeypatch.setattr(worker_links, "PAUSE_S", 0.0)
+    monkeypatch.setattr(worker_links, "WAIT_SHARE", 1e6)
+    monkeypatch.setattr(worker_links, "LONGEST_WAIT_S", longest_s)
+
+
+async def busy_worker(deployment: Deployment, workers: ServeWorkers, calls: int) -> list["asyncio.Task[Any]"]:
+    """Return calls without an answer, at a worker that has answered before: the link then knows how long it takes."""
+    first = start(workers, "d")
+    ((_, _, _, response),) = await deployment.next()
+    response.items.put_nowait(["first"])
+    await first
+    slow = [start(workers, "d") for _ in range(calls)]
+    await deployment.next()
+    return slow
+
+
 def test_a_call_leaves_alone_and_at_once_when_its_worker_has_nothing() -> None:
     async def use(deployment: Deployment, workers: ServeWorkers) -> None:
         for _ in range(3):
@@ -160,18 +178,10 @@ def test_a_call_leaves_beside_one_that_takes_long_when_the_pause_has_passed(monk
 
 def test_calls_wait_for_each_other_when_the_worker_takes_long_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A send costs more than a call; a busy worker would only queue the first of them."""
-    monkeypatch.setattr(worker_links, "PAUSE_S", 0.0)
-    monkeypatch.setattr(worker_links, "WAIT_SHARE", 100.0)
-    monkeypatch.setattr(worker_links, "LONGEST_WAIT_S", 0.3)
+    set_waits(monkeypatch, longest_s=0.3)
 
     async def use(deployment: Deployment, workers: ServeWorkers) -> None:
-        first = start(workers, "d")
-        ((_, _, _, response),) = await deployment.next()
-        await asyncio.sleep(0.02)
-        response.items.put_nowait(["first"])
-        await first
-        slow = [start(workers, "d") for _ in range(3)]
-        await deployment.next()
+        slow = await busy_worker(deployment, workers, calls=3)
         calls = [start(workers, "d")]
         await asyncio.sleep(0.02)
         calls.append(start(workers, "d"))
@@ -189,24 +199,17 @@ def test_calls_wait_for_each_other_when_the_worker_takes_long_to_answer(monkeypa
 
 def test_a_call_does_not_wait_for_those_of_another_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the calls of a busy tenant would delay one that sends a call at a time."""
-    monkeypatch.setattr(worker_links, "PAUSE_S", 0.0)
-    monkeypatch.setattr(worker_links, "WAIT_SHARE", 1e6)
-    monkeypatch.setattr(worker_links, "LONGEST_WAIT_S", 60.0)
+    set_waits(monkeypatch, longest_s=60.0)
 
     async def use(deployment: Deployment, workers: ServeWorkers) -> None:
-        first = start(workers, "d", tenant="busy")
-        ((_, _, _, response),) = await deployment.next()
-        response.items.put_nowait(["first"])
-        await first
-        slow = start(workers, "d", tenant="busy")
-        await deployment.next()
-        waiting = start(workers, "d", tenant="busy")
+        slow = await busy_worker(deployment, workers, calls=1)
+        waiting = start(workers, "d")
         await asyncio.sleep(0.02)
         assert not deployment.sends
         other = start(workers, "d", tenant="other")
         ((method, argument, _, _),) = await deployment.next()
         assert (method, len(argument)) == ("answer_together", 2)
-        for call in (slow, waiting, other):
+        for call in (*slow, waiting, other):
             call.cancel()
 
     run(use)
@@ -214,24 +217,17 @@ def test_a_call_does_not_wait_for_those_of_another_tenant(monkeypatch: pytest.Mo
 
 def test_calls_do_not_wait_long_when_the_worker_has_fewer_calls_than_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the first call after a pass of all would be computed alone, and the others only after it."""
-    monkeypatch.setattr(worker_links, "PAUSE_S", 0.0)
-    monkeypatch.setattr(worker_links, "WAIT_SHARE", 1e6)
-    monkeypatch.setattr(worker_links, "LONGEST_WAIT_S", 60.0)
+    set_waits(monkeypatch, longest_s=60.0)
 
     async def use(deployment: Deployment, workers: ServeWorkers) -> None:
-        first = start(workers, "d")
-        ((_, _, _, response),) = await deployment.next()
-        response.items.put_nowait(["first"])
-        await first
-        slow = start(workers, "d")
-        await deployment.next()
+        slow = await busy_worker(deployment, workers, calls=1)
         calls = [start(workers, "d")]
         await asyncio.sleep(0.02)
         assert not deployment.sends
         calls.append(start(workers, "d"))
         ((method, argument, _, _),) = await deployment.next()
         assert (method, len(argument)) == ("answer_together", 2)
-        for call in (slow, *calls):
+        for call in (*slow, *calls):
             call.cancel()
 
     run(use)
