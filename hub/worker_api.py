@@ -1,9 +1,9 @@
-"""Interface between gateways and workers: the calls, their origin and their answers. No Ray, no HTTP."""
+"""Interface between gateways and workers: the calls and their answers. No Ray, no HTTP."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,6 @@ ROUTING_DIGEST_CHARS = 16  # of a digest that workers report to routers: enough 
 
 class CallFailed(RuntimeError):
     """Error of the worker's code during one of several calls that were sent together; the worker logged it."""
-
-
-class CallOrigin(NamedTuple):
-    """Request behind a call to a worker: for log lines, traces and the list of busy tasks."""
-
-    request_id: str = ""
-    task: str = ""
-    traceparent: str = ""  # W3C trace context; "" where the request is not traced
 
 
 @dataclass(frozen=True)

@@ -10,32 +10,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .problems import status_response
-from .security_headers import CLOSE_HEADER
+from .security_headers import CLOSE_HEADER, SINGLE_HEADERS
 
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADER_BYTES = 16 * 1024  # Ray's HAProxy accepts slightly less, the stock proxy has no limit
 MAX_HEADERS = 100
-# Headers with one value. Of two, a proxy and the gateway could each read a different one: the front proxy would then
-# count another key than the one that the gateway accepts.
-SINGLE_HEADERS = (
-    "access-control-request-method",
-    "authorization",
-    "content-encoding",
-    "content-length",
-    "content-type",
-    "expect",
-    "host",
-    "inference-header-content-length",
-    "origin",
-    "referer",
-    "traceparent",
-    "transfer-encoding",
-    "user-agent",
-    "x-canary-key",
-    "x-forwarded-proto",
-    "x-request-id",
-)
-REPEATED = f"A header is sent twice. Send each of these headers once: {', '.join(SINGLE_HEADERS)}."
 # After a reply to a request with an unread body the gateway reads on for this long, so that the client reads the reply
 # before the connection ends. Otherwise a reset could overtake the reply.
 LINGER_S = 2.0

@@ -16,6 +16,27 @@ RAY_HEADERS = (
     "serve-multiplexed-model-id",
     "x-session-id",
 )
+# Headers with one value. Of two, a proxy and the gateway could each read a different one: the front proxy would then
+# count another key than the one that the gateway accepts.
+SINGLE_HEADERS = (
+    "access-control-request-method",
+    "authorization",
+    "content-encoding",
+    "content-length",
+    "content-type",
+    "expect",
+    "host",
+    "inference-header-content-length",
+    "origin",
+    "referer",
+    "traceparent",
+    "transfer-encoding",
+    "user-agent",
+    "x-canary-key",
+    "x-forwarded-proto",
+    "x-request-id",
+)
+REPEATED = f"A header is sent twice. Send each of these headers once: {', '.join(SINGLE_HEADERS)}."
 CLOSE_HEADER = "x-close-connection"  # of a reply: HAProxy ends the client's connection too, and removes the header
 RAY_REQUEST_ID = r"[A-Za-z0-9_.:-]{1,128}"  # Ray decodes `x-request-id` as UTF-8 and fails on other bytes
 

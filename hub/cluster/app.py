@@ -15,7 +15,7 @@ from ..worker.prewarming import Prewarming
 from ..worker.replica import Worker
 from .autoscaling import replica_options
 from .gateway import Gateway
-from .ray_compat import cpus_of_this_node, ray_metrics
+from .ray_compat import cpus_of_this_node, frequent_polls, ray_metrics
 from .request_router import RendezvousRouter
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,8 @@ def deploy(settings: Settings) -> None:
         RuntimeError: a deployment does not start; the text has the deployments' messages with their tracebacks.
     """
     try:
-        serve.run(application(settings), name=NAME, route_prefix="/")
+        with frequent_polls():
+            serve.run(application(settings), name=NAME, route_prefix="/")
     except RuntimeError as error:  # its text has no reason; the deployments' messages have it
         deployments = serve.status().applications[NAME].deployments.values()
         raise RuntimeError("\n".join([str(error), *(d.message for d in deployments)])) from error

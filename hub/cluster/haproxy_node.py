@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from ..admission.quotas import KEY_CALLS
-from ..api.request_heads import REPEATED, SINGLE_HEADERS
-from ..api.security_headers import CLOSE_HEADER, DISCONNECT_HEADER, RAY_HEADERS, RAY_REQUEST_ID, security_headers
+from ..api.security_headers import (
+    CLOSE_HEADER,
+    DISCONNECT_HEADER,
+    RAY_HEADERS,
+    RAY_REQUEST_ID,
+    REPEATED,
+    SINGLE_HEADERS,
+    security_headers,
+)
 from ..errors import LimitReached, Unavailable
 from ..settings import InvalidSettings, Settings, load_settings
 from .haproxy import Frontend, command

@@ -4,14 +4,16 @@ No torch: the process of `karst-hub serve` imports this module and lasts as long
 """
 
 import logging
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from ..settings import Settings
-from .ray_compat import LOOPBACK, local_cluster_options, small_head
+from .ray_compat import LOOPBACK, leave_out_tables, local_cluster_options, serve_has_controller, small_head
 
+PAUSE_S = 0.05
 OBJECT_STORE_BYTES = 256 * 1024**2  # images are passed by value; Ray's object store is hardly used
 
 
@@ -23,6 +25,7 @@ def start(settings: Settings, folder: Path) -> str:
     Args:
         folder: the hub's private folder, for Ray's sockets and logs.
     """
+    leave_out_tables()
     with small_head(metrics=settings.metrics_port is not None):
         ray.init(
             address="local",
@@ -37,24 +40,44 @@ def start(settings: Settings, folder: Path) -> str:
     return address
 
 
-def start_serve(settings: Settings, address: str) -> None:
-    """Start Serve's controller and proxies on the cluster at this address, from another process.
+def connect(address: str) -> None:
+    """Connect this process, which is not the one of `start`, to the cluster at this address.
 
     Args:
         address: of the cluster's GCS, as `start` returned it.
+    """
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def start_serve(settings: Settings) -> None:
+    """Start Serve's controller and proxies; return when the proxies run.
 
     Raises:
         RuntimeError, TimeoutError: Serve's proxies do not start.
     """
     from ray import serve  # see `stop`
 
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # HAProxy listens on the hub's address and has its certificate; the gateways behind it stay on loopback.
     http_options: dict[str, Any] = {"host": LOOPBACK if settings.haproxy else settings.host, "port": settings.port}
     if settings.tls_cert is not None and not settings.haproxy:
         http_options |= {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
     serve.start(http_options=http_options)
+
+
+def wait_for_controller(starting: Future[None]) -> None:
+    """Return when Serve takes deployments, which is seconds before its proxies run.
+
+    Args:
+        starting: call of `start_serve` in a thread.
+
+    Raises:
+        RuntimeError, TimeoutError: of `start_serve`.
+    """
+    while not (starting.done() or serve_has_controller()):
+        wait([starting], PAUSE_S)
+    if starting.done():
+        starting.result()
 
 
 def stop() -> None:

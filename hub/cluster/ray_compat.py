@@ -43,7 +43,7 @@ RUN_FOLDER_BYTES = 38
 LOOPBACK_SWITCHES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # Each of Ray's Python workers calls this function first. `worker_process_setup_hook` of a runtime environment sets the
 # same variable, but Ray then starts each process through its agent.
-WORKER_START_SWITCHES = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{__name__}.leave_out_pandas"}
+WORKER_START_SWITCHES = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{__name__}.leave_out_tables"}
 
 
 def ray_switches(token_file: Path, *, metrics: bool) -> dict[str, str]:
@@ -157,6 +157,15 @@ def small_head(*, metrics: bool) -> Iterator[None]:
 
 
 @contextmanager
+def frequent_polls() -> Iterator[None]:
+    """Let `serve.run` ask ten times a second whether the deployments run, in place of once."""
+    from ray.serve._private import client
+
+    with _replaced(client, "CLIENT_POLLING_INTERVAL_S", 0.1):
+        yield
+
+
+@contextmanager
 def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
     """Replace an attribute of a module or class while the context lasts."""
     original = getattr(owner, name)
@@ -167,12 +176,17 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def leave_out_pandas() -> None:
-    """Let Serve start as where pandas is not installed: it takes 31 MB in each process of an idle hub.
+def leave_out_tables() -> None:
+    """Let Ray and Serve start as where pandas and pyarrow are not installed: 31 MB and 6 MB in each process of a hub.
 
-    Serve needs pandas only to turn data frames into JSON. All other code can still import pandas.
+    Serve needs pandas only to turn data frames into JSON, and Ray pyarrow only to send its tables from process to
+    process. All other code can still import both.
     """
-    sys.meta_path.insert(0, _ServeUtilsFinder())
+    from ray._private import arrow_serialization
+
+    arrow_serialization._register_custom_datasets_serializers = lambda _context: None
+    if not any(isinstance(finder, _ServeUtilsFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ServeUtilsFinder())
 
 
 class _ServeUtilsFinder(MetaPathFinder):
@@ -213,6 +227,18 @@ def process_logs(folder: Path) -> list[Path]:
 def actor_logs(folder: Path) -> list[Path]:
     """Return the files with stderr of all actors: gateways, workers, and those of Serve."""
     return sorted((folder / SESSIONS / "session_latest" / "logs").glob("worker-*.err"))
+
+
+def serve_has_controller() -> bool:
+    """Return whether the cluster of this process has Serve's controller, which takes deployments at once."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
 
 
 def cpus_of_this_node() -> int:

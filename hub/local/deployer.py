@@ -14,6 +14,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from threading import Thread
 
+from ..cluster.ray_compat import leave_out_tables
 from ..observability import log_format
 from ..settings import Settings
 from .errors import StartError
@@ -88,16 +89,21 @@ def main(connection: Connection) -> None:
     """Check the backbone while Serve starts, then deploy. Answer the check and the rest with None or a problem."""
     settings: Settings = connection.recv()
     log_format.start(settings.log_format, settings.log_level)
-    with ThreadPoolExecutor(1) as pool:
-        prepared = pool.submit(_prepare, settings, connection)
-        from ..cluster import local_cluster
+    leave_out_tables()
+    # Before the backbone: a thread that imports torch would delay this one.
+    from ..cluster import local_cluster
 
+    with ThreadPoolExecutor(2) as pool:
+        prepared = pool.submit(_prepare, settings, connection)
         address = connection.recv()
         problem = None
         try:
-            local_cluster.start_serve(settings, address)
+            local_cluster.connect(address)
+            serving = pool.submit(local_cluster.start_serve, settings)
             if (deploy := prepared.result()) is not None:
+                local_cluster.wait_for_controller(serving)
                 deploy(settings)
+            serving.result()
         except (RuntimeError, TimeoutError, ValueError, OSError) as error:
             problem = str(error)
         if prepared.result() is not None:  # otherwise the command has its answer

@@ -8,7 +8,7 @@ import ssl
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import packages_distributions
+from importlib.metadata import distributions
 from pathlib import Path
 
 from ..cluster.haproxy_node import connections_for
@@ -86,10 +86,11 @@ def check_import_names() -> None:
     Raises:
         StartError: one did.
     """
-    owners = packages_distributions()
+    # `packages_distributions` of importlib parses each line of each record, which takes three times as long.
+    records = [(found, "\n" + (found.read_text("RECORD") or "")) for found in distributions()]
     for package in ("hub", "adapters"):
-        others = sorted(set(owners.get(package, [])) - {DISTRIBUTION})
-        if others:
+        owners = {found.metadata["Name"] for found, record in records if f"\n{package}/" in record}
+        if others := sorted(owners - {DISTRIBUTION}):
             raise StartError(
                 f"The package {package!r} also belongs to {', '.join(others)}. Uninstall that, or install "
                 f"{DISTRIBUTION} into a virtual environment of its own."

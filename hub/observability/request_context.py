@@ -12,7 +12,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..worker_api import CallOrigin
 from . import tracing
 
 SEVERAL_TASKS = "several"  # task of a request that names more than one
@@ -34,6 +33,14 @@ class RequestContext:
     times_s: dict[str, float] = field(default_factory=dict)  # decode, load, queue, compute
     error: str = ""  # code of the problem in the reply
     limit: str = ""  # the tenant's limit that caused a 429
+
+
+class CallOrigin(NamedTuple):
+    """Request behind a call to a worker: for log lines, traces and the list of busy tasks."""
+
+    request_id: str = ""
+    task: str = ""
+    traceparent: str = ""  # W3C trace context; "" where the request is not traced
 
 
 class AdapterContext(NamedTuple):

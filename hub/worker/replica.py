@@ -23,10 +23,11 @@ from ..coroutines import Together
 from ..errors import HubError
 from ..observability import log_format, request_context, tracing
 from ..observability.metrics import MetricTypes
+from ..observability.request_context import CallOrigin
 from ..registry.redis.repetition import repeat
 from ..settings import Settings
 from ..storage.store import Store
-from ..worker_api import ROUTING_DIGEST_CHARS, Answer, CallFailed, CallOrigin, PassStats, TaskAnswers
+from ..worker_api import ROUTING_DIGEST_CHARS, Answer, CallFailed, PassStats, TaskAnswers
 from .adapter_cache import AdapterCache
 from .batch_tuner import BatchTuner, ways_of
 from .batcher import Batcher

@@ -3,8 +3,7 @@
 import httpx
 import pytest
 
-from hub.api.request_heads import SINGLE_HEADERS
-from hub.api.security_headers import security_headers
+from hub.api.security_headers import SINGLE_HEADERS, security_headers
 from tests.support.connections import drip_all, raw_reply
 
 from .conftest import AttackedHub

@@ -14,10 +14,10 @@ from hub.api.request_heads import (
     MAX_HEADER_BYTES,
     MAX_HEADERS,
     MAX_TARGET_BYTES,
-    SINGLE_HEADERS,
     HeaderLimitsMiddleware,
     UnreadBodyMiddleware,
 )
+from hub.api.security_headers import SINGLE_HEADERS
 from tests.support.asgi import listening
 from tests.support.connections import drip_all, raw_reply
 

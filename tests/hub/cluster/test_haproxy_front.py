@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from hub.api.request_heads import SINGLE_HEADERS, UnreadBodyMiddleware
-from hub.api.security_headers import security_headers
+from hub.api.request_heads import UnreadBodyMiddleware
+from hub.api.security_headers import SINGLE_HEADERS, security_headers
 from hub.cluster import haproxy
 from tests.support.asgi import listening
 from tests.support.connections import connect, drip_all, raw_reply

@@ -37,7 +37,7 @@ def in_new_process(code: str, variables: dict[str, str]) -> Any:
     command = [sys.executable, "-W", "ignore", "-c", f"import json\n{code}"]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_installed_ray_is_of_the_checked_minor_release() -> None:
@@ -106,24 +106,53 @@ print(json.dumps([constants.CONTROL_LOOP_INTERVAL_S, constants.RAY_SERVE_METRICS
     assert in_new_process(code, ray_compat.ray_switches(tmp_path / "token", metrics=False)) == [0.25, 1000]
 
 
-def test_serve_starts_without_pandas_in_an_actor_that_can_import_it() -> None:
+def test_ray_and_serve_start_without_pandas_and_pyarrow_in_an_actor_that_can_import_them() -> None:
     code = """
 import ray
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 @ray.remote
 class Actor:
-    def imports(self):
+    def imports(self, _argument):
         import sys
         from ray import serve
-        before = "pandas" in sys.modules
-        import pandas
-        return [before, pandas.DataFrame.__name__]
-found = ray.get(Actor.remote().imports.remote())
+        before = [name in sys.modules for name in ("pandas", "pyarrow")]
+        import pandas, pyarrow
+        return [*before, pandas.DataFrame.__name__, pyarrow.Table.__name__]
+found = ray.get(Actor.remote().imports.remote("decoded by Ray"))
 ray.shutdown()
 print(json.dumps(found))
 """
     variables = ray_compat.LOOPBACK_SWITCHES | ray_compat.WORKER_START_SWITCHES
-    assert in_new_process(code, variables) == [False, "DataFrame"]
+    assert in_new_process(code, variables) == [False, False, "DataFrame", "Table"]
+
+
+def test_serve_run_asks_often_whether_the_deployments_run() -> None:
+    code = """
+from ray.serve._private import client
+from hub.cluster.ray_compat import frequent_polls
+name = "CLIENT_POLLING_INTERVAL_S"
+with frequent_polls():
+    inside = getattr(client, name)
+reads = name in client.ServeControllerClient._wait_for_application_running.__code__.co_names
+print(json.dumps([inside, getattr(client, name), reads]))
+"""
+    assert in_new_process(code, {}) == [0.1, 1.0, True]
+
+
+def test_the_controller_is_there_once_serve_has_started() -> None:
+    code = """
+import ray
+from ray import serve
+from hub.cluster.ray_compat import serve_has_controller
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+before = serve_has_controller()
+serve.start(proxy_location="Disabled")
+found = [before, serve_has_controller()]
+serve.shutdown()
+ray.shutdown()
+print(json.dumps(found))
+"""
+    assert in_new_process(code, ray_compat.LOOPBACK_SWITCHES) == [False, True]
 
 
 @pytest.mark.parametrize(

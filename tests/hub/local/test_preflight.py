@@ -1,7 +1,6 @@
 """Checks before a local hub starts: each fault is one error that names the setting and the reason."""
 
 import socket
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -50,9 +49,13 @@ def test_the_import_names_belong_to_this_distribution_alone() -> None:
     preflight.check_import_names()
 
 
-def test_another_distribution_with_the_same_import_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {**packages_distributions(), "hub": [preflight.DISTRIBUTION, "another-package"]}
-    monkeypatch.setattr(preflight, "packages_distributions", lambda: installed)
+def test_another_distribution_with_the_same_import_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (record := tmp_path / "another_package-1.0.dist-info").mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: another-package\nVersion: 1.0\n")
+    (record / "RECORD").write_text("another/hub/a.py,,\nhub/__init__.py,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(StartError, match="The package 'hub' also belongs to another-package"):
         preflight.check_import_names()
 

@@ -3,8 +3,7 @@
 import asyncio
 
 from hub.observability import request_context
-from hub.observability.request_context import RequestContext
-from hub.worker_api import CallOrigin
+from hub.observability.request_context import CallOrigin, RequestContext
 
 
 def test_notes_outside_of_a_request_have_no_effect() -> None:

@@ -16,12 +16,13 @@ from adapters.backbone import features
 from adapters.data.images import decode_image, eval_transform, normalise
 from adapters.serving import cpu_operators
 from hub.errors import HubError, Unavailable
+from hub.observability.request_context import CallOrigin
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.status import StatusBoard
 from hub.storage.store import Store
 from hub.worker.prewarming import Prewarming
 from hub.worker.replica import Worker
-from hub.worker_api import Answer, CallFailed, CallOrigin
+from hub.worker_api import Answer, CallFailed
 from tests.support.hub_app import REDIS_PATIENCE
 from tests.support.marks import needs_vnni
 from tests.support.models import calibrated_adapter, flat_png, png
