@@ -30,7 +30,7 @@ PARTS = {
     "servers": Part(25, "other model servers over HTTP (first run `benchmarks/servers/install.sh`)"),
     "peers": Part(12, "libraries and processes that hold many adapters"),
     "idle": Part(3, "a hub without calls: seconds to ready, share of a core, memory"),
-    "feed": Part(5, "CPU time of gateways and workers beside a stand-in for a fast device"),
+    "feed": Part(6, "CPU time of gateways and workers beside a stand-in for a fast device"),
     "rate_limits": Part(2, "the wait for a tenant's limits"),
     "train_step": Part(11, "a step of training beside other methods"),
 }

@@ -12,6 +12,10 @@ Calls of one image and of 16 take turns in two forms within a round, in the same
 * alone: each call is a send of its own through Serve's handle, as before calls of a gateway left together;
 * together: as the hub does it.
 
+A third turn calls an empty gateway, which reads the body and answers: with the time to decode the images, measured in
+a process of its own, it is the least that a gateway behind Ray Serve can take. The limit of the ratio is that of a hub
+whose gateway takes no more, and whose worker takes nothing.
+
 A figure is images over the CPU time of the role's processes, so other programs on the machine change it little. The
 load comes from plain sockets (`benchmarks.load`). From the figures follow the cores that a device needs.
 """
@@ -21,8 +25,9 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -33,15 +38,23 @@ from hub.client.client import Client
 from . import bare, cores
 from .beside import TENANTS, Hub, hub_process
 from .common import machine, markdown_table, spread
+from .feed_hub import FLOOR
 from .load import closed_loop, ok, request
 
 OUTPUT = Path(__file__).parent / "results" / "feed.json"
 BACKBONES = ("demo", "vit_tiny_patch16_224")
 IMAGES = (1, 16)  # of a call
 FORMS = ("alone", "together")  # also the tasks' names
-ROLES = {"karst-hub:worker": "worker", "karst-hub:gateway": "gateway", "haproxy": "haproxy", "redis": "redis"}
+ROLES = {
+    "karst-hub:worker": "worker",
+    "karst-hub:gateway": "gateway",
+    "floor:gateway": "floor",
+    "haproxy": "haproxy",
+    "redis": "redis",
+}
 BAR = 2.5  # images per second for each core of gateway and worker, together / alone
 WARM_UP_S = 2.0
+DECODES = 20  # measured after each turn of the empty gateway
 
 
 def main() -> None:
@@ -83,27 +96,35 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 for form, adapter in zip(FORMS, adapters, strict=True):
                     client.register(form, adapter)
             return [
-                {"backbone": name, "side_px": side, "images": images} | turns(hub, pictures, images, options)
+                {"backbone": name, "side_px": side, "images": images}
+                | turns(hub, pictures, images, options, lambda: process.ask(bare.decode_ms, backbone, pictures[0]))
                 for images in IMAGES
             ]
 
 
-def turns(hub: Hub, pictures: Sequence[bytes], images: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure both forms in turn. Each call has `images` images."""
+def turns(
+    hub: Hub, pictures: Sequence[bytes], images: int, options: argparse.Namespace, decode_ms: Callable[[], float]
+) -> dict[str, Any]:
+    """Measure both forms and the empty gateway in turn. Each call has `images` images."""
     callers = max(1, options.callers if images == 1 else options.callers // 4)
     rounds: list[dict[str, dict[str, float]]] = []
-    load = {form: message(hub, form, pictures, images) for form in FORMS}
-    for form in FORMS:
-        closed_loop(hub.address, [load[form]], callers, WARM_UP_S)
+    load = {form: message(hub, f"/v1/tasks/{form}/classify?top_k=1", pictures, images) for form in FORMS}
+    load["floor"] = message(hub, f"{FLOOR}/", pictures, images)
+    for sent in load.values():
+        closed_loop(hub.address, [sent], callers, WARM_UP_S)
     for i in track(range(options.rounds), f"calls of {images}"):
         rounds.append({})
-        for form in FORMS[:: -1 if i % 2 else 1]:
+        for form in [*load][:: -1 if i % 2 else 1]:
             began, started_s = cores.cpu_s(ROLES), time.perf_counter()
             replies = closed_loop(hub.address, [load[form]], callers, options.seconds)
             took_s, took = time.perf_counter() - started_s, cores.cpu_s(ROLES)
             done = images * len([ok(reply) for reply in replies])
-            batch = sum(int(reply.header("x-batch-images")) for reply in replies) / len(replies)
             cpu_s = {role: took[role] - began[role] for role in took}
+            if form == "floor":
+                least_s = cpu_s["floor"] / done + 1e-3 * median([decode_ms() for _ in range(DECODES)])
+                rounds[-1][form] = {"images_per_s": done / took_s, "gateway_core": 1 / least_s, "core": 1 / least_s}
+                continue
+            batch = sum(int(reply.header("x-batch-images")) for reply in replies) / len(replies)
             rounds[-1][form] = {
                 "images_per_s": done / took_s,
                 "batch": batch,
@@ -113,19 +134,21 @@ def turns(hub: Hub, pictures: Sequence[bytes], images: int, options: argparse.Na
                 "core": done / (cpu_s["gateway"] + cpu_s["worker"]),
             }
     rounds *= 2 if len(rounds) == 1 else 1  # quartiles need two
+
+    def ratios(form: str, keys: Sequence[str]) -> dict[str, Any]:
+        return {key: spread([one[form][key] / one["alone"][key] for one in rounds]) for key in keys}
+
     return {
         "callers": callers,
-        **{form: {key: spread([one[form][key] for one in rounds]) for key in rounds[0][form]} for form in FORMS},
-        "ratio": {
-            key: spread([one["together"][key] / one["alone"][key] for one in rounds])
-            for key in ("gateway_core", "worker_core", "core")
-        },
+        **{form: {key: spread([one[form][key] for one in rounds]) for key in rounds[0][form]} for form in load},
+        "ratio": ratios("together", ("gateway_core", "worker_core", "core")),
+        "limit": ratios("floor", ("gateway_core", "core")),
     }
 
 
-def message(hub: Hub, task: str, pictures: Sequence[bytes], images: int) -> bytes:
+def message(hub: Hub, path: str, pictures: Sequence[bytes], images: int) -> bytes:
     """Return the bytes of a call with `images` images."""
-    path, key = f"/v1/tasks/{task}/classify?top_k=1", f"Bearer {hub.keys[TENANTS[0]]}"
+    key = f"Bearer {hub.keys[TENANTS[0]]}"
     if images == 1:
         return request("POST", path, pictures[0], authorization=key, content_type="application/octet-stream")
     files = [("image", (f"{i}", pictures[i % len(pictures)])) for i in range(images)]
@@ -152,7 +175,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 ]
             )
         ratios = (value(row["ratio"][key], 2) for key in ("gateway_core", "worker_core", "core"))
-        lines.append([f"{row['side_px']} px, {row['images']} per call, together / alone", *ratios, "", ""])
+        call = f"{row['side_px']} px, {row['images']} per call"
+        lines.append([f"{call}, together / alone", *ratios, "", ""])
+        floor, limit = value(row["floor"]["core"]), value(row["limit"]["core"], 2)
+        lines.append([f"{call}, empty gateway and decoding", floor, "", floor, "", ""])
+        lines.append(
+            [f"{call}, its ratio to alone: the limit", value(row["limit"]["gateway_core"], 2), "", limit, "", ""]
+        )
     names = ["gateway", "worker", "both"]
     return markdown_table(
         ["calls", *(f"images/s per core, {name}" for name in names), "HAProxy, ms an image", "images per pass"], lines

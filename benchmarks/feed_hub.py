@@ -1,5 +1,7 @@
 """Hub of `benchmarks.feed`: a worker whose pass sleeps, and a gateway that sends one adapter's calls alone.
 
+Beside it runs an empty gateway: it reads a body and answers, and has no worker.
+
     python -m benchmarks.feed_hub IMAGES_PER_SECOND LEAST_MS DIGEST
 
 It runs until stdin ends. What it replaces is private to the hub, and only here.
@@ -14,6 +16,8 @@ from hub.settings import Settings
 
 from .beside import run_hub
 
+FLOOR = "/floor"
+
 
 def main() -> None:
     """Run the hub."""
@@ -27,6 +31,7 @@ def main() -> None:
         app.Worker = worker_class(rate, least_ms / 1e3)
         app.create_app = partial(create_app, alone)
         serve.run(app.application(settings), name=app.NAME, route_prefix="/")  # in place of the hub's own
+        serve.run(empty_gateway(), name="floor", route_prefix=FLOOR)
 
     run_hub(deploy)
 
@@ -60,6 +65,28 @@ def worker_class(rate: float, least_s: float) -> Any:
             return bank
 
     return FedWorker
+
+
+def empty_gateway() -> Any:
+    """Build the empty gateway. Its class is local, so Ray sends it by value."""
+    from ray import serve
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    from hub.cluster.app import GATEWAY_REQUESTS
+
+    @serve.ingress()
+    class EmptyGateway:
+        def __serve_build_asgi_app__(self) -> Starlette:
+            async def call(request: Request) -> JSONResponse:
+                return JSONResponse({"bytes": len(await request.body())})
+
+            return Starlette(routes=[Route("/", call, methods=["POST"])])
+
+    options: dict[str, Any] = {"max_ongoing_requests": GATEWAY_REQUESTS, "ray_actor_options": {"num_cpus": 0}}
+    return serve.deployment(name="gateway", **options)(EmptyGateway).bind()
 
 
 def create_app(alone: str, settings: Settings, workers: Any, *others: Any) -> Any:
