@@ -217,8 +217,9 @@ class KarstHub(Side):
         return found["label"], found["score"]
 
 
+HUB = "karst-hub"
 SIDES: dict[str, type[Side]] = {
-    "karst-hub": KarstHub,
+    HUB: KarstHub,
     "FastAPI": FastApi,
     "LitServe": LitServe,
     "BentoML": BentoMl,
