@@ -12,9 +12,9 @@ Calls of one image and of 16 take turns in two forms within a round, in the same
 * alone: each call is a send of its own through Serve's handle, as before calls of a gateway left together;
 * together: as the hub does it.
 
-A third turn calls an empty gateway, which reads the body and answers: with the time to decode the images, measured in
-a process of its own, it is the least that a gateway behind Ray Serve can take. The limit of the ratio is that of a hub
-whose gateway takes no more, and whose worker takes nothing.
+A third turn calls an empty gateway, which reads the body and answers. With the time to decode an image in a thread,
+measured in a process of its own, this is about the least that a gateway behind Ray Serve can take. The limit of the
+ratio is that of a hub whose gateway takes no more, and whose worker takes nothing.
 
 A figure is images over the CPU time of the role's processes, so other programs on the machine change it little. The
 load comes from plain sockets (`benchmarks.load`). From the figures follow the cores that a device needs.

@@ -17,4 +17,10 @@ def __getattr__(name: str) -> Any:
     """Import a public name on its first use: Serve's own processes import this package, and do not need the client."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name], __name__), name)
+    found = getattr(import_module(_MODULE_OF[name], __name__), name)
+    globals()[name] = found  # the next use does not come here
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

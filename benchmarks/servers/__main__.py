@@ -40,7 +40,7 @@ from ..common import machine
 from ..cores import busy_s
 from ..load import Connection, Reply, closed_loop, ok, rate
 from .inputs import DISTINCT, IMAGES, MODELS, Form, Inputs
-from .sides import HUB, SIDES, Side, missing, pss_mb, running
+from .sides import SIDES, Side, missing, pss_mb, running
 
 OUTPUT = Path(__file__).parents[1] / "results" / "servers.json"
 RIVALS = Path(__file__).parents[2] / ".venv-servers"
@@ -92,16 +92,13 @@ def key(row: dict[str, Any]) -> tuple[str, str, str, int]:
 
 
 def wanted(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> Iterator[tuple[str, str, Form, list[int]]]:
-    """Yield each start with the sizes that are missing.
-
-    One task is the same in both forms for a rival. The hub's one head shows what an adapter's own products cost.
-    """
+    """Yield each start with the sizes that are missing. One task is the same in both forms for a rival."""
     there = set() if options.again else {key(row) for row in rows}
     for model in options.models:
         for form in options.forms:
             for name in options.contenders:
                 sizes = [size for size in options.sizes if (name, model, form, size) not in there]
-                if form == "heads" and name != HUB:
+                if form == "heads":
                     sizes = [size for size in sizes if size > 1]
                 if sizes:
                     yield name, model, form, sizes

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common import markdown_table
-from .__main__ import OUTPUT, key
-from .sides import HUB, SIDES
+from .__main__ import OUTPUT
+from .sides import SIDES
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
@@ -27,6 +27,7 @@ FILES = {
     "PyTriton": "pytriton_app.py",
     "Ray Serve": "ray_serve_app.py",
 }
+HUB = "karst-hub"
 MANY, BEST_AT_ONE = 8, 0.9
 DRIFT = 1.25  # of the bare backbone's speed between two contenders, from which on it could explain their ratio
 Row = Mapping[str, Any]
@@ -145,8 +146,7 @@ def targets(rows: Sequence[Row]) -> list[list[str]]:
             here = [row for row in rows if (row["model"], row["form"]) == (model, form) and "reason" not in row]
             hub = {row["tasks"]: row for row in here if row["contender"] == HUB}
             rivals = [row for row in here if row["contender"] != HUB]
-            head = next((row for row in rows if key(row) == (HUB, model, "heads", 1)), None)
-            out += [[title, form, *line] for line in _speeds(hub, rivals, head)]
+            out += [[title, form, *line] for line in _speeds(hub, rivals)]
             if len(hub) > 1:
                 least, most = (hub[end]["pss_mb"] / 1e3 for end in (min(hub), max(hub)))
                 text = f"{least:.2f} GB with {min(hub)}, {most:.2f} GB with {max(hub)}"
@@ -154,12 +154,7 @@ def targets(rows: Sequence[Row]) -> list[list[str]]:
     return out
 
 
-def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row], head: Row | None) -> list[list[str]]:
-    """Return the lines about speed.
-
-    Args:
-        head: the hub's row of one task that is only a head.
-    """
+def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row]) -> list[list[str]]:
     out = []
     for tasks, own in sorted(hub.items()):
         best = max((row for row in rivals if row["tasks"] == tasks), key=speed, default=None)
@@ -174,8 +169,6 @@ def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row], head: Row | None) -> 
         elif ratio < bar and "cores_used" in own and "cores_used" in best:
             used, theirs = own["cores_used"], best["cores_used"]
             verdict += f"; {ratio * theirs / used:.2f} for the same busy cores ({used:.2f} against {theirs:.2f})"
-        if ratio < bar and tasks == 1 and head is not None:
-            verdict += f"; {speed(head) / speed(best):.2f} with a head alone, without the products that rivals merge"
         out.append([str(tasks), target, f"{ratio:.2f} of {best['contender']}: {verdict}"])
     return out
 

@@ -217,9 +217,8 @@ class KarstHub(Side):
         return found["label"], found["score"]
 
 
-HUB = "karst-hub"
 SIDES: dict[str, type[Side]] = {
-    HUB: KarstHub,
+    "karst-hub": KarstHub,
     "FastAPI": FastApi,
     "LitServe": LitServe,
     "BentoML": BentoMl,

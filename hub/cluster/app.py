@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
 
 from ..api.app import create_app
@@ -106,7 +107,7 @@ def _workers_per_node(max_workers: int) -> int:
 
 
 def deploy(settings: Settings) -> None:
-    """Deploy the hub on the local cluster after `local_cluster.start_serve`; return when a worker has its backbone.
+    """Deploy the hub on the local cluster once Serve has its controller; return when a worker has its backbone.
 
     Raises:
         RuntimeError: a deployment does not start; the text has the deployments' messages with their tracebacks.
@@ -114,6 +115,8 @@ def deploy(settings: Settings) -> None:
     try:
         with frequent_polls():
             serve.run(application(settings), name=NAME, route_prefix="/")
+    except RayError as error:
+        raise RuntimeError(str(error)) from error
     except RuntimeError as error:  # its text has no reason; the deployments' messages have it
         deployments = serve.status().applications[NAME].deployments.values()
         raise RuntimeError("\n".join([str(error), *(d.message for d in deployments)])) from error

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from ..settings import Settings
 from .ray_compat import LOOPBACK, leave_out_tables, local_cluster_options, serve_has_controller, small_head
 
-PAUSE_S = 0.05
+PAUSE_S = 0.05  # between two looks for Serve's controller
 OBJECT_STORE_BYTES = 256 * 1024**2  # images are passed by value; Ray's object store is hardly used
 
 
@@ -62,11 +63,14 @@ def start_serve(settings: Settings) -> None:
     http_options: dict[str, Any] = {"host": LOOPBACK if settings.haproxy else settings.host, "port": settings.port}
     if settings.tls_cert is not None and not settings.haproxy:
         http_options |= {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
-    serve.start(http_options=http_options)
+    try:
+        serve.start(http_options=http_options)
+    except RayError as error:
+        raise RuntimeError(str(error)) from error
 
 
 def wait_for_controller(starting: Future[None]) -> None:
-    """Return when Serve takes deployments, which is seconds before its proxies run.
+    """Return when Serve has its controller, seconds before its proxies run; it queues deployments until it runs.
 
     Args:
         starting: call of `start_serve` in a thread.

@@ -66,6 +66,8 @@ def ray_switches(token_file: Path, *, metrics: bool) -> dict[str, str]:
         # hub. Four rounds and one suffice: a replica's own health check has ten seconds.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
+        # Workers and gateways start beside the proxies; Ray's 5 s are too short while every core is busy.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         # Ray logs this error at every stop of Serve, without a fault.
         "RAY_DEDUP_LOGS_SKIP_REGEX": "ServeController.graceful_shutdown failed",
         **WORKER_START_SWITCHES,
@@ -98,7 +100,6 @@ def haproxy_switches(executable: Path, folder: Path, fallback_port: int) -> dict
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # otherwise a warning is written 1,000 lines later
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Ray's 5 s are too short while every core is busy
         **{f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in haproxy.items()},
     }
 
@@ -180,7 +181,7 @@ def leave_out_tables() -> None:
     """Let Ray and Serve start as where pandas and pyarrow are not installed: 31 MB and 6 MB in each process of a hub.
 
     Serve needs pandas only to turn data frames into JSON, and Ray pyarrow only to send its tables from process to
-    process. All other code can still import both.
+    process. All other code can still import both, except pandas while another thread imports Serve's utils.
     """
     from ray._private import arrow_serialization
 
@@ -230,7 +231,7 @@ def actor_logs(folder: Path) -> list[Path]:
 
 
 def serve_has_controller() -> bool:
-    """Return whether the cluster of this process has Serve's controller, which takes deployments at once."""
+    """Return whether the cluster of this process has Serve's controller; deployments wait until it runs."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 

@@ -8,7 +8,7 @@ beside the start of Ray and Serve.
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -86,24 +86,29 @@ class Deployer:
 
 
 def main(connection: Connection) -> None:
-    """Check the backbone while Serve starts, then deploy. Answer the check and the rest with None or a problem."""
+    """Check the backbone while Serve starts, and deploy while its proxies start.
+
+    Answer the check and the rest with None or a problem.
+    """
     settings: Settings = connection.recv()
     log_format.start(settings.log_format, settings.log_level)
     leave_out_tables()
     # Before the backbone: a thread that imports torch would delay this one.
     from ..cluster import local_cluster
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         prepared = pool.submit(_prepare, settings, connection)
         address = connection.recv()
         problem = None
         try:
             local_cluster.connect(address)
-            serving = pool.submit(local_cluster.start_serve, settings)
+            steps = [pool.submit(local_cluster.start_serve, settings)]
             if (deploy := prepared.result()) is not None:
-                local_cluster.wait_for_controller(serving)
-                deploy(settings)
-            serving.result()
+                local_cluster.wait_for_controller(*steps)
+                steps.append(pool.submit(deploy, settings))
+            # The other step may go on for minutes after one has failed; the command then kills this process.
+            for step in wait(steps, return_when=FIRST_EXCEPTION).done:
+                step.result()
         except (RuntimeError, TimeoutError, ValueError, OSError) as error:
             problem = str(error)
         if prepared.result() is not None:  # otherwise the command has its answer

@@ -87,9 +87,13 @@ def check_import_names() -> None:
         StartError: one did.
     """
     # `packages_distributions` of importlib parses each line of each record, which takes three times as long.
-    records = [(found, "\n" + (found.read_text("RECORD") or "")) for found in distributions()]
+    found = [(one, (one.read_text("top_level.txt") or "").split(), one.read_text("RECORD")) for one in distributions()]
     for package in ("hub", "adapters"):
-        owners = {found.metadata["Name"] for found, record in records if f"\n{package}/" in record}
+        owners = {
+            one.metadata["Name"]
+            for one, names, record in found
+            if package in names or f"\n{package}/" in f"\n{record}" or f"\n{package}.py," in f"\n{record}"
+        }
         if others := sorted(owners - {DISTRIBUTION}):
             raise StartError(
                 f"The package {package!r} also belongs to {', '.join(others)}. Uninstall that, or install "

@@ -49,15 +49,32 @@ def test_the_import_names_belong_to_this_distribution_alone() -> None:
     preflight.check_import_names()
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("RECORD", "another/a.py,,\nhub/__init__.py,,\n"),
+        ("RECORD", "hub.py,,\n"),
+        ("top_level.txt", "another\nhub\n"),  # of an editable installation
+    ],
+)
 def test_another_distribution_with_the_same_import_name_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (record := tmp_path / "another_package-1.0.dist-info").mkdir()
     (record / "METADATA").write_text("Metadata-Version: 2.1\nName: another-package\nVersion: 1.0\n")
-    (record / "RECORD").write_text("another/hub/a.py,,\nhub/__init__.py,,\n")
+    (record / file).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(StartError, match="The package 'hub' also belongs to another-package"):
         preflight.check_import_names()
+
+
+def test_another_distribution_may_have_folders_of_these_names_below_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (record := tmp_path / "another_package-1.0.dist-info").mkdir()
+    (record / "RECORD").write_text("another/hub/a.py,,\nanother/adapters/a.py,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    preflight.check_import_names()
 
 
 def test_a_certificate_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
