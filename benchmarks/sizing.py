@@ -17,7 +17,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,12 +187,12 @@ def step(served: Served, url: str, tasks: Tasks, store: Path) -> dict[str, Any]:
     call(served, names)
     began, busy = cpu_s(served), WARM_CALLS
     call(served, names[-1:] * busy)
-    call_ms = {role: 1000 * (after - began[role]) / busy for role, after in cpu_s(served).items()}
+    call_ms = {role: 1000 * used / busy for role, used in used_s(began, cpu_s(served)).items()}
     time.sleep(SETTLE_S)
     began, at = cpu_s(served), time.monotonic()
     time.sleep(REST_S)
     rest_s = time.monotonic() - at
-    idle = {role: (after - began[role]) / rest_s for role, after in cpu_s(served).items()}
+    idle = {role: used / rest_s for role, used in used_s(began, cpu_s(served)).items()}
     with Client(served.url, served.admin_key or "") as admin:
         (worker,) = admin.status().workers
     server = redis.Redis.from_url(url)
@@ -256,15 +256,27 @@ def processes(served: Served) -> dict[str, Any]:
     return out
 
 
-def cpu_s(served: Served) -> dict[str, float]:
-    """Return the processor time of the hub's living processes so far, by part."""
-    out: dict[str, float] = dict.fromkeys(("serve", "worker", "gateway", "haproxy", "ray"), 0.0)
+def cpu_s(served: Served) -> dict[int, tuple[str, float]]:
+    """Return part and processor time so far of each living process of the hub, by its id."""
+    out = {}
     for pid in group(served):
         try:
             times = psutil.Process(pid).cpu_times()
         except psutil.Error:
             continue
-        out[role_of(pid, served)] += times.user + times.system
+        out[pid] = role_of(pid, served), times.user + times.system
+    return out
+
+
+def used_s(before: Mapping[int, tuple[str, float]], after: Mapping[int, tuple[str, float]]) -> dict[str, float]:
+    """Return the processor time between two looks, by part, of the processes that live at both.
+
+    The process that deploys the hub ends soon after the start.
+    """
+    out: dict[str, float] = dict.fromkeys(("serve", "worker", "gateway", "haproxy", "ray"), 0.0)
+    for pid, (role, s) in after.items():
+        if pid in before:
+            out[role] += s - before[pid][1]
     return out
 
 
