@@ -1,6 +1,7 @@
 """CPU time of the processes that a benchmark started, by role, and of the whole machine."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 
 import psutil
 
@@ -12,15 +13,39 @@ def cpu_s(roles: Mapping[str, str]) -> dict[str, float]:
         roles: part of a process's name -> its role; the first match counts, and the rest is `others`.
     """
     out = dict.fromkeys([*roles.values(), "others"], 0.0)
-    for process in psutil.Process().children(recursive=True):
+
+    def role_of(process: psutil.Process) -> str:
+        name = " ".join(process.cmdline()[:1]) or process.name()
+        return next((role for part, role in roles.items() if part in name), "others")
+
+    for role, taken_s in by_process(psutil.Process().children(recursive=True), role_of).values():
+        out[role] += taken_s
+    return out
+
+
+def by_process(
+    processes: Iterable[psutil.Process], role_of: Callable[[psutil.Process], str]
+) -> dict[int, tuple[str, float]]:
+    """Return role and CPU time so far of each process that lives, by its id."""
+    out = {}
+    for process in processes:
         try:
-            name = " ".join(process.cmdline()[:1]) or process.name()
             taken = process.cpu_times()
+            out[process.pid] = role_of(process), taken.user + taken.system
         except psutil.Error:  # the process has just ended
             continue
-        role = next((role for part, role in roles.items() if part in name), "others")
-        out[role] += taken.user + taken.system
     return out
+
+
+def used_s(before: Mapping[int, tuple[str, float]], after: Mapping[int, tuple[str, float]]) -> dict[str, float]:
+    """Return the CPU time between two looks of `by_process`, by role, of the processes that live at the second one.
+
+    What a process used that ended in between, such as the one that deploys a hub, is not known.
+    """
+    out: defaultdict[str, float] = defaultdict(float)
+    for pid, (role, taken_s) in after.items():
+        out[role] += taken_s - before.get(pid, (role, 0.0))[1]
+    return dict(out)
 
 
 def busy_s() -> float:

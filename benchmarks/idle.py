@@ -33,7 +33,7 @@ from hub.client.client import Client
 from hub.local.bootstrap import DEFAULT_TENANT, KEYS_FILE
 from hub.local.ports import free_port
 
-from .cores import busy_s
+from .cores import busy_s, by_process, used_s
 
 OUTPUT = Path(__file__).parent / "results" / "idle.json"
 BARS = {"ready_s": 12.0, "core": 0.05, "pss_mb": 1500.0, "tasks_mb": 5.0}
@@ -100,8 +100,9 @@ def measure(settle_s: float, seconds: float) -> dict[str, Any]:
             time.sleep(seconds)
             after, took_s = cpu_s(process.pid), time.monotonic() - since_s
             processes: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(FIGURES, 0.0))
-            for pid, (name, used_s) in after.items():
-                processes[name]["core"] += (used_s - before.get(pid, (name, 0.0))[1]) / took_s
+            for name, taken_s in used_s(before, after).items():
+                processes[name]["core"] = taken_s / took_s
+            for pid, (name, _) in after.items():
                 for figure, size_mb in memory_mb(pid).items():
                     processes[name][figure] += size_mb
             gateway = next(pid for pid, (name, _) in after.items() if name == "gateway")
@@ -146,16 +147,13 @@ def memory_of_tasks(url: str, keys: dict[str, str], gateway: int) -> float:
 
 def cpu_s(root: int) -> dict[int, tuple[str, float]]:
     """Return the name and the CPU time so far of a process and each of its descendants, by id."""
+
+    def name_of(process: psutil.Process) -> str:
+        command = " ".join(process.cmdline())
+        return next((name for part, name in NAMES.items() if part in command), "others")
+
     top = psutil.Process(root)
-    found = {}
-    for process in [top, *top.children(recursive=True)]:
-        try:
-            command, times = " ".join(process.cmdline()), process.cpu_times()
-        except psutil.Error:  # it has just ended
-            continue
-        name = next((name for part, name in NAMES.items() if part in command), "others")
-        found[process.pid] = name, times.user + times.system
-    return found
+    return by_process([top, *top.children(recursive=True)], name_of)
 
 
 def memory_mb(pid: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ from tests.support.models import png
 
 from .capacity_registry import run
 from .common import copy_of, machine, markdown_table, random_adapter
+from .cores import by_process, used_s
 
 OUTPUT = Path(__file__).parent / "results" / "sizing.json"
 ARCHITECTURES = {"demo": None, "vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224"}
@@ -258,26 +259,8 @@ def processes(served: Served) -> dict[str, Any]:
 
 def cpu_s(served: Served) -> dict[int, tuple[str, float]]:
     """Return part and processor time so far of each living process of the hub, by its id."""
-    out = {}
-    for pid in group(served):
-        try:
-            times = psutil.Process(pid).cpu_times()
-        except psutil.Error:
-            continue
-        out[pid] = role_of(pid, served), times.user + times.system
-    return out
-
-
-def used_s(before: Mapping[int, tuple[str, float]], after: Mapping[int, tuple[str, float]]) -> dict[str, float]:
-    """Return the processor time between two looks, by part, of the processes that live at both.
-
-    The process that deploys the hub ends soon after the start.
-    """
-    out: dict[str, float] = dict.fromkeys(("serve", "worker", "gateway", "haproxy", "ray"), 0.0)
-    for pid, (role, s) in after.items():
-        if pid in before:
-            out[role] += s - before[pid][1]
-    return out
+    top = psutil.Process(served.process.pid)
+    return by_process([top, *top.children(recursive=True)], lambda process: role_of(process.pid, served))
 
 
 def table(found: dict[str, Any]) -> str:

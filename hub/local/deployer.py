@@ -102,9 +102,10 @@ def main(connection: Connection) -> None:
         problem = None
         try:
             local_cluster.connect(address)
-            steps = [pool.submit(local_cluster.start_serve, settings)]
+            serving = pool.submit(local_cluster.start_serve, settings)
+            steps = [serving]
             if (deploy := prepared.result()) is not None:
-                local_cluster.wait_for_controller(*steps)
+                local_cluster.wait_for_controller(serving)
                 steps.append(pool.submit(deploy, settings))
             # The other step may go on for minutes after one has failed; the command then kills this process.
             for step in wait(steps, return_when=FIRST_EXCEPTION).done:

@@ -87,12 +87,15 @@ def check_import_names() -> None:
         StartError: one did.
     """
     # `packages_distributions` of importlib parses each line of each record, which takes three times as long.
-    found = [(one, (one.read_text("top_level.txt") or "").split(), one.read_text("RECORD")) for one in distributions()]
+    found = [
+        (one, (one.read_text("top_level.txt") or "").split(), "\n" + (one.read_text("RECORD") or ""))
+        for one in distributions()
+    ]
     for package in ("hub", "adapters"):
         owners = {
             one.metadata["Name"]
             for one, names, record in found
-            if package in names or f"\n{package}/" in f"\n{record}" or f"\n{package}.py," in f"\n{record}"
+            if package in names or f"\n{package}/" in record or f"\n{package}.py," in record
         }
         if others := sorted(owners - {DISTRIBUTION}):
             raise StartError(

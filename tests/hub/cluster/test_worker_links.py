@@ -197,37 +197,29 @@ def test_calls_wait_for_each_other_when_the_worker_takes_long_to_answer(monkeypa
     run(use)
 
 
-def test_a_call_does_not_wait_for_those_of_another_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the calls of a busy tenant would delay one that sends a call at a time."""
+@pytest.mark.parametrize(
+    ("under_way", "tenant"),
+    [
+        # Otherwise the calls of a busy tenant would delay one that sends a call at a time.
+        pytest.param(3, "other", id="a call of a tenant without a call there"),
+        # Otherwise the first call after a pass of all would be computed alone, and the others only after it.
+        pytest.param(1, "t", id="more calls than the worker has"),
+    ],
+)
+def test_waiting_calls_leave_soon_when_there_is_one_more(
+    under_way: int, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     set_waits(monkeypatch, longest_s=60.0)
 
     async def use(deployment: Deployment, workers: ServeWorkers) -> None:
-        slow = await busy_worker(deployment, workers, calls=1)
+        slow = await busy_worker(deployment, workers, calls=under_way)
         waiting = start(workers, "d")
         await asyncio.sleep(0.02)
         assert not deployment.sends
-        other = start(workers, "d", tenant="other")
+        more = start(workers, "d", tenant=tenant)
         ((method, argument, _, _),) = await deployment.next()
         assert (method, len(argument)) == ("answer_together", 2)
-        for call in (*slow, waiting, other):
-            call.cancel()
-
-    run(use)
-
-
-def test_calls_do_not_wait_long_when_the_worker_has_fewer_calls_than_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the first call after a pass of all would be computed alone, and the others only after it."""
-    set_waits(monkeypatch, longest_s=60.0)
-
-    async def use(deployment: Deployment, workers: ServeWorkers) -> None:
-        slow = await busy_worker(deployment, workers, calls=1)
-        calls = [start(workers, "d")]
-        await asyncio.sleep(0.02)
-        assert not deployment.sends
-        calls.append(start(workers, "d"))
-        ((method, argument, _, _),) = await deployment.next()
-        assert (method, len(argument)) == ("answer_together", 2)
-        for call in (*slow, *calls):
+        for call in (*slow, waiting, more):
             call.cancel()
 
     run(use)
