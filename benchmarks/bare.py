@@ -21,7 +21,7 @@ from adapters import Adapter, Backbone, Bank, KarstConfig, Slot, load_backbone
 from adapters.backbone import DEMO_NAME, create_model, features
 from adapters.data.images import normalise_for, preprocess_of
 from hub.concurrency import ActiveTenants, TenantThreads
-from hub.services.image_decoding import ImageDecoder
+from hub.services.decoding.decoder import ImageDecoder
 from hub.settings import Settings
 
 from .common import random_adapter

@@ -46,8 +46,8 @@ from ..services.datasets.images import DatasetService
 from ..services.datasets.keeping import Keeper
 from ..services.datasets.removal import FileRemoval
 from ..services.datasets.review import ReviewService
+from ..services.decoding.decoder import ImageDecoder
 from ..services.garbage_collection import Collector, keep_bound
-from ..services.image_decoding import ImageDecoder
 from ..services.many_tasks import ManyTasksService
 from ..services.registration import RegistrationService
 from ..services.thread_pools import ThreadPools

@@ -24,7 +24,7 @@ from ..registry.versions import ServedVersion, StoredVersion
 from ..schemas import Classified, Input, Result, TaskInfo, TaskList
 from ..worker_api import MAX_SEND_BYTES, Answer, PassStats, Workers
 from .datasets.keeping import Keeper
-from .image_decoding import ImageDecoder
+from .decoding.decoder import ImageDecoder
 from .label_sets import best, require_small_labels, require_small_sets, threshold_of
 from .predictions import Predicted, result_of
 from .usage.counter import UsageCounter

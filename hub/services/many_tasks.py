@@ -24,7 +24,7 @@ from ..registry.versions import ServedVersion
 from ..schemas import LATEST, MAX_IMAGES, MAX_TASKS, Results, SkippedTask, TasksBody
 from ..worker_api import Answer, PassStats, TaskAnswers, Workers
 from .classification import OVERFLOW, ClassificationService
-from .image_decoding import ImageDecoder
+from .decoding.decoder import ImageDecoder
 from .label_sets import require_small_labels, require_small_sets, threshold_of
 from .predictions import Predicted, result_of
 

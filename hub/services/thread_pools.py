@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..admission.quotas import FITS, PARSED_AT_ONCE, SOURCE_DOWNLOADS, STORE_CALLS, UNPACKED_AT_ONCE
 from ..concurrency import ActiveTenants, TenantThreads, lower_priority
-from .decode_processes import DecodeProcesses
+from .decoding.processes import DecodeProcesses
 from .trainings.instant import start_fit_thread
 
 PARSE_THREADS = 2  # parsing holds Python's interpreter lock, so more threads would parse no faster

@@ -29,7 +29,7 @@ from ...registry.datasets.staging import StagedDatasets
 from ...storage.store import Store
 from ..datasets.features import FeatureService
 from ..datasets.removal import REMOVING_ATTEMPTS, REMOVING_PAUSE_S
-from ..image_decoding import ImageDecoder
+from ..decoding.decoder import ImageDecoder
 from . import tar, training_archive
 from .tar import Member, invalid
 from .training_archive import ExportedTrainings, TrainingArchive, TrainingMembers, check_lists

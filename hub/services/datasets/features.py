@@ -23,7 +23,7 @@ from ...registry.datasets.files import DatasetFiles
 from ...storage.features import FeatureStore, feature_key
 from ...storage.store import Store
 from ...worker_api import Workers
-from ..image_decoding import ImageDecoder
+from ..decoding.decoder import ImageDecoder
 
 logger = logging.getLogger(__name__)
 

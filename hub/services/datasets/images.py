@@ -42,7 +42,7 @@ from ...registry.datasets.files import StoredName
 from ...registry.datasets.index import DatasetIndex
 from ...registry.tasks import TaskRegistry
 from ...storage.store import Store
-from ..image_decoding import ImageDecoder
+from ..decoding.decoder import ImageDecoder
 from ..spool import spooled
 from .features import PATIENCE_S, FeatureService
 from .removal import REMOVING_ATTEMPTS, REMOVING_PAUSE_S, FileRemoval

@@ -18,10 +18,11 @@ from adapters.data.formats.sizes import header_pixels
 from adapters.data.images import WHITE, background_of, decode_image, needed_px, pixels_of
 from adapters.data.transform import pixel_transform, resize_of
 
-from ..admission.quotas import BYTES_PER_IMAGE, PIXELS_PER_IMAGE
-from ..concurrency import REST_RATIO, ActiveTenants, TenantConcurrencyLimit, TenantThreads, TenantTurns, run_blocking
-from ..errors import InvalidImage, TooLarge
-from .decode_processes import DecodeProcesses
+from ...admission.quotas import BYTES_PER_IMAGE, PIXELS_PER_IMAGE
+from ...concurrency import REST_RATIO, ActiveTenants, TenantConcurrencyLimit, TenantThreads, TenantTurns, run_blocking
+from ...errors import HubError, InvalidImage, TooLarge
+from .jobs import DecodeJobs, Group, too_slow
+from .processes import DecodeProcesses
 
 DECODE_TIMEOUT_S = 10.0
 SLOW_S = 0.25  # photos of cameras take less
@@ -79,7 +80,6 @@ class ImageDecoder:
             processes: decode large images and those of datasets while a thread of low priority waits; None: the thread
                 decodes.
         """
-        self._executor = executor
         self._slow_executor = slow_executor
         self._parse = parse
         self._active = active
@@ -97,6 +97,9 @@ class ImageDecoder:
         self._decode_image = decode
         self._processes = processes
         self._running = 0
+        self._jobs: DecodeJobs[np.ndarray] = DecodeJobs(
+            partial(self._start, executor=executor), tenant_jobs=tenant_threads, timeout_s=timeout_s
+        )
 
     @property
     def running(self) -> int:
@@ -145,10 +148,8 @@ class ImageDecoder:
             InvalidImage: an image cannot be decoded or takes too long, or pixels do not fit the adapter.
         """
         self._active.note(tenant)
-        calls = [self._one(tenant, *image, size, of_dataset) for image, size in zip(images, sizes, strict=True)]
-        if len(calls) == 1:  # the usual call needs no task
-            return [await calls[0]]
-        decodes = [asyncio.create_task(call) for call in calls]
+        begin = partial(self._begin, tenant, Group(), of_dataset)
+        decodes = [begin(*image, size) for image, size in zip(images, sizes, strict=True)]
         try:
             return [await decode for decode in decodes]
         finally:  # after the error of the first wrong image nothing decodes the images behind it
@@ -174,23 +175,38 @@ class ImageDecoder:
         """
         self._active.note(tenant)
         (size,) = await self.sizes(tenant, [image])
-        return await self._run(tenant, field, image, size, self._thumbnail, of_dataset=True)
+        return await self._run_apart(tenant, field, image, size, self._thumbnail, of_dataset=True)
 
-    async def _one(
+    def _begin(
         self,
         tenant: str,
+        group: Group,
+        of_dataset: bool,
         field: str,
         image: bytes | np.ndarray,
         preprocess: Preprocess,
         size: int,
-        of_dataset: bool,
-    ) -> np.ndarray:
-        if isinstance(image, np.ndarray):
-            return checked_pixels(field, image, preprocess)
-        work = partial(self._decode, preprocess=preprocess)
-        return await self._run(tenant, field, image, size, work, of_dataset=of_dataset)
+    ) -> "asyncio.Future[np.ndarray]":
+        """Start to decode an image of a call, or check its pixels; return the future of the pixels."""
+        if not isinstance(image, np.ndarray) and (of_dataset or size > 1):
+            work = partial(self._decode, preprocess=preprocess)
+            return asyncio.ensure_future(self._run_apart(tenant, field, image, size, work, of_dataset=of_dataset))
+        checked: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
+        try:
+            if not isinstance(image, np.ndarray):
+                self._require_bytes(field, image)
+                decode = partial(self._decode, field, image, PIXELS_PER_IMAGE, False, preprocess)
+                return self._jobs.add(tenant, group, field, decode)
+            checked.set_result(checked_pixels(field, image, preprocess))
+        except HubError as error:
+            checked.set_exception(error)
+        return checked
 
-    async def _run(
+    def _require_bytes(self, field: str, image: bytes) -> None:
+        if len(image) > self._max_bytes:
+            raise TooLarge.at(field, f"the image has {len(image)} bytes; the limit is {self._max_bytes}")
+
+    async def _run_apart(
         self,
         tenant: str,
         field: str,
@@ -200,37 +216,58 @@ class ImageDecoder:
         *,
         of_dataset: bool,
     ) -> T:
-        """Run work on an encoded image in a thread, within the limits of size, time and the tenant's share.
+        """Run work on a large image or one of a dataset at low priority, within the limits of size, time and the share.
 
         Args:
             size: as how many images the image counts.
-            work: gets the field name, the bytes, the number of pixels that the tenant was charged for, and whether to
-                decode at low priority.
+            work: gets the field name, the bytes, the number of pixels that the tenant was charged for, and True: it
+                may use a process of low priority.
         """
-        if len(image) > self._max_bytes:
-            raise TooLarge.at(field, f"the image has {len(image)} bytes; the limit is {self._max_bytes}")
+        self._require_bytes(field, image)
         limits = [self._dataset_limit] if of_dataset else []
         if size > 1:
             limits.append(self._large_limit)
-        limits.append(self._tenant_limit)
-        apart = of_dataset or size > 1
-        executor, pixels = self._slow_executor if apart else self._executor, size * PIXELS_PER_IMAGE
-        rests_from_s = 0.0 if of_dataset else SLOW_S if size > 1 else math.inf
+        decode = await self._start(
+            tenant,
+            partial(work, field, image, size * PIXELS_PER_IMAGE, True),
+            executor=self._slow_executor,
+            limits=limits,
+            size=size,
+            rests_from_s=0.0 if of_dataset else SLOW_S,
+        )
+        await asyncio.wait((decode,), timeout=self._timeout_s)
+        if not decode.done():
+            raise too_slow(field, self._timeout_s)
+        return decode.result()
+
+    async def _start(
+        self,
+        tenant: str,
+        work: Callable[[], T],
+        *,
+        executor: Executor,
+        limits: Sequence[TenantConcurrencyLimit] = (),
+        size: int = 1,
+        rests_from_s: float = math.inf,
+    ) -> "asyncio.Future[T]":
+        """Start work in a thread when it is the tenant's turn.
+
+        Args:
+            limits: of the tenant, besides its share of all threads.
+            size: as how many images the work counts.
+            rests_from_s: see `_hold`.
+        """
         with ExitStack() as held:
-            for limit in limits:
+            for limit in (*limits, self._tenant_limit):
                 held.callback(await limit.hold(tenant))
             await self._turns.acquire(tenant, size)
             try:
-                decode = asyncio.get_running_loop().run_in_executor(executor, work, field, image, pixels, apart)
+                run = asyncio.get_running_loop().run_in_executor(executor, work)
             except RuntimeError:  # the gateway stops
                 self._turns.release(tenant)
                 raise
-            self._hold(held.pop_all(), tenant, decode, rests_from_s)
-        await asyncio.wait((decode,), timeout=self._timeout_s)
-        if not decode.done():
-            message = f"the image took more than {self._timeout_s:g} s to decode; save it in a simpler form"
-            raise InvalidImage.at(field, message)
-        return decode.result()
+            self._hold(held.pop_all(), tenant, run, rests_from_s)
+        return run
 
     def _hold(self, held: ExitStack, tenant: str, decode: "asyncio.Future[Any]", rests_from_s: float) -> None:
         """Hold the tenant's share and the thread until the decode ends, even if the request ends earlier.

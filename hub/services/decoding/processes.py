@@ -6,7 +6,7 @@ from typing import Any
 from adapters import ImageError
 from adapters.data.decode_process import DecodeProcess
 
-from ..errors import Unavailable
+from ...errors import Unavailable
 
 
 class DecodeProcesses:

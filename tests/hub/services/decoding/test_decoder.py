@@ -20,8 +20,8 @@ from adapters.data.images import decode_image
 from hub.admission.quotas import BYTES_PER_IMAGE
 from hub.concurrency import LOW_PRIORITY, REST_RATIO, ActiveTenants, TenantThreads, lower_priority
 from hub.errors import InvalidImage, TooLarge
-from hub.services.decode_processes import DecodeProcesses
-from hub.services.image_decoding import MAX_JPEG_SCANS, ImageDecoder
+from hub.services.decoding.decoder import MAX_JPEG_SCANS, ImageDecoder
+from hub.services.decoding.processes import DecodeProcesses
 from tests.support.models import PREPROCESS, bomb_png, encoded, png
 
 SLOW = b"slow"

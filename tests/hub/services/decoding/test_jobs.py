@@ -1,0 +1,186 @@
+"""Jobs of small images: a thread decodes all that wait; errors, cancellations and timeouts belong to one image."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import pytest
+
+from hub.errors import InvalidImage
+from hub.services.decoding.jobs import JOB_S, DecodeJobs, Group
+
+
+class Threads:
+    """Pool that counts the runs it started, and the images that wait at a gate."""
+
+    def __init__(self) -> None:
+        self.executor = ThreadPoolExecutor(8)
+        self.started: list[str] = []
+        self.gate = threading.Event()
+        self.at_gate = 0
+
+    async def start(self, tenant: str, work: Callable[[], None]) -> "asyncio.Future[None]":
+        self.started.append(tenant)
+        return asyncio.get_running_loop().run_in_executor(self.executor, work)
+
+    def wait(self) -> int:
+        """Decode an image that takes until the gate opens."""
+        self.at_gate += 1
+        self.gate.wait(10)
+        return -1
+
+
+@pytest.fixture
+def threads() -> Iterator[Threads]:
+    found = Threads()
+    yield found
+    found.gate.set()
+    found.executor.shutdown()
+
+
+def noted(decoded: list[str], name: str) -> Callable[[], int]:
+    """Return a decode that notes its image's name."""
+
+    def decode() -> int:
+        decoded.append(name)
+        return 1
+
+    return decode
+
+
+def run(use: Callable[[], Awaitable[None]]) -> None:
+    async def within() -> None:
+        async with asyncio.timeout(8):
+            await use()
+
+    asyncio.run(within())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def busy(threads: Threads, tenant_jobs: int = 1, timeout_s: float = 5) -> AsyncIterator[DecodeJobs[int]]:
+    """Jobs of a tenant `a` with one thread each, all of which wait at the gate."""
+    jobs: DecodeJobs[int] = DecodeJobs(threads.start, tenant_jobs=tenant_jobs, timeout_s=timeout_s)
+    first = [jobs.add("a", Group(), "first", threads.wait) for _ in range(tenant_jobs)]
+    await until(lambda: threads.at_gate == tenant_jobs)
+    await asyncio.sleep(JOB_S)  # so these jobs begin no further image
+    yield jobs
+    threads.gate.set()
+    await asyncio.gather(*first, return_exceptions=True)
+
+
+def test_one_job_decodes_all_images_that_wait_and_gives_their_results_in_order(
+    threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use() -> None:
+        async with busy(threads) as jobs:
+            monkeypatch.setattr("hub.services.decoding.jobs.JOB_S", 60.0)  # however slow the machine is
+            found = [jobs.add("a", Group(), "body", lambda i=i: i) for i in range(50)]  # type: ignore[misc]
+            threads.gate.set()
+            assert await asyncio.gather(*found) == [*range(50)]
+        assert len(threads.started) == 2
+
+    run(use)
+
+
+def test_job_begins_no_image_after_its_time(threads: Threads) -> None:
+    def slow() -> int:
+        time.sleep(1.2 * JOB_S)
+        return 1
+
+    async def use() -> None:
+        async with busy(threads) as jobs:
+            found = [jobs.add("a", Group(), "body", slow) for _ in range(4)]
+            threads.gate.set()
+            await asyncio.gather(*found)
+        assert len(threads.started) == 1 + 4  # between them another tenant gets its turn
+
+    run(use)
+
+
+def test_tenant_has_as_many_jobs_as_waiting_images_up_to_its_share(threads: Threads) -> None:
+    async def use() -> None:
+        async with busy(threads, tenant_jobs=3) as jobs:
+            own = [jobs.add("a", Group(), "body", lambda: 1) for _ in range(5)]
+            assert len(threads.started) == 3
+            assert await jobs.add("b", Group(), "body", lambda: 2) == 2  # another tenant has jobs of its own
+            assert not any(image.done() for image in own)
+
+    run(use)
+
+
+def test_error_belongs_to_its_image_and_ends_its_call_alone(threads: Threads) -> None:
+    decoded: list[str] = []
+
+    def bad() -> int:
+        raise InvalidImage.at("images.1", "not an image")
+
+    async def use() -> None:
+        async with busy(threads) as jobs:
+            wrong, right = Group(), Group()
+            first, second, behind = (
+                jobs.add("a", wrong, f"images.{i}", work)
+                for i, work in enumerate((noted(decoded, "first"), bad, noted(decoded, "behind")))
+            )
+            other = jobs.add("a", right, "body", noted(decoded, "other"))
+            threads.gate.set()
+            assert await first == await other == 1
+            with pytest.raises(InvalidImage, match=r"^images\.1: not an image"):
+                await second
+            behind.cancel()
+        assert decoded == ["first", "other"]
+
+    run(use)
+
+
+def test_cancelled_image_leaves_the_queue_at_once(threads: Threads) -> None:
+    decoded: list[str] = []
+
+    async def use() -> None:
+        async with busy(threads) as jobs:
+            gone, stays = (jobs.add("a", Group(), "body", noted(decoded, name)) for name in ("gone", "stays"))
+            gone.cancel()
+            await asyncio.sleep(0)
+            assert [len(waiting) for waiting in jobs._waiting.values()] == [1]  # otherwise its bytes would stay
+            threads.gate.set()
+            assert await stays == 1
+        assert decoded == ["stays"]
+
+    run(use)
+
+
+def test_slow_decode_fails_its_own_image_and_another_job_takes_those_behind_it(threads: Threads) -> None:
+    async def use() -> None:
+        jobs: DecodeJobs[int] = DecodeJobs(threads.start, tenant_jobs=1, timeout_s=0.1)
+        before = jobs.add("a", Group(), "before", lambda: 1)
+        slow = jobs.add("a", Group(), "slow", threads.wait)
+        behind = jobs.add("a", Group(), "behind", lambda: 2)
+        assert await before == 1
+        with pytest.raises(InvalidImage, match=r"^slow: the image took more than 0\.1 s to decode"):
+            await slow
+        assert await behind == 2
+        threads.gate.set()
+
+    run(use)
+
+
+def test_waiting_images_fail_when_no_thread_starts() -> None:
+    async def stopped(tenant: str, work: Callable[[], None]) -> "asyncio.Future[None]":
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    async def use() -> None:
+        jobs: DecodeJobs[int] = DecodeJobs(stopped, tenant_jobs=2, timeout_s=1)
+        found = [jobs.add("a", Group(), "body", lambda: 1) for _ in range(3)]
+        for error in await asyncio.gather(*found, return_exceptions=True):
+            assert isinstance(error, RuntimeError)
+        assert not jobs._waiting
+        assert not jobs._jobs
+
+    run(use)
