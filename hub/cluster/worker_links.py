@@ -23,6 +23,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from ..errors import HubError, Unavailable
+from ..observability import request_context
 from ..worker_api import MAX_SEND_BYTES, Answer
 from .rendezvous import KnownWorkers
 from .request_router import PINNED
@@ -31,7 +32,7 @@ PAUSE_S = 0.01  # between two sends to a worker that has calls of this gateway: 
 # While the worker has as many calls as wait, one of them of the same tenant, a call waits for others: for this share of
 # the time that an answer takes.
 WAIT_SHARE = 0.25
-LONGEST_WAIT_S = 0.025
+LONGEST_WAIT_S = 0.025  # also the longest pause, if decodes take a hundred milliseconds: then the gateway has too much
 REPORT_S = 10.0  # a worker's own count of calls is used for this long
 DEAD_S = 5.0  # a worker whose call failed gets no calls for this long; Serve's controller needs about as long
 
@@ -129,6 +130,7 @@ class WorkerLink:
         self._cancelled: list[str] = []  # calls that the worker may drop
         self._report = _Report()
         self._sent_at_s = 0.0
+        self._decode_s = 0.0  # of a call, moving average
         self._answer_s = 0.0  # from a send to an answer, moving average
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = 0.0  # of the timer
@@ -171,20 +173,27 @@ class WorkerLink:
         is_alone = all(one.tenant != tenant for one in under_way)
         # Otherwise a worker that has answered all calls would compute the next one alone, and all others after it.
         has_little = len(under_way) < self._calls_waiting
-        self._plan(0.0 if is_alone or has_little else min(WAIT_SHARE * self._answer_s, LONGEST_WAIT_S))
+        self._decode_s += ((request_context.time_s("decode") or 0.0) - self._decode_s) / 4
+        pause_s = PAUSE_S if is_alone else max(PAUSE_S, min(WAIT_SHARE * self._decode_s, LONGEST_WAIT_S))
+        wait_s = 0.0 if is_alone or has_little else min(WAIT_SHARE * self._answer_s, LONGEST_WAIT_S)
+        self._plan(wait_s, pause_s)
         try:
             return await call.answer
         except asyncio.CancelledError:  # the client disconnected: the worker drops images that still wait
             self._cancel(call)
             raise
 
-    def _plan(self, wait_s: float = inf) -> None:
-        """Send the waiting calls: at once if the worker has nothing of this gateway, else after `wait_s` at most."""
+    def _plan(self, wait_s: float = inf, pause_s: float = 0.0) -> None:
+        """Send the waiting calls: at once if the worker has nothing of this gateway, else after `wait_s` at most.
+
+        Args:
+            pause_s: least time since the last send, while the worker has calls of this gateway.
+        """
         if not self._waiting or self._is_due:
             return
         now_s, due_s = time.monotonic(), 0.0
         if self._calls_there:
-            due_s = max(now_s + wait_s, self._sent_at_s + PAUSE_S)
+            due_s = max(now_s + wait_s, self._sent_at_s + pause_s)
         if self._timer is not None:
             if self._due_s <= due_s:
                 return

@@ -14,6 +14,8 @@ from hub.cluster.rendezvous import WorkerReport, known_workers
 from hub.cluster.request_router import PINNED
 from hub.cluster.worker_links import WorkerLinks
 from hub.errors import InvalidAdapter, Unavailable
+from hub.observability import request_context
+from hub.observability.request_context import RequestContext
 from hub.worker_api import MAX_SEND_BYTES, CallFailed
 
 DIED = ray.exceptions.ActorDiedError()
@@ -192,6 +194,28 @@ def test_calls_wait_for_each_other_when_the_worker_takes_long_to_answer(monkeypa
         assert [await call for call in calls] == [[id] for id in argument]
         for call in slow:
             assert not call.done()
+            call.cancel()
+
+    run(use)
+
+
+@pytest.mark.parametrize(("decode_s", "together"), [(0.0, [2, 1]), (1.0, [3])])
+def test_sends_are_farther_apart_when_decodes_take_long(
+    decode_s: float, together: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each send costs time of a gateway that has too much to do. Otherwise two calls leave as soon as one is there."""
+    set_waits(monkeypatch, longest_s=0.3)
+
+    async def use(deployment: Deployment, workers: ServeWorkers) -> None:
+        (slow,) = await busy_worker(deployment, workers, calls=1)
+        with request_context.use(RequestContext("id")):
+            request_context.note_times(decode=decode_s)
+            calls = [start(workers, "d") for _ in range(2)]
+            await asyncio.sleep(0.02)
+            calls.append(start(workers, "d"))
+        sends = await deployment.next(len(together))
+        assert [len(argument) if name == "answer_together" else 1 for name, argument, _, _ in sends] == together
+        for call in (slow, *calls):
             call.cancel()
 
     run(use)
