@@ -30,9 +30,10 @@ from .request_router import PINNED
 
 PAUSE_S = 0.01  # between two sends to a worker that has calls of this gateway: a tenth of a core of each at most
 # While the worker has as many calls as wait, one of them of the same tenant, a call waits for others: for this share of
-# the time that an answer takes.
+# the time that an answer takes. The pause becomes this share of the time that decodes take, with the wait for a thread:
+# the more a gateway has to do, the more calls leave together.
 WAIT_SHARE = 0.25
-LONGEST_WAIT_S = 0.025  # also the longest pause, if decodes take a hundred milliseconds: then the gateway has too much
+LONGEST_WAIT_S = 0.025
 REPORT_S = 10.0  # a worker's own count of calls is used for this long
 DEAD_S = 5.0  # a worker whose call failed gets no calls for this long; Serve's controller needs about as long
 

@@ -20,7 +20,7 @@ from adapters.data.transform import pixel_transform, resize_of
 
 from ...admission.quotas import BYTES_PER_IMAGE, PIXELS_PER_IMAGE
 from ...concurrency import REST_RATIO, ActiveTenants, TenantConcurrencyLimit, TenantThreads, TenantTurns, run_blocking
-from ...errors import HubError, InvalidImage, TooLarge
+from ...errors import InvalidImage, TooLarge
 from .jobs import DecodeJobs, Group, too_slow
 from .processes import DecodeProcesses
 
@@ -40,11 +40,12 @@ T = TypeVar("T")
 
 
 class ImageDecoder:
-    """Decoder of images in a thread pool, within a hub's size limits, in turns that are fair by megapixels.
+    """Decoder of images in a thread pool, within a hub's size limits, in turns by tenant.
 
-    An image counts as one for each `PIXELS_PER_IMAGE` begun. An image that counts as more than one is large. Processes
-    of low priority decode large images and those of datasets, on the tenant's share of the cores beside other active
-    tenants: otherwise they would slow the decodes of others, the event loop and the workers.
+    An image counts as one for each `PIXELS_PER_IMAGE` begun. A turn costs a tenant as much as its image counts, or one
+    for a job of several small images. An image that counts as more than one is large. Processes of low priority decode
+    large images and those of datasets, on the tenant's share of the cores beside other active tenants: otherwise they
+    would slow the decodes of others, the event loop and the workers.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class ImageDecoder:
 
     @property
     def running(self) -> int:
-        """Number of running decodes, including those whose request has ended, and of shares that rest."""
+        """Number of running jobs and large decodes, also of ended requests, and of shares that rest."""
         return self._running
 
     async def sizes(self, tenant: str, images: Sequence[bytes | np.ndarray]) -> list[int]:
@@ -198,7 +199,7 @@ class ImageDecoder:
                 decode = partial(self._decode, field, image, PIXELS_PER_IMAGE, False, preprocess)
                 return self._jobs.add(tenant, group, field, decode)
             checked.set_result(checked_pixels(field, image, preprocess))
-        except HubError as error:
+        except Exception as error:
             checked.set_exception(error)
         return checked
 

@@ -199,9 +199,11 @@ def test_calls_wait_for_each_other_when_the_worker_takes_long_to_answer(monkeypa
     run(use)
 
 
-@pytest.mark.parametrize(("decode_s", "together"), [(0.0, [2, 1]), (1.0, [3])])
-def test_sends_are_farther_apart_when_decodes_take_long(
-    decode_s: float, together: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("decode_s", "tenant", "together"), [(0.0, "t", [2, 1]), (1.0, "t", [3]), (1.0, "alone", [2, 1])]
+)
+def test_sends_are_farther_apart_when_decodes_take_long_but_for_a_tenant_with_nothing_at_the_worker(
+    decode_s: float, tenant: str, together: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each send costs time of a gateway that has too much to do. Otherwise two calls leave as soon as one is there."""
     set_waits(monkeypatch, longest_s=0.3)
@@ -210,9 +212,9 @@ def test_sends_are_farther_apart_when_decodes_take_long(
         (slow,) = await busy_worker(deployment, workers, calls=1)
         with request_context.use(RequestContext("id")):
             request_context.note_times(decode=decode_s)
-            calls = [start(workers, "d") for _ in range(2)]
+            calls = [start(workers, "d", tenant) for _ in range(2)]
             await asyncio.sleep(0.02)
-            calls.append(start(workers, "d"))
+            calls.append(start(workers, "d", tenant))
         sends = await deployment.next(len(together))
         assert [len(argument) if name == "answer_together" else 1 for name, argument, _, _ in sends] == together
         for call in (slow, *calls):
