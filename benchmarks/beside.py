@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -27,6 +28,7 @@ from hub.registry.redis.connection import RegistryConnection
 from hub.registry.tenants import TenantRegistry
 from hub.settings import Settings
 
+ROOT = Path(__file__).parents[1]
 NO_LIMITS = LimitsChange(
     requests_per_second=1e6, images_per_second=1e7, images_in_flight=10**6, tasks=10**6, versions=10**5
 )
@@ -36,10 +38,11 @@ EMPTY = "/empty"
 
 @dataclass(frozen=True)
 class Hub:
-    """Addresses of the hub and the empty application, and one owner's key per tenant."""
+    """Addresses of the hub and the empty application, one owner's key per tenant, and the process above theirs."""
 
     address: tuple[str, int]
     keys: dict[str, str]
+    pid: int
 
     @property
     def url(self) -> str:
@@ -62,10 +65,11 @@ def hub_beside_empty(pixels: int, **settings: str) -> Iterator[Hub]:
 
 
 @contextmanager
-def hub_process(command: list[str], **settings: str) -> Iterator[Hub]:
+def hub_process(command: list[str], *, before: Path | None = None, **settings: str) -> Iterator[Hub]:
     """Run a Python command that calls `run_hub` while the context lasts.
 
     Args:
+        before: checkout of an older commit, whose packages `hub` and `adapters` the command imports.
         settings: `backbone`, `batch_size` and so on. Other settings have their defaults; the environment has no effect.
 
     Raises:
@@ -76,13 +80,20 @@ def hub_process(command: list[str], **settings: str) -> Iterator[Hub]:
     with tempfile.TemporaryDirectory() as home:
         chosen = settings | {"home": home, "port": str(port)}
         environment |= {f"HUB_{name.upper()}": value for name, value in chosen.items()}
-        full = [sys.executable, *command]
-        process = subprocess.Popen(full, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        if before is not None:  # the benchmarks are this commit's, so their folder has no other packages
+            folder = Path(home, "packages")
+            folder.mkdir()
+            for name, at in ("hub", before), ("adapters", before), ("benchmarks", ROOT), ("tests", ROOT):
+                (folder / name).symlink_to(at / name)
+            environment["PYTHONPATH"] = str(folder)
+            pipes["cwd"] = folder
+        process = subprocess.Popen([sys.executable, *command], env=environment, **pipes)
         with process:  # Closing stdin ends the hub; the context then waits for the process.
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith("{"):
-                    yield Hub(("127.0.0.1", port), json.loads(line))
+                    yield Hub(("127.0.0.1", port), json.loads(line), process.pid)
                     break
             else:
                 raise RuntimeError("the hub did not start")

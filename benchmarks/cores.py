@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 import psutil
 
 
-def cpu_s(roles: Mapping[str, str]) -> dict[str, float]:
-    """Return the CPU time so far of this process's descendants, by role.
+def cpu_s(roles: Mapping[str, str], above: int | None = None) -> dict[str, float]:
+    """Return the CPU time so far of a process's descendants, by role.
 
     Args:
         roles: part of a process's name -> its role; the first match counts, and the rest is `others`.
+        above: id of the process; None: this one.
     """
     out = dict.fromkeys([*roles.values(), "others"], 0.0)
 
@@ -18,7 +19,7 @@ def cpu_s(roles: Mapping[str, str]) -> dict[str, float]:
         name = " ".join(process.cmdline()[:1]) or process.name()
         return next((role for part, role in roles.items() if part in name), "others")
 
-    for role, taken_s in by_process(psutil.Process().children(recursive=True), role_of).values():
+    for role, taken_s in by_process(psutil.Process(above).children(recursive=True), role_of).values():
         out[role] += taken_s
     return out
 

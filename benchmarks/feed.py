@@ -1,18 +1,20 @@
 """CPU time with which gateways and workers feed a fast device: images per second for each core of either.
 
-    python -m benchmarks.feed [--backbones demo vit_tiny_patch16_224] [--rounds 5] [--output FILE]
+    python -m benchmarks.feed [--backbones demo vit_tiny_patch16_224] [--rounds 5] [--before FOLDER] [--output FILE]
 
 A whole hub runs: HAProxy, one gateway, and one worker replica whose bank has a stand-in for the device. Its pass
 sleeps as long as the device would compute (`--device-rate` images per second, `--pass-ms` at least), uses no CPU, and
 gives zeros. The heads, typicality and all other code of the worker are the hub's. The size of the images is the
 backbone's: 32 pixels for the demo (PNG), 224 for a timm model with random weights (JPEG).
 
-Calls of one image and of 16 take turns in two forms within a round, in the same processes:
+Calls of one image and of 16 take turns in these forms within a round:
 
-* alone: each call is a send of its own through Serve's handle, as before calls of a gateway left together;
-* together: as the hub does it.
+* together: as the hub does it;
+* alone: in the same processes, but each call is a send of its own through Serve's handle;
+* before: in a hub of an older commit, beside this one, if `--before` names a checkout of it. The benchmark and all
+  libraries are this commit's. `ff5ff17` is the last commit before calls of a gateway left together.
 
-A third turn calls an empty gateway, which reads the body and answers. With the time to decode an image in a thread,
+One more turn calls an empty gateway, which reads the body and answers. With the time to decode an image in a thread,
 measured in a process of its own, this is about the least that a gateway behind Ray Serve can take. The limit of the
 ratio is that of a hub whose gateway takes no more, and whose worker takes nothing.
 
@@ -23,9 +25,11 @@ load comes from plain sockets (`benchmarks.load`). From the figures follow the c
 import argparse
 import hashlib
 import json
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,7 +48,7 @@ from .load import closed_loop, ok, request
 OUTPUT = Path(__file__).parent / "results" / "feed.json"
 BACKBONES = ("demo", "vit_tiny_patch16_224")
 IMAGES = (1, 16)  # of a call
-FORMS = ("alone", "together")  # also the tasks' names
+FORMS = ("before", "alone", "together")  # also the tasks' names
 ROLES = {
     "karst-hub:worker": "worker",
     "karst-hub:gateway": "gateway",
@@ -52,7 +56,6 @@ ROLES = {
     "haproxy": "haproxy",
     "redis": "redis",
 }
-BAR = 2.5  # images per second for each core of gateway and worker, together / alone
 WARM_UP_S = 2.0
 DECODES = 20  # measured after each turn of the empty gateway
 
@@ -68,61 +71,84 @@ def main() -> None:
     )
     parser.add_argument("--device-rate", type=float, default=4000.0, help="images per second of the stand-in")
     parser.add_argument("--pass-ms", type=float, default=5.0, help="shortest pass of the stand-in")
+    parser.add_argument("--before", type=Path, help="checkout of an older commit, whose hub takes turns with this one")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "options": {name: value for name, value in vars(options).items() if name != "output"},
-        "rows": [row for name in options.backbones for row in measure(name, options)],
-    }
+    chosen = {name: value for name, value in vars(options).items() if name not in ("output", "before")}
+    result: dict[str, Any] = {"machine": machine(), "options": chosen}
+    if options.before is not None:
+        result["before"] = commit_of(options.before)
+    result["rows"] = [row for name in options.backbones for row in measure(name, options)]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result["rows"]), needs(result), sep="\n\n")
     print(f"written to {options.output}")
 
 
+def commit_of(folder: Path) -> str:
+    """Return the commit of a checkout."""
+    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one row for each number of images in a call."""
     process = bare.Process()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         backbone = process.ask(bare.prepare, name, Path(folder))
         side = process.ask(bare.side, backbone)
-        adapters = process.ask(bare.random_adapters, backbone, len(FORMS))
+        adapters = dict(zip(FORMS, process.ask(bare.random_adapters, backbone, len(FORMS)), strict=True))
         pictures = bare.pictures(side, 16)
-        alone = hashlib.sha256(adapters[0]).hexdigest()
-        arguments = [str(options.device_rate), str(options.pass_ms), alone]
-        with hub_process(["-m", "benchmarks.feed_hub", *arguments], backbone=backbone) as hub:
-            with Client(hub.url, hub.keys[TENANTS[0]]) as client:
-                for form, adapter in zip(FORMS, adapters, strict=True):
-                    client.register(form, adapter)
-            return [
-                {"backbone": name, "side_px": side, "images": images}
-                | turns(hub, pictures, images, options, lambda: process.ask(bare.decode_ms, backbone, pictures[0]))
-                for images in IMAGES
-            ]
+        alone = hashlib.sha256(adapters["alone"]).hexdigest()
+        command = ["-m", "benchmarks.feed_hub", str(options.device_rate), str(options.pass_ms), alone]
+        now = running.enter_context(hub_process(command, backbone=backbone))
+        hubs = {"alone": now, "together": now, "floor": now}
+        if options.before is not None:
+            older = hub_process(command, before=options.before, backbone=backbone)
+            hubs = {"before": running.enter_context(older)} | hubs
+        for form, hub in hubs.items():
+            if form in FORMS:
+                with Client(hub.url, hub.keys[TENANTS[0]]) as client:
+                    client.register(form, adapters[form])
+        return [
+            {"backbone": name, "side_px": side, "images": images}
+            | turns(hubs, pictures, images, options, lambda: process.ask(bare.decode_ms, backbone, pictures[0]))
+            for images in IMAGES
+        ]
 
 
 def turns(
-    hub: Hub, pictures: Sequence[bytes], images: int, options: argparse.Namespace, decode_ms: Callable[[], float]
+    hubs: dict[str, Hub],
+    pictures: Sequence[bytes],
+    images: int,
+    options: argparse.Namespace,
+    decode_ms: Callable[[], float],
 ) -> dict[str, Any]:
-    """Measure both forms and the empty gateway in turn. Each call has `images` images."""
+    """Measure all forms and the empty gateway in turn. Each call has `images` images.
+
+    Args:
+        hubs: of each form, and of the empty gateway, `floor`.
+    """
     callers = max(1, options.callers if images == 1 else options.callers // 4)
+    load = {
+        form: message(hub, f"/v1/tasks/{form}/classify?top_k=1" if form in FORMS else f"{FLOOR}/", pictures, images)
+        for form, hub in hubs.items()
+    }
+    for form, sent in load.items():
+        closed_loop(hubs[form].address, [sent], callers, WARM_UP_S)
     rounds: list[dict[str, dict[str, float]]] = []
-    load = {form: message(hub, f"/v1/tasks/{form}/classify?top_k=1", pictures, images) for form in FORMS}
-    load["floor"] = message(hub, f"{FLOOR}/", pictures, images)
-    for sent in load.values():
-        closed_loop(hub.address, [sent], callers, WARM_UP_S)
     for i in track(range(options.rounds), f"calls of {images}"):
         rounds.append({})
         for form in [*load][:: -1 if i % 2 else 1]:
-            began, started_s = cores.cpu_s(ROLES), time.perf_counter()
+            hub = hubs[form]
+            began, started_s = cores.cpu_s(ROLES, hub.pid), time.perf_counter()
             replies = closed_loop(hub.address, [load[form]], callers, options.seconds)
-            took_s, took = time.perf_counter() - started_s, cores.cpu_s(ROLES)
+            took_s, took = time.perf_counter() - started_s, cores.cpu_s(ROLES, hub.pid)
             done = images * len([ok(reply) for reply in replies])
             cpu_s = {role: took[role] - began[role] for role in took}
             if form == "floor":
                 least_s = cpu_s["floor"] / done + 1e-3 * median([decode_ms() for _ in range(DECODES)])
-                rounds[-1][form] = {"images_per_s": done / took_s, "gateway_core": 1 / least_s, "core": 1 / least_s}
+                rounds[-1][form] = {"images_per_s": done / took_s, "core": 1 / least_s}
                 continue
             batch = sum(int(reply.header("x-batch-images")) for reply in replies) / len(replies)
             rounds[-1][form] = {
@@ -135,14 +161,17 @@ def turns(
             }
     rounds *= 2 if len(rounds) == 1 else 1  # quartiles need two
 
-    def ratios(form: str, keys: Sequence[str]) -> dict[str, Any]:
-        return {key: spread([one[form][key] / one["alone"][key] for one in rounds]) for key in keys}
+    def ratios(form: str, key: str, other: str, other_key: str) -> dict[str, float]:
+        return spread([one[form][key] / one[other][other_key] for one in rounds])
 
+    keys, of_gateways = ("gateway_core", "worker_core", "core"), ("gateway_core", "core")
+    others = [form for form in FORMS if form in hubs and form != "together"]
     return {
         "callers": callers,
         **{form: {key: spread([one[form][key] for one in rounds]) for key in rounds[0][form]} for form in load},
-        "ratio": ratios("together", ("gateway_core", "worker_core", "core")),
-        "limit": ratios("floor", ("gateway_core", "core")),
+        "ratio": {form: {key: ratios("together", key, form, key) for key in keys} for form in others},
+        # Of a hub whose gateway takes as much as the empty one plus decoding, and whose worker takes nothing.
+        "limit": {form: {key: ratios("floor", "core", form, key) for key in of_gateways} for form in others},
     }
 
 
@@ -164,24 +193,33 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
     lines = []
     for row in rows:
-        for form in FORMS:
+        call = f"{row['side_px']} px, {row['images']} per call"
+        for form in (form for form in FORMS if form in row):
             found = row[form]
             lines.append(
                 [
-                    f"{row['side_px']} px, {row['images']} per call, {form}",
+                    f"{call}, {form}",
                     *(value(found[key]) for key in ("gateway_core", "worker_core", "core")),
                     f"{found['haproxy_ms']['median']:.2f}",
                     f"{found['batch']['median']:.0f}",
                 ]
             )
-        ratios = (value(row["ratio"][key], 2) for key in ("gateway_core", "worker_core", "core"))
-        call = f"{row['side_px']} px, {row['images']} per call"
-        lines.append([f"{call}, together / alone", *ratios, "", ""])
-        floor, limit = value(row["floor"]["core"]), value(row["limit"]["core"], 2)
+        floor = value(row["floor"]["core"])
         lines.append([f"{call}, empty gateway and decoding", floor, "", floor, "", ""])
-        lines.append(
-            [f"{call}, its ratio to alone: the limit", value(row["limit"]["gateway_core"], 2), "", limit, "", ""]
-        )
+        for form, ratio in row["ratio"].items():
+            figures = (value(ratio[key], 2) for key in ("gateway_core", "worker_core", "core"))
+            lines.append([f"{call}, together / {form}", *figures, "", ""])
+            limit = row["limit"][form]
+            lines.append(
+                [
+                    f"{call}, limit of together / {form}",
+                    value(limit["gateway_core"], 2),
+                    "",
+                    value(limit["core"], 2),
+                    "",
+                    "",
+                ]
+            )
     names = ["gateway", "worker", "both"]
     return markdown_table(
         ["calls", *(f"images/s per core, {name}" for name in names), "HAProxy, ms an image", "images per pass"], lines

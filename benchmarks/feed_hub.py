@@ -93,7 +93,9 @@ def create_app(alone: str, settings: Settings, workers: Any, *others: Any) -> An
     """Return the hub's application. Calls of the adapter `alone` leave one by one, through Serve's handle."""
     from hub.api.app import create_app as create
 
-    links = workers._links
+    links = getattr(workers, "_links", None)
+    if links is None:  # an older hub, all of whose calls leave one by one
+        return create(settings, workers, *others)
     choose = links.choose
     links.choose = lambda key: None if key.startswith(alone) else choose(key)
     return create(settings, workers, *others)

@@ -14,7 +14,7 @@ def test_the_tables_of_the_docs_are_those_of_the_result() -> None:
     assert needs(result) in text
 
 
-def test_the_result_has_every_row_with_both_forms() -> None:
+def test_the_result_has_every_row_with_all_forms() -> None:
     result = json.loads(OUTPUT.read_text())
     assert result["machine"]["date"]
     rows = [(row["backbone"], row["images"]) for row in result["rows"]]
