@@ -52,6 +52,7 @@ NEW_ADAPTERS = 20
 GREED = 10
 GREEDY_IMAGES = (1, 16)
 SETTLE_S = 1.0
+TUNE_S = 10.0  # of the load of throughput, before it is measured: a worker finds its batch size in about five seconds
 ROLES = {
     **{f"ServeReplica:{app}:{role}": role for app in ("karst-hub", "empty") for role in ("worker", "gateway")},
     **{part: part for part in ("haproxy", "redis", "ray")},
@@ -187,7 +188,7 @@ def throughput(stage: Stage, callers: int, rounds: int, seconds: float) -> dict[
     cpu_ms: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     gateway: list[float] = []  # of the hub / of the empty application plus decoding, by CPU time of a call
     for messages in contenders.values():
-        closed_loop(stage.hub.address, messages, callers, SETTLE_S)
+        closed_loop(stage.hub.address, messages, callers, TUNE_S)
     for _ in track(range(rounds), "throughput"):
         rates.append({})
         for name, messages in contenders.items():
