@@ -85,7 +85,7 @@ def hub_process(command: list[str], *, before: Path | None = None, **settings: s
             folder = Path(home, "packages")
             folder.mkdir()
             for name, at in ("hub", before), ("adapters", before), ("benchmarks", ROOT), ("tests", ROOT):
-                (folder / name).symlink_to(at / name)
+                (folder / name).symlink_to((at / name).resolve())
             environment["PYTHONPATH"] = str(folder)
             pipes["cwd"] = folder
         process = subprocess.Popen([sys.executable, *command], env=environment, **pipes)

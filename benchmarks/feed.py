@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="checkout of an older commit, whose hub takes turns with this one")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
+    if options.before is not None and not (options.before / "hub").is_dir():
+        parser.error(f"{options.before} is no checkout of this repository: it has no folder hub")
     chosen = {name: value for name, value in vars(options).items() if name not in ("output", "before")}
     result: dict[str, Any] = {"machine": machine(), "options": chosen}
     if options.before is not None:
