@@ -386,11 +386,11 @@ class Host:
         """
         found: dict[str, Any] = {}
         deadline = time.monotonic() + limit_s
-        while not found and not self._pipe.poll(0.5):
+        while not found and not self._pipe.poll(min(0.5, limit_s)):
             free = psutil.virtual_memory().available
             if free < RESERVE / 2:
                 found["reason"] = f"memory ran out in setting up: {free / 1e9:.1f} GB were free"
-            elif time.monotonic() > deadline:
+            elif time.monotonic() >= deadline:
                 found["reason"] = f"not ready after {limit_s:.0f} s; {free / 1e9:.1f} GB of memory were free"
         found = found or self._receive()
         if found["reason"] is not None:
