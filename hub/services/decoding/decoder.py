@@ -176,7 +176,9 @@ class ImageDecoder:
         """
         self._active.note(tenant)
         (size,) = await self.sizes(tenant, [image])
-        return await self._run_apart(tenant, field, image, size, self._thumbnail, of_dataset=True)
+        self._require_bytes(field, image)
+        work = partial(self._thumbnail, field, image, size * PIXELS_PER_IMAGE)
+        return await self._run_apart(tenant, field, size, work, of_dataset=True)
 
     def _begin(
         self,
@@ -189,14 +191,14 @@ class ImageDecoder:
         size: int,
     ) -> "asyncio.Future[np.ndarray]":
         """Start to decode an image of a call, or check its pixels; return the future of the pixels."""
-        if not isinstance(image, np.ndarray) and (of_dataset or size > 1):
-            work = partial(self._decode, preprocess=preprocess)
-            return asyncio.ensure_future(self._run_apart(tenant, field, image, size, work, of_dataset=of_dataset))
         checked: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
         try:
             if not isinstance(image, np.ndarray):
                 self._require_bytes(field, image)
-                decode = partial(self._decode, field, image, PIXELS_PER_IMAGE, False, preprocess)
+                apart = of_dataset or size > 1
+                decode = partial(self._decode, field, image, size * PIXELS_PER_IMAGE, apart, preprocess)
+                if apart:
+                    return asyncio.ensure_future(self._run_apart(tenant, field, size, decode, of_dataset=of_dataset))
                 return self._jobs.add(tenant, group, field, decode)
             checked.set_result(checked_pixels(field, image, preprocess))
         except Exception as error:
@@ -207,30 +209,19 @@ class ImageDecoder:
         if len(image) > self._max_bytes:
             raise TooLarge.at(field, f"the image has {len(image)} bytes; the limit is {self._max_bytes}")
 
-    async def _run_apart(
-        self,
-        tenant: str,
-        field: str,
-        image: bytes,
-        size: int,
-        work: Callable[[str, bytes, int, bool], T],
-        *,
-        of_dataset: bool,
-    ) -> T:
-        """Run work on a large image or one of a dataset at low priority, within the limits of size, time and the share.
+    async def _run_apart(self, tenant: str, field: str, size: int, work: Callable[[], T], *, of_dataset: bool) -> T:
+        """Run work on a large image or one of a dataset at low priority, within the limits of time and the share.
 
         Args:
+            field: name of the image's field, for errors.
             size: as how many images the image counts.
-            work: gets the field name, the bytes, the number of pixels that the tenant was charged for, and True: it
-                may use a process of low priority.
         """
-        self._require_bytes(field, image)
         limits = [self._dataset_limit] if of_dataset else []
         if size > 1:
             limits.append(self._large_limit)
         decode = await self._start(
             tenant,
-            partial(work, field, image, size * PIXELS_PER_IMAGE, True),
+            work,
             executor=self._slow_executor,
             limits=limits,
             size=size,
@@ -317,10 +308,10 @@ class ImageDecoder:
         pixels: np.ndarray = _transform(json.dumps(preprocess, sort_keys=True))(image)
         return pixels
 
-    def _thumbnail(self, field: str, data: bytes, counted_pixels: int, apart: bool) -> bytes:
+    def _thumbnail(self, field: str, data: bytes, counted_pixels: int) -> bytes:
         resize = (THUMBNAIL_PX, "bicubic")
         options = {"needed_px": THUMBNAIL_PX, "background": WHITE}
-        image = self._opened(field, data, counted_pixels, apart, resize, **options)
+        image = self._opened(field, data, counted_pixels, True, resize, **options)
         image.info.clear()  # otherwise the file would have the colour profile of the image
         image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
         buffer = io.BytesIO()

@@ -7,7 +7,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +22,7 @@ from hub.concurrency import LOW_PRIORITY, REST_RATIO, ActiveTenants, TenantThrea
 from hub.errors import InvalidImage, TooLarge
 from hub.services.decoding.decoder import MAX_JPEG_SCANS, ImageDecoder
 from hub.services.decoding.processes import DecodeProcesses
+from tests.support.event_loop import run, until
 from tests.support.models import PREPROCESS, bomb_png, encoded, png
 
 SLOW = b"slow"
@@ -73,19 +74,6 @@ async def several(
     images: ImageDecoder, tenant: str, sent: Sequence[tuple[str, bytes | np.ndarray, dict[str, Any]]]
 ) -> list[np.ndarray]:
     return await images.decode(tenant, sent, await images.sizes(tenant, [data for _, data, _ in sent]))
-
-
-def run(use: Callable[[], Awaitable[None]]) -> None:
-    async def within() -> None:
-        async with asyncio.timeout(8):
-            await use()
-
-    asyncio.run(within())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 async def assert_all_threads_free(images: ImageDecoder, slow: SlowDecode, threads: int) -> None:

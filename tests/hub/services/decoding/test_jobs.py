@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -12,6 +12,7 @@ import pytest
 from hub.concurrency import TenantConcurrencyLimit
 from hub.errors import InvalidImage
 from hub.services.decoding.jobs import JOB_S, DecodeJobs, Group
+from tests.support.event_loop import run, until
 
 
 class Threads:
@@ -23,6 +24,11 @@ class Threads:
         self.started: list[str] = []
         self.gate = threading.Event()
         self.at_gate = 0
+
+    def jobs(self, *, share: int, tenant_jobs: int, timeout_s: float) -> DecodeJobs[int]:
+        """Return jobs whose tenants have `share` threads each."""
+        self.share = TenantConcurrencyLimit(share)
+        return DecodeJobs(self.start, tenant_jobs=tenant_jobs, timeout_s=timeout_s)
 
     async def start(self, tenant: str, work: Callable[[], None]) -> "asyncio.Future[None]":
         release = await self.share.hold(tenant)
@@ -56,24 +62,10 @@ def noted(decoded: list[str], name: str) -> Callable[[], int]:
     return decode
 
 
-def run(use: Callable[[], Awaitable[None]]) -> None:
-    async def within() -> None:
-        async with asyncio.timeout(8):
-            await use()
-
-    asyncio.run(within())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
-
-
 @asynccontextmanager
 async def busy(threads: Threads, tenant_jobs: int = 1) -> AsyncIterator[DecodeJobs[int]]:
     """Jobs of a tenant `a`, all of whose threads wait at the gate."""
-    threads.share = TenantConcurrencyLimit(tenant_jobs)
-    jobs: DecodeJobs[int] = DecodeJobs(threads.start, tenant_jobs=tenant_jobs, timeout_s=5)
+    jobs = threads.jobs(share=tenant_jobs, tenant_jobs=tenant_jobs, timeout_s=5)
     first = [jobs.add("a", Group(), "first", threads.wait) for _ in range(tenant_jobs)]
     await until(lambda: threads.at_gate == tenant_jobs)
     await asyncio.sleep(JOB_S)  # so these jobs begin no further image
@@ -164,8 +156,7 @@ def test_cancelled_image_leaves_the_queue_at_once(threads: Threads) -> None:
 
 def test_slow_decode_fails_its_own_image_and_another_job_takes_those_behind_it(threads: Threads) -> None:
     async def use() -> None:
-        threads.share = TenantConcurrencyLimit(2)
-        jobs: DecodeJobs[int] = DecodeJobs(threads.start, tenant_jobs=1, timeout_s=0.1)
+        jobs = threads.jobs(share=2, tenant_jobs=1, timeout_s=0.1)
         before = jobs.add("a", Group(), "before", lambda: 1)
         slow = jobs.add("a", Group(), "slow", threads.wait)
         behind = jobs.add("a", Group(), "behind", lambda: 2)
@@ -182,8 +173,7 @@ def test_slow_image_delays_no_other_when_a_thread_is_free(threads: Threads) -> N
     """Neither one that waited with it, nor one that comes later."""
 
     async def use() -> None:
-        threads.share = TenantConcurrencyLimit(2)
-        jobs: DecodeJobs[int] = DecodeJobs(threads.start, tenant_jobs=1, timeout_s=60)
+        jobs = threads.jobs(share=2, tenant_jobs=1, timeout_s=60)
         quick = jobs.add("a", Group(), "quick", lambda: 1)
         slow = jobs.add("a", Group(), "slow", threads.wait)
         assert await quick == 1
