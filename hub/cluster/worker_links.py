@@ -29,7 +29,7 @@ from .rendezvous import KnownWorkers
 from .request_router import PINNED
 
 PAUSE_S = 0.01  # between two sends to a worker that has calls of this gateway: a tenth of a core of each at most
-# While the worker has as many calls as wait, one of them of the same tenant, a call waits for others: for this share of
+# While the worker has more calls than wait, one of them of the same tenant, a call waits for others: for this share of
 # the time that an answer takes. The pause becomes this share of the time that decodes take, with the wait for a thread:
 # the more a gateway has to do, the more calls leave together.
 WAIT_SHARE = 0.25
@@ -173,7 +173,7 @@ class WorkerLink:
         under_way = [one for send in self._sends for one in send.calls.values() if not one.answer.done()]
         is_alone = all(one.tenant != tenant for one in under_way)
         # Otherwise a worker that has answered all calls would compute the next one alone, and all others after it.
-        has_little = len(under_way) < self._calls_waiting
+        has_little = len(under_way) <= self._calls_waiting
         self._decode_s += ((request_context.time_s("decode") or 0.0) - self._decode_s) / 4
         pause_s = PAUSE_S if is_alone else max(PAUSE_S, min(WAIT_SHARE * self._decode_s, LONGEST_WAIT_S))
         wait_s = 0.0 if is_alone or has_little else min(WAIT_SHARE * self._answer_s, LONGEST_WAIT_S)

@@ -6,7 +6,7 @@ product wait for each other. Two halves of a pass, each on its own cores, do not
 starts, and all of it changes with the load of the machine.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import NamedTuple
 
 from .fair_queue import BatchSize
@@ -18,6 +18,9 @@ MAX_SLOWDOWN = 1.5  # a measurement counts as at most this many times the averag
 # A short pass, while tenants with few images wait for passes of a heavy tenant:
 SHORT_MAX_DURATION = 2.0  # at most this many times as long as a pass of the smallest size, and
 SHORT_MIN_SPEEDUP = 1.5  # per image at least this many times as fast
+# A batch on half of the cores, beside another one:
+BESIDE_MAX_COST = 1.3  # per image at most this many times that of the best size on these cores, and
+HALF_MAX_SLOWDOWN = 1.1  # two of the best size take at most this many times as long as the best pass on all cores
 
 
 class Way(NamedTuple):
@@ -28,10 +31,10 @@ class Way(NamedTuple):
 
 
 def ways_of(threads: int, *, on_gpu: bool) -> list[Way]:
-    """Return the ways of a worker that may use this many threads: one thread, all of them, and two halves."""
+    """Return the ways of a worker that may use this many threads: one thread, half of them, all, and two halves."""
     if on_gpu:
         return [Way(threads)]
-    halves = [Way(threads // 2, parts=2)] if threads > 1 else []
+    halves = [Way(threads // 2), Way(threads // 2, parts=2)] if threads > 1 else []
     return [Way(1), Way(threads), *halves]
 
 
@@ -89,15 +92,38 @@ class BatchTuner:
         change = min(measured_ms, MAX_SLOWDOWN * average) - average
         self._image_ms[choice] = average + change * (WEIGHT_IF_FASTER if change < 0 else WEIGHT_IF_SLOWER)
         costs = self.costs()
-        self.best_size = _smallest_fast_size(costs)
+        self.best_size = _smallest_size_within(MIN_SPEEDUP, costs)
         full = self._size_to_explore(costs) or self.best_size
         self.next_size = BatchSize(full, min(full, _short_size(costs)))
 
-    def costs(self) -> dict[int, float]:
-        """Return the milliseconds per image of each measured size in its fastest way, ascending by size."""
+    @property
+    def half(self) -> Way | None:
+        """Return the way of a pass beside another one, on half of the cores; None if passes cannot share the cores."""
+        return next((Way(way.threads) for way in self._ways if way.parts > 1), None)
+
+    def half_size(self) -> BatchSize | None:
+        """Return the size limits of passes in the way `half`; None if two at once would be slower than one by one.
+
+        The sizes measured so far must be those of a quiet machine, as in a new worker's trials.
+        """
+        costs = self.costs([self.half]) if self.half is not None else {}
+        if not costs:
+            return None
+        full, beside = (_smallest_size_within(ratio, costs) for ratio in (MIN_SPEEDUP, BESIDE_MAX_COST))
+        if costs[full] / 2 > HALF_MAX_SLOWDOWN * min(self.costs().values()):
+            return None
+        return BatchSize(full, full, beside)
+
+    def costs(self, ways: Collection[Way] | None = None) -> dict[int, float]:
+        """Return the milliseconds per image of each measured size in its fastest way, ascending by size.
+
+        Args:
+            ways: those to consider; all if None.
+        """
         costs: dict[int, float] = {}
-        for (size, _), ms in sorted(self._image_ms.items()):
-            costs[size] = min(ms, costs.get(size, ms))
+        for (size, way), ms in sorted(self._image_ms.items()):
+            if ways is None or way in ways:
+                costs[size] = min(ms, costs.get(size, ms))
         return costs
 
     def is_settled(self) -> bool:
@@ -131,8 +157,9 @@ class BatchTuner:
         return due
 
 
-def _smallest_fast_size(costs: dict[int, float]) -> int:
-    threshold = MIN_SPEEDUP * min(costs.values())
+def _smallest_size_within(ratio: float, costs: dict[int, float]) -> int:
+    """Return the smallest size that costs at most `ratio` times as much per image as the cheapest one."""
+    threshold = ratio * min(costs.values())
     return next(size for size, ms in costs.items() if ms <= threshold)
 
 

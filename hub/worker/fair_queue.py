@@ -27,10 +27,11 @@ Item = TypeVar("Item")
 
 
 class BatchSize(NamedTuple):
-    """Largest number of images in the next batch."""
+    """Limits of the number of images in the next batch: the largest one, unless said otherwise."""
 
     full: int  # while tenants send similar numbers of images
     short: int  # while some tenant is heavy; at most `full`
+    beside: int = 1  # smallest number of images of a batch that starts beside another
 
 
 @dataclass
@@ -127,6 +128,10 @@ class FairQueue(Generic[Item]):
         images = sum(map(self._images_of, kept))
         self._length -= queue.images - images
         queue.items, queue.images = kept, images
+
+    def has_heavy_tenant(self, now_s: float) -> bool:
+        """Return whether a tenant sends so much more than another that batches are short."""
+        return bool(self._recent.heavy_tenants(now_s))
 
     def batch_limit(self, size: BatchSize, now_s: float) -> int:
         """Return the largest number of images in the next batch, saved-up turns not counted."""

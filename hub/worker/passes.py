@@ -20,7 +20,8 @@ from adapters import Bank, Heads, ImageScores, ImageTasks
 from adapters.data.images import normalise, preprocess_of
 
 from .adapter_cache import Resident
-from .batch_tuner import BatchTuner
+from .batch_tuner import BatchTuner, Way
+from .fair_queue import BatchSize
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -70,8 +71,9 @@ class ItemScores(NamedTuple):
 class Passes:
     """The forward passes of a bank. One thread computes those of classification, one after another.
 
-    Where two halves of a pass are faster, a second thread computes one of them. Another thread computes features. It
-    lets classification go first before each block of the backbone.
+    Where two halves of a pass are faster, a second thread computes one of them. Under load it computes passes of its
+    own, on half of the cores. Another thread computes features. It lets classification go first before each block of
+    the backbone.
     """
 
     def __init__(self, bank: Bank, tuner: BatchTuner, thread: ThreadPoolExecutor) -> None:
@@ -85,18 +87,51 @@ class Passes:
         self._tuner = tuner
         self._thread = thread
         self._second_thread = ThreadPoolExecutor(1, "half-pass")
+        self._beside = {thread: 0, self._second_thread: 0}  # passes on half of the cores
         self._features_thread = ThreadPoolExecutor(1, "features", initializer=torch.set_num_threads, initargs=(1,))
         # On a GPU one thread copies the next batch to the device while a pass computes.
         self._copy_thread = ThreadPoolExecutor(1, "copy") if bank.device.type == "cuda" else None
         thread.submit(self._run_trials).result()
+        self._half_size = tuner.half_size()
 
-    async def run(self, items: Sequence[Item]) -> list[ItemScores]:
-        """Return the answers to each item of one pass."""
-        loop = asyncio.get_running_loop()
+    @property
+    def shared_size(self) -> BatchSize | None:
+        """Return the size limits of a pass beside which another may run; None if only one can run.
+
+        On a GPU the other one's images are copied meanwhile. A full batch waits for that, as more images may join a
+        smaller one.
+        """
         if self._copy_thread is None:
-            return await loop.run_in_executor(self._thread, lambda: self._compute(items, self._gather(items)))
-        pixels = await loop.run_in_executor(self._copy_thread, self._gather, items)
+            return self._half_size
+        size = self._tuner.next_size
+        return size._replace(beside=size.full)
+
+    async def run(self, items: Sequence[Item], shared: bool = False) -> list[ItemScores]:
+        """Return the answers to each item of one pass.
+
+        Args:
+            shared: another pass may run at the same time.
+        """
+        loop = asyncio.get_running_loop()
+        pixels = None
+        if self._copy_thread is not None:
+            pixels = await loop.run_in_executor(self._copy_thread, self._gather, items)
+        elif shared and self._tuner.half is not None:
+            return await self._run_beside(items, self._tuner.half)
         return await loop.run_in_executor(self._thread, self._compute, items, pixels)
+
+    async def _run_beside(self, items: Sequence[Item], half: Way) -> list[ItemScores]:
+        """Run a pass on half of the cores, in the thread that has fewer of them.
+
+        The tuner does not learn from it: its duration depends on what the other half does.
+        """
+        beside = self._beside
+        thread = min(beside, key=beside.__getitem__)
+        beside[thread] += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(thread, self._compute, items, None, half)
+        finally:
+            beside[thread] -= 1
 
     async def features(
         self, images: Sequence[NDArray[np.uint8]], is_idle: Callable[[], bool]
@@ -133,11 +168,21 @@ class Passes:
         std = torch.stack([item.std for item in items]).to(device)
         return normalise(pixels, mean, std)
 
-    def _compute(self, items: Sequence[Item], pixels: torch.Tensor) -> list[ItemScores]:
+    def _compute(self, items: Sequence[Item], pixels: torch.Tensor | None, way: Way | None = None) -> list[ItemScores]:
+        """Compute a pass, in the tuner's way unless one is given.
+
+        Args:
+            pixels: (B, 3, H, W), normalised, on the device; those of the items if None.
+        """
+        inputs = self._gather(items) if pixels is None else pixels
+
         def answers(part: slice) -> list[ItemScores]:
-            return [*map(_scores_of, items[part], self._bank.score_images(pixels[part], tasks[part]))]
+            return [*map(_scores_of, items[part], self._bank.score_images(inputs[part], tasks[part]))]
 
         tasks = [ImageTasks([adapter.slot for adapter in item.adapters], item.heads) for item in items]
+        if way is not None:
+            torch.set_num_threads(way.threads)
+            return answers(slice(None))
         return self._run_timed([item.passes for item in items], answers)
 
     def _run_timed(self, sizes: Sequence[int], compute: Callable[[slice], list[Result]]) -> list[Result]:

@@ -98,20 +98,18 @@ class Worker:
             batch_size=lambda: self._tuner.next_size,
             wait_s=settings.batch_wait_ms / 1000,
             tenant_limit=WORKER_IMAGES_QUEUED,
-            max_running=2 if on_gpu else 1,
+            shared_size=lambda: self._passes.shared_size,
+            always_shared=on_gpu,
             images_of=lambda item: item.passes,
         )
 
-        def is_idle() -> bool:
-            return self._batcher.is_idle
-
         passes: dict[str, Any] = {
-            "is_idle": is_idle,
+            "is_idle": lambda: self._batcher.is_idle,
             "size": FEATURE_IMAGES_GPU if on_gpu else FEATURE_IMAGES,
             "limit": WORKER_FEATURES_QUEUED,
         }
         self._feature_passes: IdlePasses[NDArray[np.uint8], NDArray[np.float16]]
-        self._feature_passes = IdlePasses(partial(self._passes.features, is_idle=is_idle), **passes)
+        self._feature_passes = IdlePasses(partial(self._passes.features, is_idle=passes["is_idle"]), **passes)
         self._idle_answers: IdlePasses[Item, tuple[ItemScores, PassStats]] = IdlePasses(self._run_batch, **passes)
         self._metrics = WorkerMetrics(metric_types())
         self._stats = WorkerStats()
@@ -346,14 +344,14 @@ class Worker:
         for digest in pinned:
             await self._cache.prefetch(digest)
 
-    async def _run_batch(self, items: list[Item]) -> list[tuple[ItemScores, PassStats]]:
+    async def _run_batch(self, items: list[Item], shared: bool = False) -> list[tuple[ItemScores, PassStats]]:
         """Compute one forward pass."""
         started_s = time.perf_counter()
         adapters = [adapter for item in items for adapter in item.adapters]
         # The pass has its own leases: a cancelled call must not free a slot that the pass reads.
         self._cache.retain(adapters)
         try:
-            scores = await self._passes.run(items)
+            scores = await self._passes.run(items, shared)
         finally:
             self._cache.release(adapters)
         compute_ms = (time.perf_counter() - started_s) * 1000

@@ -229,7 +229,7 @@ def test_sends_are_farther_apart_when_decodes_take_long_but_for_a_tenant_with_no
         # Otherwise the calls of a busy tenant would delay one that sends a call at a time.
         pytest.param(3, "other", id="a call of a tenant without a call there"),
         # Otherwise the first call after a pass of all would be computed alone, and the others only after it.
-        pytest.param(1, "t", id="more calls than the worker has"),
+        pytest.param(2, "t", id="as many calls as the worker has"),
     ],
 )
 def test_waiting_calls_leave_soon_when_there_is_one_more(

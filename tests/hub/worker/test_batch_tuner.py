@@ -133,4 +133,31 @@ def test_a_pass_of_one_item_is_not_divided() -> None:
     assert tuner.choose_way(8, 8) == Way(1, parts=2)  # the fastest
     assert tuner.choose_way(8, 1).parts == 1
     assert ways_of(1, on_gpu=False) == [Way(1), Way(1)]
+    assert set(ways_of(8, on_gpu=False)) == {Way(1), Way(4), Way(8), Way(4, parts=2)}
     assert ways_of(2, on_gpu=True) == [Way(2)]
+
+
+@pytest.mark.parametrize(
+    ("half_ms", "halves_speedup", "size"),
+    [
+        (lambda n: 10.0 + 10.0 * n, 2.0, BatchSize(16, 16, beside=4)),
+        (lambda n: 10.0 * n, 2.0, BatchSize(1, 1, beside=1)),  # a large model
+        (lambda n: 10.0 + 0.1 * n, 2.0, BatchSize(32, 32, beside=32)),
+        (lambda n: 10.0 + 10.0 * n, 2.5, None),  # two passes at once are slower than their images in one
+    ],
+)
+def test_two_passes_share_the_cores_where_that_is_not_slower(
+    half_ms: Callable[[int], float], halves_speedup: float, size: BatchSize | None
+) -> None:
+    tuner = BatchTuner(32, ways_of(2, on_gpu=False))
+    for images in tuner.sizes:
+        tuner.record(images, Way(1), half_ms(images))
+        tuner.record(images, Way(1, parts=2), half_ms(images) / halves_speedup)
+    assert (tuner.half, tuner.half_size()) == (Way(1), size)
+
+
+def test_passes_of_one_thread_and_of_a_gpu_have_no_halves() -> None:
+    for ways in (ways_of(1, on_gpu=False), ways_of(4, on_gpu=True)):
+        tuner = BatchTuner(32, ways)
+        tuner.record(1, ways[0], 10.0)
+        assert (tuner.half, tuner.half_size()) == (None, None)

@@ -21,11 +21,13 @@ class Engine:
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
+        self.shared: list[bool] = []
         self.go = asyncio.Event()
         self.go.set()
 
-    async def __call__(self, items: list[str]) -> Sequence[str]:
+    async def __call__(self, items: list[str], shared: bool) -> Sequence[str]:
         self.batches.append(list(items))
+        self.shared.append(shared)
         await self.go.wait()
         await asyncio.sleep(0)
         if "bad" in items:
@@ -39,7 +41,8 @@ def make_batcher(
     batch_size: int = 4,
     wait_s: float = 0.01,
     tenant_limit: int = 1000,
-    max_running: int = 1,
+    shared_size: BatchSize | None = None,
+    always_shared: bool = False,
     clock: Callable[[], float] | None = None,
 ) -> Batcher[str, str]:
     size = BatchSize(batch_size, batch_size)
@@ -49,7 +52,8 @@ def make_batcher(
         batch_size=lambda: size,
         wait_s=wait_s,
         tenant_limit=tenant_limit,
-        max_running=max_running,
+        shared_size=lambda: shared_size,
+        always_shared=always_shared,
         clock=clock,
     )
 
@@ -68,14 +72,17 @@ async def settle() -> None:
     calls=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 11)), min_size=1, max_size=30),
     cancelled=st.sets(st.integers(0, 29)),
     size=st.integers(1, 7),
-    max_running=st.integers(1, 2),
+    shared=st.sampled_from([None, "always", "for several calls"]),
 )
 def test_every_item_runs_once_and_gets_its_own_result(
-    calls: list[tuple[str, int]], cancelled: set[int], size: int, max_running: int
+    calls: list[tuple[str, int]], cancelled: set[int], size: int, shared: str | None
 ) -> None:
     async def use() -> None:
         engine = Engine()
-        batcher = make_batcher(engine, batch_size=size, max_running=max_running, wait_s=0)
+        shared_size = BatchSize(size, size, beside=1) if shared else None
+        batcher = make_batcher(
+            engine, batch_size=size, shared_size=shared_size, always_shared=shared == "always", wait_s=0
+        )
         engine.go.clear()
         tasks = []
         for i, (tenant, count) in enumerate(calls):
@@ -185,10 +192,10 @@ def test_a_batch_starts_at_once_when_the_batcher_was_idle() -> None:
     asyncio.run(use())
 
 
-def test_a_second_batch_runs_beside_another_only_when_it_is_full() -> None:
+def test_batches_on_a_gpu_wait_until_they_are_full_while_another_runs() -> None:
     async def use() -> None:
         engine = Engine()
-        batcher = make_batcher(engine, max_running=2)
+        batcher = make_batcher(engine, shared_size=BatchSize(4, 4, beside=4), always_shared=True)
         engine.go.clear()
         tasks = [asyncio.create_task(batcher.submit("a", ["1"]))]
         await settle()
@@ -200,6 +207,101 @@ def test_a_second_batch_runs_beside_another_only_when_it_is_full() -> None:
         assert [len(batch) for batch in engine.batches] == [1, 4]
         engine.go.set()
         await asyncio.gather(*tasks)
+
+    asyncio.run(use())
+
+
+def test_several_calls_with_enough_images_run_in_two_batches_at_once() -> None:
+    async def use() -> None:
+        engine = Engine()
+        batcher = make_batcher(engine, batch_size=16, shared_size=BatchSize(8, 8, beside=2))
+        engine.go.clear()
+        calls = [asyncio.create_task(batcher.submit("a", [item])) for item in named(7)]
+        await settle()
+        assert [len(batch) for batch in engine.batches] == [3, 3]  # halves of the seven; one image waits
+        assert engine.shared == [True, True]
+        engine.go.set()
+        await asyncio.gather(*calls)
+        assert sum(map(len, engine.batches)) == 7
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize("calls", [[12], [1, 1], [3]])
+def test_a_call_alone_and_few_images_have_all_cores(calls: list[int]) -> None:
+    async def use() -> None:
+        engine = Engine()
+        batcher = make_batcher(engine, batch_size=16, shared_size=BatchSize(8, 8, beside=2))
+        engine.go.clear()
+        tasks = [asyncio.create_task(batcher.submit("a", ["x"] * count)) for count in calls]
+        await settle()
+        assert ([len(batch) for batch in engine.batches], engine.shared) == ([sum(calls)], [False])
+        engine.go.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(use())
+
+
+def test_batches_beside_a_heavy_tenant_have_all_cores() -> None:
+    async def use() -> None:
+        engine = Engine()
+        batcher = make_batcher(engine, batch_size=4, shared_size=BatchSize(4, 4, beside=2), wait_s=0)
+        engine.go.clear()
+        calls = [asyncio.create_task(batcher.submit("a", [item])) for item in named(8)]
+        await settle()
+        assert engine.shared == [True, True]
+        calls.append(asyncio.create_task(batcher.submit("b", ["light"])))
+        calls.append(asyncio.create_task(batcher.submit("a", named(16))))
+        await settle()
+        engine.go.set()
+        await asyncio.gather(*calls)
+        assert not any(engine.shared[2:])
+        assert "light" in engine.batches[2]
+
+    asyncio.run(use())
+
+
+def test_a_batch_starts_beside_another_when_it_is_as_large_as_the_last_one() -> None:
+    async def use() -> None:
+        engine = Engine()
+        batcher = make_batcher(engine, batch_size=16, shared_size=BatchSize(8, 8, beside=2), wait_s=0)
+        engine.go.clear()
+        first = [asyncio.create_task(batcher.submit("a", [item])) for item in named(10)]
+        await settle()
+        assert [len(batch) for batch in engine.batches] == [5, 5]
+        engine.go.set()
+        await asyncio.gather(*first)
+        engine.go.clear()
+        second = [asyncio.create_task(batcher.submit("a", [item])) for item in named(4)]
+        await settle()
+        assert [len(batch) for batch in engine.batches[2:]] == [4]  # half of the ten at once may come, so up to five
+        second += [asyncio.create_task(batcher.submit("a", [item])) for item in named(3)]
+        await settle()
+        assert len(engine.batches) == 3
+        second.append(asyncio.create_task(batcher.submit("a", ["8"])))
+        await settle()
+        assert [len(batch) for batch in engine.batches[2:]] == [4, 4]
+        engine.go.set()
+        await asyncio.gather(*second)
+
+    asyncio.run(use())
+
+
+def test_a_call_that_comes_alone_later_has_all_cores_again() -> None:
+    async def use() -> None:
+        now_s = 0.0
+        engine = Engine()
+        batcher = make_batcher(
+            engine, batch_size=16, shared_size=BatchSize(8, 8, beside=2), wait_s=0, clock=lambda: now_s
+        )
+        await asyncio.gather(*(batcher.submit("a", [item]) for item in named(8)))
+        assert engine.shared[-1]
+        now_s = 0.5
+        await batcher.submit("a", named(4))
+        assert engine.shared[-1]  # others may come as well
+        now_s = 2.1
+        await batcher.submit("a", named(4))
+        assert not engine.shared[-1]
 
     asyncio.run(use())
 
@@ -247,7 +349,7 @@ def test_next_batch_starts_before_the_callers_of_the_last_one_go_on() -> None:
         order: list[str] = []
         started = asyncio.Event()
 
-        async def run(items: list[str]) -> list[str]:
+        async def run(items: list[str], shared: bool) -> list[str]:
             order.append(f"batch of {items[0]}")
             started.set()
             await asyncio.sleep(0.01)
@@ -271,7 +373,7 @@ def test_batch_has_the_context_of_no_call() -> None:
     async def main() -> None:
         seen: list[str] = []
 
-        async def run(items: list[str]) -> list[str]:
+        async def run(items: list[str], shared: bool) -> list[str]:
             seen.append(CALLER.get())
             return items
 

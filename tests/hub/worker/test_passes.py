@@ -14,7 +14,7 @@ from adapters import Adapter, Backbone, Bank
 from adapters.data.images import preprocess_of
 from hub.worker.adapter_cache import Resident
 from hub.worker.batch_tuner import BatchTuner, Way
-from hub.worker.passes import Item, Passes
+from hub.worker.passes import Item, ItemScores, Passes
 
 IMAGES = 7
 
@@ -86,3 +86,53 @@ def test_a_pass_whose_first_half_fails_ends_with_its_second_half(
     with pytest.raises(ValueError, match="evicted"):
         asyncio.run(passes(bank, Way(1, parts=2), threads, monkeypatch).run(items))
     assert ended == [4]
+
+
+def test_passes_beside_each_other_have_a_thread_each(
+    bank: Bank, items: list[Item], threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = passes(bank, Way(1, parts=2), threads, monkeypatch)
+    whole = asyncio.run(both.run(items))
+    meeting = threading.Barrier(2, timeout=10)
+    score = Bank.score_images
+
+    def met(self: Bank, pixels: torch.Tensor, *others: object) -> object:
+        meeting.wait()  # both passes run
+        return score(self, pixels, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Bank, "score_images", met)
+
+    async def run() -> tuple[list[ItemScores], list[ItemScores]]:
+        return await asyncio.gather(both.run(items[:3], True), both.run(items[3:], True))
+
+    first, second = asyncio.run(run())
+    for one, other in zip([*first, *second], whole, strict=True):
+        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
+
+
+def test_a_pass_beside_another_takes_the_thread_that_is_free(
+    bank: Bank, items: list[Item], threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    score = Bank.score_images
+
+    def noted(self: Bank, pixels: torch.Tensor, *others: object) -> object:
+        used.append(threading.current_thread().name)
+        time.sleep(0.3 if len(pixels) == 2 else 0)
+        if len(pixels) == 1:
+            raise ValueError("the adapter was evicted")
+        return score(self, pixels, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Bank, "score_images", noted)
+    both = passes(bank, Way(1, parts=2), threads, monkeypatch)
+
+    async def run() -> None:
+        long = asyncio.create_task(both.run(items[:2], True))
+        await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="evicted"):
+            await both.run(items[:1], True)
+        await both.run(items[:3], True)
+        await long
+
+    asyncio.run(run())
+    assert used[1] == used[2] != used[0]
