@@ -20,7 +20,7 @@ SHORT_MAX_DURATION = 2.0  # at most this many times as long as a pass of the sma
 SHORT_MIN_SPEEDUP = 1.5  # per image at least this many times as fast
 # A batch on half of the cores, beside another one:
 BESIDE_MAX_COST = 1.3  # per image at most this many times that of the best size on these cores, and
-HALF_MAX_SLOWDOWN = 1.1  # two of the best size take at most this many times as long as the best pass on all cores
+HALVES_MAX_COST = 1.1  # of two at once: at most this many times the cost of the fastest way
 
 
 class Way(NamedTuple):
@@ -97,6 +97,11 @@ class BatchTuner:
         self.next_size = BatchSize(full, min(full, _short_size(costs)))
 
     @property
+    def trials(self) -> int:
+        """Return the number of passes of a new size in which each way has its turn; most have two."""
+        return 2 * len(self._ways) - 1
+
+    @property
     def half(self) -> Way | None:
         """Return the way of a pass beside another one, on half of the cores; None if passes cannot share the cores."""
         return next((Way(way.threads) for way in self._ways if way.parts > 1), None)
@@ -106,12 +111,11 @@ class BatchTuner:
 
         The sizes measured so far must be those of a quiet machine, as in a new worker's trials.
         """
-        costs = self.costs([self.half]) if self.half is not None else {}
-        if not costs:
+        costs = self.costs([way for way in self._ways if way == self.half])
+        halves = self.costs([way for way in self._ways if way.parts > 1])  # as two passes at once
+        if not costs or not halves or min(halves.values()) > HALVES_MAX_COST * min(self.costs().values()):
             return None
         full, beside = (_smallest_size_within(ratio, costs) for ratio in (MIN_SPEEDUP, BESIDE_MAX_COST))
-        if costs[full] / 2 > HALF_MAX_SLOWDOWN * min(self.costs().values()):
-            return None
         return BatchSize(full, full, beside)
 
     def costs(self, ways: Collection[Way] | None = None) -> dict[int, float]:

@@ -54,7 +54,8 @@ class Batcher(Generic[Item, Result]):
 
     Two batches run at once, each on half of the cores, where several calls have enough images for both. Then no core
     is idle while a batch waits for its slower half, or while the answers to a batch go out and new images come in. A
-    call that comes alone has all cores, as have the short batches beside a heavy tenant: both are to end soon.
+    call that comes alone has all cores. So have the short batches beside a heavy tenant, since the images of other
+    tenants wait for their end.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class Batcher(Generic[Item, Result]):
     def _should_share(self, now_s: float) -> bool:
         """Return whether the next batch should run beside another one."""
         size = self._shared_size()
-        if size is None or len(self._queue) < size.beside:
+        if size is None or len(self._queue) < size.beside or self._calls < 2:
             return False
         return self._peak.value(now_s) >= 2 * size.beside and not self._queue.has_heavy_tenant(now_s)
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 PAUSE_S, LONGEST_PAUSE_S = 0.001, 1.0  # of a pass that gives way to classification
-TRIALS_PER_SIZE, TRIALS_TIMEOUT_S = 5, 5.0  # trial passes of a new worker
+TRIALS_TIMEOUT_S = 5.0  # of the trial passes of a new worker
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +69,11 @@ class ItemScores(NamedTuple):
 
 
 class Passes:
-    """The forward passes of a bank. One thread computes those of classification, one after another.
+    """The forward passes of a bank.
 
-    Where two halves of a pass are faster, a second thread computes one of them. Under load it computes passes of its
-    own, on half of the cores. Another thread computes features. It lets classification go first before each block of
-    the backbone.
+    One thread computes those of classification. Where two halves of a pass are faster, a second thread computes one of
+    them. It also computes whole passes beside those of the first thread, where two share the cores. Another thread
+    computes features. It lets classification go first before each block of the backbone.
     """
 
     def __init__(self, bank: Bank, tuner: BatchTuner, thread: ThreadPoolExecutor) -> None:
@@ -113,11 +113,11 @@ class Passes:
             shared: another pass may run at the same time.
         """
         loop = asyncio.get_running_loop()
-        pixels = None
+        pixels, half = None, self._tuner.half
         if self._copy_thread is not None:
             pixels = await loop.run_in_executor(self._copy_thread, self._gather, items)
-        elif shared and self._tuner.half is not None:
-            return await self._run_beside(items, self._tuner.half)
+        elif half is not None and (shared or any(self._beside.values())):  # its halves would wait for the other pass
+            return await self._run_beside(items, half)
         return await loop.run_in_executor(self._thread, self._compute, items, pixels)
 
     async def _run_beside(self, items: Sequence[Item], half: Way) -> list[ItemScores]:
@@ -220,7 +220,7 @@ class Passes:
             pixels = torch.zeros(size, *bank.input_size, device=bank.device, dtype=bank.dtype)
             trial = partial(self._run_trial, pixels)
             trial(slice(None))  # the first pass of a size is slower
-            for _ in range(TRIALS_PER_SIZE):
+            for _ in range(self._tuner.trials):
                 self._run_timed([1] * size, trial)
             if self._tuner.is_settled() or time.monotonic() - started_s > TRIALS_TIMEOUT_S:
                 break

@@ -53,7 +53,7 @@ def run(use: Callable[[], Awaitable[None]]) -> None:
 def fix_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the largest batch size, however fast this machine is."""
     monkeypatch.setattr(BatchTuner, "record", lambda *_: None)
-    monkeypatch.setattr("hub.worker.passes.TRIALS_PER_SIZE", 0)
+    monkeypatch.setattr(BatchTuner, "trials", 0)
 
 
 class PassGate:

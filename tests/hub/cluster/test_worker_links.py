@@ -205,7 +205,7 @@ def test_calls_wait_for_each_other_when_the_worker_takes_long_to_answer(monkeypa
 def test_sends_are_farther_apart_when_decodes_take_long_but_for_a_tenant_with_nothing_at_the_worker(
     decode_s: float, tenant: str, together: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each send costs time of a gateway that has too much to do. Otherwise two calls leave as soon as one is there."""
+    """Each send costs time of a gateway that has too much to do. Otherwise calls leave as soon as as many wait."""
     set_waits(monkeypatch, longest_s=0.3)
 
     async def use(deployment: Deployment, workers: ServeWorkers) -> None:

@@ -138,22 +138,35 @@ def test_a_pass_of_one_item_is_not_divided() -> None:
 
 
 @pytest.mark.parametrize(
-    ("half_ms", "halves_speedup", "size"),
+    ("half_ms", "halves", "size"),
     [
-        (lambda n: 10.0 + 10.0 * n, 2.0, BatchSize(16, 16, beside=4)),
-        (lambda n: 10.0 * n, 2.0, BatchSize(1, 1, beside=1)),  # a large model
-        (lambda n: 10.0 + 0.1 * n, 2.0, BatchSize(32, 32, beside=32)),
-        (lambda n: 10.0 + 10.0 * n, 2.5, None),  # two passes at once are slower than their images in one
+        (lambda n: 10.0 + 10.0 * n, 0.5, BatchSize(16, 16, beside=4)),
+        (lambda n: 10.0 * n, 0.5, BatchSize(1, 1, beside=1)),  # a large model
+        (lambda n: 10.0 + 0.1 * n, 0.5, BatchSize(32, 32, beside=32)),
+        (lambda n: 10.0 * n, 0.9, None),  # two passes at once slow each other down
     ],
 )
 def test_two_passes_share_the_cores_where_that_is_not_slower(
-    half_ms: Callable[[int], float], halves_speedup: float, size: BatchSize | None
+    half_ms: Callable[[int], float], halves: float, size: BatchSize | None
 ) -> None:
+    """One pass on all cores takes 0.6 times as long as on half of them; its two halves at once, `halves` times."""
     tuner = BatchTuner(32, ways_of(2, on_gpu=False))
     for images in tuner.sizes:
-        tuner.record(images, Way(1), half_ms(images))
-        tuner.record(images, Way(1, parts=2), half_ms(images) / halves_speedup)
+        for way, share in ((Way(1), 1.0), (Way(2), 0.6), (Way(1, parts=2), halves)):
+            tuner.record(images, way, share * half_ms(images))
     assert (tuner.half, tuner.half_size()) == (Way(1), size)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_the_trials_of_a_size_measure_each_way(threads: int) -> None:
+    ways = ways_of(threads, on_gpu=False)
+    tuner = BatchTuner(8, ways)
+    found: set[Way] = set()
+    for _ in range(tuner.trials):
+        way = tuner.choose_way(8, 8)
+        tuner.record(8, way, 10.0 if len(found) else 5.0)  # the first one is the fastest
+        found.add(way)
+    assert found == set(ways)
 
 
 def test_passes_of_one_thread_and_of_a_gpu_have_no_halves() -> None:

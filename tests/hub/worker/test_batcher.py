@@ -22,14 +22,20 @@ class Engine:
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
         self.shared: list[bool] = []
+        self.running: list[bool] = []  # `shared` of each batch that runs
+        self.most_running = 0
         self.go = asyncio.Event()
         self.go.set()
 
     async def __call__(self, items: list[str], shared: bool) -> Sequence[str]:
         self.batches.append(list(items))
         self.shared.append(shared)
+        self.running.append(shared)
+        assert len(self.running) == 1 or all(self.running), "a batch with all cores beside another"
+        self.most_running = max(self.most_running, len(self.running))
         await self.go.wait()
         await asyncio.sleep(0)
+        self.running.remove(shared)
         if "bad" in items:
             raise RuntimeError("bad batch")
         return [f"{item}!" for item in items]
@@ -96,6 +102,7 @@ def test_every_item_runs_once_and_gets_its_own_result(
         results = await asyncio.gather(*tasks, return_exceptions=True)
         run = Counter(item for batch in engine.batches for item in batch)
         assert max(run.values()) == 1
+        assert engine.most_running <= (2 if shared else 1)
         assert all(len(batch) <= size for batch in engine.batches)
         for i, (tenant, count) in enumerate(calls):
             items = [f"{tenant}{i}.{k}" for k in range(count)]
@@ -261,6 +268,27 @@ def test_batches_beside_a_heavy_tenant_have_all_cores() -> None:
     asyncio.run(use())
 
 
+def test_two_batches_at_once_count_an_item_as_its_images() -> None:
+    async def use() -> None:
+        engine = Engine()
+        batcher: Batcher[str, str] = Batcher(
+            engine,
+            batch_size=lambda: BatchSize(16, 16),
+            shared_size=lambda: BatchSize(8, 8, beside=4),
+            wait_s=0,
+            tenant_limit=100,
+            images_of=lambda _: 4,
+        )
+        engine.go.clear()
+        calls = [asyncio.create_task(batcher.submit("a", [item])) for item in named(4)]
+        await settle()
+        assert [len(batch) for batch in engine.batches] == [2, 2]  # eight images each
+        engine.go.set()
+        await asyncio.gather(*calls)
+
+    asyncio.run(use())
+
+
 def test_a_batch_starts_beside_another_when_it_is_as_large_as_the_last_one() -> None:
     async def use() -> None:
         engine = Engine()
@@ -296,12 +324,11 @@ def test_a_call_that_comes_alone_later_has_all_cores_again() -> None:
         )
         await asyncio.gather(*(batcher.submit("a", [item]) for item in named(8)))
         assert engine.shared[-1]
-        now_s = 0.5
-        await batcher.submit("a", named(4))
-        assert engine.shared[-1]  # others may come as well
-        now_s = 2.1
         await batcher.submit("a", named(4))
         assert not engine.shared[-1]
+        now_s = 3.0
+        await asyncio.gather(batcher.submit("a", ["1"]), batcher.submit("a", ["2"]))
+        assert not engine.shared[-1]  # two images, without those of batches that ended
 
     asyncio.run(use())
 

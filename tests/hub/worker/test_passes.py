@@ -14,6 +14,7 @@ from adapters import Adapter, Backbone, Bank
 from adapters.data.images import preprocess_of
 from hub.worker.adapter_cache import Resident
 from hub.worker.batch_tuner import BatchTuner, Way
+from hub.worker.fair_queue import BatchSize
 from hub.worker.passes import Item, ItemScores, Passes
 
 IMAGES = 7
@@ -110,15 +111,19 @@ def test_passes_beside_each_other_have_a_thread_each(
         np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
 
 
+@pytest.mark.parametrize("shared", [True, False])
 def test_a_pass_beside_another_takes_the_thread_that_is_free(
-    bank: Bank, items: list[Item], threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    shared: bool, bank: Bank, items: list[Item], threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used = []
+    used: dict[int, set[int]] = {}
+    begun, go = threading.Event(), threading.Event()
     score = Bank.score_images
 
     def noted(self: Bank, pixels: torch.Tensor, *others: object) -> object:
-        used.append(threading.current_thread().name)
-        time.sleep(0.3 if len(pixels) == 2 else 0)
+        used.setdefault(len(pixels), set()).add(threading.get_ident())
+        if len(pixels) == 2:
+            begun.set()
+            assert go.wait(10)
         if len(pixels) == 1:
             raise ValueError("the adapter was evicted")
         return score(self, pixels, *others)  # type: ignore[arg-type]
@@ -128,11 +133,22 @@ def test_a_pass_beside_another_takes_the_thread_that_is_free(
 
     async def run() -> None:
         long = asyncio.create_task(both.run(items[:2], True))
-        await asyncio.sleep(0)
+        await asyncio.to_thread(begun.wait, 10)
         with pytest.raises(ValueError, match="evicted"):
             await both.run(items[:1], True)
-        await both.run(items[:3], True)
+        await both.run(items[:4], shared)  # one of idle turns is not shared, but must not wait for the long one
+        go.set()
         await long
 
     asyncio.run(run())
-    assert used[1] == used[2] != used[0]
+    assert used[1] == used[4] != used[2]
+    assert len(used[4]) == 1
+
+
+def test_a_gpu_copies_a_full_batch_beside_a_pass(
+    bank: Bank, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = passes(bank, Way(1), threads, monkeypatch)
+    assert gpu.shared_size is None
+    monkeypatch.setattr(gpu, "_copy_thread", threads)
+    assert gpu.shared_size == BatchSize(16, 16, beside=16)
