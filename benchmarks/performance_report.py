@@ -264,8 +264,8 @@ def _http(result: dict[str, Any]) -> list[str]:
             markdown_table(
                 ["process", "hub", "empty"], [[k, f"{hub[k]:.2f}", f"{empty.get(k, 0):.2f}"] for k in kinds]
             ),
-            f"The hub and the callers use {used:.2f} of {cores} cores: a pass and the gateway take about one core "
-            "each, and at times one waits for the other. At this cost a call, cores that are never idle would give "
+            f"The hub and the callers use {used:.2f} of {cores} cores; a core is idle while a batch or the gateway "
+            "waits for images. At this cost a call, cores that are never idle would give "
             f"{cores / used * found['to_ceiling']['work']['median']:.2f} of the second ceiling.",
         ]
     if "saturation" in result:
