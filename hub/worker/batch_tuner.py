@@ -111,7 +111,8 @@ class BatchTuner:
 
         The sizes measured so far must be those of a quiet machine, as in a new worker's trials.
         """
-        costs = self.costs([way for way in self._ways if way == self.half])
+        half = self.half
+        costs = self.costs([half]) if half is not None else {}
         halves = self.costs([way for way in self._ways if way.parts > 1])  # as two passes at once
         if not costs or not halves or min(halves.values()) > HALVES_MAX_COST * min(self.costs().values()):
             return None

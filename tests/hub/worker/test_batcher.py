@@ -49,6 +49,7 @@ def make_batcher(
     tenant_limit: int = 1000,
     shared_size: BatchSize | None = None,
     always_shared: bool = False,
+    images_of: Callable[[str], int] = lambda _: 1,
     clock: Callable[[], float] | None = None,
 ) -> Batcher[str, str]:
     size = BatchSize(batch_size, batch_size)
@@ -60,6 +61,7 @@ def make_batcher(
         tenant_limit=tenant_limit,
         shared_size=lambda: shared_size,
         always_shared=always_shared,
+        images_of=images_of,
         clock=clock,
     )
 
@@ -271,13 +273,8 @@ def test_batches_beside_a_heavy_tenant_have_all_cores() -> None:
 def test_two_batches_at_once_count_an_item_as_its_images() -> None:
     async def use() -> None:
         engine = Engine()
-        batcher: Batcher[str, str] = Batcher(
-            engine,
-            batch_size=lambda: BatchSize(16, 16),
-            shared_size=lambda: BatchSize(8, 8, beside=4),
-            wait_s=0,
-            tenant_limit=100,
-            images_of=lambda _: 4,
+        batcher = make_batcher(
+            engine, batch_size=16, shared_size=BatchSize(8, 8, beside=4), wait_s=0, images_of=lambda _: 4
         )
         engine.go.clear()
         calls = [asyncio.create_task(batcher.submit("a", [item])) for item in named(4)]
