@@ -1,6 +1,7 @@
 """The hub beside other model servers, over HTTP: images per second, latency, memory, and the time to add a task.
 
-    python -m benchmarks.servers [--contenders NAME ...] [--models vit_s14 vit_b16] [--sizes 1 8 64 512] [--again]
+    python -m benchmarks.servers [--contenders NAME ...] [--models vit_s14 vit_b16] [--sizes 1 8 64 512]
+        [--rounds 3] [--again]
 
 Each contender runs alone on the machine's cores, beside the load generator (`benchmarks.load`), which calls it with the
 same images. It serves the same random KARST adapters (N = 2, rank 8) in one of two forms:
@@ -11,8 +12,12 @@ same images. It serves the same random KARST adapters (N = 2, rank 8) in one of 
 A contender starts once per form, with one task, and then gets more: a rival by a new file, the hub by a registration.
 At each size every task is called once (for at most `warm_up_s`); then one caller measures the latency alone, and
 `callers` in a closed loop measure images per second and latency under load, with one image a call and tasks in a random
-order. The first answers are compared with those of the merged model. `bare` is timm's backbone without a server, in
-batches of 8, just before each start; it shows how fast the machine was at that time.
+order. The first answers are compared with those of the merged model. Before each start two speeds show how fast the
+machine was at that time: `bare` is timm's backbone without a server, in batches of 8. `bank`, before a start of the
+hub, is its bank with the tasks' adapters without a server: two threads at once, each with half of the cores and half of
+the callers' images, as a worker computes batches of several calls. It is the limit of the hub's images per second.
+
+With several rounds the contenders of a form take turns. The result is the round with the median images per second.
 
 Rivals need `benchmarks/servers/install.sh`. Results are kept after each size: a stopped run continues, and --again
 measures once more. A size whose models do not fit in the free memory is not run, and has a reason instead.
@@ -25,9 +30,11 @@ import signal
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +51,7 @@ from .sides import SIDES, Side, missing, pss_mb, running
 
 OUTPUT = Path(__file__).parents[1] / "results" / "servers.json"
 RIVALS = Path(__file__).parents[2] / ".venv-servers"
+HUB = "karst-hub"
 SIZES = (1, 8, 64, 512)
 FORMS: tuple[Form, ...] = ("merged", "heads")
 CHECKED = 16  # answers
@@ -62,23 +70,27 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["vit_s14", "vit_b16"])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="numbers of tasks")
+    parser.add_argument("--rounds", type=int, default=1, help="starts of each contender")
     parser.add_argument("--again", action="store_true", help="measure also what the result has")
     parser.add_argument("--rivals", type=Path, default=RIVALS, help="environment of install.sh")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise a server would outlive this process
     result = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
-    groups = list(wanted(result["rows"], options))
-    seconds = sum(expected_s(model, sizes) for _, model, _, sizes in groups)
-    print(f"{len(groups)} starts, about {seconds / 60:.0f} minutes", flush=True)
+    forms = groupby(wanted(result["rows"], options), key=itemgetter(1, 2))
+    starts = [start for _, group in forms for start in [*group] * options.rounds]
+    seconds = sum(expected_s(model, sizes) for _, model, _, sizes in starts)
+    print(f"{len(starts)} starts, about {seconds / 60:.0f} minutes", flush=True)
+    rounds: defaultdict[tuple[str, str, str, int], list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         inputs_of = lru_cache(maxsize=1)(lambda model, form: Inputs(MODELS[model], form, Path(folder) / model))
-        for number, (name, model, form, sizes) in enumerate(groups, 1):
+        for number, (name, model, form, sizes) in enumerate(starts, 1):
             about = f"about {expected_s(model, sizes):.0f} s"
-            print(f"[{number}/{len(groups)}] {name}, {model}, {form}: {about}", flush=True)
+            print(f"[{number}/{len(starts)}] {name}, {model}, {form}: {about}", flush=True)
             for row in measure(name, inputs_of(model, form), sizes, options.rivals):
                 row = {"contender": name, "model": model, "form": form, **row}
-                result["rows"] = [one for one in result["rows"] if key(one) != key(row)] + [row]
+                rounds[key(row)].append(row)
+                result["rows"] = [one for one in result["rows"] if key(one) != key(row)] + [middle(rounds[key(row)])]
                 result["machine"] = machine()
                 options.output.parent.mkdir(parents=True, exist_ok=True)
                 options.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -89,6 +101,15 @@ def main() -> None:
 
 def key(row: dict[str, Any]) -> tuple[str, str, str, int]:
     return row["contender"], row["model"], row["form"], row["tasks"]
+
+
+def middle(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the row of the round with the median speed, with the speeds of all rounds."""
+    not_run = [row for row in rounds if "reason" in row]
+    if not_run or len(rounds) == 1:
+        return [*not_run, *rounds][0]
+    speeds = [row["images_per_s"] for row in rounds]
+    return rounds[speeds.index(statistics.median_low(speeds))] | {"rounds_images_per_s": speeds}
 
 
 def wanted(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> Iterator[tuple[str, str, Form, list[int]]]:
@@ -120,6 +141,8 @@ def measure(name: str, inputs: Inputs, sizes: Sequence[int], rivals: Path) -> It
         inputs.task_file(number)
         inputs.expected(number, number)
     base["bare_images_per_s"] = round(bare_rate(inputs), 2)
+    if name == HUB:
+        base["bank_images_per_s"] = round(inputs.bank_rate(min(sizes)), 2)
     free_mb = psutil.virtual_memory().available / 1e6
     kept = max(1, min(max(sizes), int(RAY_SHARE * free_mb / max(base["model_mb"], 0.1))))
     done: list[int] = []
@@ -150,7 +173,7 @@ def bare_rate(inputs: Inputs, seconds: float = 2.0) -> float:
 
 def too_large(name: str, form: Form, size: int, base: dict[str, Any], tree: psutil.Process) -> str | None:
     """Return why a rival cannot hold this many merged models; Ray Serve drops the least recently used instead."""
-    if form == "heads" or name in ("karst-hub", "Ray Serve"):
+    if form == "heads" or name in (HUB, "Ray Serve"):
         return None
     workers = psutil.cpu_count() or 1 if name == "LitServe" else 1
     need = workers * size * base["model_mb"] + base["base_pss_mb"]

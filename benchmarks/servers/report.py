@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import markdown_table
-from .__main__ import OUTPUT
+from .__main__ import HUB, OUTPUT
 from .sides import SIDES
 
 HERE = Path(__file__).parent
@@ -27,7 +27,6 @@ FILES = {
     "PyTriton": "pytriton_app.py",
     "Ray Serve": "ray_serve_app.py",
 }
-HUB = "karst-hub"
 MANY, BEST_AT_ONE = 8, 0.9
 DRIFT = 1.25  # of the bare backbone's speed between two contenders, from which on it could explain their ratio
 Row = Mapping[str, Any]
@@ -63,6 +62,9 @@ def report(result: Row) -> str:
         "gets an upload over HTTP, checks it, and stores it durably.\n"
         "- */ bare*: images/s over those of timm's backbone without a server, in batches of 8, just before the "
         "contender's start, which shows whether other programs used the cores.\n"
+        "- *rounds* (targets): both contenders ran in turns, and each row is the round with the median images/s.\n"
+        "- *the hub's bank alone* (targets): two threads at once compute the tasks' batches without HTTP, decoding and "
+        "a load generator, just before the hub's start. The time that these take comes off this limit.\n"
         "- *for the same busy cores* (targets): the ratio of images/s, each divided by the cores that were busy "
         "meanwhile, those of the load generator included.",
         *(text for model in TITLES for form in FORMS for text in _table(rows, model, form)),
@@ -169,8 +171,18 @@ def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row]) -> list[list[str]]:
         elif ratio < bar and "cores_used" in own and "cores_used" in best:
             used, theirs = own["cores_used"], best["cores_used"]
             verdict += f"; {ratio * theirs / used:.2f} for the same busy cores ({used:.2f} against {theirs:.2f})"
-        out.append([str(tasks), target, f"{ratio:.2f} of {best['contender']}: {verdict}"])
+        if ratio < bar and "bank_images_per_s" in own:
+            limit = own["bank_images_per_s"] / speed(best)
+            verdict += f"; the hub's bank alone, without a server, had {limit:.2f} of {best['contender']}"
+        out.append([str(tasks), target, f"{ratio:.2f} of {best['contender']}{_range(own, best)}: {verdict}"])
     return out
+
+
+def _range(own: Row, best: Row) -> str:
+    """Return the least and the largest ratio of two contenders that ran in turns."""
+    pairs = zip(own.get("rounds_images_per_s", ()), best.get("rounds_images_per_s", ()), strict=False)
+    ratios = [a / b for a, b in pairs]
+    return f" ({min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds)" if ratios else ""
 
 
 def speed(row: Row) -> float:

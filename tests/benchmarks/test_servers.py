@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.load import Reply
 from benchmarks.servers import report
-from benchmarks.servers.__main__ import key, wanted
+from benchmarks.servers.__main__ import key, middle, wanted
 from benchmarks.servers.inputs import MODELS, Inputs
 from benchmarks.servers.sides import SIDES, Side, missing
 
@@ -40,6 +40,22 @@ def test_stopped_run_measures_only_the_missing_sizes() -> None:
         ("FastAPI", "heads", [8]),
     ]
     assert len({key(one) for one in there}) == 3
+
+
+def test_contenders_in_turns_have_the_round_with_the_median_speed() -> None:
+    def rounds(contender: str, speeds: list[float], **own: object) -> dict[str, object]:
+        found = [row(contender, 1, **MEASURED | own | {"images_per_s": speed}) for speed in speeds]
+        return middle(found)
+
+    own, rival = (
+        rounds("karst-hub", [60.0, 90.0, 80.0], bank_images_per_s=120.0),
+        rounds("LitServe", [100.0, 90.0, 120.0]),
+    )
+    assert (own["images_per_s"], own["rounds_images_per_s"]) == (80.0, [60.0, 90.0, 80.0])
+    assert middle([row("LitServe", 1, **MEASURED), row("LitServe", 1, reason="failed")])["reason"] == "failed"
+    page = report.report({"machine": MACHINE, "rows": [own, rival]})
+    assert "0.80 of LitServe (0.60 to 1.00 in 3 rounds): **does not hold**" in page
+    assert "the hub's bank alone, without a server, had 1.20 of LitServe" in page
 
 
 def test_rival_is_named_with_the_error_when_it_is_not_installed(tmp_path: Path) -> None:
