@@ -15,7 +15,8 @@ At each size every task is called once (for at most `warm_up_s`); then one calle
 order. The first answers are compared with those of the merged model. Before each start two speeds show how fast the
 machine was at that time: `bare` is timm's backbone without a server, in batches of 8. `bank`, before a start of the
 hub, is its bank with the tasks' adapters without a server: two threads at once, each with half of the cores and half of
-the callers' images, as a worker computes batches of several calls. It is the limit of the hub's images per second.
+the callers' images, as a worker computes batches of several calls. A call also takes the time of an empty application
+on Ray Serve, and decodes its image: `call_ms` of a core, in the same run.
 
 With several rounds the contenders of a form take turns. The result is the round with the median images per second.
 
@@ -47,6 +48,7 @@ from ..common import machine
 from ..cores import busy_s
 from ..load import Connection, Reply, closed_loop, ok, rate
 from .inputs import DISTINCT, IMAGES, MODELS, Form, Inputs
+from .limit import bank_rate, call_ms
 from .sides import SIDES, Side, missing, pss_mb, running
 
 OUTPUT = Path(__file__).parents[1] / "results" / "servers.json"
@@ -142,7 +144,8 @@ def measure(name: str, inputs: Inputs, sizes: Sequence[int], rivals: Path) -> It
         inputs.expected(number, number)
     base["bare_images_per_s"] = round(bare_rate(inputs), 2)
     if name == HUB:
-        base["bank_images_per_s"] = round(inputs.bank_rate(min(sizes)), 2)
+        base |= {"bank_images_per_s": round(bank_rate(inputs, min(sizes)), 2), "call_ms": round(call_ms(inputs), 2)}
+        base["cores"] = psutil.cpu_count() or 1
     free_mb = psutil.virtual_memory().available / 1e6
     kept = max(1, min(max(sizes), int(RAY_SHARE * free_mb / max(base["model_mb"], 0.1))))
     done: list[int] = []

@@ -1,10 +1,7 @@
 """The same backbone, tasks, images and right answers for every contender."""
 
 import json
-import os
 import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +10,9 @@ from typing import Literal
 import safetensors.torch
 import torch
 
-from adapters import Adapter, Backbone, Bank, ImageTasks, KarstConfig, Slot, load_backbone
+from adapters import Adapter, Backbone, KarstConfig, load_backbone
 from adapters.backbone import features
 from adapters.data.images import decode_image, eval_transform, normalise_for, preprocess_of
-from adapters.serving.frozen_forms import measure_forms
 
 from .. import real_backbone
 from ..bare import pictures
@@ -136,37 +132,3 @@ class Inputs:
     def bare_pass(self, batch: int) -> None:
         """Run timm's frozen backbone over one batch."""
         features(self.backbone.model, torch.zeros(batch, *self.backbone.input_size))
-
-    @cached_property
-    def _bank(self) -> tuple[Bank, list[Slot]]:
-        forms = measure_forms(self.backbone, self.model.callers // 2)
-        bank = Bank(
-            self.backbone,
-            slots=DISTINCT,
-            max_rank=self.config.rank,
-            max_kernels=max(1, self.config.kernels),
-            forms=forms,
-        )
-        return bank, [bank.put(self.adapter(number)) for number in range(DISTINCT)]
-
-    def bank_rate(self, tasks: int, seconds: float = 2.0) -> float:
-        """Return the images per second of the hub's bank, as a worker computes batches of several calls.
-
-        Two threads compute at once. Each has half of the cores and half of the callers' images, of different tasks.
-        """
-        bank, slots = self._bank
-        batch = self.model.callers // 2
-        own = [ImageTasks([slots[i % min(tasks, DISTINCT)]]) for i in range(batch)]
-
-        def run() -> float:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-            pixels = torch.zeros(batch, *self.backbone.input_size)
-            bank.score_images(pixels, own)  # the first pass is slower
-            passes, began = 0, time.perf_counter()
-            while (taken := time.perf_counter() - began) < seconds:
-                bank.score_images(pixels, own)
-                passes += 1
-            return passes * batch / taken
-
-        with ThreadPoolExecutor(2) as threads:
-            return sum(lane.result() for lane in [threads.submit(run) for _ in range(2)])

@@ -8,8 +8,9 @@ import pytest
 
 from benchmarks.load import Reply
 from benchmarks.servers import report
-from benchmarks.servers.__main__ import key, middle, wanted
+from benchmarks.servers.__main__ import FORMS, key, middle, wanted
 from benchmarks.servers.inputs import MODELS, Inputs
+from benchmarks.servers.limit import bank_rate
 from benchmarks.servers.sides import SIDES, Side, missing
 
 MEASURED = {
@@ -48,14 +49,20 @@ def test_contenders_in_turns_have_the_round_with_the_median_speed() -> None:
         return middle(found)
 
     own, rival = (
-        rounds("karst-hub", [60.0, 90.0, 80.0], bank_images_per_s=120.0),
+        rounds("karst-hub", [60.0, 90.0, 80.0], bank_images_per_s=120.0, call_ms=2.5, cores=2),
         rounds("LitServe", [100.0, 90.0, 120.0]),
     )
     assert (own["images_per_s"], own["rounds_images_per_s"]) == (80.0, [60.0, 90.0, 80.0])
     assert middle([row("LitServe", 1, **MEASURED), row("LitServe", 1, reason="failed")])["reason"] == "failed"
     page = report.report({"machine": MACHINE, "rows": [own, rival]})
     assert "0.80 of LitServe (0.60 to 1.00 in 3 rounds): **does not hold**" in page
-    assert "the hub's bank alone, without a server, had 1.20 of LitServe" in page
+    # 2000 / 90 - 2000 / 120 ms, for 0.9 of 100 images/s
+    assert "5.6 ms of a core are left for a call at that speed, and 2.5 ms are the call without the hub" in page
+
+
+def test_bank_computes_the_tasks_of_both_forms_without_a_server(tmp_path: Path) -> None:
+    for form in FORMS:
+        assert bank_rate(Inputs(MODELS["tiny"], form, tmp_path), tasks=3, seconds=0.05) > 0
 
 
 def test_rival_is_named_with_the_error_when_it_is_not_installed(tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""The limit of the hub's images per second: its passes, and the least that a call costs on Ray Serve."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import torch
+
+from adapters import Bank, ImageTasks
+from adapters.data.images import decode_image, eval_transform, preprocess_of
+from adapters.serving.frozen_forms import measure_forms
+
+from ..beside import EMPTY, hub_beside_empty
+from ..cores import busy_s
+from ..load import closed_loop, ok, request
+from .inputs import DISTINCT, Inputs
+
+LANES = 2  # batches at once
+
+
+def bank_rate(inputs: Inputs, tasks: int, seconds: float = 2.0) -> float:
+    """Return the images per second of the hub's bank, as a worker computes batches of several calls.
+
+    Two threads compute at once. Each has half of the cores and half of the callers' images, of different tasks.
+    """
+    batch, config = inputs.model.callers // LANES, inputs.config
+    forms = measure_forms(inputs.backbone, batch)
+    kernels = max(1, config.kernels)
+    bank = Bank(inputs.backbone, slots=DISTINCT, max_rank=config.rank, max_kernels=kernels, forms=forms)
+    slots = [bank.put(inputs.adapter(number)) for number in range(min(tasks, DISTINCT))]
+    own = [ImageTasks([slots[i % len(slots)]]) for i in range(batch)]
+
+    def run() -> float:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // LANES))
+        pixels = torch.zeros(batch, *inputs.backbone.input_size)
+        bank.score_images(pixels, own)  # the first pass is slower
+        passes, began = 0, time.perf_counter()
+        while (taken := time.perf_counter() - began) < seconds:
+            bank.score_images(pixels, own)
+            passes += 1
+        return passes * batch / taken
+
+    with ThreadPoolExecutor(LANES) as threads:
+        return sum(lane.result() for lane in [threads.submit(run) for _ in range(LANES)])
+
+
+def call_ms(inputs: Inputs) -> float:
+    """Return the milliseconds of a core for a call without a hub: an empty application on Ray Serve, and decoding."""
+    transform = eval_transform(preprocess_of(inputs.backbone))
+    began = time.thread_time()
+    for image in inputs.images:
+        transform(decode_image(image))
+    decode_ms = 1e3 * (time.thread_time() - began) / len(inputs.images)
+    return decode_ms + _empty_call_ms(inputs.size_px, inputs.model.callers, tuple(inputs.images))
+
+
+@lru_cache
+def _empty_call_ms(size_px: int, callers: int, images: tuple[bytes, ...], seconds: float = 5.0) -> float:
+    """Return the same for the empty application alone. A hub with the demo backbone idles beside it."""
+    with hub_beside_empty(size_px, backbone="demo") as hub:
+        calls = [request("POST", EMPTY + "/", image, content_type="application/octet-stream") for image in images]
+        closed_loop(hub.address, calls, callers, 1.0)
+        began_s = busy_s()
+        replies = [ok(reply) for reply in closed_loop(hub.address, calls, callers, seconds)]
+        return 1e3 * (busy_s() - began_s) / len(replies)
