@@ -172,7 +172,7 @@ def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row]) -> list[list[str]]:
         elif ratio < bar and "cores_used" in own and "cores_used" in best:
             used, theirs = own["cores_used"], best["cores_used"]
             verdict += f"; {ratio * theirs / used:.2f} for the same busy cores ({used:.2f} against {theirs:.2f})"
-        if ratio < bar and "call_ms" in own:
+        if verdict.startswith("**does not hold**") and "call_ms" in own:
             verdict += f"; {_limit(own, bar * speed(best))}"
         out.append([str(tasks), target, f"{ratio:.2f} of {best['contender']}{_range(own, best)}: {verdict}"])
     return out
