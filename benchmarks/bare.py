@@ -106,7 +106,7 @@ def images_per_second(name: str, batch: int, seconds: float) -> float:
     torch.set_num_threads(os.cpu_count() or 1)
     backbone = _backbone(name)
     pixels = torch.zeros(batch, *backbone.input_size)
-    return batch * _times_per_second(lambda: features(backbone.model, pixels), seconds)
+    return batch * times_per_second(lambda: features(backbone.model, pixels), seconds)
 
 
 def decode_ms(name: str, data: bytes) -> float:
@@ -132,7 +132,7 @@ def work_per_second(name: str, files: Sequence[bytes], data: Sequence[bytes], ba
         pixels = torch.from_numpy(np.stack(_decoded(name, encoded, threads)))
         bank.forward(normalise_for(backbone, pixels), own)
 
-    return batch * _times_per_second(work, seconds)
+    return batch * times_per_second(work, seconds)
 
 
 def pictures(side_px: int, count: int) -> Sequence[bytes]:
@@ -165,7 +165,7 @@ def _quickest_threads(name: str) -> int:
     return min(taken, key=taken.__getitem__)
 
 
-def _times_per_second(work: Callable[[], object], seconds: float) -> float:
+def times_per_second(work: Callable[[], object], seconds: float) -> float:
     """Return the calls per second over `seconds`, after one warm-up call."""
     work()
     times, began = 0, time.perf_counter()

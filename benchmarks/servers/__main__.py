@@ -44,6 +44,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..bare import times_per_second
 from ..common import machine
 from ..cores import busy_s
 from ..load import Connection, Reply, closed_loop, ok, rate
@@ -145,7 +146,7 @@ def measure(name: str, inputs: Inputs, sizes: Sequence[int], rivals: Path) -> It
     base["bare_images_per_s"] = round(bare_rate(inputs), 2)
     if name == HUB:
         base |= {"bank_images_per_s": round(bank_rate(inputs, min(sizes)), 2), "call_ms": round(call_ms(inputs), 2)}
-        base["cores"] = psutil.cpu_count() or 1
+        base["cores"] = machine()["cores"]
     free_mb = psutil.virtual_memory().available / 1e6
     kept = max(1, min(max(sizes), int(RAY_SHARE * free_mb / max(base["model_mb"], 0.1))))
     done: list[int] = []
@@ -166,12 +167,7 @@ def measure(name: str, inputs: Inputs, sizes: Sequence[int], rivals: Path) -> It
 
 def bare_rate(inputs: Inputs, seconds: float = 2.0) -> float:
     """Return the images per second of timm's backbone in batches of eight."""
-    inputs.bare_pass(8)
-    passes, began = 0, time.perf_counter()
-    while (taken := time.perf_counter() - began) < seconds:
-        inputs.bare_pass(8)
-        passes += 1
-    return 8 * passes / taken
+    return 8 * times_per_second(lambda: inputs.bare_pass(8), seconds)
 
 
 def too_large(name: str, form: Form, size: int, base: dict[str, Any], tree: psutil.Process) -> str | None:

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -112,12 +113,20 @@ class Inputs:
             safetensors.torch.save_file(tensors, path)
         return path
 
+    def decode(self, image: int) -> torch.Tensor:
+        """Return the pixels (3, H, W) of an image, uint8."""
+        return self._transform(decode_image(self.images[image]))
+
+    @cached_property
+    def _transform(self) -> Callable[[Any], torch.Tensor]:
+        return eval_transform(preprocess_of(self.backbone))
+
     @torch.inference_mode()
     def expected(self, number: int, image: int) -> tuple[str, float]:
         """Return label and score of the merged model."""
         key = number % DISTINCT, image
         if key not in self._expected:
-            pixels = eval_transform(preprocess_of(self.backbone))(decode_image(self.images[image]))[None]
+            pixels = self.decode(image)[None]
             model = self._merged(key[0])
             score, label = model(normalise_for(self.backbone, pixels))[0].softmax(-1).max(-1)
             self._expected[key] = f"class {int(label)}", float(score)

@@ -8,9 +8,9 @@ from functools import lru_cache
 import torch
 
 from adapters import Bank, ImageTasks
-from adapters.data.images import decode_image, eval_transform, preprocess_of
 from adapters.serving.frozen_forms import measure_forms
 
+from ..bare import times_per_second
 from ..beside import EMPTY, hub_beside_empty
 from ..cores import busy_s
 from ..load import closed_loop, ok, request
@@ -34,12 +34,7 @@ def bank_rate(inputs: Inputs, tasks: int, seconds: float = 2.0) -> float:
     def run() -> float:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // LANES))
         pixels = torch.zeros(batch, *inputs.backbone.input_size)
-        bank.score_images(pixels, own)  # the first pass is slower
-        passes, began = 0, time.perf_counter()
-        while (taken := time.perf_counter() - began) < seconds:
-            bank.score_images(pixels, own)
-            passes += 1
-        return passes * batch / taken
+        return batch * times_per_second(lambda: bank.score_images(pixels, own), seconds)
 
     with ThreadPoolExecutor(LANES) as threads:
         return sum(lane.result() for lane in [threads.submit(run) for _ in range(LANES)])
@@ -47,10 +42,9 @@ def bank_rate(inputs: Inputs, tasks: int, seconds: float = 2.0) -> float:
 
 def call_ms(inputs: Inputs) -> float:
     """Return the milliseconds of a core for a call without a hub: an empty application on Ray Serve, and decoding."""
-    transform = eval_transform(preprocess_of(inputs.backbone))
     began = time.thread_time()
-    for image in inputs.images:
-        transform(decode_image(image))
+    for number in range(len(inputs.images)):
+        inputs.decode(number)
     decode_ms = 1e3 * (time.thread_time() - began) / len(inputs.images)
     return decode_ms + _empty_call_ms(inputs.size_px, inputs.model.callers, tuple(inputs.images))
 

@@ -169,11 +169,12 @@ def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row]) -> list[list[str]]:
         drift = own["bare_images_per_s"] / best["bare_images_per_s"]
         if drift > DRIFT if ratio >= bar else drift < 1 / DRIFT:  # otherwise faster cores would only confirm it
             verdict = f"**undecided**, the bare backbone had {drift:.1f} times its speed before the hub's start"
-        elif ratio < bar and "cores_used" in own and "cores_used" in best:
-            used, theirs = own["cores_used"], best["cores_used"]
-            verdict += f"; {ratio * theirs / used:.2f} for the same busy cores ({used:.2f} against {theirs:.2f})"
-        if verdict.startswith("**does not hold**") and "call_ms" in own:
-            verdict += f"; {_limit(own, bar * speed(best))}"
+        elif ratio < bar:
+            if "cores_used" in own and "cores_used" in best:
+                used, theirs = own["cores_used"], best["cores_used"]
+                verdict += f"; {ratio * theirs / used:.2f} for the same busy cores ({used:.2f} against {theirs:.2f})"
+            if "call_ms" in own:
+                verdict += f"; {_limit(own, bar * speed(best))}"
         out.append([str(tasks), target, f"{ratio:.2f} of {best['contender']}{_range(own, best)}: {verdict}"])
     return out
 
