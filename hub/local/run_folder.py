@@ -1,6 +1,7 @@
 """The private folder of a running hub: sockets, Ray's token and logs, HAProxy's configuration.
 
-The hub's home names the folder, so that the next start finds what a killed hub left, and removes it.
+A hub that ends removes the folder, and kills what still writes into it. The hub's home names the folder, so that the
+next start does the same for a hub that was killed.
 """
 
 import fcntl
@@ -28,6 +29,8 @@ END_TIMEOUT_S = 10.0  # of leftover processes after SIGKILL
 def run_folder(home: Path) -> Iterator[Path]:
     """Create the private folder of a hub, and remove it at the end. The caller holds the lock of the home.
 
+    A process that still writes into the folder then is killed: Ray's idle workers at times outlive their cluster.
+
     First, processes and the folder of a hub that was killed in this home are removed.
 
     Raises:
@@ -43,6 +46,7 @@ def run_folder(home: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield folder
     finally:
+        _kill_processes(folder)
         shutil.rmtree(folder, ignore_errors=True)
         record.unlink(missing_ok=True)
 

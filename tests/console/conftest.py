@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from hub.client.client import Client
 from hub.local.ports import free_port
@@ -45,7 +45,7 @@ class Console:
         page = context.new_page()
         page.on("request", lambda request: self._note_request(request.url))
         page.on("pageerror", lambda error: self.faults.append(str(error)))
-        page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
+        page.on("console", self._note_message)
         page.goto(f"{self.url}/#{path}")
         return page
 
@@ -56,6 +56,10 @@ class Console:
     def _note_request(self, url: str) -> None:
         if not url.startswith((f"{self.url}/", f"blob:{self.url}/", "data:")):
             self.faults.append(f"a request to another host: {url}")
+
+    def _note_message(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.faults.append(f"{message.text} {message.location['url']}")
 
     def client(self) -> Client:
         return Client(self.url, self.key)

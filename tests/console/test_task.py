@@ -221,6 +221,7 @@ def test_images_are_labelled_by_key_by_dragging_and_in_bulk_undone_and_deleted(
     assert counts(console, task) == {"bird": 1, "cat": 5, "dog": 0, None: 0}
     page.keyboard.press("Control+z")
     page.get_by_text("1 image is labelled cat now.").wait_for()
+    cells.locator("img").nth(5).wait_for()  # none is fetched while its image is deleted, which would be a 404
     cells.nth(1).click()
     page.keyboard.press("Delete")
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()

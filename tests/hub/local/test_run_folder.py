@@ -14,15 +14,20 @@ from hub.local.errors import StartError
 from hub.local.run_folder import LOCK, RECORD, run_folder, short_base
 
 
+def process_in(folder: Path) -> subprocess.Popen[bytes]:
+    """Start a process that writes its output into a folder, and ignores SIGTERM."""
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
+    with (folder / "output").open("wb") as output:
+        return subprocess.Popen([sys.executable, "-c", code], stdout=output, stderr=output)
+
+
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process that writes its output into a folder as a hub's, and ignores SIGTERM."""
+    """Run a process that writes into the folder of a hub that was killed."""
     folder = tmp_path / "karst-hub-leftover"
     folder.mkdir()
     (folder / LOCK).touch()
-    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
-    with (folder / "output").open("wb") as output:
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=output, stderr=output)
+    process = process_in(folder)
     yield process
     process.kill()
     process.wait()
@@ -35,6 +40,19 @@ def test_the_folder_is_private_short_and_removed_at_the_end(tmp_path: Path) -> N
         assert (tmp_path / RECORD).read_text() == str(folder)
     assert not folder.exists()
     assert not (tmp_path / RECORD).exists()
+
+
+def test_the_end_kills_processes_that_still_write_into_the_folder(tmp_path: Path) -> None:
+    other = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL)
+    try:
+        with run_folder(tmp_path) as folder:
+            left = process_in(folder)
+        assert left.wait(10) == -9
+        assert other.poll() is None
+        assert not folder.exists()
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_a_start_removes_the_processes_and_the_folder_of_a_killed_hub(
