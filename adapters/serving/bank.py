@@ -19,7 +19,7 @@ from ..format.file import Adapter
 from ..format.layouts import LayoutCache
 from .adapted_layers import AdaptedLinear, Batch, CurrentPass, hook_block, hook_norm
 from .answers import ImageScores, ImageTasks, Resident, Scores, Slot, answers
-from .blocks import Blocks, find_blocks
+from .blocks import Blocks, find_blocks, leave_out_unpooled_tokens
 from .frozen_forms import FrozenForms, prepack_layers, unmeasured_forms
 from .heads import Heads
 from .limits import BankLimits
@@ -333,6 +333,7 @@ class Bank:
         height, width = self.input_size[1:]
         pixels = torch.linspace(-1, 1, 3 * height * width, device=self.device, dtype=self.dtype)
         pixels = pixels.view(1, 3, height, width)
+        leave_out_unpooled_tokens(self._model, pixels, self._near)
         zeros = self.warm_up(pixels, kernels=1, rank=2)
         frozen = features(backbone.model, pixels)
         if not self._near(zeros, frozen) or not torch.equal(zeros, features(self._model, pixels)):

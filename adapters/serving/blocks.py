@@ -1,14 +1,18 @@
-"""The blocks of a backbone, before which rows of a batch can split, and the block that each site belongs to."""
+"""The blocks of a backbone: where rows of a batch can split, the block of each site, and tokens that no layer reads.
+
+Axes: B images, T tokens of an image, d channels, D features.
+"""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..backbone import watch
+from ..backbone import features, watch
 
 _BLOCK = re.compile(r"((layers|stages)\.\d+\.)?blocks\.\d+")
 
@@ -53,3 +57,51 @@ def find_blocks(model: Any, layers: Iterable[str], pixels: Tensor) -> Blocks:
     hooks += [(modules[name], partial(run, name)) for name in layers]
     watch(model, pixels, hooks)
     return Blocks(tuple(started), of) if len(set(started)) == len(started) else Blocks()
+
+
+def leave_out_unpooled_tokens(model: Any, pixels: Tensor, near: Callable[[Tensor, Tensor], bool]) -> None:
+    """Make a model compute, after its last attention layer, the class token alone, if its features depend on no other.
+
+    After that layer no token reads another one, and a ViT that pools by the class token, the first one, reads only this
+    one: the last block would spend 6 % of the pass on tokens that no layer reads. Other models stay as they are.
+
+    Args:
+        model: gets hooks on inputs of layers. The sums of the last block then add the class token's values to all
+            tokens, and only the first sum is right.
+        pixels: (1, 3, H, W), normalised, for the probe.
+        near: whether two features (1, D) are equal except for rounding.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    last = next((name for name in reversed(modules) if _BLOCK.fullmatch(name)), None)
+    after = [f"{last}.attn.proj", f"{last}.norm2", "norm"]  # they compute each token by itself
+    if not modules.keys() >= set(after):
+        return
+    tokenwise = [modules[name] for name in after]
+    with torch.inference_mode():
+        pooled = features(model, pixels)
+        if near(_features_with(_only_first_known, tokenwise, model, pixels), pooled):  # NaN if another token counts
+            for module in tokenwise:
+                module.register_forward_pre_hook(_first_token)
+
+
+def _only_first_known(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Set all tokens (B, T, d) but the first one to NaN."""
+    x = args[0].clone()
+    x[:, 1:] = torch.nan
+    return x, *args[1:]
+
+
+def _first_token(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Replace the tokens (B, T, d) by the first one, (B, 1, d)."""
+    return args[0][:, :1].contiguous(), *args[1:]
+
+
+def _features_with(
+    hook: Callable[[nn.Module, Any], Any], modules: Iterable[nn.Module], model: Any, pixels: Tensor
+) -> Tensor:
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        return features(model, pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
