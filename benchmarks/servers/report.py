@@ -63,9 +63,10 @@ def report(result: Row) -> str:
         "- */ bare*: images/s over those of timm's backbone without a server, in batches of 8, just before the "
         "contender's start, which shows whether other programs used the cores.\n"
         "- *rounds* (targets): both contenders ran in turns, and each row is the round with the median images/s.\n"
-        "- *the passes of the hub's bank* (targets): two threads at once compute the tasks' batches, without a server, "
-        "just before the hub's start. *The call without the hub*: an empty application on Ray Serve, the load "
-        "generator, and decoding the image, in the same run.\n"
+        "- *limit* (targets): the ratio that the hub would have if its calls took no more than the passes of its bank, "
+        "on two threads at once without a server, and the call of an empty application on Ray Serve that decodes the "
+        "image. Both were measured just before the hub's start. Between them and the server's rows the machine's speed "
+        "may change.\n"
         "- *for the same busy cores* (targets): the ratio of images/s, each divided by the cores that were busy "
         "meanwhile, those of the load generator included.",
         *(text for model in TITLES for form in FORMS for text in _table(rows, model, form)),
@@ -174,18 +175,15 @@ def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row]) -> list[list[str]]:
                 used, theirs = own["cores_used"], best["cores_used"]
                 verdict += f"; {ratio * theirs / used:.2f} for the same busy cores ({used:.2f} against {theirs:.2f})"
             if "call_ms" in own:
-                verdict += f"; {_limit(own, bar * speed(best))}"
+                verdict += f"; limit {_limit(own, best):.2f}"
         out.append([str(tasks), target, f"{ratio:.2f} of {best['contender']}{_range(own, best)}: {verdict}"])
     return out
 
 
-def _limit(own: Row, images_per_s: float) -> str:
-    """Return what a speed leaves of the cores for a call, beside the bank's passes and a call without a hub."""
-    left_ms = 1e3 * own["cores"] * (1 / images_per_s - 1 / own["bank_images_per_s"])
-    return (
-        f"beside the passes of the hub's bank, {left_ms:.1f} ms of a core are left for a call at that speed, and "
-        f"{own['call_ms']:.1f} ms are the call without the hub"
-    )
+def _limit(own: Row, best: Row) -> float:
+    """Return the speed of the bank's passes and a call without the hub, as a share of a rival's."""
+    seconds = 1 / own["bank_images_per_s"] + own["call_ms"] / 1e3 / own["cores"]
+    return 1 / seconds / speed(best)
 
 
 def _range(own: Row, best: Row) -> str:
