@@ -328,7 +328,7 @@ class Bank:
 
     @torch.inference_mode()
     def _check_identity(self, backbone: Backbone) -> None:
-        """Compare a probe image's features (docs/method.md); slot 0 then holds an adapter of zeros for `warm_up`."""
+        """Leave out unpooled tokens, and compare features (docs/method.md); slot 0 then holds zeros for `warm_up`."""
         self._memory.write(0, self._memory.pack_zeros())
         height, width = self.input_size[1:]
         pixels = torch.linspace(-1, 1, 3 * height * width, device=self.device, dtype=self.dtype)

@@ -63,10 +63,10 @@ def report(result: Row) -> str:
         "- */ bare*: images/s over those of timm's backbone without a server, in batches of 8, just before the "
         "contender's start, which shows whether other programs used the cores.\n"
         "- *rounds* (targets): both contenders ran in turns, and each row is the round with the median images/s.\n"
-        "- *limit* (targets): the ratio that the hub would have if its calls took no more than the passes of its bank, "
-        "on two threads at once without a server, and the call of an empty application on Ray Serve that decodes the "
-        "image. Both were measured just before the hub's start. Between them and the server's rows the machine's speed "
-        "may change.\n"
+        "- *estimate* (targets): the ratio if a call took only the passes of the hub's bank, on two threads at once "
+        "without a server, and the call of an empty application on Ray Serve that decodes the image. The passes were "
+        "measured before the hub's start, with the fewest tasks, and the call once in the run. The machine's speed "
+        "changes in between, so the hub may reach more.\n"
         "- *for the same busy cores* (targets): the ratio of images/s, each divided by the cores that were busy "
         "meanwhile, those of the load generator included.",
         *(text for model in TITLES for form in FORMS for text in _table(rows, model, form)),
@@ -175,12 +175,12 @@ def _speeds(hub: Mapping[int, Row], rivals: Sequence[Row]) -> list[list[str]]:
                 used, theirs = own["cores_used"], best["cores_used"]
                 verdict += f"; {ratio * theirs / used:.2f} for the same busy cores ({used:.2f} against {theirs:.2f})"
             if "call_ms" in own:
-                verdict += f"; limit {_limit(own, best):.2f}"
+                verdict += f"; estimate {_estimate(own, best):.2f}"
         out.append([str(tasks), target, f"{ratio:.2f} of {best['contender']}{_range(own, best)}: {verdict}"])
     return out
 
 
-def _limit(own: Row, best: Row) -> float:
+def _estimate(own: Row, best: Row) -> float:
     """Return the speed of the bank's passes and a call without the hub, as a share of a rival's."""
     seconds = 1 / own["bank_images_per_s"] + own["call_ms"] / 1e3 / own["cores"]
     return 1 / seconds / speed(best)

@@ -44,9 +44,11 @@ def run_folder(home: Path) -> Iterator[Path]:
         # A copy of the home has the record as well. Its hub must not take this one's folder for a leftover.
         with (folder / LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield folder
+            try:
+                yield folder
+            finally:
+                _kill_processes(folder)
     finally:
-        _kill_processes(folder)
         shutil.rmtree(folder, ignore_errors=True)
         record.unlink(missing_ok=True)
 
@@ -72,7 +74,7 @@ def remove_leftovers(record: Path) -> None:
     """Kill the processes of a killed hub and remove its folder, which `record` names; leave those of a running hub."""
     with suppress(OSError):  # no record, no folder, or the lock of a hub that runs
         folder = Path(record.read_text(encoding="utf-8", errors="surrogateescape"))
-        with (folder / LOCK).open("r+") as lock:
+        with (folder / LOCK).open() as lock:  # to read only: see `_belongs`
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if folder.name.startswith(PREFIX) and folder.stat().st_uid == os.getuid():
                 _kill_processes(folder)
@@ -103,7 +105,8 @@ def _kill_processes(folder: Path) -> None:
 def _processes(folder: Path) -> list[int]:
     """Return the processes of the hub that had the folder; none on systems without /proc."""
     own = str(os.getpid())  # holds the folder's lock
-    found = [entry for entry in Path("/proc").glob("[0-9]*") if entry.name != own and _belongs(entry, f"{folder}/")]
+    real = f"{os.path.realpath(folder)}/"
+    found = [entry for entry in Path("/proc").glob("[0-9]*") if entry.name != own and _belongs(entry, real)]
     return [int(entry.name) for entry in found]
 
 

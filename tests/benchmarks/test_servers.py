@@ -56,10 +56,10 @@ def test_contenders_in_turns_have_the_round_with_the_median_speed() -> None:
     assert middle([row("LitServe", 1, **MEASURED), row("LitServe", 1, reason="failed")])["reason"] == "failed"
     page = report.report({"machine": MACHINE, "rows": [own, rival]})
     assert "0.80 of LitServe (0.60 to 1.00 in 3 rounds): **does not hold**" in page
-    assert "; limit 1.04 |" in page  # 1 / (1 / 120 + 0.0025 / 2) images/s, of 100
+    assert "; estimate 1.04 |" in page  # 1 / (1 / 120 + 0.0025 / 2) images/s, of 100
     faster = report.report({"machine": MACHINE, "rows": [own, {**rival, "bare_images_per_s": 400.0}]})
     assert "**undecided**" in faster
-    assert "; limit" not in faster  # the limit is of the hub's hour
+    assert "; estimate" not in faster  # it is of the hub's hour
 
 
 def test_bank_computes_the_tasks_of_both_forms_without_a_server(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from adapters import Backbone, Bank
+from adapters import Backbone, Bank, ImageTasks
 from adapters.backbone import features
+from adapters.serving.blocks import leave_out_unpooled_tokens
 from adapters.serving.frozen_forms import FrozenForms, kind_of
 from tests.support.models import local_backbone, random_adapter, random_pixels
 
@@ -35,7 +37,14 @@ def share_of_work(backbone: Backbone) -> float:
 
 
 @pytest.mark.parametrize(
-    "architecture", ["vit_small_patch14_dinov2", "deit3_small_patch16_224", "vit_tiny_patch16_224"]
+    "architecture",
+    [
+        "vit_small_patch14_dinov2",
+        "vit_small_patch14_reg4_dinov2",
+        "deit3_small_patch16_224",
+        "vit_tiny_patch16_224",
+        "eva02_base_patch16_clip_224",
+    ],
 )
 def test_a_class_token_s_bank_leaves_out_the_last_block_s_other_tokens(tmp_path: Path, architecture: str) -> None:
     backbone = small(tmp_path, architecture)
@@ -58,6 +67,17 @@ def test_a_model_that_pools_other_tokens_computes_them_all(
     assert share_of_work(small(tmp_path, architecture, **pooling)) == 1
 
 
+def test_a_last_block_that_needs_all_tokens_gets_them(tmp_path: Path) -> None:
+    model = small(tmp_path, "vit_tiny_patch16_224").model
+    pixels = torch.randn(1, 3, 64, 64)
+    tokens = 1 + 4 * 4
+    model.blocks[-1].mlp = nn.Sequential(nn.Unflatten(1, (tokens, 1)), nn.Flatten(1, 2))
+    with torch.inference_mode():
+        before = features(model, pixels)
+        leave_out_unpooled_tokens(model, pixels, torch.equal)
+        assert torch.equal(features(model, pixels), before)
+
+
 def test_every_adapted_layer_of_the_last_block_counts_for_the_class_token(tmp_path: Path) -> None:
     backbone = small(tmp_path, "vit_tiny_patch16_224")
     last = f"blocks.{BLOCKS - 1}"
@@ -66,15 +86,19 @@ def test_every_adapted_layer_of_the_last_block_counts_for_the_class_token(tmp_pa
     made += [
         random_adapter(backbone, seed=1, kernels=1, rank=2, sites=(f"{last}.norm2", "norm"), norms=True),
         random_adapter(backbone, seed=2, kernels=2, rank=4, norms=True),
-        random_adapter(backbone, seed=3, kernels=0, rescale="none"),
     ]
+    head = random_adapter(backbone, seed=3, kernels=0, rescale="none")
     bank = Bank(backbone, slots=len(made), max_rank=4, max_kernels=2)
-    pixels = random_pixels(backbone, len(made))
-    found = bank.forward(pixels, [bank.put(adapter) for adapter in made])
-    frozen = features(backbone.model, pixels)
-    for adapter, logits, image, plain in zip(made, found, pixels, frozen, strict=True):
-        merged = adapter.merge(backbone)
+    slots, heads = [bank.put(adapter) for adapter in made], bank.heads([bank.pack(head)])
+    pixels = random_pixels(backbone, 2)
+    found = bank.score_images(pixels, [ImageTasks(slots, heads), ImageTasks(slots[::-1])])
+    for image, scores, adapters in zip(pixels, found, (made, made[::-1]), strict=True):
         with torch.inference_mode():
-            torch.testing.assert_close(logits, merged(image[None])[0], atol=1e-4, rtol=0)
-            changed = not torch.allclose(features(merged, image[None])[0], plain, atol=1e-3)
-        assert changed == (adapter is not made[-1])
+            frozen = features(backbone.model, image[None])
+            for adapter, score in zip(adapters, scores.scores, strict=True):
+                merged = adapter.merge(backbone)
+                torch.testing.assert_close(score.logits, merged(image[None])[0], atol=1e-4, rtol=0)
+                assert not torch.allclose(features(merged, image[None]), frozen, atol=1e-3)
+    assert found[0].heads is not None
+    with torch.inference_mode():
+        torch.testing.assert_close(found[0].heads.logits, head.merge(backbone)(pixels[:1])[0], atol=1e-4, rtol=0)

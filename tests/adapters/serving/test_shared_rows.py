@@ -200,7 +200,8 @@ def test_rows_split_in_every_kind_of_backbone(tmp_path: Path, architecture: str)
         random_adapter(backbone, seed=2, kernels=1, rank=2),
     ]
     slots = [bank.put(adapter) for adapter in adapters]
-    heads = bank.heads([bank.pack(random_adapter(backbone, seed=9, kernels=0, rescale="none"))])
+    head = random_adapter(backbone, seed=9, kernels=0, rescale="none")
+    heads = bank.heads([bank.pack(head)])
     pixels = random_pixels(backbone, 2)
     first, second = bank.score_images(pixels, [ImageTasks(slots, heads), ImageTasks(slots[:2])])
     assert bank.passes([bank.first_block(bank.pack(adapter)) for adapter in adapters[:2]]) < 1.7
@@ -208,6 +209,7 @@ def test_rows_split_in_every_kind_of_backbone(tmp_path: Path, architecture: str)
         for adapter, score in zip(adapters, scores, strict=False):
             torch.testing.assert_close(score.logits, merged(adapter, backbone, image), atol=2e-4, rtol=0)
     assert first.heads is not None
+    torch.testing.assert_close(first.heads.logits, merged(head, backbone, pixels[0]), atol=2e-4, rtol=0)
 
 
 def test_adapters_share_nothing_when_the_rows_of_a_backbone_cannot_split(

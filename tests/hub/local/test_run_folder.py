@@ -42,17 +42,22 @@ def test_the_folder_is_private_short_and_removed_at_the_end(tmp_path: Path) -> N
     assert not (tmp_path / RECORD).exists()
 
 
-def test_the_end_kills_processes_that_still_write_into_the_folder(tmp_path: Path) -> None:
-    other = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL)
+def test_the_end_kills_processes_that_still_write_into_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    monkeypatch.setattr("hub.local.run_folder.short_base", lambda _bases: tmp_path / "link")
+    started = []
     try:
         with run_folder(tmp_path) as folder:
-            left = process_in(folder)
-        assert left.wait(10) == -9
-        assert other.poll() is None
+            started = [process_in(folder), subprocess.Popen(["tail", "-f", folder / LOCK])]
+        assert started[0].wait(10) == -9
+        assert started[1].poll() is None  # only reads
         assert not folder.exists()
     finally:
-        other.kill()
-        other.wait()
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def test_a_start_removes_the_processes_and_the_folder_of_a_killed_hub(
