@@ -132,12 +132,16 @@ def features(model: Any, pixels: Tensor) -> Tensor:
     return pooled
 
 
-def watch(model: Any, pixels: Tensor, hooks: Iterable[tuple[nn.Module, Callable[[nn.Module, Any], None]]]) -> None:
-    """Run a forward pass over normalised pixels (B, 3, H, W), and call each hook before its module runs."""
+def watch(model: Any, pixels: Tensor, hooks: Iterable[tuple[nn.Module, Callable[[nn.Module, Any], Any]]]) -> Tensor:
+    """Run a forward pass over normalised pixels (B, 3, H, W), and return the pooled features, (B, D).
+
+    Args:
+        hooks: each is called before its module runs. A value that it returns replaces the arguments of the module.
+    """
     handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
     try:
         with torch.inference_mode():
-            features(model, pixels)
+            return features(model, pixels)
     finally:
         for handle in handles:
             handle.remove()

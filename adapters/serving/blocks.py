@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone import features, watch
+from ..backbone import watch
 
 _BLOCK = re.compile(r"((layers|stages)\.\d+\.)?blocks\.\d+")
 
@@ -76,13 +76,15 @@ def leave_out_unpooled_tokens(model: Any, pixels: Tensor, near: Callable[[Tensor
     if not modules.keys() >= set(after):
         return
     tokenwise = [modules[name] for name in after]
-    with torch.inference_mode():
-        pooled = features(model, pixels)
-        try:
-            found = [_features_with(hook, tokenwise, model, pixels) for hook in (_only_first_known, _first_token)]
-        except Exception:  # layers that need the number of tokens
-            return
-    if all(near(other, pooled) for other in found):  # NaN if another token counts
+    pooled = watch(model, pixels, [])
+    probes = (
+        watch(model, pixels, [(module, hook) for module in tokenwise]) for hook in (_only_first_known, _first_token)
+    )
+    try:
+        alone = all(near(found, pooled) for found in probes)  # NaN if another token counts
+    except Exception:  # layers that need the number of tokens
+        return
+    if alone:
         for module in tokenwise:
             module.register_forward_pre_hook(_first_token)
 
@@ -97,14 +99,3 @@ def _only_first_known(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, .
 def _first_token(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Replace the tokens (B, T, d) by the first one, (B, 1, d)."""
     return args[0][:, :1].contiguous(), *args[1:]
-
-
-def _features_with(
-    hook: Callable[[nn.Module, Any], Any], modules: Iterable[nn.Module], model: Any, pixels: Tensor
-) -> Tensor:
-    handles = [module.register_forward_pre_hook(hook) for module in modules]
-    try:
-        return features(model, pixels)
-    finally:
-        for handle in handles:
-            handle.remove()

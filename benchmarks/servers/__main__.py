@@ -48,8 +48,8 @@ from ..bare import times_per_second
 from ..common import machine
 from ..cores import busy_s
 from ..load import Connection, Reply, closed_loop, ok, rate
+from .estimate import bank_rate, call_ms
 from .inputs import DISTINCT, IMAGES, MODELS, Form, Inputs
-from .limit import bank_rate, call_ms
 from .sides import SIDES, Side, missing, pss_mb, running
 
 OUTPUT = Path(__file__).parents[1] / "results" / "servers.json"

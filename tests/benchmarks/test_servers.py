@@ -9,8 +9,8 @@ import pytest
 from benchmarks.load import Reply
 from benchmarks.servers import report
 from benchmarks.servers.__main__ import FORMS, key, middle, wanted
+from benchmarks.servers.estimate import bank_rate
 from benchmarks.servers.inputs import MODELS, Inputs
-from benchmarks.servers.limit import bank_rate
 from benchmarks.servers.sides import SIDES, Side, missing
 
 MEASURED = {

@@ -1,4 +1,4 @@
-"""The limit of the hub's images per second: its passes, and the least that a call costs on Ray Serve."""
+"""An estimate of the hub's images per second: its passes, and what a call costs an empty application on Ray Serve."""
 
 import os
 import time
