@@ -26,7 +26,7 @@ from .int8_linear import WIDE, Int8Linear, widest_inputs
 Form = Literal["linear", "onednn", "int8"]
 
 _MLP = ["fc1", "act", "drop1", "norm", "fc2", "drop2"]  # timm's Mlp, where only `act` reads the output of `fc1`
-ROUNDS = 5  # in which every form of a kind runs once
+ROUNDS = 15  # in which every form of a kind runs once; of five, other load could slow all runs of one form
 BUDGET_S = 1.5  # of all measurements; a kind gets its share
 MIN_GAIN = 1.02  # a form replaces `linear` only if it is this many times as fast: the rest is noise
 

@@ -25,7 +25,10 @@ def bank_rate(inputs: Inputs, tasks: int, seconds: float = 2.0) -> float:
     Two threads compute at once. Each has half of the cores and half of the callers' images, of different tasks.
     """
     batch, config = inputs.model.callers // LANES, inputs.config
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // LANES))  # as a worker measures them
     forms = measure_forms(inputs.backbone, batch)
+    torch.set_num_threads(threads)
     kernels = max(1, config.kernels)
     bank = Bank(inputs.backbone, slots=DISTINCT, max_rank=config.rank, max_kernels=kernels, forms=forms)
     slots = [bank.put(inputs.adapter(number)) for number in range(min(tasks, DISTINCT))]

@@ -132,7 +132,9 @@ class Worker:
         int8 = settings.dtype == "int8"
         if int8:
             check_int8(backbone)
+        torch.set_num_threads(max(1, self._threads // 2))  # of a batch beside another one, as under load
         forms = measure_forms(backbone, min(settings.batch_size, FORM_IMAGES), int8=int8)
+        torch.set_num_threads(self._threads)
         for line in forms.describe():
             logger.info("frozen layers %s", line)
         return Bank(

@@ -15,11 +15,13 @@ from adapters import Adapter, Backbone, BackboneError
 from adapters.backbone import features
 from adapters.data.images import decode_image, eval_transform, normalise
 from adapters.serving import cpu_operators
+from adapters.serving.frozen_forms import FrozenForms, unmeasured_forms
 from hub.errors import HubError, Unavailable
 from hub.observability.request_context import CallOrigin
 from hub.registry.redis.connection import RegistryConnection
 from hub.registry.status import StatusBoard
 from hub.storage.store import Store
+from hub.worker import replica
 from hub.worker.prewarming import Prewarming
 from hub.worker.replica import Worker
 from hub.worker_api import Answer, CallFailed
@@ -348,6 +350,25 @@ def test_a_worker_logs_and_reports_the_form_of_each_kind_of_frozen_layer(
     for line in lines:
         assert f"frozen layers {line}" in caplog.text
         assert ("int8" in line) == (dtype == "int8")
+
+
+def test_a_worker_measures_forms_with_the_threads_of_two_batches_at_once(
+    empty_redis: str, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+
+    def measure(backbone: Backbone, *_: object, **__: object) -> FrozenForms:
+        threads.append(torch.get_num_threads())
+        return unmeasured_forms(backbone)
+
+    monkeypatch.setattr(replica, "measure_forms", measure)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        make_worker(empty_redis, store, tmp_path)
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [2]
 
 
 def test_a_worker_is_refused_int8_on_a_cpu_without_vnni(
