@@ -106,7 +106,7 @@ def unmeasured_forms(backbone: Backbone, *, int8: bool = False) -> FrozenForms:
 
 @torch.inference_mode()
 def measure_forms(
-    backbone: Backbone, images: int, *, int8: bool = False, clock: Callable[[], float] = time.perf_counter
+    backbone: Backbone, images: int, *, int8: bool = False, clock: Callable[[], float] | None = None
 ) -> FrozenForms:
     """Time the forms of each kind of frozen layer on this machine, and take the fastest.
 
@@ -116,8 +116,11 @@ def measure_forms(
     Args:
         images: of one pass; the layers get as many rows as a pass has.
         int8: int8 is one of the forms.
-        clock: seconds.
+        clock: seconds; None takes the CPU time of this thread where torch has one thread, otherwise the wall time. The
+            CPU time leaves out the time in which other processes have the core.
     """
+    if clock is None:
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     layers = list(_layers(backbone))
     shapes = _input_shapes(backbone)
     chosen: dict[Kind, Form] = {}

@@ -20,7 +20,7 @@ SHORT_MAX_DURATION = 2.0  # at most this many times as long as a pass of the sma
 SHORT_MIN_SPEEDUP = 1.5  # per image at least this many times as fast
 # A batch on half of the cores, beside another one:
 BESIDE_MIN_SPEEDUP = 1.02  # as MIN_SPEEDUP; two at once gain more from their size than the trials of one alone show
-BESIDE_LEAST_FULL = 4  # images; trials of a large model end before this size, and their noise could choose 1
+BESIDE_LEAST_FULL = 8  # images; the noise of a start can hide what a size gains, and trials of a large model end early
 BESIDE_MAX_COST = 1.3  # per image at most this many times that of the best size on these cores, and
 HALVES_MAX_COST = 1.1  # of two at once: at most this many times the cost of the fastest way
 

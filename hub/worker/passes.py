@@ -93,6 +93,8 @@ class Passes:
         self._copy_thread = ThreadPoolExecutor(1, "copy") if bank.device.type == "cuda" else None
         thread.submit(self._run_trials).result()
         self._half_size = tuner.half_size()
+        size = self._half_size
+        logger.info("batches beside another one: %s", f"{size.beside} to {size.full} images" if size else "none")
 
     @property
     def shared_size(self) -> BatchSize | None:

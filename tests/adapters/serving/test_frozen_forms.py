@@ -1,6 +1,8 @@
 """Every form of a frozen layer agrees with a slow reference, and the fastest form is chosen."""
 
+from functools import partial
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from adapters import Backbone, Bank, load_backbone
 from adapters.backbone import features
-from adapters.serving import cpu_operators
+from adapters.serving import cpu_operators, frozen_forms
 from adapters.serving.frozen_forms import (
     Form,
     build,
@@ -54,6 +56,28 @@ def test_the_plain_layer_stays_when_no_form_is_faster(backbone: Backbone) -> Non
     ticks = count()  # every run takes one tick
     found = measure_forms(backbone, 1, clock=lambda: float(next(ticks)))
     assert set(found.chosen.values()) == {"linear"}
+
+
+def test_forms_are_measured_by_cpu_time_when_torch_has_one_thread(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+
+    def clock(name: str) -> float:
+        used.append(name)
+        return float(len(used))
+
+    clocks = {name: partial(clock, name) for name in ("thread_time", "perf_counter")}
+    monkeypatch.setattr(frozen_forms, "time", SimpleNamespace(**clocks))
+    before = torch.get_num_threads()
+    try:
+        for threads, name in ((1, "thread_time"), (2, "perf_counter")):
+            torch.set_num_threads(threads)
+            measure_forms(backbone, 1)
+            assert set(used) == {name}
+            used.clear()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_plain_layer_serves_when_torch_lacks_the_operators(

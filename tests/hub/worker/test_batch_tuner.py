@@ -142,7 +142,7 @@ def test_a_pass_of_one_item_is_not_divided() -> None:
     [
         (lambda n: 10.0 + 10.0 * n, 0.5, BatchSize(32, 32, beside=4)),
         (lambda n: 1.0 + 10.0 * n, 0.5, BatchSize(8, 8, beside=1)),
-        (lambda n: 10.0 * n, 0.5, BatchSize(4, 4, beside=1)),  # a large model
+        (lambda n: 10.0 * n, 0.5, BatchSize(8, 8, beside=1)),  # a large model
         (lambda n: 10.0 + 0.1 * n, 0.5, BatchSize(32, 32, beside=32)),
         (lambda n: 10.0 * n, 0.9, None),  # two passes at once slow each other down
     ],
