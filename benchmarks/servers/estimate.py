@@ -25,22 +25,19 @@ def bank_rate(inputs: Inputs, tasks: int, seconds: float = 2.0) -> float:
     Two threads compute at once. Each has half of the cores and half of the callers' images, of different tasks.
     """
     batch, config = inputs.model.callers // LANES, inputs.config
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // LANES))  # as a worker measures them
-    forms = measure_forms(inputs.backbone, batch)
-    torch.set_num_threads(threads)
-    kernels = max(1, config.kernels)
-    bank = Bank(inputs.backbone, slots=DISTINCT, max_rank=config.rank, max_kernels=kernels, forms=forms)
-    slots = [bank.put(inputs.adapter(number)) for number in range(min(tasks, DISTINCT))]
-    own = [ImageTasks([slots[i % len(slots)]]) for i in range(batch)]
+    threads = max(1, (os.cpu_count() or 1) // LANES)
+    with ThreadPoolExecutor(LANES, initializer=torch.set_num_threads, initargs=(threads,)) as lanes:
+        forms = lanes.submit(measure_forms, inputs.backbone, batch).result()
+        kernels = max(1, config.kernels)
+        bank = Bank(inputs.backbone, slots=DISTINCT, max_rank=config.rank, max_kernels=kernels, forms=forms)
+        slots = [bank.put(inputs.adapter(number)) for number in range(min(tasks, DISTINCT))]
+        own = [ImageTasks([slots[i % len(slots)]]) for i in range(batch)]
 
-    def run() -> float:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // LANES))
-        pixels = torch.zeros(batch, *inputs.backbone.input_size)
-        return batch * times_per_second(lambda: bank.score_images(pixels, own), seconds)
+        def run() -> float:
+            pixels = torch.zeros(batch, *inputs.backbone.input_size)
+            return batch * times_per_second(lambda: bank.score_images(pixels, own), seconds)
 
-    with ThreadPoolExecutor(LANES) as threads:
-        return sum(lane.result() for lane in [threads.submit(run) for _ in range(LANES)])
+        return sum(lane.result() for lane in [lanes.submit(run) for _ in range(LANES)])
 
 
 def call_ms(inputs: Inputs) -> float:

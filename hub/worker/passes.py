@@ -92,9 +92,9 @@ class Passes:
         # On a GPU one thread copies the next batch to the device while a pass computes.
         self._copy_thread = ThreadPoolExecutor(1, "copy") if bank.device.type == "cuda" else None
         thread.submit(self._run_trials).result()
-        self._half_size = tuner.half_size()
-        size = self._half_size
-        logger.info("batches beside another one: %s", f"{size.beside} to {size.full} images" if size else "none")
+        self._half_size = size = tuner.half_size()
+        if self._copy_thread is None:  # on a GPU the size follows the tuner
+            logger.info("batches beside another one: %s", f"{size.beside} to {size.full} images" if size else "none")
 
     @property
     def shared_size(self) -> BatchSize | None:
