@@ -72,6 +72,9 @@ def report(result: Row) -> str:
         *(text for model in TITLES for form in FORMS for text in _table(rows, model, form)),
         "## Targets",
         markdown_table(["model", "form", "tasks", "target", "measured"], targets(rows)),
+        "The ratios depend on the machine. Results of earlier runs are in the history of `servers.json`: on an older "
+        "AMD EPYC (Zen 3, 2026-11-30) ViT-S/14 had 0.80 of LitServe with one task, and 0.87 to 0.88 with 8 to 512 "
+        "heads. Those runs are older than the last change to how a worker chooses the forms of frozen layers.",
         *_reasons(rows),
         "## The code of each contender",
         "`benchmarks/servers/install.sh` installs the rivals into an environment of their own, `.venv-servers`. In the "
