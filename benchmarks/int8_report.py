@@ -22,7 +22,7 @@ def frozen_layers(mixed: dict[str, Any], agreement: dict[str, Any]) -> list[str]
     for row in mixed["rows"]:
         quick, int8 = row["quick_to_frozen"], row["int8_to_frozen"]
         bar = SPEED_BARS.get(row["backbone"]) if row["kernels"] == 2 else None
-        speed = "-" if int8 is None else f"{1 / int8['median']:.2f}"
+        speed = "-" if int8 is None else f"{1 / int8['median']:.2f} ({1 / int8['q3']:.2f}-{1 / int8['q1']:.2f})"
         cells = [row["backbone"], str(row["kernels"]), f"{quick['median']:.2f} ({quick['q1']:.2f}-{quick['q3']:.2f})"]
         cells += [_held(quick["median"] <= HEADS_BAR, f"<= {HEADS_BAR}") if row["backbone"] != "demo" else "", speed]
         cells.append("" if bar is None or int8 is None else _held(1 / int8["median"] >= bar, f">= {bar}"))

@@ -5,7 +5,8 @@
 `Bank.forward` takes a batch of 8 images for 8 adapters. The benchmark compares it with these contenders:
 - the frozen backbone alone on the same batch, without adapters
 - eight merged models that take one image each, one after another: serving without a bank
-- `quick`: the frozen backbone as a bank runs it (`adapters.serving.frozen_forms`), without adapters: a batch of heads
+- `quick`: the frozen backbone as a bank runs it (`adapters.serving`, `frozen_forms` and `blocks`), without adapters: a
+  batch of heads
 - `int8`: `Bank.forward` with all frozen layers in int8, where the CPU has VNNI
 - `products`: each product that KARST adds, as one plain product of all rows, as if the images had one adapter
 
@@ -20,7 +21,7 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from adapters import Backbone, Bank, KarstConfig, load_backbone
 from adapters.backbone import Site, features
 from adapters.method import kronecker
+from adapters.serving.blocks import leave_out_unpooled_tokens
 from adapters.serving.frozen_forms import can_int8, measure_forms, prepack_layers, unmeasured_forms
 
 from .common import machine, random_adapter, spread
@@ -86,6 +88,7 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
     pixels = torch.randn(BATCH, *backbone.input_size, generator=torch.Generator().manual_seed(0))
     quick = backbone.clone()
     prepack_layers(quick, backbone, forms)
+    leave_out_unpooled_tokens(quick, pixels[:1], partial(torch.allclose, atol=TOLERANCE))
 
     def run_merged() -> list[Tensor]:
         return [model(image)[0] for model, image in zip(merged, pixels.split(1), strict=True)]
@@ -94,7 +97,7 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
         "frozen": lambda: features(backbone.model, pixels),
         "quick": lambda: features(quick, pixels),
         "mixed": lambda: bank.forward(pixels, slots),
-        "products": products(backbone, config, pixels),
+        "products": products(quick, backbone.sites, config, pixels),
         "merged": run_merged,
     }
     if can_int8(backbone):
@@ -129,7 +132,7 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
     }
 
 
-def products(backbone: Backbone, config: KarstConfig, pixels: Tensor) -> Callable[[], None]:
+def products(model: nn.Module, sites: Sequence[Site], config: KarstConfig, pixels: Tensor) -> Callable[[], None]:
     """Return a function with all products that KARST adds to a pass: x B^T, then C, then A, added to the output."""
     jobs: list[Callable[[], Tensor]] = []
     made: dict[tuple[tuple[int, int], ...], list[Tensor]] = {}  # layers of the same kind share their input
@@ -151,9 +154,9 @@ def products(backbone: Backbone, config: KarstConfig, pixels: Tensor) -> Callabl
 
         return noted
 
-    modules = dict(backbone.model.named_modules())
-    hooks = [modules[site.name].register_forward_hook(note(site)) for site in backbone.sites]
-    features(backbone.model, pixels)
+    modules = dict(model.named_modules())
+    hooks = [modules[site.name].register_forward_hook(note(site)) for site in sites]
+    features(model, pixels)
     for hook in hooks:
         hook.remove()
 

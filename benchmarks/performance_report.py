@@ -95,7 +95,8 @@ def _mixed(result: dict[str, Any]) -> list[str]:
         "- *frozen*: timm's backbone alone, without adapters.\n"
         "- *quick*: the frozen backbone as a bank runs it, without adapters. A bank stores each kind of frozen "
         "layer in the form that this machine computes fastest, and computes activations in place "
-        "(`adapters/serving/frozen_forms.py`).\n"
+        "(`adapters/serving/frozen_forms.py`). Where a model pools by its class token, a bank computes the end of "
+        "the last block for this token alone (`adapters/serving/blocks.py`).\n"
         "- *limit*: a lower bound, over frozen, for code that does not merge on these cores. It is the quick pass plus "
         "the products that KARST adds. Each product runs in the same round as one plain product of all rows, as if "
         "all images had the same adapter.",
