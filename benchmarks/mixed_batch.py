@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from adapters import Backbone, Bank, KarstConfig, load_backbone
-from adapters.backbone import Site, features
+from adapters.backbone import Site, features, watch
 from adapters.method import kronecker
 from adapters.serving.blocks import leave_out_unpooled_tokens
 from adapters.serving.frozen_forms import can_int8, measure_forms, prepack_layers, unmeasured_forms
@@ -143,7 +143,7 @@ def products(model: nn.Module, sites: Sequence[Site], config: KarstConfig, pixel
         )
         both = config.kernels * config.rank
 
-        def noted(_linear: nn.Module, args: tuple[Tensor, ...], _y: Tensor) -> None:
+        def noted(_linear: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].numel() // site.d_in
             shapes = (rows * q, b), (b, both), (rows * both, q), (q, p), (rows * p, both), (both, a), (rows * p, a)
             if shapes not in made:
@@ -154,11 +154,7 @@ def products(model: nn.Module, sites: Sequence[Site], config: KarstConfig, pixel
 
         return noted
 
-    modules = dict(model.named_modules())
-    hooks = [modules[site.name].register_forward_hook(note(site)) for site in sites]
-    features(model, pixels)
-    for hook in hooks:
-        hook.remove()
+    watch(model, pixels, [(model.get_submodule(site.name), note(site)) for site in sites])
 
     def run() -> None:
         for job in jobs:
