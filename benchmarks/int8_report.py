@@ -12,7 +12,7 @@ MIXED_BARS = {  # times timm's time
 }
 SPEED_BARS = {"vit_base_patch16_224": 1.8, "vit_small_patch16_224": 1.5}  # times timm's images per second, with N = 2
 HEADS_BAR = 1.01  # times timm's time
-KEYS = ("float32", "int8", "same_labels", "same_labels_limit")
+KEYS = ("float32", "int8", "same_labels", "same_labels_weights_only")
 LOSS_BAR, SAME_BAR = 0.5, 98.5  # percentage points of mean accuracy; percent of labels
 
 
@@ -36,22 +36,22 @@ def frozen_layers(mixed: dict[str, Any], agreement: dict[str, Any]) -> list[str]
         f"({_held(100 * found['loss'] <= LOSS_BAR, f'a loss of <= {LOSS_BAR} points')}), "
         f"{100 * found['same_labels']:.2f} % of labels equal "
         f"({_held(100 * found['same_labels'] >= SAME_BAR, f'>= {SAME_BAR} %')}; "
-        f"limit {100 * found['same_labels_limit']:.2f} %)"
+        f"{100 * found['same_labels_weights_only']:.2f} % with weights only)"
         for method, found in agreement["mean"].items()
     ]
     chosen = next(row for row in mixed["rows"] if row["backbone"] == "vit_base_patch16_224")
     return [
         "### Frozen layers, and int8",
         "The run above also timed a batch without adapters (*heads only*), and a bank with the same eight adapters "
-        "and all frozen layers in int8 (*int8*, in images per second over timm's float32). A worker chooses the form "
-        "of each kind of frozen layer by measuring ([evaluation.md](evaluation.md#int8)); for ViT-B/16 here: "
+        "as `HUB_DTYPE=int8` has it (*int8*, in images per second over timm's float32). A worker chooses the form "
+        "of each kind of frozen layer by measuring ([evaluation.md](evaluation.md#int8)); for ViT-B/16 in float32: "
         f"{'; '.join(chosen['frozen_layers'])}.",
         markdown_table(["backbone", "N", "heads only / frozen", "target", "int8 over frozen", "target"], rows),
         "`python -m benchmarks.int8_agreement`: accuracy in percent (mean over classes) of adapters trained in "
         f"float32, on {agreement['backbone']['name']} at {agreement['backbone']['side_px']} pixels, on images that no "
-        "training saw. *limit*: the share of equal labels if only the weights are in int8. Better rounding of "
-        "activations cannot exceed it by much.",
-        markdown_table(["task", "adapter", "images", "float32", "int8", "same label", "limit"], accuracies),
+        "training saw. *weights only*: the share of equal labels if weights are in int8 and activations in float32. "
+        f"The bank in int8 chose: {'; '.join(agreement['frozen_layers'])}.",
+        markdown_table(["task", "adapter", "images", "float32", "int8", "same label", "weights only"], accuracies),
         f"Means over these {len(accuracies) // 2} of the accuracy benchmark's six tasks:\n\n"
         + "\n".join(f"- {text}" for text in means),
     ]

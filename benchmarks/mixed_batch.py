@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from adapters import Backbone, Bank, KarstConfig, load_backbone
 from adapters.backbone import Site, features, watch
 from adapters.method import kronecker
-from adapters.serving.blocks import leave_out_unpooled_tokens
-from adapters.serving.frozen_forms import can_int8, measure_forms, prepack_layers, unmeasured_forms
+from adapters.serving.blocks import class_token_layers, leave_out_other_tokens
+from adapters.serving.frozen_forms import can_int8, measure_forms, prepack_layers
 
 from .common import machine, random_adapter, spread
 
@@ -87,8 +87,9 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
     slots = [bank.put(adapter) for adapter in adapters]
     pixels = torch.randn(BATCH, *backbone.input_size, generator=torch.Generator().manual_seed(0))
     quick = backbone.clone()
+    alone = class_token_layers(quick, pixels[:1], partial(torch.allclose, atol=TOLERANCE))
     prepack_layers(quick, backbone, forms)
-    leave_out_unpooled_tokens(quick, pixels[:1], partial(torch.allclose, atol=TOLERANCE))
+    leave_out_other_tokens(quick, alone)
 
     def run_merged() -> list[Tensor]:
         return [model(image)[0] for model, image in zip(merged, pixels.split(1), strict=True)]
@@ -101,7 +102,7 @@ def measure(backbone: Backbone, config: KarstConfig, rounds: int) -> dict[str, A
         "merged": run_merged,
     }
     if can_int8(backbone):
-        small = Bank(backbone, slots=BATCH, forms=unmeasured_forms(backbone, int8=True))
+        small = Bank(backbone, slots=BATCH, forms=measure_forms(backbone, BATCH, int8=True))
         small_slots = [small.put(adapter) for adapter in adapters]
         contenders["int8"] = lambda: small.forward(pixels, small_slots)
     pairs = zip(bank.forward(pixels, slots), run_merged(), strict=True)

@@ -10,6 +10,7 @@ they change (`row_plan`).
 
 import threading
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ..format.file import Adapter
 from ..format.layouts import LayoutCache
 from .adapted_layers import AdaptedLinear, Batch, CurrentPass, hook_block, hook_norm
 from .answers import ImageScores, ImageTasks, Resident, Scores, Slot, answers
-from .blocks import Blocks, find_blocks, leave_out_unpooled_tokens
+from .blocks import Blocks, class_token_layers, find_blocks, leave_out_other_tokens
 from .frozen_forms import FrozenForms, prepack_layers, unmeasured_forms
 from .heads import Heads
 from .limits import BankLimits
@@ -92,7 +93,10 @@ class Bank:
         self._pass = CurrentPass()
         self._model = backbone.clone()
         self.forms = unmeasured_forms(backbone) if forms is None else forms
-        prepack_layers(self._model, backbone, self.forms)
+        pixels = torch.linspace(-1, 1, prod(self.input_size), device=self.device, dtype=self.dtype)
+        pixels = pixels.view(1, *self.input_size)
+        alone = class_token_layers(self._model, pixels, self._near)
+        prepack_layers(self._model, backbone, self.forms, float32=alone)
         self._memory = SlotMemory(backbone, slots, max_rank=max_rank, max_kernels=max_kernels, factor=factor)
         for site in backbone.sites:
             adapted = AdaptedLinear(self._model.get_submodule(site.name), site, self._pass)
@@ -100,7 +104,8 @@ class Bank:
         modules = dict(self._model.named_modules())
         for norm in backbone.norms:
             hook_norm(modules[norm.name], norm.name, self._pass)
-        self._check_identity(backbone)
+        leave_out_other_tokens(self._model, alone)
+        self._check_identity(backbone, pixels)
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -327,13 +332,9 @@ class Bank:
         return Batch(numbers, every, every, {}, count, len(plan.start), plan.own, plan.splits)
 
     @torch.inference_mode()
-    def _check_identity(self, backbone: Backbone) -> None:
-        """Leave out unpooled tokens, and compare features (docs/method.md); slot 0 then holds zeros for `warm_up`."""
+    def _check_identity(self, backbone: Backbone, pixels: Tensor) -> None:
+        """Compare features (docs/method.md); slot 0 then holds zeros for `warm_up`."""
         self._memory.write(0, self._memory.pack_zeros())
-        height, width = self.input_size[1:]
-        pixels = torch.linspace(-1, 1, 3 * height * width, device=self.device, dtype=self.dtype)
-        pixels = pixels.view(1, 3, height, width)
-        leave_out_unpooled_tokens(self._model, pixels, self._near)
         zeros = self.warm_up(pixels, kernels=1, rank=2)
         frozen = features(backbone.model, pixels)
         if not self._near(zeros, frozen) or not torch.equal(zeros, features(self._model, pixels)):

@@ -59,34 +59,42 @@ def find_blocks(model: Any, layers: Iterable[str], pixels: Tensor) -> Blocks:
     return Blocks(tuple(started), of) if len(set(started)) == len(started) else Blocks()
 
 
-def leave_out_unpooled_tokens(model: Any, pixels: Tensor, near: Callable[[Tensor, Tensor], bool]) -> None:
-    """Make a model compute the end of its last block for the class token alone, if its features depend on no other.
+def class_token_layers(model: Any, pixels: Tensor, near: Callable[[Tensor, Tensor], bool]) -> list[str]:
+    """Return the layers at the end of the last block that only need the class token; none if the features need others.
 
     After the last softmax no token reads another one. A ViT that pools by the class token, the first one, then reads
-    only this one: with twelve blocks it would spend 6 % of the pass on the others. Other models stay as they are.
+    only this one: with twelve blocks it would spend 6 % of the pass on the others.
 
     Args:
-        model: gets hooks on inputs of layers. In the last block's result only the first token is then right.
+        model: its linear layers are `nn.Linear`.
         pixels: (1, 3, H, W), normalised, for the probe.
         near: whether two features (1, D) are equal except for rounding.
     """
     modules: dict[str, nn.Module] = dict(model.named_modules())
     last = next((name for name in reversed(modules) if _BLOCK.fullmatch(name)), None)
-    after = [f"{last}.attn.proj", f"{last}.norm2", "norm"]  # they compute each token by itself
+    after = [f"{last}.attn.proj", f"{last}.norm2", "norm"]  # they compute each token by itself, as does the MLP
     if not modules.keys() >= set(after):
-        return
-    tokenwise = [modules[name] for name in after]
+        return []
     pooled = watch(model, pixels, [])
     probes = (
-        watch(model, pixels, [(module, hook) for module in tokenwise]) for hook in (_only_first_known, _first_token)
+        watch(model, pixels, [(modules[name], hook) for name in after]) for hook in (_only_first_known, _first_token)
     )
     try:
         alone = all(near(found, pooled) for found in probes)  # NaN if another token counts
     except Exception:  # layers that need the number of tokens
-        return
-    if alone:
-        for module in tokenwise:
-            module.register_forward_pre_hook(_first_token)
+        return []
+    mlp = [name for name in modules if name.startswith(f"{last}.mlp.") and isinstance(modules[name], nn.Linear)]
+    return [*after[:2], *mlp, after[2]] if alone else []
+
+
+def leave_out_other_tokens(model: Any, layers: Iterable[str]) -> None:
+    """Make a model compute `class_token_layers` for the class token alone.
+
+    Only the first token of the last block's result is then right.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    for name in layers:
+        modules[name].register_forward_pre_hook(_first_token)
 
 
 def _only_first_known(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

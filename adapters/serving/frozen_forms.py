@@ -4,14 +4,14 @@ A form is a module that replaces an `nn.Linear`:
 
 - `linear`: the layer itself, on the library that torch was built with
 - `onednn`: weights in oneDNN's own blocked layout; the same numbers except for rounding
-- `int8`: weights in int8 with a scale per output channel, activations in 8 bits with a scale per token
+- `int8`: weights in int8 with a scale per output channel, activations in 8 bits with a scale per token (`int8`)
 
 Which one is fastest depends on the processor, the layer's shape, the rows and the threads, so a worker measures. The
 hidden activation of an MLP is computed in place.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..backbone import Backbone, BackboneError, Site, watch
 from ..short_repr import short_repr
 from . import cpu_operators
-from .int8_linear import WIDE, Int8Linear, widest_inputs
+from .int8.linear import Int8Linear
+from .int8.probes import probe_images
 
 Form = Literal["linear", "onednn", "int8"]
 
@@ -29,6 +30,7 @@ _MLP = ["fc1", "act", "drop1", "norm", "fc2", "drop2"]  # timm's Mlp, where only
 ROUNDS = 15  # in which every form of a kind runs once; of five, other load could slow all runs of one form
 BUDGET_S = 1.5  # of all measurements; a kind gets its share
 MIN_GAIN = 1.02  # a form replaces `linear` only if it is this many times as fast: the rest is noise
+MIN_INT8_GAIN = 1.4  # int8 replaces the other forms only if it is this many times as fast, since it can change labels
 
 
 class Kind(NamedTuple):
@@ -135,28 +137,22 @@ def measure_forms(
         )
         modules = {name: build(layer, name) for name in names}
         best = _fastest_runs(modules, x, BUDGET_S / len(layers), clock)
-        winner = min(names, key=best.__getitem__)
-        chosen[kind] = winner if best["linear"] >= MIN_GAIN * best[winner] else "linear"
+        chosen[kind] = _choice(best)
         measured[kind] = {name: round(1000 * best[name], 3) for name in names}
     return FrozenForms(chosen, measured)
 
 
-def build(linear: nn.Linear, form: Form, wide: Tensor | None = None) -> nn.Module:
-    """Return a frozen layer in a form. Forms other than `linear` hold their own weights, and have no autograd.
+def build(linear: nn.Linear, form: Form) -> nn.Module:
+    """Return a frozen layer in a form of `forms_of`. Other forms than `linear` hold their own weights without autograd.
 
-    Args:
-        linear: the layer.
-        form: one of `forms_of`.
-        wide: input features that int8 leaves in float32, int64 (k,); None takes the first ones, to measure the time.
+    The weights of `int8` are only good enough to measure its time.
     """
     if form == "onednn":
         return _OneDnnLinear(linear)
-    if form == "int8":
-        return Int8Linear(linear, torch.arange(min(WIDE, linear.in_features)) if wide is None else wide)
-    return linear
+    return Int8Linear(linear) if form == "int8" else linear
 
 
-def prepack_layers(model: nn.Module, backbone: Backbone, forms: FrozenForms) -> None:
+def prepack_layers(model: nn.Module, backbone: Backbone, forms: FrozenForms, float32: Collection[str] = ()) -> None:
     """Replace the sites of a model, and the activations between them, by faster ones that share no weight.
 
     The weights are then in memory once, as soon as the caller drops the original model. The result has no autograd
@@ -166,19 +162,38 @@ def prepack_layers(model: nn.Module, backbone: Backbone, forms: FrozenForms) -> 
         model: a clone of the backbone's; its modules are replaced, its weights are not changed.
         backbone: whose sites the forward pass calls, instead of only reading their weight.
         forms: of each kind of site.
+        float32: sites that stay `linear` where their kind has the form `int8`: those for the class token alone take
+            hardly any time, and their errors reach the features undamped.
     """
-    int8 = [site.name for site in backbone.sites if forms.chosen[kind_of(site)] == "int8"]
-    wide = widest_inputs(model, int8, backbone.input_size) if int8 else {}
+    layers = {site.name: model.get_submodule(site.name) for site in backbone.sites}
+    linears = {name: layer for name, layer in layers.items() if type(layer) is nn.Linear}
+    chosen = {site.name: forms.chosen[kind_of(site)] for site in backbone.sites}
+    rounded = {name: linears[name] for name in linears if chosen[name] == "int8" and name not in float32}
+    int8 = _int8_layers(model, rounded, backbone.input_size)
+    for name, linear in linears.items():
+        exact: Form = "linear" if chosen[name] == "int8" else chosen[name]
+        model.set_submodule(name, int8[name] if name in int8 else build(linear, exact))
     for site in backbone.sites:
         parent_name, _, name = site.name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        linear, form = parent.get_submodule(name), forms.chosen[kind_of(site)]
-        if type(linear) is nn.Linear:
-            setattr(parent, name, build(linear, form, wide[site.name] if form == "int8" else None))
-        on_cpu = linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32
+        on_cpu = backbone.device.type == "cpu" and backbone.dtype == torch.float32
         in_mlp = on_cpu and name == "fc1" and [child for child, _ in parent.named_children()] == _MLP
         if in_mlp and type(parent.act) is nn.GELU:
             parent.act = _InPlaceGELU(parent.act.approximate)
+
+
+def _int8_layers(
+    model: nn.Module, linears: Mapping[str, nn.Linear], input_size: tuple[int, int, int]
+) -> dict[str, Int8Linear]:
+    """Return layers of a model in int8, with weights rounded for the inputs that they get from probe images."""
+    layers: dict[str, Int8Linear] = {}
+
+    def make(name: str, linear: nn.Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: layers.__setitem__(name, Int8Linear(linear, args[0].flatten(0, -2)))
+
+    if linears:
+        watch(model, probe_images(input_size), [(linear, make(name, linear)) for name, linear in linears.items()])
+    return layers
 
 
 def _fastest_runs(
@@ -197,6 +212,14 @@ def _fastest_runs(
         if i and clock() - started_s > budget_s:
             break
     return best
+
+
+def _choice(seconds: Mapping[Form, float]) -> Form:
+    """Return the form to use, from the seconds of each."""
+    exact = min((form for form in seconds if form != "int8"), key=seconds.__getitem__)
+    if seconds["linear"] < MIN_GAIN * seconds[exact]:
+        exact = "linear"
+    return "int8" if seconds[exact] >= MIN_INT8_GAIN * seconds.get("int8", float("inf")) else exact
 
 
 def _layers(backbone: Backbone) -> Iterator[tuple[Kind, nn.Linear]]:

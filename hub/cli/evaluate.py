@@ -74,7 +74,7 @@ def run(
     """Evaluate every pair over one backbone.
 
     All adapters and image lists are checked before the first image is classified. With dtype `int8` all frozen layers
-    are int8, and each row also has `float32`: the agreement with the same adapter over float32.
+    that may be are int8, and each row also has `float32`: the agreement with the same adapter over float32.
 
     Returns:
         The values shared by all rows (`backbone`, `fingerprint`, `device`, `dtype`, `batch_size`, `seed`), and `rows`

@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from adapters import Backbone, Bank, load_backbone
 from adapters.backbone import features
 from adapters.serving import cpu_operators, frozen_forms
+from adapters.serving.blocks import class_token_layers, leave_out_other_tokens
 from adapters.serving.frozen_forms import (
     Form,
     build,
@@ -18,10 +20,12 @@ from adapters.serving.frozen_forms import (
     forms_of,
     kind_of,
     measure_forms,
+    prepack_layers,
     unmeasured_forms,
 )
+from adapters.serving.int8.linear import Int8Linear
 from tests.support.marks import needs_vnni
-from tests.support.models import random_adapter, random_pixels
+from tests.support.models import local_backbone, random_adapter, random_pixels
 
 
 def layer(d_in: int = 40, d_out: int = 96, *, bias: bool = True) -> nn.Linear:
@@ -98,6 +102,37 @@ def test_the_plain_layer_serves_when_torch_lacks_the_operators(
 def test_float32_is_never_computed_in_fewer_bits(backbone: Backbone) -> None:
     assert set(measure_forms(backbone, 1).chosen.values()) <= {"linear", "onednn"}
     assert set(unmeasured_forms(backbone).chosen.values()) <= {"linear", "onednn"}
+
+
+@pytest.mark.parametrize(
+    ("linear", "onednn", "int8", "form"),
+    [(2.0, 1.5, 1.0, "int8"), (2.0, 1.2, 1.0, "onednn"), (1.2, 1.19, 1.0, "linear"), (1.41, 1.4, 1.0, "int8")],
+)
+def test_int8_is_chosen_only_where_it_saves_much_time(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, linear: float, onednn: float, int8: float, form: Form
+) -> None:
+    times: dict[Form, float] = {"linear": linear, "onednn": onednn, "int8": int8}
+    monkeypatch.setattr(frozen_forms, "forms_of", lambda *_, **__: list(times))
+    monkeypatch.setattr(frozen_forms, "build", lambda *_: nn.Identity())
+    monkeypatch.setattr(frozen_forms, "_fastest_runs", lambda *_: times)
+    assert set(measure_forms(backbone, 1, int8=True).chosen.values()) == {form}
+
+
+@needs_vnni
+@torch.inference_mode()
+def test_layers_for_the_class_token_alone_stay_float32_in_an_int8_bank(tmp_path: Path) -> None:
+    backbone = local_backbone(tmp_path, "vit_tiny_patch16_224", depth=2, img_size=64)
+    model = backbone.clone()
+    pixels = random_pixels(backbone, 1)
+    alone = class_token_layers(model, pixels, partial(torch.allclose, atol=1e-4))
+    assert alone == ["blocks.1.attn.proj", "blocks.1.norm2", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "norm"]
+    prepack_layers(model, backbone, unmeasured_forms(backbone, int8=True), float32=alone)
+    forms = {site.name: type(model.get_submodule(site.name)) for site in backbone.sites}
+    assert {name for name, form in forms.items() if form is nn.Linear} == {s for s in alone if "norm" not in s}
+    assert {form for name, form in forms.items() if name not in alone} == {Int8Linear}
+    leave_out_other_tokens(model, alone)
+    found = Bank(backbone, slots=1, forms=unmeasured_forms(backbone, int8=True)).frozen_features(pixels)
+    torch.testing.assert_close(found, features(model, pixels))
 
 
 @needs_vnni
