@@ -96,7 +96,7 @@ class Bank:
         pixels = torch.linspace(-1, 1, prod(self.input_size), device=self.device, dtype=self.dtype)
         pixels = pixels.view(1, *self.input_size)
         alone = class_token_layers(self._model, pixels, self._near)
-        prepack_layers(self._model, backbone, self.forms, float32=alone)
+        prepack_layers(self._model, backbone, self.forms, alone=alone)
         self._memory = SlotMemory(backbone, slots, max_rank=max_rank, max_kernels=max_kernels, factor=factor)
         for site in backbone.sites:
             adapted = AdaptedLinear(self._model.get_submodule(site.name), site, self._pass)

@@ -152,7 +152,7 @@ def build(linear: nn.Linear, form: Form) -> nn.Module:
     return Int8Linear(linear) if form == "int8" else linear
 
 
-def prepack_layers(model: nn.Module, backbone: Backbone, forms: FrozenForms, float32: Collection[str] = ()) -> None:
+def prepack_layers(model: nn.Module, backbone: Backbone, forms: FrozenForms, alone: Collection[str] = ()) -> None:
     """Replace the sites of a model, and the activations between them, by faster ones that share no weight.
 
     The weights are then in memory once, as soon as the caller drops the original model. The result has no autograd
@@ -162,14 +162,15 @@ def prepack_layers(model: nn.Module, backbone: Backbone, forms: FrozenForms, flo
         model: a clone of the backbone's; its modules are replaced, its weights are not changed.
         backbone: whose sites the forward pass calls, instead of only reading their weight.
         forms: of each kind of site.
-        float32: sites that stay `linear` where their kind has the form `int8`: those for the class token alone take
-            hardly any time, and their errors reach the features undamped.
+        alone: layers that compute the class token alone (`class_token_layers`), whose errors reach the features
+            undamped. Where their kind has the form `int8`, they stay `linear`, which takes hardly any time; in the
+            other int8 layers the class token gets 16 bits.
     """
     layers = {site.name: model.get_submodule(site.name) for site in backbone.sites}
     linears = {name: layer for name, layer in layers.items() if type(layer) is nn.Linear}
     chosen = {site.name: forms.chosen[kind_of(site)] for site in backbone.sites}
-    rounded = {name: linears[name] for name in linears if chosen[name] == "int8" and name not in float32}
-    int8 = _int8_layers(model, rounded, backbone.input_size)
+    rounded = {name: linears[name] for name in linears if chosen[name] == "int8" and name not in alone}
+    int8 = _int8_layers(model, rounded, backbone.input_size, class_token=bool(alone))
     for name, linear in linears.items():
         exact: Form = "linear" if chosen[name] == "int8" else chosen[name]
         model.set_submodule(name, int8[name] if name in int8 else build(linear, exact))
@@ -183,13 +184,15 @@ def prepack_layers(model: nn.Module, backbone: Backbone, forms: FrozenForms, flo
 
 
 def _int8_layers(
-    model: nn.Module, linears: Mapping[str, nn.Linear], input_size: tuple[int, int, int]
+    model: nn.Module, linears: Mapping[str, nn.Linear], input_size: tuple[int, int, int], *, class_token: bool
 ) -> dict[str, Int8Linear]:
     """Return layers of a model in int8, with weights rounded for the inputs that they get from probe images."""
     layers: dict[str, Int8Linear] = {}
 
     def make(name: str, linear: nn.Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: layers.__setitem__(name, Int8Linear(linear, args[0].flatten(0, -2)))
+        return lambda _, args: layers.__setitem__(
+            name, Int8Linear(linear, args[0].flatten(0, -2), class_token=class_token)
+        )
 
     if linears:
         watch(model, probe_images(input_size), [(linear, make(name, linear)) for name, linear in linears.items()])

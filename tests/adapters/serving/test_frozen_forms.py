@@ -126,7 +126,7 @@ def test_layers_for_the_class_token_alone_stay_float32_in_an_int8_bank(tmp_path:
     pixels = random_pixels(backbone, 1)
     alone = class_token_layers(model, pixels, partial(torch.allclose, atol=1e-4))
     assert alone == ["blocks.1.attn.proj", "blocks.1.norm2", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "norm"]
-    prepack_layers(model, backbone, unmeasured_forms(backbone, int8=True), float32=alone)
+    prepack_layers(model, backbone, unmeasured_forms(backbone, int8=True), alone=alone)
     forms = {site.name: type(model.get_submodule(site.name)) for site in backbone.sites}
     assert {name for name, form in forms.items() if form is nn.Linear} == {s for s in alone if "norm" not in s}
     assert {form for name, form in forms.items() if name not in alone} == {Int8Linear}

@@ -42,6 +42,21 @@ def test_int8_equals_a_plain_product_of_the_rounded_numbers(bias: bool, d_in: in
 
 @needs_vnni
 @torch.inference_mode()
+def test_a_class_token_has_sixteen_bits_and_the_other_tokens_stay_as_they_are() -> None:
+    linear = layer()
+    x = torch.randn(3, 7, 40)
+    x[1, 0] = 0
+    plain, finer = (Int8Linear(linear, x.flatten(0, 1), class_token=wanted) for wanted in (False, True))
+    weight = round_weight(linear.weight, x.flatten(0, 1)).restored(linear.weight)
+    exact = x @ weight.T + linear.bias  # activations in float32
+    before, after = plain(x) - exact, finer(x) - exact
+    torch.testing.assert_close(after[:, 1:], before[:, 1:], atol=1e-6, rtol=0)
+    assert after[:, 0].norm() < 0.02 * before[:, 0].norm()
+    assert finer(x[:0]).shape == (0, 7, 96)
+
+
+@needs_vnni
+@torch.inference_mode()
 def test_a_large_input_feature_does_not_coarsen_the_others() -> None:
     linear = layer()
     x = torch.randn(50, 40)
